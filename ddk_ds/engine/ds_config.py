@@ -1,0 +1,94 @@
+"""Config -> the dictionaries that DeepSpeed takes. Pure: no torch, no DeepSpeed, no files."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+from ddk_ds.config import Config, Model
+from ddk_ds.errors import ConfigError
+
+# DeepSpeed keys that follow from our own; given raw, they may only repeat the value.
+_OURS = {
+    "train_batch_size": "train.global_batch_samples",
+    "train_micro_batch_size_per_gpu": "train.micro_batch_samples",
+    "gradient_accumulation_steps": "train.global_batch_samples and train.micro_batch_samples",
+    "gradient_clipping": "optimizer.clip_norm",
+    "bf16": "train.precision",
+    "fp16": "train.precision",
+    "optimizer": "optimizer",
+    "scheduler": "optimizer.warmup_steps and optimizer.min_learning_rate",
+    "zero_optimization.stage": "nothing: ddk_ds runs ZeRO stage 3",
+    "zero_optimization.offload_optimizer": "optimizer.offload",
+    "zero_optimization.offload_param": "student.offload_params",
+    "zero_optimization.leaf_module": "student.leaf_modules",
+    "data_types.grad_accum_dtype": "nothing: gradients accumulate in float32",
+}
+
+
+def student_ds_config(config: Config, world_size: int) -> dict[str, Any]:
+    """DeepSpeed dictionary of the student's training engine on `world_size` ranks.
+
+    Raises ConfigError where batch sizes do not divide or a raw `deepspeed:` key contradicts the configuration.
+    """
+    ours = {
+        "train_batch_size": config.train.global_batch_samples,
+        "train_micro_batch_size_per_gpu": config.train.micro_batch_samples,
+        "gradient_accumulation_steps": config.micro_batches(world_size),
+        "gradient_clipping": config.optimizer.clip_norm,
+        "steps_per_print": 2**31,
+        # Without it ZeRO-3 refuses any optimizer that is not DeepSpeed's own; torch's AdamW is exact under it.
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "bf16": {"enabled": config.train.precision == "bf16"},
+        # The default accumulates micro-batches in the model's dtype, which loses small gradients in bf16.
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "zero_optimization": _zero(config, config.student, config.optimizer.offload),
+    }
+    return _merge(ours, config.deepspeed, "")
+
+
+def teacher_ds_config(config: Config) -> dict[str, Any]:
+    """DeepSpeed dictionary of the frozen teacher: ZeRO-3 partitions and no optimizer."""
+    assert config.teacher is not None, "a run without a teacher asked for its engine"
+    return {
+        "train_micro_batch_size_per_gpu": config.train.micro_batch_samples,
+        "steps_per_print": 2**31,
+        "bf16": {"enabled": config.train.precision == "bf16"},
+        "zero_optimization": _zero(config, config.teacher, "none"),
+    }
+
+
+def _zero(config: Config, model: Model, offload_optimizer: str) -> dict[str, Any]:
+    zero: dict[str, Any] = {"stage": 3, "contiguous_gradients": True, "overlap_comm": True}
+    for key, place in (("offload_param", model.offload_params), ("offload_optimizer", offload_optimizer)):
+        if place != "none":
+            zero[key] = {"device": place, "pin_memory": True}
+            if place == "nvme":
+                zero[key]["nvme_path"] = config.train.nvme_path
+    if model.leaf_modules:
+        zero["leaf_module"] = {"classes": list(model.leaf_modules)}
+    return zero
+
+
+def _merge(ours: dict[str, Any], raw: dict[str, Any], prefix: str) -> dict[str, Any]:
+    merged = copy.deepcopy(ours)
+    for key, value in raw.items():
+        path = f"{prefix}{key}"
+        if isinstance(value, dict) and isinstance(merged.get(key), dict):
+            merged[key] = _merge(merged[key], value, path + ".")
+        elif key in merged and merged[key] == value:
+            continue
+        elif (owner := _owner(path)) is not None:
+            raise ConfigError(
+                f"deepspeed.{path}: {value!r} contradicts {merged.get(key, 'its absence')!r}, which follows from "
+                f"{owner}; set that instead"
+            )
+        else:
+            merged[key] = value
+    return merged
+
+
+def _owner(path: str) -> str | None:
+    parts = path.split(".")
+    return next((_OURS[p] for n in range(len(parts), 0, -1) if (p := ".".join(parts[:n])) in _OURS), None)

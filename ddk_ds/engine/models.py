@@ -1,0 +1,173 @@
+"""Teacher and student on their ZeRO-3 engines."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.modeling_utils import no_init_weights
+
+from ddk_ds.comm import Comm
+from ddk_ds.config import Config, Model
+from ddk_ds.engine.ds_config import student_ds_config, teacher_ds_config
+from ddk_ds.engine.head import FrozenHead, HeadFunction, StudentRoot
+from ddk_ds.engine.model_files import ModelFiles
+from ddk_ds.engine.weights import load_weights
+from ddk_ds.errors import ConfigError
+
+_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+@dataclass
+class Student:
+    """The model in training: its engine, whose root is a `StudentRoot`, and its parameters by Hugging Face name."""
+
+    engine: Any
+    parameters: dict[str, nn.Parameter]
+
+    def __call__(self, input_ids: torch.Tensor, function: HeadFunction) -> Any:
+        """input_ids (B, L) -> function(hidden (B*L, H), head), through the engine: also in evaluation."""
+        return self.engine(input_ids, function)
+
+    def backward(self, loss: torch.Tensor, *, last: bool) -> None:
+        """Accumulate the gradient of a micro-batch's loss; `last`: it is the step's last, `update` follows."""
+        self.engine.backward(loss, scale_wrt_gas=False)
+        if not last:
+            self.engine.step()
+
+    def update(self, learning_rate: float) -> float:
+        """Apply the optimizer after the last micro-batch; returns the global gradient norm before clipping."""
+        for group in self.engine.optimizer.param_groups:
+            group["lr"] = learning_rate
+        self.engine.step()
+        return float(self.engine.get_global_grad_norm())
+
+    def save(self, directory: Path, tag: str, client_state: dict[str, Any]) -> None:
+        """Write this rank's shards of weights and optimizer, and the run's own state, to directory/tag."""
+        self.engine.save_checkpoint(str(directory), tag=tag, client_state={"run": client_state}, save_latest=False)
+
+    def load(self, directory: Path, tag: str) -> dict[str, Any]:
+        """Restore what `save` wrote on as many ranks; returns the run's own state."""
+        path, client_state = self.engine.load_checkpoint(str(directory), tag=tag)
+        assert path is not None, f"DeepSpeed found no checkpoint in {directory}/{tag}"
+        return client_state["run"]
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Forward passes without gradients; releases what they gathered and prefetched."""
+        self.engine.eval()
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            self.engine.train()
+            self.engine.optimizer.parameter_offload.get_param_coordinator().release_and_reset_all(self.engine.module)
+
+
+class Teacher:
+    """The frozen model: a backbone on an engine without optimizer, and its head beside it."""
+
+    def __init__(self, engine: Any, head: FrozenHead) -> None:
+        self.engine = engine
+        self.head = head
+
+    @torch.inference_mode()
+    def hidden(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """input_ids (B, L) -> last hidden states (B*L, H), no graph."""
+        return self.engine(input_ids=input_ids, use_cache=False).last_hidden_state.flatten(0, 1)
+
+    def __call__(self, input_ids: torch.Tensor, function: HeadFunction) -> Any:
+        """input_ids (B, L) -> function(hidden (B*L, H), head)."""
+        hidden = self.hidden(input_ids)
+        with self.head.gathered() as head:
+            return function(hidden, head)
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Forward passes; releases what they gathered and prefetched."""
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            self.engine.optimizer.get_param_coordinator().release_and_reset_all(self.engine.module)
+
+
+def load_student(config: Config, files: ModelFiles, vocab_size: int, comm: Comm) -> Student:
+    """The student on its training engine. Collective. Raises ConfigError where the files do not fit."""
+    ds_config = student_ds_config(config, comm.world_size)
+    model = _load_sharded(config, config.student, "student.path", files, ds_config, comm)
+    _check_vocabulary(model, vocab_size, "student.path")
+    if config.student.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    parameters = dict(model.named_parameters())
+    root = StudentRoot(_backbone(model), model.get_output_embeddings())
+    engine, _, _, _ = deepspeed.initialize(model=root, optimizer=_adamw(root, config), config=ds_config)
+    engine.train()
+    return Student(engine, parameters)
+
+
+def load_teacher(config: Config, files: ModelFiles, vocab_size: int, comm: Comm) -> Teacher:
+    """The teacher, frozen, without any optimizer state. Collective. Raises ConfigError where the files do not fit."""
+    assert config.teacher is not None, "a run without a teacher asked for one"
+    ds_config = teacher_ds_config(config)
+    model = _load_sharded(config, config.teacher, "teacher.path", files, ds_config, comm)
+    _check_vocabulary(model, vocab_size, "teacher.path")
+    model.requires_grad_(False).eval()
+    head = FrozenHead(model.get_output_embeddings())
+    engine, optimizer, _, _ = deepspeed.initialize(model=_backbone(model), config=ds_config)
+    engine.eval()
+    assert not hasattr(engine.optimizer, "fp32_partitioned_groups_flat"), "the teacher's engine holds optimizer state"
+    return Teacher(engine, head)
+
+
+def _load_sharded(
+    config: Config, model: Model, key: str, files: ModelFiles, ds_config: dict[str, Any], comm: Comm
+) -> PreTrainedModel:
+    hf_config = AutoConfig.from_pretrained(files.directory)
+    hf_config.use_cache = False
+    dtype = _DTYPES[config.train.precision]
+    try:
+        # zero.Init takes its dtype from ds_config; its dtype argument gives bf16 on a CPU whatever is asked.
+        with no_init_weights(), deepspeed.zero.Init(config_dict_or_path=ds_config):
+            built = AutoModelForCausalLM.from_config(
+                hf_config, attn_implementation=model.attn_implementation, dtype=dtype
+            )
+    except (ImportError, ValueError) as error:
+        raise ConfigError(f"{key}: {files.directory} cannot be built: {error}") from error
+    if built.get_output_embeddings() is None:
+        raise ConfigError(f"{key}: {type(built).__name__} has no output head to distil")
+    built.tie_weights()
+    load_weights(built, files, comm)
+    return built
+
+
+def _backbone(model: PreTrainedModel) -> nn.Module:
+    backbone = model.base_model
+    assert backbone is not model, f"{type(model).__name__} has no backbone apart from its head"
+    return backbone
+
+
+def _check_vocabulary(model: PreTrainedModel, vocab_size: int, key: str) -> None:
+    head: Any = model.get_output_embeddings()
+    rows = int(head.weight.ds_shape[0])
+    if rows < vocab_size:
+        raise ConfigError(f"{key}: its head has {rows} rows, the tokenizer {vocab_size} tokens: not a pair")
+
+
+def _adamw(root: nn.Module, config: Config) -> torch.optim.Optimizer:
+    options = config.optimizer
+    trained: list[Any] = [p for p in root.parameters() if p.requires_grad]
+    decayed = [p for p in trained if len(p.ds_shape) > 1]
+    plain = [p for p in trained if len(p.ds_shape) <= 1]
+    groups = [
+        {"params": decayed, "weight_decay": options.weight_decay},
+        {"params": plain, "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW([g for g in groups if g["params"]], lr=0.0, betas=options.betas, eps=options.eps)

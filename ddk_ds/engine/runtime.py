@@ -1,0 +1,46 @@
+"""One process's place in the job: DeepSpeed's process group, the device, the threads."""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+from dataclasses import dataclass
+
+import deepspeed
+import torch
+from deepspeed.accelerator import get_accelerator
+
+from ddk_ds.comm import Comm, ProcessGroup
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """Where this process computes and whom it talks to."""
+
+    comm: Comm
+    device: torch.device
+
+
+def start_runtime() -> Runtime:
+    """Join the process group that the launcher described in the environment. Collective."""
+    quieten()
+    accelerator = get_accelerator()
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    if accelerator.device_name() == "cpu":
+        # PyTorch takes every core for each process; ranks that share a machine would fight over them.
+        local_size = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
+        if "OMP_NUM_THREADS" not in os.environ:
+            torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_size))
+    else:
+        accelerator.set_device(local_rank)
+    deepspeed.init_distributed(dist_backend=accelerator.communication_backend_name(), verbose=False)
+    return Runtime(ProcessGroup(local_rank), torch.device(accelerator.device_name(), local_rank))
+
+
+def quieten() -> None:
+    """Leave the terminal to what the user must see: warnings of libraries about themselves go."""
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    deepspeed.utils.logging.logger.setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", message=".*CUDA initialization.*")

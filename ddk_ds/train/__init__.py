@@ -1,0 +1,1 @@
+"""The run: loop, step, interval, evaluation, checkpoints, ledger."""

@@ -1,0 +1,114 @@
+"""Everything that can be checked before a model is loaded, checked; what the checks found is what the run uses."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ddk_ds.comm import Comm, agreed
+from ddk_ds.config import Config
+from ddk_ds.data.manifest import Manifest, load_manifest
+from ddk_ds.data.tokenizer import TokenizerInfo, load_tokenizer
+from ddk_ds.engine.ds_config import student_ds_config
+from ddk_ds.engine.model_files import ModelFiles, model_directory, read_model
+from ddk_ds.errors import ConfigError, DataError
+from ddk_ds.mixture.controllers import Controller, make_controller
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """A run's checked inputs."""
+
+    names: list[str]
+    manifest: Manifest
+    tokenizer: TokenizerInfo
+    student: ModelFiles
+    teacher: ModelFiles | None
+    controller: Controller
+
+    @property
+    def fingerprints(self) -> dict[str, Any]:
+        """Hashes of models, tokenizer and shards: what the run's numbers depend on beside the configuration."""
+        return {
+            "student": self.student.fingerprint,
+            "teacher": None if self.teacher is None else self.teacher.fingerprint,
+            "tokenizer": self.tokenizer.fingerprint,
+            "domains": {
+                name: f"{self.manifest.domains[name].train.sha}/{self.manifest.domains[name].validation.sha}"
+                for name in self.names
+            },
+        }
+
+
+def check_inputs(config: Config, comm: Comm) -> Inputs:
+    """Check configuration, batches, data, tokenizers and model files against one another. Collective.
+
+    Raises ConfigError or DataError on every rank, naming the key or file, the value and the fix.
+    """
+    student = model_directory(config.student.path, "student.path", comm)
+    teacher = None if config.teacher is None else model_directory(config.teacher.path, "teacher.path", comm)
+    return agreed(comm, lambda: _check_files(config, student, teacher, comm.world_size))
+
+
+def _check_files(config: Config, student_path: Path, teacher_path: Path | None, world_size: int) -> Inputs:
+    student_ds_config(config, world_size)
+    manifest = load_manifest(config.data.path)
+    names = _check_data(config, manifest)
+    student = read_model(student_path, "student.path")
+    teacher = None if teacher_path is None else read_model(teacher_path, "teacher.path")
+    tokenizer = load_tokenizer(student.directory)
+    if tokenizer.fingerprint != manifest.tokenizer_fingerprint:
+        raise DataError(
+            f"data.path: {manifest.root} was tokenised with another tokenizer ({manifest.tokenizer_fingerprint[:12]}) "
+            f"than that of student.path {student.directory} ({tokenizer.fingerprint[:12]}); prepare the data with it"
+        )
+    if teacher is not None:
+        _check_same_vocabulary(tokenizer, load_tokenizer(teacher.directory), student, teacher)
+    controller = make_controller(
+        config.mixture.controller,
+        names,
+        alpha=config.mixture.alpha,
+        ratio_cap=config.mixture.ratio_cap,
+        initial_floor=config.mixture.initial_floor,
+        proportions=config.mixture.proportions,
+        sizes=[manifest.domains[name].train.tokens for name in names],
+    )
+    return Inputs(names, manifest, tokenizer, student, teacher, controller)
+
+
+def _check_data(config: Config, manifest: Manifest) -> list[str]:
+    names = list(manifest.domains) if config.data.domains is None else list(config.data.domains)
+    manifest.require(names)
+    if manifest.sequence_length != config.data.sequence_length:
+        raise DataError(
+            f"data.sequence_length is {config.data.sequence_length}, the shards of {manifest.root} have "
+            f"{manifest.sequence_length}: set it to that, or prepare the data again"
+        )
+    for name in names:
+        held_out = manifest.domains[name].validation.samples
+        if held_out < config.data.validation_samples:
+            raise DataError(
+                f"domain {name!r} of {manifest.root} has {held_out} validation samples, data.validation_samples asks "
+                f"for {config.data.validation_samples}: lower it, or prepare the data again with more"
+            )
+    return names
+
+
+def _check_same_vocabulary(
+    ours: TokenizerInfo, theirs: TokenizerInfo, student: ModelFiles, teacher: ModelFiles
+) -> None:
+    if ours.fingerprint == theirs.fingerprint:
+        return
+    differing = sorted(
+        (ours.vocab.get(token, theirs.vocab.get(token, 0)), token)
+        for token in ours.vocab.keys() | theirs.vocab.keys()
+        if ours.vocab.get(token) != theirs.vocab.get(token)
+    )
+    token = differing[0][1]
+    raise ConfigError(
+        f"student.path {student.directory} and teacher.path {teacher.directory}: their vocabularies differ in "
+        f"{len(differing)} tokens, the first is {token!r} with id {ours.vocab.get(token)} in the student and "
+        f"{theirs.vocab.get(token)} in the teacher; distillation compares logits by id, so choose a pair that shares "
+        "one tokenizer"
+    )

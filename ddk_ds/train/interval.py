@@ -1,0 +1,106 @@
+"""Between two intervals: measure, decide on rank 0, broadcast, agree. The only place where mixture meets comm."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ddk_ds.comm import Comm
+from ddk_ds.config import Config
+from ddk_ds.mixture.controllers import Controller
+from ddk_ds.mixture.factors import discrepancy
+from ddk_ds.mixture.schedule import DomainOrder, ids_sha, interval_ids
+from ddk_ds.train.state import RunState
+
+Array = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """Perplexities (N,) by domain; the teacher's is None in a run without one."""
+
+    student: Array
+    teacher: Array | None
+
+    @property
+    def ratio(self) -> Array | None:
+        """l_S / l_T by domain."""
+        return None if self.teacher is None else self.student / self.teacher
+
+
+class Mixer:
+    """Turns measurements into the next interval's sample ids, the same on every rank."""
+
+    def __init__(
+        self, controller: Controller, orders: list[DomainOrder], offsets: npt.NDArray[np.int64], comm: Comm
+    ) -> None:
+        self._controller = controller
+        self._orders = orders
+        self._offsets = offsets
+        self._comm = comm
+
+    def begin(self, state: RunState, measured: Measurement, total_samples: int) -> npt.NDArray[np.int64]:
+        """Decide the next interval's proportions, advance `state.data`, return its global sample ids. Collective.
+
+        Rank 0 decides; its proportions and counts are broadcast; every rank plans, and all must hold the same ids.
+        """
+        decision = self._comm.broadcast_object(self._decide(state, measured) if self._comm.rank == 0 else None)
+        state.proportions = decision
+        state.data.advance(np.array(decision), total_samples)
+        ids = self.ids(state)
+        state.data.ids_sha = ids_sha(ids)
+        plans = self._comm.gather_objects((state.data.counts, state.data.ids_sha))
+        assert all(plan == plans[0] for plan in plans), f"ranks hold different plans of the interval: {plans}"
+        return ids
+
+    def ids(self, state: RunState) -> npt.NDArray[np.int64]:
+        """Global sample ids (total,) of the interval that `state` is in."""
+        return interval_ids(self._orders, self._offsets, state.data)
+
+    def _decide(self, state: RunState, measured: Measurement) -> list[float]:
+        if not state.proportions:
+            return self._controller.start(measured.student, measured.teacher).tolist()
+        current = np.array(state.proportions)
+        return self._controller.update(current, measured.student, measured.teacher).tolist()
+
+
+def stop_reason(config: Config, state: RunState, measured: Measurement, corpus_samples: int) -> str | None:
+    """Why the run ends at this interval's border, or None. Pure; the same on every rank."""
+    stop, intervals_done = config.stop, state.data.interval + 1
+    if stop.steps is not None and state.step >= stop.steps:
+        return f"{state.step} steps done"
+    if stop.intervals is not None and intervals_done >= stop.intervals:
+        return f"{intervals_done} intervals done"
+    if stop.data_once and state.step * config.train.global_batch_samples >= corpus_samples:
+        return f"all {corpus_samples} samples used once"
+    if stop.discrepancy is not None and measured.teacher is not None:
+        found = discrepancy(measured.student, measured.teacher)
+        if found < stop.discrepancy:
+            return f"discrepancy {found:.4g} is under {stop.discrepancy:g}"
+    return None
+
+
+def interval_record(
+    state: RunState, measured: Measurement, names: list[str], counts: list[int] | None, clock_s: float
+) -> dict[str, Any]:
+    """The ledger's line of an interval's beginning (counts drawn) or of the run's end (counts None)."""
+
+    def by_domain(values: Any) -> dict[str, Any] | None:
+        return None if values is None else dict(zip(names, np.asarray(values).tolist(), strict=True))
+
+    return {
+        "kind": "interval" if counts is not None else "end",
+        "interval": state.data.interval,
+        "step": state.step,
+        "student_ppl": by_domain(measured.student),
+        "teacher_ppl": by_domain(measured.teacher),
+        "ratio": by_domain(measured.ratio),
+        "proportions": by_domain(state.proportions) if counts is not None else None,
+        "counts": by_domain(counts),
+        "domain_tokens": by_domain(state.domain_tokens),
+        "ids_sha": state.data.ids_sha if counts is not None else None,
+        "clock": {"measure_s": round(clock_s, 3)},
+    }

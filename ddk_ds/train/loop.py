@@ -1,0 +1,141 @@
+"""The run: intervals of steps until a stop, with a checkpoint every so often."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import asdict
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ddk_ds.data.loader import MicroBatch, interval_loader
+from ddk_ds.engine.export import export_student
+from ddk_ds.train.checkpoint import save_checkpoint
+from ddk_ds.train.interval import Measurement, interval_record, stop_reason
+from ddk_ds.train.learning_rate import learning_rate
+from ddk_ds.train.setup import Run
+from ddk_ds.train.step import StepMetrics, seed_step, train_step
+from ddk_ds.train.summary import make_summary, summary_table, write_summary
+
+
+def train(run: Run) -> dict[str, Any]:
+    """Train from the run's state to its end, export the student, and return the summary. Collective."""
+    run.progress.start(run.state.step)
+    try:
+        while True:
+            if not run.state.data.done:
+                ids = run.mixer.ids(run.state)
+            else:
+                measured, measure_s = _measure(run)
+                reason = stop_reason(run.config, run.state, measured, len(run.dataset))
+                if reason is not None:
+                    return _finish(run, measured, measure_s, reason)
+                ids = _begin_interval(run, measured, measure_s)
+            _train_interval(run, ids)
+    finally:
+        run.progress.stop()
+
+
+def _train_interval(run: Run, ids: npt.NDArray[np.int64]) -> None:
+    comm, state, config = run.runtime.comm, run.state, run.config
+    batches = interval_loader(
+        run.dataset,
+        ids,
+        rank=comm.rank,
+        world=comm.world_size,
+        micro_batch=config.train.micro_batch_samples,
+        start_sample=state.data.consumed,
+        num_workers=config.data.num_workers,
+    )
+    for micro_batches, data_s, started in _steps(batches, config.micro_batches(comm.world_size)):
+        seed_step(config.seed, state.step, comm.rank)
+        rate = learning_rate(state.step, run.total_steps, config.optimizer)
+        metrics = train_step(
+            run.student,
+            run.method,
+            micro_batches,
+            learning_rate=rate,
+            num_domains=len(run.inputs.names),
+            device=run.runtime.device,
+            comm=comm,
+        )
+        _record_step(run, metrics, rate, data_s, time.perf_counter() - started)
+        if state.step % config.checkpoint.every_steps == 0:
+            _checkpoint(run)
+
+
+def _steps(
+    batches: Iterator[MicroBatch], micro_batches: int
+) -> Iterator[tuple[list[MicroBatch], float, float]]:
+    """The micro-batches of each optimizer step, the seconds they were waited for, and when the step began."""
+    while True:
+        started = time.perf_counter()
+        taken = list(islice(batches, micro_batches))
+        if not taken:
+            return
+        yield taken, time.perf_counter() - started, started
+
+
+def _measure(run: Run) -> tuple[Measurement, float]:
+    started = time.perf_counter()
+    measured = run.measure()
+    if not run.state.student_before:
+        run.state.student_before = measured.student.tolist()
+    elapsed = time.perf_counter() - started
+    run.state.train_s += elapsed
+    return measured, elapsed
+
+
+def _begin_interval(run: Run, measured: Measurement, measure_s: float) -> npt.NDArray[np.int64]:
+    state, config = run.state, run.config
+    steps = min(config.mixture.interval_steps, run.total_steps - state.step)
+    ids = run.mixer.begin(state, measured, steps * config.train.global_batch_samples)
+    run.ledger.write(interval_record(state, measured, run.inputs.names, list(state.data.counts), measure_s))
+    run.progress.interval(state.data.interval, state.proportions)
+    return ids
+
+
+def _record_step(run: Run, metrics: StepMetrics, rate: float, data_s: float, step_s: float) -> None:
+    state = run.state
+    state.step += 1
+    state.data.consumed += run.config.train.global_batch_samples
+    state.domain_tokens = [a + b for a, b in zip(state.domain_tokens, metrics.domain_tokens, strict=True)]
+    state.train_s += step_s
+    tokens_per_s = sum(metrics.domain_tokens) / step_s
+    record = {"kind": "step", "step": state.step, "interval": state.data.interval, **asdict(metrics)}
+    clock = {"step_s": round(step_s, 4), "data_s": round(data_s, 4), "tokens_per_s": round(tokens_per_s, 1)}
+    run.ledger.write({**record, "learning_rate": rate, "clock": clock})
+    run.progress.step(state.step, metrics, tokens_per_s)
+
+
+def _checkpoint(run: Run) -> None:
+    started = time.perf_counter()
+    path = save_checkpoint(
+        run.student, run.state, run.config.run_dir, run.ledger.position(), run.runtime.comm
+    )
+    run.ledger.event("checkpoint", step=run.state.step, path=str(path), seconds=time.perf_counter() - started)
+
+
+def _finish(run: Run, measured: Measurement, measure_s: float, reason: str) -> dict[str, Any]:
+    _checkpoint(run)
+    run.ledger.write(interval_record(run.state, measured, run.inputs.names, None, measure_s))
+    config, comm = run.config, run.runtime.comm
+    export_student(run.student, run.inputs.student, config.run_dir / "export", comm)
+    summary = make_summary(
+        run.inputs.names,
+        run.state,
+        measured,
+        run=config.name,
+        controller=config.mixture.controller,
+        reason=reason,
+    )
+    if comm.rank == 0:
+        write_summary(config.run_dir, summary)
+    run.ledger.event("end", step=run.state.step, reason=reason)
+    run.progress.stop()
+    run.progress.say(f"finished: {reason}; student exported to {config.run_dir / 'export'}")
+    run.progress.console.print(summary_table(summary))
+    return summary

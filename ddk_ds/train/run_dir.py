@@ -1,0 +1,69 @@
+"""The run's directory: whose it is, and whether this run may write there."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from ddk_ds.config import Config, to_yaml
+from ddk_ds.errors import CheckpointError
+from ddk_ds.train.checkpoint import newest_checkpoint
+
+# What may differ between two sessions of one run: where things lie and how fast they go, not what is computed.
+_FREE = {
+    "name": True,
+    "output_dir": True,
+    "checkpoint": True,
+    "data": {"path", "num_workers"},
+    "student": {"path"},
+    "teacher": {"path"},
+}
+
+
+def run_identity(config: Config, fingerprints: dict[str, Any]) -> dict[str, Any]:
+    """Everything that the run's numbers depend on, flat: dotted configuration keys and content fingerprints."""
+    values = config.model_dump(mode="json", exclude=_FREE)  # type: ignore[arg-type]
+    return _flatten({**values, "content": fingerprints})
+
+
+def claim_run_dir(config: Config, identity: dict[str, Any]) -> None:
+    """Make the run's directory and note whose it is (rank 0 only; after `check_run_dir`)."""
+    config.run_dir.mkdir(parents=True, exist_ok=True)
+    _write(config.run_dir / "run.json", json.dumps(identity, indent=1))
+    _write(config.run_dir / "config.yaml", to_yaml(config))
+
+
+def check_run_dir(config: Config, identity: dict[str, Any]) -> None:
+    """Raise CheckpointError where the directory holds another run, or this one and `checkpoint.resume: never`."""
+    run_dir = config.run_dir
+    owner = run_dir / "run.json"
+    if not owner.is_file():
+        if run_dir.exists() and any(run_dir.iterdir()):
+            raise CheckpointError(f"{run_dir} holds files of something else; set name or output_dir to a new directory")
+        return
+    stored = json.loads(owner.read_text())
+    changed = [key for key in {**stored, **identity} if stored.get(key) != identity.get(key)]
+    if changed:
+        shown = "; ".join(f"{key} was {stored.get(key)!r}, is {identity.get(key)!r}" for key in sorted(changed)[:4])
+        raise CheckpointError(f"{run_dir} holds another run: {shown}. Set another name, or the values it had")
+    if config.checkpoint.resume == "never" and (run_dir / "ledger.jsonl").is_file():
+        raise CheckpointError(f"{run_dir} holds this run already and checkpoint.resume is never: set another name")
+    if newest_checkpoint(run_dir) is None and any((run_dir / "checkpoints").glob("step-*")):
+        raise CheckpointError(f"{run_dir}/checkpoints: none is complete; mend or move them before starting anew")
+
+
+def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, dict) and value:
+            flat.update(_flatten(value, f"{prefix}{key}."))
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def _write(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}.partial")
+    temporary.write_text(text)
+    temporary.replace(path)

@@ -1,0 +1,146 @@
+"""From checked inputs to a run that is ready to go: models, data, controller, state."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from ddk_ds.config import Config
+from ddk_ds.data.loader import validation_batches
+from ddk_ds.data.mixture_dataset import MixtureDataset
+from ddk_ds.engine.models import Student, Teacher, load_student, load_teacher
+from ddk_ds.engine.runtime import Runtime
+from ddk_ds.methods import Method, make_method
+from ddk_ds.mixture.schedule import DomainOrder, IntervalState
+from ddk_ds.train.checkpoint import load_checkpoint, newest_checkpoint, remove_partial
+from ddk_ds.train.evaluate import PerplexityCache, ValidationBatches, perplexities
+from ddk_ds.train.inputs import Inputs
+from ddk_ds.train.interval import Array, Measurement, Mixer
+from ddk_ds.train.ledger import Ledger
+from ddk_ds.train.learning_rate import total_steps
+from ddk_ds.train.progress import RunProgress
+from ddk_ds.train.state import RunState
+
+
+@dataclass
+class Run:
+    """Everything that the loop works with."""
+
+    config: Config
+    inputs: Inputs
+    runtime: Runtime
+    student: Student
+    method: Method
+    dataset: MixtureDataset
+    validation: ValidationBatches
+    teacher_ppl: Array | None
+    mixer: Mixer
+    state: RunState
+    ledger: Ledger
+    progress: RunProgress
+    total_steps: int
+
+    def measure(self) -> Measurement:
+        """Perplexities of the student now, beside the teacher's. Collective."""
+        return Measurement(_perplexities(self.student, self), self.teacher_ppl)
+
+
+def prepare_run(config: Config, inputs: Inputs, runtime: Runtime) -> Run:
+    """Load models and data, restore the newest complete checkpoint if there is one. Collective."""
+    comm = runtime.comm
+    dataset = MixtureDataset(config.data.path, inputs.names)
+    validation = validation_batches(
+        config.data.path,
+        inputs.names,
+        num_samples=config.data.validation_samples,
+        rank=comm.rank,
+        world=comm.world_size,
+        micro_batch=config.train.micro_batch_samples,
+    )
+    vocab_size = inputs.tokenizer.vocab_size
+    teacher = None if inputs.teacher is None else load_teacher(config, inputs.teacher, vocab_size, comm)
+    teacher_ppl = None if teacher is None else _teacher_perplexities(config, inputs, teacher, validation, runtime)
+    student = load_student(config, inputs.student, vocab_size, comm)
+    orders = [
+        DomainOrder(name, sizes, config.seed) for name, sizes in zip(inputs.names, dataset.shard_sizes, strict=True)
+    ]
+    steps = total_steps(config, len(dataset))
+    run = Run(
+        config=config,
+        inputs=inputs,
+        runtime=runtime,
+        student=student,
+        method=make_method(config, teacher, vocab_size),
+        dataset=dataset,
+        validation=validation,
+        teacher_ppl=teacher_ppl,
+        mixer=Mixer(inputs.controller, orders, dataset.sample_offsets, comm),
+        state=RunState(
+            data=IntervalState.new(config.seed, inputs.names, dataset.sizes, dataset.shas),
+            domain_tokens=[0] * len(inputs.names),
+        ),
+        ledger=Ledger(config.run_dir, comm.rank),
+        progress=RunProgress(comm.rank, steps, inputs.names),
+        total_steps=steps,
+    )
+    _restore(run)
+    return run
+
+
+def _restore(run: Run) -> None:
+    comm, run_dir = run.runtime.comm, run.config.run_dir
+    if comm.rank == 0:
+        remove_partial(run_dir)
+    found = comm.broadcast_object(newest_checkpoint(run_dir) if comm.rank == 0 else None)
+    if found is None:
+        run.ledger.rewind(0)
+        return
+    directory, manifest = found
+    run.state = load_checkpoint(run.student, directory, manifest, comm)
+    run.ledger.rewind(manifest.ledger_bytes)
+    run.progress.say(f"resumed from {directory}, step {run.state.step}")
+
+
+def _teacher_perplexities(
+    config: Config, inputs: Inputs, teacher: Teacher, validation: ValidationBatches, runtime: Runtime
+) -> Array:
+    """The teacher never changes: what was measured once under the same conditions is read back."""
+    assert inputs.teacher is not None, "a teacher without files"
+    comm = runtime.comm
+    key = {
+        "weights": inputs.teacher.fingerprint,
+        "dtype": config.train.precision,
+        "tokenizer": inputs.tokenizer.fingerprint,
+        "sequence_length": config.data.sequence_length,
+        "samples": config.data.validation_samples,
+    }
+    cache = PerplexityCache(config.run_dir.parent / ".teacher-perplexities", key)
+    domain_keys = [inputs.manifest.domains[name].validation.sha for name in inputs.names]
+    values = comm.broadcast_object(cache.read(domain_keys) if comm.rank == 0 else None)
+    unknown = [i for i, value in enumerate(values) if value is None]
+    if unknown:
+        measured = perplexities(
+            teacher,
+            [validation[i] for i in unknown],
+            vocab_size=inputs.tokenizer.vocab_size,
+            chunk_tokens=config.loss.chunk_tokens,
+            device=runtime.device,
+            comm=comm,
+        )
+        for i, value in zip(unknown, measured.tolist(), strict=True):
+            values[i] = value
+        if comm.rank == 0:
+            cache.write([domain_keys[i] for i in unknown], measured.tolist())
+    return np.array(values, np.float64)
+
+
+def _perplexities(student: Student, run: Run) -> Array:
+    return perplexities(
+        student,
+        run.validation,
+        vocab_size=run.inputs.tokenizer.vocab_size,
+        chunk_tokens=run.config.loss.chunk_tokens,
+        device=run.runtime.device,
+        comm=run.runtime.comm,
+    )

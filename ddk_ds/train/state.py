@@ -1,0 +1,35 @@
+"""Everything a run must remember besides weights and optimizer: a few kB of JSON, free of the world size."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from ddk_ds.mixture.schedule import IntervalState
+
+
+@dataclass
+class RunState:
+    """Where the run stands. Equal on every rank."""
+
+    data: IntervalState
+    """Interval, counts, cursors, samples consumed."""
+    step: int = 0
+    """Optimizer steps done."""
+    proportions: list[float] = field(default_factory=list)
+    """r_t of the running interval, in the order of the domains; empty before the first."""
+    domain_tokens: list[int] = field(default_factory=list)
+    """Valid tokens trained on so far, by domain."""
+    student_before: list[float] = field(default_factory=list)
+    """Perplexity of the student before step 1, by domain."""
+    train_s: float = 0.0
+    """Seconds of all sessions of the run so far."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON for the checkpoint's client state."""
+        return {**vars(self), "data": self.data.to_json()}
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> RunState:
+        """Inverse of `to_json`."""
+        return cls(**{**values, "data": IntervalState.from_json(values["data"])})

@@ -1,0 +1,63 @@
+"""One optimizer step: micro-batches in, one update and its metrics out."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from ddk_ds.comm import Comm
+from ddk_ds.data.loader import MicroBatch
+from ddk_ds.engine.models import Student
+from ddk_ds.methods import Method
+from ddk_ds.train.evaluate import IGNORE_INDEX, next_token_labels
+
+
+@dataclass(frozen=True)
+class StepMetrics:
+    """Means over the step's valid tokens on all ranks, and what the step consumed."""
+
+    loss: float
+    ce: float
+    kl: float
+    grad_norm: float
+    domain_tokens: list[int]
+
+
+def train_step(
+    student: Student,
+    method: Method,
+    micro_batches: Sequence[MicroBatch],
+    *,
+    learning_rate: float,
+    num_domains: int,
+    device: torch.device,
+    comm: Comm,
+) -> StepMetrics:
+    """Accumulate the micro-batches' gradients and update the student once. Collective.
+
+    Sums over valid tokens are divided once, by the step's global number of valid tokens: it is reduced before the
+    first backward. DeepSpeed averages gradients over ranks, so the loss is multiplied by the world size.
+    """
+    labels = [next_token_labels(batch["input_ids"]) for batch in micro_batches]
+    domain_tokens = torch.zeros(num_domains, dtype=torch.float64)
+    for batch, label in zip(micro_batches, labels, strict=True):
+        domain_tokens.index_add_(0, batch["domain"], (label != IGNORE_INDEX).sum(1).double())
+    domain_tokens = comm.all_reduce_sum(domain_tokens.to(device))
+    num_valid = domain_tokens.sum()
+    sums = torch.zeros(3, dtype=torch.float64, device=device)
+    for number, (batch, label) in enumerate(zip(micro_batches, labels, strict=True), 1):
+        result = method.loss(student, batch["input_ids"].to(device), label.to(device), num_valid)
+        student.backward(result.loss * comm.world_size, last=number == len(micro_batches))
+        sums += torch.stack([result.loss.detach(), result.ce, result.kl]).double()
+    grad_norm = student.update(learning_rate)
+    loss, ce, kl = comm.all_reduce_sum(sums).tolist()
+    return StepMetrics(loss, ce, kl, grad_norm, [int(tokens) for tokens in domain_tokens.tolist()])
+
+
+def seed_step(seed: int, step: int, rank: int) -> None:
+    """Seed dropout anew for each step: a resumed run needs no generator state, and its draws are the same."""
+    digest = hashlib.sha256(f"{seed}/{step}/{rank}".encode()).digest()
+    torch.manual_seed(int.from_bytes(digest[:8], "big") >> 1)

@@ -1,0 +1,103 @@
+"""Distil (or continue pre-training) one student by one configuration.
+
+    deepspeed launch/distill.py --config configs/demo.yaml [key=value ...]
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.table import Table
+
+from ddk_ds.comm import Comm, SingleProcess, agreed, destroy
+from ddk_ds.config import Config, load_config, to_yaml
+from ddk_ds.errors import UserError
+
+if TYPE_CHECKING:
+    from ddk_ds.train.inputs import Inputs
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Returns the exit code: 0 done, 2 for an error that the user can mend."""
+    options = _parse(arguments)
+    try:
+        config = load_config(options.config, options.overrides)
+        if options.print_config:
+            _console().print(to_yaml(config), end="", highlight=False, soft_wrap=True)
+            return 0
+        if "RANK" not in os.environ and not options.dry_run:
+            raise UserError("start it with the launcher: deepspeed launch/distill.py --config ...")
+        return _run(config, dry_run=options.dry_run)
+    except UserError as error:
+        _console(stderr=True).print(f"error: {error}", style="bold red", highlight=False, soft_wrap=True, markup=False)
+        return 2
+    finally:
+        destroy()
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="deepspeed launch/distill.py", description="Distil a student by a YAML configuration."
+    )
+    parser.add_argument("--config", required=True, help="YAML file of the run, see configs/")
+    parser.add_argument("--print-config", action="store_true", help="show the resolved configuration and exit")
+    parser.add_argument("--dry-run", action="store_true", help="check all that can be checked without training")
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="configuration values to replace")
+    return parser.parse_args(arguments)
+
+
+def _run(config: Config, *, dry_run: bool) -> int:
+    # Only now: importing DeepSpeed and Transformers takes seconds that a misspelt key need not wait for.
+    from ddk_ds.engine.runtime import start_runtime
+    from ddk_ds.train.inputs import check_inputs
+    from ddk_ds.train.run_dir import check_run_dir, claim_run_dir, run_identity
+    from ddk_ds.train.summary import is_finished
+
+    runtime = start_runtime() if "RANK" in os.environ else None
+    comm: Comm = SingleProcess() if runtime is None else runtime.comm
+    inputs = check_inputs(config, comm)
+    identity = run_identity(config, inputs.fingerprints)
+    agreed(comm, lambda: check_run_dir(config, identity))
+    if dry_run or runtime is None:
+        _report(config, inputs, comm.world_size)
+        return 0
+    if comm.broadcast_object(is_finished(config.run_dir)):
+        _console().print(f"{config.run_dir} is finished: see {config.run_dir / 'summary.json'}", soft_wrap=True)
+        return 0
+    if comm.rank == 0:
+        claim_run_dir(config, identity)
+    from ddk_ds.train.loop import train
+    from ddk_ds.train.setup import prepare_run
+
+    train(prepare_run(config, inputs, runtime))
+    return 0
+
+
+def _report(config: Config, inputs: Inputs, world_size: int) -> None:
+    train = config.train
+    table = Table("domain", "train samples", "validation samples", title="every check passed", title_justify="left")
+    for name in inputs.names:
+        domain = inputs.manifest.domains[name]
+        table.add_row(name, f"{domain.train.samples:,}", f"{domain.validation.samples:,}")
+    _console().print(table)
+    _console().print(
+        f"{world_size} ranks x {config.micro_batches(world_size)} micro-batches x {train.micro_batch_samples} samples "
+        f"x {config.data.sequence_length} tokens = {train.global_batch_samples * config.data.sequence_length:,} tokens "
+        f"a step; student {inputs.student.directory}; teacher {inputs.teacher and inputs.teacher.directory}; "
+        f"vocabulary {inputs.tokenizer.vocab_size:,}; run directory {config.run_dir}",
+        soft_wrap=True,
+    )
+
+
+def _console(*, stderr: bool = False) -> Console:
+    return Console(stderr=stderr, quiet=os.environ.get("RANK", "0") != "0")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
