@@ -12,7 +12,7 @@ from ddk_ds.comm import Comm
 from ddk_ds.config import Config
 from ddk_ds.mixture.controllers import Controller
 from ddk_ds.mixture.factors import discrepancy
-from ddk_ds.mixture.schedule import DomainOrder, ids_sha, interval_ids
+from ddk_ds.mixture.schedule import DomainOrder, interval_ids
 from ddk_ds.train.state import RunState
 
 Array = npt.NDArray[np.float64]
@@ -45,20 +45,22 @@ class Mixer:
     def begin(self, state: RunState, measured: Measurement, total_samples: int) -> npt.NDArray[np.int64]:
         """Decide the next interval's proportions, advance `state.data`, return its global sample ids. Collective.
 
-        Rank 0 decides; its proportions and counts are broadcast; every rank plans, and all must hold the same ids.
+        Rank 0 decides and broadcasts; every rank turns the proportions into the same integer counts and the same ids,
+        and all check that they did.
         """
-        decision = self._comm.broadcast_object(self._decide(state, measured) if self._comm.rank == 0 else None)
-        state.proportions = decision
-        state.data.advance(np.array(decision), total_samples)
+        proportions = self._decide(state, measured) if self._comm.rank == 0 else None
+        state.proportions = self._comm.broadcast_object(proportions)
+        state.data = state.data.advance(state.proportions, total_samples)
         ids = self.ids(state)
-        state.data.ids_sha = ids_sha(ids)
         plans = self._comm.gather_objects((state.data.counts, state.data.ids_sha))
         assert all(plan == plans[0] for plan in plans), f"ranks hold different plans of the interval: {plans}"
         return ids
 
     def ids(self, state: RunState) -> npt.NDArray[np.int64]:
-        """Global sample ids (total,) of the interval that `state` is in."""
-        return interval_ids(self._orders, self._offsets, state.data)
+        """Global sample ids (total,) of the interval that `state` is in; notes or checks their hash in it."""
+        ids = interval_ids(self._orders, self._offsets, state.data)
+        state.data = state.data.seal(ids)
+        return ids
 
     def _decide(self, state: RunState, measured: Measurement) -> list[float]:
         if not state.proportions:

@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from ddk_ds.data.loader import MicroBatch, interval_loader
 from ddk_ds.engine.export import export_student
+from ddk_ds.mixture.factors import one_hot_warning
 from ddk_ds.train.checkpoint import save_checkpoint
 from ddk_ds.train.interval import Measurement, interval_record, stop_reason
 from ddk_ds.train.learning_rate import learning_rate
@@ -94,6 +95,10 @@ def _begin_interval(run: Run, measured: Measurement, measure_s: float) -> npt.ND
     steps = min(config.mixture.interval_steps, run.total_steps - state.step)
     ids = run.mixer.begin(state, measured, steps * config.train.global_batch_samples)
     run.ledger.write(interval_record(state, measured, run.inputs.names, list(state.data.counts), measure_s))
+    warning = one_hot_warning(state.proportions, run.inputs.names)
+    if warning is not None and state.data.interval == 0 and run.inputs.controller.uses_teacher:
+        run.progress.say(f"warning: {warning}")
+        run.ledger.event("warning", step=state.step, text=warning)
     run.progress.interval(state.data.interval, state.proportions)
     return ids
 
@@ -101,7 +106,7 @@ def _begin_interval(run: Run, measured: Measurement, measure_s: float) -> npt.ND
 def _record_step(run: Run, metrics: StepMetrics, rate: float, data_s: float, step_s: float) -> None:
     state = run.state
     state.step += 1
-    state.data.consumed += run.config.train.global_batch_samples
+    state.data = state.data.consume(run.config.train.global_batch_samples)
     state.domain_tokens = [a + b for a, b in zip(state.domain_tokens, metrics.domain_tokens, strict=True)]
     state.train_s += step_s
     tokens_per_s = sum(metrics.domain_tokens) / step_s

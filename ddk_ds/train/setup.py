@@ -12,7 +12,7 @@ from ddk_ds.data.mixture_dataset import MixtureDataset
 from ddk_ds.engine.models import Student, Teacher, load_student, load_teacher
 from ddk_ds.engine.runtime import Runtime
 from ddk_ds.methods import Method, make_method
-from ddk_ds.mixture.schedule import DomainOrder, IntervalState
+from ddk_ds.mixture.schedule import DomainEntry, DomainOrder, IntervalState
 from ddk_ds.train.checkpoint import load_checkpoint, newest_checkpoint, remove_partial
 from ddk_ds.train.evaluate import PerplexityCache, ValidationBatches, perplexities
 from ddk_ds.train.inputs import Inputs
@@ -77,7 +77,7 @@ def prepare_run(config: Config, inputs: Inputs, runtime: Runtime) -> Run:
         teacher_ppl=teacher_ppl,
         mixer=Mixer(inputs.controller, orders, dataset.sample_offsets, comm),
         state=RunState(
-            data=IntervalState.new(config.seed, inputs.names, dataset.sizes, dataset.shas),
+            data=IntervalState.new(_domain_entries(dataset), seed=config.seed),
             domain_tokens=[0] * len(inputs.names),
         ),
         ledger=Ledger(config.run_dir, comm.rank),
@@ -97,9 +97,18 @@ def _restore(run: Run) -> None:
         run.ledger.rewind(0)
         return
     directory, manifest = found
+    fresh = run.state.data
     run.state = load_checkpoint(run.student, directory, manifest, comm)
+    run.state.data.check_fits(fresh)
     run.ledger.rewind(manifest.ledger_bytes)
     run.progress.say(f"resumed from {directory}, step {run.state.step}")
+
+
+def _domain_entries(dataset: MixtureDataset) -> list[DomainEntry]:
+    return [
+        {"name": name, "num_samples": int(size), "sha": sha}
+        for name, size, sha in zip(dataset.names, dataset.sizes, dataset.shas, strict=True)
+    ]
 
 
 def _teacher_perplexities(

@@ -1,0 +1,69 @@
+# make demo   set up, then the whole way on real text: tokenizer, data, models, DDK, and equal sampling beside it
+# make test   set up, then lint, types and tests
+# Set-up is done once, in .venv; PYTHON=python3.12 names another interpreter for it.
+
+PYTHON ?= python3
+BIN := .venv/bin
+# torch looks for ninja on PATH.
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+
+INSTALLED := .venv/.installed
+READY := .venv/.ready
+DATA := runs/demo-data
+
+.PHONY: setup demo clean-demo test lint
+.NOTPARALLEL:
+
+setup: $(READY)
+
+$(INSTALLED): pyproject.toml constraints.txt
+	@$(PYTHON) tools/check_setup.py
+	@echo "set-up: installing into .venv: 3.3 GB are downloaded, 7 GB installed"
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -c constraints.txt -e '.[test]'
+	@touch $@
+
+# DeepSpeed would compile this when a run first starts, while the ranks wait.
+$(READY): $(INSTALLED)
+	@echo "set-up: compiling DeepSpeed's shared-memory communication, about a minute"
+	$(BIN)/python -c 'from deepspeed.ops.op_builder import ShareMemCommBuilder as B; B().load(verbose=False)'
+	@touch $@
+
+# Every step of the demo runs where its output is missing. A training run that was cut short goes on from its
+# newest checkpoint.
+demo: $(READY) runs/demo/summary.json
+	@$(BIN)/python tools/summary.py runs/demo runs/demo-equal
+
+$(DATA)/tokenizer/tokenizer.json: | $(READY)
+	$(BIN)/python tools/train_tokenizer.py --recipe configs/data/demo.yaml --vocab-size 8192 --out $(@D)
+
+$(DATA)/shards/domains.json: | $(DATA)/tokenizer/tokenizer.json
+	$(BIN)/python tools/prepare_data.py --recipe configs/data/demo.yaml --tokenizer $(DATA)/tokenizer \
+	  --out $(@D) --sequence-length 256 --validation-samples 100
+
+$(DATA)/%-init/model.safetensors: | $(DATA)/tokenizer/tokenizer.json
+	$(BIN)/python tools/init_model.py --config configs/models/demo_$*.json --tokenizer $(DATA)/tokenizer \
+	  --out $(@D) --seed 1
+
+runs/demo-teacher/summary.json: | $(DATA)/shards/domains.json $(DATA)/teacher-init/model.safetensors
+	$(BIN)/deepspeed --num_gpus 2 launch/distill.py --config configs/demo_teacher.yaml
+
+runs/demo-student/summary.json: | $(DATA)/student-init/model.safetensors runs/demo-teacher/summary.json
+	$(BIN)/deepspeed --num_gpus 2 launch/distill.py --config configs/demo_student.yaml
+
+runs/demo-equal/summary.json: | runs/demo-student/summary.json
+	$(BIN)/deepspeed --num_gpus 2 launch/distill.py --config configs/demo_equal.yaml
+
+runs/demo/summary.json: | runs/demo-equal/summary.json
+	$(BIN)/deepspeed --num_gpus 2 launch/distill.py --config configs/demo.yaml
+
+clean-demo:
+	rm -rf $(DATA) runs/demo-teacher runs/demo-student runs/demo-equal runs/demo
+
+test: lint
+	$(BIN)/python -m pytest
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy

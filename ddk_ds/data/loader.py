@@ -1,0 +1,95 @@
+"""From sample ids to a rank's micro-batches: the same global batches for any number of ranks and workers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TypedDict
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch.utils.data import DataLoader
+
+from ddk_ds.data.manifest import load_manifest
+from ddk_ds.data.mds import open_split
+from ddk_ds.data.mixture_dataset import MixtureDataset
+from ddk_ds.errors import DataError
+
+
+class MicroBatch(TypedDict):
+    """`input_ids` (B, L), `domain` (B,) and `sample_id` (B,), all int64."""
+
+    input_ids: torch.Tensor
+    domain: torch.Tensor
+    sample_id: torch.Tensor
+
+
+def interval_loader(
+    dataset: MixtureDataset,
+    ids: npt.NDArray[np.int64],
+    *,
+    rank: int,
+    world: int,
+    micro_batch: int,
+    start_sample: int = 0,
+    num_workers: int = 0,
+) -> Iterator[MicroBatch]:
+    """One rank's micro-batches of one interval, from `start_sample` on.
+
+    Rank r's m-th micro-batch is ids[start + (m * world + r) * B : ... + B]: the global batch of an optimizer
+    step is the same slice of `ids` for any world size.
+
+    Args:
+        ids: (total,) global sample ids of the interval, in global order.
+        micro_batch: B, samples of one rank's forward pass.
+        start_sample: samples of the interval that are trained already.
+        num_workers: reading processes; 0 reads in this one.
+    """
+    remaining = len(ids) - start_sample
+    assert remaining >= 0 and remaining % (world * micro_batch) == 0, (
+        f"{remaining} samples from {start_sample} on do not divide into {world} ranks x {micro_batch}"
+    )
+    batches = ids[start_sample:].reshape(-1, world, micro_batch)[:, rank]
+    loader = DataLoader(
+        dataset,
+        batch_sampler=batches.tolist(),
+        num_workers=num_workers,
+        # DataLoader draws a seed: from its own generator, or the training's RNG would depend on resumes.
+        generator=torch.Generator().manual_seed(0),
+    )
+    return iter(loader)
+
+
+def validation_batches(
+    root: str | Path, names: Sequence[str], *, num_samples: int, rank: int, world: int, micro_batch: int
+) -> list[list[tuple[torch.Tensor, torch.Tensor]]]:
+    """One rank's share of the first `num_samples` validation samples of each domain.
+
+    Returns:
+        For each domain a list of (input_ids (B, L) int64, real (B,) bool). All lists are equally long, on all
+        ranks; rows that only fill up a batch are zeros and not real.
+
+    Raises:
+        DataError: a domain has fewer validation samples.
+    """
+    manifest = load_manifest(root)
+    manifest.require(names)
+    shares = []
+    for name in names:
+        split = open_split(Path(root) / name / "validation")
+        if len(split) < num_samples:
+            raise DataError(
+                f"domain {name!r} of {root} has {len(split):,} validation samples, {num_samples:,} are asked "
+                "for; lower data.validation_samples or prepare the data again with more"
+            )
+        share = []
+        # Starts past num_samples (by less than a global batch) give the last ranks their all-padding batch.
+        for first in range(rank * micro_batch, num_samples + rank * micro_batch, world * micro_batch):
+            input_ids = torch.zeros(micro_batch, manifest.sequence_length, dtype=torch.int64)
+            real = torch.arange(first, first + micro_batch) < num_samples
+            for row in range(int(real.sum())):
+                input_ids[row] = torch.from_numpy(split.tokens(first + row))
+            share.append((input_ids, real))
+        shares.append(share)
+    return shares

@@ -1,0 +1,56 @@
+"""All domains' samples under one numbering: a global sample id is the domain's offset + the local id."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TypedDict
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch.utils.data import Dataset
+
+from ddk_ds.data.manifest import load_manifest
+from ddk_ds.data.mds import open_split
+
+
+class Sample(TypedDict):
+    """One sample: `input_ids` (L,) int64, the index of its domain, its global id."""
+
+    input_ids: torch.Tensor
+    domain: int
+    sample_id: int
+
+
+class MixtureDataset(Dataset[Sample]):
+    """Samples of several domains of one prepared directory, in the order of `names`.
+
+    Plain readers without locks, shared memory or open files: it can be pickled, forked and spawned.
+
+    Attributes:
+        names: the domains.
+        sizes: (N,) samples of each domain.
+        sample_offsets: (N,) global id of each domain's first sample.
+        shard_sizes: N arrays (S,), samples of each shard.
+        shas: N hashes of the split's shards.
+    """
+
+    def __init__(self, root: str | Path, names: Sequence[str], split: str = "train") -> None:
+        load_manifest(root).require(names)
+        self.names = list(names)
+        self._splits = [open_split(Path(root) / name / split) for name in names]
+        self.sizes: npt.NDArray[np.int64] = np.array([len(opened) for opened in self._splits], np.int64)
+        self.sample_offsets: npt.NDArray[np.int64] = np.cumsum(self.sizes) - self.sizes
+        self.shard_sizes = [opened.shard_sizes for opened in self._splits]
+        self.shas = [opened.sha for opened in self._splits]
+
+    def __len__(self) -> int:
+        return int(self.sizes.sum())
+
+    def __getitem__(self, sample_id: int) -> Sample:
+        if not 0 <= sample_id < len(self):
+            raise IndexError(f"global sample id {sample_id}; there are {len(self)} samples")
+        domain = int(np.searchsorted(self.sample_offsets, sample_id, side="right")) - 1
+        tokens = self._splits[domain].tokens(int(sample_id - self.sample_offsets[domain]))
+        return {"input_ids": torch.from_numpy(tokens), "domain": domain, "sample_id": int(sample_id)}

@@ -1,0 +1,153 @@
+"""Tokenizers: load a Hugging Face directory, fingerprint its map; train a byte-level BPE and save it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from ddk_ds.data.documents import Dropped, read_documents
+from ddk_ds.data.recipe import Recipe, list_files
+from ddk_ds.errors import DataError
+
+EOS_TOKEN = "<|endoftext|>"
+PAD_TOKEN = "<|pad|>"
+
+
+@dataclass(frozen=True)
+class TokenizerInfo:
+    """A tokenizer and what identifies it.
+
+    `vocab` maps token to id, added tokens included; `vocab_size` is the largest id + 1; `fingerprint` is the
+    sha256 of the sorted (token, id) map: equal fingerprints mean that every id has the same meaning.
+    """
+
+    tokenizer: Tokenizer
+    vocab: dict[str, int]
+    fingerprint: str
+    vocab_size: int
+    eos_token_id: int | None
+
+
+def load_tokenizer(directory: Path) -> TokenizerInfo:
+    """Load `directory`/tokenizer.json.
+
+    The EOS token is the one that tokenizer_config.json, or else special_tokens_map.json, names. Text that
+    happens to spell a special token is encoded as ordinary text.
+
+    Raises:
+        DataError: no tokenizer.json, a broken file, or an EOS token that the vocabulary lacks.
+    """
+    path = directory / "tokenizer.json"
+    if not path.is_file():
+        raise DataError(f"{directory} holds no tokenizer.json; give the directory of a fast tokenizer")
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # tokenizers raises bare Exception
+        raise DataError(f"{path} is not a tokenizer that `tokenizers` can read: {error}") from error
+    tokenizer.encode_special_tokens = True
+    vocab = tokenizer.get_vocab(with_added_tokens=True)
+    return TokenizerInfo(
+        tokenizer=tokenizer,
+        vocab=vocab,
+        fingerprint=fingerprint(vocab),
+        vocab_size=max(vocab.values()) + 1,
+        eos_token_id=_eos_token_id(directory, vocab),
+    )
+
+
+def fingerprint(vocab: Mapping[str, int]) -> str:
+    """sha256 over the sorted (token, id) map, hexadecimal."""
+    return hashlib.sha256(json.dumps(sorted(vocab.items())).encode()).hexdigest()
+
+
+def _eos_token_id(directory: Path, vocab: Mapping[str, int]) -> int | None:
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        path = directory / name
+        if not path.is_file():
+            continue
+        try:
+            token = json.loads(path.read_text(encoding="utf-8")).get("eos_token")
+        except (ValueError, AttributeError) as error:
+            raise DataError(f"{path} is not a JSON object: {error}") from None
+        if isinstance(token, dict):
+            token = token.get("content")
+        if token is None:
+            continue
+        if token not in vocab:
+            raise DataError(f"{path} names the EOS token {token!r}, which tokenizer.json lacks")
+        return vocab[token]
+    return None
+
+
+def train_tokenizer(recipe: Recipe, vocab_size: int, *, domain_bytes: int = 1_000_000) -> Tokenizer:
+    """Train a byte-level BPE on up to `domain_bytes` of text (UTF-8) of each domain: balanced, not by size.
+
+    Raises:
+        DataError: `vocab_size` does not hold all bytes, or the text is too little for so many tokens.
+    """
+    least = len(pre_tokenizers.ByteLevel.alphabet()) + 2
+    if vocab_size < least:
+        raise DataError(f"a vocabulary of {vocab_size} is too small: bytes and special tokens are {least}")
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    special = [AddedToken(token, special=True, normalized=False) for token in (EOS_TOKEN, PAD_TOKEN)]
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(_sample(recipe, domain_bytes), trainer)
+    if tokenizer.get_vocab_size() < vocab_size:
+        raise DataError(
+            f"the recipe's text gives {tokenizer.get_vocab_size():,} tokens, not {vocab_size:,}: "
+            "add text or lower the vocabulary's size"
+        )
+    return tokenizer
+
+
+def _sample(recipe: Recipe, domain_bytes: int) -> Iterator[str]:
+    seen: set[bytes] = set()
+    for name, files in list_files(recipe).items():
+        domain = recipe.domains[name]
+        limit = min(domain_bytes, domain.max_bytes or domain_bytes)
+        capped = domain.model_copy(update={"max_bytes": limit})
+        for document in read_documents(capped, files, seed=0, seen=seen, dropped=Dropped()):
+            yield document.text
+
+
+def save_tokenizer(tokenizer: Tokenizer, directory: Path) -> None:
+    """Write a directory that `transformers.AutoTokenizer.from_pretrained` and `load_tokenizer` read.
+
+    Raises:
+        DataError: the directory already holds a tokenizer.
+    """
+    refuse_existing(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    special = {"eos_token": EOS_TOKEN, "bos_token": EOS_TOKEN, "pad_token": PAD_TOKEN}
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": 1_000_000,
+        **special,
+    }
+    _write_json(directory / "special_tokens_map.json", special)
+    _write_json(directory / "tokenizer_config.json", config)
+    tokenizer.save(str(directory / "tokenizer.json"))
+
+
+def refuse_existing(directory: Path) -> None:
+    """DataError if the directory already holds a tokenizer."""
+    if (directory / "tokenizer.json").exists():
+        raise DataError(f"{directory} already holds a tokenizer; choose another directory or delete it first")
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,0 +1,162 @@
+"""Runs on every rank of test_parity.py: the engines against plain single-process training on full logits."""
+
+from __future__ import annotations
+
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from tiny import VOCAB, save_model, tiny_config
+from transformers import AutoModelForCausalLM
+
+from ddk_ds.config import Config
+from ddk_ds.engine.model_files import read_model
+from ddk_ds.engine.models import Student, Teacher, load_student, load_teacher
+from ddk_ds.engine.runtime import Runtime
+from ddk_ds.methods import make_method
+from ddk_ds.train.evaluate import next_token_labels, perplexities
+from ddk_ds.train.learning_rate import learning_rate
+from ddk_ds.train.step import train_step
+
+STEPS, SAMPLES, LENGTH = 5, 8, 24
+
+
+def compare(
+    runtime: Runtime, folder: str, tied: bool, micro_batches: int, checkpointing: bool, evaluate: bool, method: str
+) -> dict[str, Any]:
+    """Train 5 AdamW steps on the engines, and the same steps plainly; returns both and the engines' state."""
+    comm, root = runtime.comm, Path(folder)
+    if comm.rank == 0:
+        save_model(root / "student", vocab=VOCAB + 6, tied=tied, seed=1)
+        save_model(root / "teacher", hidden=48, vocab=VOCAB + 19, tied=tied, seed=2)
+    comm.barrier()
+    config = _config(root, micro_batches * comm.world_size, checkpointing, method)
+    student = load_student(config, read_model(root / "student", "student.path"), VOCAB, comm)
+    teacher = None
+    if config.teacher is not None:
+        teacher = load_teacher(config, read_model(root / "teacher", "teacher.path"), VOCAB, comm)
+    loop = make_method(config, teacher, VOCAB)
+    held_out = [[(batch[:2], torch.tensor([True, comm.rank == 0]))] for batch in _batches(7, 2)]
+    options = {"vocab_size": VOCAB, "chunk_tokens": 16, "device": runtime.device, "comm": comm}
+    metrics, ppl = [], []
+    for step, samples in enumerate(_batches(0, STEPS)):
+        rate = learning_rate(step, STEPS, config.optimizer)
+        rows = samples.reshape(micro_batches, comm.world_size, -1, LENGTH)[:, comm.rank]
+        batch: Any = [{"input_ids": r, "domain": torch.zeros(len(r), dtype=torch.int64)} for r in rows]
+        metrics.append(
+            train_step(
+                student, loop, batch, learning_rate=rate, num_domains=1, device=runtime.device, comm=comm
+            )
+        )
+        if evaluate and step in (1, 3):
+            ppl.append(perplexities(student, held_out, **options).tolist())
+            if teacher is not None:
+                ppl.append(perplexities(teacher, held_out, **options).tolist())
+    return {
+        "ours": [[m.loss, m.ce, m.kl, m.grad_norm] for m in metrics],
+        "plain": _plain(root, config, evaluate) if comm.rank == 0 else None,
+        "ppl": ppl,
+        "tokens": [m.domain_tokens for m in metrics],
+        "weight_error": _weight_error(student, root, comm.rank),
+        "traces": [_trace(model) for model in (student, teacher) if model is not None],
+        "gathered": _gathered(student, teacher),
+    }
+
+
+def _config(root: Path, passes: int, checkpointing: bool, method: str) -> Config:
+    sections: dict[str, Any] = {
+        "student": {"gradient_checkpointing": checkpointing},
+        "train": {"global_batch_samples": SAMPLES, "micro_batch_samples": SAMPLES // passes},
+        "loss": {"gamma": 0.7, "temperature": 1.5, "chunk_tokens": 16},
+    }
+    if method == "cpt":
+        sections |= {"method": "cpt", "teacher": None, "mixture": {"controller": "equal"}}
+    return tiny_config(root, **sections)
+
+
+def _batches(seed: int, count: int) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(0, VOCAB, (SAMPLES, LENGTH), generator=generator) for _ in range(count)]
+
+
+def _plain(root: Path, config: Config, evaluate: bool) -> dict[str, Any]:
+    """The same training as one would write it without DeepSpeed, chunks or shards."""
+    student = AutoModelForCausalLM.from_pretrained(root / "student")
+    teacher = AutoModelForCausalLM.from_pretrained(root / "teacher") if config.teacher is not None else None
+    options = config.optimizer
+    matrices = [p for p in student.parameters() if p.dim() > 1]
+    vectors = [p for p in student.parameters() if p.dim() <= 1]
+    groups = [{"params": matrices, "weight_decay": options.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, betas=options.betas, eps=options.eps)
+    steps, ppl = [], []
+    for step, samples in enumerate(_batches(0, STEPS)):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, STEPS, options)
+        labels = next_token_labels(samples).flatten()
+        logits = student(samples).logits[..., :VOCAB].flatten(0, 1)
+        ce = F.cross_entropy(logits, labels)
+        kl = torch.zeros(())
+        if teacher is not None:
+            with torch.no_grad():
+                target = teacher(samples).logits[..., :VOCAB].flatten(0, 1)
+            t = config.loss.temperature
+            rows = F.kl_div(
+                (logits / t).log_softmax(-1), (target / t).log_softmax(-1), log_target=True, reduction="none"
+            ).sum(-1)
+            kl = rows[labels != -100].mean()
+        loss = ce + (config.loss.gamma * config.loss.temperature**2 * kl if teacher is not None else 0.0)
+        optimizer.zero_grad()
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(student.parameters(), options.clip_norm)
+        optimizer.step()
+        steps.append([float(loss.detach()), float(ce.detach()), float(kl.detach()), float(norm)])
+        if evaluate and step in (1, 3):
+            ppl += [_plain_ppl(model) for model in (student, teacher) if model is not None]
+    student.save_pretrained(root / "plain")
+    return {"steps": steps, "ppl": ppl}
+
+
+def _plain_ppl(model: Any) -> list[float]:
+    """Each domain: rank 0's first two samples, and every other rank's first one, which is the same sample."""
+    values = []
+    for batch in _batches(7, 2):
+        with torch.no_grad():
+            nll = F.cross_entropy(
+                model(batch[:2]).logits[..., :VOCAB].transpose(1, 2), next_token_labels(batch[:2]), reduction="none"
+            ).sum(1)
+        values.append([float(v) for v in nll])
+    world = int(os.environ["WORLD_SIZE"])
+    return [math.exp((world * first + second) / ((world + 1) * (LENGTH - 1))) for first, second in values]
+
+
+def _weight_error(student: Student, root: Path, rank: int) -> float:
+    """Largest difference of a weight after training from plain training."""
+    from deepspeed.runtime.zero.partition_parameters import GatheredParameters
+
+    plain = dict(AutoModelForCausalLM.from_pretrained(root / "plain").named_parameters()) if rank == 0 else {}
+    worst = 0.0
+    for name, parameter in student.parameters.items():
+        with GatheredParameters([parameter]):
+            if rank == 0:
+                worst = max(worst, float((parameter.detach() - plain[name].detach()).abs().max()))
+    return worst
+
+
+def _coordinator(model: Student | Teacher) -> Any:
+    optimizer = model.engine.optimizer
+    return getattr(optimizer, "parameter_offload", optimizer).get_param_coordinator()
+
+
+def _trace(model: Student | Teacher) -> str:
+    return str(_coordinator(model)._PartitionedParameterCoordinator__trace_mode.name)
+
+
+def _gathered(student: Student, teacher: Teacher | None) -> list[str]:
+    """Names of parameters that are whole on this rank though nothing runs."""
+    modules = [student.engine.module, *([] if teacher is None else [teacher.engine.module])]
+    found = [n for m in modules for n, p in m.named_parameters() if p.ds_status.name != "NOT_AVAILABLE"]
+    heads = [] if teacher is None else [p for p in teacher.head._head if p is not None]
+    return found + ["teacher head" for p in heads if p.ds_status.name != "NOT_AVAILABLE"]

@@ -1,0 +1,49 @@
+"""Tiny models and configurations for the distributed tests."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from ddk_ds.config import Config, make_config
+
+VOCAB = 205  # the tokenizer's true size; both heads are padded beyond it, by different amounts
+ARCHITECTURES: dict[str, dict[str, Any]] = {
+    "llama": {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 64},
+    "qwen2": {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 64},
+    "gpt_neox": {"num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64, "rotary_pct": 0.5},
+    "gpt_bigcode": {"n_layer": 2, "n_head": 4, "n_inner": 64, "n_positions": 64},
+}
+
+
+def save_model(
+    directory: Path, *, model_type: str = "llama", hidden: int = 32, vocab: int, tied: bool, seed: int, **extra: Any
+) -> None:
+    """Write a random causal LM as safetensors."""
+    torch.manual_seed(seed)
+    values = {"vocab_size": vocab, "tie_word_embeddings": tied, "initializer_range": 0.2, **ARCHITECTURES[model_type]}
+    size = {"n_embd": hidden} if model_type == "gpt_bigcode" else {"hidden_size": hidden}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **{**values, **size, **extra}))
+    model.save_pretrained(directory)
+
+
+def tiny_config(folder: Path, **sections: Any) -> Config:
+    """A valid run configuration over `folder`/student and `folder`/teacher; sections are merged in."""
+    values: dict[str, Any] = {
+        "name": "tiny",
+        "output_dir": str(folder / "runs"),
+        "student": {"path": str(folder / "student")},
+        "teacher": {"path": str(folder / "teacher")},
+        "data": {"path": str(folder / "data"), "sequence_length": 24, "validation_samples": 4},
+        "optimizer": {"learning_rate": 1e-2, "min_learning_rate": 1e-3, "warmup_steps": 1},
+        "train": {"global_batch_samples": 8, "micro_batch_samples": 1, "precision": "fp32"},
+        "stop": {"steps": 6},
+        # Tiny tensors would all stay gathered, and the gathers would go untested.
+        "deepspeed": {"zero_optimization": {"stage3_param_persistence_threshold": 0}},
+    }
+    for name, section in sections.items():
+        values[name] = {**values.get(name, {}), **section} if isinstance(section, dict) else section
+    return make_config(values, "tiny")

@@ -1,0 +1,159 @@
+"""Readers of every format, limits, duplicates, and damaged or undecodable input."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+
+import pyarrow
+import pytest
+import zstandard
+from pyarrow import parquet
+
+from ddk_ds.data.documents import Document, Dropped, read_documents, read_texts
+from ddk_ds.data.recipe import Domain, Source, SourceFile
+from ddk_ds.errors import DataError
+
+TEXTS = ["one two three", "Zwei Wörter,\n新しい行", "three\n\nlines"]
+LINES = "".join(json.dumps({"text": text, "id": number}) + "\n" for number, text in enumerate(TEXTS)).encode()
+
+
+def file_of(path: Path, data: bytes, **options: object) -> SourceFile:
+    path.write_bytes(data)
+    return SourceFile(path, path.name, Source.model_validate({"path": path.name, **options}))
+
+
+def documents_of(
+    files: list[SourceFile], *, seed: int = 0, seen: set[bytes] | None = None, **limits: int
+) -> tuple[list[Document], Dropped]:
+    domain = Domain.model_validate({"sources": ["x"], **limits})
+    dropped = Dropped()
+    seen = set() if seen is None else seen
+    found: list[Document] = list(read_documents(domain, files, seed=seed, seen=seen, dropped=dropped))
+    return found, dropped
+
+
+@pytest.mark.parametrize(
+    ("name", "data"),
+    [
+        ("a.jsonl", LINES),
+        ("a.jsonl.gz", gzip.compress(LINES)),
+        ("a.json.gz", gzip.compress(LINES)),
+        ("a.jsonl.zst", zstandard.compress(LINES)),
+        ("frames.jsonl.zst", zstandard.compress(LINES[:20]) + zstandard.compress(LINES[20:])),
+        ("members.jsonl.gz", gzip.compress(LINES[:20]) + gzip.compress(LINES[20:])),
+        ("blank.jsonl", LINES.replace(b"\n", b"\n\n")),
+        ("A.JSONL", b"\xef\xbb\xbf" + LINES.rstrip()),
+    ],
+)
+def test_json_lines(tmp_path: Path, name: str, data: bytes) -> None:
+    assert list(read_texts(file_of(tmp_path / name, data), Dropped())) == TEXTS
+
+
+@pytest.mark.parametrize(
+    ("name", "data"),
+    [
+        ("a.txt", TEXTS[1].encode()),
+        ("a.py", b"\xef\xbb\xbf" + TEXTS[1].encode()),
+        ("a.txt.gz", gzip.compress(TEXTS[1].encode())),
+        ("a.md.zst", zstandard.compress(TEXTS[1].encode())),
+    ],
+)
+def test_text_files_are_one_document(tmp_path: Path, name: str, data: bytes) -> None:
+    assert list(read_texts(file_of(tmp_path / name, data), Dropped())) == [TEXTS[1]]
+
+
+@pytest.mark.parametrize("kind", [pyarrow.string(), pyarrow.large_string()])
+def test_parquet_column(tmp_path: Path, kind: pyarrow.DataType) -> None:
+    column = pyarrow.array([TEXTS[0], None, *TEXTS[1:]], kind)
+    parquet.write_table(pyarrow.table({"body": column, "n": [1, 2, 3, 4]}), tmp_path / "a.parquet")
+    file = SourceFile(tmp_path / "a.parquet", "a.parquet", Source(path="a.parquet", text_field="body"))
+    assert list(read_texts(file, Dropped())) == TEXTS
+
+
+@pytest.mark.parametrize(
+    ("field", "message"), [("text", "set text_field to one of body, n"), ("n", "int64, no text")]
+)
+def test_parquet_wrong_column(tmp_path: Path, field: str, message: str) -> None:
+    parquet.write_table(pyarrow.table({"body": ["x"], "n": [1]}), tmp_path / "a.parquet")
+    file = SourceFile(tmp_path / "a.parquet", "a.parquet", Source(path="a.parquet", text_field=field))
+    with pytest.raises(DataError, match=message):
+        list(read_texts(file, Dropped()))
+
+
+def test_json_strings_at_any_depth_without_html(tmp_path: Path) -> None:
+    service = {
+        "documentation": "<p>Makes a <code>thing</code> &amp; waits.</p><p>Then <b>stops</b>.</p>",
+        "shapes": [{"A": {"documentation": "a &lt; b"}}, {"documentation": {"documentation": "deep"}}],
+        "name": "not this",
+    }
+    data = gzip.compress(json.dumps(service).encode())
+    file = file_of(
+        tmp_path / "a.json.gz", data, format="json_strings", text_field="documentation", strip_html=True
+    )
+    assert list(read_texts(file, Dropped())) == ["Makes a thing & waits.\nThen stops.", "a < b", "deep"]
+
+
+def test_plain_json_files_are_text(tmp_path: Path) -> None:
+    assert list(read_texts(file_of(tmp_path / "a.json", b'{"k": 1}'), Dropped())) == ['{"k": 1}']
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "message"),
+    [
+        ("a.jsonl", LINES + b"{broken\n", r"a\.jsonl, line 4 is not JSON"),
+        ("a.jsonl", b'{"content": "x", "id": 1}\n', r"line 1 has no text in field 'text' .*content, id"),
+        ("a.jsonl", b'{"text": 3}\n', r"line 1 has no text in field 'text'"),
+        ("a.jsonl", b"[1]\n", r"line 1 .*is not an object"),
+        ("a.jsonl.gz", gzip.compress(LINES)[:-12], r"a\.jsonl\.gz cannot be read"),
+        ("a.jsonl.gz", LINES, r"a\.jsonl\.gz cannot be read"),
+        ("a.jsonl.zst", LINES, r"a\.jsonl\.zst cannot be read"),
+        ("a.parquet", LINES, r"a\.parquet cannot be read"),
+    ],
+)
+def test_damaged_files_are_named(tmp_path: Path, name: str, data: bytes, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        list(read_texts(file_of(tmp_path / name, data), Dropped()))
+
+
+def test_undecodable_text_is_skipped_and_counted(tmp_path: Path) -> None:
+    files = [
+        file_of(tmp_path / "latin.txt", "né".encode("latin-1")),
+        file_of(
+            tmp_path / "a.jsonl", b'{"text": "\xff"}\n' + rb'{"text": "half \ud83d pair"}' + b"\n" + LINES
+        ),
+    ]
+    found, dropped = documents_of(files)
+    assert [document.text for document in found] == TEXTS
+    assert dropped == Dropped(undecodable=3)
+
+
+def test_exact_duplicates_are_dropped_here_and_in_later_domains(tmp_path: Path) -> None:
+    first = file_of(tmp_path / "a.jsonl", LINES + LINES[: LINES.index(b"\n") + 1])
+    seen: set[bytes] = set()
+    found, dropped = documents_of([first], seen=seen)
+    assert [document.text for document in found] == TEXTS
+    assert dropped.duplicates == 1
+    again, dropped = documents_of([file_of(tmp_path / "b.txt", TEXTS[2].encode())], seen=seen)
+    assert again == []
+    assert dropped.duplicates == 1
+
+
+def test_limits(tmp_path: Path) -> None:
+    texts = ["x", "  \n ", "a" * 30, "b" * 10, "c" * 10, "ä" * 10]
+    file = file_of(
+        tmp_path / "a.jsonl", "".join(json.dumps({"text": text}) + "\n" for text in texts).encode()
+    )
+    found, dropped = documents_of([file], min_chars=3, max_chars=20, max_bytes=40)
+    assert [document.text for document in found] == ["a" * 20, "b" * 10, "c" * 10]
+    assert (dropped.too_short, dropped.cut) == (2, 1)
+    found, _ = documents_of([file], min_chars=3, max_chars=20, max_bytes=41)
+    assert found[-1].num_bytes == 20
+
+
+def test_the_seed_keys_the_digests(tmp_path: Path) -> None:
+    file = file_of(tmp_path / "a.jsonl", LINES)
+    digests = [[document.digest for document in documents_of([file], seed=seed)[0]] for seed in (0, 0, 1)]
+    assert digests[0] == digests[1]
+    assert not set(digests[0]) & set(digests[2])

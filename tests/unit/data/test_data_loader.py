@@ -1,0 +1,139 @@
+"""Global ids to micro-batches: the same slices for any world size, worker count and start method."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+from ddk_ds.data.loader import interval_loader, validation_batches
+from ddk_ds.data.mds import open_split
+from ddk_ds.data.mixture_dataset import MixtureDataset
+from ddk_ds.errors import DataError
+
+NAMES = ["large", "small", "tree"]
+
+
+@pytest.fixture(scope="module")
+def dataset(prepared: Path) -> MixtureDataset:
+    return MixtureDataset(prepared, NAMES)
+
+
+def draw(dataset: MixtureDataset, total: int) -> np.ndarray:  # type: ignore[type-arg]
+    return np.random.default_rng(0).integers(0, len(dataset), total)
+
+
+def test_global_ids_follow_the_order_of_names(dataset: MixtureDataset, prepared: Path) -> None:
+    splits = [open_split(prepared / name / "train") for name in NAMES]
+    assert dataset.sizes.tolist() == [len(split) for split in splits]
+    assert dataset.sample_offsets.tolist() == [0, len(splits[0]), len(splits[0]) + len(splits[1])]
+    assert [sizes.tolist() for sizes in dataset.shard_sizes] == [
+        split.shard_sizes.tolist() for split in splits
+    ]
+    assert dataset.shas == [split.sha for split in splits]
+    expected = [(domain, split.tokens(i)) for domain, split in enumerate(splits) for i in range(len(split))]
+    for sample_id, (domain, tokens) in enumerate(expected):
+        sample = dataset[sample_id]
+        assert (sample["domain"], sample["sample_id"]) == (domain, sample_id)
+        np.testing.assert_array_equal(sample["input_ids"].numpy(), tokens)
+    with pytest.raises(IndexError):
+        dataset[len(expected)]
+
+
+def test_validation_split_as_a_dataset(prepared: Path) -> None:
+    held_out = MixtureDataset(prepared, ["tree"], split="validation")
+    split = open_split(prepared / "tree/validation")
+    np.testing.assert_array_equal(held_out[3]["input_ids"].numpy(), split.tokens(3))
+
+
+def test_unknown_domain(prepared: Path) -> None:
+    with pytest.raises(DataError, match="no domain 'medium'"):
+        MixtureDataset(prepared, ["large", "medium"])
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_ranks_together_read_the_ids_in_order(dataset: MixtureDataset, world: int, num_workers: int) -> None:
+    micro_batch, start = 3, 24
+    ids = draw(dataset, 24 + 48)
+    ranks = [
+        list(
+            interval_loader(
+                dataset,
+                ids,
+                rank=rank,
+                world=world,
+                micro_batch=micro_batch,
+                start_sample=start,
+                num_workers=num_workers,
+            )
+        )
+        for rank in range(world)
+    ]
+    assert {len(batches) for batches in ranks} == {48 // (world * micro_batch)}
+    in_order = [batch for step in zip(*ranks, strict=True) for batch in step]
+    np.testing.assert_array_equal(torch.cat([batch["sample_id"] for batch in in_order]), ids[start:])
+    for batch in in_order:
+        assert batch["input_ids"].shape == (micro_batch, 32)
+        assert batch["input_ids"].dtype == batch["domain"].dtype == batch["sample_id"].dtype == torch.int64
+        for row, sample_id in enumerate(batch["sample_id"].tolist()):
+            sample = dataset[sample_id]
+            assert torch.equal(batch["input_ids"][row], sample["input_ids"])
+            assert batch["domain"][row] == sample["domain"]
+
+
+def test_loading_leaves_the_training_rng_alone(dataset: MixtureDataset) -> None:
+    torch.manual_seed(1)
+    before = torch.get_rng_state()
+    for num_workers in (0, 2):
+        list(
+            interval_loader(
+                dataset, draw(dataset, 4), rank=0, world=1, micro_batch=2, num_workers=num_workers
+            )
+        )
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize(("total", "start"), [(23, 0), (24, 6), (24, 36)])
+def test_samples_that_do_not_divide(dataset: MixtureDataset, total: int, start: int) -> None:
+    with pytest.raises(AssertionError, match=r"do not divide into 4 ranks x 3"):
+        interval_loader(dataset, draw(dataset, total), rank=0, world=4, micro_batch=3, start_sample=start)
+
+
+def test_pickled_and_spawned_copies_read_the_same(dataset: MixtureDataset) -> None:
+    ids = draw(dataset, 8).tolist()
+    expected = torch.stack([dataset[sample_id]["input_ids"] for sample_id in ids])
+    copy = pickle.loads(pickle.dumps(dataset))
+    assert torch.equal(torch.stack([copy[sample_id]["input_ids"] for sample_id in ids]), expected)
+    spawned = DataLoader(dataset, batch_sampler=[ids], num_workers=1, multiprocessing_context="spawn")
+    assert torch.equal(next(iter(spawned))["input_ids"], expected)
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 4])
+@pytest.mark.parametrize("micro_batch", [1, 2, 5])
+def test_validation_is_the_same_samples_for_any_world_size(
+    prepared: Path, world: int, micro_batch: int
+) -> None:
+    ranks = [
+        validation_batches(prepared, NAMES, num_samples=7, rank=rank, world=world, micro_batch=micro_batch)
+        for rank in range(world)
+    ]
+    for domain, name in enumerate(NAMES):
+        shares = [rank[domain] for rank in ranks]
+        assert {len(share) for share in shares} == {-(-7 // (world * micro_batch))}
+        in_order = [batch for step in zip(*shares, strict=True) for batch in step]
+        assert all(ids.shape == (micro_batch, 32) and ids.dtype == torch.int64 for ids, _ in in_order)
+        assert all(real.shape == (micro_batch,) and real.dtype == torch.bool for _, real in in_order)
+        read = torch.cat([ids[real] for ids, real in in_order])
+        split = open_split(prepared / name / "validation")
+        np.testing.assert_array_equal(read.numpy(), np.stack([split.tokens(i) for i in range(7)]))
+        assert all(not ids[~real].any() for ids, real in in_order)
+
+
+def test_too_few_validation_samples(prepared: Path) -> None:
+    with pytest.raises(DataError, match=r"domain 'tree' .* validation samples, 1,000 are asked for"):
+        validation_batches(prepared, ["tree"], num_samples=1000, rank=0, world=1, micro_batch=2)

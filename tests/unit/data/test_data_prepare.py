@@ -1,0 +1,196 @@
+"""The whole preparation: nothing on both sides, the same for any worker count, nothing half-written."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from ddk_ds.data import prepare as prepare_module
+from ddk_ds.data.manifest import load_manifest
+from ddk_ds.data.mds import open_split
+from ddk_ds.data.prepare import Plan, prepare
+from ddk_ds.data.recipe import load_recipe
+from ddk_ds.data.tokenizer import load_tokenizer
+from ddk_ds.errors import DataError
+from tests.unit.data.corpus import PLAN, make_texts, write_recipe
+
+
+def write_lines(path: Path, texts: list[str]) -> None:
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
+
+
+def documents_on(root: Path, split: str, tokenizer_dir: Path) -> list[str]:
+    """The split's whole documents, decoded; the last is cut where the dropped tail begins."""
+    info = load_tokenizer(tokenizer_dir)
+    opened = open_split(root / split)
+    ids = np.concatenate([opened.tokens(i) for i in range(len(opened))])
+    ends = np.flatnonzero(ids == info.eos_token_id)
+    return [
+        info.tokenizer.decode(part[part != info.eos_token_id].tolist()) for part in np.split(ids, ends + 1)
+    ]
+
+
+def files_of(root: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(root)): path.read_bytes() for path in root.rglob("*") if path.is_file()}
+
+
+def test_every_document_comes_back_on_one_side_and_no_duplicate_on_any(
+    tokenizer_dir: Path, tmp_path: Path
+) -> None:
+    texts = make_texts(5, 80)
+    write_lines(tmp_path / "a.jsonl", texts + texts[::3])
+    write_lines(tmp_path / "b.jsonl", make_texts(6, 40) + texts[::2])
+    recipe = write_recipe(tmp_path / "r.yaml", {name: {"sources": [f"{name}.jsonl"]} for name in ("a", "b")})
+    out = tmp_path / "out"
+    manifest = prepare(load_recipe(recipe), tokenizer_dir, out, PLAN)
+    sides = {
+        (name, split): documents_on(out / name, split, tokenizer_dir)
+        for name in ("a", "b")
+        for split in ("train", "validation")
+    }
+    # A dropped tail is shorter than a document, so it cuts at most the last one of a split.
+    whole = {side: found[:-1] for side, found in sides.items()}
+    everything = [text for found in whole.values() for text in found]
+    assert len(everything) == len(set(everything))
+    assert set(everything) <= {*texts, *make_texts(6, 40)}
+    counts = {side: getattr(manifest.domains[side[0]], side[1]).documents for side in sides}
+    assert sum(counts.values()) == 80 + 40
+    assert all(counts[side] - len(found) in (0, 1) for side, found in whole.items())
+    assert manifest.domains["a"].dropped.duplicates == len(texts[::3])
+    assert manifest.domains["b"].dropped.duplicates == len(texts[::2])
+    positions = [texts.index(text) for text in whole["a", "train"]]
+    assert positions == sorted(positions)
+
+
+def test_the_manifest_counts_what_the_shards_hold(prepared: Path, tokenizer_dir: Path) -> None:
+    manifest = load_manifest(prepared)
+    info = load_tokenizer(tokenizer_dir)
+    assert manifest.tokenizer_fingerprint == info.fingerprint
+    assert (manifest.vocab_size, manifest.eos_token_id, manifest.dtype) == (400, 0, "uint16")
+    assert list(manifest.domains) == ["small", "tree", "large"]
+    assert [domain.train.documents + domain.validation.documents for domain in manifest.domains.values()] == [
+        60,
+        80,
+        200,
+    ]
+    for seed, name, count in ((0, "small", 60), (1, "large", 200), (2, "tree", 80)):
+        texts = make_texts(seed, count)
+        domain = manifest.domains[name]
+        ids = sum(len(info.tokenizer.encode(text).ids) + 1 for text in texts)
+        assert domain.train.tokens + domain.validation.tokens + domain.dropped.tail_tokens == ids
+        assert domain.train.bytes + domain.validation.bytes == sum(len(text.encode()) for text in texts)
+        assert domain.validation.samples >= 7
+        for split in (domain.train, domain.validation):
+            assert split.tokens == split.samples * PLAN.sequence_length
+
+
+def test_two_workers_write_the_same_bytes_as_one(
+    recipe_path: Path, tokenizer_dir: Path, tmp_path: Path, prepared: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(prepare_module, "_BATCH_BYTES", 500)
+    prepare(load_recipe(recipe_path), tokenizer_dir, tmp_path / "two", replace(PLAN, workers=2))
+    assert files_of(tmp_path / "two") == files_of(prepared)
+
+
+def test_the_seed_moves_the_split_and_a_fraction_holds_out_about_that_share(
+    recipe_path: Path, tokenizer_dir: Path, tmp_path: Path
+) -> None:
+    held_out = []
+    for seed in (0, 1):
+        plan = Plan(sequence_length=32, validation_fraction=0.25, seed=seed)
+        manifest = prepare(load_recipe(recipe_path), tokenizer_dir, tmp_path / f"{seed}", plan)
+        assert 30 <= manifest.domains["large"].validation.documents <= 70
+        held_out.append(set(documents_on(tmp_path / f"{seed}/large", "validation", tokenizer_dir)))
+    assert held_out[0] != held_out[1]
+
+
+def test_progress_adds_up_to_the_text(recipe_path: Path, tokenizer_dir: Path, tmp_path: Path) -> None:
+    seen: dict[str, int] = {}
+    manifest = prepare(
+        load_recipe(recipe_path),
+        tokenizer_dir,
+        tmp_path / "out",
+        PLAN,
+        progress=lambda name, num_bytes: seen.update({name: seen.get(name, 0) + num_bytes}),
+    )
+    assert seen == {
+        name: domain.train.bytes + domain.validation.bytes for name, domain in manifest.domains.items()
+    }
+
+
+@pytest.mark.parametrize(
+    ("domain", "message"),
+    [
+        ({"min_chars": 10_000}, "domain 'b' is empty: no document .*too_short 40.*min_chars"),
+        ({"max_bytes": 200}, "domain 'b' has too little text: .*7 and 1 are needed: add text"),
+    ],
+)
+def test_a_domain_with_too_little_text_is_named_and_nothing_stays(
+    tokenizer_dir: Path, tmp_path: Path, domain: dict[str, int], message: str
+) -> None:
+    write_lines(tmp_path / "a.jsonl", make_texts(5, 80))
+    write_lines(tmp_path / "b.jsonl", make_texts(6, 40))
+    recipe = write_recipe(
+        tmp_path / "r.yaml", {"a": {"sources": ["a.jsonl"]}, "b": {"sources": ["b.jsonl"], **domain}}
+    )
+    before = sorted(path.name for path in tmp_path.iterdir())
+    with pytest.raises(DataError, match=message):
+        prepare(load_recipe(recipe), tokenizer_dir, tmp_path / "out", PLAN)
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+
+
+def test_an_unfinished_directory_never_has_the_final_name(
+    recipe_path: Path, tokenizer_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names: list[str] = []
+
+    def look(*_arguments: object) -> None:
+        names.extend(path.name for path in tmp_path.iterdir())
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(prepare_module, "write_manifest", look)
+    with pytest.raises(KeyboardInterrupt):
+        prepare(load_recipe(recipe_path), tokenizer_dir, tmp_path / "out", PLAN)
+    assert len(names) == 1
+    assert names[0].startswith(".out.partial-")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_nothing_is_overwritten(
+    recipe_path: Path, tokenizer_dir: Path, tmp_path: Path, prepared: Path
+) -> None:
+    with pytest.raises(DataError, match="already holds prepared data"):
+        prepare(load_recipe(recipe_path), tokenizer_dir, prepared, PLAN)
+    (tmp_path / "mine").write_text("x", encoding="utf-8")
+    for out in (tmp_path, tmp_path / "mine"):
+        with pytest.raises(DataError, match="is not an empty directory"):
+            prepare(load_recipe(recipe_path), tokenizer_dir, out, PLAN)
+    assert (tmp_path / "mine").read_text(encoding="utf-8") == "x"
+
+
+def test_a_tokenizer_without_eos(recipe_path: Path, tokenizer_dir: Path, tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_bytes((tokenizer_dir / "tokenizer.json").read_bytes())
+    with pytest.raises(DataError, match="names no EOS token"):
+        prepare(load_recipe(recipe_path), tmp_path, tmp_path / "out", PLAN)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"sequence_length": 0, "validation_samples": 1}, "sequence length is 0"),
+        ({"sequence_length": 8, "validation_samples": 0}, "validation samples is 0"),
+        ({"sequence_length": 8, "validation_samples": 1, "workers": 0}, "workers is 0"),
+        ({"sequence_length": 8, "validation_samples": 1, "seed": -1}, "seed is -1"),
+        ({"sequence_length": 8, "validation_fraction": 1.0}, "fraction is 1.0"),
+        ({"sequence_length": 8}, "either a number"),
+        ({"sequence_length": 8, "validation_samples": 1, "validation_fraction": 0.1}, "either a number"),
+    ],
+)
+def test_plans_that_cannot_be(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        Plan(**options)

@@ -1,0 +1,118 @@
+"""Recipes: strict keys, locators, globs, order and overlap of files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from ddk_ds.data.recipe import list_files, load_recipe
+from ddk_ds.errors import ConfigError, DataError
+
+
+def recipe_of(root: Path, text: str) -> Path:
+    path = root / "recipe.yaml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def touch(root: Path, *names: str) -> None:
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(name, encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            "domains: {a: {sources: [x.txt], max_byte: 3}}",
+            "domains.a.max_byte: unknown key, did you mean 'max_bytes'",
+        ),
+        ("domains: {a: {sources: [{path: x, formt: text}]}}", "did you mean 'format'"),
+        ("domains: {a: {sources: [x], max_bytes: many}}", "domains.a.max_bytes: .*'many'"),
+        ("domains: {a: {sources: [x], min_chars: 0}}", "domains.a.min_chars: .*got 0"),
+        ("domains: {a: {sources: []}}", "domains.a.sources: .*at least 1"),
+        ("domains: {}", "domains: .*at least 1"),
+        ("domains: {../a: {sources: [x]}}", "pattern"),
+        ("domains: {a: {sources: [{path: x, format: docx}]}}", "'docx'"),
+        ("domains: {a: [", "cannot be read as YAML"),
+        ("- a", "recipe.yaml"),
+    ],
+)
+def test_wrong_recipes_name_the_key_and_the_value(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_recipe(recipe_of(tmp_path, text))
+
+
+def test_missing_recipe(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="does not exist"):
+        load_recipe(tmp_path / "none.yaml")
+
+
+def test_files_are_sorted_excluded_and_relative_to_the_root(tmp_path: Path) -> None:
+    touch(tmp_path / "text", "b/2.txt", "a/1.txt", "a/tests/3.txt", "c.md")
+    path = recipe_of(
+        tmp_path, "root: text\ndomains: {a: {sources: [{path: '**/*.txt', exclude: ['*/tests/*']}, c.md]}}"
+    )
+    found = list_files(load_recipe(path))["a"]
+    assert [file.name for file in found] == ["a/1.txt", "b/2.txt", "c.md"]
+    assert found[0].path == (tmp_path / "text/a/1.txt").resolve()
+
+
+def test_a_capped_domain_reads_a_sample_of_the_tree_in_the_same_order_everywhere(tmp_path: Path) -> None:
+    names = [f"{number:02}.txt" for number in range(40)]
+    orders = []
+    for machine in ("one", "two"):
+        touch(tmp_path / machine, *names)
+        path = recipe_of(tmp_path / machine, "domains: {a: {sources: ['*.txt'], max_bytes: 10}}")
+        orders.append([file.name for file in list_files(load_recipe(path))["a"]])
+    assert orders[0] == orders[1]
+    assert sorted(orders[0]) == names != orders[0]
+
+
+def test_a_file_in_two_domains_is_refused_whatever_its_spelling(tmp_path: Path) -> None:
+    touch(tmp_path, "d/x.txt")
+    path = recipe_of(
+        tmp_path, f"domains: {{a: {{sources: ['d/*']}}, b: {{sources: ['{tmp_path}/d/x.txt']}}}}"
+    )
+    with pytest.raises(DataError, match="in two domains, 'a' and 'b'"):
+        list_files(load_recipe(path))
+
+
+def test_a_source_without_files_is_refused(tmp_path: Path) -> None:
+    touch(tmp_path, "d/x.txt")
+    with pytest.raises(DataError, match=r"domain 'a': source 'd' matches no file"):
+        list_files(load_recipe(recipe_of(tmp_path, "domains: {a: {sources: [d]}}")))
+
+
+def test_locators_find_what_is_installed(tmp_path: Path) -> None:
+    path = recipe_of(
+        tmp_path,
+        "domains:\n"
+        "  a: {sources: ['stdlib:json/*.py']}\n"
+        "  b: {sources: ['package:numpy/linalg/*.py']}\n"
+        "  c: {sources: ['site-packages:numpy-*.dist-info/METADATA']}\n",
+    )
+    files = list_files(load_recipe(path))
+    assert "json/decoder.py" in [file.name for file in files["a"]]
+    assert "linalg/__init__.py" in [file.name for file in files["b"]]
+    assert [file.path.name for file in files["c"]] == ["METADATA"]
+
+
+def test_a_package_that_is_not_installed(tmp_path: Path) -> None:
+    path = recipe_of(tmp_path, "domains: {a: {sources: ['package:no_such_package/*.py']}}")
+    with pytest.raises(DataError, match=r"'no_such_package' .* is not installed"):
+        list_files(load_recipe(path))
+
+
+def test_the_demo_recipe_finds_its_domains_and_names_no_machine() -> None:
+    path = Path(__file__).parents[3] / "configs/data/demo.yaml"
+    recipe = load_recipe(path)
+    files = list_files(recipe)
+    assert len(files) >= 6
+    assert all(len(found) > 20 for found in files.values())
+    for domain in recipe.domains.values():
+        assert all(
+            source.path.startswith(("stdlib:", "package:", "site-packages:")) for source in domain.sources
+        )

@@ -1,0 +1,61 @@
+"""Train a byte-level BPE tokenizer on a balanced sample of a recipe's domains, in Hugging Face's layout.
+
+python tools/train_tokenizer.py --recipe configs/data/demo.yaml --vocab-size 8192 --out DIR
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from ddk_ds.data.recipe import load_recipe
+from ddk_ds.data.tokenizer import load_tokenizer, refuse_existing, save_tokenizer, train_tokenizer
+from ddk_ds.errors import UserError
+
+
+def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--recipe", type=Path, required=True, help="YAML file that names the domains' text")
+    parser.add_argument("--vocab-size", type=int, required=True, help="tokens, the two special ones included")
+    parser.add_argument("--out", type=Path, required=True, help="directory for the tokenizer")
+    parser.add_argument(
+        "--domain-bytes",
+        type=int,
+        default=1_000_000,
+        help="text of each domain to train on (default: %(default)s)",
+    )
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the tool; 0, or 2 after an error that the user can mend."""
+    options = parse_arguments(arguments)
+    start = time.monotonic()
+    console = Console()
+    try:
+        refuse_existing(options.out)
+        recipe = load_recipe(options.recipe)
+        with console.status("training the tokenizer"):
+            tokenizer = train_tokenizer(recipe, options.vocab_size, domain_bytes=options.domain_bytes)
+        save_tokenizer(tokenizer, options.out)
+        info = load_tokenizer(options.out)
+    except UserError as error:
+        print(f"train_tokenizer: {error}", file=sys.stderr)
+        return 2
+    console.print(
+        f"{options.out}: {info.vocab_size:,} tokens from {len(recipe.domains)} domains, "
+        f"fingerprint {info.fingerprint[:12]}, {time.monotonic() - start:.1f} s"
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
