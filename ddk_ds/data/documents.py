@@ -124,11 +124,47 @@ def _open(path: Path) -> BinaryIO:
     if path.suffix.lower() == ".gz":
         return cast(BinaryIO, gzip.open(path, "rb"))
     if path.suffix.lower() == ".zst":
-        # A .zst file may hold several frames (parallel compressors, appended files), of long windows.
-        decompressor = zstandard.ZstdDecompressor(max_window_size=2**31)
-        raw = decompressor.stream_reader(path.open("rb"), read_across_frames=True, closefd=True)
-        return cast(BinaryIO, io.BufferedReader(cast(Any, raw)))
+        return io.BufferedReader(_ZstdFrames(path))
     return path.open("rb")
+
+
+class _ZstdFrames(io.RawIOBase):
+    """A .zst file of any number of frames (parallel compressors and appending make several), of long windows.
+
+    zstandard's own stream_reader takes a file that ends inside a frame for a whole one: this raises EOFError.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._chunks = _decompress(path)
+        self._ready = memoryview(b"")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._ready:
+            chunk = next(self._chunks, None)
+            if chunk is None:
+                return 0
+            self._ready = memoryview(chunk)
+        count = min(len(buffer), len(self._ready))
+        buffer[:count] = self._ready[:count]
+        self._ready = self._ready[count:]
+        return count
+
+
+def _decompress(path: Path) -> Iterator[bytes]:
+    decompressor = zstandard.ZstdDecompressor(max_window_size=2**31)
+    frame = None
+    with path.open("rb") as stream:
+        while data := stream.read(1 << 17):
+            while data:
+                frame = frame or decompressor.decompressobj()
+                yield frame.decompress(data)
+                data = frame.unused_data if frame.eof else b""
+                frame = None if frame.eof else frame
+    if frame is not None:
+        raise EOFError("it ends inside a compressed frame")
 
 
 def _decode(data: bytes, dropped: Dropped) -> str | None:

@@ -1,5 +1,4 @@
-"""Torch kernels of the distillation head: linear layer, cross-entropy and KL in one, plain tensors in and
-out."""
+"""Torch kernels of the distillation head: linear layer, CE and KL in one; plain tensors in and out."""
 
 from __future__ import annotations
 

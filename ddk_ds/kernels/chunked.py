@@ -105,8 +105,7 @@ class Head:
 
 @dataclass
 class Sums:
-    """Sums over the valid tokens: losses (float64 scalars) and gradients (compute dtype; None: not
-    needed)."""
+    """Sums over valid tokens: losses (float64 scalars), gradients (compute dtype; None: not needed)."""
 
     ce: Tensor
     kl: Tensor
@@ -115,74 +114,61 @@ class Sums:
     bias_grad: Tensor | None
 
 
-def log_normaliser(logits: Tensor, probs: Tensor) -> Tensor:
-    """Float64 (m,) L with probs = exp(logits - L), for the computed probs: their rounding of the sum
-    included.
+def softmax_rows(logits: Tensor, probs: Tensor) -> Tensor:
+    """probs (m, V) <- softmax(logits); returns L (m,) float64 with probs = exp(logits - L).
 
-    At the largest logit softmax computes exp(0) / sum, so L follows from the two maxima without a further
-    exp.
+    L is that of the probs as computed, the rounding of their sum included: at the largest logit softmax gives
+    exp(0) / sum, so L follows from the two maxima.
     """
+    torch.softmax(logits, -1, out=probs)
     return logits.amax(-1).double() - probs.amax(-1).double().log()
 
 
-def ce_rows(logits: Tensor, labels: Tensor, probs: Tensor) -> Tensor:
-    """probs (m, V) = softmax(logits); returns the float64 (m,) negative log likelihood of labels (m,)."""
-    torch.softmax(logits, -1, out=probs)
-    return log_normaliser(logits, probs) - logits.gather(1, labels[:, None]).squeeze(1)
-
-
 class KDRows:
-    """The element-wise part of Eq. 3 on blocks of rows: losses, and the gradient over the teacher's
-    logits."""
+    """The element-wise part of Eq. 3, on blocks of rows."""
 
     def __init__(self, like: Tensor, gamma: float, temperature: float) -> None:
+        """For logits like `like` (chunk, V)."""
         budget = GPU_BLOCK_ELEMENTS if like.is_cuda else CPU_BLOCK_ELEMENTS
-        self.rows = max(1, min(len(like), budget // like.shape[1]))
+        self.num_rows = max(1, min(len(like), budget // like.shape[1]))
         self.gamma, self.temperature = gamma, temperature
-        self._probs = [torch.empty_like(like[: self.rows]) for _ in range(2 if temperature == 1 else 3)]
+        self._scratch = [torch.empty_like(like[: self.num_rows]) for _ in range(2 if temperature == 1 else 3)]
 
     def __call__(self, student: Tensor, teacher: Tensor, labels: Tensor, ce: Tensor, kl: Tensor) -> None:
         """Logits (m, V) of both; teacher <- d(CE + gamma T^2 KL)/d(student logits) + onehot(labels).
 
         ce, kl (m,) float64 <- the two terms of each row.
         """
-        for start in range(0, len(student), self.rows):
-            rows = slice(start, start + self.rows)
+        for start in range(0, len(student), self.num_rows):
+            rows = slice(start, start + self.num_rows)
             ce[rows], kl[rows] = self._block(student[rows], teacher[rows], labels[rows])
 
     def _block(self, student: Tensor, teacher: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        student_probs, teacher_probs, *rest = (buffer[: len(student)] for buffer in self._probs)
+        q, p, *rest = (buffer[: len(student)] for buffer in self._scratch)
         if self.temperature == 1:
-            hard_probs = student_probs
-            ce = ce_rows(student, labels, hard_probs)
-            student_norm = log_normaliser(student, student_probs)
-            torch.softmax(teacher, -1, out=teacher_probs)
-            teacher_norm = log_normaliser(teacher, teacher_probs)
+            hard = p
+            teacher_norm = softmax_rows(teacher, q)
+            student_norm = hard_norm = softmax_rows(student, p)
         else:
-            hard_probs = rest[0]
-            student_norm = self._soften(student, hard_probs, student_probs)
-            teacher_norm = self._soften(teacher, hard_probs, teacher_probs)
-            ce = ce_rows(student, labels, hard_probs)
-        # KL = sum(q r + (p - q)), r = log q - log p: every term is >= 0 and of second order near the teacher,
-        # where the usual sum(q r) loses the digits to cancellation. The logits' difference comes before the
-        # row constant, and what float32 rounds off that constant is put back in float64.
+            hard = rest[0]  # first the scaled logits of both, then softmax at T = 1 for the CE
+            teacher_norm = softmax_rows(torch.mul(teacher, 1 / self.temperature, out=hard), q)
+            student_norm = softmax_rows(torch.mul(student, 1 / self.temperature, out=hard), p)
+            hard_norm = softmax_rows(student, hard)
+        ce = hard_norm - student.gather(1, labels[:, None]).squeeze(1)
+        # KL = sum(q r + (p - q)), r = log q - log p: each term is >= 0, and of second order near the teacher,
+        # where the usual sum(q r) loses its digits to cancellation. The logits are subtracted before the row's
+        # constant is added, and what float32 rounds off that constant is put back in float64.
         shift = student_norm - teacher_norm
         rounded = shift.to(student.dtype)
         log_ratio = teacher.sub_(student)
         if self.temperature != 1:
             log_ratio.mul_(1 / self.temperature)
         log_ratio.add_(rounded[:, None])
-        kl = torch.linalg.vecdot(teacher_probs, log_ratio).double() + (shift - rounded)
-        difference = torch.sub(student_probs, teacher_probs, out=teacher_probs)
+        kl = torch.linalg.vecdot(q, log_ratio) + (shift - rounded)
+        difference = torch.sub(p, q, out=q)
         kl += difference.sum(-1)
-        torch.add(hard_probs, difference, alpha=self.gamma * self.temperature, out=teacher)
+        torch.add(hard, difference, alpha=self.gamma * self.temperature, out=teacher)
         return ce, kl
-
-    def _soften(self, logits: Tensor, scaled: Tensor, probs: Tensor) -> Tensor:
-        """probs <- softmax(logits / T); returns the float64 (m,) log normaliser."""
-        torch.mul(logits, 1 / self.temperature, out=scaled)
-        torch.softmax(scaled, -1, out=probs)
-        return log_normaliser(scaled, probs)
 
 
 def run_chunks(
@@ -221,7 +207,8 @@ def run_chunks(
         hidden = student_hidden[rows].masked_fill(ignored[rows], 0)
         student.logits(hidden, logits)
         if kd_rows is None or teacher is None or teacher_hidden is None:
-            rows_ce[rows] = ce_rows(logits, targets[rows], grad)
+            norm = softmax_rows(logits, grad)
+            rows_ce[rows] = norm - logits.gather(1, targets[rows, None]).squeeze(1)
         else:
             teacher.logits(teacher_hidden[rows].masked_fill(ignored[rows], 0), grad)
             kd_rows(logits, grad, targets[rows], rows_ce[rows], rows_kl[rows])
@@ -240,8 +227,7 @@ def run_chunks(
 
 
 class LinearKD(torch.autograd.Function):
-    """Autograd node of `linear_kd_loss`. It keeps gradients, never a weight: ZeRO-3 may free those
-    meanwhile."""
+    """Autograd node of `linear_kd_loss`. It keeps gradients, never a weight: ZeRO-3 may free that."""
 
     @staticmethod
     def forward(

@@ -1,5 +1,4 @@
-"""The head's two public functions: the distillation loss and the per-token NLL. Arguments are checked
-here."""
+"""The head's two public functions, the distillation loss and the per-token NLL, with their checks."""
 
 from __future__ import annotations
 
@@ -9,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ddk_ds.errors import ConfigError
-from ddk_ds.kernels.chunked import Head, LinearKD, Options, ce_rows, compute_dtype
+from ddk_ds.kernels.chunked import Head, LinearKD, Options, compute_dtype, softmax_rows
 from ddk_ds.kernels.reference import KDLoss
 
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -46,9 +45,8 @@ def linear_kd_loss(
         gamma: weight of the KL term, >= 0.
         temperature: T > 0; T^2 keeps the KL's gradient scale (Hinton et al. 2015).
         vocab_size: tokens of the tokenizer; rows of the heads above it are padding and take no part.
-        num_valid: scalar tensor on the same device, what the sums are divided by (0 counts as 1). May be the
-        count
-            of the whole optimizer step.
+        num_valid: scalar tensor on the same device, what the sums are divided by (0 counts as 1); it may be
+            the count of the whole optimizer step.
         student_bias, teacher_bias: (Vs,), (Vt,).
         chunk_tokens: tokens a chunk; memory is 2 * chunk_tokens * vocab_size elements and a little.
 
@@ -60,29 +58,15 @@ def linear_kd_loss(
     """
     _check_head("student", student_hidden, student_weight, student_bias, vocab_size)
     _check_labels(labels, student_hidden, chunk_tokens)
+    _check_scalars(gamma, temperature, num_valid, student_hidden.device)
     if (teacher_hidden is None) != (teacher_weight is None):
-        raise ConfigError(
-            "teacher_hidden and teacher_weight: one is None; give both, or neither for CE alone"
-        )
+        raise ConfigError("teacher_hidden, teacher_weight: one is None; give both, or neither for CE alone")
     if teacher_hidden is not None and teacher_weight is not None:
         _check_head("teacher", teacher_hidden, teacher_weight, teacher_bias, vocab_size)
-        if len(teacher_hidden) != len(student_hidden):
-            raise ConfigError(
-                f"teacher_hidden has {len(teacher_hidden)} rows, student_hidden {len(student_hidden)}: "
-                "both must be of the same tokens"
-            )
-    if not (math.isfinite(gamma) and gamma >= 0):
-        raise ConfigError(f"gamma is {gamma}: give a finite number >= 0")
-    if not (math.isfinite(temperature) and temperature > 0):
-        raise ConfigError(f"temperature is {temperature}: give a finite number > 0")
-    if num_valid.numel() != 1 or num_valid.device != student_hidden.device:
-        raise ConfigError(
-            f"num_valid has shape {tuple(num_valid.shape)} on {num_valid.device}: "
-            f"give a scalar tensor on {student_hidden.device}"
-        )
-    grad_enabled = torch.is_grad_enabled()
+        _check_same_tokens(teacher_hidden, student_hidden)
+    # Inside the autograd function neither is known any more.
     needs = tuple(
-        grad_enabled and tensor is not None and tensor.requires_grad
+        torch.is_grad_enabled() and tensor is not None and tensor.requires_grad
         for tensor in (student_hidden, student_weight, student_bias)
     )
     options = Options(float(gamma), float(temperature), vocab_size, ignore_index, chunk_tokens)
@@ -125,7 +109,7 @@ def linear_nll(
         rows = slice(start, min(start + chunk_tokens, len(labels)))
         logits, probs = buffer[:, : rows.stop - start]
         head.logits(hidden[rows], logits)
-        nll[rows] = ce_rows(logits, targets[rows], probs)
+        nll[rows] = softmax_rows(logits, probs) - logits.gather(1, targets[rows, None]).squeeze(1)
     return nll.masked_fill_(~valid, 0)
 
 
@@ -165,3 +149,23 @@ def _check_labels(labels: Tensor, hidden: Tensor, chunk_tokens: int) -> None:
         )
     if chunk_tokens < 1:
         raise ConfigError(f"chunk_tokens is {chunk_tokens}: give 1 or more")
+
+
+def _check_scalars(gamma: float, temperature: float, num_valid: Tensor, device: torch.device) -> None:
+    if not (math.isfinite(gamma) and gamma >= 0):
+        raise ConfigError(f"gamma is {gamma}: give a finite number >= 0")
+    if not (math.isfinite(temperature) and temperature > 0):
+        raise ConfigError(f"temperature is {temperature}: give a finite number > 0")
+    if num_valid.numel() != 1 or num_valid.device != device:
+        raise ConfigError(
+            f"num_valid has shape {tuple(num_valid.shape)} on {num_valid.device}: "
+            f"give a scalar tensor on {device}"
+        )
+
+
+def _check_same_tokens(teacher_hidden: Tensor, student_hidden: Tensor) -> None:
+    if len(teacher_hidden) != len(student_hidden) or teacher_hidden.device != student_hidden.device:
+        raise ConfigError(
+            f"teacher_hidden has {len(teacher_hidden)} rows on {teacher_hidden.device}, "
+            f"student_hidden {len(student_hidden)} on {student_hidden.device}: both must be of the same tokens"
+        )

@@ -1,5 +1,4 @@
-"""Controllers: what decides the proportions of each distillation interval. DDK, its ablations, fixed
-mixtures.
+"""Controllers decide the proportions of each distillation interval: DDK, its ablations, fixed mixtures.
 
 A controller is a value: the proportions it continues from are handed to it, so it holds no state of its own
 beyond its options, and a replay of the ledger through a fresh one gives the same proportions.

@@ -1,5 +1,4 @@
-"""Domain discrepancy factors: Eq. 1 and Eq. 2 of arXiv 2407.16154, in the log domain, with two optional
-bounds."""
+"""Domain discrepancy factors: Eq. 1 and Eq. 2 of arXiv 2407.16154 in the log domain, two bounds optional."""
 
 from __future__ import annotations
 
@@ -148,9 +147,9 @@ def one_hot_warning(
     top = int(np.argmax(proportions))
     return (
         f"the first interval takes {float(proportions[top]):.1%} of its samples from domain '{names[top]}': "
-        "Eq. 1 exponentiates the ratio of perplexities, and this student's ratios are far apart. To spread them, "
-        "set mixture.ratio_cap (a bound on the ratio before exp) or mixture.initial_floor (a least proportion of "
-        "every domain)"
+        "Eq. 1 exponentiates the ratio of perplexities, and this student's ratios are far apart. To spread "
+        "the samples, set mixture.ratio_cap (a bound on the ratio before exp) or mixture.initial_floor (a least "
+        "proportion of every domain)"
     )
 
 

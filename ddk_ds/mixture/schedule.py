@@ -1,5 +1,4 @@
-"""The data order: (seed, interval, proportions, cursors) -> the global sample ids of one distillation
-interval.
+"""The data order: (seed, interval, proportions, cursors) -> global sample ids of a distillation interval.
 
 Nothing here knows of ranks, workers or nodes: every process that asks gets the same order. A domain's draws
 are an endless lazy sequence that depends on the seed, the domain's name and its shards alone, so that adding
@@ -95,9 +94,8 @@ class DomainOrder:
     def _take_in_pass(self, number: int, first: int, last: int) -> Ids:
         ends, groups = self._blocks(number)
         parts = []
-        for k in range(
-            int(np.searchsorted(ends, first, "right")), int(np.searchsorted(ends, last, "left")) + 1
-        ):
+        first_block, last_block = np.searchsorted(ends, [first, last - 1], "right").tolist()
+        for k in range(first_block, last_block + 1):
             ids = np.concatenate(
                 [np.arange(self._offsets[s], self._offsets[s] + self.shard_sizes[s]) for s in groups[k]]
             )
@@ -205,7 +203,7 @@ class IntervalState:
         sha = ids_sha(ids)
         if self.ids_sha not in ("", sha):
             raise CheckpointError(
-                f"interval {self.interval}: the sample order has hash {sha}, the checkpoint's {self.ids_sha}: "
+                f"interval {self.interval}: the sample order is {sha}, in the checkpoint {self.ids_sha}: "
                 "resume with the numpy version that the run began with"
             )
         return replace(self, ids_sha=sha)
@@ -293,7 +291,7 @@ def _name_key(name: str) -> int:
 
 
 def _generator(seed: int, name_key: int, purpose: int, number: int, block: int = 0) -> np.random.Generator:
-    """Philox of its own for each key. Every part has a fixed number of 32-bit words: SeedSequence pads with
-    zeros and joins, so keys of varying length could meet."""
+    """A Philox generator for each key."""
+    # Each part has its fixed number of 32-bit words: SeedSequence joins and pads, so others could meet.
     words = [seed & 0xFFFFFFFF, seed >> 32, name_key & 0xFFFFFFFF, name_key >> 32, purpose, number, block]
     return np.random.Generator(np.random.Philox(np.random.SeedSequence(words)))

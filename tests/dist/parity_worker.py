@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from tiny import VOCAB, save_model, tiny_config
+from tests.dist.tiny import VOCAB, save_model, tiny_config
 from transformers import AutoModelForCausalLM
 
 from ddk_ds.config import Config

@@ -1,6 +1,6 @@
 """Run a function in several gloo processes on this machine, as the DeepSpeed launcher would start them.
 
-    result = run_ranks("parity_worker:compare", world=2, tied=True)
+    result = run_ranks("tests.dist.parity_worker:compare", world=2, tied=True)
 
 calls `tests/dist/parity_worker.py`'s `compare(comm, device, tied=True)` on each rank and returns rank 0's value.
 A run beyond its time is ended, and the failure shows every rank's stacks.
@@ -19,7 +19,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-HERE = Path(__file__).resolve().parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def run_ranks(function: str, world: int, *, timeout_s: float = 240.0, **arguments: Any) -> Any:
@@ -76,7 +76,7 @@ def _wait(workers: list[subprocess.Popen[bytes]], timeout_s: float) -> str:
 
 def _main() -> None:
     function, arguments, result = sys.argv[1:]
-    sys.path.insert(0, str(HERE))
+    sys.path.insert(0, str(ROOT))
     from ddk_ds.engine.runtime import start_runtime
 
     runtime = start_runtime()

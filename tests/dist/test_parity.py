@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from ranks import run_ranks
+from tests.dist.ranks import run_ranks
 
 CASES = [
     # world, micro-batches a rank, tied heads, checkpointing, evaluation between steps, method
@@ -23,7 +23,7 @@ def test_training_equals_plain_training(
     tmp_path: Path, world: int, micro_batches: int, tied: bool, checkpointing: bool, evaluate: bool, method: str
 ) -> None:
     result = run_ranks(
-        "parity_worker:compare",
+        "tests.dist.parity_worker:compare",
         world,
         folder=str(tmp_path),
         tied=tied,

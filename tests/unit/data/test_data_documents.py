@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import random
 from pathlib import Path
 
 import pyarrow
@@ -42,6 +43,7 @@ def documents_of(
         ("a.json.gz", gzip.compress(LINES)),
         ("a.jsonl.zst", zstandard.compress(LINES)),
         ("frames.jsonl.zst", zstandard.compress(LINES[:20]) + zstandard.compress(LINES[20:])),
+        ("skippable.jsonl.zst", b"\x50\x2a\x4d\x18\x04\0\0\0abcd" + zstandard.compress(LINES)),
         ("members.jsonl.gz", gzip.compress(LINES[:20]) + gzip.compress(LINES[20:])),
         ("blank.jsonl", LINES.replace(b"\n", b"\n\n")),
         ("A.JSONL", b"\xef\xbb\xbf" + LINES.rstrip()),
@@ -62,6 +64,16 @@ def test_json_lines(tmp_path: Path, name: str, data: bytes) -> None:
 )
 def test_text_files_are_one_document(tmp_path: Path, name: str, data: bytes) -> None:
     assert list(read_texts(file_of(tmp_path / name, data), Dropped())) == [TEXTS[1]]
+
+
+def test_large_zst_file_with_a_long_window(tmp_path: Path) -> None:
+    text = random.Random(0).randbytes(300_000).hex()
+    parameters = zstandard.ZstdCompressionParameters(window_log=28)  # above the decompressor's default of 27
+    stream = zstandard.ZstdCompressor(
+        compression_params=parameters
+    ).compressobj()  # of unknown size: no smaller one
+    data = stream.compress(json.dumps({"text": text}).encode()) + stream.flush()
+    assert list(read_texts(file_of(tmp_path / "a.jsonl.zst", data), Dropped())) == [text]
 
 
 @pytest.mark.parametrize("kind", [pyarrow.string(), pyarrow.large_string()])
@@ -109,6 +121,8 @@ def test_plain_json_files_are_text(tmp_path: Path) -> None:
         ("a.jsonl.gz", gzip.compress(LINES)[:-12], r"a\.jsonl\.gz cannot be read"),
         ("a.jsonl.gz", LINES, r"a\.jsonl\.gz cannot be read"),
         ("a.jsonl.zst", LINES, r"a\.jsonl\.zst cannot be read"),
+        ("a.jsonl.zst", zstandard.compress(LINES)[:-3], r"a\.jsonl\.zst cannot be read: it ends inside"),
+        ("a.txt.zst", zstandard.compress(LINES) * 2 + b"\x28", r"a\.txt\.zst cannot be read: it ends inside"),
         ("a.parquet", LINES, r"a\.parquet cannot be read"),
     ],
 )

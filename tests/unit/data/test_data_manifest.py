@@ -103,6 +103,10 @@ def swap(root: Path) -> None:
             edit(lambda content: content["domains"]["tree"]["train"].update(samples=1)),
             r"tree/train is not what",
         ),
+        (
+            edit(lambda content: content["domains"]["tree"]["train"].update(sha="0")),
+            r"tree/train is not what",
+        ),
         (truncate, r"tree/train/shard\.00000\.mds has [\d,]+ bytes, its index says"),
         (lambda root: (root / "tree/train/shard.00000.mds").unlink(), r"shard\.00000\.mds is missing"),
         (
