@@ -35,11 +35,11 @@ demo: $(READY) runs/demo/summary.json
 	@$(BIN)/python tools/summary.py runs/demo runs/demo-equal
 
 $(DATA)/tokenizer/tokenizer.json: | $(READY)
-	$(BIN)/python tools/train_tokenizer.py --recipe configs/data/demo.yaml --vocab-size 8192 --out $(@D)
+	$(BIN)/python tools/train_tokenizer.py --recipe configs/data/demo.yaml --vocab-size 4096 --out $(@D)
 
 $(DATA)/shards/domains.json: | $(DATA)/tokenizer/tokenizer.json
 	$(BIN)/python tools/prepare_data.py --recipe configs/data/demo.yaml --tokenizer $(DATA)/tokenizer \
-	  --out $(@D) --sequence-length 256 --validation-samples 100
+	  --out $(@D) --sequence-length 256 --validation-samples 40
 
 $(DATA)/%-init/model.safetensors: | $(DATA)/tokenizer/tokenizer.json
 	$(BIN)/python tools/init_model.py --config configs/models/demo_$*.json --tokenizer $(DATA)/tokenizer \

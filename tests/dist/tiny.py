@@ -38,7 +38,7 @@ def tiny_config(folder: Path, **sections: Any) -> Config:
         "student": {"path": str(folder / "student")},
         "teacher": {"path": str(folder / "teacher")},
         "data": {"path": str(folder / "data"), "sequence_length": 24, "validation_samples": 4},
-        "optimizer": {"learning_rate": 1e-2, "min_learning_rate": 1e-3, "warmup_steps": 1},
+        "optimizer": {"learning_rate": 1e-3, "min_learning_rate": 1e-4, "warmup_steps": 1},
         "train": {"global_batch_samples": 8, "micro_batch_samples": 1, "precision": "fp32"},
         "stop": {"steps": 6},
         # Tiny tensors would all stay gathered, and the gathers would go untested.

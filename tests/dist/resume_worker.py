@@ -1,0 +1,60 @@
+"""Runs on every rank of test_resume.py: a run that breaks off at each of its steps, and the same run resumed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from ddk_ds.config import load_config
+from ddk_ds.engine.runtime import Runtime
+from ddk_ds.train.inputs import check_inputs
+from ddk_ds.train.loop import train
+from ddk_ds.train.run_dir import claim_run_dir, run_identity
+from ddk_ds.train.setup import Run, prepare_run
+
+
+class BreakOff(Exception):
+    """Stands for the end of the process."""
+
+
+def break_and_resume(runtime: Runtime, config_path: str, names: dict[str, int | None]) -> list[str]:
+    """One run for each name, broken off after that many ledger lines (None: not at all). Returns what was done."""
+    done = []
+    for name, lines in names.items():
+        try:
+            train(_prepare(runtime, config_path, name, lines))
+        except BreakOff:
+            train(_prepare(runtime, config_path, name, None))
+            done.append(name)
+    return done
+
+
+def _prepare(runtime: Runtime, config_path: str, name: str, lines: int | None) -> Run:
+    config = load_config(config_path, [f"name={name}"])
+    inputs = check_inputs(config, runtime.comm)
+    if runtime.comm.rank == 0:
+        claim_run_dir(config, run_identity(config, inputs.fingerprints))
+    runtime.comm.barrier()
+    run = prepare_run(config, inputs, runtime)
+    if lines is not None:
+        _break_after(run, lines)
+    return run
+
+
+def _break_after(run: Run, lines: int) -> None:
+    write, written = run.ledger.write, 0
+
+    def counted(record: dict[str, Any]) -> None:
+        nonlocal written
+        write(record)
+        written += 1
+        if written == lines:
+            raise BreakOff(json.dumps(record["kind"]))
+
+    run.ledger.write = counted  # type: ignore[method-assign]
+
+
+def run_dir(config_path: str, name: str) -> Path:
+    """Where that run lies."""
+    return load_config(config_path, [f"name={name}"]).run_dir

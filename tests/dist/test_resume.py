@@ -1,0 +1,27 @@
+"""Interrupted at any line of its ledger and resumed, a run's ledger is the uninterrupted one's, to the last bit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tests.dist.ranks import run_ranks
+from tests.dist.resume_worker import run_dir
+from tests.workspace import without_clock, write_config
+
+
+def test_interrupted_anywhere(workspace: Path, tmp_path: Path) -> None:
+    # 3 intervals of 2 steps, a checkpoint every 2 or 3 lines: borders, middles, before the first checkpoint, the end.
+    config = write_config(
+        workspace, tmp_path, mixture={"interval_steps": 2}, stop={"steps": 6}, checkpoint={"every_steps": 2}
+    )
+    uninterrupted = 3 + 6 + 1
+    names: dict[str, int | None] = {"whole": None}
+    names |= {f"broken-{lines}": lines for lines in range(1, uninterrupted + 1)}
+    done = run_ranks(
+        "tests.dist.resume_worker:break_and_resume", 2, timeout_s=400, config_path=str(config), names=names
+    )
+    assert done == [f"broken-{lines}" for lines in range(1, uninterrupted + 1)]
+    whole = without_clock(run_dir(str(config), "whole"))
+    assert len(whole) == uninterrupted
+    for name in done:
+        assert without_clock(run_dir(str(config), name)) == whole, name

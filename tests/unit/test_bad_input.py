@@ -1,0 +1,127 @@
+"""Each thing a user can get wrong gives one clear error and exit code 2, before a model is loaded."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from launch.distill import main
+
+from tests.workspace import write_config
+
+CASES: list[tuple[str, dict[str, Any], tuple[str, ...]]] = [
+    ("unknown key", {"data": {"sequence_lenght": 64}}, ("data.sequence_lenght", "sequence_length")),
+    ("wrong type", {"train": {"micro_batch_samples": "two"}}, ("train.micro_batch_samples", "'two'")),
+    ("alpha", {"mixture": {"alpha": 1.5}}, ("mixture.alpha", "1.5")),
+    ("no such domain", {"data": {"domains": ["python", "latin"]}}, ("'latin'", "python, cpp, mathematics")),
+    ("validation", {"data": {"validation_samples": 4000}}, ("'python'", "4000", "validation_samples")),
+    ("sequence length", {"data": {"sequence_length": 128}}, ("data.sequence_length", "128", "64")),
+    ("batch", {"train": {"micro_batch_samples": 3}}, ("train.global_batch_samples 8", "3")),
+    ("no data", {"data": {"path": "nowhere"}}, ("nowhere", "does not exist")),
+    ("no end", {"stop": {"steps": None}}, ("stop", "steps")),
+    ("deepspeed", {"deepspeed": {"gradient_clipping": 7.0}}, ("gradient_clipping", "optimizer.clip_norm")),
+    ("no teacher", {"teacher": None}, ("teacher.path",)),
+]
+
+
+def error_of(config: Path, capsys: pytest.CaptureFixture[str]) -> str:
+    """What the user reads; checks that it is one line and that the code is 2."""
+    assert main(["--config", str(config), "--dry-run"]) == 2
+    text = capsys.readouterr().err
+    assert text.startswith("error: ") and text.count("\n") == 1, text
+    return text
+
+
+@pytest.mark.parametrize(("name", "sections", "expected"), CASES, ids=[case[0] for case in CASES])
+def test_configuration_errors(
+    workspace: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    name: str,
+    sections: dict[str, Any],
+    expected: tuple[str, ...],
+) -> None:
+    text = error_of(write_config(workspace, tmp_path, **sections), capsys)
+    assert all(part in text for part in expected), text
+
+
+def test_a_good_configuration_passes(
+    workspace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["--config", str(write_config(workspace, tmp_path)), "--dry-run"]) == 0
+    assert "every check passed" in capsys.readouterr().out
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.fixture
+def damaged(workspace: Path, tmp_path: Path) -> Path:
+    """A copy of the prepared data that a test may damage."""
+    return Path(shutil.copytree(workspace / "shards", tmp_path / "shards"))
+
+
+def test_half_written_data(
+    workspace: Path, damaged: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (damaged / "domains.json").unlink()
+    text = error_of(write_config(workspace, tmp_path, data={"path": str(damaged)}), capsys)
+    assert "half-written" in text
+
+
+def test_truncated_shard(
+    workspace: Path, damaged: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shard = next((damaged / "cpp" / "train").glob("shard*.mds"))
+    shard.write_bytes(shard.read_bytes()[:-10])
+    text = error_of(write_config(workspace, tmp_path, data={"path": str(damaged)}), capsys)
+    assert shard.name in text and "cpp" in text
+
+
+def test_empty_domain(
+    workspace: Path, damaged: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = damaged / "domains.json"
+    content = json.loads(path.read_text())
+    content["domains"]["cpp"]["train"]["samples"] = 0
+    path.write_text(json.dumps(content))
+    assert "cpp" in error_of(write_config(workspace, tmp_path, data={"path": str(damaged)}), capsys)
+
+
+def _swap_two_tokens(tokenizer: Path) -> None:
+    content = json.loads(tokenizer.read_text())
+    vocab = content["model"]["vocab"]
+    first, second = sorted(vocab, key=vocab.__getitem__)[300:302]
+    vocab[first], vocab[second] = vocab[second], vocab[first]
+    tokenizer.write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize(("model", "expected"), [("teacher", "vocabularies differ"), ("student", "tokenised with")])
+def test_another_tokenizer(
+    workspace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], model: str, expected: str
+) -> None:
+    copy = Path(shutil.copytree(workspace / model, tmp_path / model))
+    _swap_two_tokens(copy / "tokenizer.json")
+    text = error_of(write_config(workspace, tmp_path, **{model: {"path": str(copy)}}), capsys)
+    assert expected in text
+
+
+def test_a_directory_of_another_run(
+    workspace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = write_config(workspace, tmp_path)
+    run_dir = tmp_path / "runs" / "run"
+    run_dir.mkdir(parents=True)
+    (run_dir / "notes.txt").write_text("mine")
+    assert "holds files of something else" in error_of(config, capsys)
+    (run_dir / "run.json").write_text(json.dumps({"seed": 9}))
+    text = error_of(config, capsys)
+    assert "holds another run" in text and (run_dir / "notes.txt").read_text() == "mine"
+
+
+def test_no_such_model(workspace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    text = error_of(write_config(workspace, tmp_path, student={"path": str(empty)}), capsys)
+    assert "student.path" in text and "config.json" in text
