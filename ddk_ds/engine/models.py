@@ -18,6 +18,7 @@ from ddk_ds.comm import Comm
 from ddk_ds.config import Config, Model
 from ddk_ds.engine.ds_config import student_ds_config, teacher_ds_config
 from ddk_ds.engine.head import FrozenHead, HeadFunction, StudentRoot
+from ddk_ds.engine.host_memory import freed_at_once
 from ddk_ds.engine.model_files import ModelFiles
 from ddk_ds.engine.weights import load_weights
 from ddk_ds.errors import ConfigError
@@ -127,6 +128,7 @@ def load_teacher(config: Config, files: ModelFiles, vocab_size: int, comm: Comm)
     return Teacher(engine, head)
 
 
+@freed_at_once()
 def _load_sharded(
     config: Config, model: Model, key: str, files: ModelFiles, ds_config: dict[str, Any], comm: Comm
 ) -> PreTrainedModel:

@@ -51,7 +51,7 @@ def compare(
                 student, loop, batch, learning_rate=rate, num_domains=1, device=runtime.device, comm=comm
             )
         )
-        if evaluate and step in (1, 3):
+        if evaluate and step in (1, 4):
             ppl.append(perplexities(student, held_out, **options).tolist())
             if teacher is not None:
                 ppl.append(perplexities(teacher, held_out, **options).tolist())
@@ -113,7 +113,7 @@ def _plain(root: Path, config: Config, evaluate: bool) -> dict[str, Any]:
         norm = torch.nn.utils.clip_grad_norm_(student.parameters(), options.clip_norm)
         optimizer.step()
         steps.append([float(loss.detach()), float(ce.detach()), float(kl.detach()), float(norm)])
-        if evaluate and step in (1, 3):
+        if evaluate and step in (1, 4):
             ppl += [_plain_ppl(model) for model in (student, teacher) if model is not None]
     student.save_pretrained(root / "plain")
     return {"steps": steps, "ppl": ppl}

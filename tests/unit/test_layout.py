@@ -65,11 +65,8 @@ def imported_names(path: Path, source: str) -> Iterator[str]:
         elif isinstance(node, ast.Attribute) and node.attr == "distributed":
             yield f"{ast.unparse(node.value)}.distributed"
         elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith(("import_module", "__import__")):
-            yield from (argument.value for argument in node.args if _is_text(argument))
-
-
-def _is_text(node: ast.expr) -> bool:
-    return isinstance(node, ast.Constant) and isinstance(node.value, str)
+            constants = (argument.value for argument in node.args if isinstance(argument, ast.Constant))
+            yield from (value for value in constants if isinstance(value, str))
 
 
 def import_faults(path: Path, source: str) -> list[str]:
