@@ -71,7 +71,8 @@ class ProcessGroup:
         for first, end in zip(firsts, [*firsts[1:], self.world_size], strict=True):
             group = dist.new_group(list(range(first, end)))
             if first <= self.rank < end:
-                self._node_first, self._node_group = first, group
+                self._node_first = first
+                self._node_group: Any = group
 
     def all_reduce_sum(self, tensor: torch.Tensor) -> torch.Tensor:
         dist.all_reduce(tensor)

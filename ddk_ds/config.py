@@ -153,7 +153,9 @@ class Stop(Section):
     @model_validator(mode="after")
     def _has_an_end(self) -> Stop:
         if self.steps is None and self.intervals is None and not self.data_once:
-            raise ValueError("no end is set: give steps, intervals or data_once: true (discrepancy alone may never come)")
+            raise ValueError(
+                "no end is set: give steps, intervals or data_once: true (discrepancy alone may never come)"
+            )
         return self
 
 
@@ -284,9 +286,9 @@ def _explain(item: Any) -> str:
         return f"{where}: unknown key, {hint}"
     if item["type"] == "missing":
         return f"{where}: is required, set it"
-    message = item["msg"].removeprefix("Value error, ")
     if item["type"] == "value_error":
-        return f"{where}: {message}" if where else message
+        return (f"{where}: " if where else "") + item["msg"].removeprefix("Value error, ")
+    message = item["msg"]
     return f"{where}: {message[0].lower() + message[1:]}, got {item['input']!r}"
 
 

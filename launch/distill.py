@@ -1,6 +1,6 @@
 """Distil (or continue pre-training) one student by one configuration.
 
-    deepspeed launch/distill.py --config configs/demo.yaml [key=value ...]
+deepspeed launch/distill.py --config configs/demo.yaml [key=value ...]
 """
 
 from __future__ import annotations

@@ -26,9 +26,7 @@ def check_python(version: tuple[int, ...]) -> list[str]:
     if version >= MIN_PYTHON:
         return []
     found, wanted = (".".join(map(str, numbers[:2])) for numbers in (version, MIN_PYTHON))
-    return [
-        f"Python {wanted} or newer is needed, {sys.executable} is {found}: name another by make PYTHON=..."
-    ]
+    return [f"Python {wanted} or newer is needed, {sys.executable} is {found}: name another by make PYTHON=..."]
 
 
 def check_venv() -> list[str]:
@@ -69,9 +67,7 @@ def missing(root: Path) -> list[str]:
         *check_venv(),
         *check_headers(Path(sysconfig.get_path("include"))),
         *check_compiler(os.environ.get("CXX", "c++")),
-        *check_space(
-            Path("/dev/shm"), SHARED_MEMORY_BYTES, "free some, or start the container with --shm-size=1g"
-        ),
+        *check_space(Path("/dev/shm"), SHARED_MEMORY_BYTES, "free some, or start the container with --shm-size=1g"),
     ]
     if not (root / ".venv").exists():
         faults += check_space(root, INSTALL_BYTES, "free some")

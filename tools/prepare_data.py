@@ -49,9 +49,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     held_out.add_argument("--validation-fraction", type=float, help="share of the documents that is held out")
     cores = len(os.sched_getaffinity(0))
-    parser.add_argument(
-        "--workers", type=int, default=cores, help="tokenising processes (default: %(default)s)"
-    )
+    parser.add_argument("--workers", type=int, default=cores, help="tokenising processes (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="decides what is held out (default: %(default)s)")
     return parser.parse_args(arguments)
 
@@ -80,9 +78,7 @@ def run(options: argparse.Namespace, console: Console) -> Manifest:
         )
     console.print(table(manifest))
     console.print(losses(manifest))
-    console.print(
-        f"{options.out}: {len(manifest.domains)} domains, {manifest.sequence_length:,} tokens a sample"
-    )
+    console.print(f"{options.out}: {len(manifest.domains)} domains, {manifest.sequence_length:,} tokens a sample")
     return manifest
 
 

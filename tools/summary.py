@@ -1,6 +1,6 @@
 """Show the results of finished runs, and several runs side by side.
 
-    python tools/summary.py runs/demo runs/demo-equal
+python tools/summary.py runs/demo runs/demo-equal
 """
 
 from __future__ import annotations
@@ -43,7 +43,9 @@ def comparison_table(summaries: list[dict[str, Any]]) -> Table:
         table.add_column(summary["run"], justify="right")
     by_run = [{domain["name"]: domain for domain in summary["domains"]} for summary in summaries]
     for name in by_run[0]:
-        cells = [f"{d[name]['student_ppl_after']:.2f} ({d[name]['token_share']:.1%})" if name in d else "-" for d in by_run]
+        cells = [
+            f"{d[name]['student_ppl_after']:.2f} ({d[name]['token_share']:.1%})" if name in d else "-" for d in by_run
+        ]
         table.add_row(name, *cells)
     means = [summary["mean_ratio_after"] for summary in summaries]
     table.add_section()

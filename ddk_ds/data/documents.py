@@ -204,14 +204,10 @@ def _read_parquet(file: SourceFile, dropped: Dropped) -> Iterator[str]:
     with parquet.ParquetFile(file.path) as table:
         names = table.schema_arrow.names
         if column not in names:
-            raise DataError(
-                f"{file.path} has no column {column!r}; set text_field to one of {', '.join(names)}"
-            )
+            raise DataError(f"{file.path} has no column {column!r}; set text_field to one of {', '.join(names)}")
         kind = table.schema_arrow.field(column).type
         if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
-            raise DataError(
-                f"{file.path}: column {column!r} holds {kind}, no text; set text_field to another"
-            )
+            raise DataError(f"{file.path}: column {column!r} holds {kind}, no text; set text_field to another")
         for batch in table.iter_batches(batch_size=1024, columns=[column]):
             yield from (text for text in batch.column(0).to_pylist() if text is not None)
 
@@ -228,9 +224,7 @@ def _parse_json(text: str, where: str, kind: Format) -> Any:
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
-        raise DataError(
-            f"{where} is not JSON ({error}); it is read as {kind}: set format in the recipe"
-        ) from None
+        raise DataError(f"{where} is not JSON ({error}); it is read as {kind}: set format in the recipe") from None
 
 
 def _field(record: Any, file: SourceFile, where: str) -> str:

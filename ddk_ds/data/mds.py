@@ -79,9 +79,7 @@ def read_index(directory: Path) -> SplitIndex:
         if not file.is_file():
             raise DataError(f"shard {file} is missing; {AGAIN}")
         if file.stat().st_size != num_bytes:
-            raise DataError(
-                f"shard {file} has {file.stat().st_size:,} bytes, its index says {num_bytes:,}; {AGAIN}"
-            )
+            raise DataError(f"shard {file} has {file.stat().st_size:,} bytes, its index says {num_bytes:,}; {AGAIN}")
     sha = hashlib.sha256(json.dumps(shards, sort_keys=True).encode()).hexdigest()
     return SplitIndex(directory, shards, np.array(sizes, np.int64), sha)
 

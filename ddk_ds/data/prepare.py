@@ -55,9 +55,7 @@ class Plan:
         if (self.validation_samples is None) == (self.validation_fraction is None):
             raise DataError("give either a number of validation samples or a validation fraction")
         if self.validation_fraction is not None and not 0.0 < self.validation_fraction < 1.0:
-            raise DataError(
-                f"the validation fraction is {self.validation_fraction}; give a number between 0 and 1"
-            )
+            raise DataError(f"the validation fraction is {self.validation_fraction}; give a number between 0 and 1")
 
 
 def prepare(
@@ -207,9 +205,7 @@ def _chosen(tokens: Ids, lengths: npt.NDArray[np.int64], chosen: npt.NDArray[np.
         yield tokens[ends[document] - lengths[document] : ends[document]]
 
 
-def _check_enough(
-    name: str, lengths: npt.NDArray[np.int64], held_out: npt.NDArray[np.bool_], plan: Plan
-) -> None:
+def _check_enough(name: str, lengths: npt.NDArray[np.int64], held_out: npt.NDArray[np.bool_], plan: Plan) -> None:
     train = int(lengths[~held_out].sum()) // plan.sequence_length
     validation = int(lengths[held_out].sum()) // plan.sequence_length
     wanted = plan.validation_samples or 1

@@ -128,9 +128,7 @@ def list_files(recipe: Recipe) -> dict[str, list[SourceFile]]:
         }
         for path in found:
             if owner.setdefault(path, name) != name:
-                raise DataError(
-                    f"{path} is in two domains, {owner[path]!r} and {name!r}; exclude it from one of them"
-                )
+                raise DataError(f"{path} is in two domains, {owner[path]!r} and {name!r}; exclude it from one of them")
         files[name] = list(found.values())
         if domain.max_bytes is not None:
             files[name].sort(key=lambda file: (_name_hash(file.name), file.name))
@@ -145,10 +143,7 @@ def _source_files(domain: str, source: Source, root: Path) -> list[SourceFile]:
     bases, pattern = _locate(domain, source.path, root)
     try:
         found = {
-            (path.relative_to(base).as_posix(), path)
-            for base in bases
-            for path in base.glob(pattern)
-            if path.is_file()
+            (path.relative_to(base).as_posix(), path) for base in bases for path in base.glob(pattern) if path.is_file()
         }
     except (ValueError, NotImplementedError) as error:
         raise ConfigError(f"domain {domain!r}: source {source.path!r} is no valid glob: {error}") from None

@@ -67,7 +67,8 @@ class FrozenHead:
     @contextmanager
     def gathered(self) -> Iterator[OutputHead]:
         """The whole head on this rank; released at the end unless it was there before (a collective)."""
-        away: list[Any] = [p for p in self._head if p is not None and p.ds_status == ZeroParamStatus.NOT_AVAILABLE]
+        parts: list[Any] = [part for part in self._head if part is not None]
+        away = [part for part in parts if part.ds_status == ZeroParamStatus.NOT_AVAILABLE]
         if away:
             away[0].all_gather(param_list=away)
         try:

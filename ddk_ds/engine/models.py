@@ -122,7 +122,7 @@ def load_teacher(config: Config, files: ModelFiles, vocab_size: int, comm: Comm)
     _check_vocabulary(model, vocab_size, "teacher.path")
     model.requires_grad_(False).eval()
     head = FrozenHead(model.get_output_embeddings())
-    engine, optimizer, _, _ = deepspeed.initialize(model=_backbone(model), config=ds_config)
+    engine, _, _, _ = deepspeed.initialize(model=_backbone(model), config=ds_config)
     engine.eval()
     assert not hasattr(engine.optimizer, "fp32_partitioned_groups_flat"), "the teacher's engine holds optimizer state"
     return Teacher(engine, head)

@@ -156,7 +156,7 @@ class KDRows:
             hard_norm = softmax_rows(student, hard)
         ce = hard_norm - student.gather(1, labels[:, None]).squeeze(1)
         # KL = sum(q r + (p - q)), r = log q - log p: each term is >= 0, and of second order near the teacher,
-        # where the usual sum(q r) loses its digits to cancellation. The logits are subtracted before the row's
+        # where sum(q r) alone loses its digits to cancellation. The logits are subtracted before the row's
         # constant is added, and what float32 rounds off that constant is put back in float64.
         shift = student_norm - teacher_norm
         rounded = shift.to(student.dtype)
@@ -189,9 +189,7 @@ def run_chunks(
     valid = labels != options.ignore_index
     ignored = ~valid[:, None]
     targets = torch.where(valid, labels, 0)
-    buffer = student_hidden.new_empty(
-        2, min(options.chunk_tokens, num_tokens), num_classes, dtype=student.dtype
-    )
+    buffer = student_hidden.new_empty(2, min(options.chunk_tokens, num_tokens), num_classes, dtype=student.dtype)
     kd_rows = KDRows(buffer[0], options.gamma, options.temperature) if teacher is not None else None
     rows_ce, rows_kl = student_hidden.new_zeros(2, num_tokens, dtype=torch.float64)
     hidden_grad = weight_grad = bias_grad = None

@@ -32,9 +32,8 @@ def linear_kd_loss(
 ) -> KDLoss:
     """Eq. 3 of arXiv 2407.16154: loss = CE + gamma * T^2 * KL(teacher_T || student_T), from hidden states.
 
-    Never holds the logits of more than `chunk_tokens` tokens. Gradients (of the student's tensors that
-    require one) are computed in the call. With gamma 0 or no teacher it costs what the CE alone costs and kl
-    is 0.
+    Never holds the logits of more than `chunk_tokens` tokens. Gradients (of the student's tensors that require one)
+    are computed in the call. With gamma 0 or no teacher it costs what the CE alone costs and kl is 0.
 
     Args:
         student_hidden: (n, Hs). Sets the compute dtype: float64 for float64, else float32.
@@ -119,9 +118,7 @@ def _check_head(who: str, hidden: Tensor, weight: Tensor, bias: Tensor | None, v
         if tensor.dim() != 2:
             raise ConfigError(f"{name} has shape {tuple(tensor.shape)}: it must have two axes")
         if tensor.dtype not in _FLOATS:
-            raise ConfigError(
-                f"{name} has dtype {tensor.dtype}: it must be float64, float32, bfloat16 or float16"
-            )
+            raise ConfigError(f"{name} has dtype {tensor.dtype}: it must be float64, float32, bfloat16 or float16")
     if hidden.dtype != weight.dtype or hidden.device != weight.device:
         raise ConfigError(
             f"{prefix}hidden is {hidden.dtype} on {hidden.device}, "
@@ -158,8 +155,7 @@ def _check_scalars(gamma: float, temperature: float, num_valid: Tensor, device: 
         raise ConfigError(f"temperature is {temperature}: give a finite number > 0")
     if num_valid.numel() != 1 or num_valid.device != device:
         raise ConfigError(
-            f"num_valid has shape {tuple(num_valid.shape)} on {num_valid.device}: "
-            f"give a scalar tensor on {device}"
+            f"num_valid has shape {tuple(num_valid.shape)} on {num_valid.device}: give a scalar tensor on {device}"
         )
 
 
@@ -167,5 +163,5 @@ def _check_same_tokens(teacher_hidden: Tensor, student_hidden: Tensor) -> None:
     if len(teacher_hidden) != len(student_hidden) or teacher_hidden.device != student_hidden.device:
         raise ConfigError(
             f"teacher_hidden has {len(teacher_hidden)} rows on {teacher_hidden.device}, "
-            f"student_hidden {len(student_hidden)} on {student_hidden.device}: both must be of the same tokens"
+            f"student_hidden {len(student_hidden)} on {student_hidden.device}: give both for the same tokens"
         )

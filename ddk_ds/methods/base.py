@@ -13,9 +13,7 @@ from ddk_ds.kernels.linear_kd import KDLoss
 class Method(Protocol):
     """Loss of a micro-batch."""
 
-    def loss(
-        self, student: Student, input_ids: torch.Tensor, labels: torch.Tensor, num_valid: torch.Tensor
-    ) -> KDLoss:
+    def loss(self, student: Student, input_ids: torch.Tensor, labels: torch.Tensor, num_valid: torch.Tensor) -> KDLoss:
         """Sums over this micro-batch's valid tokens, divided by `num_valid`.
 
         input_ids (B, L) int64; labels (B, L) int64, ignored where IGNORE_INDEX; num_valid: scalar, the valid tokens of

@@ -16,9 +16,7 @@ class ContinuedPretraining:
         self._vocab_size = vocab_size
         self._chunk_tokens = chunk_tokens
 
-    def loss(
-        self, student: Student, input_ids: torch.Tensor, labels: torch.Tensor, num_valid: torch.Tensor
-    ) -> KDLoss:
+    def loss(self, student: Student, input_ids: torch.Tensor, labels: torch.Tensor, num_valid: torch.Tensor) -> KDLoss:
         def cross_entropy(hidden: torch.Tensor, head: OutputHead) -> KDLoss:
             return linear_kd_loss(
                 hidden,

@@ -12,18 +12,14 @@ from ddk_ds.kernels.linear_kd import KDLoss, linear_kd_loss
 class Distillation:
     """CE + gamma * T^2 * KL(teacher || student); which domains it sees is the mixture's affair."""
 
-    def __init__(
-        self, teacher: Teacher, vocab_size: int, gamma: float, temperature: float, chunk_tokens: int
-    ) -> None:
+    def __init__(self, teacher: Teacher, vocab_size: int, gamma: float, temperature: float, chunk_tokens: int) -> None:
         self._teacher = teacher
         self._vocab_size = vocab_size
         self._gamma = gamma
         self._temperature = temperature
         self._chunk_tokens = chunk_tokens
 
-    def loss(
-        self, student: Student, input_ids: torch.Tensor, labels: torch.Tensor, num_valid: torch.Tensor
-    ) -> KDLoss:
+    def loss(self, student: Student, input_ids: torch.Tensor, labels: torch.Tensor, num_valid: torch.Tensor) -> KDLoss:
         teacher_hidden = self._teacher.hidden(input_ids)
 
         def distil(hidden: torch.Tensor, head: OutputHead) -> KDLoss:

@@ -161,9 +161,7 @@ def make_controller(
         controller = Static(domains, _given_proportions(domains, proportions))
     else:
         near = difflib.get_close_matches(kind, CONTROLLER_KINDS, n=1, cutoff=0)[0]
-        raise ConfigError(
-            f"unknown controller '{kind}' (did you mean '{near}'?): one of {', '.join(CONTROLLER_KINDS)}"
-        )
+        raise ConfigError(f"unknown controller '{kind}' (did you mean '{near}'?): one of {', '.join(CONTROLLER_KINDS)}")
     return controller
 
 
@@ -178,9 +176,7 @@ def _eq1(options: DDK | DDKNoSmoothing, student_ppl: Values, teacher_ppl: Values
 
 
 def _state(controller: DDK | DDKNoSmoothing | Static) -> dict[str, Any]:
-    options = {
-        key: list(value) if isinstance(value, tuple) else value for key, value in asdict(controller).items()
-    }
+    options = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(controller).items()}
     return {**options, "name": controller.name}
 
 
@@ -200,9 +196,7 @@ def _proportions_by_size(names: tuple[str, ...], sizes: Sequence[int]) -> tuple[
     return tuple(int(size) / total for size in sizes)
 
 
-def _given_proportions(
-    names: tuple[str, ...], proportions: Mapping[str, float] | Sequence[float]
-) -> tuple[float, ...]:
+def _given_proportions(names: tuple[str, ...], proportions: Mapping[str, float] | Sequence[float]) -> tuple[float, ...]:
     if isinstance(proportions, Mapping):
         if odd := sorted(set(names) ^ set(proportions)):
             problem = "has no proportion" if odd[0] in names else "is not a domain of this run"

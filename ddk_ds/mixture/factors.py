@@ -74,8 +74,7 @@ def initial_factors(
     num_domains = len(ratios)
     if not (floor >= 0 and floor * num_domains <= 1 + 1e-12):  # 1/N times N may round up
         raise ConfigError(
-            f"mixture.initial_floor is {floor} for {num_domains} domains: "
-            f"give a number between 0 and 1/{num_domains}"
+            f"mixture.initial_floor is {floor} for {num_domains} domains: give a number between 0 and 1/{num_domains}"
         )
     return floor + max(0.0, 1 - num_domains * floor) * _softmax(ratios)
 
@@ -123,9 +122,7 @@ def check_proportions(values: Sequence[float] | Vector, *, num_domains: int, wha
         raise ConfigError(f"{what}: {proportions.size} values for {num_domains} domains")
     total = math.fsum(proportions)
     if not (np.isfinite(proportions).all() and (proportions >= 0).all() and abs(total - 1) <= 1e-6):
-        raise ConfigError(
-            f"{what} are {proportions.tolist()} (sum {total}): give numbers >= 0 whose sum is 1"
-        )
+        raise ConfigError(f"{what} are {proportions.tolist()} (sum {total}): give numbers >= 0 whose sum is 1")
     return proportions
 
 
@@ -134,9 +131,7 @@ def is_nearly_one_hot(proportions: Sequence[float] | Vector, threshold: float = 
     return len(proportions) > 1 and float(np.max(proportions)) > threshold
 
 
-def one_hot_warning(
-    proportions: Sequence[float] | Vector, names: Sequence[str], threshold: float = 0.9
-) -> str | None:
+def one_hot_warning(proportions: Sequence[float] | Vector, names: Sequence[str], threshold: float = 0.9) -> str | None:
     """The warning where r_0 is nearly one-hot, else None.
 
     Eq. 1 exponentiates the ratio of perplexities and has no floor: a weak student's ratios of 5 against 40
@@ -148,14 +143,12 @@ def one_hot_warning(
     return (
         f"the first interval takes {float(proportions[top]):.1%} of its samples from domain '{names[top]}': "
         "Eq. 1 exponentiates the ratio of perplexities, and this student's ratios are far apart. To spread "
-        "the samples, set mixture.ratio_cap (a bound on the ratio before exp) or mixture.initial_floor (a least "
-        "proportion of every domain)"
+        "the samples, set mixture.ratio_cap (a bound on the ratio before exp) or mixture.initial_floor (a "
+        "least proportion of every domain)"
     )
 
 
-def _ratios(
-    student_ppl: Values, teacher_ppl: Values, ratio_cap: float | None, names: Sequence[str] | None
-) -> Vector:
+def _ratios(student_ppl: Values, teacher_ppl: Values, ratio_cap: float | None, names: Sequence[str] | None) -> Vector:
     """l_S / l_T (N,), capped."""
     student = check_perplexities(student_ppl, model="student", names=names)
     teacher = check_perplexities(teacher_ppl, model="teacher", names=names)
@@ -165,9 +158,7 @@ def _ratios(
         ratios = student / teacher
     if not np.isfinite(ratios).all():
         i = int(np.flatnonzero(~np.isfinite(ratios))[0])
-        raise DataError(
-            f"student {student[i]} / teacher {teacher[i]} perplexity of {_domain(names, i)} overflows"
-        )
+        raise DataError(f"student {student[i]} / teacher {teacher[i]} perplexity of {_domain(names, i)} overflows")
     if ratio_cap is None:
         return ratios
     if not (math.isfinite(ratio_cap) and ratio_cap > 0):

@@ -53,9 +53,7 @@ class DomainOrder:
     most two blocks are in use, which bounds a cache.
     """
 
-    def __init__(
-        self, name: str, shard_sizes: Sequence[int] | Ids, seed: int, block: int = BLOCK_SAMPLES
-    ) -> None:
+    def __init__(self, name: str, shard_sizes: Sequence[int] | Ids, seed: int, block: int = BLOCK_SAMPLES) -> None:
         """`shard_sizes`: samples of each shard; `block`: samples, >= 1.
 
         Raises:
@@ -252,9 +250,7 @@ class IntervalState:
         return cls(**{**record, **tuples, "history": history})
 
 
-def interval_ids(
-    orders: Sequence[DomainOrder], sample_offsets: Sequence[int] | Ids, state: IntervalState
-) -> Ids:
+def interval_ids(orders: Sequence[DomainOrder], sample_offsets: Sequence[int] | Ids, state: IntervalState) -> Ids:
     """Global sample ids (total,) of the state's interval, in global order; pure.
 
     Args:
@@ -265,9 +261,7 @@ def interval_ids(
     labels = _generator(state.seed, 0, _MIX, state.interval).permutation(labels)
     draws = [
         offset + order.take(cursor, cursor + count)
-        for order, offset, cursor, count in zip(
-            orders, sample_offsets, state.cursors, state.counts, strict=True
-        )
+        for order, offset, cursor, count in zip(orders, sample_offsets, state.cursors, state.counts, strict=True)
     ]
     ids = np.empty(len(labels), np.int64)
     ids[np.argsort(labels, kind="stable")] = np.concatenate(draws)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from ddk_ds.comm import Comm
@@ -37,7 +38,7 @@ def perplexities(
     chunk_tokens: int,
     device: torch.device,
     comm: Comm,
-) -> np.ndarray:
+) -> npt.NDArray[np.float64]:
     """Perplexity (N,) float64 of the model on each domain. Collective: every rank runs as many forward passes."""
     sums = torch.zeros(2, len(batches), dtype=torch.float64, device=device)
     with model.evaluating():
@@ -55,7 +56,7 @@ def perplexities(
                 sums[0, domain] += model(input_ids.to(device), nll).sum(dtype=torch.float64)
                 sums[1, domain] += (flat != IGNORE_INDEX).sum()
     comm.all_reduce_sum(sums)
-    return torch.exp(sums[0] / sums[1]).cpu().numpy()
+    return np.exp((sums[0] / sums[1]).cpu().numpy())
 
 
 class PerplexityCache:

@@ -68,9 +68,7 @@ def _train_interval(run: Run, ids: npt.NDArray[np.int64]) -> None:
             _checkpoint(run)
 
 
-def _steps(
-    batches: Iterator[MicroBatch], micro_batches: int
-) -> Iterator[tuple[list[MicroBatch], float, float]]:
+def _steps(batches: Iterator[MicroBatch], micro_batches: int) -> Iterator[tuple[list[MicroBatch], float, float]]:
     """The micro-batches of each optimizer step, the seconds they were waited for, and when the step began."""
     while True:
         started = time.perf_counter()
@@ -118,9 +116,7 @@ def _record_step(run: Run, metrics: StepMetrics, rate: float, data_s: float, ste
 
 def _checkpoint(run: Run) -> None:
     started = time.perf_counter()
-    path = save_checkpoint(
-        run.student, run.state, run.config.run_dir, run.ledger.position(), run.runtime.comm
-    )
+    path = save_checkpoint(run.student, run.state, run.config.run_dir, run.ledger.position(), run.runtime.comm)
     run.ledger.event("checkpoint", step=run.state.step, path=str(path), seconds=time.perf_counter() - started)
 
 

@@ -17,8 +17,8 @@ from ddk_ds.train.checkpoint import load_checkpoint, newest_checkpoint, remove_p
 from ddk_ds.train.evaluate import PerplexityCache, ValidationBatches, perplexities
 from ddk_ds.train.inputs import Inputs
 from ddk_ds.train.interval import Array, Measurement, Mixer
-from ddk_ds.train.ledger import Ledger
 from ddk_ds.train.learning_rate import total_steps
+from ddk_ds.train.ledger import Ledger
 from ddk_ds.train.progress import RunProgress
 from ddk_ds.train.state import RunState
 

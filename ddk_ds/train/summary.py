@@ -69,16 +69,16 @@ def is_finished(run_dir: Path) -> bool:
 
 
 def summary_table(summary: dict[str, Any]) -> Table:
-    """Domain, teacher, student before and after, ratio before and after, share of tokens."""
-    steps, tokens = summary["steps"], summary["tokens"]
+    """Perplexity of teacher and of student before and after, ratio before and after, share of tokens, by domain."""
+    work = f"{summary['steps']:,} steps, {summary['tokens']:,} tokens, {summary['wall_s']:.0f} s"
     table = Table(
-        title=f"{summary['run']}: {summary['controller']}, {steps:,} steps, {tokens:,} tokens, {summary['wall_s']:.0f} s",
+        title=f"{summary['run']}: {summary['controller']}, {work}",
         title_justify="left",
     )
-    table.add_column("domain")
-    headings = ("teacher ppl", "student before", "student after", "ratio before", "ratio after", "token share")
+    table.add_column("perplexity of", no_wrap=True)
+    headings = ("teacher", "before", "after", "ratio before", "ratio after", "tokens")
     for heading in headings:
-        table.add_column(heading, justify="right")
+        table.add_column(heading, justify="right", no_wrap=True)
     for domain in summary["domains"]:
         table.add_row(
             domain["name"],

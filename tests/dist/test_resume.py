@@ -10,17 +10,19 @@ from tests.workspace import without_clock, write_config
 
 
 def test_interrupted_anywhere(workspace: Path, tmp_path: Path) -> None:
-    # 3 intervals of 2 steps, a checkpoint every 2 or 3 lines: borders, middles, before the first checkpoint, the end.
+    # 3 intervals of 2 steps, a checkpoint every 2 steps. Broken off before the first checkpoint, at borders and in the
+    # middle of intervals, and at the end.
     config = write_config(
         workspace, tmp_path, mixture={"interval_steps": 2}, stop={"steps": 6}, checkpoint={"every_steps": 2}
     )
     uninterrupted = 3 + 6 + 1
     names: dict[str, int | None] = {"whole": None}
-    names |= {f"broken-{lines}": lines for lines in range(1, uninterrupted + 1)}
+    breaks = (1, 2, 4, 6, 9, uninterrupted)
+    names |= {f"broken-{lines}": lines for lines in breaks}
     done = run_ranks(
         "tests.dist.resume_worker:break_and_resume", 2, timeout_s=400, config_path=str(config), names=names
     )
-    assert done == [f"broken-{lines}" for lines in range(1, uninterrupted + 1)]
+    assert done == [f"broken-{lines}" for lines in breaks]
     whole = without_clock(run_dir(str(config), "whole"))
     assert len(whole) == uninterrupted
     for name in done:

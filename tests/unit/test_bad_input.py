@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from launch.distill import main
 
+from launch.distill import main
 from tests.workspace import write_config
 
 CASES: list[tuple[str, dict[str, Any], tuple[str, ...]]] = [
@@ -48,9 +48,7 @@ def test_configuration_errors(
     assert all(part in text for part in expected), text
 
 
-def test_a_good_configuration_passes(
-    workspace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_good_configuration_passes(workspace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--config", str(write_config(workspace, tmp_path)), "--dry-run"]) == 0
     assert "every check passed" in capsys.readouterr().out
     assert not (tmp_path / "runs").exists()
@@ -62,26 +60,20 @@ def damaged(workspace: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(workspace / "shards", tmp_path / "shards"))
 
 
-def test_half_written_data(
-    workspace: Path, damaged: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_half_written_data(workspace: Path, damaged: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (damaged / "domains.json").unlink()
     text = error_of(write_config(workspace, tmp_path, data={"path": str(damaged)}), capsys)
     assert "half-written" in text
 
 
-def test_truncated_shard(
-    workspace: Path, damaged: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_truncated_shard(workspace: Path, damaged: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shard = next((damaged / "cpp" / "train").glob("shard*.mds"))
     shard.write_bytes(shard.read_bytes()[:-10])
     text = error_of(write_config(workspace, tmp_path, data={"path": str(damaged)}), capsys)
     assert shard.name in text and "cpp" in text
 
 
-def test_empty_domain(
-    workspace: Path, damaged: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_empty_domain(workspace: Path, damaged: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = damaged / "domains.json"
     content = json.loads(path.read_text())
     content["domains"]["cpp"]["train"]["samples"] = 0
@@ -107,9 +99,7 @@ def test_another_tokenizer(
     assert expected in text
 
 
-def test_a_directory_of_another_run(
-    workspace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_directory_of_another_run(workspace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = write_config(workspace, tmp_path)
     run_dir = tmp_path / "runs" / "run"
     run_dir.mkdir(parents=True)

@@ -18,9 +18,7 @@ def test_nothing_is_missing_where_the_tests_run() -> None:
 
 def test_a_missing_compiler_is_one_line() -> None:
     environment = {**os.environ, "CXX": "no-such-compiler"}
-    run = subprocess.run(
-        [sys.executable, SCRIPT], env=environment, capture_output=True, text=True, check=False
-    )
+    run = subprocess.run([sys.executable, SCRIPT], env=environment, capture_output=True, text=True, check=False)
     assert run.returncode == 1
     assert run.stderr.splitlines() == [
         "set-up: a C++ compiler is missing (no-such-compiler is not on PATH): apt-get install g++"

@@ -69,9 +69,7 @@ def test_text_files_are_one_document(tmp_path: Path, name: str, data: bytes) -> 
 def test_large_zst_file_with_a_long_window(tmp_path: Path) -> None:
     text = random.Random(0).randbytes(300_000).hex()
     parameters = zstandard.ZstdCompressionParameters(window_log=28)  # above the decompressor's default of 27
-    stream = zstandard.ZstdCompressor(
-        compression_params=parameters
-    ).compressobj()  # of unknown size: no smaller one
+    stream = zstandard.ZstdCompressor(compression_params=parameters).compressobj()  # of unknown size: no smaller one
     data = stream.compress(json.dumps({"text": text}).encode()) + stream.flush()
     assert list(read_texts(file_of(tmp_path / "a.jsonl.zst", data), Dropped())) == [text]
 
@@ -84,9 +82,7 @@ def test_parquet_column(tmp_path: Path, kind: pyarrow.DataType) -> None:
     assert list(read_texts(file, Dropped())) == TEXTS
 
 
-@pytest.mark.parametrize(
-    ("field", "message"), [("text", "set text_field to one of body, n"), ("n", "int64, no text")]
-)
+@pytest.mark.parametrize(("field", "message"), [("text", "set text_field to one of body, n"), ("n", "int64, no text")])
 def test_parquet_wrong_column(tmp_path: Path, field: str, message: str) -> None:
     parquet.write_table(pyarrow.table({"body": ["x"], "n": [1]}), tmp_path / "a.parquet")
     file = SourceFile(tmp_path / "a.parquet", "a.parquet", Source(path="a.parquet", text_field=field))
@@ -101,9 +97,7 @@ def test_json_strings_at_any_depth_without_html(tmp_path: Path) -> None:
         "name": "not this",
     }
     data = gzip.compress(json.dumps(service).encode())
-    file = file_of(
-        tmp_path / "a.json.gz", data, format="json_strings", text_field="documentation", strip_html=True
-    )
+    file = file_of(tmp_path / "a.json.gz", data, format="json_strings", text_field="documentation", strip_html=True)
     assert list(read_texts(file, Dropped())) == ["Makes a thing & waits.\nThen stops.", "a < b", "deep"]
 
 
@@ -134,9 +128,7 @@ def test_damaged_files_are_named(tmp_path: Path, name: str, data: bytes, message
 def test_undecodable_text_is_skipped_and_counted(tmp_path: Path) -> None:
     files = [
         file_of(tmp_path / "latin.txt", "né".encode("latin-1")),
-        file_of(
-            tmp_path / "a.jsonl", b'{"text": "\xff"}\n' + rb'{"text": "half \ud83d pair"}' + b"\n" + LINES
-        ),
+        file_of(tmp_path / "a.jsonl", b'{"text": "\xff"}\n' + rb'{"text": "half \ud83d pair"}' + b"\n" + LINES),
     ]
     found, dropped = documents_of(files)
     assert [document.text for document in found] == TEXTS
@@ -156,9 +148,7 @@ def test_exact_duplicates_are_dropped_here_and_in_later_domains(tmp_path: Path) 
 
 def test_limits(tmp_path: Path) -> None:
     texts = ["x", "  \n ", "a" * 30, "b" * 10, "c" * 10, "ä" * 10]
-    file = file_of(
-        tmp_path / "a.jsonl", "".join(json.dumps({"text": text}) + "\n" for text in texts).encode()
-    )
+    file = file_of(tmp_path / "a.jsonl", "".join(json.dumps({"text": text}) + "\n" for text in texts).encode())
     found, dropped = documents_of([file], min_chars=3, max_chars=20, max_bytes=40)
     assert [document.text for document in found] == ["a" * 20, "b" * 10, "c" * 10]
     assert (dropped.too_short, dropped.cut) == (2, 1)

@@ -31,9 +31,7 @@ def test_global_ids_follow_the_order_of_names(dataset: MixtureDataset, prepared:
     splits = [open_split(prepared / name / "train") for name in NAMES]
     assert dataset.sizes.tolist() == [len(split) for split in splits]
     assert dataset.sample_offsets.tolist() == [0, len(splits[0]), len(splits[0]) + len(splits[1])]
-    assert [sizes.tolist() for sizes in dataset.shard_sizes] == [
-        split.shard_sizes.tolist() for split in splits
-    ]
+    assert [sizes.tolist() for sizes in dataset.shard_sizes] == [split.shard_sizes.tolist() for split in splits]
     assert dataset.shas == [split.sha for split in splits]
     expected = [(domain, split.tokens(i)) for domain, split in enumerate(splits) for i in range(len(split))]
     for sample_id, (domain, tokens) in enumerate(expected):
@@ -90,11 +88,7 @@ def test_loading_leaves_the_training_rng_alone(dataset: MixtureDataset) -> None:
     torch.manual_seed(1)
     before = torch.get_rng_state()
     for num_workers in (0, 2):
-        list(
-            interval_loader(
-                dataset, draw(dataset, 4), rank=0, world=1, micro_batch=2, num_workers=num_workers
-            )
-        )
+        list(interval_loader(dataset, draw(dataset, 4), rank=0, world=1, micro_batch=2, num_workers=num_workers))
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -115,9 +109,7 @@ def test_pickled_and_spawned_copies_read_the_same(dataset: MixtureDataset) -> No
 
 @pytest.mark.parametrize("world", [1, 2, 3, 4])
 @pytest.mark.parametrize("micro_batch", [1, 2, 5])
-def test_validation_is_the_same_samples_for_any_world_size(
-    prepared: Path, world: int, micro_batch: int
-) -> None:
+def test_validation_is_the_same_samples_for_any_world_size(prepared: Path, world: int, micro_batch: int) -> None:
     ranks = [
         validation_batches(prepared, NAMES, num_samples=7, rank=rank, world=world, micro_batch=micro_batch)
         for rank in range(world)

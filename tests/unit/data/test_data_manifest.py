@@ -17,9 +17,7 @@ from ddk_ds.errors import DataError
 
 @pytest.mark.parametrize("dtype", ["uint16", "uint32"])
 def test_tokens_round_trip_over_many_shards(tmp_path: Path, dtype: str) -> None:
-    samples = (
-        np.random.default_rng(0).integers(0, np.iinfo(dtype).max, (100, 16), endpoint=True).astype(dtype)
-    )
+    samples = np.random.default_rng(0).integers(0, np.iinfo(dtype).max, (100, 16), endpoint=True).astype(dtype)
     written = write_split(tmp_path / "s", samples, sequence_length=16, dtype=dtype, shard_bytes=1024)
     split = open_split(tmp_path / "s")
     assert len(split.shard_sizes) > 2
@@ -121,9 +119,7 @@ def swap(root: Path) -> None:
         (swap, r"tree/train is not what"),
     ],
 )
-def test_damage_is_named(
-    prepared: Path, tmp_path: Path, damage: Callable[[Path], object], message: str
-) -> None:
+def test_damage_is_named(prepared: Path, tmp_path: Path, damage: Callable[[Path], object], message: str) -> None:
     root = tmp_path / "data"
     shutil.copytree(prepared, root)
     load_manifest(root)

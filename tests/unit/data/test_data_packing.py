@@ -29,9 +29,7 @@ def test_held_out_documents_are_the_smallest_keys_whatever_the_order() -> None:
     last = keys == keys[held_out].max()
     assert 1000 <= lengths[held_out].sum() < 1000 + int(lengths[last].item())
     order = source.permutation(500)
-    np.testing.assert_array_equal(
-        choose_validation(keys[order], lengths[order], min_tokens=1000), held_out[order]
-    )
+    np.testing.assert_array_equal(choose_validation(keys[order], lengths[order], min_tokens=1000), held_out[order])
 
 
 def test_too_few_tokens_hold_everything_out() -> None:

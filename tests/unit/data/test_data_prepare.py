@@ -30,18 +30,14 @@ def documents_on(root: Path, split: str, tokenizer_dir: Path) -> list[str]:
     opened = open_split(root / split)
     ids = np.concatenate([opened.tokens(i) for i in range(len(opened))])
     ends = np.flatnonzero(ids == info.eos_token_id)
-    return [
-        info.tokenizer.decode(part[part != info.eos_token_id].tolist()) for part in np.split(ids, ends + 1)
-    ]
+    return [info.tokenizer.decode(part[part != info.eos_token_id].tolist()) for part in np.split(ids, ends + 1)]
 
 
 def files_of(root: Path) -> dict[str, bytes]:
     return {str(path.relative_to(root)): path.read_bytes() for path in root.rglob("*") if path.is_file()}
 
 
-def test_every_document_comes_back_on_one_side_and_no_duplicate_on_any(
-    tokenizer_dir: Path, tmp_path: Path
-) -> None:
+def test_every_document_comes_back_on_one_side_and_no_duplicate_on_any(tokenizer_dir: Path, tmp_path: Path) -> None:
     texts = make_texts(5, 80)
     write_lines(tmp_path / "a.jsonl", texts + texts[::3])
     write_lines(tmp_path / "b.jsonl", make_texts(6, 40) + texts[::2])
@@ -118,9 +114,7 @@ def test_progress_adds_up_to_the_text(recipe_path: Path, tokenizer_dir: Path, tm
         PLAN,
         progress=lambda name, num_bytes: seen.update({name: seen.get(name, 0) + num_bytes}),
     )
-    assert seen == {
-        name: domain.train.bytes + domain.validation.bytes for name, domain in manifest.domains.items()
-    }
+    assert seen == {name: domain.train.bytes + domain.validation.bytes for name, domain in manifest.domains.items()}
 
 
 @pytest.mark.parametrize(
@@ -135,9 +129,7 @@ def test_a_domain_with_too_little_text_is_named_and_nothing_stays(
 ) -> None:
     write_lines(tmp_path / "a.jsonl", make_texts(5, 80))
     write_lines(tmp_path / "b.jsonl", make_texts(6, 40))
-    recipe = write_recipe(
-        tmp_path / "r.yaml", {"a": {"sources": ["a.jsonl"]}, "b": {"sources": ["b.jsonl"], **domain}}
-    )
+    recipe = write_recipe(tmp_path / "r.yaml", {"a": {"sources": ["a.jsonl"]}, "b": {"sources": ["b.jsonl"], **domain}})
     before = sorted(path.name for path in tmp_path.iterdir())
     with pytest.raises(DataError, match=message):
         prepare(load_recipe(recipe), tokenizer_dir, tmp_path / "out", PLAN)
@@ -161,9 +153,7 @@ def test_an_unfinished_directory_never_has_the_final_name(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_nothing_is_overwritten(
-    recipe_path: Path, tokenizer_dir: Path, tmp_path: Path, prepared: Path
-) -> None:
+def test_nothing_is_overwritten(recipe_path: Path, tokenizer_dir: Path, tmp_path: Path, prepared: Path) -> None:
     with pytest.raises(DataError, match="already holds prepared data"):
         prepare(load_recipe(recipe_path), tokenizer_dir, prepared, PLAN)
     (tmp_path / "mine").write_text("x", encoding="utf-8")

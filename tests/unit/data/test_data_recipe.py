@@ -73,9 +73,7 @@ def test_a_capped_domain_reads_a_sample_of_the_tree_in_the_same_order_everywhere
 
 def test_a_file_in_two_domains_is_refused_whatever_its_spelling(tmp_path: Path) -> None:
     touch(tmp_path, "d/x.txt")
-    path = recipe_of(
-        tmp_path, f"domains: {{a: {{sources: ['d/*']}}, b: {{sources: ['{tmp_path}/d/x.txt']}}}}"
-    )
+    path = recipe_of(tmp_path, f"domains: {{a: {{sources: ['d/*']}}, b: {{sources: ['{tmp_path}/d/x.txt']}}}}")
     with pytest.raises(DataError, match="in two domains, 'a' and 'b'"):
         list_files(load_recipe(path))
 
@@ -113,6 +111,4 @@ def test_the_demo_recipe_finds_its_domains_and_names_no_machine() -> None:
     assert len(files) >= 6
     assert all(len(found) > 20 for found in files.values())
     for domain in recipe.domains.values():
-        assert all(
-            source.path.startswith(("stdlib:", "package:", "site-packages:")) for source in domain.sources
-        )
+        assert all(source.path.startswith(("stdlib:", "package:", "site-packages:")) for source in domain.sources)

@@ -26,9 +26,7 @@ def test_round_trip_of_any_text(tokenizer_dir: Path) -> None:
 
 def test_training_is_deterministic(recipe_path: Path, tokenizer_dir: Path) -> None:
     again = train_tokenizer(load_recipe(recipe_path), 400)
-    assert json.loads(again.to_str()) == json.loads(
-        (tokenizer_dir / "tokenizer.json").read_text(encoding="utf-8")
-    )
+    assert json.loads(again.to_str()) == json.loads((tokenizer_dir / "tokenizer.json").read_text(encoding="utf-8"))
 
 
 def test_transformers_reads_the_same_tokenizer(tokenizer_dir: Path) -> None:
@@ -82,9 +80,7 @@ def test_where_eos_is_named(
         ("tokenizer_config.json", "[]", "is not a JSON object"),
     ],
 )
-def test_broken_files_are_named(
-    tokenizer_dir: Path, tmp_path: Path, name: str, content: str, message: str
-) -> None:
+def test_broken_files_are_named(tokenizer_dir: Path, tmp_path: Path, name: str, content: str, message: str) -> None:
     shutil.copy(tokenizer_dir / "tokenizer.json", tmp_path)
     (tmp_path / name).write_text(content, encoding="utf-8")
     with pytest.raises(DataError, match=f"{name} {message}"):

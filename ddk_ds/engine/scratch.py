@@ -1,0 +1,43 @@
+"""A model with random weights from a Hugging Face configuration: where training from scratch begins."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from ddk_ds.data.tokenizer import load_tokenizer
+from ddk_ds.errors import ConfigError
+
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+
+
+def make_random_model(config: Path, tokenizer: Path, out: Path, seed: int) -> int:
+    """Write a model of `config` (JSON) for the vocabulary of `tokenizer`, with that tokenizer, to `out`.
+
+    Returns the number of parameters. `out` appears whole or not at all. Raises ConfigError where it exists already,
+    where `config` is missing or names no known model_type.
+    """
+    if out.exists():
+        raise ConfigError(f"--out {out} exists already; remove it or name another")
+    if not config.is_file():
+        raise ConfigError(f"--config {config}: there is no such file")
+    info = load_tokenizer(tokenizer)
+    values = json.loads(config.read_text())
+    values |= {"vocab_size": info.vocab_size, "eos_token_id": info.eos_token_id, "bos_token_id": info.eos_token_id}
+    torch.manual_seed(seed)
+    try:
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**values))
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"--config {config}: not the configuration of a causal language model: {error}") from error
+    partial = out.with_name(f".partial-{out.name}")
+    shutil.rmtree(partial, ignore_errors=True)
+    model.save_pretrained(partial)
+    for name in _TOKENIZER_FILES:
+        if (tokenizer / name).is_file():
+            shutil.copyfile(tokenizer / name, partial / name)
+    partial.rename(out)
+    return int(model.num_parameters())
