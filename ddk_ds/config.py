@@ -288,8 +288,7 @@ def _explain(item: Any) -> str:
         return f"{where}: is required, set it"
     if item["type"] == "value_error":
         return (f"{where}: " if where else "") + item["msg"].removeprefix("Value error, ")
-    message = item["msg"]
-    return f"{where}: {message[0].lower() + message[1:]}, got {item['input']!r}"
+    return f"{where}: {item['msg'][0].lower()}{item['msg'][1:]}, got {item['input']!r}"
 
 
 def _known_keys(loc: Sequence[str | int]) -> list[str]:

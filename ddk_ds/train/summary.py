@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from rich import box
 from rich.table import Table
 
 from ddk_ds.errors import CheckpointError
@@ -74,6 +75,8 @@ def summary_table(summary: dict[str, Any]) -> Table:
     table = Table(
         title=f"{summary['run']}: {summary['controller']}, {work}",
         title_justify="left",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
     )
     table.add_column("perplexity of", no_wrap=True)
     headings = ("teacher", "before", "after", "ratio before", "ratio after", "tokens")
