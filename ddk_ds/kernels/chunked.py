@@ -155,16 +155,14 @@ class KDRows:
             student_norm = softmax_rows(torch.mul(student, 1 / self.temperature, out=hard), p)
             hard_norm = softmax_rows(student, hard)
         ce = hard_norm - student.gather(1, labels[:, None]).squeeze(1)
-        # KL = sum(q r + (p - q)), r = log q - log p: each term is >= 0, and of second order near the teacher,
+        # KL = sum(q r + (p - q)), r = log q - log p: each term is >= 0 and of second order near the teacher,
         # where sum(q r) alone loses its digits to cancellation. The logits are subtracted before the row's
-        # constant is added, and what float32 rounds off that constant is put back in float64.
-        shift = student_norm - teacher_norm
-        rounded = shift.to(student.dtype)
+        # constant is added: near the teacher that difference is exact.
         log_ratio = teacher.sub_(student)
         if self.temperature != 1:
             log_ratio.mul_(1 / self.temperature)
-        log_ratio.add_(rounded[:, None])
-        kl = torch.linalg.vecdot(q, log_ratio) + (shift - rounded)
+        log_ratio.add_((student_norm - teacher_norm).to(student.dtype)[:, None])
+        kl = torch.linalg.vecdot(q, log_ratio).double()
         difference = torch.sub(p, q, out=q)
         kl += difference.sum(-1)
         torch.add(hard, difference, alpha=self.gamma * self.temperature, out=teacher)

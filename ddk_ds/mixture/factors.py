@@ -106,7 +106,7 @@ def smooth_update(
     ratios = _ratios(student_ppl, teacher_ppl, ratio_cap, names)
     current = check_proportions(factors, num_domains=len(ratios), what="the factors r_t")
     log_current = np.log(current, out=np.full_like(current, -np.inf), where=current > 0)
-    log_psi = log_current + (ratios - ratios[current > 0].max())
+    log_psi = log_current + (ratios - ratios.max())
     return alpha * _softmax(log_psi) + (1 - alpha) / len(ratios)
 
 

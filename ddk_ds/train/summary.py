@@ -78,8 +78,8 @@ def summary_table(summary: dict[str, Any]) -> Table:
         box=box.SIMPLE_HEAD,
         pad_edge=False,
     )
-    table.add_column("perplexity of", no_wrap=True)
-    headings = ("teacher", "before", "after", "ratio before", "ratio after", "tokens")
+    table.add_column("domain", no_wrap=True)
+    headings = ("teacher\nppl", "student\nbefore", "student\nafter", "ratio\nbefore", "ratio\nafter", "token\nshare")
     for heading in headings:
         table.add_column(heading, justify="right", no_wrap=True)
     for domain in summary["domains"]:

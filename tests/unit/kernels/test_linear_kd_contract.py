@@ -70,7 +70,7 @@ def test_nothing_valid_is_a_loss_of_zero(gamma: float) -> None:
 def test_no_tokens_are_a_loss_of_zero() -> None:
     case = make(0)
     found = case.run()
-    assert float(found.loss) == 0
+    assert found.loss.item() == 0
     assert not torch.autograd.grad(found.loss, case.leaves())[1].any()
 
 

@@ -53,6 +53,7 @@ def test_counts_are_exact(weights: list[int], total: int) -> None:
 
 def test_ties_go_to_the_lower_index() -> None:
     assert largest_remainder([0.25] * 4, 6).tolist() == [2, 2, 1, 1]
+    assert largest_remainder([1 / 40] * 40, 10).tolist() == [1] * 10 + [0] * 30
     assert largest_remainder([0.5, 0.3, 0.2], 1).tolist() == [1, 0, 0]
     assert largest_remainder([0.1, 0.45, 0.45], 10).tolist() == [1, 5, 4]
 
