@@ -10,7 +10,7 @@ from ddk_ds.config import Config, to_yaml
 from ddk_ds.errors import CheckpointError
 from ddk_ds.train.checkpoint import newest_checkpoint
 
-# What may differ between two sessions of one run: where things lie and how fast they go, not what is computed.
+# What may differ between two starts of one run: where things lie and how fast they go, not what is computed.
 _FREE = {
     "name": True,
     "output_dir": True,

@@ -23,7 +23,7 @@ class RunState:
     student_before: list[float] = field(default_factory=list)
     """Perplexity of the student before step 1, by domain."""
     train_s: float = 0.0
-    """Seconds of all sessions of the run so far."""
+    """Seconds of training and measuring so far, restarts included."""
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON for the checkpoint's client state."""
