@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 from ddk_ds.data.documents import Dropped
 from ddk_ds.data.mds import AGAIN, read_index
 from ddk_ds.errors import DataError
+from ddk_ds.files import write_text
 
 FORMAT = 1
 FILE_NAME = "domains.json"
@@ -70,12 +70,7 @@ def write_manifest(manifest: Manifest) -> None:
         },
         "domains": {name: asdict(domain) for name, domain in manifest.domains.items()},
     }
-    temporary = manifest.root / f".{FILE_NAME}.partial"
-    with temporary.open("w", encoding="utf-8") as stream:
-        json.dump(content, stream, indent=1)
-        stream.flush()
-        os.fsync(stream.fileno())
-    temporary.rename(manifest.root / FILE_NAME)
+    write_text(manifest.root / FILE_NAME, json.dumps(content, indent=1))
 
 
 def load_manifest(root: str | Path) -> Manifest:

@@ -9,8 +9,8 @@ A directory without a valid manifest is never loaded.
 from __future__ import annotations
 
 import json
-import os
 import shutil
+import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,12 +18,14 @@ from typing import Any
 from ddk_ds.comm import Comm
 from ddk_ds.engine.models import Student
 from ddk_ds.errors import CheckpointError
+from ddk_ds.files import write_text
 from ddk_ds.train.state import RunState
 
 FORMAT = 1
 _MANIFEST = "manifest.json"
 _TAG = "state"
 _PARTIAL = ".partial-"
+_BROKEN = "broken-"
 
 
 @dataclass(frozen=True)
@@ -39,11 +41,14 @@ class Manifest:
 
 
 def save_checkpoint(student: Student, state: RunState, run_dir: Path, ledger_bytes: int, comm: Comm) -> Path:
-    """Write a checkpoint of this step. Collective. Returns its directory; does nothing if it is there already."""
+    """Write a checkpoint of this step. Collective. Returns its directory.
+
+    Does nothing if it is there already and complete; an incomplete one in its place is kept under another name.
+    """
     root = run_dir / "checkpoints"
     final = root / f"step-{state.step:08d}"
     # Rank 0 looks for all: another node may see the shared directory late.
-    if comm.broadcast_object(final.exists() if comm.rank == 0 else None):
+    if comm.broadcast_object(_read_manifest(final) is not None if comm.rank == 0 else None):
         return final
     partial = root / f"{_PARTIAL}step-{state.step:08d}"
     if comm.rank == 0:
@@ -55,10 +60,9 @@ def save_checkpoint(student: Student, state: RunState, run_dir: Path, ledger_byt
     if comm.rank == 0:
         files = {str(p.relative_to(partial)): p.stat().st_size for p in sorted(partial.rglob("*")) if p.is_file()}
         manifest = Manifest(FORMAT, state.step, comm.world_size, ledger_bytes, files)
-        with (partial / _MANIFEST).open("w") as stream:
-            json.dump(asdict(manifest), stream, indent=1)
-            stream.flush()
-            os.fsync(stream.fileno())
+        write_text(partial / _MANIFEST, json.dumps(asdict(manifest), indent=1))
+        if final.exists():
+            final.rename(final.with_name(f"{_BROKEN}{final.name}-{time.time_ns()}"))
         partial.rename(final)
     comm.barrier()
     return final

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ import torch
 from ddk_ds.comm import Comm
 from ddk_ds.engine.head import OutputHead
 from ddk_ds.engine.models import Student, Teacher
+from ddk_ds.files import write_text
 from ddk_ds.kernels.linear_kd import linear_nll
 
 IGNORE_INDEX = -100
@@ -78,11 +78,8 @@ class PerplexityCache:
         """Keep the domains' perplexities; each file names what its value depends on."""
         self._directory.mkdir(parents=True, exist_ok=True)
         for domain_key, value in zip(domain_keys, values, strict=True):
-            path = self._path(domain_key)
             record = {**self._key, "validation": domain_key, "perplexity": value}
-            temporary = path.with_suffix(f".{os.getpid()}.tmp")
-            temporary.write_text(json.dumps(record, indent=2))
-            temporary.replace(path)
+            write_text(self._path(domain_key), json.dumps(record, indent=2))
 
     def _path(self, domain_key: str) -> Path:
         text = json.dumps({**self._key, "validation": domain_key}, sort_keys=True)

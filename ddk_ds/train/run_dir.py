@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 from ddk_ds.config import Config, to_yaml
 from ddk_ds.errors import CheckpointError
+from ddk_ds.files import write_text
 from ddk_ds.train.checkpoint import newest_checkpoint
 
 # What may differ between two starts of one run: where things lie and how fast they go, not what is computed.
@@ -30,8 +30,8 @@ def run_identity(config: Config, fingerprints: dict[str, Any]) -> dict[str, Any]
 def claim_run_dir(config: Config, identity: dict[str, Any]) -> None:
     """Make the run's directory and note whose it is (rank 0 only; after `check_run_dir`)."""
     config.run_dir.mkdir(parents=True, exist_ok=True)
-    _write(config.run_dir / "run.json", json.dumps(identity, indent=1))
-    _write(config.run_dir / "config.yaml", to_yaml(config))
+    write_text(config.run_dir / "run.json", json.dumps(identity, indent=1))
+    write_text(config.run_dir / "config.yaml", to_yaml(config))
 
 
 def check_run_dir(config: Config, identity: dict[str, Any]) -> None:
@@ -61,9 +61,3 @@ def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[f"{prefix}{key}"] = value
     return flat
-
-
-def _write(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.partial")
-    temporary.write_text(text)
-    temporary.replace(path)

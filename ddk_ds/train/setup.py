@@ -43,7 +43,8 @@ class Run:
 
     def measure(self) -> Measurement:
         """Perplexities of the student now, beside the teacher's. Collective."""
-        return Measurement(_perplexities(self.student, self), self.teacher_ppl)
+        student = _perplexities(self.student, self.config, self.inputs, self.validation, self.runtime)
+        return Measurement(student, self.teacher_ppl)
 
 
 def prepare_run(config: Config, inputs: Inputs, runtime: Runtime) -> Run:
@@ -95,12 +96,14 @@ def _restore(run: Run) -> None:
     found = comm.broadcast_object(newest_checkpoint(run_dir) if comm.rank == 0 else None)
     if found is None:
         run.ledger.rewind(0)
+        run.ledger.event("start", world_size=comm.world_size)
         return
     directory, manifest = found
     fresh = run.state.data
     run.state = load_checkpoint(run.student, directory, manifest, comm)
     run.state.data.check_fits(fresh)
     run.ledger.rewind(manifest.ledger_bytes)
+    run.ledger.event("resume", step=run.state.step, world_size=comm.world_size, path=str(directory))
     run.progress.say(f"resumed from {directory}, step {run.state.step}")
 
 
@@ -129,14 +132,7 @@ def _teacher_perplexities(
     values = comm.broadcast_object(cache.read(domain_keys) if comm.rank == 0 else None)
     unknown = [i for i, value in enumerate(values) if value is None]
     if unknown:
-        measured = perplexities(
-            teacher,
-            [validation[i] for i in unknown],
-            vocab_size=inputs.tokenizer.vocab_size,
-            chunk_tokens=config.loss.chunk_tokens,
-            device=runtime.device,
-            comm=comm,
-        )
+        measured = _perplexities(teacher, config, inputs, [validation[i] for i in unknown], runtime)
         for i, value in zip(unknown, measured.tolist(), strict=True):
             values[i] = value
         if comm.rank == 0:
@@ -144,12 +140,14 @@ def _teacher_perplexities(
     return np.array(values, np.float64)
 
 
-def _perplexities(student: Student, run: Run) -> Array:
+def _perplexities(
+    model: Student | Teacher, config: Config, inputs: Inputs, validation: ValidationBatches, runtime: Runtime
+) -> Array:
     return perplexities(
-        student,
-        run.validation,
-        vocab_size=run.inputs.tokenizer.vocab_size,
-        chunk_tokens=run.config.loss.chunk_tokens,
-        device=run.runtime.device,
-        comm=run.runtime.comm,
+        model,
+        validation,
+        vocab_size=inputs.tokenizer.vocab_size,
+        chunk_tokens=config.loss.chunk_tokens,
+        device=runtime.device,
+        comm=runtime.comm,
     )

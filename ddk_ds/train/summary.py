@@ -12,6 +12,7 @@ from rich import box
 from rich.table import Table
 
 from ddk_ds.errors import CheckpointError
+from ddk_ds.files import write_text
 from ddk_ds.train.interval import Measurement
 from ddk_ds.train.state import RunState
 
@@ -52,9 +53,7 @@ def make_summary(
 
 def write_summary(run_dir: Path, summary: dict[str, Any]) -> None:
     """Write <run>/summary.json; its presence says that the run is finished."""
-    temporary = run_dir / ".summary.json.partial"
-    temporary.write_text(json.dumps(summary, indent=2) + "\n")
-    temporary.replace(run_dir / "summary.json")
+    write_text(run_dir / "summary.json", json.dumps(summary, indent=2) + "\n")
 
 
 def read_summary(run_dir: Path) -> dict[str, Any]:
