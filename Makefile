@@ -46,16 +46,16 @@ $(DATA)/%-init/model.safetensors: | $(DATA)/tokenizer/tokenizer.json
 	  --out $(@D) --seed 1
 
 runs/demo-teacher/summary.json: | $(DATA)/shards/domains.json $(DATA)/teacher-init/model.safetensors
-	$(BIN)/deepspeed --num_gpus 2 launch/distill.py --config configs/demo_teacher.yaml
+	$(BIN)/deepspeed --quiet --num_gpus 2 launch/distill.py --config configs/demo_teacher.yaml
 
 runs/demo-student/summary.json: | $(DATA)/student-init/model.safetensors runs/demo-teacher/summary.json
-	$(BIN)/deepspeed --num_gpus 2 launch/distill.py --config configs/demo_student.yaml
+	$(BIN)/deepspeed --quiet --num_gpus 2 launch/distill.py --config configs/demo_student.yaml
 
 runs/demo-equal/summary.json: | runs/demo-student/summary.json
-	$(BIN)/deepspeed --num_gpus 2 launch/distill.py --config configs/demo_equal.yaml
+	$(BIN)/deepspeed --quiet --num_gpus 2 launch/distill.py --config configs/demo_equal.yaml
 
 runs/demo/summary.json: | runs/demo-equal/summary.json
-	$(BIN)/deepspeed --num_gpus 2 launch/distill.py --config configs/demo.yaml
+	$(BIN)/deepspeed --quiet --num_gpus 2 launch/distill.py --config configs/demo.yaml
 
 clean-demo:
 	rm -rf $(DATA) runs/demo-teacher runs/demo-student runs/demo-equal runs/demo
