@@ -121,7 +121,8 @@ def _checkpoint(run: Run) -> None:
 
 
 def _finish(run: Run, measured: Measurement, measure_s: float, reason: str) -> dict[str, Any]:
-    _checkpoint(run)
+    if run.state.step % run.config.checkpoint.every_steps:
+        _checkpoint(run)
     run.ledger.write(interval_record(run.state, measured, run.inputs.names, None, measure_s))
     config, comm = run.config, run.runtime.comm
     export_student(run.student, run.inputs.student, config.run_dir / "export", comm)
