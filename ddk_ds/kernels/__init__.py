@@ -1,8 +1,20 @@
-"""Torch kernels of the distillation head: linear layer, CE and KL in one; plain tensors in and out."""
+"""The distillation head: linear layer, cross-entropy and divergence in one; plain tensors in and out."""
 
 from __future__ import annotations
 
-from ddk_ds.kernels.linear_kd import linear_kd_loss, linear_nll
-from ddk_ds.kernels.reference import KDLoss
+from ddk_ds.kernels.divergences import DIVERGENCES, Divergence
+from ddk_ds.kernels.linear_kd import linear_kd_loss, linear_nll, top_k_of
+from ddk_ds.kernels.options import KDLoss, LogitForm, Options, TeacherTopK, default_chunk_tokens
 
-__all__ = ["KDLoss", "linear_kd_loss", "linear_nll"]
+__all__ = [
+    "DIVERGENCES",
+    "Divergence",
+    "KDLoss",
+    "LogitForm",
+    "Options",
+    "TeacherTopK",
+    "default_chunk_tokens",
+    "linear_kd_loss",
+    "linear_nll",
+    "top_k_of",
+]

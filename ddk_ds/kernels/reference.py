@@ -1,30 +1,27 @@
-"""The truth that tests and benchmarks share: Eq. 3 on full float64 logits, differentiated by autograd."""
+"""The truth that tests and benchmarks share: the loss by its definition on full float64 logits, by autograd."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-
-class KDLoss(NamedTuple):
-    """A distillation loss and its parts, each a scalar: sums over valid tokens divided by `num_valid`.
-
-    `loss = ce + gamma * T^2 * kl`. `loss` is differentiable; `ce` and `kl` (the plain KL at temperature T,
-    in nats, without T^2) are detached.
-    """
-
-    loss: Tensor
-    ce: Tensor
-    kl: Tensor
+from ddk_ds.kernels.options import KDLoss, LogitForm, Options, TeacherTopK
 
 
-def reference_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, vocab_size: int) -> Tensor:
+def reference_logits(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    vocab_size: int,
+    form: LogitForm = LogitForm(),  # noqa: B008
+) -> Tensor:
     """Float64 logits (n, vocab_size) of `hidden` (n, H) under the head `weight` (V, H), `bias` (V,)."""
     bias64 = None if bias is None else bias[:vocab_size].double()
-    return functional.linear(hidden.double(), weight[:vocab_size].double(), bias64)
+    logits = functional.linear(hidden.double(), weight[:vocab_size].double(), bias64) * form.scale
+    return form.softcap * torch.tanh(logits / form.softcap) if form.softcap else logits
 
 
 def reference_nll(
@@ -48,28 +45,68 @@ def reference_kd_loss(
     teacher_weight: Tensor | None,
     labels: Tensor,
     *,
-    gamma: float,
-    temperature: float = 1.0,
-    vocab_size: int,
-    ignore_index: int = -100,
     num_valid: Tensor,
     student_bias: Tensor | None = None,
     teacher_bias: Tensor | None = None,
+    teacher_topk: TeacherTopK | None = None,
+    **options: Any,
 ) -> KDLoss:
-    """Eq. 3 of arXiv 2407.16154 with the T^2 convention, from all logits at once in float64.
-
-    Same arguments and meaning as `linear_kd.linear_kd_loss`; differentiable in the student's tensors.
-    """
+    """As `linear_kd.linear_kd_loss`, from all logits at once in float64; differentiable in the student's tensors."""
+    chosen = Options(**options)
+    size = chosen.vocab_size
     count = torch.where(num_valid > 0, num_valid, torch.ones_like(num_valid)).double()
-    valid = labels != ignore_index
+    valid = labels != chosen.ignore_index
     # Not masked rows but absent rows: whatever an ignored row holds, it is no part of this computation.
-    student = reference_logits(student_hidden[valid], student_weight, student_bias, vocab_size)
-    ce = functional.cross_entropy(student, labels[valid], reduction="sum") / count
-    kl = torch.zeros_like(ce)
-    if gamma != 0 and teacher_hidden is not None and teacher_weight is not None:
+    student = reference_logits(student_hidden[valid], student_weight, student_bias, size, chosen.student_form)
+    token_ce = student.new_zeros(len(student))
+    if chosen.ce_weight:
+        token_ce = functional.cross_entropy(student, labels[valid], reduction="none")
+    token_kl = torch.zeros_like(token_ce)
+    log_p = functional.log_softmax(student / chosen.temperature, dim=-1)
+    log_q = None
+    if chosen.gamma and teacher_topk is not None:
+        log_q, log_p = _buckets(TeacherTopK(*(t[valid] for t in teacher_topk)), log_p)
+    elif chosen.gamma and teacher_hidden is not None and teacher_weight is not None:
         with torch.no_grad():
-            teacher = reference_logits(teacher_hidden[valid], teacher_weight, teacher_bias, vocab_size)
-        log_p = functional.log_softmax(student / temperature, dim=-1)
-        log_q = functional.log_softmax(teacher / temperature, dim=-1)
-        kl = (log_q.exp() * (log_q - log_p)).sum() / count
-    return KDLoss(ce + gamma * temperature**2 * kl, ce.detach(), kl.detach())
+            teacher = reference_logits(teacher_hidden[valid], teacher_weight, teacher_bias, size, chosen.teacher_form)
+            log_q = functional.log_softmax(teacher / chosen.temperature, dim=-1)
+    if log_q is not None:
+        token_kl = _definition(chosen, log_q, log_p)
+    ce, kl = token_ce.sum() / count, token_kl.sum() / count
+    by_token = [
+        torch.zeros(len(labels), dtype=torch.float64).masked_scatter(valid, t.detach() / count)
+        for t in (token_ce, token_kl)
+    ]
+    return KDLoss(chosen.ce_weight * ce + chosen.kd_weight * kl, ce.detach(), kl.detach(), *by_token)
+
+
+def _definition(options: Options, log_q: Tensor, log_p: Tensor) -> Tensor:
+    """The divergence (n,) as its paper writes it."""
+
+    def kl(log_a: Tensor, log_b: Tensor) -> Tensor:
+        return (log_a.exp() * (log_a - log_b)).sum(-1)
+
+    def mixture(weight_of_q: float) -> Tensor:
+        return torch.log(weight_of_q * log_q.exp() + (1 - weight_of_q) * log_p.exp())
+
+    c = options.coefficient
+    if options.divergence == "forward_kl":
+        return kl(log_q, log_p)
+    if options.divergence == "reverse_kl":
+        return kl(log_p, log_q)
+    if options.divergence == "jensen_shannon":
+        return c * kl(log_q, mixture(c)) + (1 - c) * kl(log_p, mixture(c))
+    if options.divergence == "skew_forward_kl":
+        return kl(log_q, mixture(c))
+    if options.divergence == "skew_reverse_kl":
+        return kl(log_p, mixture(1 - c))
+    return 0.5 * (log_q.exp() - log_p.exp()).abs().sum(-1)
+
+
+def _buckets(topk: TeacherTopK, log_p: Tensor) -> tuple[Tensor, Tensor]:
+    """Log-probabilities of both models over the k tokens and the rest."""
+
+    def with_tail(log_probs: Tensor) -> Tensor:
+        return torch.cat([log_probs, torch.log(1 - log_probs.exp().sum(-1, keepdim=True))], -1)
+
+    return with_tail(topk.log_probs.double()), with_tail(log_p.gather(1, topk.ids))

@@ -7,7 +7,7 @@ from typing import Protocol
 import torch
 
 from ddk_ds.engine.models import Student
-from ddk_ds.kernels.linear_kd import KDLoss
+from ddk_ds.kernels import KDLoss
 
 
 class Method(Protocol):

@@ -6,7 +6,7 @@ import torch
 
 from ddk_ds.engine.head import OutputHead
 from ddk_ds.engine.models import Student
-from ddk_ds.kernels.linear_kd import KDLoss, linear_kd_loss
+from ddk_ds.kernels import KDLoss, linear_kd_loss
 
 
 class ContinuedPretraining:

@@ -8,9 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from ddk_ds.kernels import chunked, linear_nll
+from ddk_ds.kernels import Options, heads, linear_nll, rows_eager
+from ddk_ds.kernels.chunked import row_kernel
+from ddk_ds.kernels.options import Engine
 from ddk_ds.kernels.reference import reference_nll
-from tests.unit.kernels.kd_case import assert_agrees, error, make, near, truth
+from tests.unit.kernels.kd_case import ENGINES, assert_agrees, error, make, near, parts, truth
 
 
 @pytest.mark.parametrize("std", [0.3, 1.0, 3.0])
@@ -28,21 +30,22 @@ def test_ragged_shapes(num_tokens: int, vocab_size: int, chunk_tokens: int) -> N
     if vocab_size == 1:  # one class: loss and gradient are 0, no relative error
         found = case.run(chunk_tokens=chunk_tokens)
         grads = torch.autograd.grad(found.loss, case.leaves())
-        assert all(float(value.detach().abs().max()) < 1e-12 for value in (*found, *grads))
+        assert all(float(value.detach().abs().max()) < 1e-12 for value in (*parts(found), *grads))
     else:
         assert_agrees(case, 1e-12, 1e-12, chunk_tokens=chunk_tokens)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 def test_blocks_of_rows_join(monkeypatch: pytest.MonkeyPatch, temperature: float) -> None:
-    monkeypatch.setattr(chunked, "CPU_BLOCK_ELEMENTS", 5 * 211)
-    assert_agrees(make(dtype=torch.float64, temperature=temperature), 1e-12, 1e-12, chunk_tokens=32)
+    monkeypatch.setitem(rows_eager._BLOCK_ELEMENTS, "cpu", 5 * 211)
+    case = make(dtype=torch.float64, temperature=temperature)
+    assert_agrees(case, 1e-12, 1e-12, chunk_tokens=32, engine="eager")
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 def test_half_precision(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, temperature: float) -> None:
-    monkeypatch.setattr(chunked, "CAST_TILE_ROWS", 512)  # the vocabulary is no multiple of it
+    monkeypatch.setattr(heads, "TILE_ROWS", 512)  # the vocabulary is no multiple of it
     case = make(150, 1003, (64, 96), std=3.0, dtype=dtype, temperature=temperature, bias=True)
     # Logits and statistics are float32: the loss is exact for the inputs; the gradient is rounded once.
     assert_agrees(case, 5e-7, 2e-3)
@@ -61,7 +64,8 @@ def test_near_the_teacher(dtype: torch.dtype, step: float, kl_range: tuple[float
         assert error(grad, want) <= 5e-3
 
 
-def test_the_row_kernel_keeps_the_digits_of_a_small_kl() -> None:
+@pytest.mark.parametrize("engine", ENGINES)
+def test_the_row_kernel_keeps_the_digits_of_a_small_kl(engine: Engine) -> None:
     generator = torch.Generator().manual_seed(0)
     teacher = 3 * torch.randn(64, 1000, generator=generator)
     student = teacher + 0.005 * torch.randn(64, 1000, generator=generator)
@@ -69,7 +73,9 @@ def test_the_row_kernel_keeps_the_digits_of_a_small_kl() -> None:
     expected = (log_q.exp() * (log_q - log_p)).sum(-1)
     assert 5e-6 < expected.mean().item() < 5e-5
     ce, kl = torch.empty(2, 64, dtype=torch.float64)
-    chunked.KDRows(student, 1.0, 1.0)(student, teacher, torch.zeros(64, dtype=torch.int64), ce, kl)
+    options = Options(vocab_size=1000, gamma=1.0, engine=engine)
+    kernel = row_kernel(student.device, student.dtype, options)
+    kernel(student, teacher, torch.zeros(64, dtype=torch.int64), ce, kl, student, options)
     # sum(q r) in float32 is 1e-3 off here.
     assert error(kl.sum(), expected.sum()) < 1e-4
     assert (kl - expected).abs().max().item() < 1e-7
@@ -106,7 +112,7 @@ def test_large_logits(temperature: float) -> None:
     case = make(std=1e4, temperature=temperature)
     found = case.run()
     grads = torch.autograd.grad(found.loss, case.leaves())
-    assert all(bool(value.isfinite().all()) for value in (*found, *grads))
+    assert all(bool(value.isfinite().all()) for value in (*parts(found), *grads))
     assert_agrees(case, 1e-5, 1e-2)
 
 
@@ -123,9 +129,9 @@ def test_a_constant_added_to_a_models_logits_changes_nothing() -> None:
 @pytest.mark.parametrize("chunk_tokens", [1, 7, 64, 1000])
 def test_the_chunk_size_is_no_matter(chunk_tokens: int) -> None:
     case = make(temperature=2.0, bias=True)
-    whole, parts = case.run(), case.run(chunk_tokens=chunk_tokens)
-    grads = [torch.autograd.grad(found.loss, case.leaves()) for found in (whole, parts)]
-    for a, b in zip((*whole, *grads[0]), (*parts, *grads[1]), strict=True):
+    whole, chunks = case.run(), case.run(chunk_tokens=chunk_tokens)
+    grads = [torch.autograd.grad(found.loss, case.leaves()) for found in (whole, chunks)]
+    for a, b in zip((*parts(whole), *grads[0]), (*parts(chunks), *grads[1]), strict=True):
         assert error(a, b.double()) < 1e-6
 
 

@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 
 from ddk_ds.errors import ConfigError
-from ddk_ds.kernels import chunked, linear_kd_loss, linear_nll
-from tests.unit.kernels.kd_case import assert_agrees, error, make, truth
+from ddk_ds.kernels import Options, chunked, linear_kd_loss, linear_nll
+from ddk_ds.kernels.chunked import Call, run_chunks
+from ddk_ds.kernels.options import Engine
+from tests.unit.kernels.kd_case import assert_agrees, error, make, parts, truth
 
 
 @pytest.mark.parametrize("padded", [(0, 45), (45, 0), (13, 45)])
@@ -62,7 +64,7 @@ def test_nothing_valid_is_a_loss_of_zero(gamma: float) -> None:
     case = make(ignored=1.1, gamma=gamma, bias=True)
     assert int(case.num_valid) == 0
     found = case.run()
-    assert [value.item() for value in found] == [0.0, 0.0, 0.0]
+    assert [value.item() for value in parts(found)] == [0.0, 0.0, 0.0]
     grads = torch.autograd.grad(found.loss, case.leaves())
     assert not any(grad.any() for grad in grads)
 
@@ -80,7 +82,7 @@ def test_the_divisor_is_the_callers() -> None:
     # Half the valid count of one token over two ranks: not raised to 1.
     other = replace(case, num_valid=torch.tensor(0.5)).run()
     scale = 2 * int(case.num_valid)
-    for a, b in zip(plain, other, strict=True):
+    for a, b in zip(parts(plain), parts(other), strict=True):
         assert error(b, a.double() * scale) < 1e-6
     a = torch.autograd.grad(plain.loss, case.leaves())
     b = torch.autograd.grad(other.loss, case.leaves())
@@ -98,7 +100,7 @@ def test_a_label_outside_the_vocabulary_is_an_error() -> None:
     for label in (211, -1):
         case = make(padded=(30, 30))
         case.labels[0] = label
-        with pytest.raises((RuntimeError, IndexError), match="out of bounds"):
+        with pytest.raises((RuntimeError, IndexError), match="labels: one is outside"):
             case.run()
 
 
@@ -118,7 +120,6 @@ def test_only_what_needs_a_gradient_gets_one(monkeypatch: pytest.MonkeyPatch) ->
     case = make(bias=True)
     expected = torch.autograd.grad(case.run().loss, case.leaves())
     needs = []
-    run_chunks = chunked.run_chunks
 
     def spy(*arguments: Any) -> chunked.Sums:
         sums = run_chunks(*arguments)
@@ -126,7 +127,7 @@ def test_only_what_needs_a_gradient_gets_one(monkeypatch: pytest.MonkeyPatch) ->
         needs.append([grad is not None for grad in grads])
         return sums
 
-    monkeypatch.setattr(chunked, "run_chunks", spy)
+    monkeypatch.setattr("ddk_ds.kernels.operator.run_chunks", spy)
     names = ("student_hidden", "student_weight", "student_bias")
     for kept in range(3):
         frozen = {name: getattr(case, name).detach() for i, name in enumerate(names) if i != kept}
@@ -182,7 +183,8 @@ def test_no_weight_is_kept_for_the_backward_pass() -> None:
     assert all(torch.equal(a, b) for a, b in zip(torch.autograd.grad(loss, case.leaves()), expected, strict=True))
 
 
-def test_no_tensor_of_all_tokens_by_vocabulary(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("engine", ["native", "eager"])
+def test_no_tensor_of_all_tokens_by_vocabulary(engine: Engine) -> None:
     sizes = []
 
     class Watch(torch.utils._python_dispatch.TorchDispatchMode):
@@ -192,9 +194,12 @@ def test_no_tensor_of_all_tokens_by_vocabulary(monkeypatch: pytest.MonkeyPatch) 
             return out
 
     case = make(160, 1000, (8, 8), temperature=2.0)
+    options = Options(vocab_size=1000, gamma=0.5, temperature=2.0, chunk_tokens=32, engine=engine)
+    student = (case.student_hidden.detach(), case.student_weight.detach(), None)
+    teacher = (case.teacher_hidden, case.teacher_weight, None)
     with Watch():
-        case.run(chunk_tokens=32).loss.backward()
-    assert max(sizes) == 2 * 32 * 1000  # both models' logits of one chunk
+        run_chunks(Call(*student, *teacher, None, case.labels, None, (True, True, False)), options)
+    assert max(sizes) == 2 * 32 * 1024  # both models' logits of one chunk
 
 
 @pytest.mark.parametrize(
@@ -219,7 +224,7 @@ def test_no_tensor_of_all_tokens_by_vocabulary(monkeypatch: pytest.MonkeyPatch) 
         ({"labels": torch.zeros(67, dtype=torch.int32)}, "labels are torch.int32"),
         ({"labels": torch.zeros(66, dtype=torch.int64)}, r"labels are torch.int64 \(66,\)"),
         ({"num_valid": torch.ones(2)}, r"num_valid has shape \(2,\)"),
-        ({"chunk_tokens": 0}, "chunk_tokens is 0"),
+        ({"chunk_tokens": -1}, "chunk_tokens is -1"),
     ],
 )
 def test_bad_arguments_are_refused(changes: dict[str, Any], message: str) -> None:

@@ -1,0 +1,186 @@
+"""The loop over chunks of tokens: logits of both models into reused buffers, the row kernel, the two gradient matmuls.
+
+Gradients are computed in the forward pass, so nothing of size tokens x vocabulary is ever kept and nothing is computed
+twice. They are kept as sums over valid tokens in the compute dtype (float32, or float64 for float64 inputs): the
+division by the count and the incoming gradient are one multiplication in the backward pass, and the only rounding to
+the parameter's dtype.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ddk_ds.errors import ConfigError
+from ddk_ds.kernels import rows_native
+from ddk_ds.kernels.heads import Head
+from ddk_ds.kernels.options import Options, TeacherTopK
+from ddk_ds.kernels.rows_eager import eager_rows
+
+try:
+    from ddk_ds.kernels.rows_triton import triton_rows
+except ImportError:  # Triton comes with CUDA builds of torch only
+    triton_rows = None  # type: ignore[assignment]
+
+# Columns of a logits buffer are a multiple of this, so that every row begins on a cache line and matmuls stay aligned.
+_ALIGN = 64
+
+
+# (student logits, teacher, labels, ce, divergence, grad, options): see `rows_eager.eager_rows`.
+RowKernel = Callable[..., None]
+
+
+class Call(NamedTuple):
+    """The tensors of one call, and which gradients of (hidden, weight, bias) are wanted."""
+
+    student_hidden: Tensor
+    student_weight: Tensor
+    student_bias: Tensor | None
+    teacher_hidden: Tensor | None
+    teacher_weight: Tensor | None
+    teacher_bias: Tensor | None
+    topk: TeacherTopK | None
+    labels: Tensor
+    valid_rows: Tensor | None
+    needs: tuple[bool, bool, bool]
+
+
+class Sums(NamedTuple):
+    """Sums over valid tokens: scalars and (n,) by token in float64, gradients in the compute dtype (None: unwanted)."""
+
+    total: Tensor
+    ce: Tensor
+    kl: Tensor
+    hidden_grad: Tensor | None
+    weight_grad: Tensor | None
+    bias_grad: Tensor | None
+    token_ce: Tensor
+    token_kl: Tensor
+
+
+def compute_dtype(hidden: Tensor) -> torch.dtype:
+    """Dtype of statistics and gradient sums: float64 for float64 inputs, else float32."""
+    return torch.float64 if hidden.dtype == torch.float64 else torch.float32
+
+
+def logits_dtype(hidden: Tensor, options: Options) -> torch.dtype:
+    """Dtype of the logits: that of statistics, or the model's own where asked for."""
+    return hidden.dtype if options.logits_dtype == "model" else compute_dtype(hidden)
+
+
+def row_kernel(device: torch.device, dtype: torch.dtype, options: Options) -> RowKernel:
+    """The kernel for logits of `dtype` on `device`, by `options.engine`."""
+    engine = options.engine
+    if engine == "auto" and device.type == "cuda" and triton_rows is not None and dtype != torch.float64:
+        engine = "triton"
+    elif engine == "auto":
+        engine = "native" if device.type == "cpu" and rows_native.supports(dtype) else "eager"
+    if engine == "triton" and triton_rows is not None:
+        return triton_rows
+    if engine == "native" and device.type == "cpu" and rows_native.supports(dtype):
+        return rows_native.native_rows
+    if engine != "eager":
+        raise ConfigError(f"engine is {engine!r}: it has no kernel for {dtype} on {device} here; give 'auto'")
+    return eager_rows
+
+
+def run_chunks(call: Call, options: Options) -> Sums:
+    """Losses and wanted gradients. No branch depends on a value on the device.
+
+    An ignored row is computed on zeros instead of its own hidden state, so that nothing in it, NaN included, reaches a
+    sum. With `valid_rows` other rows are left out before the matmuls.
+    """
+    hidden = call.student_hidden
+    sums = _zeros(call, options)
+    targets = torch.where(call.labels == options.ignore_index, -1, call.labels)
+    torch._assert_async(
+        (targets < options.vocab_size).all() & (targets >= 0).eq(call.labels != options.ignore_index).all(),
+        f"labels: one is outside 0..{options.vocab_size - 1} and not {options.ignore_index} (ignored): check the data",
+    )
+    loop = _Loop(call, options, sums, targets)
+    num_rows = len(hidden) if call.valid_rows is None else len(call.valid_rows)
+    for start in range(0, num_rows, options.chunk_tokens):
+        loop.chunk(start, min(start + options.chunk_tokens, num_rows))
+    ce, kl = sums.token_ce.sum(), sums.token_kl.sum()
+    return sums._replace(total=options.ce_weight * ce + options.kd_weight * kl, ce=ce, kl=kl)
+
+
+def _zeros(call: Call, options: Options) -> Sums:
+    hidden, weight = call.student_hidden, call.student_weight
+    dtype = compute_dtype(hidden)
+    scalar, token = (hidden.new_zeros(shape, dtype=torch.float64) for shape in ((), (len(hidden),)))
+    return Sums(
+        scalar,
+        scalar,
+        scalar,
+        torch.zeros_like(hidden, dtype=dtype) if call.needs[0] else None,
+        torch.zeros_like(weight, dtype=dtype) if call.needs[1] else None,
+        weight.new_zeros(len(weight), dtype=dtype) if call.needs[2] else None,
+        token,
+        token.clone(),
+    )
+
+
+class _Loop:
+    """What the chunks share: heads, buffers, the row kernel, and the sums they add to."""
+
+    def __init__(self, call: Call, options: Options, sums: Sums, targets: Tensor) -> None:
+        self.call, self.options, self.sums, self.targets = call, options, sums, targets
+        vocab_size, hidden = options.vocab_size, call.student_hidden
+        dtype = logits_dtype(hidden, options)
+        self.student = Head(call.student_weight, call.student_bias, vocab_size, dtype)
+        self.teacher = None
+        if call.teacher_weight is not None:
+            self.teacher = Head(call.teacher_weight, call.teacher_bias, vocab_size, dtype)
+        self.kernel = row_kernel(hidden.device, dtype, options) if call.topk is None else eager_rows
+        columns = -(-vocab_size // _ALIGN) * _ALIGN
+        chunk = min(options.chunk_tokens, max(1, len(hidden)))
+        self.buffer = hidden.new_empty(1 if self.teacher is None else 2, chunk, columns, dtype=dtype)
+
+    def chunk(self, start: int, stop: int) -> None:
+        """Rows start..stop-1 of the tokens, or of `valid_rows`."""
+        valid = self.call.valid_rows
+        rows = slice(start, stop) if valid is None else valid[start:stop]
+        targets = self.targets[rows]
+        hidden = self._take(self.call.student_hidden, rows, targets)
+        logits = self.buffer[:, : stop - start, : self.options.vocab_size]
+        self.student.logits(hidden, logits[0])
+        grad = self._grad(logits[0]) if any(self.call.needs) else None
+        ce, kl = self.sums.token_ce[rows], self.sums.token_kl[rows]
+        self.kernel(logits[0], self._teacher(rows, targets, logits), targets, ce, kl, grad, self.options)
+        if valid is not None:  # indexing copied
+            self.sums.token_ce[rows], self.sums.token_kl[rows] = ce, kl
+        if grad is not None:
+            self._add_grads(grad, hidden, rows)
+
+    def _teacher(self, rows: slice | Tensor, targets: Tensor, logits: Tensor) -> Tensor | TeacherTopK | None:
+        call = self.call
+        if call.topk is not None:
+            return TeacherTopK(call.topk.ids[rows], call.topk.log_probs[rows])
+        if self.teacher is None or call.teacher_hidden is None:
+            return None
+        self.teacher.logits(self._take(call.teacher_hidden, rows, targets), logits[1])
+        return logits[1]
+
+    def _take(self, hidden: Tensor, rows: slice | Tensor, targets: Tensor) -> Tensor:
+        return hidden[rows].masked_fill((targets < 0)[:, None], 0)
+
+    def _grad(self, logits: Tensor) -> Tensor:
+        """Where the gradient goes: over the student's logits, in the dtype of the matmuls that take it."""
+        if logits.dtype == self.student.grad_dtype:
+            return logits
+        return logits.view(self.student.grad_dtype)[:, : logits.shape[1]]
+
+    def _add_grads(self, grad: Tensor, hidden: Tensor, rows: slice | Tensor) -> None:
+        sums, classes = self.sums, self.options.vocab_size
+        if sums.hidden_grad is not None:
+            part = hidden.new_empty(hidden.shape, dtype=sums.hidden_grad.dtype)
+            self.student.hidden_grad(grad, part)
+            sums.hidden_grad[rows] = part
+        if sums.weight_grad is not None:
+            self.student.add_weight_grad(grad, hidden, sums.weight_grad[:classes])
+        if sums.bias_grad is not None:
+            sums.bias_grad[:classes].add_(grad.sum(0, dtype=sums.bias_grad.dtype))

@@ -1,0 +1,82 @@
+"""One model's output head: its three matmuls, whatever the dtypes of weights, logits and gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+# Weight rows at a time where a tensor of the weight's size must not be made: a cast tile stays in cache.
+TILE_ROWS = 2048
+
+# On CUDA the tensor cores multiply bf16 and fp16 exactly and give float32 sums.
+_HAS_MIXED_MM = "dtype_out" in torch.ops.aten.mm.overloads()
+_HAS_MIXED_ADDMM = "dtype_out" in torch.ops.aten.addmm.overloads()
+
+
+class Head:
+    """An output head cut to `vocab_size` rows."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, vocab_size: int, logits_dtype: torch.dtype) -> None:
+        """`logits_dtype`: the weight's own, or wider."""
+        self.weight = weight.detach()[:vocab_size]
+        self.logits_dtype = logits_dtype
+        self.bias = None if bias is None else bias.detach()[:vocab_size].to(logits_dtype)
+        widened = weight.dtype != logits_dtype
+        mixed = weight.is_cuda and _HAS_MIXED_MM and logits_dtype == torch.float32
+        # A CPU has no matmul of half-precision inputs with float32 output: tiles of the weight are cast.
+        self._is_cast = widened and not mixed
+        self.grad_dtype = logits_dtype if self._is_cast else weight.dtype
+        """Dtype in which gradients of the logits enter the two matmuls."""
+
+    def _tiles(self) -> Iterator[tuple[slice, Tensor]]:
+        """(rows of the vocabulary, the weight's rows in the dtype of the logits' gradient); one where none is cast."""
+        if not self._is_cast:
+            yield slice(0, len(self.weight)), self.weight
+            return
+        tile = self.weight.new_empty(min(TILE_ROWS, len(self.weight)), self.weight.shape[1], dtype=self.logits_dtype)
+        for start in range(0, len(self.weight), len(tile)):
+            rows = slice(start, min(start + len(tile), len(self.weight)))
+            yield rows, tile[: rows.stop - start].copy_(self.weight[rows])
+
+    def logits(self, hidden: Tensor, out: Tensor) -> None:
+        """out (m, V) = hidden (m, H) @ weight.T + bias."""
+        hidden = hidden.to(self.grad_dtype)
+        for rows, weight in self._tiles():
+            if self.bias is not None and weight.dtype == out.dtype:
+                torch.addmm(self.bias[rows], hidden, weight.t(), out=out[:, rows])
+                continue
+            _matmul(hidden, weight.t(), out[:, rows])
+            if self.bias is not None:
+                out[:, rows].add_(self.bias[rows])
+
+    def hidden_grad(self, grad: Tensor, out: Tensor) -> None:
+        """out (m, H) = grad (m, V) @ weight."""
+        if not self._is_cast:
+            _matmul(grad, self.weight, out)
+            return
+        out.zero_()
+        for rows, weight in self._tiles():
+            out.addmm_(grad[:, rows], weight)
+
+    def add_weight_grad(self, grad: Tensor, hidden: Tensor, total: Tensor) -> None:
+        """total (V, H) += grad (m, V).T @ hidden (m, H), in the dtype of `total`."""
+        hidden = hidden.to(self.grad_dtype)
+        if grad.dtype == total.dtype:
+            total.addmm_(grad.t(), hidden)
+        elif grad.is_cuda and _HAS_MIXED_ADDMM:
+            torch.addmm(total, grad.t(), hidden, out_dtype=total.dtype, out=total)
+        else:
+            for start in range(0, len(total), TILE_ROWS):
+                rows = slice(start, start + TILE_ROWS)
+                total[rows].add_(grad[:, rows].t() @ hidden)
+
+
+def _matmul(a: Tensor, b: Tensor, out: Tensor) -> None:
+    if a.dtype == out.dtype:
+        torch.mm(a, b, out=out)
+    elif a.is_cuda and _HAS_MIXED_MM and out.dtype == torch.float32:
+        torch.mm(a, b, out_dtype=out.dtype, out=out)
+    else:
+        out.copy_(a @ b)

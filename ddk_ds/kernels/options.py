@@ -1,0 +1,131 @@
+"""What the distillation head computes, as values: checked once, hashable, and short enough to travel as text."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from typing import Any, Literal, NamedTuple
+
+from torch import Tensor
+
+from ddk_ds.errors import ConfigError
+from ddk_ds.kernels.divergences import DIVERGENCES, WITH_COEFFICIENT, Divergence
+
+Engine = Literal["auto", "eager", "native", "triton"]
+LogitsDtype = Literal["float32", "model"]
+
+# Bytes of both models' logits of one chunk where chunk_tokens is not given: on a CPU near the caches, on a GPU enough
+# rows to fill it. Fewer tokens than MIN_CHUNK would make the matmuls thin.
+CHUNK_BYTES = {"cpu": 64 << 20, "cuda": 1 << 30}
+MIN_CHUNK, MAX_CHUNK = 128, 8192
+
+
+class LogitForm(NamedTuple):
+    """Logits of a head: softcap * tanh(scale * x / softcap), or scale * x where softcap is 0 (Gemma, Cohere)."""
+
+    scale: float = 1.0
+    softcap: float = 0.0
+
+
+_PLAIN = LogitForm()
+
+
+class TeacherTopK(NamedTuple):
+    """A teacher known by its k likeliest tokens: ids (n, k) int64, log-probabilities (n, k) at the loss's temperature.
+
+    The rest of its mass is one bucket, compared with the rest of the student's.
+    """
+
+    ids: Tensor
+    log_probs: Tensor
+
+
+class KDLoss(NamedTuple):
+    """A distillation loss and its parts: sums over valid tokens divided by `num_valid`.
+
+    `loss = ce_weight * ce + gamma * T^2 * kl` is differentiable; `ce` and `kl` (the divergence at temperature T, in
+    nats, without T^2) are detached scalars; the last two are (n,) by token, 0 where ignored, where they were asked for.
+    """
+
+    loss: Tensor
+    ce: Tensor
+    kl: Tensor
+    token_ce: Tensor | None = None
+    token_kl: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Options:
+    """Everything of a call that is not a tensor."""
+
+    vocab_size: int
+    """Tokens of the tokenizer; rows of the heads from here on are padding and take no part."""
+    gamma: float
+    """Weight of the divergence, >= 0. With 0 the teacher is not touched."""
+    temperature: float = 1.0
+    """T > 0, of both softmaxes in the divergence."""
+    divergence: Divergence = "forward_kl"
+    """See `divergences`."""
+    coefficient: float = 0.5
+    """beta or alpha of the divergences that have one, in (0, 1)."""
+    ce_weight: float = 1.0
+    """Weight of the cross-entropy, >= 0. With 0 it is not computed and reported as 0."""
+    scale_by_temperature: bool = True
+    """Multiply the divergence by T^2, which keeps its gradient's scale (Hinton et al. 2015)."""
+    ignore_index: int = -100
+    """Label of the tokens that take no part."""
+    chunk_tokens: int = 0
+    """Tokens whose logits are held at a time; 0: `default_chunk_tokens`. They take 2 * chunk_tokens * vocab_size."""
+    logits_dtype: LogitsDtype = "float32"
+    """"model" rounds the logits of a half-precision model: faster on some CPUs, useless near the teacher."""
+    student_form: LogitForm = _PLAIN
+    """Scale and softcap of the student's logits."""
+    teacher_form: LogitForm = _PLAIN
+    """Scale and softcap of the teacher's logits."""
+    engine: Engine = "auto"
+    """The row kernel; for tests and benchmarks."""
+
+    @property
+    def kd_weight(self) -> float:
+        """What the divergence's value is multiplied by."""
+        return self.gamma * (self.temperature**2 if self.scale_by_temperature else 1.0)
+
+    def check(self) -> None:
+        """Raise ConfigError naming the first option that is out of range."""
+        for name, value in (("gamma", self.gamma), ("ce_weight", self.ce_weight)):
+            if not (math.isfinite(value) and value >= 0):
+                raise ConfigError(f"{name} is {value}: give a finite number >= 0")
+        if not (math.isfinite(self.temperature) and self.temperature > 0):
+            raise ConfigError(f"temperature is {self.temperature}: give a finite number > 0")
+        if self.divergence not in DIVERGENCES:
+            raise ConfigError(f"divergence is {self.divergence!r}: give one of {', '.join(DIVERGENCES)}")
+        if self.divergence in WITH_COEFFICIENT and not 0 < self.coefficient < 1:
+            raise ConfigError(f"coefficient is {self.coefficient}: {self.divergence} needs one between 0 and 1")
+        if self.chunk_tokens < 0:
+            raise ConfigError(f"chunk_tokens is {self.chunk_tokens}: give 1 or more, or 0 for a default")
+        if self.logits_dtype not in ("float32", "model"):
+            raise ConfigError(f"logits_dtype is {self.logits_dtype!r}: give 'float32' or 'model'")
+        for name, form in (("student_form", self.student_form), ("teacher_form", self.teacher_form)):
+            if not (math.isfinite(form.scale) and math.isfinite(form.softcap) and form.softcap >= 0):
+                raise ConfigError(f"{name} is {form}: give finite numbers, softcap >= 0")
+
+    def to_text(self) -> str:
+        """JSON: custom operators take text, not objects."""
+        return json.dumps(asdict(self) | {"student_form": self.student_form, "teacher_form": self.teacher_form})
+
+    @staticmethod
+    @lru_cache(maxsize=64)
+    def from_text(text: str) -> Options:
+        """Inverse of `to_text`."""
+        values: dict[str, Any] = json.loads(text)
+        forms = {name: LogitForm(*values[name]) for name in ("student_form", "teacher_form")}
+        return Options(**{**values, **forms})
+
+
+def default_chunk_tokens(vocab_size: int, device_type: str) -> int:
+    """Tokens of a chunk, a function of the vocabulary and the kind of device alone: a resume adds up in one order."""
+    budget = CHUNK_BYTES.get(device_type, CHUNK_BYTES["cuda"])
+    fitting = budget // (2 * 4 * vocab_size) // MIN_CHUNK * MIN_CHUNK
+    return max(MIN_CHUNK, min(MAX_CHUNK, fitting))

@@ -1,0 +1,121 @@
+"""The element-wise part of the distillation head in plain torch: any device, any divergence, top-k teachers.
+
+It is what runs where neither a C++ compiler nor Triton is at hand, and what the compiled row kernels are tested
+against beside the float64 reference.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ddk_ds.kernels.divergences import divergence_terms, teacher_weight
+from ddk_ds.kernels.options import LogitForm, Options, TeacherTopK
+
+# Elements worked on at a time: a MiB or two on a CPU, so that passes hit the cache; on a GPU enough to fill it.
+_BLOCK_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 23}
+
+
+def eager_rows(
+    student: Tensor,
+    teacher: Tensor | TeacherTopK | None,
+    labels: Tensor,
+    ce: Tensor,
+    divergence: Tensor,
+    grad: Tensor | None,
+    options: Options,
+) -> None:
+    """Loss terms of each row and the gradient to the student's logits.
+
+    Args:
+        student, teacher: (m, V) logits before their `LogitForm`; no teacher: cross-entropy alone.
+        labels: (m,), negative where ignored.
+        ce, divergence: (m,) float64, written; 0 where ignored.
+        grad: (m, V), written: ce_weight dCE + gamma T^2 dD by row. It may lie in the student's memory.
+    """
+    step = max(1, _BLOCK_ELEMENTS.get(student.device.type, 1 << 23) // student.shape[1])
+    for start in range(0, len(student), step):
+        rows = slice(start, start + step)
+        part = TeacherTopK(*(t[rows] for t in teacher)) if isinstance(teacher, TeacherTopK) else teacher
+        part = part[rows] if isinstance(part, Tensor) else part
+        block_ce, block_divergence, block_grad = _block(student[rows], part, labels[rows], options)
+        ignored = labels[rows] < 0
+        ce[rows] = block_ce.masked_fill(ignored, 0)
+        divergence[rows] = block_divergence.masked_fill(ignored, 0)
+        if grad is not None:
+            grad[rows] = block_grad.masked_fill_(ignored[:, None], 0).to(grad.dtype)
+
+
+def _block(
+    student: Tensor, teacher: Tensor | TeacherTopK | None, labels: Tensor, options: Options
+) -> tuple[Tensor, Tensor, Tensor]:
+    logits, slope = apply_form(student, options.student_form)
+    targets = labels.clamp_min(0)[:, None]
+    grad = torch.zeros_like(logits)
+    ce = divergence = torch.zeros(len(logits), dtype=torch.float64, device=logits.device)
+    if options.ce_weight != 0:
+        probs, norm = softmax_rows(logits)
+        ce = norm - logits.gather(1, targets).squeeze(1)
+        grad = probs.scatter_add_(1, targets, -torch.ones_like(probs[:, :1])).mul_(options.ce_weight)
+    if teacher is not None:
+        if isinstance(teacher, TeacherTopK):
+            terms, kd_grad = _topk_terms(logits / options.temperature, teacher, options)
+        else:
+            terms, kd_grad = _full_terms(logits, apply_form(teacher, options.teacher_form)[0], options)
+        divergence = terms.sum(-1).double()
+        grad.add_(kd_grad, alpha=options.kd_weight / options.temperature)
+    return ce, divergence, grad if slope is None else grad.mul_(slope)
+
+
+def apply_form(raw: Tensor, form: LogitForm) -> tuple[Tensor, Tensor | None]:
+    """Logits of raw products, and their derivative where it is not 1. Half precision becomes float32."""
+    logits = raw if raw.dtype == torch.float64 else raw.float()
+    if form == LogitForm():
+        return logits, None
+    if form.softcap == 0:
+        return logits * form.scale, torch.full_like(logits[:1, :1], form.scale)
+    bend = torch.tanh(logits * (form.scale / form.softcap))
+    return bend * form.softcap, (1 - bend * bend) * form.scale
+
+
+def softmax_rows(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Softmax (m, V) of each row, and L (m,) float64 with softmax = exp(logits - L).
+
+    L is that of the probabilities as computed, the rounding of their sum included: at the largest logit softmax gives
+    exp(0) / sum, so L follows from the two maxima.
+    """
+    probs = torch.softmax(logits, -1)
+    return probs, logits.amax(-1).double() - probs.amax(-1).double().log()
+
+
+def _full_terms(student: Tensor, teacher: Tensor, options: Options) -> tuple[Tensor, Tensor]:
+    inverse = 1 / options.temperature
+    q, teacher_norm = softmax_rows(teacher * inverse)
+    p, student_norm = softmax_rows(student * inverse)
+    # The logits are subtracted before the row's constant is added: near the teacher that difference is exact.
+    log_ratio = (teacher - student).mul_(inverse).add_((student_norm - teacher_norm).to(student.dtype)[:, None])
+    b = teacher_weight(options.divergence, options.coefficient)
+    return divergence_terms(options.divergence, q, p, log_ratio, b)
+
+
+def _topk_terms(scaled: Tensor, teacher: TeacherTopK, options: Options) -> tuple[Tensor, Tensor]:
+    """Terms over k + 1 buckets, and the gradient (m, V): within the tail every token shares by its probability."""
+    log_norm = scaled.logsumexp(-1, keepdim=True)
+    log_p = torch.cat([scaled.gather(1, teacher.ids), _log_tail(scaled, teacher.ids)], 1) - log_norm
+    log_q = teacher.log_probs.to(scaled.dtype)
+    q = log_q.exp()
+    tail = (1 - q.sum(-1, keepdim=True)).clamp_min(torch.finfo(scaled.dtype).tiny)
+    q, log_q = torch.cat([q, tail], 1), torch.cat([log_q, tail.log()], 1)
+    p = log_p.exp()
+    b = teacher_weight(options.divergence, options.coefficient)
+    terms, bucket_grad = divergence_terms(options.divergence, q, p, log_q - log_p, b)
+    # Of a tail without any token, probability 0, nothing is to be shared out.
+    share = torch.where(p[:, -1:] > 0, bucket_grad[:, -1:] / p[:, -1:].clamp_min(torch.finfo(p.dtype).tiny), 0)
+    grad = (scaled - log_norm).exp_().mul_(share)
+    return terms, grad.scatter_(1, teacher.ids, bucket_grad[:, :-1])
+
+
+def _log_tail(scaled: Tensor, ids: Tensor) -> Tensor:
+    """log of the sum of exp over the tokens outside `ids` (m, 1); very low where there is none."""
+    outside = scaled.scatter(1, ids, -torch.inf)
+    return outside.logsumexp(-1, keepdim=True).clamp_min(scaled.amin() - 1e4)

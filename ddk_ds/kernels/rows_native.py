@@ -1,0 +1,138 @@
+"""The element-wise part on a CPU: rows.cpp, compiled once for this machine's processor and called through ctypes.
+
+DeepSpeed needs a C++ compiler already. Where there is none, `load` says so once and the eager rows serve.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import warnings
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ddk_ds.kernels.divergences import KIND, teacher_weight
+from ddk_ds.kernels.options import Options
+
+_SOURCE = Path(__file__).with_name("rows.cpp")
+# No -ffast-math: NaN must show, and the exponential relies on the order of its operations.
+_FLAGS = ("-O3", "-march=native", "-std=c++17", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
+_ENTRY = {
+    torch.float32: "ddk_rows_float32",
+    torch.float64: "ddk_rows_float64",
+    torch.bfloat16: "ddk_rows_bfloat16",
+}
+
+
+class _Arguments(ctypes.Structure):
+    """RowArguments of rows.cpp."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("student", "teacher", "labels", "ce", "divergence")),
+        *((name, ctypes.c_int64) for name in ("rows", "classes", "student_stride", "teacher_stride")),
+        *((name, ctypes.c_double) for name in ("ce_weight", "kd_weight", "temperature", "mix")),
+        *((name, ctypes.c_double) for name in ("student_scale", "student_cap", "teacher_scale", "teacher_cap")),
+        *((name, ctypes.c_int64) for name in ("kind", "write_grad", "threads")),
+    ]
+
+
+def supports(dtype: torch.dtype) -> bool:
+    """Whether rows of this dtype can be computed here (compiles the kernel at the first call)."""
+    return dtype in _ENTRY and load() is not None
+
+
+def native_rows(
+    student: Tensor,
+    teacher: Tensor | None,
+    labels: Tensor,
+    ce: Tensor,
+    divergence: Tensor,
+    grad: Tensor | None,
+    options: Options,
+) -> None:
+    """As `rows_eager.eager_rows`, on a CPU; `grad`, if given, must be `student` itself, which it overwrites."""
+    assert grad is None or grad.data_ptr() == student.data_ptr(), "the gradient is written over the student's logits"
+    library = load()
+    assert library is not None, "supports() was not asked"
+    arguments = _Arguments(
+        student=student.data_ptr(),
+        teacher=None if teacher is None else teacher.data_ptr(),
+        labels=labels.data_ptr(),
+        ce=ce.data_ptr(),
+        divergence=divergence.data_ptr(),
+        rows=student.shape[0],
+        classes=student.shape[1],
+        student_stride=student.stride(0),
+        teacher_stride=0 if teacher is None else teacher.stride(0),
+        ce_weight=options.ce_weight,
+        kd_weight=options.kd_weight / options.temperature,
+        temperature=options.temperature,
+        mix=teacher_weight(options.divergence, options.coefficient),
+        student_scale=options.student_form.scale,
+        student_cap=options.student_form.softcap,
+        teacher_scale=options.teacher_form.scale,
+        teacher_cap=options.teacher_form.softcap,
+        kind=0 if teacher is None else KIND[options.divergence],
+        write_grad=grad is not None,
+        threads=torch.get_num_threads(),
+    )
+    failed = getattr(library, _ENTRY[student.dtype])(ctypes.byref(arguments))
+    assert not failed, f"rows.cpp does not know divergence {options.divergence}"
+
+
+@lru_cache(maxsize=1)
+def load() -> ctypes.CDLL | None:
+    """The compiled kernel, from the cache if it is there; None, with one warning, where it cannot be compiled."""
+    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
+    try:
+        if compiler is None:
+            raise OSError("there is no C++ compiler on PATH")
+        path = _cache_directory() / f"ddk_ds_rows-{_key(compiler)}.so"
+        if not path.is_file():
+            _compile(compiler, path)
+        return ctypes.CDLL(str(path))
+    except (OSError, subprocess.SubprocessError) as error:
+        reason = error.stderr.strip().splitlines()[-1] if isinstance(error, subprocess.CalledProcessError) else error
+        warnings.warn(
+            f"the loss runs without its compiled row kernel, several times slower: {reason}; install g++ for it",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return None
+
+
+def _compile(compiler: str, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Every rank may come here at once: each writes its own file, and the rename is atomic.
+    partial = path.with_suffix(f".{platform.node()}.{os.getpid()}.partial")
+    command = [compiler, *_FLAGS, str(_SOURCE), "-o", str(partial)]
+    subprocess.run(command, check=True, capture_output=True, text=True, timeout=300)
+    partial.replace(path)
+
+
+def _key(compiler: str) -> str:
+    """What the binary depends on: source, flags, compiler, processor (a home directory may serve several kinds)."""
+    version = subprocess.run([compiler, "--version"], check=True, capture_output=True, text=True, timeout=60).stdout
+    digest = hashlib.sha256("\n".join([*_FLAGS, compiler, version, platform.machine(), _processor()]).encode())
+    digest.update(_SOURCE.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return "\n".join(next((line for line in lines if line.startswith(key)), "") for key in ("model name", "flags"))
+
+
+def _cache_directory() -> Path:
+    """Beside the extensions that torch and DeepSpeed compile."""
+    return Path(os.environ.get("TORCH_EXTENSIONS_DIR", Path.home() / ".cache" / "torch_extensions"))

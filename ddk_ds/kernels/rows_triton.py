@@ -1,0 +1,270 @@
+"""The element-wise part on a GPU: one Triton program a row reads both models' logits and writes the gradient.
+
+Formulas: divergences.py; rows.cpp is its twin. Each pass over a row reads 4 bytes of each model an element; the last
+one writes the gradient, of half precision into the first half of the student's own row. Cross-entropy with forward KL
+takes two passes: 18 bytes an element. Other divergences need sum(p h) first, a pass more.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ddk_ds.kernels.divergences import KIND, teacher_weight
+from ddk_ds.kernels.options import LogitForm, Options
+
+# Elements of a row at a time and warps of a program: 64 registers a thread without a spill on sm_90.
+BLOCK, NUM_WARPS = 4096, 8
+LOW = tl.constexpr(-1.0e30)
+
+
+@triton.jit
+def _series(w):  # 2 atanh(w) for |w| <= 0.1716
+    w2 = w * w
+    return ((((2.0 / 9.0) * w2 + 2.0 / 7.0) * w2 + 2.0 / 5.0) * w2 + 2.0 / 3.0) * w2 * w + 2.0 * w
+
+
+@triton.jit
+def _log_of(u, y):  # log(u) with y = u - 1 exact where u is near 1: no approximate instruction, whose error is absolute
+    bits = u.to(tl.int32, bitcast=True)
+    exponent = (bits - 0x3F3504F3) >> 23
+    m = (bits - (exponent << 23)).to(tl.float32, bitcast=True)
+    w = tl.where(exponent == 0, y / (2.0 + y), (m - 1.0) / (m + 1.0))
+    return _series(w) + exponent.to(tl.float32) * 0.693147180
+
+
+@triton.jit
+def _expm1(x):
+    series = 1.0 / 5040.0
+    series = series * x + 1.0 / 720.0
+    series = series * x + 1.0 / 120.0
+    series = series * x + 1.0 / 24.0
+    series = series * x + 1.0 / 6.0
+    series = series * x + 0.5
+    series = series * x * x + x
+    return tl.where(tl.abs(x) < 0.35, series, tl.exp(x) - 1.0)
+
+
+@triton.jit
+def _logits(pointers, mask, scale, cap, FORM: tl.constexpr):
+    x = tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
+    if FORM >= 1:
+        x = x * scale
+    if FORM == 2:
+        e = _expm1(-2.0 * tl.abs(x / cap))
+        x = cap * tl.where(x < 0, e / (e + 2.0), -e / (e + 2.0))
+    return tl.where(mask, x, LOW)
+
+
+@triton.jit
+def _element(q, p, r, b, KIND: tl.constexpr):
+    """Value, and h with gradient p * (h - sum p h); for the forward KL h is the gradient."""
+    # p - q from r where they are close: their own rounding would be all that is left.
+    close = tl.abs(r) < 0.35
+    x = -r
+    if KIND == 2:
+        x = r
+    second = 1.0 / 40320.0
+    second = second * x + 1.0 / 5040.0
+    second = second * x + 1.0 / 720.0
+    second = second * x + 1.0 / 120.0
+    second = second * x + 1.0 / 24.0
+    second = second * x + 1.0 / 6.0
+    second = (second * x + 0.5) * x * x  # exp(x) - 1 - x
+    d = p - q
+    if KIND != 2:
+        d = tl.where(close, q * (second - r), d)
+    if KIND == 1:
+        value = tl.where(close, q * second, q * r + d)
+        h = d
+    elif KIND == 2:
+        value = tl.where(close, p * second, -d - p * r)
+        h = -r
+    elif KIND == 6:
+        value = 0.5 * tl.abs(d)
+        h = tl.where(r > 0, -0.5, tl.where(r < 0, 0.5, r))
+    else:
+        w = tl.where(r >= 0, 1.0 - b, b)
+        y = w * _expm1(-tl.abs(r))
+        log_larger = -_log_of(1.0 + y, y)
+        log_q_m = tl.where(r >= 0, log_larger, log_larger + r)
+        log_p_m = tl.where(r >= 0, log_larger - r, log_larger)
+        if KIND == 3:
+            value = b * q * log_q_m + (1.0 - b) * p * log_p_m
+            h = (1.0 - b) * log_p_m
+        elif KIND == 4:
+            value = q * log_q_m + (1.0 - b) * d
+            h = -(1.0 - b) * _expm1(log_q_m)
+        else:
+            value = p * log_p_m - b * d
+            h = log_p_m - (1.0 - b) * _expm1(log_p_m)
+    return value, h
+
+
+@triton.jit
+def _online(x, top, total):
+    """Running maximum and sum of exp(x - maximum)."""
+    new = tl.maximum(top, tl.max(x, 0))
+    return new, total * tl.exp(top - new) + tl.sum(tl.exp(x - new), 0)
+
+
+@triton.jit
+def _softmaxes(
+    S, T, V, inv_t, s_scale, s_cap, t_scale, t_cap,
+    KIND: tl.constexpr, ONE_SOFTMAX: tl.constexpr, WITH_CE: tl.constexpr,
+    S_FORM: tl.constexpr, T_FORM: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """First pass: maximum and sum of the student for the cross-entropy, of the student at T, of the teacher at T."""
+    h_top = LOW
+    h_sum = 0.0
+    s_top = LOW
+    s_sum = 0.0
+    t_top = LOW
+    t_sum = 0.0
+    columns = tl.arange(0, BLOCK)
+    for start in range(0, V, BLOCK):
+        at = start + columns
+        s = _logits(S + at, at < V, s_scale, s_cap, S_FORM)
+        if WITH_CE or ONE_SOFTMAX:
+            h_top, h_sum = _online(s, h_top, h_sum)
+        if not ONE_SOFTMAX:
+            s_top, s_sum = _online(s * inv_t, s_top, s_sum)
+        if KIND > 0:
+            t = _logits(T + at, at < V, t_scale, t_cap, T_FORM)
+            t_top, t_sum = _online(t * inv_t, t_top, t_sum)
+    if ONE_SOFTMAX:
+        s_top = h_top
+        s_sum = h_sum
+    return h_top, h_sum, s_top, s_sum, t_top, t_sum
+
+
+@triton.jit
+def _compare(s, t, ok, inv_t, s_top, s_inverse, t_top, t_inverse, offset, mix, KIND: tl.constexpr):
+    """Student's probabilities p, value and h of a block of logits; zeros outside the row."""
+    p = tl.where(ok, tl.exp(s * inv_t - s_top) * s_inverse, 0.0)
+    q = tl.where(ok, tl.exp(t * inv_t - t_top) * t_inverse, 0.0)
+    value, h = _element(q, p, tl.where(ok, (t - s) * inv_t + offset, 0.0), mix, KIND)
+    return p, value, h
+
+
+@triton.jit
+def _skip_row(G, CE, D, V, WRITE: tl.constexpr, BLOCK: tl.constexpr):
+    tl.store(CE, 0.0)
+    tl.store(D, 0.0)
+    if WRITE:
+        for start in range(0, V, BLOCK):
+            at = start + tl.arange(0, BLOCK)
+            tl.store(G + at, tl.zeros([BLOCK], dtype=G.dtype.element_ty), mask=at < V)
+
+
+@triton.jit
+def _slope(s, s_scale, s_cap, S_FORM: tl.constexpr):
+    """Derivative of a logit to the raw product."""
+    slope = 1.0
+    if S_FORM == 1:
+        slope = s_scale
+    if S_FORM == 2:
+        slope = s_scale * (1.0 - (s / s_cap) * (s / s_cap))
+    return slope
+
+
+@triton.jit
+def row_kernel(
+    S, T, G, Y, CE, D, s_stride, t_stride, g_stride, V,
+    ce_weight, kd_weight, inv_t, mix, s_scale, s_cap, t_scale, t_cap,
+    KIND: tl.constexpr, ONE_SOFTMAX: tl.constexpr, WITH_CE: tl.constexpr, WRITE: tl.constexpr,
+    S_FORM: tl.constexpr, T_FORM: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    label = tl.load(Y + row)
+    S += row * s_stride
+    T += row * t_stride
+    G += row * g_stride
+    if label < 0:
+        _skip_row(G, CE + row, D + row, V, WRITE, BLOCK)
+        return
+    h_top, h_sum, s_top, s_sum, t_top, t_sum = _softmaxes(
+        S, T, V, inv_t, s_scale, s_cap, t_scale, t_cap, KIND, ONE_SOFTMAX, WITH_CE, S_FORM, T_FORM, BLOCK
+    )
+    ce = 0.0
+    if WITH_CE:
+        at_label = _logits(S + label, label < V, s_scale, s_cap, S_FORM)
+        ce = (h_top - at_label) + _log_of(h_sum, h_sum - 1.0)
+    tl.store(CE + row, ce)
+    columns = tl.arange(0, BLOCK)
+    h_inverse = 1.0 / h_sum
+    s_inverse = 1.0 / s_sum
+    t_inverse = 1.0 / t_sum
+    offset = 0.0
+    centre = 0.0
+    if KIND > 0:
+        offset = (s_top - t_top) + _log_of(s_sum / t_sum, (s_sum - t_sum) / t_sum)
+    if KIND > 1:  # sum p h
+        for start in range(0, V, BLOCK):
+            at = start + columns
+            s = _logits(S + at, at < V, s_scale, s_cap, S_FORM)
+            t = _logits(T + at, at < V, t_scale, t_cap, T_FORM)
+            p, value, h = _compare(s, t, at < V, inv_t, s_top, s_inverse, t_top, t_inverse, offset, mix, KIND)
+            centre += tl.sum(p * h, 0)
+    divergence = 0.0
+    if KIND > 0 or WRITE:
+        for start in range(0, V, BLOCK):
+            at = start + columns
+            s = _logits(S + at, at < V, s_scale, s_cap, S_FORM)
+            grad = tl.zeros([BLOCK], dtype=tl.float32)
+            if KIND > 0:
+                t = _logits(T + at, at < V, t_scale, t_cap, T_FORM)
+                p, value, h = _compare(s, t, at < V, inv_t, s_top, s_inverse, t_top, t_inverse, offset, mix, KIND)
+                divergence += tl.sum(value, 0)
+                grad = kd_weight * (h if KIND == 1 else p * (h - centre))
+                if ONE_SOFTMAX and WITH_CE:
+                    grad += ce_weight * p
+            if WITH_CE and (KIND == 0 or not ONE_SOFTMAX):
+                grad += ce_weight * (tl.exp(s - h_top) * h_inverse)
+            if WITH_CE:
+                grad = tl.where(at == label, grad - ce_weight, grad)
+            if WRITE:
+                grad = grad * _slope(s, s_scale, s_cap, S_FORM)
+                # The gradient may lie in the logits' own memory: every load of a block comes before its stores.
+                tl.debug_barrier()
+                tl.store(G + at, grad.to(G.dtype.element_ty), mask=at < V)
+    tl.store(D + row, divergence)
+
+
+def form_number(form: LogitForm) -> int:
+    """0: the plain product; 1: scaled; 2: capped."""
+    return 2 if form.softcap else int(form.scale != 1)
+
+
+def triton_rows(
+    student: Tensor,
+    teacher: Tensor | None,
+    labels: Tensor,
+    ce: Tensor,
+    divergence: Tensor,
+    grad: Tensor | None,
+    options: Options,
+) -> None:
+    """As `rows_eager.eager_rows`, on a GPU (or on a CPU under Triton's interpreter)."""
+    rows, classes = student.shape
+    other = student if teacher is None else teacher
+    out = student if grad is None else grad
+    block = min(BLOCK, triton.next_power_of_2(classes))
+    with torch.cuda.device(student.device) if student.is_cuda else torch.no_grad():
+        row_kernel[(rows,)](
+            student, other, out, labels, ce, divergence, student.stride(0), other.stride(0), out.stride(0), classes,
+            float(options.ce_weight), float(options.kd_weight / options.temperature), 1.0 / options.temperature,
+            float(teacher_weight(options.divergence, options.coefficient)),
+            float(options.student_form.scale), float(options.student_form.softcap),
+            float(options.teacher_form.scale), float(options.teacher_form.softcap),
+            KIND=0 if teacher is None else KIND[options.divergence],
+            ONE_SOFTMAX=teacher is None or options.temperature == 1,
+            WITH_CE=options.ce_weight != 0,
+            WRITE=grad is not None,
+            S_FORM=form_number(options.student_form),
+            T_FORM=form_number(options.teacher_form),
+            BLOCK=block,
+            num_warps=NUM_WARPS,
+        )  # fmt: skip
