@@ -15,12 +15,15 @@ import torch
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from torch import nn
 
+from ddk_ds.kernels import LogitForm
+
 
 class OutputHead(NamedTuple):
-    """Weight (V, H) and bias (V,) or None of an output head, gathered."""
+    """Weight (V, H) and bias (V,) or None of an output head, gathered, and what the model does to its logits."""
 
     weight: torch.Tensor
     bias: torch.Tensor | None
+    form: LogitForm = LogitForm()
 
 
 # (hidden (n, H), head) -> whatever the caller wants of the logits; runs while the head is gathered.
@@ -30,23 +33,24 @@ HeadFunction = Callable[[torch.Tensor, OutputHead], Any]
 class StudentHead(nn.Module):
     """Owns the student's output weight (tied or not) and applies a function to it and the hidden states."""
 
-    def __init__(self, head: nn.Module) -> None:
+    def __init__(self, head: nn.Module, form: LogitForm) -> None:
         super().__init__()
+        self.form = form
         self.weight: nn.Parameter = head.weight  # type: ignore[assignment]
         self.bias: nn.Parameter | None = getattr(head, "bias", None)
 
     def forward(self, hidden: torch.Tensor, function: HeadFunction) -> Any:
         """hidden (n, H) -> function(hidden, gathered head)."""
-        return function(hidden, OutputHead(self.weight, self.bias))
+        return function(hidden, OutputHead(self.weight, self.bias, self.form))
 
 
 class StudentRoot(nn.Module):
     """What the student's engine wraps: token ids and a function of the hidden states in, its result out."""
 
-    def __init__(self, backbone: nn.Module, head: nn.Module) -> None:
+    def __init__(self, backbone: nn.Module, head: nn.Module, form: LogitForm) -> None:
         super().__init__()
         self.backbone = backbone
-        self.head = StudentHead(head)
+        self.head = StudentHead(head, form)
 
     def forward(self, input_ids: torch.Tensor, function: HeadFunction) -> Any:
         """input_ids (B, L) int64 -> function(hidden (B*L, H), head)."""
@@ -61,13 +65,13 @@ class FrozenHead:
     without entering the student's parameter trace.
     """
 
-    def __init__(self, head: nn.Module) -> None:
-        self._head = OutputHead(head.weight, getattr(head, "bias", None))  # type: ignore[arg-type]
+    def __init__(self, head: nn.Module, form: LogitForm) -> None:
+        self._head = OutputHead(head.weight, getattr(head, "bias", None), form)  # type: ignore[arg-type]
 
     @contextmanager
     def gathered(self) -> Iterator[OutputHead]:
         """The whole head on this rank; released at the end unless it was there before (a collective)."""
-        parts: list[Any] = [part for part in self._head if part is not None]
+        parts: list[Any] = [part for part in self._head[:2] if part is not None]
         away = [part for part in parts if part.ds_status == ZeroParamStatus.NOT_AVAILABLE]
         if away:
             away[0].all_gather(param_list=away)

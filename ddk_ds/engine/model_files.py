@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import struct
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,10 +12,15 @@ from typing import Any, NamedTuple
 
 from ddk_ds.comm import Comm, agree
 from ddk_ds.errors import ConfigError, UserError
+from ddk_ds.kernels import LogitForm
 
 _PATTERNS = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
-# Heads that do more than hidden @ weight + bias: the fused loss would compute other logits than the model's.
-_SCALED_HEADS = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
+# What some models do to hidden @ weight: Cohere and Falcon-H1 multiply, Granite divides, Gemma bends by tanh.
+_MULTIPLIERS, _DIVISORS, _SOFTCAP = (
+    ("logit_scale", "lm_head_multiplier"),
+    ("logits_scaling",),
+    "final_logit_softcapping",
+)
 
 
 class StoredTensor(NamedTuple):
@@ -32,6 +38,13 @@ class ModelFiles:
     config: dict[str, Any]
     tensors: dict[str, StoredTensor]
     """By name in the checkpoint."""
+
+    @property
+    def logit_form(self) -> LogitForm:
+        """What the model does to the products of its output head."""
+        scale = math.prod(float(self.config.get(key) or 1) for key in _MULTIPLIERS)
+        scale /= math.prod(float(self.config.get(key) or 1) for key in _DIVISORS)
+        return LogitForm(scale, float(self.config.get(_SOFTCAP) or 0))
 
     @property
     def fingerprint(self) -> str:
@@ -69,16 +82,12 @@ def model_directory(path: str, key: str, comm: Comm) -> Path:
 def read_model(directory: Path, key: str) -> ModelFiles:
     """What lies in a model's directory; `key` is the configuration key named in errors.
 
-    Raises ConfigError where config.json or safetensors are missing, or where the head is of a kind that the loss does
-    not know.
+    Raises ConfigError where config.json or safetensors are missing.
     """
     config_file = directory / "config.json"
     if not config_file.is_file():
         raise ConfigError(f"{key}: {directory} holds no config.json; give the directory of a Hugging Face model")
     config = json.loads(config_file.read_text())
-    scaled = [name for name in _SCALED_HEADS if config.get(name) not in (None, 1, 1.0)]
-    if scaled:
-        raise ConfigError(f"{key}: {directory} has {scaled[0]}: {config[scaled[0]]}, a head that is not supported yet")
     return ModelFiles(directory, config, _tensor_files(directory, key))
 
 

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 
 from ddk_ds.engine.models import Student
-from ddk_ds.kernels import KDLoss
+from ddk_ds.kernels import KDLoss, LogitsDtype
+
+
+@dataclass(frozen=True)
+class HeadOptions:
+    """What every use of the output heads in a run has in common; the names are those of `kernels.Options`."""
+
+    vocab_size: int
+    chunk_tokens: int
+    logits_dtype: LogitsDtype = "float32"
 
 
 class Method(Protocol):

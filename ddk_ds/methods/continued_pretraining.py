@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
+
 import torch
 
 from ddk_ds.engine.head import OutputHead
 from ddk_ds.engine.models import Student
 from ddk_ds.kernels import KDLoss, linear_kd_loss
+from ddk_ds.methods.base import HeadOptions
 
 
 class ContinuedPretraining:
     """Next-token cross-entropy of the student; no teacher."""
 
-    def __init__(self, vocab_size: int, chunk_tokens: int) -> None:
-        self._vocab_size = vocab_size
-        self._chunk_tokens = chunk_tokens
+    def __init__(self, options: HeadOptions) -> None:
+        self._options = asdict(options)
 
     def loss(self, student: Student, input_ids: torch.Tensor, labels: torch.Tensor, num_valid: torch.Tensor) -> KDLoss:
         def cross_entropy(hidden: torch.Tensor, head: OutputHead) -> KDLoss:
@@ -24,11 +26,11 @@ class ContinuedPretraining:
                 None,
                 None,
                 labels.flatten(),
-                gamma=0.0,
-                vocab_size=self._vocab_size,
                 num_valid=num_valid,
                 student_bias=head.bias,
-                chunk_tokens=self._chunk_tokens,
+                student_form=head.form,
+                gamma=0.0,
+                **self._options,
             )
 
         return student(input_ids, cross_entropy)

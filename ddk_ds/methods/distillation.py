@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
+
 import torch
 
+from ddk_ds.config import Loss
 from ddk_ds.engine.head import OutputHead
 from ddk_ds.engine.models import Student, Teacher
 from ddk_ds.kernels import KDLoss, linear_kd_loss
+from ddk_ds.methods.base import HeadOptions
 
 
 class Distillation:
-    """CE + gamma * T^2 * KL(teacher || student); which domains it sees is the mixture's affair."""
+    """CE + gamma * T^2 * D(teacher, student); which domains it sees is the mixture's affair."""
 
-    def __init__(self, teacher: Teacher, vocab_size: int, gamma: float, temperature: float, chunk_tokens: int) -> None:
+    def __init__(self, teacher: Teacher, loss: Loss, options: HeadOptions) -> None:
         self._teacher = teacher
-        self._vocab_size = vocab_size
-        self._gamma = gamma
-        self._temperature = temperature
-        self._chunk_tokens = chunk_tokens
+        chosen = loss.model_dump(include={"gamma", "temperature", "divergence", "coefficient"})
+        self._options = {**chosen, **asdict(options)}
 
     def loss(self, student: Student, input_ids: torch.Tensor, labels: torch.Tensor, num_valid: torch.Tensor) -> KDLoss:
         teacher_hidden = self._teacher.hidden(input_ids)
@@ -30,13 +32,12 @@ class Distillation:
                     teacher_hidden,
                     teacher_head.weight,
                     labels.flatten(),
-                    gamma=self._gamma,
-                    temperature=self._temperature,
-                    vocab_size=self._vocab_size,
                     num_valid=num_valid,
                     student_bias=head.bias,
                     teacher_bias=teacher_head.bias,
-                    chunk_tokens=self._chunk_tokens,
+                    student_form=head.form,
+                    teacher_form=teacher_head.form,
+                    **self._options,
                 )
 
         return student(input_ids, distil)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from ddk_ds.engine.head import OutputHead
 from ddk_ds.engine.models import Student, Teacher
 from ddk_ds.files import write_text
 from ddk_ds.kernels import linear_nll
+from ddk_ds.methods import HeadOptions
 
 IGNORE_INDEX = -100
 # Per domain: micro-batches of (input_ids (B, L) int64, real (B,) bool); as many on every rank.
@@ -34,8 +36,7 @@ def perplexities(
     model: Student | Teacher,
     batches: ValidationBatches,
     *,
-    vocab_size: int,
-    chunk_tokens: int,
+    options: HeadOptions,
     device: torch.device,
     comm: Comm,
 ) -> npt.NDArray[np.float64]:
@@ -49,9 +50,8 @@ def perplexities(
                 flat = labels.flatten().to(device)
 
                 def nll(hidden: torch.Tensor, head: OutputHead, flat: torch.Tensor = flat) -> torch.Tensor:
-                    return linear_nll(
-                        hidden, head.weight, flat, vocab_size=vocab_size, bias=head.bias, chunk_tokens=chunk_tokens
-                    )
+                    form = head.form
+                    return linear_nll(hidden, head.weight, flat, bias=head.bias, student_form=form, **asdict(options))
 
                 sums[0, domain] += model(input_ids.to(device), nll).sum(dtype=torch.float64)
                 sums[1, domain] += (flat != IGNORE_INDEX).sum()

@@ -42,6 +42,7 @@ def train(run: Run) -> dict[str, Any]:
 
 def _train_interval(run: Run, ids: npt.NDArray[np.int64]) -> None:
     comm, state, config = run.runtime.comm, run.state, run.config
+    method = run.make_method()
     batches = interval_loader(
         run.dataset,
         ids,
@@ -56,7 +57,7 @@ def _train_interval(run: Run, ids: npt.NDArray[np.int64]) -> None:
         rate = learning_rate(state.step, run.total_steps, config.optimizer)
         metrics = train_step(
             run.student,
-            run.method,
+            method,
             micro_batches,
             learning_rate=rate,
             num_domains=len(run.inputs.names),

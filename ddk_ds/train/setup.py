@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -11,7 +11,8 @@ from ddk_ds.data.loader import validation_batches
 from ddk_ds.data.mixture_dataset import MixtureDataset
 from ddk_ds.engine.models import Student, Teacher, load_student, load_teacher
 from ddk_ds.engine.runtime import Runtime
-from ddk_ds.methods import Method, make_method
+from ddk_ds.kernels import default_chunk_tokens
+from ddk_ds.methods import HeadOptions, Method, make_method
 from ddk_ds.mixture.schedule import DomainEntry, DomainOrder, IntervalState
 from ddk_ds.train.checkpoint import load_checkpoint, newest_checkpoint, remove_partial
 from ddk_ds.train.evaluate import PerplexityCache, ValidationBatches, perplexities
@@ -31,7 +32,8 @@ class Run:
     inputs: Inputs
     runtime: Runtime
     student: Student
-    method: Method
+    teacher: Teacher | None
+    head: HeadOptions
     dataset: MixtureDataset
     validation: ValidationBatches
     teacher_ppl: Array | None
@@ -43,8 +45,15 @@ class Run:
 
     def measure(self) -> Measurement:
         """Perplexities of the student now, beside the teacher's. Collective."""
-        student = _perplexities(self.student, self.config, self.inputs, self.validation, self.runtime)
+        runtime = self.runtime
+        student = perplexities(
+            self.student, self.validation, options=self.head, device=runtime.device, comm=runtime.comm
+        )
         return Measurement(student, self.teacher_ppl)
+
+    def make_method(self) -> Method:
+        """What a step minimises."""
+        return make_method(self.config, self.teacher, self.head)
 
 
 def prepare_run(config: Config, inputs: Inputs, runtime: Runtime) -> Run:
@@ -61,7 +70,9 @@ def prepare_run(config: Config, inputs: Inputs, runtime: Runtime) -> Run:
     )
     vocab_size = inputs.tokenizer.vocab_size
     teacher = None if inputs.teacher is None else load_teacher(config, inputs.teacher, vocab_size, comm)
-    teacher_ppl = None if teacher is None else _teacher_perplexities(config, inputs, teacher, validation, runtime)
+    chunk_tokens = config.loss.chunk_tokens or default_chunk_tokens(vocab_size, runtime.device.type)
+    head = HeadOptions(vocab_size, chunk_tokens, config.loss.logits_dtype)
+    teacher_ppl = None if teacher is None else _teacher_perplexities(config, inputs, teacher, validation, head, runtime)
     student = load_student(config, inputs.student, vocab_size, comm)
     orders = [
         DomainOrder(name, sizes, config.seed) for name, sizes in zip(inputs.names, dataset.shard_sizes, strict=True)
@@ -72,7 +83,8 @@ def prepare_run(config: Config, inputs: Inputs, runtime: Runtime) -> Run:
         inputs=inputs,
         runtime=runtime,
         student=student,
-        method=make_method(config, teacher, vocab_size),
+        teacher=teacher,
+        head=head,
         dataset=dataset,
         validation=validation,
         teacher_ppl=teacher_ppl,
@@ -80,6 +92,7 @@ def prepare_run(config: Config, inputs: Inputs, runtime: Runtime) -> Run:
         state=RunState(
             data=IntervalState.new(_domain_entries(dataset), seed=config.seed),
             domain_tokens=[0] * len(inputs.names),
+            chunk_tokens=chunk_tokens,
         ),
         ledger=Ledger(config.run_dir, comm.rank),
         progress=RunProgress(comm.rank, steps, inputs.names),
@@ -102,6 +115,7 @@ def _restore(run: Run) -> None:
     fresh = run.state.data
     run.state = load_checkpoint(run.student, directory, manifest, comm)
     run.state.data.check_fits(fresh)
+    run.head = replace(run.head, chunk_tokens=run.state.chunk_tokens)
     run.ledger.rewind(manifest.ledger_bytes)
     run.ledger.event("resume", step=run.state.step, world_size=comm.world_size, path=str(directory))
     run.progress.say(f"resumed from {directory}, step {run.state.step}")
@@ -115,7 +129,12 @@ def _domain_entries(dataset: MixtureDataset) -> list[DomainEntry]:
 
 
 def _teacher_perplexities(
-    config: Config, inputs: Inputs, teacher: Teacher, validation: ValidationBatches, runtime: Runtime
+    config: Config,
+    inputs: Inputs,
+    teacher: Teacher,
+    validation: ValidationBatches,
+    head: HeadOptions,
+    runtime: Runtime,
 ) -> Array:
     """The teacher never changes: what was measured once under the same conditions is read back."""
     assert inputs.teacher is not None, "a teacher without files"
@@ -123,6 +142,7 @@ def _teacher_perplexities(
     key = {
         "weights": inputs.teacher.fingerprint,
         "dtype": config.train.precision,
+        "logits_dtype": config.loss.logits_dtype,
         "tokenizer": inputs.tokenizer.fingerprint,
         "sequence_length": config.data.sequence_length,
         "samples": config.data.validation_samples,
@@ -132,22 +152,10 @@ def _teacher_perplexities(
     values = comm.broadcast_object(cache.read(domain_keys) if comm.rank == 0 else None)
     unknown = [i for i, value in enumerate(values) if value is None]
     if unknown:
-        measured = _perplexities(teacher, config, inputs, [validation[i] for i in unknown], runtime)
+        unmeasured = [validation[i] for i in unknown]
+        measured = perplexities(teacher, unmeasured, options=head, device=runtime.device, comm=comm)
         for i, value in zip(unknown, measured.tolist(), strict=True):
             values[i] = value
         if comm.rank == 0:
             cache.write([domain_keys[i] for i in unknown], measured.tolist())
     return np.array(values, np.float64)
-
-
-def _perplexities(
-    model: Student | Teacher, config: Config, inputs: Inputs, validation: ValidationBatches, runtime: Runtime
-) -> Array:
-    return perplexities(
-        model,
-        validation,
-        vocab_size=inputs.tokenizer.vocab_size,
-        chunk_tokens=config.loss.chunk_tokens,
-        device=runtime.device,
-        comm=runtime.comm,
-    )

@@ -22,6 +22,8 @@ class RunState:
     """Valid tokens trained on so far, by domain."""
     student_before: list[float] = field(default_factory=list)
     """Perplexity of the student before step 1, by domain."""
+    chunk_tokens: int = 0
+    """Tokens of a chunk in the loss: a resumed run adds up in the order in which it began."""
     train_s: float = 0.0
     """Seconds of training and measuring so far, restarts included."""
 

@@ -13,6 +13,7 @@ from ddk_ds.engine.head import OutputHead
 from ddk_ds.engine.model_files import read_model
 from ddk_ds.engine.models import load_student, load_teacher
 from ddk_ds.engine.runtime import Runtime
+from ddk_ds.kernels.reference import reference_logits
 from tests.dist.tiny import ARCHITECTURES, VOCAB, save_model, tiny_config
 
 
@@ -35,8 +36,8 @@ def _logits_error(root: Path, runtime: Runtime) -> float:
     ids = torch.randint(0, VOCAB, (2, 12), generator=torch.Generator().manual_seed(5))
 
     def logits(hidden: torch.Tensor, head: OutputHead) -> torch.Tensor:
-        flat = hidden @ head.weight.T
-        return flat if head.bias is None else flat + head.bias
+        assert head.bias is None
+        return reference_logits(hidden, head.weight, None, len(head.weight), head.form).float()
 
     with torch.no_grad():
         expected = AutoModelForCausalLM.from_pretrained(root / "student")(ids).logits.flatten(0, 1)

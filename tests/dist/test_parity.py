@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 from tests.dist.ranks import run_ranks
 
 CASES = [
@@ -13,7 +14,7 @@ CASES = [
     (2, 1, False, False, True, "ddk"),
     (1, 2, True, False, False, "ddk"),
     (2, 4, True, True, True, "ddk"),
-    (2, 2, False, True, False, "ddk"),
+    (2, 4, False, True, False, "ddk"),
     (2, 2, True, False, True, "cpt"),
 ]
 
@@ -33,8 +34,8 @@ def test_training_equals_plain_training(
         method=method,
     )
     # loss, CE, KL and gradient norm of 5 AdamW steps, then every weight
-    np.testing.assert_allclose(result["ours"], result["plain"]["steps"], rtol=1e-5, atol=1e-7)
-    assert result["weight_error"] < 1e-5
+    np.testing.assert_allclose(result["ours"], result["plain"]["steps"], rtol=1e-6, atol=1e-8)
+    assert result["weight_error"] < 1e-6
     assert result["tokens"] == [[8 * 23]] * 5
     if evaluate:
         np.testing.assert_allclose(result["ppl"], result["plain"]["ppl"], rtol=1e-5)

@@ -15,6 +15,10 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "llama": {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 64},
     "qwen2": {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 64},
     "gpt_neox": {"num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64, "rotary_pct": 0.5},
+    "gemma2": {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 64,
+               "head_dim": 8, "query_pre_attn_scalar": 8, "final_logit_softcapping": 3.0},
+    "cohere": {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 64,
+               "logit_scale": 0.25, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2},
     "gpt_bigcode": {"n_layer": 2, "n_head": 4, "n_inner": 64, "n_positions": 64},
 }
 

@@ -1,0 +1,13 @@
+"""The run's configuration: typed, frozen and strict. Every default is the paper's method (arXiv 2407.16154).
+
+A wrong key, type or combination is a `ConfigError` that names the key, the value and the fix, and comes before
+anything expensive. Nothing is silently rewritten: what `--print-config` shows is what runs.
+"""
+
+from __future__ import annotations
+
+from ddk_ds.config.load import load_config, make_config, to_yaml
+from ddk_ds.config.run import Config
+from ddk_ds.config.sections import Loss, Model, Optimizer, Positive, Section
+
+__all__ = ["Config", "Loss", "Model", "Optimizer", "Positive", "Section", "load_config", "make_config", "to_yaml"]

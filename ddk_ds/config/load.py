@@ -1,0 +1,82 @@
+"""YAML and overrides to a `Config`, with an error that names each wrong key, its value and the fix."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import BaseModel, ValidationError
+from yaml import YAMLError
+
+from ddk_ds.config.run import Config
+from ddk_ds.errors import ConfigError
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Read a YAML file, apply `key.path=value` overrides, and validate.
+
+    Raises ConfigError naming each wrong key, its value and the fix.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ConfigError(f"--config {path}: there is no such file")
+    for item in overrides:
+        if not re.match(r"^[A-Za-z_][\w.]*=", item):
+            raise ConfigError(f"override {item!r}: write it as key.path=value, for example train.micro_batch_samples=2")
+    try:
+        merged = OmegaConf.merge(OmegaConf.load(path), OmegaConf.from_dotlist(list(overrides)))
+        values = OmegaConf.to_container(merged, resolve=True)
+    except (OmegaConfBaseException, YAMLError, ValueError, TypeError) as error:
+        raise ConfigError(f"{path}: cannot be read as YAML with the overrides given: {error}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: holds {type(values).__name__}, expected keys and values")
+    return make_config({str(key): value for key, value in values.items()}, str(path))
+
+
+def make_config(values: dict[str, Any], source: str) -> Config:
+    """Validate plain nested values; `source` is named in errors."""
+    try:
+        return Config.model_validate(_tuples(values))
+    except ValidationError as error:
+        lines = [_explain(item) for item in error.errors()]
+        raise ConfigError(f"{source}: " + "; ".join(lines)) from error
+
+
+def to_yaml(config: Config) -> str:
+    """The resolved configuration as YAML, which `load_config` reads back to an equal one."""
+    return OmegaConf.to_yaml(OmegaConf.create(config.model_dump(mode="json")))
+
+
+def _tuples(value: Any) -> Any:
+    # YAML has lists only, strict tuple fields want tuples: convert, except under the free-form DeepSpeed keys.
+    if isinstance(value, dict):
+        return {key: item if key == "deepspeed" else _tuples(item) for key, item in value.items()}
+    return tuple(_tuples(item) for item in value) if isinstance(value, list) else value
+
+
+def _explain(item: Any) -> str:
+    where = ".".join(str(part) for part in item["loc"])
+    if item["type"] == "extra_forbidden":
+        known = _known_keys(item["loc"][:-1])
+        near = difflib.get_close_matches(str(item["loc"][-1]), known, n=1, cutoff=0.4)
+        hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
+        return f"{where}: unknown key, {hint}"
+    if item["type"] == "missing":
+        return f"{where}: is required, set it"
+    if item["type"] == "value_error":
+        return (f"{where}: " if where else "") + item["msg"].removeprefix("Value error, ")
+    return f"{where}: {item['msg'][0].lower()}{item['msg'][1:]}, got {item['input']!r}"
+
+
+def _known_keys(loc: Sequence[str | int]) -> list[str]:
+    section: type[BaseModel] = Config
+    for part in loc:
+        annotation = section.model_fields[str(part)].annotation
+        options = [annotation, *get_args(annotation)]
+        section = next(o for o in options if isinstance(o, type) and issubclass(o, BaseModel))
+    return list(section.model_fields)

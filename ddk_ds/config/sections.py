@@ -1,0 +1,165 @@
+"""The sections of a run's configuration. Every default is the paper's method (arXiv 2407.16154)."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Positive = Annotated[int, Field(ge=1)]
+Natural = Annotated[int, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0.0, le=1.0, allow_inf_nan=False)]
+PositiveFloat = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
+NonNegativeFloat = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
+OpenFraction = Annotated[float, Field(gt=0.0, lt=1.0, allow_inf_nan=False)]
+Divergence = Literal[
+    "forward_kl", "reverse_kl", "jensen_shannon", "skew_forward_kl", "skew_reverse_kl", "total_variation"
+]
+Controller = Literal["ddk", "ddk_no_smoothing", "equal", "by_size", "static"]
+
+
+class Section(BaseModel):
+    """Base of every part of the configuration: unknown keys and wrong types are errors, values never change."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
+
+
+class Model(Section):
+    """A Hugging Face causal language model."""
+
+    path: str
+    """Directory or hub name of the model: config.json, safetensors weights, tokenizer."""
+    attn_implementation: Literal["sdpa", "flash_attention_2", "eager"] = "sdpa"
+    """Attention kernel that transformers is asked for."""
+    offload_params: Literal["none", "cpu", "nvme"] = "none"
+    """Where the sharded parameters rest between uses."""
+    leaf_modules: tuple[str, ...] = ()
+    """Class names that ZeRO-3 gathers as one (mixture-of-experts blocks)."""
+
+
+class Student(Model):
+    """The model in training."""
+
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more student compute."""
+
+
+class Data(Section):
+    """Per-domain MDS shards made by tools/prepare_data.py."""
+
+    path: str
+    """Directory that holds domains.json and one directory per domain."""
+    domains: tuple[str, ...] | None = None
+    """Domains to train on, in the order of reports; null: all that the data has."""
+    sequence_length: Positive = 2048
+    """Tokens of a training sample; must be the shards' own."""
+    validation_samples: Positive = 500
+    """Held-out samples a domain that perplexities are measured on (the paper: 500)."""
+    num_workers: Natural = 0
+    """Processes that read ahead, per rank; 0 reads in the training process."""
+
+
+class Mixture(Section):
+    """How the proportions of the domains are decided."""
+
+    controller: Controller = "ddk"
+    """ddk (Eq. 1, 2); ddk_no_smoothing (Eq. 1 each interval); equal; by_size (tokens of the domain); static."""
+    alpha: Fraction = 0.5
+    """Smoothing coefficient of Eq. 2; every domain keeps at least (1 - alpha) / N from the second interval on."""
+    interval_steps: Positive = 1000
+    """K: optimizer steps between two measurements."""
+    proportions: dict[str, NonNegativeFloat] | None = None
+    """Proportion by domain for `controller: static`; they must sum to 1."""
+    ratio_cap: PositiveFloat | None = None
+    """Largest perplexity ratio that enters exp() in Eq. 1 and 2; null: none, as published."""
+    initial_floor: Fraction = 0.0
+    """Least proportion of a domain in the first interval; 0: none, as published."""
+
+
+class Loss(Section):
+    """Eq. 3: cross-entropy + gamma * T^2 * divergence of the teacher from the student."""
+
+    gamma: NonNegativeFloat = 0.2
+    """Weight of the divergence."""
+    temperature: PositiveFloat = 1.0
+    """Temperature of both softmaxes in the divergence, which is scaled by its square."""
+    divergence: Divergence = "forward_kl"
+    """forward_kl (Eq. 3); reverse_kl; jensen_shannon; skew_forward_kl; skew_reverse_kl; total_variation."""
+    coefficient: OpenFraction = 0.5
+    """beta of jensen_shannon (the teacher's weight in the mixture), alpha of the skewed divergences."""
+    logits_dtype: Literal["float32", "model"] = "float32"
+    """model: logits rounded to the training precision; faster on some CPUs, gradients useless near the teacher."""
+    chunk_tokens: Positive | None = None
+    """Tokens whose logits are held at a time, x vocabulary x 4 bytes for each model; null: by vocabulary and device."""
+
+
+class Optimizer(Section):
+    """AdamW with linear warm-up from 0 and cosine decay to a floor."""
+
+    learning_rate: PositiveFloat = 3e-5
+    """Peak learning rate."""
+    min_learning_rate: NonNegativeFloat = 3e-6
+    """Learning rate at the end of the cosine."""
+    warmup_steps: Natural = 1000
+    """Steps of linear warm-up."""
+    betas: tuple[Fraction, Fraction] = (0.9, 0.95)
+    """Decay rates of AdamW's moments."""
+    eps: PositiveFloat = 1e-8
+    """AdamW's epsilon."""
+    weight_decay: NonNegativeFloat = 0.1
+    """Decoupled weight decay; never on norms and biases (tensors of one axis)."""
+    clip_norm: NonNegativeFloat = 1.0
+    """Largest global gradient norm; 0: no clipping."""
+    offload: Literal["none", "cpu", "nvme"] = "none"
+    """Where the optimizer's states rest."""
+
+    @model_validator(mode="after")
+    def _floor_below_peak(self) -> Optimizer:
+        if self.min_learning_rate > self.learning_rate:
+            raise ValueError(
+                f"min_learning_rate {self.min_learning_rate} is above learning_rate {self.learning_rate}: lower it"
+            )
+        return self
+
+
+class Train(Section):
+    """Batches and numbers of a step."""
+
+    global_batch_samples: Positive = 256
+    """Samples of one optimizer step over all ranks (256 x 2,048 tokens: the paper's 0.5 M)."""
+    micro_batch_samples: Positive = 1
+    """Samples of one forward pass on one rank."""
+    precision: Literal["bf16", "fp32"] = "bf16"
+    """Compute dtype; master weights, optimizer and gradient accumulation are float32 in both."""
+    nvme_path: str | None = None
+    """Directory on a fast local disk for anything that is offloaded to nvme."""
+
+
+class Stop(Section):
+    """When the run ends: at the first of these that comes."""
+
+    steps: Positive | None = None
+    """Optimizer steps."""
+    intervals: Positive | None = None
+    """Distillation intervals."""
+    data_once: bool = False
+    """End with the interval in which the samples drawn reach the number of samples in the corpus."""
+    discrepancy: NonNegativeFloat | None = None
+    """End when max over domains of (student perplexity / teacher perplexity - 1) is under this."""
+
+    @model_validator(mode="after")
+    def _has_an_end(self) -> Stop:
+        if self.steps is None and self.intervals is None and not self.data_once:
+            raise ValueError(
+                "no end is set: give steps, intervals or data_once: true (discrepancy alone may never come)"
+            )
+        return self
+
+
+class Checkpoint(Section):
+    """Sharded checkpoints in <output_dir>/<name>/checkpoints."""
+
+    every_steps: Positive = 500
+    """Steps between two checkpoints; one more is written at the end."""
+    resume: Literal["auto", "never"] = "auto"
+    """auto: go on from the newest complete checkpoint of this run; never: refuse a directory that has any."""

@@ -1,0 +1,237 @@
+"""Where the time of one distillation step goes on one device: plain torch, random weights, no ZeRO-3.
+
+python -m ddk_ds.engine.profile --device cuda --out FILE
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ddk_ds.kernels import linear_kd_loss
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A model's Hugging Face configuration, as far as time and FLOPs depend on it; its head is its embedding."""
+
+    model_type: str
+    hidden_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    intermediate_size: int
+    vocab_size: int
+    tie_word_embeddings: bool = True
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is timed: two models and the tokens of a step, samples x length."""
+
+    teacher: Shape
+    student: Shape
+    samples: int
+    length: int
+    steps: int
+    warm_up_steps: int = 2
+
+
+# Qwen2.5's 1.5 B and 0.5 B, 8,192 tokens a step; and a size that a CPU runs in seconds.
+FULL = Setting(
+    Shape("qwen2", 1536, 28, 12, 2, 8960, 151936), Shape("qwen2", 896, 24, 14, 2, 4864, 151936), 4, 2048, steps=6
+)
+QUICK = Setting(Shape("qwen2", 64, 2, 4, 2, 128, 1000), Shape("llama", 32, 2, 4, 2, 64, 1000), 2, 64, steps=3)
+
+# Dense bf16 tensor-core FLOP/s by the device's name, longest match first (the vendor's data sheets).
+PEAK_FLOP_PER_S = {"H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200": 989e12, "A100": 312e12}
+
+FLOPS_COUNTED = (
+    "2 a multiplication and addition, of matmuls alone. Layer: 2 x its weights a token, and causal attention with "
+    "2 x heads x head size x length a token; the student's backward pass counts twice its forward pass. "
+    "Head: 2 x vocabulary x (teacher's + 3 x student's hidden size) a token. Nothing recomputed is counted."
+)
+
+
+def step_flops(setting: Setting) -> dict[str, float]:
+    """FLOPs of a step by part; `FLOPS_COUNTED` says how."""
+    tokens = setting.samples * setting.length
+    teacher, student = (tokens * _layer_flops(shape, setting.length) for shape in (setting.teacher, setting.student))
+    width = setting.teacher.hidden_size + 3 * setting.student.hidden_size
+    head = 2.0 * tokens * setting.student.vocab_size * width
+    return {"teacher_forward": teacher, "student_forward": student, "head": head, "backward": 2 * student}
+
+
+def _layer_flops(shape: Shape, length: int) -> float:
+    """FLOPs a token of all layers' forward pass."""
+    head_size = shape.hidden_size // shape.num_attention_heads
+    projections = 2 * shape.hidden_size * head_size * (shape.num_attention_heads + shape.num_key_value_heads)
+    weights = projections + 3 * shape.hidden_size * shape.intermediate_size
+    return shape.num_hidden_layers * (2.0 * weights + 2.0 * shape.hidden_size * length)
+
+
+def utilisation(flops: float, seconds: float, device_name: str) -> float | None:
+    """FLOPs over seconds as a share of the device's peak (MFU); None where the peak is not known."""
+    names = sorted((name for name in PEAK_FLOP_PER_S if name in device_name), key=len)
+    return flops / seconds / PEAK_FLOP_PER_S[names[-1]] if names else None
+
+
+class _Clock:
+    """Milliseconds between marks: of the device's own events on CUDA, else of the process."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._on_device = device.type == "cuda"
+        self._marks: list[tuple[str, Any]] = []
+
+    def mark(self, name: str) -> None:
+        """What ran since the last mark is `name`; the first mark only begins."""
+        mark: Any = time.perf_counter()
+        if self._on_device:
+            mark = torch.cuda.Event(enable_timing=True)
+            mark.record()
+        self._marks.append((name, mark))
+
+    def read(self) -> dict[str, float]:
+        """Milliseconds by name, in order. Waits for the device."""
+        if self._on_device:
+            torch.cuda.synchronize()
+        pairs = zip(self._marks[:-1], self._marks[1:], strict=True)
+        return {name: a.elapsed_time(b) if self._on_device else 1e3 * (b - a) for (_, a), (name, b) in pairs}
+
+
+class _Adam:
+    """AdamW on float32 copies of the weights: the memory and the traffic that ZeRO-3's optimizer has on one rank."""
+
+    def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
+        self._parameters: list[torch.Tensor] = list(parameters)
+        self._masters = [parameter.detach().clone().float() for parameter in self._parameters]
+        self._optimizer = torch.optim.AdamW(self._masters, lr=1e-5, fused=True)
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Update the weights and drop their gradients."""
+        for parameter, master in zip(self._parameters, self._masters, strict=True):
+            assert parameter.grad is not None, "a weight of the student took no part"
+            master.grad, parameter.grad = parameter.grad.float(), None
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+        torch._foreach_copy_(self._parameters, self._masters)
+
+
+class _Step:
+    """Both models, one batch of random tokens, and a step over them."""
+
+    def __init__(self, setting: Setting, device: torch.device, dtype: torch.dtype) -> None:
+        torch.manual_seed(0)
+        self.teacher = _build(setting.teacher, device, dtype).requires_grad_(False).eval()
+        self.student = _build(setting.student, device, dtype).train()
+        self.adam = _Adam(list(self.student.parameters()))
+        self.vocab_size = setting.student.vocab_size
+        self.ids = torch.randint(self.vocab_size, (setting.samples, setting.length), device=device)
+        self.labels = self.ids.roll(-1, 1).flatten()
+        self.num_valid = torch.tensor(self.labels.numel(), device=device)
+
+    def run(self, clock: _Clock) -> torch.Tensor:
+        """One step; the loss, a detached scalar."""
+        clock.mark("begin")
+        with torch.inference_mode():
+            teacher_hidden = self._hidden(self.teacher)
+        clock.mark("teacher_forward")
+        student_hidden = self._hidden(self.student)
+        clock.mark("student_forward")
+        loss = linear_kd_loss(
+            student_hidden,
+            self.student.get_output_embeddings().weight,
+            teacher_hidden,
+            self.teacher.get_output_embeddings().weight,
+            self.labels,
+            num_valid=self.num_valid,
+            vocab_size=self.vocab_size,
+            gamma=0.2,
+        ).loss
+        clock.mark("head")
+        loss.backward()
+        clock.mark("backward")
+        self.adam.step()
+        clock.mark("optimizer")
+        return loss.detach()
+
+    def _hidden(self, model: Any) -> torch.Tensor:
+        """Last hidden states (tokens, H)."""
+        return model.base_model(input_ids=self.ids, use_cache=False).last_hidden_state.flatten(0, 1)
+
+
+def _build(shape: Shape, device: torch.device, dtype: torch.dtype) -> Any:
+    # Only now: what is above is of use where transformers cannot be imported.
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with device:
+        config = AutoConfig.for_model(**asdict(shape))
+        return AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=dtype)
+
+
+def profile_step(setting: Setting, device: torch.device) -> dict[str, Any]:
+    """Median milliseconds of a step's parts, tokens/s, FLOPs, MFU and peak memory; bf16 on CUDA, float32 elsewhere.
+
+    The head's gradients are computed in its forward pass, so that they count there and not under `backward`.
+
+    Raises:
+        ArithmeticError: the loss is not finite.
+    """
+    on_cuda = device.type == "cuda"
+    dtype = torch.bfloat16 if on_cuda else torch.float32
+    step = _Step(setting, device, dtype)
+    losses, times = [], []
+    for number in range(setting.warm_up_steps + setting.steps):
+        if on_cuda and number == setting.warm_up_steps:
+            torch.cuda.reset_peak_memory_stats()
+        clock = _Clock(device)
+        losses.append(step.run(clock))
+        if number >= setting.warm_up_steps:
+            times.append(clock.read())
+    if not math.isfinite(sum(loss.item() for loss in losses)):
+        raise ArithmeticError(f"the loss is not finite: {[loss.item() for loss in losses]}")
+    tokens = setting.samples * setting.length
+    seconds = statistics.median(sum(parts.values()) for parts in times) / 1e3
+    flops = step_flops(setting)
+    name = torch.cuda.get_device_name() if on_cuda else "cpu"
+    return {
+        "device": name,
+        "dtype": str(dtype).removeprefix("torch."),
+        "tokens": tokens,
+        "parameters": {"teacher": step.teacher.num_parameters(), "student": step.student.num_parameters()},
+        "ms": {part: statistics.median(parts[part] for parts in times) for part in times[0]},
+        "step_ms": seconds * 1e3,
+        "tokens_per_s": tokens / seconds,
+        "flops": flops,
+        "flops_counted": FLOPS_COUNTED,
+        "mfu": utilisation(sum(flops.values()), seconds, name),
+        "peak_memory_bytes": torch.cuda.max_memory_allocated() if on_cuda else None,
+        "loss": [loss.item() for loss in losses],
+    }
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Profile and write the result as JSON; the exit code."""
+    parser = argparse.ArgumentParser(description="Time one distillation step, part by part.")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="default: %(default)s")
+    parser.add_argument("--quick", action="store_true", help="tiny models")
+    parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
+    options = parser.parse_args(arguments)
+    result = profile_step(QUICK if options.quick else FULL, torch.device(options.device))
+    options.out.write_text(json.dumps(result, indent=1), encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
