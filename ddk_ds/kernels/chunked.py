@@ -139,6 +139,8 @@ class _Loop:
         columns = -(-vocab_size // _ALIGN) * _ALIGN
         chunk = min(options.chunk_tokens, max(1, len(hidden)))
         self.buffer = hidden.new_empty(1 if self.teacher is None else 2, chunk, columns, dtype=dtype)
+        # torch's bf16 matmul on a CPU reads past a row's end and multiplies by zero: no NaN may lie there.
+        self.buffer[..., vocab_size:] = 0
 
     def chunk(self, start: int, stop: int) -> None:
         """Rows start..stop-1 of the tokens, or of `valid_rows`."""

@@ -62,7 +62,7 @@ def linear_kd_loss(
     compared = [None if t is None or chosen.gamma == 0 else t.detach() for t in compared]
     needs = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in student]
     total, ce, kl, _, _, _, token_ce, token_kl = linear_kd(
-        *student, *compared, labels, valid_rows, weight_grad_buffer, needs, chosen.to_text()
+        *student, *compared, labels, valid_rows, weight_grad_buffer, needs, *chosen.pack()
     )
     inverse = torch.where(num_valid > 0, num_valid, 1).reshape(()).double().reciprocal()
     dtype = compute_dtype(student_hidden)

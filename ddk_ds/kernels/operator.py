@@ -16,7 +16,7 @@ from ddk_ds.kernels.options import Options, TeacherTopK
 _SCHEMA = (
     "(Tensor student_hidden, Tensor student_weight, Tensor? student_bias, Tensor? teacher_hidden,"
     " Tensor? teacher_weight, Tensor? teacher_bias, Tensor? topk_ids, Tensor? topk_log_probs, Tensor labels,"
-    " Tensor? valid_rows, Tensor? weight_grad_buffer, bool[] needs, str options)"
+    " Tensor? valid_rows, Tensor? weight_grad_buffer, bool[] needs, float[] numbers, int[] sizes, str[] names)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 _BUFFER = 10  # place of weight_grad_buffer
@@ -28,9 +28,9 @@ Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 def linear_kd(*arguments: Any) -> Outputs:
     """Sums of `chunked.run_chunks`; a gradient that is not wanted is an empty tensor."""
     topk = None if arguments[6] is None else TeacherTopK(arguments[6], arguments[7])
-    student_and_teacher, (labels, valid_rows, _, needs, text) = arguments[:6], arguments[8:]
+    student_and_teacher, (labels, valid_rows, _, needs, *packed) = arguments[:6], arguments[8:]
     call = Call(*student_and_teacher, topk, labels, valid_rows, tuple(needs))  # type: ignore[call-arg]
-    sums = run_chunks(call, Options.from_text(text))
+    sums = run_chunks(call, Options.unpack(*packed))
     empty = call.student_hidden.new_empty(0)
     return tuple(empty.clone() if output is None else output for output in sums)  # type: ignore[return-value]
 
@@ -67,7 +67,7 @@ def _backward(ctx: Any, grad_total: Tensor | None, *_: Any) -> tuple[Tensor | No
                 ctx.buffer.addcmul_(grad, grad_total.to(grad.dtype))
             else:
                 grads[i] = _scaled(grad, grad_total, dtype)
-    return (*grads, *(None,) * 10)
+    return (*grads, *(None,) * 12)
 
 
 def _scaled(grad: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import math
-from dataclasses import asdict, dataclass
-from functools import lru_cache
-from typing import Any, Literal, NamedTuple
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, cast
 
 from torch import Tensor
 
@@ -111,17 +109,34 @@ class Options:
             if not (math.isfinite(form.scale) and math.isfinite(form.softcap) and form.softcap >= 0):
                 raise ConfigError(f"{name} is {form}: give finite numbers, softcap >= 0")
 
-    def to_text(self) -> str:
-        """JSON: custom operators take text, not objects."""
-        return json.dumps(asdict(self) | {"student_form": self.student_form, "teacher_form": self.teacher_form})
+    def pack(self) -> tuple[list[float], list[int], list[str]]:
+        """As lists of plain values: custom operators take no objects."""
+        numbers = [self.gamma, self.temperature, self.coefficient, self.ce_weight]
+        sizes = [self.vocab_size, self.ignore_index, self.chunk_tokens, int(self.scale_by_temperature)]
+        names: list[str] = [self.divergence, self.logits_dtype, self.engine]
+        return [float(x) for x in (*numbers, *self.student_form, *self.teacher_form)], sizes, names
 
-    @staticmethod
-    @lru_cache(maxsize=64)
-    def from_text(text: str) -> Options:
-        """Inverse of `to_text`."""
-        values: dict[str, Any] = json.loads(text)
-        forms = {name: LogitForm(*values[name]) for name in ("student_form", "teacher_form")}
-        return Options(**{**values, **forms})
+    @classmethod
+    def unpack(cls, numbers: list[float], sizes: list[int], names: list[str]) -> Options:
+        """Inverse of `pack`."""
+        gamma, temperature, coefficient, ce_weight = numbers[:4]
+        vocab_size, ignore_index, chunk_tokens, scale_by_temperature = sizes
+        divergence, logits_dtype, engine = names
+        return cls(
+            vocab_size=vocab_size,
+            gamma=gamma,
+            temperature=temperature,
+            divergence=cast(Divergence, divergence),
+            coefficient=coefficient,
+            ce_weight=ce_weight,
+            scale_by_temperature=bool(scale_by_temperature),
+            ignore_index=ignore_index,
+            chunk_tokens=chunk_tokens,
+            logits_dtype=cast(LogitsDtype, logits_dtype),
+            student_form=LogitForm(*numbers[4:6]),
+            teacher_form=LogitForm(*numbers[6:8]),
+            engine=cast(Engine, engine),
+        )
 
 
 def default_chunk_tokens(vocab_size: int, device_type: str) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -87,7 +88,7 @@ def _definition(options: Options, log_q: Tensor, log_p: Tensor) -> Tensor:
         return (log_a.exp() * (log_a - log_b)).sum(-1)
 
     def mixture(weight_of_q: float) -> Tensor:
-        return torch.log(weight_of_q * log_q.exp() + (1 - weight_of_q) * log_p.exp())
+        return torch.logaddexp(log_q + math.log(weight_of_q), log_p + math.log1p(-weight_of_q))
 
     c = options.coefficient
     if options.divergence == "forward_kl":

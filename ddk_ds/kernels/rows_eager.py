@@ -6,6 +6,8 @@ against beside the float64 reference.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -100,6 +102,9 @@ def _full_terms(student: Tensor, teacher: Tensor, options: Options) -> tuple[Ten
 
 def _topk_terms(scaled: Tensor, teacher: TeacherTopK, options: Options) -> tuple[Tensor, Tensor]:
     """Terms over k + 1 buckets, and the gradient (m, V): within the tail every token shares by its probability."""
+    if teacher.ids.shape[1] == scaled.shape[1]:  # no tail: the teacher is known whole
+        logits = torch.empty_like(scaled).scatter_(1, teacher.ids, teacher.log_probs.to(scaled.dtype))
+        return _full_terms(scaled, logits, replace(options, temperature=1.0))
     log_norm = scaled.logsumexp(-1, keepdim=True)
     log_p = torch.cat([scaled.gather(1, teacher.ids), _log_tail(scaled, teacher.ids)], 1) - log_norm
     log_q = teacher.log_probs.to(scaled.dtype)
@@ -109,13 +114,12 @@ def _topk_terms(scaled: Tensor, teacher: TeacherTopK, options: Options) -> tuple
     p = log_p.exp()
     b = teacher_weight(options.divergence, options.coefficient)
     terms, bucket_grad = divergence_terms(options.divergence, q, p, log_q - log_p, b)
-    # Of a tail without any token, probability 0, nothing is to be shared out.
-    share = torch.where(p[:, -1:] > 0, bucket_grad[:, -1:] / p[:, -1:].clamp_min(torch.finfo(p.dtype).tiny), 0)
+    # A tail whose probability underflows has nothing to share out.
+    share = bucket_grad[:, -1:] / p[:, -1:].clamp_min(torch.finfo(p.dtype).tiny)
     grad = (scaled - log_norm).exp_().mul_(share)
     return terms, grad.scatter_(1, teacher.ids, bucket_grad[:, :-1])
 
 
 def _log_tail(scaled: Tensor, ids: Tensor) -> Tensor:
-    """log of the sum of exp over the tokens outside `ids` (m, 1); very low where there is none."""
-    outside = scaled.scatter(1, ids, -torch.inf)
-    return outside.logsumexp(-1, keepdim=True).clamp_min(scaled.amin() - 1e4)
+    """log of the sum of exp over the tokens outside `ids` (m, 1)."""
+    return scaled.scatter(1, ids, -torch.inf).logsumexp(-1, keepdim=True)

@@ -1,0 +1,160 @@
+"""The operator around the loss: torch.compile, gradients into a buffer, rows left out, losses by token."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from ddk_ds.errors import ConfigError
+from ddk_ds.kernels import LogitForm, TeacherTopK, chunked, default_chunk_tokens, linear_kd_loss, rows_native
+from tests.unit.kernels.kd_case import assert_agrees, error, make, truth
+
+
+def test_torch_compile_sees_one_operator() -> None:
+    case = make(dtype=torch.float32)
+
+    def loss(hidden: Tensor, weight: Tensor) -> Tensor:
+        bent = torch.tanh(hidden) * 1.5
+        return replace(case, student_hidden=bent, student_weight=weight).run().loss * 2.0
+
+    expected = torch.autograd.grad(loss(case.student_hidden, case.student_weight), case.leaves())
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    found = torch.autograd.grad(compiled(case.student_hidden, case.student_weight), case.leaves())
+    for a, b in zip(found, expected, strict=True):
+        assert error(a, b.double()) < 1e-6
+
+
+def test_the_operator_keeps_its_promises() -> None:
+    case = make(20, 50, (8, 8), bias=True)
+    arguments: list[tuple[object, ...]] = []
+    operator = torch.ops.ddk_ds.linear_kd.default
+
+    class Spy(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            if func is operator:
+                arguments.append(tuple(a.detach() if isinstance(a, Tensor) else a for a in args))
+            return func(*args, **(kwargs or {}))
+
+    with Spy():
+        case.run()
+    # Schema, shapes without data, and that nothing given is changed.
+    torch.library.opcheck(operator, arguments[0], test_utils=("test_schema", "test_faketensor"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_weights_gradient_may_go_to_a_buffer(dtype: torch.dtype) -> None:
+    case = make(dtype=dtype, padded=(3, 0))
+    _, expected = truth(case)
+    buffer = torch.full_like(case.student_weight, 0.5, dtype=torch.float32).detach()
+    hidden = case.student_hidden.detach().requires_grad_()
+    moved = replace(case, student_hidden=hidden)
+    for _ in range(2):  # two micro-batches
+        moved.run(weight_grad_buffer=buffer).loss.backward()
+    assert case.student_weight.grad is None
+    # Never rounded to the weight's dtype.
+    assert error((buffer - 0.5) / 2, expected[1]) < 1e-5
+
+
+def test_rows_may_be_left_out() -> None:
+    case = make(dtype=torch.float64, bias=True, temperature=2.0)
+    with torch.no_grad():
+        case.student_hidden[case.labels == -100] = float("nan")
+    rows = (case.labels != -100).nonzero().squeeze(1)
+    whole, part = case.run(per_token=True), case.run(per_token=True, valid_rows=rows, chunk_tokens=16)
+    for name in ("loss", "ce", "kl", "token_ce", "token_kl"):
+        assert error(getattr(part, name), getattr(whole, name)) < 1e-12
+    for a, b in zip(*(torch.autograd.grad(found.loss, case.leaves()) for found in (part, whole)), strict=True):
+        assert error(a, b) < 1e-12
+
+
+def test_losses_by_token_sum_to_the_loss() -> None:
+    case = make(temperature=2.0, gamma=0.7)
+    found = case.run(per_token=True)
+    assert found.token_ce is not None and found.token_kl is not None
+    assert found.token_ce.shape == found.token_kl.shape == case.labels.shape
+    assert not found.token_ce[case.labels == -100].any()
+    total = found.token_ce.sum() + 0.7 * 4 * found.token_kl.sum()
+    assert error(total, found.loss.double()) < 1e-6
+    assert case.run().token_ce is None
+
+
+def test_without_cross_entropy() -> None:
+    case = make(bias=True, ce_weight=0.0)
+    assert_agrees(case, 5e-7, 1e-6)
+    assert float(case.run().ce) == 0
+
+
+@pytest.mark.parametrize("scaled", [True, False])
+def test_the_temperatures_square_is_a_choice(scaled: bool) -> None:
+    case = make(temperature=3.0)
+    found = case.run(scale_by_temperature=scaled)
+    assert error(found.loss, (found.ce + 0.5 * (9 if scaled else 1) * found.kl).double()) < 1e-6
+    plain = replace(case, gamma=0.5 if scaled else 0.5 / 9)
+    assert error(found.loss, plain.run().loss.double()) < 1e-6
+
+
+def test_logits_in_the_models_dtype_are_rounded() -> None:
+    case = make(200, 1000, (64, 64), dtype=torch.bfloat16, std=3.0)
+    _, expected = truth(case)
+    grads = torch.autograd.grad(case.run(logits_dtype="model").loss, case.leaves())
+    for grad, want in zip(grads, expected, strict=True):
+        assert error(grad, want) < 2e-2
+
+
+def test_chunks_are_chosen_by_vocabulary_and_device() -> None:
+    assert default_chunk_tokens(32_000, "cpu") == 256
+    assert default_chunk_tokens(151_936, "cpu") == 128
+    # Both models' float32 logits of a chunk stay under 1.1 GB.
+    for vocab_size in (32_000, 50_257, 151_936, 262_144):
+        assert 2 * 4 * vocab_size * default_chunk_tokens(vocab_size, "cuda") < 1.1e9
+    assert default_chunk_tokens(151_936, "cuda") >= 512
+
+
+def test_no_compiler_is_said_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setenv("PATH", "")
+    rows_native.load.cache_clear()
+    try:
+        with pytest.warns(RuntimeWarning, match="install g\\+\\+") as caught:
+            case = make()
+            first, second = case.run(), case.run()
+        assert len(caught) == 1
+        assert torch.equal(first.loss, second.loss)
+        with pytest.raises(ConfigError, match="engine is 'native'"):
+            case.run(engine="native")
+    finally:
+        rows_native.load.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"divergence": "kl"}, "divergence is 'kl': give one of forward_kl, "),
+        ({"divergence": "jensen_shannon", "coefficient": 1.0}, "coefficient is 1.0"),
+        ({"ce_weight": -1.0}, "ce_weight is -1.0"),
+        ({"logits_dtype": "float64"}, "logits_dtype is 'float64'"),
+        ({"student_form": LogitForm(1.0, -3.0)}, "student_form is LogitForm"),
+        ({"valid_rows": torch.ones(3)}, "valid_rows is torch.float32"),
+        ({"weight_grad_buffer": torch.zeros(3, 3)}, "weight_grad_buffer is torch.float32"),
+        ({"teacher_topk": TeacherTopK(torch.zeros(67, 4, dtype=torch.int64), torch.zeros(67, 4))}, "give one of them"),
+    ],
+)
+def test_bad_options_are_refused(changes: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        linear_kd_loss(**{**vars(make()), **changes})
+
+
+def test_a_teachers_top_k_must_fit() -> None:
+    case = replace(make(), teacher_hidden=None, teacher_weight=None)
+    ids = torch.zeros(66, 4, dtype=torch.int64)
+    with pytest.raises(ConfigError, match=r"teacher_topk.ids has 66 rows"):
+        replace(case, teacher_topk=TeacherTopK(ids, torch.zeros(66, 4))).run()
+
+
+def test_engines_are_named() -> None:
+    assert chunked.triton_rows is not None
+    with pytest.raises(ConfigError, match="engine is 'cuda'"):
+        make().run(engine="cuda")
