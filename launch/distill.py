@@ -33,6 +33,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if "RANK" not in os.environ and not options.dry_run:
             raise UserError("start it with the launcher: deepspeed launch/distill.py --config ...")
         return _run(config, dry_run=options.dry_run)
+    except KeyboardInterrupt:
+        _console(stderr=True).print("interrupted: start the same command again to go on from the newest checkpoint")
+        sys.stderr.flush()
+        os._exit(130)  # other ranks may wait in a collective that this one will not join
     except UserError as error:
         _console(stderr=True).print(f"error: {error}", style="bold red", highlight=False, soft_wrap=True, markup=False)
         return 2
@@ -49,7 +53,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--dry-run", action="store_true", help="check all that can be checked without training")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="configuration values to replace")
-    return parser.parse_args(arguments)
+    return parser.parse_intermixed_args(arguments)  # overrides may stand between options
 
 
 def _run(config: Config, *, dry_run: bool) -> int:
@@ -70,8 +74,7 @@ def _run(config: Config, *, dry_run: bool) -> int:
     if comm.broadcast_object(is_finished(config.run_dir)):
         _console().print(f"{config.run_dir} is finished: see {config.run_dir / 'summary.json'}", soft_wrap=True)
         return 0
-    if comm.rank == 0:
-        claim_run_dir(config, identity)
+    agreed(comm, lambda: claim_run_dir(config, identity) if comm.rank == 0 else None)
     from ddk_ds.train.loop import train
     from ddk_ds.train.setup import prepare_run
 
@@ -81,16 +84,18 @@ def _run(config: Config, *, dry_run: bool) -> int:
 
 def _report(config: Config, inputs: Inputs, world_size: int) -> None:
     train = config.train
+    ranks = "1 rank" if world_size == 1 else f"{world_size} ranks"
     table = Table("domain", "train samples", "validation samples", title="every check passed", title_justify="left")
     for name in inputs.names:
         domain = inputs.manifest.domains[name]
         table.add_row(name, f"{domain.train.samples:,}", f"{domain.validation.samples:,}")
     _console().print(table)
     _console().print(
-        f"{world_size} ranks x {config.micro_batches(world_size)} micro-batches x {train.micro_batch_samples} samples "
+        f"{ranks} x {config.micro_batches(world_size)} micro-batches x {train.micro_batch_samples} samples "
         f"x {config.data.sequence_length} tokens = {train.global_batch_samples * config.data.sequence_length:,} tokens "
         f"a step; student {inputs.student.directory}; teacher {inputs.teacher and inputs.teacher.directory}; "
-        f"vocabulary {inputs.tokenizer.vocab_size:,}; run directory {config.run_dir}",
+        f"vocabulary {inputs.tokenizer.vocab_size:,}; run directory {config.run_dir}. The number of ranks is the "
+        "launcher's; without it, 1 is assumed",
         soft_wrap=True,
     )
 

@@ -70,6 +70,11 @@ def _explain(item: Any) -> str:
         return f"{where}: is required, set it"
     if item["type"] == "value_error":
         return (f"{where}: " if where else "") + item["msg"].removeprefix("Value error, ")
+    kind = {"tuple_type": "a list, for example [a, b]", "model_type": "a section with keys of its own"}.get(
+        item["type"]
+    )
+    if kind is not None:
+        return f"{where}: must be {kind}, got {item['input']!r}"
     return f"{where}: {item['msg'][0].lower()}{item['msg'][1:]}, got {item['input']!r}"
 
 

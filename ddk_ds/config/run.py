@@ -66,6 +66,11 @@ class Config(Section):
             )
         if (self.mixture.controller == "static") != (self.mixture.proportions is not None):
             raise ValueError("mixture.proportions goes with mixture.controller: static, and only with it")
+        if self.stop.steps is not None and self.optimizer.warmup_steps >= self.stop.steps:
+            raise ValueError(
+                f"optimizer.warmup_steps is {self.optimizer.warmup_steps}, stop.steps {self.stop.steps}: the learning "
+                "rate would never reach its peak; lower the first"
+            )
         if self.stop.discrepancy is not None and self.teacher is None:
             raise ValueError("stop.discrepancy compares with a teacher, which method: cpt has not: remove it")
         uses_nvme = "nvme" in (self.optimizer.offload, self.student.offload_params) or (

@@ -136,6 +136,8 @@ def save_tokenizer(tokenizer: Tokenizer, directory: Path) -> None:
         "tokenizer_class": "PreTrainedTokenizerFast",
         "clean_up_tokenization_spaces": False,
         "model_max_length": 1_000_000,
+        # Otherwise transformers adds token_type_ids, which causal models refuse in generate().
+        "model_input_names": ["input_ids", "attention_mask"],
         **special,
     }
     _write_json(directory / "special_tokens_map.json", special)

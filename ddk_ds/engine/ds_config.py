@@ -8,8 +8,8 @@ from typing import Any
 from ddk_ds.config import Config, Model
 from ddk_ds.errors import ConfigError
 
-# DeepSpeed keys that follow from our own; given raw, they may only repeat the value.
-_OURS = {
+# DeepSpeed keys that follow from our own (None: that are fixed); given raw, they may only repeat the value.
+_OURS: dict[str, str | None] = {
     "train_batch_size": "train.global_batch_samples",
     "train_micro_batch_size_per_gpu": "train.micro_batch_samples",
     "gradient_accumulation_steps": "train.global_batch_samples and train.micro_batch_samples",
@@ -18,11 +18,11 @@ _OURS = {
     "fp16": "train.precision",
     "optimizer": "optimizer",
     "scheduler": "optimizer.warmup_steps and optimizer.min_learning_rate",
-    "zero_optimization.stage": "nothing: ddk_ds runs ZeRO stage 3",
+    "zero_optimization.stage": None,
     "zero_optimization.offload_optimizer": "optimizer.offload",
     "zero_optimization.offload_param": "student.offload_params",
     "zero_optimization.leaf_module": "student.leaf_modules",
-    "data_types.grad_accum_dtype": "nothing: gradients accumulate in float32",
+    "data_types.grad_accum_dtype": None,
 }
 
 
@@ -79,16 +79,18 @@ def _merge(ours: dict[str, Any], raw: dict[str, Any], prefix: str) -> dict[str, 
             merged[key] = _merge(merged[key], value, path + ".")
         elif key in merged and merged[key] == value:
             continue
-        elif (owner := _owner(path)) is not None:
+        elif (mine := _ours(path)) is not None:
+            owner = _OURS[mine]
             raise ConfigError(
-                f"deepspeed.{path}: {value!r} contradicts {merged.get(key, 'its absence')!r}, which follows from "
-                f"{owner}; set that instead"
+                f"deepspeed.{path}: {value!r} contradicts {merged.get(key, 'its absence')!r}, "
+                + (f"which follows from {owner}; set that instead" if owner else "which is fixed; remove it")
             )
         else:
             merged[key] = value
     return merged
 
 
-def _owner(path: str) -> str | None:
+def _ours(path: str) -> str | None:
+    """The key of ours that a dotted DeepSpeed key is or lies in."""
     parts = path.split(".")
-    return next((_OURS[p] for n in range(len(parts), 0, -1) if (p := ".".join(parts[:n])) in _OURS), None)
+    return next((p for n in range(len(parts), 0, -1) if (p := ".".join(parts[:n])) in _OURS), None)

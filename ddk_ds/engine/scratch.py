@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
 
 from ddk_ds.data.tokenizer import load_tokenizer
 from ddk_ds.errors import ConfigError
@@ -26,7 +26,12 @@ def make_random_model(config: Path, tokenizer: Path, out: Path, seed: int) -> in
     if not config.is_file():
         raise ConfigError(f"--config {config}: there is no such file")
     info = load_tokenizer(tokenizer)
-    values = json.loads(config.read_text())
+    try:
+        values = json.loads(config.read_text())
+    except ValueError as error:
+        raise ConfigError(f"--config {config}: is not JSON: {error}") from error
+    if values.get("model_type") not in CONFIG_MAPPING:
+        raise ConfigError(f"--config {config}: model_type is {values.get('model_type')!r}, which transformers lacks")
     values |= {"vocab_size": info.vocab_size, "eos_token_id": info.eos_token_id, "bos_token_id": info.eos_token_id}
     torch.manual_seed(seed)
     try:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ddk_ds.comm import Comm, agreed
-from ddk_ds.config import Config
+from ddk_ds.config import Config, Model
 from ddk_ds.data.manifest import Manifest, load_manifest
 from ddk_ds.data.tokenizer import TokenizerInfo, load_tokenizer
 from ddk_ds.engine.ds_config import student_ds_config
@@ -63,6 +64,9 @@ def _check_files(config: Config, student_path: Path, teacher_path: Path | None, 
             f"data.path: {manifest.root} was tokenised with another tokenizer ({manifest.tokenizer_fingerprint[:12]}) "
             f"than that of student.path {student.directory} ({tokenizer.fingerprint[:12]}); prepare the data with it"
         )
+    for key, model, files in (("student", config.student, student), ("teacher", config.teacher, teacher)):
+        if model is not None and files is not None:
+            _check_model(config, key, model, files)
     if teacher is not None:
         _check_same_vocabulary(tokenizer, load_tokenizer(teacher.directory), student, teacher)
     controller = make_controller(
@@ -93,6 +97,17 @@ def _check_data(config: Config, manifest: Manifest) -> list[str]:
                 f"for {config.data.validation_samples}: lower it, or prepare the data again with more"
             )
     return names
+
+
+def _check_model(config: Config, key: str, model: Model, files: ModelFiles) -> None:
+    positions = files.config.get("max_position_embeddings") or files.config.get("n_positions")
+    if positions is not None and positions < config.data.sequence_length:
+        raise ConfigError(
+            f"data.sequence_length is {config.data.sequence_length}, {key}.path {files.directory} has {positions} "
+            "positions: prepare the data with shorter samples, or choose another model"
+        )
+    if model.attn_implementation == "flash_attention_2" and importlib.util.find_spec("flash_attn") is None:
+        raise ConfigError(f"{key}.attn_implementation is flash_attention_2, but flash_attn is not installed: use sdpa")
 
 
 def _check_same_vocabulary(

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
-from typing import Any
+import os
+import platform
+import tempfile
+from pathlib import Path
+from typing import IO, Any
 
 from ddk_ds.config import Config, to_yaml
 from ddk_ds.errors import CheckpointError
@@ -28,8 +33,12 @@ def run_identity(config: Config, fingerprints: dict[str, Any]) -> dict[str, Any]
 
 
 def claim_run_dir(config: Config, identity: dict[str, Any]) -> None:
-    """Make the run's directory and note whose it is (rank 0 only; after `check_run_dir`)."""
+    """Make the run's directory, lock it and note whose it is (rank 0 only; after `check_run_dir`).
+
+    Raises CheckpointError where another process runs in it.
+    """
     config.run_dir.mkdir(parents=True, exist_ok=True)
+    _lock(config.run_dir)
     write_text(config.run_dir / "run.json", json.dumps(identity, indent=1))
     write_text(config.run_dir / "config.yaml", to_yaml(config))
 
@@ -37,9 +46,14 @@ def claim_run_dir(config: Config, identity: dict[str, Any]) -> None:
 def check_run_dir(config: Config, identity: dict[str, Any]) -> None:
     """Raise CheckpointError where the directory holds another run, or this one and `checkpoint.resume: never`."""
     run_dir = config.run_dir
+    existing = next(path for path in (run_dir, *run_dir.absolute().parents) if path.exists())
+    try:  # permissions say too little: of read-only disks, quotas and special file systems they know nothing
+        tempfile.TemporaryFile(dir=existing).close()
+    except OSError as error:
+        raise CheckpointError(f"output_dir: {run_dir} cannot be written: {existing}: {error.strerror}") from error
     owner = run_dir / "run.json"
     if not owner.is_file():
-        if run_dir.exists() and any(run_dir.iterdir()):
+        if run_dir.exists() and any(path.name != ".lock" for path in run_dir.iterdir()):
             raise CheckpointError(f"{run_dir} holds files of something else; set name or output_dir to a new directory")
         return
     stored = json.loads(owner.read_text())
@@ -51,6 +65,29 @@ def check_run_dir(config: Config, identity: dict[str, Any]) -> None:
         raise CheckpointError(f"{run_dir} holds this run already and checkpoint.resume is never: set another name")
     if newest_checkpoint(run_dir) is None and any((run_dir / "checkpoints").glob("step-*")):
         raise CheckpointError(f"{run_dir}/checkpoints: none is complete; mend or move them before starting anew")
+
+
+_locks: dict[Path, IO[str]] = {}  # held until this process ends
+
+
+def _lock(run_dir: Path) -> None:
+    """Hold the directory until this process ends: two runs in one would mix their ledgers."""
+    if run_dir in _locks:
+        return
+    stream = (run_dir / ".lock").open("a+")
+    try:
+        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        stream.seek(0)
+        raise CheckpointError(
+            f"{run_dir}: {stream.read().strip() or 'another process'} is running in it; stop that, or wait for its end"
+        ) from error
+    except OSError:  # a file system without locks
+        return
+    stream.truncate(0)
+    stream.write(f"process {os.getpid()} on {platform.node()}")
+    stream.flush()
+    _locks[run_dir] = stream
 
 
 def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from ddk_ds.config import load_config
+from ddk_ds.train.run_dir import claim_run_dir
 from launch.distill import main
 from tests.workspace import write_config
 
@@ -23,7 +28,14 @@ CASES: list[tuple[str, dict[str, Any], tuple[str, ...]]] = [
     ("no data", {"data": {"path": "nowhere"}}, ("nowhere", "does not exist")),
     ("no end", {"stop": {"steps": None}}, ("stop", "steps")),
     ("deepspeed", {"deepspeed": {"gradient_clipping": 7.0}}, ("gradient_clipping", "optimizer.clip_norm")),
+    ("fixed", {"deepspeed": {"zero_optimization": {"stage": 1}}}, ("zero_optimization.stage", "remove it")),
     ("no teacher", {"teacher": None}, ("teacher.path",)),
+    ("warm-up", {"optimizer": {"warmup_steps": 99}}, ("optimizer.warmup_steps is 99", "stop.steps 10")),
+    ("not a list", {"data": {"domains": "python"}}, ("data.domains", "a list", "'python'")),
+    ("not a section", {"checkpoint": "often"}, ("checkpoint", "a section", "'often'")),
+    ("flash", {"student": {"attn_implementation": "flash_attention_2"}}, ("student.attn_impl", "flash_attn", "sdpa")),
+    ("divergence", {"loss": {"divergence": "kl"}}, ("loss.divergence", "'kl'")),
+    ("output", {"output_dir": "/proc/x"}, ("output_dir", "/proc/x")),
 ]
 
 
@@ -115,3 +127,12 @@ def test_no_such_model(workspace: Path, tmp_path: Path, capsys: pytest.CaptureFi
     empty.mkdir()
     text = error_of(write_config(workspace, tmp_path, student={"path": str(empty)}), capsys)
     assert "student.path" in text and "config.json" in text
+
+
+def test_a_run_that_goes_on_elsewhere_keeps_its_directory(workspace: Path, tmp_path: Path) -> None:
+    config = load_config(write_config(workspace, tmp_path))
+    claim_run_dir(config, {})
+    other = "from ddk_ds.config import load_config; from ddk_ds.train.run_dir import claim_run_dir; import sys; "
+    code = other + "claim_run_dir(load_config(sys.argv[1]), {})"
+    done = subprocess.run([sys.executable, "-c", code, tmp_path / "run.yaml"], capture_output=True, text=True)
+    assert "CheckpointError" in done.stderr and f"process {os.getpid()} on" in done.stderr, done.stderr
