@@ -17,7 +17,7 @@ from torch import Tensor
 from ddk_ds.errors import ConfigError
 from ddk_ds.kernels import rows_native
 from ddk_ds.kernels.heads import Head
-from ddk_ds.kernels.options import Options, TeacherTopK
+from ddk_ds.kernels.options import GROUP_CHUNKS, Options, TeacherTopK
 from ddk_ds.kernels.rows_eager import eager_rows
 
 try:
@@ -93,7 +93,6 @@ def run_chunks(call: Call, options: Options) -> Sums:
     An ignored row is computed on zeros instead of its own hidden state, so that nothing in it, NaN included, reaches a
     sum. With `valid_rows` other rows are left out before the matmuls.
     """
-    hidden = call.student_hidden
     sums = _zeros(call, options)
     targets = torch.where(call.labels == options.ignore_index, -1, call.labels)
     torch._assert_async(
@@ -101,9 +100,8 @@ def run_chunks(call: Call, options: Options) -> Sums:
         f"labels: one is outside 0..{options.vocab_size - 1} and not {options.ignore_index} (ignored): check the data",
     )
     loop = _Loop(call, options, sums, targets)
-    num_rows = len(hidden) if call.valid_rows is None else len(call.valid_rows)
-    for start in range(0, num_rows, options.chunk_tokens):
-        loop.chunk(start, min(start + options.chunk_tokens, num_rows))
+    for start in range(0, loop.num_rows, options.chunk_tokens):
+        loop.chunk(start, min(start + options.chunk_tokens, loop.num_rows))
     ce, kl = sums.token_ce.sum(), sums.token_kl.sum()
     return sums._replace(total=options.ce_weight * ce + options.kd_weight * kl, ce=ce, kl=kl)
 
@@ -136,27 +134,47 @@ class _Loop:
         if call.teacher_weight is not None:
             self.teacher = Head(call.teacher_weight, call.teacher_bias, vocab_size, dtype)
         self.kernel = row_kernel(hidden.device, dtype, options) if call.topk is None else eager_rows
+        self.num_rows = len(hidden) if call.valid_rows is None else len(call.valid_rows)
         columns = -(-vocab_size // _ALIGN) * _ALIGN
-        chunk = min(options.chunk_tokens, max(1, len(hidden)))
+        chunk = max(1, min(options.chunk_tokens, self.num_rows))
         self.buffer = hidden.new_empty(1 if self.teacher is None else 2, chunk, columns, dtype=dtype)
         # torch's bf16 matmul on a CPU reads past a row's end and multiplies by zero: no NaN may lie there.
         self.buffer[..., vocab_size:] = 0
+        self.grads: Tensor | None = None
+        if any(call.needs) and self.student.grad_dtype != dtype:
+            rows = min(GROUP_CHUNKS * chunk, max(1, self.num_rows))
+            self.grads = hidden.new_zeros(rows, columns, dtype=self.student.grad_dtype)
 
     def chunk(self, start: int, stop: int) -> None:
         """Rows start..stop-1 of the tokens, or of `valid_rows`."""
-        valid = self.call.valid_rows
-        rows = slice(start, stop) if valid is None else valid[start:stop]
+        rows = self._rows(start, stop)
         targets = self.targets[rows]
-        hidden = self._take(self.call.student_hidden, rows, targets)
         logits = self.buffer[:, : stop - start, : self.options.vocab_size]
-        self.student.logits(hidden, logits[0])
-        grad = self._grad(logits[0]) if any(self.call.needs) else None
+        self.student.logits(self._take(self.call.student_hidden, rows, targets), logits[0])
+        teacher = self._teacher(rows, targets, logits)
+        first, grad = self._grad(start, stop, logits[0])
         ce, kl = self.sums.token_ce[rows], self.sums.token_kl[rows]
-        self.kernel(logits[0], self._teacher(rows, targets, logits), targets, ce, kl, grad, self.options)
-        if valid is not None:  # indexing copied
+        out = None if grad is None else grad[start - first : stop - first]
+        self.kernel(logits[0], teacher, targets, ce, kl, out, self.options)
+        if self.call.valid_rows is not None:  # indexing copied
             self.sums.token_ce[rows], self.sums.token_kl[rows] = ce, kl
-        if grad is not None:
-            self._add_grads(grad, hidden, rows)
+        if grad is not None and (stop - first == len(grad) or stop == self.num_rows):
+            self._add_grads(grad[: stop - first], self._rows(first, stop))
+
+    def _rows(self, start: int, stop: int) -> slice | Tensor:
+        valid = self.call.valid_rows
+        return slice(start, stop) if valid is None else valid[start:stop]
+
+    def _grad(self, start: int, stop: int, logits: Tensor) -> tuple[int, Tensor | None]:
+        """(number of its first row, gradients of a group of chunks): one matmul serves them all.
+
+        In the logits' own dtype a group is one chunk, whose gradient lies over the student's logits.
+        """
+        if not any(self.call.needs):
+            return start, None
+        if self.grads is None:
+            return start, logits
+        return start // len(self.grads) * len(self.grads), self.grads[:, : self.options.vocab_size]
 
     def _teacher(self, rows: slice | Tensor, targets: Tensor, logits: Tensor) -> Tensor | TeacherTopK | None:
         call = self.call
@@ -170,14 +188,9 @@ class _Loop:
     def _take(self, hidden: Tensor, rows: slice | Tensor, targets: Tensor) -> Tensor:
         return hidden[rows].masked_fill((targets < 0)[:, None], 0)
 
-    def _grad(self, logits: Tensor) -> Tensor:
-        """Where the gradient goes: over the student's logits, in the dtype of the matmuls that take it."""
-        if logits.dtype == self.student.grad_dtype:
-            return logits
-        return logits.view(self.student.grad_dtype)[:, : logits.shape[1]]
-
-    def _add_grads(self, grad: Tensor, hidden: Tensor, rows: slice | Tensor) -> None:
+    def _add_grads(self, grad: Tensor, rows: slice | Tensor) -> None:
         sums, classes = self.sums, self.options.vocab_size
+        hidden = self._take(self.call.student_hidden, rows, self.targets[rows])
         if sums.hidden_grad is not None:
             part = hidden.new_empty(hidden.shape, dtype=sums.hidden_grad.dtype)
             self.student.hidden_grad(grad, part)

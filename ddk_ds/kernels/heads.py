@@ -23,27 +23,26 @@ class Head:
         self.weight = weight.detach()[:vocab_size]
         self.logits_dtype = logits_dtype
         self.bias = None if bias is None else bias.detach()[:vocab_size].to(logits_dtype)
-        widened = weight.dtype != logits_dtype
         mixed = weight.is_cuda and _HAS_MIXED_MM and logits_dtype == torch.float32
         # A CPU has no matmul of half-precision inputs with float32 output: tiles of the weight are cast.
-        self._is_cast = widened and not mixed
-        self.grad_dtype = logits_dtype if self._is_cast else weight.dtype
+        self._factor_dtype = weight.dtype if mixed else logits_dtype
+        self.grad_dtype = weight.dtype if mixed or has_fast_half(weight) else logits_dtype
         """Dtype in which gradients of the logits enter the two matmuls."""
 
-    def _tiles(self) -> Iterator[tuple[slice, Tensor]]:
-        """(rows of the vocabulary, the weight's rows in the dtype of the logits' gradient); one where none is cast."""
-        if not self._is_cast:
+    def _tiles(self, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+        """(rows of the vocabulary, the weight's rows in `dtype`); one where none is cast."""
+        if dtype == self.weight.dtype:
             yield slice(0, len(self.weight)), self.weight
             return
-        tile = self.weight.new_empty(min(TILE_ROWS, len(self.weight)), self.weight.shape[1], dtype=self.logits_dtype)
+        tile = self.weight.new_empty(min(TILE_ROWS, len(self.weight)), self.weight.shape[1], dtype=dtype)
         for start in range(0, len(self.weight), len(tile)):
             rows = slice(start, min(start + len(tile), len(self.weight)))
             yield rows, tile[: rows.stop - start].copy_(self.weight[rows])
 
     def logits(self, hidden: Tensor, out: Tensor) -> None:
         """out (m, V) = hidden (m, H) @ weight.T + bias."""
-        hidden = hidden.to(self.grad_dtype)
-        for rows, weight in self._tiles():
+        hidden = hidden.to(self._factor_dtype)
+        for rows, weight in self._tiles(self._factor_dtype):
             if self.bias is not None and weight.dtype == out.dtype:
                 torch.addmm(self.bias[rows], hidden, weight.t(), out=out[:, rows])
                 continue
@@ -52,17 +51,17 @@ class Head:
                 out[:, rows].add_(self.bias[rows])
 
     def hidden_grad(self, grad: Tensor, out: Tensor) -> None:
-        """out (m, H) = grad (m, V) @ weight."""
-        if not self._is_cast:
+        """out (m, H) = grad (m, V) @ weight; `grad` in grad_dtype."""
+        if grad.dtype == self.weight.dtype:
             _matmul(grad, self.weight, out)
             return
         out.zero_()
-        for rows, weight in self._tiles():
+        for rows, weight in self._tiles(grad.dtype):
             out.addmm_(grad[:, rows], weight)
 
     def add_weight_grad(self, grad: Tensor, hidden: Tensor, total: Tensor) -> None:
         """total (V, H) += grad (m, V).T @ hidden (m, H), in the dtype of `total`."""
-        hidden = hidden.to(self.grad_dtype)
+        hidden = hidden.to(grad.dtype)
         if grad.dtype == total.dtype:
             total.addmm_(grad.t(), hidden)
         elif grad.is_cuda and _HAS_MIXED_ADDMM:
@@ -71,6 +70,13 @@ class Head:
             for start in range(0, len(total), TILE_ROWS):
                 rows = slice(start, start + TILE_ROWS)
                 total[rows].add_(grad[:, rows].t() @ hidden)
+
+
+def has_fast_half(weight: Tensor) -> bool:
+    """Whether this CPU multiplies the weight's dtype, bfloat16, in hardware."""
+    if weight.is_cuda or weight.dtype != torch.bfloat16:
+        return False
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 def _matmul(a: Tensor, b: Tensor, out: Tensor) -> None:

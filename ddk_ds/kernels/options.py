@@ -14,9 +14,12 @@ from ddk_ds.kernels.divergences import DIVERGENCES, WITH_COEFFICIENT, Divergence
 Engine = Literal["auto", "eager", "native", "triton"]
 LogitsDtype = Literal["float32", "model"]
 
-# Bytes of both models' logits of one chunk where chunk_tokens is not given: on a CPU near the caches, on a GPU enough
-# rows to fill it. Fewer tokens than MIN_CHUNK would make the matmuls thin.
-CHUNK_BYTES = {"cpu": 64 << 20, "cuda": 1 << 30}
+# Where half-precision gradients have a buffer of their own, they wait for so many chunks: adding up the weight's
+# gradient in float32 costs a read and a write of it each time.
+GROUP_CHUNKS = 4
+# Bytes of a chunk's logits of both models, and of those gradients, where chunk_tokens is not given: on a CPU near the
+# caches, on a GPU enough rows to fill it. Fewer tokens than MIN_CHUNK would make the matmuls thin.
+CHUNK_BYTES = {"cpu": 64 << 20, "cuda": 1_250_000_000}
 MIN_CHUNK, MAX_CHUNK = 128, 8192
 
 
@@ -142,5 +145,6 @@ class Options:
 def default_chunk_tokens(vocab_size: int, device_type: str) -> int:
     """Tokens of a chunk, a function of the vocabulary and the kind of device alone: a resume adds up in one order."""
     budget = CHUNK_BYTES.get(device_type, CHUNK_BYTES["cuda"])
-    fitting = budget // (2 * 4 * vocab_size) // MIN_CHUNK * MIN_CHUNK
+    per_element = 2 * 4 if device_type == "cpu" else 2 * 4 + GROUP_CHUNKS * 2
+    fitting = budget // (per_element * vocab_size) // MIN_CHUNK * MIN_CHUNK
     return max(MIN_CHUNK, min(MAX_CHUNK, fitting))

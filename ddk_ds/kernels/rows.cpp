@@ -169,15 +169,16 @@ struct Softmax {  // running maximum and sum of exp(x - maximum)
 }  // namespace
 
 extern "C" struct RowArguments {
-  void* student;         // (rows, classes) logits; overwritten by the gradient if write_grad
-  const void* teacher;   // the same, or null
+  const void* student;    // (rows, classes) logits
+  const void* teacher;    // the same, or null
+  void* grad;             // the same, or null: not wanted; may be the student's logits themselves
   const int64_t* labels;  // (rows,); a row whose label is not in 0..classes-1 gives zeros
   double* ce;            // (rows,)
   double* divergence;    // (rows,)
-  int64_t rows, classes, student_stride, teacher_stride;  // strides in elements
+  int64_t rows, classes, student_stride, teacher_stride, grad_stride;  // strides in elements
   double ce_weight, kd_weight, temperature, mix;  // gradient = ce_weight * dCE + kd_weight * dD/d(logits / T)
   double student_scale, student_cap, teacher_scale, teacher_cap;  // logits = cap tanh(scale x / cap); cap 0: scale x
-  int64_t kind, write_grad, threads;
+  int64_t kind, half_grad, threads;  // half_grad: the gradient is bfloat16
 };
 
 namespace {
@@ -193,7 +194,7 @@ void load(const E* in, F* out, int n, F scale, F cap) {
   }
 }
 
-template <typename E, typename F, Kind KIND>
+template <typename E, typename G, typename F, Kind KIND>
 class RowKernel {
  public:
   explicit RowKernel(const RowArguments& arguments)
@@ -201,12 +202,13 @@ class RowKernel {
         with_ce(arguments.ce_weight != 0), one_softmax(KIND == NONE || arguments.temperature == 1) {}
 
   void operator()(int64_t row) const {
-    E* s = static_cast<E*>(a.student) + row * a.student_stride;
+    const E* s = static_cast<const E*>(a.student) + row * a.student_stride;
+    G* out = a.grad ? static_cast<G*>(a.grad) + row * a.grad_stride : nullptr;
     const E* t = KIND == NONE ? nullptr : static_cast<const E*>(a.teacher) + row * a.teacher_stride;
     const int64_t label = a.labels[row];
     a.ce[row] = a.divergence[row] = 0;
     if (label < 0 || label >= a.classes) {  // ignored, or refused by the caller
-      if (a.write_grad) std::memset(s, 0, sizeof(E) * size_t(a.classes));
+      if (out) std::memset(out, 0, sizeof(G) * size_t(a.classes));
       return;
     }
     Softmax<F> hard, soft, teacher;
@@ -224,19 +226,19 @@ class RowKernel {
       }
     }
     if (with_ce) a.ce[row] = hard.log_sum() - double(at_label);
-    if (KIND == NONE && !a.write_grad) return;
+    if (KIND == NONE && !out) return;
     const Softmax<F>& student = one_softmax ? hard : soft;
     F centre = 0;
     if constexpr (KIND != NONE && KIND != FORWARD_KL)
-      centre = F(pass(s, t, label, hard, student, teacher, centre, true));
-    a.divergence[row] = pass(s, t, label, hard, student, teacher, centre, false);
+      centre = F(pass(s, t, nullptr, label, hard, student, teacher, centre, true));
+    a.divergence[row] = pass(s, t, out, label, hard, student, teacher, centre, false);
   }
 
  private:
   int block(int64_t start) const { return int(a.classes - start < BLOCK ? a.classes - start : BLOCK); }
 
-  // With `centring` sum(p h), else the divergence, and the gradient over the student's logits if asked for.
-  double pass(E* s, const E* t, int64_t label, const Softmax<F>& hard, const Softmax<F>& student,
+  // With `centring` sum(p h), else the divergence; and the gradient where `out` is not null.
+  double pass(const E* s, const E* t, G* out, int64_t label, const Softmax<F>& hard, const Softmax<F>& student,
               const Softmax<F>& teacher, F centre, bool centring) const {
     alignas(64) F xs[BLOCK], xt[BLOCK], grad[BLOCK], values[BLOCK];
     const F ms = F(student.max), mt = F(teacher.max), is = F(1 / student.sum), it = F(1 / teacher.sum);
@@ -262,13 +264,13 @@ class RowKernel {
       } else {
         std::memset(grad, 0, sizeof(grad));
       }
-      if (centring || !a.write_grad) continue;
+      if (!out) continue;
       if (with_ce && (KIND == NONE || !one_softmax)) {
 #pragma omp simd
         for (int i = 0; i < n; i++) grad[i] += ce_weight * (exp_(xs[i] - mh) * ih);
       }
       if (label >= k && label < k + n) grad[label - k] -= ce_weight;
-      store(s + k, xs, grad, n);
+      store(out + k, xs, grad, n);
     }
     return total;
   }
@@ -280,7 +282,7 @@ class RowKernel {
     return double(sum);
   }
 
-  void store(E* out, const F* logits, F* grad, int n) const {
+  void store(G* out, const F* logits, F* grad, int n) const {
     const F scale = F(a.student_scale), cap = F(a.student_cap);
     const F inverse = cap > 0 ? F(1) / cap : F(0);
 #pragma omp simd
@@ -295,29 +297,31 @@ class RowKernel {
   const bool with_ce, one_softmax;  // one_softmax: that of the cross-entropy serves the divergence too
 };
 
-template <typename E, typename F, Kind KIND>
+template <typename E, typename G, typename F, Kind KIND>
 void run(const RowArguments& a) {
-  const RowKernel<E, F, KIND> kernel(a);
+  const RowKernel<E, G, F, KIND> kernel(a);
 #pragma omp parallel for schedule(dynamic) num_threads(int(a.threads))
   for (int64_t row = 0; row < a.rows; row++) kernel(row);
 }
 
-template <typename E, typename F>
+template <typename E, typename G, typename F>
 int dispatch(const RowArguments& a) {
   switch (a.kind) {
-    case NONE: run<E, F, NONE>(a); return 0;
-    case FORWARD_KL: run<E, F, FORWARD_KL>(a); return 0;
-    case REVERSE_KL: run<E, F, REVERSE_KL>(a); return 0;
-    case JENSEN_SHANNON: run<E, F, JENSEN_SHANNON>(a); return 0;
-    case SKEW_FORWARD_KL: run<E, F, SKEW_FORWARD_KL>(a); return 0;
-    case SKEW_REVERSE_KL: run<E, F, SKEW_REVERSE_KL>(a); return 0;
-    case TOTAL_VARIATION: run<E, F, TOTAL_VARIATION>(a); return 0;
+    case NONE: run<E, G, F, NONE>(a); return 0;
+    case FORWARD_KL: run<E, G, F, FORWARD_KL>(a); return 0;
+    case REVERSE_KL: run<E, G, F, REVERSE_KL>(a); return 0;
+    case JENSEN_SHANNON: run<E, G, F, JENSEN_SHANNON>(a); return 0;
+    case SKEW_FORWARD_KL: run<E, G, F, SKEW_FORWARD_KL>(a); return 0;
+    case SKEW_REVERSE_KL: run<E, G, F, SKEW_REVERSE_KL>(a); return 0;
+    case TOTAL_VARIATION: run<E, G, F, TOTAL_VARIATION>(a); return 0;
     default: return 1;
   }
 }
 
 }  // namespace
 
-extern "C" int ddk_rows_float32(const RowArguments* a) { return dispatch<float, float>(*a); }
-extern "C" int ddk_rows_float64(const RowArguments* a) { return dispatch<double, double>(*a); }
-extern "C" int ddk_rows_bfloat16(const RowArguments* a) { return dispatch<bfloat16, float>(*a); }
+extern "C" int ddk_rows_float32(const RowArguments* a) {
+  return a->half_grad ? dispatch<float, bfloat16, float>(*a) : dispatch<float, float, float>(*a);
+}
+extern "C" int ddk_rows_float64(const RowArguments* a) { return dispatch<double, double, double>(*a); }
+extern "C" int ddk_rows_bfloat16(const RowArguments* a) { return dispatch<bfloat16, bfloat16, float>(*a); }

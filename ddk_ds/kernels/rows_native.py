@@ -35,11 +35,11 @@ class _Arguments(ctypes.Structure):
     """RowArguments of rows.cpp."""
 
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("student", "teacher", "labels", "ce", "divergence")),
-        *((name, ctypes.c_int64) for name in ("rows", "classes", "student_stride", "teacher_stride")),
+        *((name, ctypes.c_void_p) for name in ("student", "teacher", "grad", "labels", "ce", "divergence")),
+        *((name, ctypes.c_int64) for name in ("rows", "classes", "student_stride", "teacher_stride", "grad_stride")),
         *((name, ctypes.c_double) for name in ("ce_weight", "kd_weight", "temperature", "mix")),
         *((name, ctypes.c_double) for name in ("student_scale", "student_cap", "teacher_scale", "teacher_cap")),
-        *((name, ctypes.c_int64) for name in ("kind", "write_grad", "threads")),
+        *((name, ctypes.c_int64) for name in ("kind", "half_grad", "threads")),
     ]
 
 
@@ -57,13 +57,13 @@ def native_rows(
     grad: Tensor | None,
     options: Options,
 ) -> None:
-    """As `rows_eager.eager_rows`, on a CPU; `grad`, if given, must be `student` itself, which it overwrites."""
-    assert grad is None or grad.data_ptr() == student.data_ptr(), "the gradient is written over the student's logits"
+    """As `rows_eager.eager_rows`, on a CPU; `grad` has the logits' dtype, or bfloat16 for float32 logits."""
     library = load()
     assert library is not None, "supports() was not asked"
     arguments = _Arguments(
         student=student.data_ptr(),
         teacher=None if teacher is None else teacher.data_ptr(),
+        grad=None if grad is None else grad.data_ptr(),
         labels=labels.data_ptr(),
         ce=ce.data_ptr(),
         divergence=divergence.data_ptr(),
@@ -71,6 +71,7 @@ def native_rows(
         classes=student.shape[1],
         student_stride=student.stride(0),
         teacher_stride=0 if teacher is None else teacher.stride(0),
+        grad_stride=0 if grad is None else grad.stride(0),
         ce_weight=options.ce_weight,
         kd_weight=options.kd_weight / options.temperature,
         temperature=options.temperature,
@@ -80,7 +81,7 @@ def native_rows(
         teacher_scale=options.teacher_form.scale,
         teacher_cap=options.teacher_form.softcap,
         kind=0 if teacher is None else KIND[options.divergence],
-        write_grad=grad is not None,
+        half_grad=grad is not None and grad.dtype != student.dtype,
         threads=torch.get_num_threads(),
     )
     failed = getattr(library, _ENTRY[student.dtype])(ctypes.byref(arguments))

@@ -48,7 +48,7 @@ def test_half_precision(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, tem
     monkeypatch.setattr(heads, "TILE_ROWS", 512)  # the vocabulary is no multiple of it
     case = make(150, 1003, (64, 96), std=3.0, dtype=dtype, temperature=temperature, bias=True)
     # Logits and statistics are float32: the loss is exact for the inputs; the gradient is rounded once.
-    assert_agrees(case, 5e-7, 2e-3)
+    assert_agrees(case, 5e-7, 5e-3)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])

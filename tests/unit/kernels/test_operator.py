@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from ddk_ds.errors import ConfigError
-from ddk_ds.kernels import LogitForm, TeacherTopK, chunked, default_chunk_tokens, linear_kd_loss, rows_native
+from ddk_ds.kernels import LogitForm, TeacherTopK, chunked, default_chunk_tokens, heads, linear_kd_loss, rows_native
+from ddk_ds.kernels.options import Engine
 from tests.unit.kernels.kd_case import assert_agrees, error, make, truth
 
 
@@ -107,10 +108,22 @@ def test_logits_in_the_models_dtype_are_rounded() -> None:
 def test_chunks_are_chosen_by_vocabulary_and_device() -> None:
     assert default_chunk_tokens(32_000, "cpu") == 256
     assert default_chunk_tokens(151_936, "cpu") == 128
-    # Both models' float32 logits of a chunk stay under 1.1 GB.
+    # Both models' float32 logits of a chunk and the bf16 gradients of a group of chunks stay under 1.3 GB.
     for vocab_size in (32_000, 50_257, 151_936, 262_144):
-        assert 2 * 4 * vocab_size * default_chunk_tokens(vocab_size, "cuda") < 1.1e9
-    assert default_chunk_tokens(151_936, "cuda") >= 512
+        assert (2 * 4 + 4 * 2) * vocab_size * default_chunk_tokens(vocab_size, "cuda") < 1.3e9
+    assert default_chunk_tokens(151_936, "cuda") == 512
+
+
+@pytest.mark.parametrize("engine", ["native", "eager", "triton"])
+@pytest.mark.parametrize("rows", [False, True])
+def test_half_precision_gradients_of_several_chunks(
+    monkeypatch: pytest.MonkeyPatch, engine: Engine, rows: bool
+) -> None:
+    """As on a GPU, or a CPU that multiplies bfloat16: float32 logits, the gradients of 4 chunks in one matmul."""
+    monkeypatch.setattr(heads, "has_fast_half", lambda weight: weight.dtype == torch.bfloat16)
+    case = make(150, 507, (64, 96), std=3.0, dtype=torch.bfloat16, bias=True, padded=(5, 0))
+    valid = (case.labels != -100).nonzero().squeeze(1) if rows else None
+    assert_agrees(case, 5e-7, 5e-3, engine=engine, chunk_tokens=16, valid_rows=valid)
 
 
 def test_no_compiler_is_said_once(monkeypatch: pytest.MonkeyPatch) -> None:
