@@ -115,7 +115,7 @@ def _zeros(call: Call, options: Options) -> Sums:
         scalar,
         scalar,
         torch.zeros_like(hidden, dtype=dtype) if call.needs[0] else None,
-        torch.zeros_like(weight, dtype=dtype) if call.needs[1] else None,
+        torch.empty_like(weight, dtype=dtype) if call.needs[1] else None,  # `_Loop` writes it
         weight.new_zeros(len(weight), dtype=dtype) if call.needs[2] else None,
         token,
         token.clone(),
@@ -140,6 +140,10 @@ class _Loop:
         self.buffer = hidden.new_empty(1 if self.teacher is None else 2, chunk, columns, dtype=dtype)
         # torch's bf16 matmul on a CPU reads past a row's end and multiplies by zero: no NaN may lie there.
         self.buffer[..., vocab_size:] = 0
+        self.hidden: dict[int, Tensor] = {}
+        self.has_weight_grad = False
+        if sums.weight_grad is not None:
+            sums.weight_grad[vocab_size if self.num_rows else 0 :] = 0
         self.grads: Tensor | None = None
         if any(call.needs) and self.student.grad_dtype != dtype:
             rows = min(GROUP_CHUNKS * chunk, max(1, self.num_rows))
@@ -186,16 +190,25 @@ class _Loop:
         return logits[1]
 
     def _take(self, hidden: Tensor, rows: slice | Tensor, targets: Tensor) -> Tensor:
-        return hidden[rows].masked_fill((targets < 0)[:, None], 0)
+        """The rows' hidden states in memory that is used again, zeros where ignored."""
+        width = hidden.shape[1]
+        memory = self.hidden.get(width)
+        if memory is None or len(memory) < len(targets):
+            memory = self.hidden[width] = hidden.new_empty(max(len(targets), len(self.buffer[0])), width)
+        return memory[: len(targets)].copy_(hidden[rows]).masked_fill_((targets < 0)[:, None], 0)
 
     def _add_grads(self, grad: Tensor, rows: slice | Tensor) -> None:
         sums, classes = self.sums, self.options.vocab_size
         hidden = self._take(self.call.student_hidden, rows, self.targets[rows])
         if sums.hidden_grad is not None:
-            part = hidden.new_empty(hidden.shape, dtype=sums.hidden_grad.dtype)
-            self.student.hidden_grad(grad, part)
-            sums.hidden_grad[rows] = part
+            if isinstance(rows, slice):
+                self.student.hidden_grad(grad, sums.hidden_grad[rows])
+            else:
+                part = hidden.new_empty(hidden.shape, dtype=sums.hidden_grad.dtype)
+                self.student.hidden_grad(grad, part)
+                sums.hidden_grad[rows] = part
         if sums.weight_grad is not None:
-            self.student.add_weight_grad(grad, hidden, sums.weight_grad[:classes])
+            self.student.add_weight_grad(grad, hidden, sums.weight_grad[:classes], keep=self.has_weight_grad)
+            self.has_weight_grad = True
         if sums.bias_grad is not None:
             sums.bias_grad[:classes].add_(grad.sum(0, dtype=sums.bias_grad.dtype))

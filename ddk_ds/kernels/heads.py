@@ -7,6 +7,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from ddk_ds.kernels.rows_native import add_half
+
 # Weight rows at a time where a tensor of the weight's size must not be made: a cast tile stays in cache.
 TILE_ROWS = 2048
 
@@ -28,16 +30,23 @@ class Head:
         self._factor_dtype = weight.dtype if mixed else logits_dtype
         self.grad_dtype = weight.dtype if mixed or has_fast_half(weight) else logits_dtype
         """Dtype in which gradients of the logits enter the two matmuls."""
+        self._memory: Tensor | None = None
 
     def _tiles(self, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
         """(rows of the vocabulary, the weight's rows in `dtype`); one where none is cast."""
         if dtype == self.weight.dtype:
             yield slice(0, len(self.weight)), self.weight
             return
-        tile = self.weight.new_empty(min(TILE_ROWS, len(self.weight)), self.weight.shape[1], dtype=dtype)
+        tile = self._scratch(min(TILE_ROWS, len(self.weight)), dtype)
         for start in range(0, len(self.weight), len(tile)):
             rows = slice(start, min(start + len(tile), len(self.weight)))
             yield rows, tile[: rows.stop - start].copy_(self.weight[rows])
+
+    def _scratch(self, rows: int, dtype: torch.dtype) -> Tensor:
+        """(rows, H), the same memory at every call: a new tensor's pages cost more than the work on them."""
+        if self._memory is None or self._memory.dtype != dtype:
+            self._memory = self.weight.new_empty(rows, self.weight.shape[1], dtype=dtype)
+        return self._memory
 
     def logits(self, hidden: Tensor, out: Tensor) -> None:
         """out (m, V) = hidden (m, H) @ weight.T + bias."""
@@ -59,17 +68,20 @@ class Head:
         for rows, weight in self._tiles(grad.dtype):
             out.addmm_(grad[:, rows], weight)
 
-    def add_weight_grad(self, grad: Tensor, hidden: Tensor, total: Tensor) -> None:
-        """total (V, H) += grad (m, V).T @ hidden (m, H), in the dtype of `total`."""
+    def add_weight_grad(self, grad: Tensor, hidden: Tensor, total: Tensor, *, keep: bool) -> None:
+        """total (V, H) = grad (m, V).T @ hidden (m, H) + (total if keep), in the dtype of `total`."""
         hidden = hidden.to(grad.dtype)
         if grad.dtype == total.dtype:
-            total.addmm_(grad.t(), hidden)
+            total.addmm_(grad.t(), hidden, beta=int(keep))
         elif grad.is_cuda and _HAS_MIXED_ADDMM:
-            torch.addmm(total, grad.t(), hidden, out_dtype=total.dtype, out=total)
+            torch.addmm(total, grad.t(), hidden, beta=int(keep), out_dtype=total.dtype, out=total)
         else:
+            product = self._scratch(min(TILE_ROWS, len(total)), grad.dtype)
             for start in range(0, len(total), TILE_ROWS):
-                rows = slice(start, start + TILE_ROWS)
-                total[rows].add_(grad[:, rows].t() @ hidden)
+                rows = slice(start, min(start + TILE_ROWS, len(total)))
+                part = product[: rows.stop - start]
+                torch.mm(grad[:, rows].t(), hidden, out=part)
+                add_half(total[rows], part, keep=keep)
 
 
 def has_fast_half(weight: Tensor) -> bool:

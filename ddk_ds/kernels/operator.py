@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ddk_ds.kernels.chunked import Call, compute_dtype, run_chunks
 from ddk_ds.kernels.options import Options, TeacherTopK
+from ddk_ds.kernels.rows_native import scaled_half
 
 _SCHEMA = (
     "(Tensor student_hidden, Tensor student_weight, Tensor? student_bias, Tensor? teacher_hidden,"
@@ -73,6 +74,10 @@ def _backward(ctx: Any, grad_total: Tensor | None, *_: Any) -> tuple[Tensor | No
 def _scaled(grad: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     # The sum becomes the gradient itself unless another backward pass may come for it.
     keep = torch.compiler.is_compiling() or torch._C._autograd._get_current_graph_task_keep_graph()
+    if dtype == torch.bfloat16 and not torch.compiler.is_compiling():
+        rounded = scaled_half(grad, scale)
+        if rounded is not None:
+            return rounded
     scale = scale.to(grad.dtype)
     return (grad * scale if keep else grad.mul_(scale)).to(dtype)
 

@@ -17,10 +17,10 @@ LogitsDtype = Literal["float32", "model"]
 # Where half-precision gradients have a buffer of their own, they wait for so many chunks: adding up the weight's
 # gradient in float32 costs a read and a write of it each time.
 GROUP_CHUNKS = 4
-# Bytes of a chunk's logits of both models, and of those gradients, where chunk_tokens is not given: on a CPU near the
-# caches, on a GPU enough rows to fill it. Fewer tokens than MIN_CHUNK would make the matmuls thin.
-CHUNK_BYTES = {"cpu": 64 << 20, "cuda": 1_250_000_000}
-MIN_CHUNK, MAX_CHUNK = 128, 8192
+# Bytes of a chunk's float32 logits of both models, and on a GPU of those gradients, where chunk_tokens is not given.
+# Fewer tokens than MIN_CHUNK would make the matmuls thin.
+CHUNK_BYTES = {"cpu": 128 << 20, "cuda": 1_250_000_000}
+MIN_CHUNK, MAX_CHUNK = {"cpu": 512, "cuda": 128}, 8192
 
 
 class LogitForm(NamedTuple):
@@ -143,8 +143,8 @@ class Options:
 
 
 def default_chunk_tokens(vocab_size: int, device_type: str) -> int:
-    """Tokens of a chunk, a function of the vocabulary and the kind of device alone: a resume adds up in one order."""
+    """Tokens of a chunk, a function of vocabulary and device alone: a resume adds up in the same order."""
     budget = CHUNK_BYTES.get(device_type, CHUNK_BYTES["cuda"])
     per_element = 2 * 4 if device_type == "cpu" else 2 * 4 + GROUP_CHUNKS * 2
-    fitting = budget // (per_element * vocab_size) // MIN_CHUNK * MIN_CHUNK
-    return max(MIN_CHUNK, min(MAX_CHUNK, fitting))
+    fitting = budget // (per_element * vocab_size) // 128 * 128
+    return max(MIN_CHUNK.get(device_type, 128), min(MAX_CHUNK, fitting))

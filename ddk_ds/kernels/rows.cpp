@@ -1,121 +1,145 @@
 // The element-wise part of the distillation head on a CPU, one row of logits (one token) after the other.
 //
-// Per row: both softmaxes, the cross-entropy, the divergence, and the gradient written over the student's logits.
-// Plain C++ with OpenMP, called through ctypes: it needs a compiler and no headers of torch. Statistics are taken in
+// Per row: both softmaxes, the cross-entropy, the divergence, and the gradient. Plain C++ with OpenMP and the vector
+// types of GCC and Clang, called through ctypes: it needs a compiler and no headers of torch. Statistics are taken in
 // the compute type F (float for float and bfloat16 logits, double for double) inside a block and in double across
 // blocks. Formulas and their sources: divergences.py.
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <limits>
 
+#ifdef __AVX512F__
+#include <immintrin.h>
+#endif
+
 namespace {
 
 struct bfloat16 { uint16_t bits; };
 
-constexpr int BLOCK = 1024;  // elements of a row that are worked on at a time: they stay in the first-level cache
-
 enum Kind { NONE, FORWARD_KL, REVERSE_KL, JENSEN_SHANNON, SKEW_FORWARD_KL, SKEW_REVERSE_KL, TOTAL_VARIATION };
 
-template <typename To, typename From>
-inline To bits_as(From value) {
-  static_assert(sizeof(To) == sizeof(From), "a bit cast keeps the size");
-  To out;
-  std::memcpy(&out, &value, sizeof(To));
-  return out;
+constexpr int BLOCK = 2048;  // elements between two additions to the double sums; a block stays in the nearest cache
+
+template <typename F> struct Lanes;
+template <> struct Lanes<float> {
+  typedef float V __attribute__((vector_size(64)));
+  typedef int32_t I __attribute__((vector_size(64)));
+};
+template <> struct Lanes<double> {
+  typedef double V __attribute__((vector_size(64)));
+  typedef int64_t I __attribute__((vector_size(64)));
+};
+using V = Lanes<float>::V;
+using I = Lanes<float>::I;
+using W = Lanes<double>::V;
+typedef uint32_t U __attribute__((vector_size(64)));
+typedef uint16_t Half __attribute__((vector_size(32)));
+
+template <typename P, typename F> inline P splat(F x) { return P{} + x; }
+
+// Whole packs from memory and back.
+inline V read(const float* x) { V v; std::memcpy(&v, x, sizeof v); return v; }
+inline W read(const double* x) { W v; std::memcpy(&v, x, sizeof v); return v; }
+inline V read(const bfloat16* x) {
+  Half h;
+  std::memcpy(&h, x, sizeof h);
+  return (V)(__builtin_convertvector(h, U) << 16);
+}
+inline void write(float* out, V v) { std::memcpy(out, &v, sizeof v); }
+inline void write(double* out, W v) { std::memcpy(out, &v, sizeof v); }
+inline void write(bfloat16* out, V v) {  // to nearest, ties to even; NaN stays NaN
+  const U bits = (U)v;
+  const U rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  const Half h = __builtin_convertvector(v == v ? rounded : splat<U>(0x7fc0u), Half);
+  std::memcpy(out, &h, sizeof h);
 }
 
-inline float as_compute(float x) { return x; }
-inline double as_compute(double x) { return x; }
-inline float as_compute(bfloat16 x) { return bits_as<float>(uint32_t(x.bits) << 16); }
-
-inline void put(float& out, float x) { out = x; }
-inline void put(double& out, double x) { out = x; }
-inline void put(bfloat16& out, float x) {  // to nearest, ties to even; NaN stays NaN
-  const uint32_t bits = bits_as<uint32_t>(x);
-  const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-  out.bits = uint16_t(x == x ? rounded : 0x7fc0u);
+// The larger one; b where either is NaN.
+inline W max_(W a, W b) { return a > b ? a : b; }
+inline V max_(V a, V b) {
+#ifdef __AVX512F__
+  return (V)_mm512_max_ps((__m512)a, (__m512)b);  // GCC finds this single instruction under finite mathematics only
+#else
+  return a > b ? a : b;
+#endif
 }
 
-// exp, log1p and expm1 without branches or calls, so that the compiler makes vector code of the loops around them.
-// Errors are within 2 units in the last place where the results are used.
-
-inline float exp_(float x) {
-  x = x < -87.f ? -87.f : x > 88.f ? 88.f : x;       // NaN passes
-  const float shifted = x * 1.44269504f + 12582912.f;  // the integer part ends up in the low bits
-  const float n = shifted - 12582912.f;
-  float r = x - n * 0.693359375f;
-  r = r + n * 2.12194440e-4f;
-  float y = 1.9875691500e-4f;
-  y = y * r + 1.3981999507e-3f;
-  y = y * r + 8.3334519073e-3f;
-  y = y * r + 4.1665795894e-2f;
-  y = y * r + 1.6666665459e-1f;
-  y = y * r + 5.0000001201e-1f;
-  y = y * r * r + r + 1.f;
-  return y * bits_as<float>((bits_as<uint32_t>(shifted) + 127u) << 23);
+// exp, log1p and expm1 of arguments up to 88, within 2 units in the last place where the results are used.
+inline V exp_(V x) {
+  x = max_(splat<V>(-87.f), x);  // NaN passes
+  // 2^n * 2^f: adding 1.5 * 2^23 leaves the integer n, with the exponent's bias, in the low bits.
+  constexpr float LOG2_E = 1.44269504f, SHIFT = 12582912.f + 127.f;
+  const V shifted = x * LOG2_E + SHIFT;
+  const V f = x * LOG2_E - (shifted - SHIFT);
+  V y = f * 1.534581159e-4f + 1.339993122e-3f;
+  y = y * f + 9.618488959e-3f;
+  y = y * f + 5.550328777e-2f;
+  y = y * f + 2.402264689e-1f;
+  y = y * f + 6.931472057e-1f;
+  y = y * f + 1.f;
+  return y * (V)((I)shifted << 23);
 }
-inline double exp_(double x) { return std::exp(x); }
-
-inline float expm1_(float x) {
-  float series = 1.f / 5040.f;
-  series = series * x + 1.f / 720.f;
+inline V expm1_(V x) {
+  V series = x * (1.f / 5040.f) + 1.f / 720.f;
   series = series * x + 1.f / 120.f;
   series = series * x + 1.f / 24.f;
   series = series * x + 1.f / 6.f;
   series = series * x + 0.5f;
-  series = series * x * x + x;
-  const float plain = exp_(x) - 1.f;
-  return x > -0.35f && x < 0.35f ? series : plain;
+  series = series * (x * x) + x;
+  const V plain = exp_(x) - 1.f;
+  return (x > -0.35f) & (x < 0.35f) ? series : plain;
 }
-inline double expm1_(double x) { return std::expm1(x); }
-
-inline float log1p_(float y) {  // for y in (-1, 0]
-  const float u = 1.f + y;
-  const int32_t bits = bits_as<int32_t>(u);
-  const int32_t exponent = (bits - 0x3f3504f3) >> 23;  // u = m * 2^exponent, m in [sqrt(1/2), sqrt(2))
-  const float m = bits_as<float>(bits - (exponent << 23));
-  const bool small = exponent == 0;
-  const float w = small ? y / (2.f + y) : (m - 1.f) / (m + 1.f);
-  const float w2 = w * w;
-  float series = 2.f / 9.f;
-  series = series * w2 + 2.f / 7.f;
+inline V log1p_(V y) {  // for y in (-1, 0]
+  const I bits = (I)(y + 1.f);
+  const I exponent = (bits - 0x3f3504f3) >> 23;  // 1 + y = m * 2^exponent, m in [sqrt(1/2), sqrt(2))
+  const V m = (V)(bits - (exponent << 23));
+  const V top = exponent == 0 ? y : m - 1.f;
+  const V w = top / (top + 2.f);
+  const V w2 = w * w;
+  V series = w2 * (2.f / 9.f) + 2.f / 7.f;
   series = series * w2 + 2.f / 5.f;
   series = series * w2 + 2.f / 3.f;
-  series = series * w2 * w + 2.f * w;
-  return series + float(exponent) * 0.693147180f;
+  series = series * (w2 * w) + 2.f * w;
+  return series + __builtin_convertvector(exponent, V) * 0.693147180f;
 }
-inline double log1p_(double y) { return std::log1p(y); }
-
-template <typename F>
-inline F tanh_(F x) {
-  const F a = x < 0 ? -x : x;
-  const F e = expm1_(F(-2) * a);
-  const F t = -e / (e + F(2));
-  return x < 0 ? -t : t;
-}
-
-// exp(x) - 1 - x relative to x^2, for |x| < 0.35.
-inline float second_(float x) {
-  float series = 1.f / 40320.f;
-  series = series * x + 1.f / 5040.f;
-  series = series * x + 1.f / 720.f;
+// exp(x) - 1 - x relative to x^2, for |x| < 0.25.
+inline V second_(V x) {
+  V series = x * (1.f / 5040.f) + 1.f / 720.f;
   series = series * x + 1.f / 120.f;
   series = series * x + 1.f / 24.f;
   series = series * x + 1.f / 6.f;
   return series * x + 0.5f;
 }
-inline double second_(double) { return 0.5; }  // not used
 
-// One element's share of the divergence, and h with gradient p * (h - sum p h), for the forward KL the gradient itself.
+template <typename Function>
+inline W each(W x, Function function) {
+  for (int i = 0; i < 8; i++) x[i] = function(x[i]);
+  return x;
+}
+inline W exp_(W x) { return each(x, [](double a) { return std::exp(a); }); }
+inline W expm1_(W x) { return each(x, [](double a) { return std::expm1(a); }); }
+inline W log1p_(W x) { return each(x, [](double a) { return std::log1p(a); }); }
+inline W second_(W x) { return x; }  // not used
+
+template <typename P>
+inline P tanh_(P x) {
+  const P e = expm1_((x < 0 ? x : -x) * 2);
+  const P t = -e / (e + 2);
+  return x < 0 ? -t : t;
+}
+
+// One pack's share of the divergence, and h with gradient p * (h - sum p h), for the forward KL the gradient itself.
 // q and p are probabilities of teacher and student, r = log q - log p, b the weight of q in the mixture.
-template <Kind KIND, typename F>
-inline void element(F q, F p, F r, F b, F& value, F& h) {
+template <Kind KIND, typename F, typename P>
+inline void compare(P q, P p, P r, F b, P& value, P& h) {
   // p - q from r where they are close: their own rounding would be all that is left.
-  const bool close = sizeof(F) == 4 && r > F(-0.35) && r < F(0.35);
-  const F series = r * r * second_(KIND == REVERSE_KL ? r : -r);
-  const F d = close && KIND != REVERSE_KL ? q * (series - r) : p - q;
+  const P distance = r < 0 ? -r : r;
+  const auto close = distance < (sizeof(F) == 4 ? F(0.25) : F(0));
+  const P series = r * r * second_(KIND == REVERSE_KL ? r : -r);
+  const P d = KIND == REVERSE_KL ? p - q : close ? q * (series - r) : p - q;
   if constexpr (KIND == FORWARD_KL) {
     value = close ? q * series : q * r + d;
     h = d;
@@ -124,18 +148,17 @@ inline void element(F q, F p, F r, F b, F& value, F& h) {
     h = -r;
   } else if constexpr (KIND == TOTAL_VARIATION) {
     value = F(0.5) * (d < 0 ? -d : d);
-    h = r > 0 ? F(-0.5) : r < 0 ? F(0.5) : r;  // r: 0 or NaN
+    h = F(-0.5) * r / (r == 0 ? splat<P>(F(1)) : distance);  // minus half its sign
   } else {
-    const F distance = r < 0 ? -r : r;
-    const F l = -log1p_((r >= 0 ? F(1) - b : b) * expm1_(-distance));
-    const F log_q_m = r >= 0 ? l : l + r;  // log(q / m), m = b q + (1 - b) p
-    const F log_p_m = r >= 0 ? l - r : l;
+    const P l = -log1p_((r >= 0 ? splat<P>(F(1) - b) : splat<P>(b)) * expm1_(-distance));
+    const P log_q_m = r >= 0 ? l : l + r;  // log(q / m), m = b q + (1 - b) p
+    const P log_p_m = r >= 0 ? l - r : l;
     if constexpr (KIND == JENSEN_SHANNON) {
       value = b * q * log_q_m + (F(1) - b) * p * log_p_m;
       h = (F(1) - b) * log_p_m;
     } else if constexpr (KIND == SKEW_FORWARD_KL) {
       value = q * log_q_m + (F(1) - b) * d;
-      h = -(F(1) - b) * expm1_(log_q_m);
+      h = (b - F(1)) * expm1_(log_q_m);
     } else {
       value = p * log_p_m - b * d;
       h = log_p_m - (F(1) - b) * expm1_(log_p_m);
@@ -143,25 +166,84 @@ inline void element(F q, F p, F r, F b, F& value, F& h) {
   }
 }
 
+template <typename P>
+inline double sum_of(P v) {
+  double sum = 0;
+  for (size_t i = 0; i < sizeof(P) / sizeof(v[0]); i++) sum += double(v[i]);
+  return sum;
+}
+
+// A row of logits, read in packs.
+template <typename E, typename F>
+struct Logits {
+  using P = typename Lanes<F>::V;
+  static constexpr int N = sizeof(P) / sizeof(F);
+  const E* x;
+  int64_t classes;
+
+  // Lanes past the row's end are very low: their probabilities add nothing.
+  P operator()(int64_t at) const {
+    if (at + N <= classes) return read(x + at);
+    E last[N] = {};
+    std::memcpy(last, x + at, sizeof(E) * size_t(classes - at));
+    P v = read(last);
+    for (int i = int(classes - at); i < N; i++) v[i] = F(-1e30);
+    return v;
+  }
+};
+
+template <typename F, typename P, typename G>
+inline void store(G* out, int64_t at, int64_t classes, P v) {
+  constexpr int N = sizeof(P) / sizeof(F);
+  if (at + N <= classes) return write(out + at, v);
+  G last[N];
+  write(last, v);
+  std::memcpy(out + at, last, sizeof(G) * size_t(classes - at));
+}
+
+// What a model does to its raw logits: cap * tanh(scale * x / cap), or scale * x where cap is 0.
 template <typename F>
-struct Softmax {  // running maximum and sum of exp(x - maximum)
+struct Form {
+  using P = typename Lanes<F>::V;
+  F scale, cap;
+
+  bool plain() const { return scale == 1 && cap == 0; }
+
+  template <typename E>
+  void apply(E* x, int64_t classes) const {
+    const Logits<E, F> row{x, classes};
+    for (int64_t k = 0; k < classes; k += row.N) {
+      const P v = scale * row(k);
+      store<F>(x, k, classes, cap > 0 ? cap * tanh_(v / cap) : v);
+    }
+  }
+  // Derivative of a logit v to the raw one.
+  P slope(P v) const {
+    const P bent = cap > 0 ? v / cap : splat<P>(F(0));
+    return scale * (F(1) - bent * bent);
+  }
+};
+
+template <typename F>
+struct Softmax {  // running maximum and sum of exp(x * scale - maximum)
   double max = -std::numeric_limits<double>::infinity();
   double sum = 0;
 
-  void add(const F* x, int n, F scale) {
-    F top = -std::numeric_limits<F>::infinity();
-#pragma omp simd reduction(max : top)
-    for (int i = 0; i < n; i++) top = x[i] > top ? x[i] : top;
-    const double peak = double(top * scale);
-    if (peak > max) {
-      sum *= std::exp(max - peak);
-      max = peak;
+  template <typename Row>
+  void add(const Row& row, int64_t begin, int64_t end, F scale) {
+    using P = typename Row::P;
+    P top = splat<P>(-std::numeric_limits<F>::infinity());
+    for (int64_t k = begin; k < end; k += Row::N) top = max_(row(k), top);
+    F peak = top[0];
+    for (int i = 1; i < Row::N; i++) peak = std::max(peak, F(top[i]));
+    if (double(peak * scale) > max) {
+      sum *= std::exp(max - double(peak * scale));
+      max = double(peak * scale);
     }
     const F shift = F(max);
-    F part = 0;
-#pragma omp simd reduction(+ : part)
-    for (int i = 0; i < n; i++) part += exp_(x[i] * scale - shift);
-    sum += double(part);
+    P part = splat<P>(F(0));
+    for (int64_t k = begin; k < end; k += Row::N) part += exp_(row(k) * scale - shift);
+    sum += sum_of(part);
   }
   double log_sum() const { return max + std::log(sum); }
 };
@@ -169,131 +251,105 @@ struct Softmax {  // running maximum and sum of exp(x - maximum)
 }  // namespace
 
 extern "C" struct RowArguments {
-  const void* student;    // (rows, classes) logits
-  const void* teacher;    // the same, or null
+  void* student;          // (rows, classes) logits; overwritten where they have a scale or a cap
+  void* teacher;          // the same, or null
   void* grad;             // the same, or null: not wanted; may be the student's logits themselves
   const int64_t* labels;  // (rows,); a row whose label is not in 0..classes-1 gives zeros
-  double* ce;            // (rows,)
-  double* divergence;    // (rows,)
+  double* ce;             // (rows,)
+  double* divergence;     // (rows,)
   int64_t rows, classes, student_stride, teacher_stride, grad_stride;  // strides in elements
   double ce_weight, kd_weight, temperature, mix;  // gradient = ce_weight * dCE + kd_weight * dD/d(logits / T)
-  double student_scale, student_cap, teacher_scale, teacher_cap;  // logits = cap tanh(scale x / cap); cap 0: scale x
+  double student_scale, student_cap, teacher_scale, teacher_cap;
   int64_t kind, half_grad, threads;  // half_grad: the gradient is bfloat16
 };
 
 namespace {
 
-template <typename E, typename F>
-void load(const E* in, F* out, int n, F scale, F cap) {
-#pragma omp simd
-  for (int i = 0; i < n; i++) out[i] = as_compute(in[i]) * scale;
-  if (cap > 0) {
-    const F inverse = F(1) / cap;
-#pragma omp simd
-    for (int i = 0; i < n; i++) out[i] = cap * tanh_(out[i] * inverse);
-  }
-}
-
 template <typename E, typename G, typename F, Kind KIND>
 class RowKernel {
+  using Row = Logits<E, F>;
+  using P = typename Row::P;
+  static constexpr int N = Row::N;
+
  public:
   explicit RowKernel(const RowArguments& arguments)
       : a(arguments), inverse_t(F(1 / arguments.temperature)), mix(F(arguments.mix)),
+        student_form{F(arguments.student_scale), F(arguments.student_cap)},
+        teacher_form{F(arguments.teacher_scale), F(arguments.teacher_cap)},
         with_ce(arguments.ce_weight != 0), one_softmax(KIND == NONE || arguments.temperature == 1) {}
 
   void operator()(int64_t row) const {
-    const E* s = static_cast<const E*>(a.student) + row * a.student_stride;
+    E* own = static_cast<E*>(a.student) + row * a.student_stride;
+    E* other = KIND == NONE ? nullptr : static_cast<E*>(a.teacher) + row * a.teacher_stride;
     G* out = a.grad ? static_cast<G*>(a.grad) + row * a.grad_stride : nullptr;
-    const E* t = KIND == NONE ? nullptr : static_cast<const E*>(a.teacher) + row * a.teacher_stride;
     const int64_t label = a.labels[row];
     a.ce[row] = a.divergence[row] = 0;
     if (label < 0 || label >= a.classes) {  // ignored, or refused by the caller
       if (out) std::memset(out, 0, sizeof(G) * size_t(a.classes));
       return;
     }
-    Softmax<F> hard, soft, teacher;
-    F at_label = 0;
-    alignas(64) F xs[BLOCK], xt[BLOCK];
+    if (!student_form.plain()) student_form.apply(own, a.classes);
+    if (KIND != NONE && !teacher_form.plain()) teacher_form.apply(other, a.classes);
+    const Row s{own, a.classes}, t{other, a.classes};
+    Softmax<F> hard, soft, target;
     for (int64_t k = 0; k < a.classes; k += BLOCK) {
-      const int n = block(k);
-      load(s + k, xs, n, F(a.student_scale), F(a.student_cap));
-      if (label >= k && label < k + n) at_label = xs[label - k];
-      if (with_ce || one_softmax) hard.add(xs, n, F(1));
-      if (!one_softmax) soft.add(xs, n, inverse_t);
-      if constexpr (KIND != NONE) {
-        load(t + k, xt, n, F(a.teacher_scale), F(a.teacher_cap));
-        teacher.add(xt, n, inverse_t);
-      }
+      const int64_t end = std::min<int64_t>(k + BLOCK, a.classes);
+      if (with_ce || one_softmax) hard.add(s, k, end, F(1));
+      if (!one_softmax) soft.add(s, k, end, inverse_t);
+      if constexpr (KIND != NONE) target.add(t, k, end, inverse_t);
     }
-    if (with_ce) a.ce[row] = hard.log_sum() - double(at_label);
+    if (with_ce) a.ce[row] = hard.log_sum() - double(s(label / N * N)[label % N]);
     if (KIND == NONE && !out) return;
-    const Softmax<F>& student = one_softmax ? hard : soft;
+    const Pass pass{hard, one_softmax ? hard : soft, target, label};
     F centre = 0;
-    if constexpr (KIND != NONE && KIND != FORWARD_KL)
-      centre = F(pass(s, t, nullptr, label, hard, student, teacher, centre, true));
-    a.divergence[row] = pass(s, t, out, label, hard, student, teacher, centre, false);
+    if constexpr (KIND != NONE && KIND != FORWARD_KL) centre = F(run<true>(s, t, pass, centre, nullptr));
+    a.divergence[row] = run<false>(s, t, pass, centre, out);
   }
 
  private:
-  int block(int64_t start) const { return int(a.classes - start < BLOCK ? a.classes - start : BLOCK); }
+  struct Pass {
+    Softmax<F> hard, student, teacher;
+    int64_t label;
+  };
 
-  // With `centring` sum(p h), else the divergence; and the gradient where `out` is not null.
-  double pass(const E* s, const E* t, G* out, int64_t label, const Softmax<F>& hard, const Softmax<F>& student,
-              const Softmax<F>& teacher, F centre, bool centring) const {
-    alignas(64) F xs[BLOCK], xt[BLOCK], grad[BLOCK], values[BLOCK];
-    const F ms = F(student.max), mt = F(teacher.max), is = F(1 / student.sum), it = F(1 / teacher.sum);
-    const F mh = F(hard.max), ih = F(1 / hard.sum);
-    const F offset = KIND == NONE ? F(0) : F(student.log_sum() - teacher.log_sum());
+  // With CENTRING sum(p h), else the divergence; and the gradient where `out` is not null.
+  template <bool CENTRING>
+  double run(const Row& s, const Row& t, const Pass& pass, F centre, G* out) const {
+    const F ms = F(pass.student.max), mt = F(pass.teacher.max), mh = F(pass.hard.max);
+    const F is = F(1 / pass.student.sum), it = F(1 / pass.teacher.sum), ih = F(1 / pass.hard.sum);
+    const F offset = KIND == NONE ? F(0) : F(pass.student.log_sum() - pass.teacher.log_sum());
     const F ce_weight = F(a.ce_weight), kd_weight = F(a.kd_weight);
     const F shared_weight = KIND != NONE && one_softmax ? ce_weight : F(0);
+    const bool own_softmax = with_ce && (KIND == NONE || !one_softmax), plain = student_form.plain();
     double total = 0;
-    for (int64_t k = 0; k < a.classes; k += BLOCK) {
-      const int n = block(k);
-      load(s + k, xs, n, F(a.student_scale), F(a.student_cap));
-      if constexpr (KIND != NONE) {
-        load(t + k, xt, n, F(a.teacher_scale), F(a.teacher_cap));
-#pragma omp simd
-        for (int i = 0; i < n; i++) {
-          const F p = exp_(xs[i] * inverse_t - ms) * is, q = exp_(xt[i] * inverse_t - mt) * it;
-          F value, h;
-          element<KIND>(q, p, (xt[i] - xs[i]) * inverse_t + offset, mix, value, h);
-          values[i] = centring ? p * h : value;
-          grad[i] = kd_weight * (KIND == FORWARD_KL ? h : p * (h - centre)) + shared_weight * p;
+    for (int64_t begin = 0; begin < a.classes; begin += BLOCK) {
+      const int64_t end = std::min<int64_t>(begin + BLOCK, a.classes);
+      P part = splat<P>(F(0));
+      for (int64_t k = begin; k < end; k += N) {
+        const P x = s(k);
+        P grad = splat<P>(F(0));
+        if constexpr (KIND != NONE) {
+          const P y = t(k);
+          const P p = exp_(x * inverse_t - ms) * is, q = exp_(y * inverse_t - mt) * it;
+          P value, h;
+          compare<KIND>(q, p, (y - x) * inverse_t + offset, mix, value, h);
+          part += CENTRING ? p * h : value;
+          grad = kd_weight * (KIND == FORWARD_KL ? h : p * (h - centre)) + shared_weight * p;
         }
-        total += block_sum(values, n);
-      } else {
-        std::memset(grad, 0, sizeof(grad));
+        if (CENTRING || !out) continue;
+        if (own_softmax) grad += ce_weight * (exp_(x - mh) * ih);
+        if (pass.label >= k && pass.label < k + N) grad[pass.label - k] -= ce_weight;
+        if (!plain) grad *= student_form.slope(x);
+        store<F>(out, k, a.classes, grad);
       }
-      if (!out) continue;
-      if (with_ce && (KIND == NONE || !one_softmax)) {
-#pragma omp simd
-        for (int i = 0; i < n; i++) grad[i] += ce_weight * (exp_(xs[i] - mh) * ih);
-      }
-      if (label >= k && label < k + n) grad[label - k] -= ce_weight;
-      store(out + k, xs, grad, n);
+      total += sum_of(part);
     }
     return total;
   }
 
-  static double block_sum(const F* values, int n) {
-    F sum = 0;
-#pragma omp simd reduction(+ : sum)
-    for (int i = 0; i < n; i++) sum += values[i];
-    return double(sum);
-  }
-
-  void store(G* out, const F* logits, F* grad, int n) const {
-    const F scale = F(a.student_scale), cap = F(a.student_cap);
-    const F inverse = cap > 0 ? F(1) / cap : F(0);
-#pragma omp simd
-    for (int i = 0; i < n; i++) {
-      const F bend = logits[i] * inverse;
-      put(out[i], grad[i] * (scale * (F(1) - bend * bend)));
-    }
-  }
-
   const RowArguments& a;
   const F inverse_t, mix;
+  const Form<F> student_form, teacher_form;
   const bool with_ce, one_softmax;  // one_softmax: that of the cross-entropy serves the divergence too
 };
 
@@ -325,3 +381,22 @@ extern "C" int ddk_rows_float32(const RowArguments* a) {
 }
 extern "C" int ddk_rows_float64(const RowArguments* a) { return dispatch<double, double, double>(*a); }
 extern "C" int ddk_rows_bfloat16(const RowArguments* a) { return dispatch<bfloat16, bfloat16, float>(*a); }
+
+// out = scale * in + (keep ? out : 0), in one pass: torch makes a float32 copy of bfloat16 first.
+template <typename E, typename G>
+static void scaled(G* out, const E* in, int64_t n, float scale, bool keep, int threads) {
+  constexpr int64_t SPAN = 1 << 16;
+#pragma omp parallel for num_threads(threads)
+  for (int64_t begin = 0; begin < n; begin += SPAN) {
+    const int64_t end = std::min(begin + SPAN, n);
+    const Logits<E, float> x{in, end};
+    const Logits<G, float> old{out, end};
+    for (int64_t k = begin; k < end; k += x.N) store<float>(out, k, end, keep ? scale * x(k) + old(k) : scale * x(k));
+  }
+}
+extern "C" void ddk_add_bfloat16(float* out, const bfloat16* in, int64_t n, int64_t keep, int64_t threads) {
+  scaled(out, in, n, 1.f, keep, int(threads));
+}
+extern "C" void ddk_to_bfloat16(bfloat16* out, const float* in, int64_t n, double scale, int64_t threads) {
+  scaled(out, in, n, float(scale), false, int(threads));
+}

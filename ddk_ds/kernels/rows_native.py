@@ -23,7 +23,17 @@ from ddk_ds.kernels.options import Options
 
 _SOURCE = Path(__file__).with_name("rows.cpp")
 # No -ffast-math: NaN must show, and the exponential relies on the order of its operations.
-_FLAGS = ("-O3", "-march=native", "-std=c++17", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
+_FLAGS = (
+    "-O3",
+    "-march=native",
+    "-std=c++17",
+    "-fopenmp",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-Wno-psabi",
+    "-shared",
+    "-fPIC",
+)
 _ENTRY = {
     torch.float32: "ddk_rows_float32",
     torch.float64: "ddk_rows_float64",
@@ -86,6 +96,34 @@ def native_rows(
     )
     failed = getattr(library, _ENTRY[student.dtype])(ctypes.byref(arguments))
     assert not failed, f"rows.cpp does not know divergence {options.divergence}"
+
+
+def add_half(total: Tensor, part: Tensor, *, keep: bool) -> None:
+    """total = part + (total if keep), float32 and half precision, contiguous, on a CPU."""
+    library = load() if part.dtype == torch.bfloat16 and total.dtype == torch.float32 else None
+    if library is None:
+        total.add_(part) if keep else total.copy_(part)
+        return
+    assert total.is_contiguous() and part.is_contiguous() and total.shape == part.shape
+    library.ddk_add_bfloat16(*_span(total, part), ctypes.c_int64(keep), _threads())
+
+
+def scaled_half(grad: Tensor, scale: Tensor) -> Tensor | None:
+    """grad * scale rounded to bfloat16, or None where this CPU has no kernel for it."""
+    if grad.device.type != "cpu" or grad.dtype != torch.float32 or (library := load()) is None:
+        return None
+    out = torch.empty_like(grad, dtype=torch.bfloat16)
+    assert grad.is_contiguous() and out.is_contiguous()
+    library.ddk_to_bfloat16(*_span(out, grad), ctypes.c_double(float(scale)), _threads())
+    return out
+
+
+def _span(out: Tensor, given: Tensor) -> tuple[ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64]:
+    return ctypes.c_void_p(out.data_ptr()), ctypes.c_void_p(given.data_ptr()), ctypes.c_int64(out.numel())
+
+
+def _threads() -> ctypes.c_int64:
+    return ctypes.c_int64(torch.get_num_threads())
 
 
 @lru_cache(maxsize=1)

@@ -106,8 +106,8 @@ def test_logits_in_the_models_dtype_are_rounded() -> None:
 
 
 def test_chunks_are_chosen_by_vocabulary_and_device() -> None:
-    assert default_chunk_tokens(32_000, "cpu") == 256
-    assert default_chunk_tokens(151_936, "cpu") == 128
+    assert default_chunk_tokens(32_000, "cpu") == 512
+    assert default_chunk_tokens(151_936, "cpu") == 512
     # Both models' float32 logits of a chunk and the bf16 gradients of a group of chunks stay under 1.3 GB.
     for vocab_size in (32_000, 50_257, 151_936, 262_144):
         assert (2 * 4 + 4 * 2) * vocab_size * default_chunk_tokens(vocab_size, "cuda") < 1.3e9
