@@ -21,19 +21,9 @@ from torch import Tensor
 from ddk_ds.kernels.divergences import KIND, teacher_weight
 from ddk_ds.kernels.options import Options
 
-_SOURCE = Path(__file__).with_name("rows.cpp")
+_SOURCES = [Path(__file__).with_name(name) for name in ("rows.cpp", "lanes.h")]
 # No -ffast-math: NaN must show, and the exponential relies on the order of its operations.
-_FLAGS = (
-    "-O3",
-    "-march=native",
-    "-std=c++17",
-    "-fopenmp",
-    "-fno-math-errno",
-    "-fno-trapping-math",
-    "-Wno-psabi",
-    "-shared",
-    "-fPIC",
-)
+_FLAGS = ("-O3", "-march=native", "-std=c++17", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi")
 _ENTRY = {
     torch.float32: "ddk_rows_float32",
     torch.float64: "ddk_rows_float64",
@@ -151,7 +141,7 @@ def _compile(compiler: str, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     # Every rank may come here at once: each writes its own file, and the rename is atomic.
     partial = path.with_suffix(f".{platform.node()}.{os.getpid()}.partial")
-    command = [compiler, *_FLAGS, str(_SOURCE), "-o", str(partial)]
+    command = [compiler, *_FLAGS, "-shared", "-fPIC", str(_SOURCES[0]), "-o", str(partial)]
     subprocess.run(command, check=True, capture_output=True, text=True, timeout=300)
     partial.replace(path)
 
@@ -160,7 +150,8 @@ def _key(compiler: str) -> str:
     """What the binary depends on: source, flags, compiler, processor (a home directory may serve several kinds)."""
     version = subprocess.run([compiler, "--version"], check=True, capture_output=True, text=True, timeout=60).stdout
     digest = hashlib.sha256("\n".join([*_FLAGS, compiler, version, platform.machine(), _processor()]).encode())
-    digest.update(_SOURCE.read_bytes())
+    for source in _SOURCES:
+        digest.update(source.read_bytes())
     return digest.hexdigest()[:16]
 
 

@@ -55,8 +55,8 @@ def test_the_weights_gradient_may_go_to_a_buffer(dtype: torch.dtype) -> None:
     for _ in range(2):  # two micro-batches
         moved.run(weight_grad_buffer=buffer).loss.backward()
     assert case.student_weight.grad is None
-    # Never rounded to the weight's dtype.
-    assert error((buffer - 0.5) / 2, expected[1]) < 1e-5
+    # In float32 over micro-batches and chunks, though a matmul's factors may have been rounded.
+    assert error((buffer - 0.5) / 2, expected[1]) < (1e-5 if dtype == torch.float32 else 5e-3)
 
 
 def test_rows_may_be_left_out() -> None:
