@@ -1,0 +1,112 @@
+"""The GPU suite without a GPU: its profile on tiny models, and that one part's failure does not stop the others."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from ddk_ds.data.tokenizer import load_tokenizer
+from ddk_ds.engine.profile import FULL, QUICK, profile_step, step_flops, utilisation
+from tools import gpu_suite
+from tools.gpu_suite import Bench, PartFailed, PartSkipped, run_part, save_byte_tokenizer
+
+
+@pytest.fixture
+def bench(tmp_path: Path) -> Bench:
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    return Bench("part", tmp_path, scratch, "cpu", quick=True)
+
+
+def test_profile_of_tiny_models() -> None:
+    found = profile_step(replace(QUICK, steps=2, warm_up_steps=1), torch.device("cpu"))
+    assert list(found["ms"]) == ["teacher_forward", "student_forward", "head", "backward", "optimizer"]
+    assert all(value > 0 for value in found["ms"].values())
+    assert found["step_ms"] >= max(found["ms"].values())
+    assert found["tokens"] == 128
+    assert found["tokens_per_s"] == pytest.approx(128 / found["step_ms"] * 1e3)
+    assert found["loss"][-1] < found["loss"][0]  # the same batch again: it learns
+    assert found["mfu"] is None
+    json.dumps(found)
+
+
+def test_flops_are_those_of_the_matmuls() -> None:
+    flops = step_flops(FULL)
+    teacher_layers, student_layers = 1.31e9, 0.358e9  # parameters without embeddings
+    assert flops["teacher_forward"] == pytest.approx(2 * 8192 * teacher_layers, rel=0.07)  # attention on top
+    assert flops["student_forward"] == pytest.approx(2 * 8192 * student_layers, rel=0.13)
+    assert flops["backward"] == 2 * flops["student_forward"]
+    assert flops["head"] == 2 * 8192 * 151936 * (1536 + 3 * 896)
+    assert utilisation(989e12, 2.0, "NVIDIA H100 80GB HBM3") == 0.5
+    assert utilisation(756e12, 1.0, "NVIDIA H100 PCIe") == 1.0
+    assert utilisation(1.0, 1.0, "cpu") is None
+
+
+def test_a_byte_tokenizer_of_any_size(tmp_path: Path) -> None:
+    save_byte_tokenizer(1000, tmp_path / "tokenizer")
+    info = load_tokenizer(tmp_path / "tokenizer")
+    assert info.vocab_size == 1000
+    assert info.eos_token_id == 0
+    assert len(info.tokenizer.encode("<|endoftext|> is text").ids) == len("<|endoftext|> is text")
+
+
+def test_a_command_fails_with_its_last_line(bench: Bench) -> None:
+    def work(bench: Bench) -> dict[str, Any]:
+        bench.run(sys.executable, "-c", "raise SystemExit('out of memory')")
+        return {}
+
+    found = run_part(work, bench, 60.0)
+    assert found["status"] == "failed"
+    assert "out of memory; see" in found["error"]
+    assert "out of memory" in (bench.out / "part.log").read_text()
+
+
+def test_a_command_ends_at_the_time_limit(bench: Bench) -> None:
+    def work(bench: Bench) -> dict[str, Any]:
+        bench.run(sys.executable, "-c", "import time; time.sleep(60)")
+        return {}
+
+    found = run_part(work, bench, 0.5)
+    assert "ran past the part's time limit" in found["error"]
+    assert found["seconds"] < 30
+
+
+def test_every_part_runs_and_is_recorded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fails(_: Bench) -> dict[str, Any]:
+        raise PartFailed("2 tests failed")
+
+    def breaks(_: Bench) -> dict[str, Any]:
+        raise ZeroDivisionError("by zero")
+
+    def absent(_: Bench) -> dict[str, Any]:
+        raise PartSkipped("deepspeed is not installed")
+
+    def works(_: Bench) -> dict[str, Any]:
+        return {"tests": 3, "skipped": 1}
+
+    parts = {"a": (fails, 1.0), "b": (breaks, 1.0), "c": (absent, 1.0), "d": (works, 1.0)}
+    monkeypatch.setattr(gpu_suite, "PARTS", parts)
+    assert gpu_suite.main(["--device", "cpu", "--quick", "--out", str(tmp_path)]) == 1
+    found = json.loads((tmp_path / "gpu_suite.json").read_text())
+    assert [part["status"] for part in found["parts"].values()] == ["failed", "failed", "skipped", "passed"]
+    assert found["parts"]["b"]["error"] == "ZeroDivisionError: by zero"
+    assert torch.__version__.startswith(found["torch"])
+    shown = capsys.readouterr().out
+    assert "2 tests failed" in shown
+    assert "3 tests, 1 of them skipped" in shown
+    monkeypatch.setattr(gpu_suite, "PARTS", {"d": (works, 1.0)})
+    assert gpu_suite.main(["--device", "cpu", "--quick", "--out", str(tmp_path)]) == 0
+
+
+def test_full_size_is_refused_on_a_cpu(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit):
+        gpu_suite.main(["--device", "cpu", "--out", str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()
