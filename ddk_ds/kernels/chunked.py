@@ -8,6 +8,8 @@ the parameter's dtype.
 
 from __future__ import annotations
 
+import math
+import threading
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -122,6 +124,27 @@ def _zeros(call: Call, options: Options) -> Sums:
     )
 
 
+_kept = threading.local()
+
+
+def _workspace(use: str, shape: tuple[int, ...], dtype: torch.dtype, like: Tensor) -> Tensor:
+    """Uninitialised memory; on a CPU the same at the thread's next call, while it is large enough.
+
+    torch's allocator for CUDA does so by itself. On a CPU memory of this size is mapped anew at every call, and the
+    page faults of a float32 chunk cost more than its row kernel.
+    """
+    if like.device.type != "cpu":
+        return like.new_empty(shape, dtype=dtype)
+    num_bytes = math.prod(shape) * dtype.itemsize
+    memory = getattr(_kept, use, None)
+    if memory is None or len(memory) < num_bytes:
+        memory = None  # the old one goes before the new one comes
+        setattr(_kept, use, None)
+        memory = torch.empty(num_bytes, dtype=torch.uint8)
+        setattr(_kept, use, memory)
+    return memory[:num_bytes].view(dtype).view(shape)
+
+
 class _Loop:
     """What the chunks share: heads, buffers, the row kernel, and the sums they add to."""
 
@@ -137,7 +160,7 @@ class _Loop:
         self.num_rows = len(hidden) if call.valid_rows is None else len(call.valid_rows)
         columns = -(-vocab_size // _ALIGN) * _ALIGN
         chunk = max(1, min(options.chunk_tokens, self.num_rows))
-        self.buffer = hidden.new_empty(1 if self.teacher is None else 2, chunk, columns, dtype=dtype)
+        self.buffer = _workspace("logits", (1 if self.teacher is None else 2, chunk, columns), dtype, hidden)
         # torch's bf16 matmul on a CPU reads past a row's end and multiplies by zero: no NaN may lie there.
         self.buffer[..., vocab_size:] = 0
         self.hidden: dict[int, Tensor] = {}
@@ -147,7 +170,8 @@ class _Loop:
         self.grads: Tensor | None = None
         if any(call.needs) and self.student.grad_dtype != dtype:
             rows = min(GROUP_CHUNKS * chunk, max(1, self.num_rows))
-            self.grads = hidden.new_zeros(rows, columns, dtype=self.student.grad_dtype)
+            self.grads = _workspace("grads", (rows, columns), self.student.grad_dtype, hidden)
+            self.grads[:, vocab_size:] = 0
 
     def chunk(self, start: int, stop: int) -> None:
         """Rows start..stop-1 of the tokens, or of `valid_rows`."""
