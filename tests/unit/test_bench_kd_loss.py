@@ -1,0 +1,126 @@
+"""The benchmark of the distillation head: its float64 truth, its peers' conventions, and what it writes."""
+
+from __future__ import annotations
+
+import json
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+import torch
+
+from ddk_ds.kernels.reference import reference_kd_loss
+from tools import bench_kd_loss, kd_peers
+from tools.kd_peers import IMPLEMENTATIONS, Case, Problem
+
+CASE_KEYS = {
+    *("impl", "device", "dtype", "n", "vocab", "hidden", "time_s", "wall_s", "peak_bytes"),
+    *("time_over_floor", "time_over_naive", "loss_error", "grad_error", "note"),
+}
+NEAR_KEYS = {"impl", "device", "dtype", "n", "vocab", "hidden", "kl", "loss_error", "grad_error", "note"}
+LOSSES = [name for name in IMPLEMENTATIONS if name not in ("floor_whole", "floor_chunked", "liger_compiled")]
+
+
+def problem(gamma: float, temperature: float) -> Problem:
+    return kd_peers.make_problem(Case(40, 300, 24, 36, "float32"), "cpu", gamma, temperature)
+
+
+@pytest.mark.parametrize(("gamma", "temperature", "ce_weight"), [(0.5, 1.0, 1.0), (0.7, 2.0, 1.0), (1.0, 1.0, 0.0)])
+def test_truth_is_the_reference(
+    gamma: float, temperature: float, ce_weight: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kd_peers, "_TRUTH_ELEMENTS", 300 * 16)  # several chunks
+    given = problem(gamma, temperature)
+    given = kd_peers.Problem(**{**vars(given), "ce_weight": ce_weight})
+    leaves = [tensor.double().requires_grad_() for tensor in (given.student_hidden, given.student_weight)]
+    expected = reference_kd_loss(
+        *leaves,
+        given.teacher_hidden,
+        given.teacher_weight,
+        given.labels,
+        num_valid=torch.tensor(40),
+        vocab_size=300,
+        gamma=gamma,
+        temperature=temperature,
+        ce_weight=ce_weight,
+    )
+    target = kd_peers.truth(given)
+    assert target.loss == pytest.approx(expected.loss.item(), rel=1e-12)
+    assert target.kl == pytest.approx(expected.kl.item(), rel=1e-12)
+    for grad, true in zip(target[3:], torch.autograd.grad(expected.loss, leaves), strict=True):
+        torch.testing.assert_close(grad, true, rtol=1e-10, atol=1e-14)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize(("gamma", "temperature"), [(0.5, 1.0), (0.7, 2.0)])
+def test_every_implementation_computes_the_same_loss(name: str, gamma: float, temperature: float) -> None:
+    given, one = problem(gamma, temperature), IMPLEMENTATIONS[name]
+    try:
+        result = one.run(given)
+    except ImportError as error:
+        pytest.skip(f"{name} is not installed: {error}")
+    loss_error, grad_error = kd_peers.errors(result, kd_peers.truth(given), one, given.kd_weight)
+    assert loss_error < 1e-6
+    assert grad_error < 2e-6
+
+
+def test_cases(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    absent = kd_peers.Implementation(lambda given: __import__("no_such_package"))
+    monkeypatch.setitem(IMPLEMENTATIONS, "liger", absent)
+    names = ["--only", "floor", "--only", "ours", "--only", "liger"]
+    path = tmp_path / "bench.json"
+    arguments = ["--case", "64,300,32,48", *names, "--repeats", "1", "--device", "cpu", "--json", str(path)]
+    assert bench_kd_loss.main(arguments) == 0
+    report = json.loads(path.read_text())
+    assert {"device", "cpu_flags", "versions", "cases"} <= report.keys()
+    assert report["versions"]["torch"] == version("torch")
+    rows = {row["impl"]: row for row in report["cases"]}
+    assert list(rows) == ["floor", "ours", "liger"]
+    assert all(row.keys() == CASE_KEYS for row in rows.values())
+    ours = rows["ours"]
+    assert (ours["n"], ours["vocab"], ours["hidden"], ours["dtype"]) == (64, 300, [32, 48], "float32")
+    assert ours["loss_error"] < 1e-6
+    assert ours["grad_error"] < 2e-6
+    assert ours["time_s"] > 0
+    assert ours["time_over_floor"] == pytest.approx(ours["time_s"] / rows["floor"]["time_s"])
+    # Both logits of 64 tokens in float32, and not much more.
+    assert 0 <= ours["peak_bytes"] < 8 << 20
+    assert rows["liger"]["note"] == "not installed: No module named 'no_such_package'"
+    assert rows["liger"]["time_s"] is None
+
+
+def test_near_the_teacher(tmp_path: Path) -> None:
+    path = tmp_path / "near.json"
+    case = ["--case", "64,300,32,32,bfloat16", "--only", "ours", "--only", "naive", "--device", "cpu"]
+    assert bench_kd_loss.main(["--near-teacher", *case, "--json", str(path)]) == 0
+    rows = json.loads(path.read_text())["near_teacher"]
+    assert all(row.keys() == NEAR_KEYS for row in rows)
+    ours = [row for row in rows if row["impl"] == "ours"]
+    assert len(ours) == 9
+    assert max(row["grad_error"] for row in ours) < 5e-3
+    assert max(row["loss_error"] for row in ours) < 1e-4
+    assert ours[-1]["kl"] < 2e-4 < 1 < ours[0]["kl"]
+    assert next(row for row in rows[::-1] if row["impl"] == "naive")["grad_error"] > 0.1  # bf16 logits are not enough
+
+
+def test_picture(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    path = tmp_path / "near.png"
+    case = ["--case", "16,300,32,32,bfloat16", "--only", "ours", "--device", "cpu"]
+    assert bench_kd_loss.main(["--near-teacher", *case, "--picture", str(path)]) == 0
+    assert path.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--case", "64,300,32"],
+        ["--case", "64,300,32,48,int8"],
+        ["--case", "64,300,0,48"],
+        ["--near-teacher", "--case", "64,300,32,48"],
+        ["--near-teacher", "--only", "floor"],
+    ],
+)
+def test_wrong_arguments_are_one_line(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert bench_kd_loss.main(arguments) == 2
+    assert capsys.readouterr().err.startswith("error: --")

@@ -1,0 +1,298 @@
+"""The distillation losses that `bench_kd_loss.py` compares, and the float64 truth that they are held against.
+
+Every implementation turns a `Problem` into its loss and the gradients of the student's hidden states and head weight.
+Other projects' losses are called through their own public classes, with weights that make their loss equal ours.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from ddk_ds.errors import ConfigError
+from ddk_ds.kernels import default_chunk_tokens, linear_kd_loss
+from ddk_ds.kernels.reference import reference_logits
+
+DTYPES = ("float32", "bfloat16", "float16")
+# Standard deviation of the logits: two unrelated models of CASE_STD are about 2 nats apart, as at the start of a
+# distillation; NEAR_STD is that of trained models.
+CASE_STD, NEAR_STD = 1.5, 3.0
+# Float64 logits of one chunk of the truth.
+_TRUTH_ELEMENTS = 1 << 25
+
+
+class Case(NamedTuple):
+    """n tokens, V tokens of vocabulary, hidden sizes Hs and Ht of student and teacher; dtype of all four tensors."""
+
+    n: int
+    vocab: int
+    student: int
+    teacher: int
+    dtype: str
+
+
+CASES = {
+    "cpu": [
+        Case(*shape, dtype) for shape in ((2048, 32_000, 576, 1024), (512, 151_936, 256, 640)) for dtype in DTYPES[:2]
+    ],
+    "cuda": [Case(*shape, 2048, 5120, "bfloat16") for shape in ((8192, 151_936), (8192, 32_000), (4096, 262_144))],
+}
+NEAR_CASE = Case(512, 32_000, 576, 576, "bfloat16")
+
+
+def parse_case(text: str, device: str) -> Case:
+    """n,V,Hs,Ht[,dtype]; raises ConfigError where `text` is no case."""
+    sizes, dtype = text.split(",")[:4], ",".join(text.split(",")[4:]) or ("bfloat16" if device == "cuda" else "float32")
+    if len(sizes) != 4 or not all(size.isdecimal() and int(size) for size in sizes) or dtype not in DTYPES:
+        raise ConfigError(f"--case is {text!r}: give n,V,Hs,Ht[,dtype], dtype one of {', '.join(DTYPES)}")
+    n, vocab, student, teacher = map(int, sizes)
+    return Case(n, vocab, student, teacher, dtype)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """loss = ce_weight * CE + gamma * T^2 * KL(teacher || student), means over n tokens, none of them ignored."""
+
+    student_hidden: Tensor  # (n, Hs)
+    student_weight: Tensor  # (V, Hs)
+    teacher_hidden: Tensor  # (n, Ht)
+    teacher_weight: Tensor  # (V, Ht)
+    labels: Tensor  # (n,) int64
+    ce_weight: float
+    gamma: float
+    temperature: float
+
+    @property
+    def kd_weight(self) -> float:
+        """What KL(teacher || student) at temperature T is multiplied by."""
+        return self.gamma * self.temperature**2
+
+    def leaves(self) -> tuple[Tensor, Tensor]:
+        """The student's hidden states and weight, requiring gradients."""
+        return self.student_hidden.detach().requires_grad_(), self.student_weight.detach().requires_grad_()
+
+
+class Result(NamedTuple):
+    """What an implementation returns: a float64 scalar and gradients of the shapes (n, Hs) and (V, Hs)."""
+
+    loss: Tensor
+    hidden_grad: Tensor
+    weight_grad: Tensor
+
+
+class Truth(NamedTuple):
+    """In float64; kl and entropy (the teacher's, at temperature T) are means over tokens, in nats."""
+
+    loss: float
+    kl: float
+    entropy: float
+    hidden_grad: Tensor
+    weight_grad: Tensor
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """One way to compute the loss and its gradients."""
+
+    run: Callable[[Problem], Result]
+    note: str = ""
+    half_only: bool = False
+    """Whether it differs from another one only for half precision."""
+    with_entropy: bool = False
+    """Whether its loss has kd_weight * the teacher's entropy in it: a constant, but part of the value."""
+
+
+def make_problem(case: Case, device: str, gamma: float, temperature: float) -> Problem:
+    """Two unrelated models."""
+    draw = _Draw(case, device)
+    student, teacher = draw.model(case.student, CASE_STD), draw.model(case.teacher, CASE_STD)
+    return Problem(*student, *teacher, draw.labels(), 1.0, gamma, temperature)
+
+
+def make_near_problem(case: Case, device: str, kl: float) -> Problem:
+    """A student about `kl` nats from its teacher, by a step in the hidden states; one head, and the KL alone."""
+    draw = _Draw(case, device)
+    teacher, weight = draw.model(case.teacher, NEAR_STD)
+    # Logits that differ by a normal of variance s^2 are s^2 / 2 nats apart.
+    step = draw.normal(case.n, case.student, std=math.sqrt(2 * kl) / NEAR_STD)
+    student = (teacher.float() + step.float()).to(teacher.dtype)
+    return Problem(student, weight, teacher, weight, draw.labels(), 0.0, 1.0, 1.0)
+
+
+class _Draw:
+    """Random tensors, the same at every call on one kind of device."""
+
+    def __init__(self, case: Case, device: str) -> None:
+        self.case, self.device = case, device
+        self.generator = torch.Generator(device).manual_seed(0)
+
+    def normal(self, *shape: int, std: float = 1.0) -> Tensor:
+        numbers = torch.randn(shape, generator=self.generator, device=self.device).mul_(std)
+        return numbers.to(getattr(torch, self.case.dtype))
+
+    def model(self, size: int, logits_std: float) -> tuple[Tensor, Tensor]:
+        """Hidden states (n, size) and head weight (V, size)."""
+        return self.normal(self.case.n, size), self.normal(self.case.vocab, size, std=logits_std / math.sqrt(size))
+
+    def labels(self) -> Tensor:
+        return torch.randint(self.case.vocab, (self.case.n,), generator=self.generator, device=self.device)
+
+
+@torch.no_grad()
+def truth(problem: Problem) -> Truth:
+    """By the definition, from the inputs as they are rounded, a chunk of tokens at a time."""
+    hidden, vocab, t = problem.student_hidden, len(problem.student_weight), problem.temperature
+    weight, teacher_weight = problem.student_weight.double(), problem.teacher_weight.double()
+    ce, kl, entropy = (torch.zeros((), dtype=torch.float64, device=hidden.device) for _ in range(3))
+    hidden_grad, weight_grad = torch.zeros_like(hidden, dtype=torch.float64), torch.zeros_like(weight)
+    for rows in torch.arange(len(hidden), device=hidden.device).split(max(16, _TRUTH_ELEMENTS // vocab)):
+        student = reference_logits(hidden[rows], weight, None, vocab)
+        labels = problem.labels[rows, None]
+        log_h = student.log_softmax(-1)
+        ce -= log_h.gather(1, labels).sum()
+        grad = log_h.exp_().scatter_add_(1, labels, -torch.ones_like(log_h[:, :1])).mul_(problem.ce_weight)
+        log_p = student.div_(t).log_softmax(-1)
+        log_q = reference_logits(problem.teacher_hidden[rows], teacher_weight, None, vocab).div_(t).log_softmax(-1)
+        q = log_q.exp()
+        entropy -= (q * log_q).sum()
+        kl += (q * log_q.sub_(log_p)).sum()
+        grad.add_(log_p.exp_().sub_(q), alpha=problem.kd_weight / t)
+        hidden_grad[rows] = grad @ weight
+        weight_grad.addmm_(grad.t(), hidden[rows].double())
+    count = len(hidden)
+    loss = (problem.ce_weight * ce + problem.kd_weight * kl).item() / count
+    return Truth(loss, kl.item() / count, entropy.item() / count, hidden_grad.div_(count), weight_grad.div_(count))
+
+
+def errors(result: Result, target: Truth, implementation: Implementation, kd_weight: float) -> tuple[float, float]:
+    """Relative errors of the loss and of the gradients (by their norms; the worse of the two)."""
+    loss = result.loss.item() - (kd_weight * target.entropy if implementation.with_entropy else 0.0)
+    pairs = ((result.hidden_grad, target.hidden_grad), (result.weight_grad, target.weight_grad))
+    worst = max(((grad.double() - true).norm() / true.norm()).item() for grad, true in pairs)
+    return abs(loss - target.loss) / abs(target.loss), worst
+
+
+def _differentiated(loss: Tensor, leaves: tuple[Tensor, Tensor]) -> Result:
+    hidden_grad, weight_grad = torch.autograd.grad(loss, leaves)
+    return Result(loss.detach().double(), hidden_grad, weight_grad)
+
+
+@torch.no_grad()
+def _floor(problem: Problem, *, chunked: bool) -> Result:
+    """The four matmuls alone, in the model's dtype; what they return is no gradient."""
+    hidden, weight = problem.student_hidden, problem.student_weight
+    num_tokens, vocab = len(hidden), len(weight)
+    chunk = min(num_tokens, default_chunk_tokens(vocab, hidden.device.type)) if chunked else num_tokens
+    # Tensor cores give float32 sums of half-precision products: what a loss on CUDA has to ask for.
+    mixed = hidden.is_cuda and hidden.dtype.itemsize == 2 and "dtype_out" in torch.ops.aten.addmm.overloads()
+    sums = torch.float32 if mixed else weight.dtype
+    out: dict[str, Any] = {"out_dtype": torch.float32} if mixed else {}
+    logits = hidden.new_empty(2, chunk, vocab, dtype=sums)
+    hidden_grad, weight_grad = torch.empty_like(hidden), torch.empty_like(weight, dtype=sums)
+    for start in range(0, num_tokens, chunk):
+        part, teacher = hidden[start : start + chunk], problem.teacher_hidden[start : start + chunk]
+        rows = logits[:, : len(part)]
+        torch.mm(part, weight.t(), out=rows[0], **out)
+        torch.mm(teacher, problem.teacher_weight.t(), out=rows[1], **out)
+        # A gradient in the model's dtype takes the place of the logits; here whatever lies there.
+        grad = rows[0].view(weight.dtype)[:, :vocab]
+        torch.mm(grad, weight, out=hidden_grad[start : start + chunk])
+        if start == 0:
+            torch.mm(grad.t(), part, out=weight_grad, **out)
+        else:
+            torch.addmm(weight_grad, grad.t(), part, out=weight_grad, **out)
+    return Result(torch.zeros((), dtype=torch.float64), hidden_grad, weight_grad)
+
+
+def _naive(problem: Problem) -> Result:
+    """Full logits, torch's two losses on them in float32."""
+    leaves, t = problem.leaves(), problem.temperature
+    student = (leaves[0] @ leaves[1].t()).float()
+    teacher = (problem.teacher_hidden @ problem.teacher_weight.t()).float()
+    log_p, log_q = (functional.log_softmax(logits if t == 1 else logits / t, -1) for logits in (student, teacher))
+    loss = problem.kd_weight * functional.kl_div(log_p, log_q, reduction="batchmean", log_target=True)
+    if problem.ce_weight:
+        loss = loss + problem.ce_weight * functional.cross_entropy(student, problem.labels)
+    return _differentiated(loss, leaves)
+
+
+def _ours(problem: Problem, **options: Any) -> Result:
+    leaves = problem.leaves()
+    loss = linear_kd_loss(
+        *leaves,
+        problem.teacher_hidden,
+        problem.teacher_weight,
+        problem.labels,
+        num_valid=torch.full((), len(problem.labels), device=problem.labels.device),
+        vocab_size=len(problem.student_weight),
+        gamma=problem.gamma,
+        temperature=problem.temperature,
+        ce_weight=problem.ce_weight,
+        **options,
+    ).loss
+    return _differentiated(loss, leaves)
+
+
+def _liger(problem: Problem, *, compiled: bool) -> Result:
+    """Its beta = 0 is KL(teacher || student), a mean over tokens; it does not multiply by T^2."""
+    leaves = problem.leaves()
+    loss = importlib.import_module("liger_kernel.chunked_loss").LigerFusedLinearJSDLoss(
+        weight_hard_loss=problem.ce_weight,
+        weight_soft_loss=problem.kd_weight,
+        beta=0.0,
+        temperature=problem.temperature,
+        compiled=compiled,
+    )
+    return _differentiated(loss(*leaves, problem.teacher_hidden, problem.teacher_weight, problem.labels), leaves)
+
+
+def _trl(problem: Problem) -> Result:
+    """Its beta = 0 is KL(teacher || student) by token; its distillation has no CE, which its log-probabilities give."""
+    divergence = importlib.import_module("trl.kernels.chunked_divergence")
+    log_prob = importlib.import_module("trl.kernels.chunked_logprob")
+    leaves, teacher = problem.leaves(), (problem.teacher_hidden, problem.teacher_weight)
+    kl, _ = divergence.ChunkedDivergenceFunction.apply(*leaves, None, *teacher, None, 0.0, problem.temperature)
+    loss = problem.kd_weight * kl.mean()
+    if problem.ce_weight:
+        tile = divergence.VOCAB_CHUNK_SIZE
+        arguments = (*leaves, None, problem.labels, 1.0, tile, None, 1.0, ())
+        loss = loss - problem.ce_weight * log_prob.ChunkedLogProbFunction.apply(*arguments)[0].mean()
+    return _differentiated(loss, leaves)
+
+
+def _torchtune(problem: Problem) -> Result:
+    """Its KL leaves out the teacher's entropy; it takes lists of chunks of logits (1, n / 8, V) and has no T."""
+    losses = importlib.import_module("torchtune.modules.loss")
+    kl, ce = losses.ForwardKLWithChunkedOutputLoss(), losses.CEWithChunkedOutputLoss()
+    leaves, t = problem.leaves(), problem.temperature
+    student = [part @ leaves[1].t() for part in leaves[0][None].chunk(kl.num_output_chunks, 1)]
+    teacher = [part @ problem.teacher_weight.t() for part in problem.teacher_hidden[None].chunk(len(student), 1)]
+    labels = problem.labels[None]
+    pair = (student, teacher) if t == 1 else ([part / t for part in parts] for parts in (student, teacher))
+    loss = problem.kd_weight * kl(*pair, labels)
+    if problem.ce_weight:
+        loss = loss + problem.ce_weight * ce(student, labels)
+    return _differentiated(loss, leaves)
+
+
+IMPLEMENTATIONS = {
+    "floor_whole": Implementation(partial(_floor, chunked=False), "matmuls alone, whole"),
+    "floor_chunked": Implementation(partial(_floor, chunked=True), "matmuls alone, in chunks"),
+    "naive": Implementation(_naive, "full logits"),
+    "ours": Implementation(_ours, "float32 logits"),
+    "ours_model_dtype": Implementation(partial(_ours, logits_dtype="model"), "logits rounded", half_only=True),
+    "ours_eager": Implementation(partial(_ours, engine="eager"), "float32 logits, plain torch"),
+    "liger": Implementation(partial(_liger, compiled=False), "1024 tokens at a time"),
+    "liger_compiled": Implementation(partial(_liger, compiled=True), "1024 tokens at a time"),
+    "trl": Implementation(_trl, "two calls: KL, CE"),
+    "torchtune": Implementation(_torchtune, "8 chunks of logits, all kept", with_entropy=True),
+}
+PACKAGES = ("ddk-ds", "torch", "triton", "numpy", "liger-kernel", "trl", "torchtune", "torchao", "transformers")
