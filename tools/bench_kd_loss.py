@@ -1,7 +1,6 @@
 """Time, memory and error of the distillation head, beside other projects' losses and the bare matmuls.
 
-    python tools/bench_kd_loss.py --json bench.json --picture bench.png
-    python tools/bench_kd_loss.py --case 4096,50257,768,1600 --only ours --only liger
+    python tools/bench_kd_loss.py [--case 4096,50257,768,1600] --json bench.json --picture bench.png
     python tools/bench_kd_loss.py --near-teacher --json near.json --picture near.png
 
 What is computed: CE + gamma * T^2 * KL(teacher || student) from hidden states, and its gradients to the student's
@@ -28,7 +27,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `python tools/...` puts tools/ there, not its parent
 
@@ -95,9 +94,8 @@ def _run(options: argparse.Namespace) -> int:
     if options.json:
         write_text(options.json, json.dumps({**_about(options), key: rows}, indent=1) + "\n")
     if options.picture:
-        importlib.import_module("matplotlib").use("Agg")
-        plt = importlib.import_module("matplotlib.pyplot")
-        (_draw_near if options.near_teacher else _draw_cases)(rows, plt).savefig(options.picture, dpi=150)
+        draw = _draw_near if options.near_teacher else _draw_cases
+        draw(rows, importlib.import_module("matplotlib.pyplot")).savefig(options.picture, dpi=150)
     faults = [fault for row in rows if row["impl"].startswith("ours") for fault in _faults(row)]
     print("".join(f"error: {fault}\n" for fault in faults), end="", file=sys.stderr)
     return 1 if faults else 0
@@ -111,8 +109,8 @@ def _faults(row: Row) -> list[str]:
 
 
 def _about(options: argparse.Namespace) -> Row:
-    lines = [line.partition(":") for line in Path("/proc/cpuinfo").read_text().splitlines()]
-    cpu = {key.strip(): value.strip() for key, _, value in lines}
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    cpu = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
     installed = {found.name.replace("_", "-").lower(): found.version for found in distributions()}
     return {
         "device": torch.cuda.get_device_name() if options.device == "cuda" else cpu.get("model name", "CPU"),
@@ -140,12 +138,10 @@ def measure(case: Case, options: argparse.Namespace) -> list[Row]:
         row["note"] += f"; peak memory: {fault}" if fault else ""
     for row in floors[:1]:
         row |= {"impl": "floor", "loss_error": None, "grad_error": None}
-    by_name = {row["impl"]: row["time_s"] for row in rows}
-    for row in rows:
-        for base in ("floor", "naive"):
-            if row["time_s"] and by_name.get(base):
-                row[f"time_over_{base}"] = row["time_s"] / by_name[base]
-    table = Table("", *COLUMNS)
+    bases = {row["impl"]: row["time_s"] for row in rows if row["impl"] in ("floor", "naive") and row["time_s"]}
+    for row in (row for row in rows if row["time_s"]):
+        row |= {f"time_over_{base}": row["time_s"] / seconds for base, seconds in bases.items()}
+    table = Table(Column(no_wrap=True), *COLUMNS)
     for row in rows:
         cells = (_text(row[key] and row[key] / unit, form) for key, unit, form in COLUMNS.values())
         table.add_row(row["impl"], *cells)
@@ -223,26 +219,34 @@ def _peak_in_child(name: str, case: Case, options: argparse.Namespace) -> int:
 
 
 def _peak_bytes(name: str, case: Case, options: argparse.Namespace) -> int:
-    """Peak memory of a call over its inputs and the two gradients; a first call loads and compiles, and is not seen."""
+    """Peak memory of a second call over inputs and the two gradients; what the first one kept for it counts."""
     torch.set_num_threads(options.threads)
     run, cuda = IMPLEMENTATIONS[name].run, options.device == "cuda"
-    problem = kd_peers.make_problem(case, options.device, options.gamma, options.temperature)
+    shapes = (case._replace(n=16, vocab=min(case.vocab, 256)), case)
+    small, problem = (kd_peers.make_problem(s, options.device, options.gamma, options.temperature) for s in shapes)
+    run(small)  # loads libraries, which are not the call's memory
+    torch.compiler.reset()
+    before = _settled_bytes(cuda)
     run(problem)
-    gc.collect()
-    if cuda:
-        torch.cuda.reset_peak_memory_stats()
-    else:
-        ctypes.CDLL(None).malloc_trim(0)  # else what the first call freed is there to be used again
-        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
-    before = torch.cuda.memory_allocated() if cuda else _resident_bytes("VmRSS")
+    _settled_bytes(cuda)
     result = run(problem)
     peak = torch.cuda.max_memory_allocated() if cuda else _resident_bytes("VmHWM")
     return peak - before - result.hidden_grad.nbytes - result.weight_grad.nbytes
 
 
+def _settled_bytes(cuda: bool) -> int:
+    """Memory in use; the peak starts anew from here."""
+    gc.collect()
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.memory_allocated()
+    ctypes.CDLL(None).malloc_trim(0)  # what was freed is there to be used again, and would not be seen
+    Path("/proc/self/clear_refs").write_text("5")
+    return _resident_bytes("VmRSS")
+
+
 def _resident_bytes(key: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(f"{key}:"))
+    return 1024 * int(Path("/proc/self/status").read_text().partition(f"{key}:")[2].split()[0])
 
 
 def _text(value: float | None, form: str) -> str:
@@ -257,7 +261,6 @@ def _print(table: Table, rows: list[Row], what: str) -> None:
     table.title, table.title_justify = f"{_title(rows[0])}: {what}", "left"
     for column in table.columns[1:]:
         column.justify, column.overflow = "right", "fold"
-    table.columns[0].no_wrap = True
     notes = dict.fromkeys(f"{row['impl']}: {row['note']}" for row in rows)
     Console().print(table, *notes, sep="\n", highlight=False, markup=False)
 
@@ -287,8 +290,7 @@ def _draw_cases(rows: list[Row], plt: Any) -> Any:
             bars = axis.barh([row["impl"] for row in part], [number or 0 for number in numbers], color=colours)
             axis.bar_label(bars, [_text(number, form) for number in numbers], padding=3)
             axis.margins(x=0.15)
-        pair[0].set_title(case, loc="left")
-        pair[0].set_xlabel("time [s]")
+        pair[0].set(title=case, xlabel="time [s]")
         pair[1].set_xlabel("peak memory beside inputs and gradients [MB]")
     return figure
 

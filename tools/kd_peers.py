@@ -10,7 +10,7 @@ import importlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -104,10 +104,8 @@ class Implementation:
 
     run: Callable[[Problem], Result]
     note: str = ""
-    half_only: bool = False
-    """Whether it differs from another one only for half precision."""
-    with_entropy: bool = False
-    """Whether its loss has kd_weight * the teacher's entropy in it: a constant, but part of the value."""
+    half_only: bool = False  # for float32 it would be another one of them
+    with_entropy: bool = False  # its loss has kd_weight * the teacher's entropy in it
 
 
 def make_problem(case: Case, device: str, gamma: float, temperature: float) -> Problem:
@@ -123,8 +121,7 @@ def make_near_problem(case: Case, device: str, kl: float) -> Problem:
     teacher, weight = draw.model(case.teacher, NEAR_STD)
     # Logits that differ by a normal of variance s^2 are s^2 / 2 nats apart.
     step = draw.normal(case.n, case.student, std=math.sqrt(2 * kl) / NEAR_STD)
-    student = (teacher.float() + step.float()).to(teacher.dtype)
-    return Problem(student, weight, teacher, weight, draw.labels(), 0.0, 1.0, 1.0)
+    return Problem(teacher + step, weight, teacher, weight, draw.labels(), 0.0, 1.0, 1.0)
 
 
 class _Draw:
@@ -167,22 +164,27 @@ def truth(problem: Problem) -> Truth:
         grad.add_(log_p.exp_().sub_(q), alpha=problem.kd_weight / t)
         hidden_grad[rows] = grad @ weight
         weight_grad.addmm_(grad.t(), hidden[rows].double())
-    count = len(hidden)
-    loss = (problem.ce_weight * ce + problem.kd_weight * kl).item() / count
-    return Truth(loss, kl.item() / count, entropy.item() / count, hidden_grad.div_(count), weight_grad.div_(count))
+    loss = problem.ce_weight * ce + problem.kd_weight * kl
+    loss, kl, entropy, *_ = (part.div_(len(hidden)) for part in (loss, kl, entropy, hidden_grad, weight_grad))
+    return Truth(loss.item(), kl.item(), entropy.item(), hidden_grad, weight_grad)
 
 
 def errors(result: Result, target: Truth, implementation: Implementation, kd_weight: float) -> tuple[float, float]:
     """Relative errors of the loss and of the gradients (by their norms; the worse of the two)."""
     loss = result.loss.item() - (kd_weight * target.entropy if implementation.with_entropy else 0.0)
-    pairs = ((result.hidden_grad, target.hidden_grad), (result.weight_grad, target.weight_grad))
+    pairs = zip(result[1:], target[3:], strict=True)
     worst = max(((grad.double() - true).norm() / true.norm()).item() for grad, true in pairs)
     return abs(loss - target.loss) / abs(target.loss), worst
 
 
 def _differentiated(loss: Tensor, leaves: tuple[Tensor, Tensor]) -> Result:
-    hidden_grad, weight_grad = torch.autograd.grad(loss, leaves)
-    return Result(loss.detach().double(), hidden_grad, weight_grad)
+    return Result(loss.detach().double(), *torch.autograd.grad(loss, leaves))
+
+
+@lru_cache(maxsize=4)
+def _kept(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """The same memory at the next call: on a CPU the page faults of new memory are no part of a matmul."""
+    return torch.empty(shape, dtype=dtype)
 
 
 @torch.no_grad()
@@ -195,8 +197,9 @@ def _floor(problem: Problem, *, chunked: bool) -> Result:
     mixed = hidden.is_cuda and hidden.dtype.itemsize == 2 and "dtype_out" in torch.ops.aten.addmm.overloads()
     sums = torch.float32 if mixed else weight.dtype
     out: dict[str, Any] = {"out_dtype": torch.float32} if mixed else {}
-    logits = hidden.new_empty(2, chunk, vocab, dtype=sums)
-    hidden_grad, weight_grad = torch.empty_like(hidden), torch.empty_like(weight, dtype=sums)
+    new = hidden.new_empty if hidden.is_cuda else _kept
+    logits = new((2, chunk, vocab), dtype=sums)
+    hidden_grad, weight_grad = new(hidden.shape, dtype=hidden.dtype), new(weight.shape, dtype=sums)
     for start in range(0, num_tokens, chunk):
         part, teacher = hidden[start : start + chunk], problem.teacher_hidden[start : start + chunk]
         rows = logits[:, : len(part)]
@@ -262,8 +265,7 @@ def _trl(problem: Problem) -> Result:
     kl, _ = divergence.ChunkedDivergenceFunction.apply(*leaves, None, *teacher, None, 0.0, problem.temperature)
     loss = problem.kd_weight * kl.mean()
     if problem.ce_weight:
-        tile = divergence.VOCAB_CHUNK_SIZE
-        arguments = (*leaves, None, problem.labels, 1.0, tile, None, 1.0, ())
+        arguments = (*leaves, None, problem.labels, 1.0, divergence.VOCAB_CHUNK_SIZE, None, 1.0, ())
         loss = loss - problem.ce_weight * log_prob.ChunkedLogProbFunction.apply(*arguments)[0].mean()
     return _differentiated(loss, leaves)
 
@@ -275,11 +277,10 @@ def _torchtune(problem: Problem) -> Result:
     leaves, t = problem.leaves(), problem.temperature
     student = [part @ leaves[1].t() for part in leaves[0][None].chunk(kl.num_output_chunks, 1)]
     teacher = [part @ problem.teacher_weight.t() for part in problem.teacher_hidden[None].chunk(len(student), 1)]
-    labels = problem.labels[None]
     pair = (student, teacher) if t == 1 else ([part / t for part in parts] for parts in (student, teacher))
-    loss = problem.kd_weight * kl(*pair, labels)
+    loss = problem.kd_weight * kl(*pair, problem.labels[None])
     if problem.ce_weight:
-        loss = loss + problem.ce_weight * ce(student, labels)
+        loss = loss + problem.ce_weight * ce(student, problem.labels[None])
     return _differentiated(loss, leaves)
 
 
