@@ -75,7 +75,7 @@ def reference_kd_loss(
         token_kl = _definition(chosen, log_q, log_p)
     ce, kl = token_ce.sum() / count, token_kl.sum() / count
     by_token = [
-        torch.zeros(len(labels), dtype=torch.float64).masked_scatter(valid, t.detach() / count)
+        student.new_zeros(len(labels)).masked_scatter(valid, t.detach() / count)
         for t in (token_ce, token_kl)
     ]
     return KDLoss(chosen.ce_weight * ce + chosen.kd_weight * kl, ce.detach(), kl.detach(), *by_token)
