@@ -74,10 +74,7 @@ def reference_kd_loss(
     if log_q is not None:
         token_kl = _definition(chosen, log_q, log_p)
     ce, kl = token_ce.sum() / count, token_kl.sum() / count
-    by_token = [
-        student.new_zeros(len(labels)).masked_scatter(valid, t.detach() / count)
-        for t in (token_ce, token_kl)
-    ]
+    by_token = [student.new_zeros(len(labels)).masked_scatter(valid, t.detach() / count) for t in (token_ce, token_kl)]
     return KDLoss(chosen.ce_weight * ce + chosen.kd_weight * kl, ce.detach(), kl.detach(), *by_token)
 
 
