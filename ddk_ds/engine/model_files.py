@@ -16,11 +16,9 @@ from ddk_ds.kernels import LogitForm
 
 _PATTERNS = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 # What some models do to hidden @ weight: Cohere and Falcon-H1 multiply, Granite divides, Gemma bends by tanh.
-_MULTIPLIERS, _DIVISORS, _SOFTCAP = (
-    ("logit_scale", "lm_head_multiplier"),
-    ("logits_scaling",),
-    "final_logit_softcapping",
-)
+_MULTIPLIERS = ("logit_scale", "lm_head_multiplier")
+_DIVISOR = "logits_scaling"
+_SOFTCAP = "final_logit_softcapping"
 
 
 class StoredTensor(NamedTuple):
@@ -43,7 +41,7 @@ class ModelFiles:
     def logit_form(self) -> LogitForm:
         """What the model does to the products of its output head."""
         scale = math.prod(float(self.config.get(key) or 1) for key in _MULTIPLIERS)
-        scale /= math.prod(float(self.config.get(key) or 1) for key in _DIVISORS)
+        scale /= float(self.config.get(_DIVISOR) or 1)
         return LogitForm(scale, float(self.config.get(_SOFTCAP) or 0))
 
     @property

@@ -19,7 +19,7 @@ from torch import Tensor
 from ddk_ds.errors import ConfigError
 from ddk_ds.kernels import rows_native
 from ddk_ds.kernels.heads import Head
-from ddk_ds.kernels.options import GROUP_CHUNKS, Options, TeacherTopK
+from ddk_ds.kernels.options import GROUP_CHUNKS, Options, Rows, TeacherTopK
 from ddk_ds.kernels.rows_eager import eager_rows
 
 try:
@@ -31,8 +31,7 @@ except ImportError:  # Triton comes with CUDA builds of torch only
 _ALIGN = 64
 
 
-# (student logits, teacher, labels, ce, divergence, grad, options): see `rows_eager.eager_rows`.
-RowKernel = Callable[..., None]
+RowKernel = Callable[[Rows, Options], None]
 
 
 class Call(NamedTuple):
@@ -163,67 +162,55 @@ class _Loop:
         self.buffer = _workspace("logits", (1 if self.teacher is None else 2, chunk, columns), dtype, hidden)
         # torch's bf16 matmul on a CPU reads past a row's end and multiplies by zero: no NaN may lie there.
         self.buffer[..., vocab_size:] = 0
-        self.hidden: dict[int, Tensor] = {}
         self.has_weight_grad = False
         if sums.weight_grad is not None:
             sums.weight_grad[vocab_size if self.num_rows else 0 :] = 0
-        self.grads: Tensor | None = None
+        # Chunks whose gradients go through one matmul. In the logits' own dtype that is one chunk, and its gradient
+        # lies over the student's logits.
+        group, self.grads = chunk, self.buffer[0]
         if any(call.needs) and self.student.grad_dtype != dtype:
-            rows = min(GROUP_CHUNKS * chunk, max(1, self.num_rows))
-            self.grads = _workspace("grads", (rows, columns), self.student.grad_dtype, hidden)
+            group = max(1, min(GROUP_CHUNKS * chunk, self.num_rows))
+            self.grads = _workspace("grads", (group, columns), self.student.grad_dtype, hidden)
             self.grads[:, vocab_size:] = 0
+        self.student_hidden = hidden.new_empty(group, hidden.shape[1])
+        self.teacher_hidden = None
+        if call.teacher_hidden is not None:
+            self.teacher_hidden = hidden.new_empty(chunk, call.teacher_hidden.shape[1], dtype=call.teacher_hidden.dtype)
 
     def chunk(self, start: int, stop: int) -> None:
         """Rows start..stop-1 of the tokens, or of `valid_rows`."""
         rows = self._rows(start, stop)
         targets = self.targets[rows]
+        first = start // len(self.student_hidden) * len(self.student_hidden)  # of the group
+        place = slice(start - first, stop - first)
+        hidden = _take(self.call.student_hidden, rows, targets, self.student_hidden[place])
         logits = self.buffer[:, : stop - start, : self.options.vocab_size]
-        self.student.logits(self._take(self.call.student_hidden, rows, targets), logits[0])
-        teacher = self._teacher(rows, targets, logits)
-        first, grad = self._grad(start, stop, logits[0])
+        self.student.logits(hidden, logits[0])
+        grads = self.grads[:, : self.options.vocab_size] if any(self.call.needs) else None
         ce, kl = self.sums.token_ce[rows], self.sums.token_kl[rows]
-        out = None if grad is None else grad[start - first : stop - first]
-        self.kernel(logits[0], teacher, targets, ce, kl, out, self.options)
+        teacher = self._teacher(rows, targets, logits)
+        self.kernel(Rows(logits[0], teacher, targets, ce, kl, None if grads is None else grads[place]), self.options)
         if self.call.valid_rows is not None:  # indexing copied
             self.sums.token_ce[rows], self.sums.token_kl[rows] = ce, kl
-        if grad is not None and (stop - first == len(grad) or stop == self.num_rows):
-            self._add_grads(grad[: stop - first], self._rows(first, stop))
+        if grads is not None and (place.stop == len(self.student_hidden) or stop == self.num_rows):
+            self._add_grads(grads[: place.stop], self.student_hidden[: place.stop], self._rows(first, stop))
 
     def _rows(self, start: int, stop: int) -> slice | Tensor:
         valid = self.call.valid_rows
         return slice(start, stop) if valid is None else valid[start:stop]
 
-    def _grad(self, start: int, stop: int, logits: Tensor) -> tuple[int, Tensor | None]:
-        """(number of its first row, gradients of a group of chunks): one matmul serves them all.
-
-        In the logits' own dtype a group is one chunk, whose gradient lies over the student's logits.
-        """
-        if not any(self.call.needs):
-            return start, None
-        if self.grads is None:
-            return start, logits
-        return start // len(self.grads) * len(self.grads), self.grads[:, : self.options.vocab_size]
-
     def _teacher(self, rows: slice | Tensor, targets: Tensor, logits: Tensor) -> Tensor | TeacherTopK | None:
         call = self.call
         if call.topk is not None:
             return TeacherTopK(call.topk.ids[rows], call.topk.log_probs[rows])
-        if self.teacher is None or call.teacher_hidden is None:
+        if self.teacher is None or call.teacher_hidden is None or self.teacher_hidden is None:
             return None
-        self.teacher.logits(self._take(call.teacher_hidden, rows, targets), logits[1])
+        hidden = _take(call.teacher_hidden, rows, targets, self.teacher_hidden[: len(targets)])
+        self.teacher.logits(hidden, logits[1])
         return logits[1]
 
-    def _take(self, hidden: Tensor, rows: slice | Tensor, targets: Tensor) -> Tensor:
-        """The rows' hidden states in memory that is used again, zeros where ignored."""
-        width = hidden.shape[1]
-        memory = self.hidden.get(width)
-        if memory is None or len(memory) < len(targets):
-            memory = self.hidden[width] = hidden.new_empty(max(len(targets), len(self.buffer[0])), width)
-        return memory[: len(targets)].copy_(hidden[rows]).masked_fill_((targets < 0)[:, None], 0)
-
-    def _add_grads(self, grad: Tensor, rows: slice | Tensor) -> None:
+    def _add_grads(self, grad: Tensor, hidden: Tensor, rows: slice | Tensor) -> None:
         sums, classes = self.sums, self.options.vocab_size
-        hidden = self._take(self.call.student_hidden, rows, self.targets[rows])
         if sums.hidden_grad is not None:
             if isinstance(rows, slice):
                 self.student.hidden_grad(grad, sums.hidden_grad[rows])
@@ -236,3 +223,8 @@ class _Loop:
             self.has_weight_grad = True
         if sums.bias_grad is not None:
             sums.bias_grad[:classes].add_(grad.sum(0, dtype=sums.bias_grad.dtype))
+
+
+def _take(hidden: Tensor, rows: slice | Tensor, targets: Tensor, out: Tensor) -> Tensor:
+    """out <- hidden[rows], zeros where ignored."""
+    return out.copy_(hidden[rows]).masked_fill_((targets < 0)[:, None], 0)

@@ -30,7 +30,7 @@ class Head:
         self._factor_dtype = weight.dtype if mixed else logits_dtype
         self.grad_dtype = weight.dtype if mixed or has_fast_half(weight) else logits_dtype
         """Dtype in which gradients of the logits enter the two matmuls."""
-        self._memory: Tensor | None = None
+        self._memory: dict[torch.dtype, Tensor] = {}
 
     def _tiles(self, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
         """(rows of the vocabulary, the weight's rows in `dtype`); one where none is cast."""
@@ -44,9 +44,9 @@ class Head:
 
     def _scratch(self, rows: int, dtype: torch.dtype) -> Tensor:
         """(rows, H), the same memory at every call: a new tensor's pages cost more than the work on them."""
-        if self._memory is None or self._memory.dtype != dtype:
-            self._memory = self.weight.new_empty(rows, self.weight.shape[1], dtype=dtype)
-        return self._memory
+        if dtype not in self._memory:
+            self._memory[dtype] = self.weight.new_empty(rows, self.weight.shape[1], dtype=dtype)
+        return self._memory[dtype]
 
     def logits(self, hidden: Tensor, out: Tensor) -> None:
         """out (m, V) = hidden (m, H) @ weight.T + bias."""

@@ -66,8 +66,8 @@ def linear_kd_loss(
     )
     inverse = torch.where(num_valid > 0, num_valid, 1).reshape(()).double().reciprocal()
     dtype = compute_dtype(student_hidden)
-    ce, kl, token_ce, token_kl = ((part.detach() * inverse).to(dtype) for part in (ce, kl, token_ce, token_kl))
-    return KDLoss((total * inverse).to(dtype), ce, kl, *((token_ce, token_kl) if per_token else ()))
+    parts = (ce, kl, token_ce, token_kl) if per_token else (ce, kl)
+    return KDLoss((total * inverse).to(dtype), *((part.detach() * inverse).to(dtype) for part in parts))
 
 
 @torch.no_grad()

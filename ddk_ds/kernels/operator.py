@@ -72,13 +72,13 @@ def _backward(ctx: Any, grad_total: Tensor | None, *_: Any) -> tuple[Tensor | No
 
 
 def _scaled(grad: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    # The sum becomes the gradient itself unless another backward pass may come for it.
-    keep = torch.compiler.is_compiling() or torch._C._autograd._get_current_graph_task_keep_graph()
-    if dtype == torch.bfloat16 and not torch.compiler.is_compiling():
-        rounded = scaled_half(grad, scale)
-        if rounded is not None:
-            return rounded
+    compiling = torch.compiler.is_compiling()
+    rounded = scaled_half(grad, scale) if dtype == torch.bfloat16 and not compiling else None
+    if rounded is not None:
+        return rounded
     scale = scale.to(grad.dtype)
+    # The sum becomes the gradient itself unless another backward pass may come for it.
+    keep = compiling or torch._C._autograd._get_current_graph_task_keep_graph()
     return (grad * scale if keep else grad.mul_(scale)).to(dtype)
 
 

@@ -1,4 +1,4 @@
-"""What the distillation head computes, as values: checked once, hashable, and short enough to travel as text."""
+"""What the distillation head computes and with what: options as values, and the tuples that its parts pass on."""
 
 from __future__ import annotations
 
@@ -41,6 +41,23 @@ class TeacherTopK(NamedTuple):
 
     ids: Tensor
     log_probs: Tensor
+
+
+class Rows(NamedTuple):
+    """What a row kernel reads and writes: the element-wise part of m tokens."""
+
+    student: Tensor
+    """(m, V) logits before their `LogitForm`; a kernel may overwrite them."""
+    teacher: Tensor | TeacherTopK | None
+    """The same of the teacher, or its top k; None: cross-entropy alone."""
+    labels: Tensor
+    """(m,) int64, negative where ignored."""
+    ce: Tensor
+    """(m,) float64, written; 0 where ignored."""
+    divergence: Tensor
+    """(m,) float64, written; 0 where ignored."""
+    grad: Tensor | None
+    """(m, V), written: ce_weight dCE + gamma T^2 dD by row. It may lie in the student's memory. None: not wanted."""
 
 
 class KDLoss(NamedTuple):

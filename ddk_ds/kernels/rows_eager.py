@@ -12,29 +12,15 @@ import torch
 from torch import Tensor
 
 from ddk_ds.kernels.divergences import divergence_terms, teacher_weight
-from ddk_ds.kernels.options import LogitForm, Options, TeacherTopK
+from ddk_ds.kernels.options import LogitForm, Options, Rows, TeacherTopK
 
 # Elements worked on at a time: a MiB or two on a CPU, so that passes hit the cache; on a GPU enough to fill it.
 _BLOCK_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 23}
 
 
-def eager_rows(
-    student: Tensor,
-    teacher: Tensor | TeacherTopK | None,
-    labels: Tensor,
-    ce: Tensor,
-    divergence: Tensor,
-    grad: Tensor | None,
-    options: Options,
-) -> None:
-    """Loss terms of each row and the gradient to the student's logits.
-
-    Args:
-        student, teacher: (m, V) logits before their `LogitForm`; no teacher: cross-entropy alone.
-        labels: (m,), negative where ignored.
-        ce, divergence: (m,) float64, written; 0 where ignored.
-        grad: (m, V), written: ce_weight dCE + gamma T^2 dD by row. It may lie in the student's memory.
-    """
+def eager_rows(given: Rows, options: Options) -> None:
+    """Loss terms of each row and the gradient to the student's logits, as `Rows` says."""
+    student, teacher, labels, ce, divergence, grad = given
     step = max(1, _BLOCK_ELEMENTS.get(student.device.type, 1 << 23) // student.shape[1])
     for start in range(0, len(student), step):
         rows = slice(start, start + step)

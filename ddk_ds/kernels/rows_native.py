@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ddk_ds.kernels.divergences import KIND, teacher_weight
-from ddk_ds.kernels.options import Options
+from ddk_ds.kernels.options import Options, Rows, TeacherTopK
 
 _SOURCES = [Path(__file__).with_name(name) for name in ("rows.cpp", "lanes.h")]
 # No -ffast-math: NaN must show, and the exponential relies on the order of its operations.
@@ -48,16 +48,10 @@ def supports(dtype: torch.dtype) -> bool:
     return dtype in _ENTRY and load() is not None
 
 
-def native_rows(
-    student: Tensor,
-    teacher: Tensor | None,
-    labels: Tensor,
-    ce: Tensor,
-    divergence: Tensor,
-    grad: Tensor | None,
-    options: Options,
-) -> None:
+def native_rows(given: Rows, options: Options) -> None:
     """As `rows_eager.eager_rows`, on a CPU; `grad` has the logits' dtype, or bfloat16 for float32 logits."""
+    student, teacher, labels, ce, divergence, grad = given
+    assert not isinstance(teacher, TeacherTopK), "a teacher's top k is for the eager rows"
     library = load()
     assert library is not None, "supports() was not asked"
     arguments = _Arguments(

@@ -10,10 +10,9 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from ddk_ds.kernels.divergences import KIND, teacher_weight
-from ddk_ds.kernels.options import LogitForm, Options
+from ddk_ds.kernels.options import LogitForm, Options, Rows, TeacherTopK
 
 # Elements of a row at a time and warps of a program: 64 registers a thread without a spill on sm_90.
 BLOCK, NUM_WARPS = 4096, 8
@@ -238,16 +237,10 @@ def form_number(form: LogitForm) -> int:
     return 2 if form.softcap else int(form.scale != 1)
 
 
-def triton_rows(
-    student: Tensor,
-    teacher: Tensor | None,
-    labels: Tensor,
-    ce: Tensor,
-    divergence: Tensor,
-    grad: Tensor | None,
-    options: Options,
-) -> None:
+def triton_rows(given: Rows, options: Options) -> None:
     """As `rows_eager.eager_rows`, on a GPU (or on a CPU under Triton's interpreter)."""
+    student, teacher, labels, ce, divergence, grad = given
+    assert not isinstance(teacher, TeacherTopK), "a teacher's top k is for the eager rows"
     rows, classes = student.shape
     other = student if teacher is None else teacher
     out = student if grad is None else grad

@@ -40,16 +40,17 @@ class Manifest:
     """Path below the checkpoint -> bytes."""
 
 
-def save_checkpoint(student: Student, state: RunState, run_dir: Path, ledger_bytes: int, comm: Comm) -> Path:
+def save_checkpoint(student: Student, state: RunState, run_dir: Path, ledger_bytes: int, comm: Comm) -> Path | None:
     """Write a checkpoint of this step. Collective. Returns its directory.
 
-    Does nothing if it is there already and complete; an incomplete one in its place is kept under another name.
+    Does nothing and returns None if it is there already and complete; an incomplete one in its place is kept under
+    another name.
     """
     root = run_dir / "checkpoints"
     final = root / f"step-{state.step:08d}"
     # Rank 0 looks for all: another node may see the shared directory late.
     if comm.broadcast_object(_read_manifest(final) is not None if comm.rank == 0 else None):
-        return final
+        return None
     partial = root / f"{_PARTIAL}step-{state.step:08d}"
     if comm.rank == 0:
         remove_partial(run_dir)

@@ -118,12 +118,12 @@ def _record_step(run: Run, metrics: StepMetrics, rate: float, data_s: float, ste
 def _checkpoint(run: Run) -> None:
     started = time.perf_counter()
     path = save_checkpoint(run.student, run.state, run.config.run_dir, run.ledger.position(), run.runtime.comm)
-    run.ledger.event("checkpoint", step=run.state.step, path=str(path), seconds=time.perf_counter() - started)
+    if path is not None:
+        run.ledger.event("checkpoint", step=run.state.step, path=str(path), seconds=time.perf_counter() - started)
 
 
 def _finish(run: Run, measured: Measurement, measure_s: float, reason: str) -> dict[str, Any]:
-    if run.state.step % run.config.checkpoint.every_steps:
-        _checkpoint(run)
+    _checkpoint(run)
     run.ledger.write(interval_record(run.state, measured, run.inputs.names, None, measure_s))
     config, comm = run.config, run.runtime.comm
     export_student(run.student, run.inputs.student, config.run_dir / "export", comm)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ddk_ds.kernels import Options, heads, linear_nll, rows_eager
 from ddk_ds.kernels.chunked import row_kernel
-from ddk_ds.kernels.options import Engine
+from ddk_ds.kernels.options import Engine, Rows
 from ddk_ds.kernels.reference import reference_nll
 from tests.unit.kernels.kd_case import ENGINES, assert_agrees, error, make, near, parts, truth
 
@@ -75,7 +75,7 @@ def test_the_row_kernel_keeps_the_digits_of_a_small_kl(engine: Engine) -> None:
     ce, kl = torch.empty(2, 64, dtype=torch.float64)
     options = Options(vocab_size=1000, gamma=1.0, engine=engine)
     kernel = row_kernel(student.device, student.dtype, options)
-    kernel(student, teacher, torch.zeros(64, dtype=torch.int64), ce, kl, student, options)
+    kernel(Rows(student, teacher, torch.zeros(64, dtype=torch.int64), ce, kl, student), options)
     # sum(q r) in float32 is 1e-3 off here.
     assert error(kl.sum(), expected.sum()) < 1e-4
     assert (kl - expected).abs().max().item() < 1e-7
