@@ -20,9 +20,12 @@ def main() -> int:
     parser.add_argument("--tokenizer", type=Path, required=True, help="directory of the tokenizer it is to use")
     parser.add_argument("--out", type=Path, required=True, help="directory to write; must not exist")
     parser.add_argument("--seed", type=int, default=0, help="seed of the weights")
+    parser.add_argument(
+        "--device", choices=("cpu", "cuda"), default="cpu", help="what draws them (default: %(default)s)"
+    )
     options = parser.parse_args()
     try:
-        parameters = make_random_model(options.config, options.tokenizer, options.out, options.seed)
+        parameters = make_random_model(options.config, options.tokenizer, options.out, options.seed, options.device)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

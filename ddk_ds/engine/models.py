@@ -12,7 +12,6 @@ import deepspeed
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
-from transformers.modeling_utils import no_init_weights
 
 from ddk_ds.comm import Comm
 from ddk_ds.config import Config, Model
@@ -22,6 +21,11 @@ from ddk_ds.engine.host_memory import freed_at_once
 from ddk_ds.engine.model_files import ModelFiles
 from ddk_ds.engine.weights import load_weights
 from ddk_ds.errors import ConfigError
+
+try:
+    from transformers.initialization import no_init_weights  # transformers 5
+except ImportError:
+    from transformers.modeling_utils import no_init_weights
 
 _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 

@@ -23,9 +23,9 @@ from ddk_ds.kernels.options import GROUP_CHUNKS, Options, Rows, TeacherTopK
 from ddk_ds.kernels.rows_eager import eager_rows
 
 try:
-    from ddk_ds.kernels.rows_triton import triton_rows
+    from ddk_ds.kernels.rows_triton import triton_rows, triton_scaled
 except ImportError:  # Triton comes with CUDA builds of torch only
-    triton_rows = None  # type: ignore[assignment]
+    triton_rows = triton_scaled = None  # type: ignore[assignment]
 
 # Columns of a logits buffer are a multiple of this, so that every row begins on a cache line and matmuls stay aligned.
 _ALIGN = 64
@@ -159,19 +159,23 @@ class _Loop:
         self.num_rows = len(hidden) if call.valid_rows is None else len(call.valid_rows)
         columns = -(-vocab_size // _ALIGN) * _ALIGN
         chunk = max(1, min(options.chunk_tokens, self.num_rows))
-        self.buffer = _workspace("logits", (1 if self.teacher is None else 2, chunk, columns), dtype, hidden)
-        # torch's bf16 matmul on a CPU reads past a row's end and multiplies by zero: no NaN may lie there.
-        self.buffer[..., vocab_size:] = 0
+        # Chunks whose gradients go through one matmul; what is in the logits' dtype lies over the student's logits.
+        wanted, grad_dtype = any(call.needs), self.student.grad_dtype
+        self.in_place = grad_dtype == dtype
+        grouped = wanted and grad_dtype.itemsize == 2 and (hidden.is_cuda or not self.in_place)
+        group = max(1, min(GROUP_CHUNKS * chunk, self.num_rows)) if grouped else chunk
+        self.logits = _workspace("logits", (group if self.in_place else chunk, columns), dtype, hidden)
+        self.teacher_logits = None if self.teacher is None else _workspace("teacher", (chunk, columns), dtype, hidden)
+        self.grads = self.logits if wanted else None
+        if wanted and not self.in_place:
+            self.grads = _workspace("grads", (group, columns), grad_dtype, hidden)
+        for buffer in (self.logits, self.teacher_logits, self.grads):
+            if buffer is not None:
+                # torch's bf16 matmul on a CPU reads past a row's end and multiplies by zero: no NaN may lie there.
+                buffer[:, vocab_size:] = 0
         self.has_weight_grad = False
         if sums.weight_grad is not None:
             sums.weight_grad[vocab_size if self.num_rows else 0 :] = 0
-        # Chunks whose gradients go through one matmul. In the logits' own dtype that is one chunk, and its gradient
-        # lies over the student's logits.
-        group, self.grads = chunk, self.buffer[0]
-        if any(call.needs) and self.student.grad_dtype != dtype:
-            group = max(1, min(GROUP_CHUNKS * chunk, self.num_rows))
-            self.grads = _workspace("grads", (group, columns), self.student.grad_dtype, hidden)
-            self.grads[:, vocab_size:] = 0
         self.student_hidden = hidden.new_empty(group, hidden.shape[1])
         self.teacher_hidden = None
         if call.teacher_hidden is not None:
@@ -183,13 +187,14 @@ class _Loop:
         targets = self.targets[rows]
         first = start // len(self.student_hidden) * len(self.student_hidden)  # of the group
         place = slice(start - first, stop - first)
+        classes = self.options.vocab_size
         hidden = _take(self.call.student_hidden, rows, targets, self.student_hidden[place])
-        logits = self.buffer[:, : stop - start, : self.options.vocab_size]
-        self.student.logits(hidden, logits[0])
-        grads = self.grads[:, : self.options.vocab_size] if any(self.call.needs) else None
+        logits = self.logits[place if self.in_place else slice(0, stop - start), :classes]
+        self.student.logits(hidden, logits)
+        grads = None if self.grads is None else self.grads[:, :classes]
         ce, kl = self.sums.token_ce[rows], self.sums.token_kl[rows]
-        teacher = self._teacher(rows, targets, logits)
-        self.kernel(Rows(logits[0], teacher, targets, ce, kl, None if grads is None else grads[place]), self.options)
+        teacher = self._teacher(rows, targets)
+        self.kernel(Rows(logits, teacher, targets, ce, kl, None if grads is None else grads[place]), self.options)
         if self.call.valid_rows is not None:  # indexing copied
             self.sums.token_ce[rows], self.sums.token_kl[rows] = ce, kl
         if grads is not None and (place.stop == len(self.student_hidden) or stop == self.num_rows):
@@ -199,15 +204,16 @@ class _Loop:
         valid = self.call.valid_rows
         return slice(start, stop) if valid is None else valid[start:stop]
 
-    def _teacher(self, rows: slice | Tensor, targets: Tensor, logits: Tensor) -> Tensor | TeacherTopK | None:
+    def _teacher(self, rows: slice | Tensor, targets: Tensor) -> Tensor | TeacherTopK | None:
         call = self.call
         if call.topk is not None:
             return TeacherTopK(call.topk.ids[rows], call.topk.log_probs[rows])
         if self.teacher is None or call.teacher_hidden is None or self.teacher_hidden is None:
             return None
-        hidden = _take(call.teacher_hidden, rows, targets, self.teacher_hidden[: len(targets)])
-        self.teacher.logits(hidden, logits[1])
-        return logits[1]
+        assert self.teacher_logits is not None
+        logits = self.teacher_logits[: len(targets), : self.options.vocab_size]
+        self.teacher.logits(_take(call.teacher_hidden, rows, targets, self.teacher_hidden[: len(targets)]), logits)
+        return logits
 
     def _add_grads(self, grad: Tensor, hidden: Tensor, rows: slice | Tensor) -> None:
         sums, classes = self.sums, self.options.vocab_size

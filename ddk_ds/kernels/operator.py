@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ddk_ds.kernels.chunked import Call, compute_dtype, run_chunks
+from ddk_ds.kernels.chunked import Call, compute_dtype, run_chunks, triton_scaled
 from ddk_ds.kernels.options import Options, TeacherTopK
 from ddk_ds.kernels.rows_native import scaled_half
 
@@ -77,6 +77,8 @@ def _scaled(grad: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     if rounded is not None:
         return rounded
     scale = scale.to(grad.dtype)
+    if triton_scaled is not None and grad.is_cuda and dtype != grad.dtype and not compiling:
+        return triton_scaled(grad, scale, dtype)
     # The sum becomes the gradient itself unless another backward pass may come for it.
     keep = compiling or torch._C._autograd._get_current_graph_task_keep_graph()
     return (grad * scale if keep else grad.mul_(scale)).to(dtype)

@@ -14,13 +14,13 @@ from ddk_ds.kernels.divergences import DIVERGENCES, WITH_COEFFICIENT, Divergence
 Engine = Literal["auto", "eager", "native", "triton"]
 LogitsDtype = Literal["float32", "model"]
 
-# Where half-precision gradients have a buffer of their own, they wait for so many chunks: adding up the weight's
-# gradient in float32 costs a read and a write of it each time.
+# Half-precision gradients wait for so many chunks: adding up the weight's gradient in float32 costs a read and a write
+# of it each time. (On a CPU only where they do not lie over the logits.)
 GROUP_CHUNKS = 4
 # Bytes of a chunk's float32 logits of both models, and on a GPU of those gradients, where chunk_tokens is not given.
 # Fewer tokens than MIN_CHUNK would make the matmuls thin.
 CHUNK_BYTES = {"cpu": 128 << 20, "cuda": 1_250_000_000}
-MIN_CHUNK, MAX_CHUNK = {"cpu": 512, "cuda": 128}, 8192
+MIN_CHUNK, MAX_CHUNK = 512, 8192
 
 
 class LogitForm(NamedTuple):
@@ -164,4 +164,4 @@ def default_chunk_tokens(vocab_size: int, device_type: str) -> int:
     budget = CHUNK_BYTES.get(device_type, CHUNK_BYTES["cuda"])
     per_element = 2 * 4 if device_type == "cpu" else 2 * 4 + GROUP_CHUNKS * 2
     fitting = budget // (per_element * vocab_size) // 128 * 128
-    return max(MIN_CHUNK.get(device_type, 128), min(MAX_CHUNK, fitting))
+    return max(MIN_CHUNK, min(MAX_CHUNK, fitting))
