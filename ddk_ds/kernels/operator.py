@@ -72,16 +72,26 @@ def _backward(ctx: Any, grad_total: Tensor | None, *_: Any) -> tuple[Tensor | No
 
 
 def _scaled(grad: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    compiling = torch.compiler.is_compiling()
-    rounded = scaled_half(grad, scale) if dtype == torch.bfloat16 and not compiling else None
-    if rounded is not None:
-        return rounded
     scale = scale.to(grad.dtype)
-    if triton_scaled is not None and grad.is_cuda and dtype != grad.dtype and not compiling:
-        return triton_scaled(grad, scale, dtype)
+    if dtype != grad.dtype:
+        return scaled(grad, scale, dtype)
     # The sum becomes the gradient itself unless another backward pass may come for it.
-    keep = compiling or torch._C._autograd._get_current_graph_task_keep_graph()
-    return (grad * scale if keep else grad.mul_(scale)).to(dtype)
+    keep = torch.compiler.is_compiling() or torch._C._autograd._get_current_graph_task_keep_graph()
+    return grad * scale if keep else grad.mul_(scale)
+
+
+@torch.library.custom_op("ddk_ds::scaled", mutates_args=())
+def scaled(grad: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """grad * scale, rounded to `dtype`, in one pass where there is a kernel for it: the weight's gradient is large."""
+    if grad.is_cuda and triton_scaled is not None and grad.dtype == torch.float32:
+        return triton_scaled(grad, scale, dtype)
+    rounded = scaled_half(grad, scale) if dtype == torch.bfloat16 else None
+    return (grad * scale).to(dtype) if rounded is None else rounded
+
+
+@scaled.register_fake
+def _scaled_shape(grad: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.empty_like(grad, dtype=dtype)
 
 
 linear_kd.register_autograd(_backward, setup_context=_setup)
