@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TypedDict
+from typing import Any, NamedTuple, TypedDict
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset, default_collate
 
 from ddk_ds.data.manifest import load_manifest
 from ddk_ds.data.mds import open_split
-from ddk_ds.data.mixture_dataset import MixtureDataset
+from ddk_ds.data.mixture_dataset import MixtureDataset, Sample
+from ddk_ds.data.store import LocalStore, Store
 from ddk_ds.errors import DataError
 
 
@@ -45,24 +46,56 @@ def interval_loader(
         micro_batch: B, samples of one rank's forward pass.
         start_sample: samples of the interval that are trained already.
         num_workers: reading processes; 0 reads in this one.
+
+    Raises:
+        DataError: a shard is damaged or cannot be had.
     """
     remaining = len(ids) - start_sample
     assert remaining >= 0 and remaining % (world * micro_batch) == 0, (
         f"{remaining} samples from {start_sample} on do not divide into {world} ranks x {micro_batch}"
     )
     batches = ids[start_sample:].reshape(-1, world, micro_batch)[:, rank]
-    loader = DataLoader(
-        dataset,
+    loader: DataLoader[Any] = DataLoader(
+        _Reader(dataset),
         batch_sampler=batches.tolist(),
         num_workers=num_workers,
+        collate_fn=_collate,
         # DataLoader draws a seed: from its own generator, or the training's RNG would depend on resumes.
         generator=torch.Generator().manual_seed(0),
     )
-    return iter(loader)
+    return _batches(loader)
+
+
+def _batches(loader: DataLoader[Any]) -> Iterator[MicroBatch]:
+    for batch in loader:
+        if isinstance(batch, _Failure):
+            raise DataError(batch.text)
+        yield batch
+
+
+class _Failure(NamedTuple):
+    """What a worker could not read: a raised error would come with the worker's traceback for its message."""
+
+    text: str
+
+
+class _Reader(Dataset[list[Sample]]):
+    def __init__(self, dataset: MixtureDataset) -> None:
+        self._dataset = dataset
+
+    def __getitems__(self, sample_ids: list[int]) -> list[Sample] | _Failure:
+        try:
+            return [self._dataset[sample_id] for sample_id in sample_ids]
+        except DataError as error:
+            return _Failure(str(error))
+
+
+def _collate(samples: list[Sample] | _Failure) -> Any:
+    return samples if isinstance(samples, _Failure) else default_collate(samples)
 
 
 def validation_batches(
-    root: str | Path, names: Sequence[str], *, num_samples: int, rank: int, world: int, micro_batch: int
+    root: str | Path | Store, names: Sequence[str], *, num_samples: int, rank: int, world: int, micro_batch: int
 ) -> list[list[tuple[torch.Tensor, torch.Tensor]]]:
     """One rank's share of the first `num_samples` validation samples of each domain.
 
@@ -71,16 +104,17 @@ def validation_batches(
         ranks; rows that only fill up a batch are zeros and not real.
 
     Raises:
-        DataError: a domain has fewer validation samples.
+        DataError: a domain has fewer validation samples, or a shard is damaged or cannot be had.
     """
-    manifest = load_manifest(root)
+    store = LocalStore(root) if isinstance(root, str | Path) else root
+    manifest = load_manifest(store)
     manifest.require(names)
     shares = []
     for name in names:
-        split = open_split(Path(root) / name / "validation")
+        split = open_split(store, f"{name}/validation", manifest.vocab_size)
         if len(split) < num_samples:
             raise DataError(
-                f"domain {name!r} of {root} has {len(split):,} validation samples, {num_samples:,} are asked "
+                f"domain {name!r} of {store.location} has {len(split):,} validation samples, {num_samples:,} are asked "
                 "for; lower data.validation_samples or prepare the data again with more"
             )
         share = []

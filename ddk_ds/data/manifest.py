@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from ddk_ds.data.documents import Dropped
-from ddk_ds.data.mds import AGAIN, read_index
+from ddk_ds.data.mds import read_index
+from ddk_ds.data.store import AGAIN, LocalStore, Store
 from ddk_ds.errors import DataError
 from ddk_ds.files import write_text
 
@@ -40,9 +41,9 @@ class DomainInfo:
 
 @dataclass(frozen=True)
 class Manifest:
-    """A prepared data directory; `domains` are in the recipe's order."""
+    """A prepared data directory; `domains` are in the recipe's order. `root` is a path, of a remote one its URL."""
 
-    root: Path
+    root: Path | str
     sequence_length: int
     dtype: str
     tokenizer_fingerprint: str
@@ -70,41 +71,45 @@ def write_manifest(manifest: Manifest) -> None:
         },
         "domains": {name: asdict(domain) for name, domain in manifest.domains.items()},
     }
-    write_text(manifest.root / FILE_NAME, json.dumps(content, indent=1))
+    write_text(Path(manifest.root) / FILE_NAME, json.dumps(content, indent=1))
 
 
-def load_manifest(root: str | Path) -> Manifest:
-    """Read domains.json and check every domain's shards against it (presence, sizes, hashes of the indices).
+def load_manifest(root: str | Path | Store) -> Manifest:
+    """Read domains.json and check every domain's shards against it.
+
+    Of a local directory: presence, sizes, hashes of the indices; of a remote one the hashes of the indices.
 
     Raises:
         DataError: the directory is missing or half-written, domains.json is broken, a shard is missing,
             truncated or of another preparation, or a domain is empty.
     """
-    root = Path(root)
-    path = root / FILE_NAME
-    if not root.is_dir():
-        raise DataError(f"data directory {root} does not exist; make it with tools/prepare_data.py")
-    if not path.is_file():
+    store = LocalStore(root) if isinstance(root, str | Path) else root
+    if isinstance(store, LocalStore) and not store.root.is_dir():
+        raise DataError(f"data directory {store.root} does not exist; make it with tools/prepare_data.py")
+    try:
+        text = store.read(FILE_NAME, fresh=True)
+    except FileNotFoundError:
         raise DataError(
-            f"{root} has no {FILE_NAME}: it is half-written, or not made by tools/prepare_data.py; "
+            f"{store.location} has no {FILE_NAME}: it is half-written, or not made by tools/prepare_data.py; "
             "prepare the data again"
-        )
-    manifest = _parse(root, path)
+        ) from None
+    manifest = _parse(store, text)
     for name, domain in manifest.domains.items():
         for split in SPLITS:
-            _check_split(root, name, split, getattr(domain, split))
+            _check_split(store, manifest, f"{name}/{split}", getattr(domain, split))
     return manifest
 
 
-def _parse(root: Path, path: Path) -> Manifest:
+def _parse(store: Store, text: bytes) -> Manifest:
+    path = f"{store.location}/{FILE_NAME}"
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(text)
         if content["format"] != FORMAT:
             raise DataError(f"{path} has format {content['format']!r}, not {FORMAT}; prepare the data again")
         domains = {name: _domain(entry) for name, entry in content["domains"].items()}
         tokenizer = content["tokenizer"]
         return Manifest(
-            root=root,
+            root=store.root if isinstance(store, LocalStore) else store.location,
             sequence_length=int(content["sequence_length"]),
             dtype=str(content["dtype"]),
             tokenizer_fingerprint=str(tokenizer["fingerprint"]),
@@ -123,12 +128,16 @@ def _domain(entry: dict[str, Any]) -> DomainInfo:
     return DomainInfo(train, validation, Dropped(**entry.get("dropped", {})))
 
 
-def _check_split(root: Path, name: str, split: str, info: SplitInfo) -> None:
+def _check_split(store: Store, manifest: Manifest, directory: str, info: SplitInfo) -> None:
     if info.samples < 1:
-        raise DataError(f"domain {name!r} of {root} is empty: no {split} sample; prepare it with more text")
-    index = read_index(root / name / split)
+        name, _, split = directory.partition("/")
+        raise DataError(f"domain {name!r} of {store.location} is empty: no {split} sample; prepare it with more text")
+    index = read_index(store, directory)
+    if index.sha != info.sha:
+        index = read_index(store, directory, fresh=True)  # a cache may hold that of an earlier preparation
     if (index.num_samples, index.sha) != (info.samples, info.sha):
         raise DataError(
-            f"{root / name / split} is not what {root / FILE_NAME} describes ({index.num_samples:,} samples, "
-            f"expected {info.samples:,} of hash {info.sha[:12]}); {AGAIN}"
+            f"{store.location}/{directory} is not what {store.location}/{FILE_NAME} describes "
+            f"({index.num_samples:,} samples, expected {info.samples:,} of hash {info.sha[:12]}); {AGAIN}"
         )
+    index.check_format(manifest.dtype, manifest.sequence_length)

@@ -13,11 +13,12 @@ import numpy as np
 import numpy.typing as npt
 
 from ddk_ds.data.packing import Ids
+from ddk_ds.data.store import AGAIN, LocalStore, Shard, Store
 from ddk_ds.errors import DataError
 
 SHARD_BYTES = 1 << 26
-AGAIN = "prepare the data again, or copy it again whole"
 _COLUMN = "tokens"
+_VERSION = 2
 
 
 def token_dtype(vocab_size: int) -> str:
@@ -41,17 +42,19 @@ def write_split(
     with MDSWriter(out=str(directory), columns=columns, hashes=["xxh64"], size_limit=shard_bytes) as writer:
         for sample in samples:
             writer.write({_COLUMN: sample.astype(dtype, copy=False)})
-    index = read_index(directory)
+    index = read_index(LocalStore(directory.parent), directory.name)
     return {"samples": index.num_samples, "sha": index.sha}
 
 
 @dataclass(frozen=True)
 class SplitIndex:
-    """What index.json says. `sha` covers sizes, samples and content hashes of every shard."""
+    """What the index.json of a split says. `sha` covers sizes, samples and content hashes of every shard."""
 
-    directory: Path
-    shards: list[dict[str, Any]]
+    directory: str
+    entries: list[dict[str, Any]]
+    shards: list[Shard]
     shard_sizes: npt.NDArray[np.int64]
+    encodings: set[str]
     sha: str
 
     @property
@@ -59,64 +62,97 @@ class SplitIndex:
         """Samples of all shards."""
         return int(self.shard_sizes.sum())
 
+    def check_format(self, dtype: str, sequence_length: int) -> None:
+        """DataError if a shard's samples are not `sequence_length` ids of `dtype`."""
+        wanted = f"ndarray:{dtype}:{sequence_length}"
+        if other := self.encodings - {wanted}:
+            raise DataError(f"{self.directory} holds samples of {other.pop()}, the data's are {wanted}; {AGAIN}")
 
-def read_index(directory: Path) -> SplitIndex:
-    """Read index.json and check that every shard is there with its full size; reads no shard.
+
+def read_index(store: Store, directory: str, *, fresh: bool = False) -> SplitIndex:
+    """Read a split's index.json and check what can be without reading shards: presence and sizes of local ones.
 
     Raises:
-        DataError: names the file that is missing, unreadable or truncated.
+        DataError: names the file that is missing, unreadable, of another version or truncated.
     """
-    path = directory / "index.json"
+    path = f"{store.location}/{directory}/index.json"
     try:
-        shards = json.loads(path.read_bytes())["shards"]
-        sizes = [shard["samples"] for shard in shards]
-        files = [(directory / shard["raw_data"]["basename"], shard["raw_data"]["bytes"]) for shard in shards]
+        content = json.loads(store.read(f"{directory}/index.json", fresh=fresh))
+        entries = content["shards"]
+        versions = {entry["version"] for entry in entries} | {content["version"]}
+        if versions != {_VERSION}:
+            raise DataError(f"{path} is of version {versions}, this program reads {_VERSION}; prepare the data again")
+        sizes = [entry["samples"] for entry in entries]
+        shards = [_shard(directory, entry["raw_data"]) for entry in entries]
+        encodings = {encoding for entry in entries for encoding in entry["column_encodings"]}
     except FileNotFoundError:
         raise DataError(f"{path} is missing; {AGAIN}") from None
+    except DataError:
+        raise
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"{path} is damaged ({error!r}); {AGAIN}") from None
-    for file, num_bytes in files:
-        if not file.is_file():
-            raise DataError(f"shard {file} is missing; {AGAIN}")
-        if file.stat().st_size != num_bytes:
-            raise DataError(f"shard {file} has {file.stat().st_size:,} bytes, its index says {num_bytes:,}; {AGAIN}")
-    sha = hashlib.sha256(json.dumps(shards, sort_keys=True).encode()).hexdigest()
-    return SplitIndex(directory, shards, np.array(sizes, np.int64), sha)
+    store.check(directory, shards)
+    sha = hashlib.sha256(json.dumps(entries, sort_keys=True).encode()).hexdigest()
+    return SplitIndex(directory, entries, shards, np.array(sizes, np.int64), encodings, sha)
+
+
+def _shard(directory: str, raw: dict[str, Any]) -> Shard:
+    return Shard(f"{directory}/{raw['basename']}", int(raw["bytes"]), raw["hashes"].get("xxh64"))
 
 
 class Split:
     """Random access to the samples of one split, through streaming's own MDS reader: no locks, no open files.
 
     Attributes:
-        directory: where it is.
         shard_sizes: (S,) samples of each shard.
-        num_samples: their sum.
+        shards: their files.
+        num_samples: sum of shard_sizes.
         sha: hash of the index.
     """
 
-    def __init__(self, index: SplitIndex) -> None:
+    def __init__(self, store: Store, index: SplitIndex, vocab_size: int | None = None) -> None:
+        """`vocab_size`: refuse samples with ids from here on; None: any."""
         # As in write_split; not delayed until the first read: forked workers have it from their parent.
         from streaming.base.format import reader_from_json
 
-        self.directory = index.directory
+        self._store = store
+        self._vocab_size = vocab_size
         self.shard_sizes = index.shard_sizes
+        self.shards = index.shards
         self.num_samples = index.num_samples
         self.sha = index.sha
         self._first = np.cumsum(index.shard_sizes) - index.shard_sizes
-        self._readers = [reader_from_json(str(index.directory), None, shard) for shard in index.shards]
+        self._readers = [reader_from_json("", None, entry) for entry in index.entries]
 
     def __len__(self) -> int:
         return self.num_samples
 
+    def shard_of(self, i: int) -> int:
+        """The shard that sample `i` is in."""
+        return int(np.searchsorted(self._first, i, side="right")) - 1
+
     def tokens(self, i: int) -> npt.NDArray[np.int64]:
-        """(L,) ids of sample `i`."""
+        """(L,) ids of sample `i`. Raises DataError where its shard is damaged or cannot be had."""
         if not 0 <= i < self.num_samples:
-            raise IndexError(f"sample {i} of {self.directory}, which has {self.num_samples}")
-        shard = int(np.searchsorted(self._first, i, side="right")) - 1
-        tokens: Ids = self._readers[shard][int(i - self._first[shard])][_COLUMN]
+            raise IndexError(f"sample {i} of a split that has {self.num_samples}")
+        number = self.shard_of(i)
+        shard, reader, place = self.shards[number], self._readers[number], int(i - self._first[number])
+        while True:
+            path = self._store.shard(shard)
+            reader.dirname = str(path.parent)
+            try:
+                tokens: Ids = reader[place][_COLUMN]
+                break
+            except FileNotFoundError:
+                continue  # evicted by another process since the line before
+        if self._vocab_size is not None and int(tokens.max()) >= self._vocab_size:
+            raise DataError(
+                f"shard {path} of domain {shard.domain!r}: sample {place} holds id {int(tokens.max())}, the vocabulary "
+                f"has {self._vocab_size:,}; prepare the data with the run's tokenizer"
+            )
         return tokens.astype(np.int64)
 
 
-def open_split(directory: Path) -> Split:
-    """Check a split's shards against its index and open it; DataError names the file that is wrong."""
-    return Split(read_index(directory))
+def open_split(store: Store, directory: str, vocab_size: int | None = None) -> Split:
+    """Check a split against its index and open it; DataError names the file that is wrong."""
+    return Split(store, read_index(store, directory), vocab_size)

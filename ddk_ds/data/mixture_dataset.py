@@ -13,6 +13,7 @@ from torch.utils.data import Dataset
 
 from ddk_ds.data.manifest import load_manifest
 from ddk_ds.data.mds import open_split
+from ddk_ds.data.store import LocalStore, Shard, Store
 
 
 class Sample(TypedDict):
@@ -36,10 +37,12 @@ class MixtureDataset(Dataset[Sample]):
         shas: N hashes of the split's shards.
     """
 
-    def __init__(self, root: str | Path, names: Sequence[str], split: str = "train") -> None:
-        load_manifest(root).require(names)
+    def __init__(self, root: str | Path | Store, names: Sequence[str], split: str = "train") -> None:
+        store = LocalStore(root) if isinstance(root, str | Path) else root
+        manifest = load_manifest(store)
+        manifest.require(names)
         self.names = list(names)
-        self._splits = [open_split(Path(root) / name / split) for name in names]
+        self._splits = [open_split(store, f"{name}/{split}", manifest.vocab_size) for name in names]
         self.sizes: npt.NDArray[np.int64] = np.array([len(opened) for opened in self._splits], np.int64)
         self.sample_offsets: npt.NDArray[np.int64] = np.cumsum(self.sizes) - self.sizes
         self.shard_sizes = [opened.shard_sizes for opened in self._splits]
@@ -49,8 +52,18 @@ class MixtureDataset(Dataset[Sample]):
         return int(self.sizes.sum())
 
     def __getitem__(self, sample_id: int) -> Sample:
+        domain, place = self._place(sample_id)
+        tokens = self._splits[domain].tokens(place)
+        return {"input_ids": torch.from_numpy(tokens), "domain": domain, "sample_id": int(sample_id)}
+
+    def shard_of(self, sample_id: int) -> Shard:
+        """The file that a sample is in."""
+        domain, place = self._place(sample_id)
+        split = self._splits[domain]
+        return split.shards[split.shard_of(place)]
+
+    def _place(self, sample_id: int) -> tuple[int, int]:
         if not 0 <= sample_id < len(self):
             raise IndexError(f"global sample id {sample_id}; there are {len(self)} samples")
         domain = int(np.searchsorted(self.sample_offsets, sample_id, side="right")) - 1
-        tokens = self._splits[domain].tokens(int(sample_id - self.sample_offsets[domain]))
-        return {"input_ids": torch.from_numpy(tokens), "domain": domain, "sample_id": int(sample_id)}
+        return domain, int(sample_id - self.sample_offsets[domain])

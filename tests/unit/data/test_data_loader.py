@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 from ddk_ds.data.loader import interval_loader, validation_batches
 from ddk_ds.data.mds import open_split
 from ddk_ds.data.mixture_dataset import MixtureDataset
+from ddk_ds.data.store import LocalStore
 from ddk_ds.errors import DataError
 
 NAMES = ["large", "small", "tree"]
@@ -28,7 +29,7 @@ def draw(dataset: MixtureDataset, total: int) -> np.ndarray:  # type: ignore[typ
 
 
 def test_global_ids_follow_the_order_of_names(dataset: MixtureDataset, prepared: Path) -> None:
-    splits = [open_split(prepared / name / "train") for name in NAMES]
+    splits = [open_split(LocalStore(prepared), f"{name}/train") for name in NAMES]
     assert dataset.sizes.tolist() == [len(split) for split in splits]
     assert dataset.sample_offsets.tolist() == [0, len(splits[0]), len(splits[0]) + len(splits[1])]
     assert [sizes.tolist() for sizes in dataset.shard_sizes] == [split.shard_sizes.tolist() for split in splits]
@@ -44,7 +45,7 @@ def test_global_ids_follow_the_order_of_names(dataset: MixtureDataset, prepared:
 
 def test_validation_split_as_a_dataset(prepared: Path) -> None:
     held_out = MixtureDataset(prepared, ["tree"], split="validation")
-    split = open_split(prepared / "tree/validation")
+    split = open_split(LocalStore(prepared), "tree/validation")
     np.testing.assert_array_equal(held_out[3]["input_ids"].numpy(), split.tokens(3))
 
 
@@ -121,7 +122,7 @@ def test_validation_is_the_same_samples_for_any_world_size(prepared: Path, world
         assert all(ids.shape == (micro_batch, 32) and ids.dtype == torch.int64 for ids, _ in in_order)
         assert all(real.shape == (micro_batch,) and real.dtype == torch.bool for _, real in in_order)
         read = torch.cat([ids[real] for ids, real in in_order])
-        split = open_split(prepared / name / "validation")
+        split = open_split(LocalStore(prepared), f"{name}/validation")
         np.testing.assert_array_equal(read.numpy(), np.stack([split.tokens(i) for i in range(7)]))
         assert all(not ids[~real].any() for ids, real in in_order)
 

@@ -15,6 +15,7 @@ from ddk_ds.data.manifest import load_manifest
 from ddk_ds.data.mds import open_split
 from ddk_ds.data.prepare import Plan, prepare
 from ddk_ds.data.recipe import load_recipe
+from ddk_ds.data.store import LocalStore
 from ddk_ds.data.tokenizer import load_tokenizer
 from ddk_ds.errors import DataError
 from tests.unit.data.corpus import PLAN, make_texts, write_recipe
@@ -27,7 +28,7 @@ def write_lines(path: Path, texts: list[str]) -> None:
 def documents_on(root: Path, split: str, tokenizer_dir: Path) -> list[str]:
     """The split's whole documents, decoded; the last is cut where the dropped tail begins."""
     info = load_tokenizer(tokenizer_dir)
-    opened = open_split(root / split)
+    opened = open_split(LocalStore(root), split)
     ids = np.concatenate([opened.tokens(i) for i in range(len(opened))])
     ends = np.flatnonzero(ids == info.eos_token_id)
     return [info.tokenizer.decode(part[part != info.eos_token_id].tolist()) for part in np.split(ids, ends + 1)]

@@ -1,0 +1,241 @@
+"""A node's cache of a remote data directory: each shard is fetched once, verified, and evicted when space is short.
+
+All processes of a node share it through files alone. A shard is fetched under a lock of its own, so that the others
+wait for it; space is found under one lock for all. The kernel frees the locks of a process that was killed, and what it
+left half-written is removed by the next job that has the cache for itself.
+
+    <cache_dir>/cache.json      which remote this is, and the limit
+    <cache_dir>/data/...        files as the remote has them; the access time is the last use
+    <cache_dir>/fetching/...    what is being fetched, and the space kept for it
+    <cache_dir>/locks/...
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from ddk_ds.data.fetch import Fetcher
+from ddk_ds.data.store import Damaged, Shard, Verified
+from ddk_ds.errors import ConfigError, DataError
+from ddk_ds.files import write_text
+
+MIN_SHARDS = 4
+_GB = 10**9
+# Seconds between two marks of a shard's use by one process.
+_MARK_S = 2.0
+
+
+@dataclass(frozen=True)
+class CacheOptions:
+    """How a remote is cached: the keys of the configuration's section data."""
+
+    directory: Path
+    limit_gb: float | None
+    timeout_s: float
+    retries: int
+
+
+class CachedStore:
+    """A remote directory behind a cache on this node. See `store.Store`."""
+
+    def __init__(self, location: str, options: CacheOptions) -> None:
+        self.location = location
+        self.options = options
+        self.fetcher = Fetcher(location, timeout_s=options.timeout_s, retries=options.retries)
+        self._data = options.directory / "data"
+        self._fetching = options.directory / "fetching"
+        self._locks = options.directory / "locks"
+        self._verified = Verified()
+        self._marked: dict[str, float] = {}
+        for directory in (self._data, self._fetching, self._locks):
+            _make(directory)
+
+    @property
+    def limit_bytes(self) -> int | None:
+        """Bytes that shards, whole or on their way, may take; None: no limit."""
+        return None if self.options.limit_gb is None else int(self.options.limit_gb * _GB)
+
+    def read(self, name: str, *, fresh: bool = False) -> bytes:
+        path = self._data / name
+        with self._lock(name):
+            if fresh or not path.is_file():
+                self._download(name, self._fetching / _key(name), path)
+            return path.read_bytes()
+
+    def check(self, directory: str, shards: list[Shard]) -> None:
+        largest = max((shard.num_bytes for shard in shards), default=0)
+        if self.limit_bytes is not None and self.limit_bytes < MIN_SHARDS * largest:
+            raise ConfigError(
+                f"data.cache_limit_gb is {self.options.limit_gb:g}: it must hold {MIN_SHARDS} shards of "
+                f"{largest / _GB:.3g} GB ({directory}); give {MIN_SHARDS * largest / _GB:.3g} or more"
+            )
+
+    def shard(self, shard: Shard) -> Path:
+        path = self._data / shard.name
+        while True:
+            try:
+                self._verified.check(shard, path)
+                self._mark(shard, path)
+                return path
+            except (FileNotFoundError, Damaged):
+                self._fetch(shard, path)
+
+    def holds(self, shard: Shard) -> bool:
+        """Whether the shard is here, verified or not."""
+        return (self._data / shard.name).is_file()
+
+    def _mark(self, shard: Shard, path: Path) -> None:
+        now = time.monotonic()
+        if now - self._marked.get(shard.name, -_MARK_S) >= _MARK_S:
+            # The modification time stays: by it a process knows that a file is still the one that it verified.
+            os.utime(path, ns=(time.time_ns(), path.stat().st_mtime_ns))
+            self._marked[shard.name] = now
+
+    def _fetch(self, shard: Shard, path: Path) -> None:
+        with self._lock(shard.name):
+            try:
+                # Another process may have fetched it while this one waited for the lock.
+                self._verified.check(shard, path)
+                return
+            except Damaged:
+                path.unlink()
+            except FileNotFoundError:
+                pass
+            kept = self._fetching / f"{_key(shard.name)}.space"
+            self._make_room(kept, shard.num_bytes)
+            try:
+                self._download(shard.name, self._fetching / _key(shard.name), path, shard)
+            finally:
+                kept.unlink(missing_ok=True)
+
+    def _download(self, name: str, partial: Path, path: Path, shard: Shard | None = None) -> None:
+        _make(path.parent)
+        try:
+            self.fetcher.fetch(name, partial, shard)
+            partial.replace(path)
+        except OSError as error:
+            if error.errno != errno.ENOSPC:
+                raise
+            raise DataError(
+                f"data.cache_dir {self.options.directory}: the disk is full while {name} of {self.location} is "
+                "fetched; free space there, or lower data.cache_limit_gb"
+            ) from None
+        finally:
+            partial.unlink(missing_ok=True)
+
+    def _make_room(self, kept: Path, num_bytes: int) -> None:
+        """Evict the shards that were not used for longest until `num_bytes` more fit, and keep that space."""
+        with self._lock("space"):
+            if self.limit_bytes is not None:
+                spaces = [size for _, size, _ in _files(self._fetching, ".space")]
+                files = sorted(_files(self._data, ".mds"))
+                excess = sum(spaces) + sum(size for _, size, _ in files) + num_bytes - self.limit_bytes
+                for _, size, path in files:
+                    if excess <= 0:
+                        break
+                    path.unlink(missing_ok=True)
+                    excess -= size
+            with kept.open("wb") as stream:
+                stream.truncate(num_bytes)  # a hole: it is counted and takes no space
+
+    @contextmanager
+    def _lock(self, name: str) -> Iterator[None]:
+        with (self._locks / _key(name)).open("ab") as stream:
+            fcntl.flock(stream, fcntl.LOCK_EX)
+            yield
+
+
+_claims: dict[Path, IO[bytes]] = {}
+
+
+def open_cache(location: str, options: CacheOptions) -> CachedStore:
+    """A remote directory behind its cache, which this process uses until it ends.
+
+    Raises: see `_claim`.
+    """
+    store = CachedStore(location, options)
+    place = options.directory.resolve()
+    if place in _claims:
+        _claims.pop(place).close()
+    _claims[place] = _claim(store)
+    return store
+
+
+def _claim(store: CachedStore) -> IO[bytes]:
+    """Take part in the use of the cache until the file that is returned is closed.
+
+    Whoever has it alone removes what a killed job left. Jobs with the same remote and limit share it.
+
+    Raises:
+        ConfigError: the directory belongs to another remote, or a running job uses another limit.
+    """
+    directory = store.options.directory
+    stream = (directory / "in-use").open("ab")
+    try:
+        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        fcntl.flock(stream, fcntl.LOCK_SH)  # waits for whoever has it alone, which is short
+        alone = False
+    else:
+        alone = True
+    wanted = {"remote": store.location, "limit_gb": store.options.limit_gb}
+    found = _read_json(directory / "cache.json")
+    if found is not None and found["remote"] != store.location:
+        stream.close()
+        raise ConfigError(
+            f"data.cache_dir {directory} holds {found['remote']}, data.path is {store.location}: give each its own "
+            "directory"
+        )
+    if not alone and found != wanted:
+        stream.close()
+        raise ConfigError(
+            f"data.cache_dir {directory} is in use by a job with data.cache_limit_gb {found and found['limit_gb']}, "
+            f"here it is {store.options.limit_gb}: give the same limit or another directory"
+        )
+    if alone:
+        for leftover in (directory / "fetching").iterdir():
+            leftover.unlink()
+        write_text(directory / "cache.json", json.dumps(wanted))
+        fcntl.flock(stream, fcntl.LOCK_SH)
+    return stream
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
+    try:
+        content: dict[str, Any] = json.loads(path.read_text())
+    except FileNotFoundError:
+        return None
+    return content
+
+
+def _files(directory: Path, suffix: str) -> Iterator[tuple[float, int, Path]]:
+    """(last use, bytes, path) of every file below the directory; others may come and go meanwhile."""
+    for path in directory.rglob(f"*{suffix}"):
+        try:
+            status = path.stat()
+        except FileNotFoundError:
+            continue
+        yield status.st_atime, status.st_size, path
+
+
+def _make(directory: Path) -> None:
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"data.cache_dir: {directory} cannot be made: {error.strerror}; give a local directory"
+        ) from None
+
+
+def _key(name: str) -> str:
+    return hashlib.blake2b(name.encode(), digest_size=16).hexdigest()

@@ -1,0 +1,139 @@
+"""Where prepared data lies: a directory, or a remote one of which each node keeps a cache (cache.py).
+
+A shard's content is compared with the hash in its index before its first sample is read, and again when the file
+has changed since: a flipped byte must not become a token.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import xxhash
+
+from ddk_ds.errors import DataError
+
+AGAIN = "prepare the data again, or copy it again whole"
+_HASH = "xxh64"
+_URL = re.compile(r"^[a-z][a-z0-9+.-]*://", re.IGNORECASE)
+_BLOCK_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One shard file as its index describes it; `name` is relative to the root of the data."""
+
+    name: str
+    num_bytes: int
+    xxh64: str | None
+
+    @property
+    def domain(self) -> str:
+        """The directory below the root, which is the domain's name."""
+        return self.name.partition("/")[0]
+
+
+class Damaged(DataError):
+    """A shard that is not what its index says."""
+
+
+class Store(Protocol):
+    """Files of one prepared data directory. It can be pickled and forked: no open file, no lock object."""
+
+    location: str
+    """The root, as the user knows it."""
+
+    def read(self, name: str, *, fresh: bool = False) -> bytes:
+        """A small file: domains.json or an index. `fresh`: not from a cache. Raises FileNotFoundError, DataError."""
+
+    def check(self, directory: str, shards: list[Shard]) -> None:
+        """Whether the directory holds these shards, as far as that can be told without reading them: DataError."""
+
+    def shard(self, shard: Shard) -> Path:
+        """A verified local copy, for now: another process may take it away. Raises DataError."""
+
+
+def is_url(path: str) -> bool:
+    """Whether a data path is a remote one by its form: s3://, gs://, az://, hf:// and so on."""
+    return bool(_URL.match(path))
+
+
+class Verified:
+    """The files that this process has hashed, as they were then."""
+
+    def __init__(self) -> None:
+        self._seen: dict[str, tuple[int, int, int]] = {}
+
+    def check(self, shard: Shard, path: Path) -> None:
+        """Hash the file unless this very file was hashed before. Raises FileNotFoundError, Damaged."""
+        status = path.stat()
+        signature = (status.st_mtime_ns, status.st_size, status.st_ino)
+        if self._seen.get(shard.name) != signature:
+            verify(shard, path)
+            self._seen[shard.name] = signature
+
+
+def verify(shard: Shard, path: Path) -> None:
+    """Compare a file's size and content with its index.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        Damaged: names the file, the domain, what was expected and what was found.
+    """
+    num_bytes = path.stat().st_size
+    if num_bytes != shard.num_bytes:
+        raise Damaged(
+            f"shard {path} of domain {shard.domain!r} has {num_bytes:,} bytes, its index says {shard.num_bytes:,}; "
+            f"{AGAIN}"
+        )
+    if shard.xxh64 is None:
+        return
+    digest = xxhash.xxh64()
+    with path.open("rb", buffering=0) as stream:
+        while block := stream.read(_BLOCK_BYTES):
+            digest.update(block)
+    if digest.hexdigest() != shard.xxh64:
+        raise Damaged(
+            f"shard {path} of domain {shard.domain!r} is damaged: its {_HASH} is {digest.hexdigest()}, its index says "
+            f"{shard.xxh64}; {AGAIN}"
+        )
+
+
+class LocalStore:
+    """A prepared directory on this machine or on a shared file system."""
+
+    def __init__(self, root: str | Path) -> None:
+        self.root = Path(root)
+        self.location = str(root)
+        self._verified = Verified()
+
+    def read(self, name: str, *, fresh: bool = False) -> bytes:
+        return (self.root / name).read_bytes()
+
+    def check(self, directory: str, shards: list[Shard]) -> None:
+        for shard in shards:
+            file = self.root / shard.name
+            if not file.is_file():
+                raise DataError(f"shard {file} is missing; {AGAIN}")
+            if file.stat().st_size != shard.num_bytes:
+                raise DataError(
+                    f"shard {file} has {file.stat().st_size:,} bytes, its index says {shard.num_bytes:,}; {AGAIN}"
+                )
+        known = {os.path.basename(shard.name) for shard in shards}
+        extra = sorted(file.name for file in (self.root / directory).glob("shard.*") if file.name not in known)
+        if extra:
+            raise DataError(
+                f"{self.root / directory} holds {extra[0]}, which its index.json does not list: shards of two "
+                f"preparations are mixed; {AGAIN}"
+            )
+
+    def shard(self, shard: Shard) -> Path:
+        path = self.root / shard.name
+        try:
+            self._verified.check(shard, path)
+        except FileNotFoundError:
+            raise DataError(f"shard {path} of domain {shard.domain!r} is gone; {AGAIN}") from None
+        return path
