@@ -8,6 +8,17 @@ from __future__ import annotations
 
 from ddk_ds.config.load import load_config, make_config, to_yaml
 from ddk_ds.config.run import Config
-from ddk_ds.config.sections import Loss, Model, Optimizer, Positive, Section
+from ddk_ds.config.sections import Data, Loss, Model, Optimizer, Positive, Section
 
-__all__ = ["Config", "Loss", "Model", "Optimizer", "Positive", "Section", "load_config", "make_config", "to_yaml"]
+__all__ = [
+    "Config",
+    "Data",
+    "Loss",
+    "Model",
+    "Optimizer",
+    "Positive",
+    "Section",
+    "load_config",
+    "make_config",
+    "to_yaml",
+]

@@ -15,6 +15,7 @@ OpenFraction = Annotated[float, Field(gt=0.0, lt=1.0, allow_inf_nan=False)]
 Divergence = Literal[
     "forward_kl", "reverse_kl", "jensen_shannon", "skew_forward_kl", "skew_reverse_kl", "total_variation"
 ]
+Exhaustion = Literal["cycle", "cap", "stop"]
 Controller = Literal["ddk", "ddk_no_smoothing", "equal", "by_size", "static"]
 
 
@@ -48,7 +49,15 @@ class Data(Section):
     """Per-domain MDS shards made by tools/prepare_data.py."""
 
     path: str
-    """Directory that holds domains.json and one directory per domain."""
+    """Directory that holds domains.json and one directory per domain; or a remote one (s3://, gs://, az://, hf://)."""
+    cache_dir: str | None = None
+    """Directory on a node's own disk that keeps fetched shards of a remote `path`; null: `path` is read in place."""
+    cache_limit_gb: PositiveFloat | None = None
+    """Most that the cache may hold, at least 4 shards; null: no limit."""
+    download_timeout_s: PositiveFloat = 60.0
+    """Seconds that one attempt to fetch a shard may take."""
+    download_retries: Natural = 4
+    """Further attempts after one that failed, with growing pauses."""
     domains: tuple[str, ...] | None = None
     """Domains to train on, in the order of reports; null: all that the data has."""
     sequence_length: Positive = 2048
@@ -57,6 +66,17 @@ class Data(Section):
     """Held-out samples a domain that perplexities are measured on (the paper: 500)."""
     num_workers: Natural = 0
     """Processes that read ahead, per rank; 0 reads in the training process."""
+
+    @model_validator(mode="after")
+    def _cache_goes_with_a_remote(self) -> Data:
+        if self.cache_dir is None and "://" in self.path:
+            raise ValueError(f"path {self.path} is remote: give cache_dir, a directory on each node's own disk")
+        if self.cache_dir is None and self.cache_limit_gb is not None:
+            raise ValueError(
+                f"cache_limit_gb {self.cache_limit_gb:g} without cache_dir: path is read in place and nothing is ever "
+                "removed from it; leave it out, or give cache_dir"
+            )
+        return self
 
 
 class Mixture(Section):
@@ -74,6 +94,24 @@ class Mixture(Section):
     """Largest perplexity ratio that enters exp() in Eq. 1 and 2; null: none, as published."""
     initial_floor: Fraction = 0.0
     """Least proportion of a domain in the first interval; 0: none, as published."""
+    exhaustion: Exhaustion = "cycle"
+    """cycle (pass after pass); cap (at its limit the others get a domain's share); stop (there the run ends)."""
+    exhaustion_by_domain: dict[str, Exhaustion] = Field(default_factory=dict)
+    """Policy of single domains in place of `exhaustion`."""
+    max_passes: PositiveFloat | None = None
+    """Limit of each domain with cap or stop, in passes over its samples; null: one pass, with stop alone."""
+
+    @model_validator(mode="after")
+    def _limit_goes_with_policies(self) -> Mixture:
+        used = {self.exhaustion, *self.exhaustion_by_domain.values()}
+        if "cap" in used and self.max_passes is None:
+            raise ValueError("exhaustion: cap needs a limit: set mixture.max_passes, for example 4")
+        if used == {"cycle"} and self.max_passes is not None:
+            raise ValueError(
+                f"max_passes is {self.max_passes:g}, but every domain cycles: set mixture.exhaustion to cap or stop, "
+                "or remove it"
+            )
+        return self
 
 
 class Loss(Section):

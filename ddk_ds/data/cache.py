@@ -24,8 +24,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from ddk_ds.config import Data
 from ddk_ds.data.fetch import Fetcher
-from ddk_ds.data.store import Damaged, Shard, Verified
+from ddk_ds.data.store import Damaged, LocalStore, Shard, Store, Verified
 from ddk_ds.errors import ConfigError, DataError
 from ddk_ds.files import write_text
 
@@ -158,16 +159,19 @@ class CachedStore:
 _claims: dict[Path, IO[bytes]] = {}
 
 
-def open_cache(location: str, options: CacheOptions) -> CachedStore:
-    """A remote directory behind its cache, which this process uses until it ends.
+def open_store(data: Data) -> Store:
+    """Where the data of a configuration lies; the cache of a remote is this process's to use until it ends.
 
-    Raises: see `_claim`.
+    Raises ConfigError where the cache belongs to another remote, or a running job uses another limit.
     """
-    store = CachedStore(location, options)
-    place = options.directory.resolve()
-    if place in _claims:
-        _claims.pop(place).close()
-    _claims[place] = _claim(store)
+    if data.cache_dir is None:
+        return LocalStore(data.path)
+    directory = Path(data.cache_dir)
+    options = CacheOptions(directory, data.cache_limit_gb, data.download_timeout_s, data.download_retries)
+    store = CachedStore(data.path, options)
+    if place := _claims.pop(directory.resolve(), None):
+        place.close()
+    _claims[directory.resolve()] = _claim(store)
     return store
 
 

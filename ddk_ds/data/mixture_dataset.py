@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from operator import itemgetter
 from pathlib import Path
 from typing import TypedDict
 
@@ -56,11 +57,14 @@ class MixtureDataset(Dataset[Sample]):
         tokens = self._splits[domain].tokens(place)
         return {"input_ids": torch.from_numpy(tokens), "domain": domain, "sample_id": int(sample_id)}
 
-    def shard_of(self, sample_id: int) -> Shard:
-        """The file that a sample is in."""
-        domain, place = self._place(sample_id)
-        split = self._splits[domain]
-        return split.shards[split.shard_of(place)]
+    def first_uses(self, ids: npt.NDArray[np.int64]) -> list[tuple[int, Shard]]:
+        """ids (n,) global sample ids -> (position of its first sample, shard) of every shard among them, in order."""
+        ends = np.cumsum(np.concatenate(self.shard_sizes))
+        numbers, positions = np.unique(np.searchsorted(ends, ids, side="right"), return_index=True)
+        shards = [shard for split in self._splits for shard in split.shards]
+        return sorted(
+            ((int(at), shards[number]) for at, number in zip(positions, numbers, strict=True)), key=itemgetter(0)
+        )
 
     def _place(self, sample_id: int) -> tuple[int, int]:
         if not 0 <= sample_id < len(self):

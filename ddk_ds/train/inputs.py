@@ -9,12 +9,16 @@ from typing import Any
 
 from ddk_ds.comm import Comm, agreed
 from ddk_ds.config import Config, Model
+from ddk_ds.data.cache import open_store
 from ddk_ds.data.manifest import Manifest, load_manifest
+from ddk_ds.data.store import Store
 from ddk_ds.data.tokenizer import TokenizerInfo, load_tokenizer
 from ddk_ds.engine.ds_config import student_ds_config
 from ddk_ds.engine.model_files import ModelFiles, model_directory, read_model
 from ddk_ds.errors import ConfigError, DataError
 from ddk_ds.mixture.controllers import Controller, make_controller
+from ddk_ds.mixture.exhaustion import Exhaustion, make_exhaustion
+from ddk_ds.train.learning_rate import total_steps
 
 
 @dataclass(frozen=True)
@@ -22,11 +26,13 @@ class Inputs:
     """A run's checked inputs."""
 
     names: list[str]
+    store: Store
     manifest: Manifest
     tokenizer: TokenizerInfo
     student: ModelFiles
     teacher: ModelFiles | None
     controller: Controller
+    exhaustion: Exhaustion
 
     @property
     def fingerprints(self) -> dict[str, Any]:
@@ -54,8 +60,10 @@ def check_inputs(config: Config, comm: Comm) -> Inputs:
 
 def _check_files(config: Config, student_path: Path, teacher_path: Path | None, world_size: int) -> Inputs:
     student_ds_config(config, world_size)
-    manifest = load_manifest(config.data.path)
+    store = open_store(config.data)
+    manifest = load_manifest(store)
     names = _check_data(config, manifest)
+    exhaustion = _check_exhaustion(config, manifest, names)
     student = read_model(student_path, "student.path")
     teacher = None if teacher_path is None else read_model(teacher_path, "teacher.path")
     tokenizer = load_tokenizer(student.directory)
@@ -78,7 +86,7 @@ def _check_files(config: Config, student_path: Path, teacher_path: Path | None, 
         proportions=config.mixture.proportions,
         sizes=[manifest.domains[name].train.tokens for name in names],
     )
-    return Inputs(names, manifest, tokenizer, student, teacher, controller)
+    return Inputs(names, store, manifest, tokenizer, student, teacher, controller, exhaustion)
 
 
 def _check_data(config: Config, manifest: Manifest) -> list[str]:
@@ -97,6 +105,21 @@ def _check_data(config: Config, manifest: Manifest) -> list[str]:
                 f"for {config.data.validation_samples}: lower it, or prepare the data again with more"
             )
     return names
+
+
+def _check_exhaustion(config: Config, manifest: Manifest, names: list[str]) -> Exhaustion:
+    mixture = config.mixture
+    sizes = [manifest.domains[name].train.samples for name in names]
+    exhaustion = make_exhaustion(
+        names,
+        sizes,
+        default=mixture.exhaustion,
+        by_domain=mixture.exhaustion_by_domain,
+        max_passes=mixture.max_passes,
+    )
+    steps = min(mixture.interval_steps, total_steps(config, sum(sizes)))
+    exhaustion.check_first(steps * config.train.global_batch_samples)
+    return exhaustion
 
 
 def _check_model(config: Config, key: str, model: Model, files: ModelFiles) -> None:

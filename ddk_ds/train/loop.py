@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from dataclasses import asdict
-from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -13,10 +12,12 @@ import numpy.typing as npt
 
 from ddk_ds.data.loader import MicroBatch, interval_loader
 from ddk_ds.engine.export import export_student
+from ddk_ds.mixture.exhaustion import Plan
 from ddk_ds.mixture.factors import one_hot_warning
 from ddk_ds.train.checkpoint import save_checkpoint
 from ddk_ds.train.interval import Measurement, interval_record, stop_reason
 from ddk_ds.train.learning_rate import learning_rate
+from ddk_ds.train.read_ahead import read_steps
 from ddk_ds.train.setup import Run
 from ddk_ds.train.step import StepMetrics, seed_step, train_step
 from ddk_ds.train.summary import make_summary, summary_table, write_summary
@@ -34,10 +35,15 @@ def train(run: Run) -> dict[str, Any]:
                 reason = stop_reason(run.config, run.state, measured, len(run.dataset))
                 if reason is not None:
                     return _finish(run, measured, measure_s, reason)
-                ids = _begin_interval(run, measured, measure_s)
+                proportions, plan = _plan_interval(run, measured)
+                if plan.end is not None:
+                    return _finish(run, measured, measure_s, plan.end)
+                ids = run.mixer.begin(run.state, proportions, plan)
+                _record_interval(run, measured, measure_s, plan)
             _train_interval(run, ids)
     finally:
         run.progress.stop()
+        run.ahead.close()
 
 
 def _train_interval(run: Run, ids: npt.NDArray[np.int64]) -> None:
@@ -52,7 +58,9 @@ def _train_interval(run: Run, ids: npt.NDArray[np.int64]) -> None:
         start_sample=state.data.consumed,
         num_workers=config.data.num_workers,
     )
-    for micro_batches, data_s, started in _steps(batches, config.micro_batches(comm.world_size)):
+    run.ahead.interval(ids, state.data.consumed)
+    steps = read_steps(batches, config.micro_batches(comm.world_size), comm, run.runtime.device)
+    for micro_batches, data_s, started in _timed(steps):
         seed_step(config.seed, state.step, comm.rank)
         rate = learning_rate(state.step, run.total_steps, config.optimizer)
         metrics = train_step(
@@ -69,18 +77,19 @@ def _train_interval(run: Run, ids: npt.NDArray[np.int64]) -> None:
             _checkpoint(run)
 
 
-def _steps(batches: Iterator[MicroBatch], micro_batches: int) -> Iterator[tuple[list[MicroBatch], float, float]]:
+def _timed(steps: Iterator[list[MicroBatch]]) -> Iterator[tuple[list[MicroBatch], float, float]]:
     """The micro-batches of each optimizer step, the seconds they were waited for, and when the step began."""
     while True:
         started = time.perf_counter()
-        taken = list(islice(batches, micro_batches))
-        if not taken:
+        taken = next(steps, None)
+        if taken is None:
             return
         yield taken, time.perf_counter() - started, started
 
 
 def _measure(run: Run) -> tuple[Measurement, float]:
     started = time.perf_counter()
+    run.ahead.border(run.state.data, run.config.mixture.interval_steps * run.config.train.global_batch_samples)
     measured = run.measure()
     if not run.state.student_before:
         run.state.student_before = measured.student.tolist()
@@ -89,23 +98,27 @@ def _measure(run: Run) -> tuple[Measurement, float]:
     return measured, elapsed
 
 
-def _begin_interval(run: Run, measured: Measurement, measure_s: float) -> npt.NDArray[np.int64]:
-    state, config = run.state, run.config
-    steps = min(config.mixture.interval_steps, run.total_steps - state.step)
-    ids = run.mixer.begin(state, measured, steps * config.train.global_batch_samples)
-    run.ledger.write(interval_record(state, measured, run.inputs.names, list(state.data.counts), measure_s))
+def _plan_interval(run: Run, measured: Measurement) -> tuple[list[float], Plan]:
+    steps = min(run.config.mixture.interval_steps, run.total_steps - run.state.step)
+    total_samples = steps * run.config.train.global_batch_samples
+    return run.mixer.plan(run.state, measured, total_samples, run.inputs.exhaustion)
+
+
+def _record_interval(run: Run, measured: Measurement, measure_s: float, plan: Plan) -> None:
+    state = run.state
+    run.ledger.write(interval_record(state, measured, run.inputs.names, plan, measure_s))
     warning = one_hot_warning(state.proportions, run.inputs.names)
     if warning is not None and state.data.interval == 0 and run.inputs.controller.uses_teacher:
         run.progress.say(f"warning: {warning}")
         run.ledger.event("warning", step=state.step, text=warning)
     run.progress.interval(state.data.interval, state.proportions)
-    return ids
 
 
 def _record_step(run: Run, metrics: StepMetrics, rate: float, data_s: float, step_s: float) -> None:
     state = run.state
     state.step += 1
     state.data = state.data.consume(run.config.train.global_batch_samples)
+    run.ahead.advance(state.data.consumed)
     state.domain_tokens = [a + b for a, b in zip(state.domain_tokens, metrics.domain_tokens, strict=True)]
     state.train_s += step_s
     tokens_per_s = sum(metrics.domain_tokens) / step_s

@@ -20,9 +20,16 @@ _FREE = {
     "name": True,
     "output_dir": True,
     "checkpoint": True,
-    "data": {"path", "num_workers"},
+    "data": {"path", "num_workers", "cache_dir", "cache_limit_gb", "download_timeout_s", "download_retries"},
     "student": {"path"},
     "teacher": {"path"},
+    "train": {"micro_batch_samples"},
+}
+# Directories written before there were policies: what those runs did.
+_NO_POLICY: dict[str, Any] = {
+    "mixture.exhaustion": "cycle",
+    "mixture.exhaustion_by_domain": {},
+    "mixture.max_passes": None,
 }
 
 
@@ -57,6 +64,9 @@ def check_run_dir(config: Config, identity: dict[str, Any]) -> None:
             raise CheckpointError(f"{run_dir} holds files of something else; set name or output_dir to a new directory")
         return
     stored = json.loads(owner.read_text())
+    stored.pop("train.micro_batch_samples", None)  # older directories hold it; it is free now
+    if "mixture.exhaustion" not in stored:
+        stored |= _NO_POLICY
     changed = [key for key in {**stored, **identity} if stored.get(key) != identity.get(key)]
     if changed:
         shown = "; ".join(f"{key} was {stored.get(key)!r}, is {identity.get(key)!r}" for key in sorted(changed)[:4])

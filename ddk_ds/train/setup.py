@@ -21,6 +21,7 @@ from ddk_ds.train.interval import Array, Measurement, Mixer
 from ddk_ds.train.learning_rate import total_steps
 from ddk_ds.train.ledger import Ledger
 from ddk_ds.train.progress import RunProgress
+from ddk_ds.train.read_ahead import ReadAhead
 from ddk_ds.train.state import RunState
 
 
@@ -38,6 +39,7 @@ class Run:
     validation: ValidationBatches
     teacher_ppl: Array | None
     mixer: Mixer
+    ahead: ReadAhead
     state: RunState
     ledger: Ledger
     progress: RunProgress
@@ -59,9 +61,9 @@ class Run:
 def prepare_run(config: Config, inputs: Inputs, runtime: Runtime) -> Run:
     """Load models and data, restore the newest complete checkpoint if there is one. Collective."""
     comm = runtime.comm
-    dataset = MixtureDataset(config.data.path, inputs.names)
+    dataset = MixtureDataset(inputs.store, inputs.names)
     validation = validation_batches(
-        config.data.path,
+        inputs.store,
         inputs.names,
         num_samples=config.data.validation_samples,
         rank=comm.rank,
@@ -89,6 +91,7 @@ def prepare_run(config: Config, inputs: Inputs, runtime: Runtime) -> Run:
         validation=validation,
         teacher_ppl=teacher_ppl,
         mixer=Mixer(inputs.controller, orders, dataset.sample_offsets, comm),
+        ahead=ReadAhead(inputs.store, dataset, orders, enabled=comm.local_rank == 0),
         state=RunState(
             data=IntervalState.new(_domain_entries(dataset), seed=config.seed),
             domain_tokens=[0] * len(inputs.names),
