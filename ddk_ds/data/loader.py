@@ -9,11 +9,12 @@ from typing import Any, NamedTuple, TypedDict
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data import DataLoader, Dataset
 
 from ddk_ds.data.manifest import load_manifest
 from ddk_ds.data.mds import open_split
-from ddk_ds.data.mixture_dataset import MixtureDataset, Sample
+from ddk_ds.data.mixture_dataset import MixtureDataset
+from ddk_ds.data.packing import Ids
 from ddk_ds.data.store import LocalStore, Store
 from ddk_ds.errors import DataError
 
@@ -59,7 +60,7 @@ def interval_loader(
         _Reader(dataset),
         batch_sampler=batches.tolist(),
         num_workers=num_workers,
-        collate_fn=_collate,
+        collate_fn=_as_it_is,
         # DataLoader draws a seed: from its own generator, or the training's RNG would depend on resumes.
         generator=torch.Generator().manual_seed(0),
     )
@@ -67,6 +68,15 @@ def interval_loader(
 
 
 def _batches(loader: DataLoader[Any]) -> Iterator[MicroBatch]:
+    for tokens, domains, sample_ids in _read(loader):
+        yield {
+            "input_ids": torch.from_numpy(tokens.astype(np.int64)),
+            "domain": torch.tensor(domains),
+            "sample_id": torch.tensor(sample_ids),
+        }
+
+
+def _read(loader: DataLoader[Any]) -> Iterator[tuple[Ids, list[int], list[int]]]:
     for batch in loader:
         if isinstance(batch, _Failure):
             raise DataError(batch.text)
@@ -79,19 +89,26 @@ class _Failure(NamedTuple):
     text: str
 
 
-class _Reader(Dataset[list[Sample]]):
+class _Reader(Dataset[Any]):
+    """Micro-batches as (ids (B, L) in the shards' dtype, domains, sample ids).
+
+    A worker sends these through its pipe. Tensors would go through shared memory, a file descriptor each, and four
+    times as large: with them two workers were slower than none.
+    """
+
     def __init__(self, dataset: MixtureDataset) -> None:
         self._dataset = dataset
 
-    def __getitems__(self, sample_ids: list[int]) -> list[Sample] | _Failure:
+    def __getitems__(self, sample_ids: list[int]) -> tuple[Ids, list[int], list[int]] | _Failure:
         try:
-            return [self._dataset[sample_id] for sample_id in sample_ids]
+            read = [self._dataset.read(sample_id) for sample_id in sample_ids]
         except DataError as error:
             return _Failure(str(error))
+        return np.stack([tokens for tokens, _ in read]), [domain for _, domain in read], sample_ids
 
 
-def _collate(samples: list[Sample] | _Failure) -> Any:
-    return samples if isinstance(samples, _Failure) else default_collate(samples)
+def _as_it_is(batch: Any) -> Any:
+    return batch
 
 
 def validation_batches(
@@ -123,7 +140,7 @@ def validation_batches(
             input_ids = torch.zeros(micro_batch, manifest.sequence_length, dtype=torch.int64)
             real = torch.arange(first, first + micro_batch) < num_samples
             for row in range(int(real.sum())):
-                input_ids[row] = torch.from_numpy(split.tokens(first + row))
+                input_ids[row] = torch.from_numpy(split.tokens(first + row).astype(np.int64))
             share.append((input_ids, real))
         shares.append(share)
     return shares

@@ -131,8 +131,8 @@ class Split:
         """The shard that sample `i` is in."""
         return int(np.searchsorted(self._first, i, side="right")) - 1
 
-    def tokens(self, i: int) -> npt.NDArray[np.int64]:
-        """(L,) ids of sample `i`. Raises DataError where its shard is damaged or cannot be had."""
+    def tokens(self, i: int) -> Ids:
+        """(L,) ids of sample `i` in the shards' dtype. Raises DataError where its shard is damaged or cannot be had."""
         if not 0 <= i < self.num_samples:
             raise IndexError(f"sample {i} of a split that has {self.num_samples}")
         number = self.shard_of(i)
@@ -150,7 +150,7 @@ class Split:
                 f"shard {path} of domain {shard.domain!r}: sample {place} holds id {int(tokens.max())}, the vocabulary "
                 f"has {self._vocab_size:,}; prepare the data with the run's tokenizer"
             )
-        return tokens.astype(np.int64)
+        return tokens
 
 
 def open_split(store: Store, directory: str, vocab_size: int | None = None) -> Split:

@@ -14,6 +14,7 @@ from torch.utils.data import Dataset
 
 from ddk_ds.data.manifest import load_manifest
 from ddk_ds.data.mds import open_split
+from ddk_ds.data.packing import Ids
 from ddk_ds.data.store import LocalStore, Shard, Store
 
 
@@ -53,9 +54,13 @@ class MixtureDataset(Dataset[Sample]):
         return int(self.sizes.sum())
 
     def __getitem__(self, sample_id: int) -> Sample:
+        tokens, domain = self.read(sample_id)
+        return {"input_ids": torch.from_numpy(tokens.astype(np.int64)), "domain": domain, "sample_id": int(sample_id)}
+
+    def read(self, sample_id: int) -> tuple[Ids, int]:
+        """The ids (L,) of a sample in the shards' dtype, and the index of its domain. Raises DataError, IndexError."""
         domain, place = self._place(sample_id)
-        tokens = self._splits[domain].tokens(place)
-        return {"input_ids": torch.from_numpy(tokens), "domain": domain, "sample_id": int(sample_id)}
+        return self._splits[domain].tokens(place), domain
 
     def first_uses(self, ids: npt.NDArray[np.int64]) -> list[tuple[int, Shard]]:
         """ids (n,) global sample ids -> (position of its first sample, shard) of every shard among them, in order."""

@@ -1,0 +1,97 @@
+"""Hash every shard of prepared data, all cores at work, and list what is not as its index says.
+
+python tools/verify_data.py DIR
+python tools/verify_data.py s3://bucket/data --cache-dir /local/cache --cache-limit-gb 50
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
+
+from pydantic import ValidationError
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # where the project is not installed
+
+from ddk_ds.config import Data
+from ddk_ds.data.cache import open_store
+from ddk_ds.data.manifest import SPLITS, load_manifest
+from ddk_ds.data.mds import read_index
+from ddk_ds.data.store import Shard, Store
+from ddk_ds.errors import ConfigError, UserError
+
+
+def shards_of(store: Store) -> Iterator[Shard]:
+    """Every shard of every domain. Raises DataError where an index or domains.json is broken."""
+    for name in load_manifest(store).domains:
+        for split in SPLITS:
+            yield from read_index(store, f"{name}/{split}").shards
+
+
+def broken_shards(store: Store, shards: Sequence[Shard], workers: int, bar: Progress) -> list[str]:
+    """What is wrong with the shards, in their order; nothing where all are whole."""
+    task = bar.add_task("hashing", total=sum(shard.num_bytes for shard in shards))
+    found: dict[int, str] = {}
+    # Hashing and reading leave the interpreter's lock: threads are enough.
+    with ThreadPoolExecutor(workers) as pool:
+        numbers = {pool.submit(store.shard, shard): number for number, shard in enumerate(shards)}
+        for done in as_completed(numbers):
+            number = numbers[done]
+            error = done.exception()
+            if isinstance(error, UserError):
+                found[number] = str(error)
+            elif error is not None:
+                raise error
+            bar.advance(task, shards[number].num_bytes)
+    return [found[number] for number in sorted(found)]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Returns 0 where everything is whole, 1 where a shard is broken, 2 for an error that the user can mend."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("path", help="directory or URL of the prepared data")
+    parser.add_argument("--cache-dir", help="where a remote one is fetched to; what is there already is hashed too")
+    parser.add_argument("--cache-limit-gb", type=float, help="most that the cache may hold")
+    cores = len(os.sched_getaffinity(0))
+    parser.add_argument("--workers", type=int, default=cores, help="files hashed at a time (default: %(default)s)")
+    options = parser.parse_args(arguments)
+    console = Console()
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
+    try:
+        store = open_store(_data(options))
+        shards = list(shards_of(store))
+        with Progress(*columns, console=console, transient=True) as bar:
+            broken = broken_shards(store, shards, max(1, options.workers), bar)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    for text in broken:
+        console.print(text, style="bold red", highlight=False, soft_wrap=True, markup=False)
+    size = sum(shard.num_bytes for shard in shards)
+    console.print(f"{options.path}: {len(shards):,} shards, {size:,} bytes, {len(broken)} broken", soft_wrap=True)
+    return int(bool(broken))
+
+
+def _data(options: argparse.Namespace) -> Data:
+    try:
+        return Data(path=options.path, cache_dir=options.cache_dir, cache_limit_gb=options.cache_limit_gb)
+    except ValidationError as error:
+        raise ConfigError("; ".join(str(item["msg"]) for item in error.errors())) from None
+
+
+if __name__ == "__main__":
+    sys.exit(main())
