@@ -311,3 +311,32 @@ def test_the_local_store_says_what_is_gone(remote: Path) -> None:
     shard = Shard("large/train/shard.00001.mds", 1, None)
     with pytest.raises(DataError, match="its index says 1;"):
         LocalStore(remote).shard(replace(shard))
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 1 MB."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "none", str(place)], capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip(f"this user may not mount a file system: {done.stderr.strip()}")
+    try:
+        yield place
+    finally:
+        subprocess.run(["umount", "-l", str(place)], check=True)
+
+
+def test_a_full_disk_is_said_and_what_was_fetched_is_kept(remote: Path, small_disk: Path) -> None:
+    there = MixtureDataset(remote, NAMES)
+    store = CachedStore(str(remote), CacheOptions(small_disk, None, 20.0, 2))
+    here = MixtureDataset(store, NAMES)
+    room = small_disk / "room"
+    room.write_bytes(b"x" * (shutil.disk_usage(small_disk).free - 4096))
+    with pytest.raises(DataError, match=r"data\.cache_dir .*: the disk is full while .*\.mds of .* is fetched"):
+        for i in range(len(here)):
+            here[i]
+    kept = list(small_disk.rglob("*.mds"))
+    room.unlink()
+    assert all((here[i]["input_ids"] == there[i]["input_ids"]).all() for i in range(10))
+    assert all(file.is_file() for file in kept)

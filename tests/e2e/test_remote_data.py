@@ -1,0 +1,68 @@
+"""Runs through the real launcher whose data is in S3, and one whose data breaks while it trains."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.e2e.test_run import finish, start
+from tests.unit.data.s3_server import ENVIRONMENT, S3Server
+from tests.workspace import without_clock, write_config
+
+
+@pytest.fixture
+def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[S3Server]:
+    for key, value in ENVIRONMENT.items():
+        monkeypatch.setenv(key, value)
+    server = S3Server()
+    monkeypatch.setenv("S3_ENDPOINT_URL", server.endpoint)
+    with server.running():
+        yield server
+
+
+def test_s3_that_fails_every_tenth_request_gives_the_same_run(s3: S3Server, workspace: Path, tmp_path: Path) -> None:
+    finish(write_config(workspace, tmp_path, name="local"))
+    url = s3.upload(workspace / "shards", "shards")
+    s3.fail_every = 10
+    remote = {"path": url, "cache_dir": str(tmp_path / "cache"), "cache_limit_gb": 1.0, "num_workers": 1}
+    output = finish(write_config(workspace, tmp_path, name="remote", data=remote))
+    runs = tmp_path / "runs"
+    assert without_clock(runs / "remote") == without_clock(runs / "local")
+    shards = {key: count for key, count in s3.got.items() if key.endswith("mds")}
+    assert len(shards) == 6 and set(shards.values()) == {1}, shards
+    everything = output + "".join(file.read_text() for file in runs.rglob("*.jsonl"))
+    assert ENVIRONMENT["AWS_SECRET_ACCESS_KEY"] not in everything
+
+
+def test_a_shard_that_breaks_in_mid_run_ends_all_ranks_with_one_error(workspace: Path, tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    shutil.copytree(workspace / "shards", data)
+    options = {"stop": {"steps": 100_000}, "data": {"path": str(data)}, "mixture": {"interval_steps": 100_000}}
+    config = write_config(workspace, tmp_path, name="broken", **options)
+    ledger = tmp_path / "runs/broken/ledger.jsonl"
+    process = start(config)
+    try:
+        end = time.monotonic() + 200
+        while '"step": 3,' not in (ledger.read_text() if ledger.is_file() else ""):
+            assert process.poll() is None and time.monotonic() < end, "the run did not come to the step"
+            time.sleep(0.05)
+        for file in data.glob("*/train/*.mds"):
+            content = bytearray(file.read_bytes())
+            content[-1] ^= 1
+            file.write_bytes(content)
+        broken = time.monotonic()
+        output, _ = process.communicate(timeout=60)
+        assert process.returncode != 0 and time.monotonic() - broken < 60
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    errors = [line for line in output.splitlines() if line.startswith("error:")]
+    assert len(errors) == 1, output[-3000:]
+    assert "is damaged: its xxh64 is" in errors[0] and "of domain" in errors[0]
+    assert "Traceback" not in output
