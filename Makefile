@@ -1,5 +1,6 @@
 # make demo   set up, then the whole way on real text: tokenizer, data, models, DDK, and equal sampling beside it
 # make test   set up, then lint, types and tests
+# make test-full   that, then the long tests, whose result goes to docs/results/test_full.md
 # Set-up is done once, in .venv; PYTHON=python3.12 names another interpreter for it.
 
 PYTHON ?= python3
@@ -11,7 +12,7 @@ INSTALLED := .venv/.installed
 READY := .venv/.ready
 DATA := runs/demo-data
 
-.PHONY: setup demo clean-demo test lint
+.PHONY: setup demo clean-demo test test-full lint
 .NOTPARALLEL:
 
 setup: $(READY)
@@ -62,6 +63,9 @@ clean-demo:
 
 test: lint
 	$(BIN)/python -m pytest
+
+test-full: test
+	$(BIN)/python -m pytest -m long --result docs/results/test_full.md
 
 lint: $(READY)
 	$(BIN)/ruff check .

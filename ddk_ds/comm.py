@@ -23,6 +23,9 @@ class Comm(Protocol):
     def all_reduce_sum(self, tensor: torch.Tensor) -> torch.Tensor:
         """Sum over ranks, in place; returns the tensor."""
 
+    def all_reduce_max(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Maximum over ranks, in place; returns the tensor."""
+
     def broadcast_object(self, value: Any) -> Any:
         """Rank 0's value on every rank."""
 
@@ -44,6 +47,9 @@ class SingleProcess:
     local_rank = 0
 
     def all_reduce_sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor
+
+    def all_reduce_max(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor
 
     def broadcast_object(self, value: Any) -> Any:
@@ -76,6 +82,10 @@ class ProcessGroup:
 
     def all_reduce_sum(self, tensor: torch.Tensor) -> torch.Tensor:
         dist.all_reduce(tensor)
+        return tensor
+
+    def all_reduce_max(self, tensor: torch.Tensor) -> torch.Tensor:
+        dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
         return tensor
 
     def broadcast_object(self, value: Any) -> Any:

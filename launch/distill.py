@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Returns the exit code: 0 done, 2 for an error that the user can mend."""
+    """Returns the exit code: 0 done, 2 for an error that the user can mend, 75 interrupted by a signal and saved."""
     options = _parse(arguments)
     try:
         config = load_config(options.config, options.overrides)
@@ -34,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise UserError("start it with the launcher: deepspeed launch/distill.py --config ...")
         return _run(config, dry_run=options.dry_run)
     except KeyboardInterrupt:
-        _console(stderr=True).print("interrupted: start the same command again to go on from the newest checkpoint")
+        _console(stderr=True).print("ended at once: start the same command again to go on from the newest checkpoint")
         sys.stderr.flush()
         os._exit(130)  # other ranks may wait in a collective that this one will not join
     except UserError as error:
@@ -75,10 +75,16 @@ def _run(config: Config, *, dry_run: bool) -> int:
         _console().print(f"{config.run_dir} is finished: see {config.run_dir / 'summary.json'}", soft_wrap=True)
         return 0
     agreed(comm, lambda: claim_run_dir(config, identity) if comm.rank == 0 else None)
+    from ddk_ds.train.interruption import EXIT_INTERRUPTED, Interrupted, Interruption
     from ddk_ds.train.loop import train
     from ddk_ds.train.setup import prepare_run
 
-    train(prepare_run(config, inputs, runtime))
+    interruption = Interruption(comm, runtime.device)
+    with interruption.listening():
+        try:
+            train(prepare_run(config, inputs, runtime, interruption))
+        except Interrupted:
+            return EXIT_INTERRUPTED
     return 0
 
 

@@ -1,6 +1,8 @@
 """Turn the text of a recipe's domains into prepared data: MDS shards per domain and split, domains.json.
 
-python tools/prepare_data.py --recipe configs/data/demo.yaml --tokenizer DIR --out DIR --sequence-length 256
+python tools/prepare_data.py --recipe configs/data/demo.yaml --tokenizer DIR --out DIR --sequence-length 256 [key=value]
+
+The same command goes on where an interrupted one stopped.
 """
 
 from __future__ import annotations
@@ -8,12 +10,22 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
 from rich import box
 from rich.console import Console
-from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 from rich.table import Table
 
 from ddk_ds.data.manifest import Manifest
@@ -22,14 +34,16 @@ from ddk_ds.data.recipe import load_recipe
 from ddk_ds.errors import UserError
 
 DEFAULT_VALIDATION_SAMPLES = 500  # the paper's
-HEADS = (
-    "documents",
-    "tokens",
-    "train\nsamples",
-    "held-out\nsamples",
-    "bytes per\ntoken",
-    "duplicates\ndropped",
-)
+HEADS = ("documents", "tokens", "train\nsamples", "held-out\nsamples", "bytes per\ntoken")
+LOSSES = {
+    "duplicates": "duplicates",
+    "too_short": "too short",
+    "undecodable": "not UTF-8",
+    "missing": "null",
+    "cut": "cut at\nmax_chars",
+    "tail_tokens": "tokens that\nfill no sample",
+}
+LINE_SECONDS = 30.0
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -51,6 +65,8 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     cores = len(os.sched_getaffinity(0))
     parser.add_argument("--workers", type=int, default=cores, help="tokenising processes (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="decides what is held out (default: %(default)s)")
+    parser.add_argument("--start-anew", action="store_true", help="forget what an interrupted preparation finished")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="of the recipe, for example root=/data/text")
     return parser.parse_args(arguments)
 
 
@@ -66,15 +82,10 @@ def run(options: argparse.Namespace, console: Console) -> Manifest:
         workers=options.workers,
         seed=options.seed,
     )
-    recipe = load_recipe(options.recipe)
-    with _progress_bar(console) as bar:
-        tasks = {name: bar.add_task(name, total=domain.max_bytes) for name, domain in recipe.domains.items()}
+    recipe = load_recipe(options.recipe, options.overrides)
+    with Display(console, list(recipe.domains)) as display:
         manifest = prepare(
-            recipe,
-            options.tokenizer,
-            options.out,
-            plan,
-            progress=lambda domain, num_bytes: bar.advance(tasks[domain], num_bytes),
+            recipe, options.tokenizer, options.out, plan, progress=display.update, start_anew=options.start_anew
         )
     console.print(table(manifest))
     console.print(losses(manifest))
@@ -82,15 +93,55 @@ def run(options: argparse.Namespace, console: Console) -> Manifest:
     return manifest
 
 
-def _progress_bar(console: Console) -> Progress:
-    columns = (
-        SpinnerColumn(),
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("{task.completed:,} bytes"),
-        TimeElapsedColumn(),
-    )
-    return Progress(*columns, console=console, transient=True)
+class Display:
+    """Progress with the time that is left: a bar per domain on a terminal, a line now and then elsewhere."""
+
+    def __init__(self, console: Console, names: Sequence[str]) -> None:
+        self._console = console
+        self._bar = Progress(
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(),
+            DownloadColumn(),
+            TransferSpeedColumn(),
+            TimeElapsedColumn(),
+            TextColumn("left:"),
+            TimeRemainingColumn(),
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,
+        )
+        self._tasks = {name: self._bar.add_task(name, total=None, start=False) for name in names}
+        self._begun: dict[str, tuple[float, int]] = {}
+        self._last_line = time.monotonic()
+
+    def __enter__(self) -> Display:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        self._bar.stop()
+
+    def update(self, name: str, done: int, total: int) -> None:
+        """`done` of `total` bytes of a domain are encoded."""
+        now = time.monotonic()
+        if name not in self._begun:
+            # What an interrupted preparation did is no speed of this one.
+            self._begun[name] = now, done
+            self._bar.reset(self._tasks[name], total=total, completed=done)
+        self._bar.update(self._tasks[name], completed=done, total=total)
+        if not self._console.is_terminal and now - self._last_line >= LINE_SECONDS:
+            self._last_line = now
+            self._console.print(
+                progress_line(name, done, total, done - self._begun[name][1], now - self._begun[name][0])
+            )
+
+
+def progress_line(name: str, done: int, total: int, new: int, seconds: float) -> str:
+    """One line of a log; `new` of the `done` bytes were done in `seconds`."""
+    speed = new / max(seconds, 1e-9)
+    left = f"{(total - done) / speed:,.0f} s left" if speed > 0 else "time left unknown"
+    return f"{name}: {done / 1e6:,.0f} of {total / 1e6:,.0f} MB ({done / total:.0%}), {speed / 1e6:.1f} MB/s, {left}"
 
 
 def table(manifest: Manifest) -> Table:
@@ -109,20 +160,19 @@ def table(manifest: Manifest) -> Table:
             f"{domain.train.samples:,}",
             f"{domain.validation.samples:,}",
             f"{sum(part.bytes for part in parts) / (tokens + domain.dropped.tail_tokens):.2f}",
-            f"{domain.dropped.duplicates:,}",
         )
     return result
 
 
-def losses(manifest: Manifest) -> str:
-    """One line on what else did not come through, over all domains."""
-    dropped = [domain.dropped for domain in manifest.domains.values()]
-    return (
-        f"also dropped: {sum(each.too_short for each in dropped):,} documents that are too short, "
-        f"{sum(each.undecodable for each in dropped):,} that are not UTF-8, "
-        f"{sum(each.tail_tokens for each in dropped):,} tokens that fill no sample; "
-        f"{sum(each.cut for each in dropped):,} documents were cut at max_chars"
-    )
+def losses(manifest: Manifest) -> Table:
+    """What did not come through, by domain and reason: documents, and tokens in the last column."""
+    result = Table(title="Dropped", box=box.SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
+    result.add_column("domain")
+    for head in LOSSES.values():
+        result.add_column(head, justify="right", no_wrap=True)
+    for name, domain in manifest.domains.items():
+        result.add_row(name, *(f"{getattr(domain.dropped, reason):,}" for reason in LOSSES))
+    return result
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -132,6 +182,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"prepare_data: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("prepare_data: interrupted; the same command goes on from here", file=sys.stderr)
+        return 130
     return 0
 
 

@@ -32,6 +32,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         default=1_000_000,
         help="text of each domain to train on (default: %(default)s)",
     )
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="of the recipe, for example root=/data/text")
     return parser.parse_args(arguments)
 
 
@@ -42,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     console = Console()
     try:
         refuse_existing(options.out)
-        recipe = load_recipe(options.recipe)
+        recipe = load_recipe(options.recipe, options.overrides)
         with console.status("training the tokenizer"):
             tokenizer = train_tokenizer(recipe, options.vocab_size, domain_bytes=options.domain_bytes)
         save_tokenizer(tokenizer, options.out)

@@ -1,32 +1,31 @@
 """Text to prepared data: every domain of a recipe is read, encoded, split and packed into MDS shards.
 
-A domain's ids go through a spool file, so that memory holds digests and lengths only (about 150 bytes a
-document); the split is decided when all are known.
+Everything grows in a directory beside the output, `.<out>.partial`, which is renamed at the end. A preparation that
+was killed, or met a full disk, goes on there. Memory holds a few batches of text and the held-out documents' keys.
 """
 
 from __future__ import annotations
 
-import os
+import hashlib
 import shutil
-from array import array
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from ddk_ds.data.documents import Document, Dropped, read_documents
-from ddk_ds.data.encode import BatchEncoder, Encoded, batch_encoder
+from ddk_ds.data.encode import BatchEncoder, batch_encoder
+from ddk_ds.data.formats import Dropped
 from ddk_ds.data.manifest import FILE_NAME, DomainInfo, Manifest, SplitInfo, load_manifest, write_manifest
 from ddk_ds.data.mds import token_dtype, write_split
-from ddk_ds.data.packing import Ids, choose_validation, pack
-from ddk_ds.data.recipe import Domain, Recipe, SourceFile, list_files
+from ddk_ds.data.packing import HeldOut, choose_validation, pack
+from ddk_ds.data.reading import DomainText, Progress
+from ddk_ds.data.recipe import Recipe, list_files
+from ddk_ds.data.spool import Spool
 from ddk_ds.data.tokenizer import TokenizerInfo, load_tokenizer
+from ddk_ds.data.workdir import Reading, WorkDir, open_work
 from ddk_ds.errors import DataError
-
-_BATCH_BYTES = 1 << 19
-Progress = Callable[[str, int], None]
 
 
 @dataclass(frozen=True)
@@ -64,38 +63,38 @@ def prepare(
     out: Path,
     plan: Plan,
     *,
-    progress: Progress = lambda _domain, _bytes: None,
+    progress: Progress = lambda _domain, _done, _total: None,
+    start_anew: bool = False,
 ) -> Manifest:
-    """Prepare all domains of `recipe` into the new directory `out`; the same for any number of workers.
-
-    Everything is written to a sibling `.<out>.partial-<pid>`, domains.json last, and renamed at the end.
+    """Prepare all domains of `recipe` into the new directory `out`; the same for any number of workers and kills.
 
     Args:
         tokenizer: directory of the tokenizer, which must name an EOS token.
-        progress: called with a domain's name and the bytes of text just encoded.
+        progress: called after every batch.
+        start_anew: forget what an earlier call left unfinished.
 
     Raises:
-        DataError: `out` exists, the tokenizer has no EOS, text cannot be read, or a domain has too little.
+        DataError: `out` exists, the tokenizer has no EOS, text cannot be read, a domain has too little, the disk
+            is full, another process prepares the same directory, or what lies there unfinished is of another
+            recipe, tokenizer or plan.
     """
     _refuse_existing(out)
     info = load_tokenizer(tokenizer)
     if info.eos_token_id is None:
         raise DataError(f"{tokenizer} names no EOS token to join documents; set it in tokenizer_config.json")
     files = list_files(recipe)
-    partial = out.parent / f".{out.name}.partial-{os.getpid()}"
-    partial.mkdir(parents=True)
-    try:
-        seen: set[bytes] = set()
+    with open_work(out.parent / f".{out.name}.partial", start_anew=start_anew) as work:
+        _refuse_existing(out)  # another process may have finished it in between
+        work.claim(_settings(info, tokenizer, plan))
+        work.claim_domains(recipe.domains, files)
         domains = {}
         with batch_encoder(tokenizer, token_dtype(info.vocab_size), plan.workers) as encode:
-            for name, domain in recipe.domains.items():
-                source = _DomainText(name, domain, files[name], seen, plan.seed, progress)
-                domains[name] = _prepare_domain(source, partial, encode, info, plan)
-        write_manifest(_manifest(partial, info, plan, domains))
-        partial.rename(out)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)  # made by this process; a killed one's keeps its name
-        raise
+            for number, (name, domain) in enumerate(recipe.domains.items()):
+                text = DomainText(name, number, domain, files[name], plan.seed)
+                domains[name] = _prepare_domain(text, work, encode, info, plan, progress)
+        write_manifest(_manifest(work.data, info, plan, domains))
+        work.data.rename(out)
+    shutil.rmtree(work.path)
     return load_manifest(out)
 
 
@@ -104,6 +103,18 @@ def _refuse_existing(out: Path) -> None:
         raise DataError(f"{out} already holds prepared data; choose another directory or delete it first")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise DataError(f"{out} exists and is not an empty directory; choose another directory")
+
+
+def _settings(info: TokenizerInfo, tokenizer: Path, plan: Plan) -> dict[str, Any]:
+    """What every part depends on, beside the text."""
+    return {
+        "tokenizer": hashlib.sha256((tokenizer / "tokenizer.json").read_bytes()).hexdigest(),
+        "eos_token_id": info.eos_token_id,
+        "sequence_length": plan.sequence_length,
+        "validation_samples": plan.validation_samples,
+        "validation_fraction": plan.validation_fraction,
+        "seed": plan.seed,
+    }
 
 
 def _manifest(root: Path, info: TokenizerInfo, plan: Plan, domains: dict[str, DomainInfo]) -> Manifest:
@@ -119,99 +130,72 @@ def _manifest(root: Path, info: TokenizerInfo, plan: Plan, domains: dict[str, Do
     )
 
 
-@dataclass
-class _DomainText:
-    """A domain's documents in batches, and the account of what was read."""
-
-    name: str
-    domain: Domain
-    files: Sequence[SourceFile]
-    seen: set[bytes]
-    seed: int
-    progress: Progress
-    dropped: Dropped = field(default_factory=Dropped)
-    digests: bytearray = field(default_factory=bytearray)
-    num_bytes: array[int] = field(default_factory=lambda: array("q"))
-
-    def batches(self) -> Iterator[list[str]]:
-        """Lists of texts of about _BATCH_BYTES; grows the account."""
-        batch: list[str] = []
-        batch_bytes = 0
-        for document in self._documents():
-            self.digests.extend(document.digest)
-            self.num_bytes.append(document.num_bytes)
-            batch.append(document.text)
-            batch_bytes += document.num_bytes
-            if batch_bytes >= _BATCH_BYTES:
-                yield batch
-                self.progress(self.name, batch_bytes)
-                batch, batch_bytes = [], 0
-        if batch:
-            yield batch
-            self.progress(self.name, batch_bytes)
-
-    def _documents(self) -> Iterator[Document]:
-        return read_documents(self.domain, self.files, seed=self.seed, seen=self.seen, dropped=self.dropped)
-
-
 def _prepare_domain(
-    source: _DomainText, root: Path, encode: BatchEncoder, info: TokenizerInfo, plan: Plan
+    text: DomainText, work: WorkDir, encode: BatchEncoder, info: TokenizerInfo, plan: Plan, progress: Progress
 ) -> DomainInfo:
-    spool_path = root / f"{source.name}.spool"
-    dtype = token_dtype(info.vocab_size)
-    lengths = _spool(spool_path, encode(source.batches()))
-    if not len(lengths):
+    finished = work.result(text.name)
+    if finished is not None:
+        progress(text.name, max(text.disk_bytes, 1), max(text.disk_bytes, 1))
+        train, held_out = (SplitInfo(**finished[split]) for split in ("train", "validation"))
+        return DomainInfo(train, held_out, Dropped(**finished["dropped"]))
+    spool, reading = text.spool(work, token_dtype(info.vocab_size), encode, progress)
+    try:
+        domain = _pack_domain(text, spool, reading, work.data / text.name, plan)
+    finally:
+        spool.close()
+    work.finish(text.name, asdict(domain))
+    spool.remove()
+    return domain
+
+
+def _pack_domain(text: DomainText, spool: Spool, reading: Reading, directory: Path, plan: Plan) -> DomainInfo:
+    """Split the spooled documents and write both splits."""
+    if not spool.num_documents:
         raise DataError(
-            f"domain {source.name!r} is empty: no document is left of {len(source.files)} files "
-            f"({_counts(source.dropped)}); check its sources, text_field and min_chars in the recipe"
+            f"domain {text.name!r} is empty: no document is left of {len(text.files)} files "
+            f"({_counts(reading.dropped)}); check its sources, text_field and min_chars in the recipe"
         )
-    # The first 8 of a digest's 16 bytes: enough to rank by.
-    keys = np.frombuffer(bytes(source.digests), ">u8").reshape(-1, 2)[:, 0].astype(np.uint64)
-    min_tokens = None if plan.validation_samples is None else plan.validation_samples * plan.sequence_length
-    held_out = choose_validation(keys, lengths, min_tokens=min_tokens, fraction=plan.validation_fraction)
-    _check_enough(source.name, lengths, held_out, plan)
-    tokens = np.memmap(spool_path, dtype, mode="r")
-    splits = {}
-    for split, chosen in (("train", ~held_out), ("validation", held_out)):
-        samples = pack(_chosen(tokens, lengths, chosen), plan.sequence_length)
-        directory = root / source.name / split
-        written = write_split(directory, samples, sequence_length=plan.sequence_length, dtype=dtype)
+    held_out = choose_validation(
+        ((chunk["key"], chunk["tokens"]) for _, chunk in spool.records()),
+        min_tokens=None if plan.validation_samples is None else plan.validation_samples * plan.sequence_length,
+        fraction=plan.validation_fraction,
+    )
+    totals = _totals(spool, held_out)
+    _check_enough(text.name, totals, plan)
+    shutil.rmtree(directory, ignore_errors=True)  # of a preparation that was killed here
+    dropped = reading.dropped
+    splits = []
+    for validation, split in enumerate(("train", "validation")):
+        documents, num_bytes, tokens = totals[validation].tolist()
+        written = write_split(
+            directory / split,
+            pack(spool.ids(held_out, validation=bool(validation)), plan.sequence_length),
+            sequence_length=plan.sequence_length,
+            dtype=spool.dtype,
+        )
         packed_tokens = written["samples"] * plan.sequence_length
-        source.dropped.tail_tokens += int(lengths[chosen].sum()) - packed_tokens
-        splits[split] = SplitInfo(
-            documents=int(chosen.sum()),
-            tokens=packed_tokens,
-            bytes=int(np.array(source.num_bytes, np.int64)[chosen].sum()),
-            **written,
-        )
-    spool_path.unlink()
-    return DomainInfo(splits["train"], splits["validation"], source.dropped)
+        dropped.tail_tokens += tokens - packed_tokens
+        splits.append(SplitInfo(documents=documents, tokens=packed_tokens, bytes=num_bytes, **written))
+    return DomainInfo(splits[0], splits[1], dropped)
 
 
-def _spool(path: Path, encoded: Iterable[Encoded]) -> npt.NDArray[np.int64]:
-    """Append all ids to a file; returns the number of ids of each document (documents,)."""
-    lengths = [np.zeros(0, np.int64)]
-    with path.open("wb") as stream:
-        for tokens, batch_lengths in encoded:
-            tokens.tofile(stream)
-            lengths.append(batch_lengths)
-    return np.concatenate(lengths)
+def _totals(spool: Spool, held_out: HeldOut) -> npt.NDArray[np.int64]:
+    """(2, 3): documents, bytes and tokens of train and of validation."""
+    totals = np.zeros((2, 3), np.int64)
+    for first, chunk in spool.records():
+        mask = held_out.mask(chunk["key"], first)
+        for validation in (0, 1):
+            chosen = chunk[mask == bool(validation)]
+            totals[validation] += len(chosen), chosen["bytes"].sum(), chosen["tokens"].sum()
+    return totals
 
 
-def _chosen(tokens: Ids, lengths: npt.NDArray[np.int64], chosen: npt.NDArray[np.bool_]) -> Iterator[Ids]:
-    """The ids of each chosen document, in the order of the spool."""
-    ends = np.cumsum(lengths)
-    for document in np.flatnonzero(chosen):
-        yield tokens[ends[document] - lengths[document] : ends[document]]
-
-
-def _check_enough(name: str, lengths: npt.NDArray[np.int64], held_out: npt.NDArray[np.bool_], plan: Plan) -> None:
-    train = int(lengths[~held_out].sum()) // plan.sequence_length
-    validation = int(lengths[held_out].sum()) // plan.sequence_length
+def _check_enough(name: str, totals: npt.NDArray[np.int64], plan: Plan) -> None:
+    train, validation = (totals[:, 2] // plan.sequence_length).tolist()
     wanted = plan.validation_samples or 1
     if train < 1 or validation < wanted:
         raise DataError(
-            f"domain {name!r} has too little text: {len(lengths):,} documents make {validation:,} validation "
+            f"domain {name!r} has too little text: {totals[:, 0].sum():,} documents make {validation:,} validation "
             f"and {train:,} training samples of {plan.sequence_length:,} tokens; "
             f"{wanted:,} and 1 are needed: add text, hold out "
             f"{'fewer samples' if plan.validation_samples else 'another fraction'}, or shorten the sequence"

@@ -1,6 +1,10 @@
 """The recipe: a YAML file that names each domain's text sources, and the files that they stand for.
 
-A source's `path` is a file or a glob below the recipe's `root`, or below a place that every installation has:
+A source's `path` is a file or a glob below the recipe's `root`. Root or path may be an address that
+mosaicml-streaming downloads from (s3://, gs://, az://, hf://datasets/..., ...) or http(s)://; globs there are for s3://
+only, other stores take addresses or a list of them. Or it is
+
+- `list:FILE`: a file below the root that names one path or address a line
 
 - `stdlib:GLOB`: the standard library's source
 - `package:NAME/GLOB`: the directory of an installed package (found without importing it)
@@ -11,8 +15,9 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import re
 import sysconfig
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from importlib.metadata import distributions
@@ -21,12 +26,13 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException
 from pydantic import BeforeValidator, Field, ValidationError
 from yaml import YAMLError
 
 from ddk_ds.config import Positive, Section
-from ddk_ds.errors import ConfigError, DataError
+from ddk_ds.data.remote import is_remote, list_remote
+from ddk_ds.errors import ConfigError, DataError, UserError
 
 Format = Literal["text", "jsonl", "json_strings", "parquet"]
 DomainName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
@@ -41,7 +47,7 @@ class Source(Section):
     """Where some of a domain's text is, and how it is read."""
 
     path: str
-    """File or glob below the recipe's root, absolute path, or locator (see the module's docstring)."""
+    """File or glob below the recipe's root, absolute path, address, or locator (see the module's docstring)."""
     exclude: list[str] = Field(default_factory=list)
     """Shell patterns of names, relative to the base, that are left out; `*` crosses directories."""
     format: Format | None = None
@@ -69,34 +75,60 @@ class Recipe(Section):
     """All domains, in the order in which they are prepared."""
 
     root: str = "."
-    """Base of relative paths, itself relative to the recipe's file."""
+    """Base of relative paths, itself relative to the recipe's file; a directory or an address."""
     domains: Annotated[dict[DomainName, Domain], Field(min_length=1)]
     """Domains by name; the name is a directory of the prepared data."""
 
 
 @dataclass(frozen=True)
 class SourceFile:
-    """One file of a domain. `name` is relative to the source's base: the same on every machine."""
+    """One file of a domain. `name` is relative to the source's base: the same on every machine.
+
+    `remote` is the address of a file that is not on this machine (`path` then means nothing). `num_bytes` is its
+    size as stored, 0 where a store does not tell; `stamp` changes with its content.
+    """
 
     path: Path
     name: str
     source: Source
+    remote: str | None = None
+    num_bytes: int = 0
+    stamp: str = ""
+
+    @property
+    def where(self) -> str:
+        """Path or address, for messages."""
+        return self.remote or str(self.path)
 
 
-def load_recipe(path: Path) -> Recipe:
-    """Read and check a recipe; its `root` comes back absolute.
+def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe, apply `key.path=value` overrides, check it; its `root` comes back absolute.
+
+    A root among the overrides is relative to the working directory, as a path on a command line is.
 
     Raises:
         ConfigError: the file is missing, is no YAML mapping, has an unknown key or a wrong value.
     """
     if not path.is_file():
         raise ConfigError(f"recipe {path} does not exist; configs/data/demo.yaml is one to start from")
+    for item in overrides:
+        if not re.match(r"^[A-Za-z_][^=]*=", item):
+            raise ConfigError(f"override {item!r}: write it as key.path=value, for example root=/data/text")
     try:
-        recipe = Recipe.model_validate(OmegaConf.to_container(OmegaConf.load(path), resolve=True))
+        given = OmegaConf.from_dotlist(list(overrides))
+        if "root" in given and not is_remote(str(given.root)):
+            given.root = str(Path(str(given.root)).resolve())
+        merged = OmegaConf.merge(OmegaConf.load(path), given)
+        recipe = Recipe.model_validate(OmegaConf.to_container(merged, resolve=True))
     except ValidationError as error:
         raise ConfigError(f"recipe {path}: " + "; ".join(map(_explain, error.errors()))) from error
-    except (OmegaConfBaseException, YAMLError, OSError) as error:
+    except InterpolationResolutionError as error:
+        what = str(error).splitlines()[0]
+        raise ConfigError(f"recipe {path}: {what}; set the variable, or give the key as key=value") from error
+    except (OmegaConfBaseException, YAMLError, OSError, ValueError, TypeError) as error:
         raise ConfigError(f"recipe {path}: cannot be read as YAML: {error}") from error
+    if is_remote(recipe.root):
+        return recipe
     return recipe.model_copy(update={"root": str((path.parent / recipe.root).resolve())})
 
 
@@ -118,13 +150,13 @@ def list_files(recipe: Recipe) -> dict[str, list[SourceFile]]:
     Raises:
         DataError: a source matches no file, or one file is in two domains.
     """
-    owner: dict[Path, str] = {}
+    owner: dict[str, str] = {}
     files = {}
     for name, domain in recipe.domains.items():
         found = {
-            file.path.resolve(): file
+            file.remote or str(file.path.resolve()): file
             for source in domain.sources
-            for file in _source_files(name, source, Path(recipe.root))
+            for file in _source_files(name, source, recipe.root)
         }
         for path in found:
             if owner.setdefault(path, name) != name:
@@ -139,25 +171,64 @@ def _name_hash(name: str) -> bytes:
     return hashlib.blake2b(name.encode("utf-8", "surrogateescape"), digest_size=8).digest()
 
 
-def _source_files(domain: str, source: Source, root: Path) -> list[SourceFile]:
-    bases, pattern = _locate(domain, source.path, root)
+def _source_files(domain: str, source: Source, root: str) -> list[SourceFile]:
     try:
-        found = {
-            (path.relative_to(base).as_posix(), path) for base in bases for path in base.glob(pattern) if path.is_file()
-        }
+        found = list(_find(domain, source, source.path, root))
     except (ValueError, NotImplementedError) as error:
+        if isinstance(error, UserError):
+            raise
         raise ConfigError(f"domain {domain!r}: source {source.path!r} is no valid glob: {error}") from None
-    kept = [
-        SourceFile(path, name, source)
-        for name, path in sorted(found)
-        if not any(fnmatchcase(name, excluded) for excluded in source.exclude)
-    ]
+    kept = [file for file in found if not any(fnmatchcase(file.name, excluded) for excluded in source.exclude)]
     if not kept:
         raise DataError(
-            f"domain {domain!r}: source {source.path!r} matches no file below "
-            f"{', '.join(map(str, bases))} ({len(found)} excluded); for a directory write DIR/**/*.txt"
+            f"domain {domain!r}: source {source.path!r} matches no file below {_below(domain, source, root)} "
+            f"({len(found)} excluded); for a directory write DIR/**/*.txt"
         )
     return kept
+
+
+def _find(domain: str, source: Source, path: str, root: str) -> Iterator[SourceFile]:
+    """The files that a path stands for, in the order of their names; those of a list in the list's."""
+    if path.startswith("list:"):
+        yield from _listed(domain, source, path.removeprefix("list:"), root)
+    elif is_remote(path) or (is_remote(root) and not _is_locator(path)):
+        url = path if is_remote(path) else f"{root.rstrip('/')}/{path}"
+        base = url.removesuffix(path) if path != url else "/".join(url.split("/", 3)[:3]) + "/"
+        for found in sorted(list_remote(url), key=lambda remote: remote.url):
+            name = found.url.removeprefix(base)
+            yield SourceFile(Path(name), name, source, found.url, found.num_bytes, found.stamp)
+    else:
+        bases, pattern = _locate(domain, path, Path(root))
+        names = {(path.relative_to(base).as_posix(), path) for base in bases for path in base.glob(pattern)}
+        for name, place in sorted(names):
+            if place.is_file():
+                status = place.stat()
+                yield SourceFile(place, name, source, None, status.st_size, str(status.st_mtime_ns))
+
+
+def _listed(domain: str, source: Source, path: str, root: str) -> Iterator[SourceFile]:
+    if is_remote(root) and not Path(path).is_absolute():
+        raise DataError(f"domain {domain!r}: list {path!r} lies on this machine; give its absolute path")
+    try:
+        lines = (Path(root) / path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"domain {domain!r}: the list {Path(root) / path} cannot be read: {error}") from None
+    for line in map(str.strip, lines):
+        if line and not line.startswith("#"):
+            found = list(_find(domain, source, line, root))
+            if not found:
+                raise DataError(f"domain {domain!r}: {line!r} in the list {Path(root) / path} matches no file")
+            yield from found
+
+
+def _below(domain: str, source: Source, root: str) -> str:
+    if is_remote(root) or is_remote(source.path) or source.path.startswith("list:"):
+        return root
+    return ", ".join(map(str, _locate(domain, source.path, Path(root))[0]))
+
+
+def _is_locator(path: str) -> bool:
+    return path.startswith(("stdlib:", "site-packages:", "package:", "/"))
 
 
 def _locate(domain: str, path: str, root: Path) -> tuple[Sequence[Path], str]:

@@ -15,24 +15,20 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from ddk_ds.comm import Comm
 from ddk_ds.config import Config, Model
+from ddk_ds.engine.compat import no_init_weights
 from ddk_ds.engine.ds_config import student_ds_config, teacher_ds_config
 from ddk_ds.engine.head import FrozenHead, HeadFunction, StudentRoot
 from ddk_ds.engine.host_memory import freed_at_once
 from ddk_ds.engine.model_files import ModelFiles
-from ddk_ds.engine.weights import load_weights
+from ddk_ds.engine.weights import load_weights, source_names
 from ddk_ds.errors import ConfigError
-
-try:
-    from transformers.initialization import no_init_weights  # transformers 5
-except ImportError:
-    from transformers.modeling_utils import no_init_weights
 
 _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 @dataclass
 class Student:
-    """The model in training: its engine, whose root is a `StudentRoot`, and its parameters by Hugging Face name."""
+    """The model in training: its engine, whose root is a `StudentRoot`, and its parameters by their names on disk."""
 
     engine: Any
     parameters: dict[str, nn.Parameter]
@@ -111,7 +107,8 @@ def load_student(config: Config, files: ModelFiles, vocab_size: int, comm: Comm)
     _check_vocabulary(model, vocab_size, "student.path")
     if config.student.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    parameters = dict(model.named_parameters())
+    sources = source_names(model, files)
+    parameters = {sources.get(name, name): parameter for name, parameter in model.named_parameters()}
     root = StudentRoot(_backbone(model), model.get_output_embeddings(), files.logit_form)
     engine, _, _, _ = deepspeed.initialize(model=root, optimizer=_adamw(root, config), config=ds_config)
     engine.train()
@@ -140,8 +137,10 @@ def _load_sharded(
     hf_config.use_cache = False
     dtype = _DTYPES[config.train.precision]
     try:
-        # zero.Init takes its dtype from ds_config; its dtype argument gives bf16 on a CPU whatever is asked.
-        with no_init_weights(), deepspeed.zero.Init(config_dict_or_path=ds_config):
+        # zero.Init takes its dtype from ds_config; its dtype argument gives bf16 on a CPU whatever is asked. By default
+        # it also turns to that dtype what the model computes in fp32, such as rotary frequencies.
+        overrides = [deepspeed.zero.DeepSpeedTensorOverride.device]
+        with no_init_weights(), deepspeed.zero.Init(config_dict_or_path=ds_config, tensor_overrides=overrides):
             built = AutoModelForCausalLM.from_config(
                 hf_config, attn_implementation=model.attn_implementation, dtype=dtype
             )

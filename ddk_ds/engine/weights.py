@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from ddk_ds.comm import Comm
+from ddk_ds.engine.compat import model_names
 from ddk_ds.engine.model_files import ModelFiles
 from ddk_ds.errors import ConfigError
 
@@ -25,8 +26,8 @@ def load_weights(model: nn.Module, files: ModelFiles, comm: Comm) -> None:
     Host memory beyond the shards: the largest tensor. Collective. Raises ConfigError naming tensors that the model
     needs and the files lack, and shapes that differ.
     """
-    targets = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers())
-    sources = _match(targets, files, getattr(model, "base_model_prefix", ""))
+    targets = _targets(model)
+    sources = source_names(model, files)
     loaded: set[int] = set()
     for name, source in sources.items():
         target = targets[name]
@@ -39,15 +40,20 @@ def load_weights(model: nn.Module, files: ModelFiles, comm: Comm) -> None:
         raise ConfigError(f"{files.directory}: its weights lack {shown}; is config.json that of these weights?")
 
 
-def _match(targets: dict[str, torch.Tensor], files: ModelFiles, prefix: str) -> dict[str, str]:
-    """Target name -> tensor name in the files. Some hub checkpoints leave out the backbone's prefix."""
+def source_names(model: nn.Module, files: ModelFiles) -> dict[str, str]:
+    """The model's name of a tensor -> its name in the files. Some hub checkpoints leave out the backbone's prefix."""
+    stored = model_names(model, files.tensors)
+    prefix = getattr(model, "base_model_prefix", "")
     sources = {}
-    for name in targets:
-        bare = name.removeprefix(prefix + ".")
-        source = name if name in files.tensors else bare
-        if source in files.tensors:
+    for name in _targets(model):
+        source = stored.get(name) or stored.get(name.removeprefix(prefix + "."))
+        if source is not None:
             sources[name] = source
     return sources
+
+
+def _targets(model: nn.Module) -> dict[str, torch.Tensor]:
+    return dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers())
 
 
 def _load_tensor(target: Any, source: str, files: ModelFiles, comm: Comm) -> None:
@@ -80,7 +86,12 @@ def gathered_tensors(names: dict[str, nn.Parameter], comm: Comm) -> Iterator[tup
 
 
 def save_weights(
-    names: dict[str, nn.Parameter], directory: Path, comm: Comm, *, max_shard_bytes: int = 4 * 2**30
+    names: dict[str, nn.Parameter],
+    directory: Path,
+    comm: Comm,
+    poll: Callable[[], None] = lambda: None,
+    *,
+    max_shard_bytes: int = 4 * 2**30,
 ) -> None:
     """Write the parameters as Hugging Face safetensors shards of bounded size. Collective; rank 0 writes."""
     shards: list[list[str]] = []
@@ -93,6 +104,7 @@ def save_weights(
         pending.clear()
 
     for name, tensor in gathered_tensors(names, comm):
+        poll()
         if comm.rank != 0:
             continue
         num_bytes = tensor.numel() * tensor.element_size()

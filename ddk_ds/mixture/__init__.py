@@ -10,6 +10,8 @@ from ddk_ds.mixture.controllers import (
     Static,
     make_controller,
 )
+from ddk_ds.mixture.counts import largest_remainder
+from ddk_ds.mixture.exhaustion import EXHAUSTION_POLICIES, Exhaustion, Plan, make_exhaustion
 from ddk_ds.mixture.factors import (
     check_perplexities,
     discrepancy,
@@ -18,23 +20,20 @@ from ddk_ds.mixture.factors import (
     one_hot_warning,
     smooth_update,
 )
-from ddk_ds.mixture.schedule import (
-    DomainEntry,
-    DomainOrder,
-    IntervalState,
-    ids_sha,
-    interval_ids,
-    largest_remainder,
-)
+from ddk_ds.mixture.order import DomainOrder
+from ddk_ds.mixture.schedule import DomainEntry, IntervalState, ids_sha, interval_ids
 
 __all__ = [
     "CONTROLLER_KINDS",
     "DDK",
+    "EXHAUSTION_POLICIES",
     "Controller",
     "DDKNoSmoothing",
     "DomainEntry",
     "DomainOrder",
+    "Exhaustion",
     "IntervalState",
+    "Plan",
     "Static",
     "check_perplexities",
     "discrepancy",
@@ -44,6 +43,7 @@ __all__ = [
     "is_nearly_one_hot",
     "largest_remainder",
     "make_controller",
+    "make_exhaustion",
     "one_hot_warning",
     "smooth_update",
 ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -39,11 +39,16 @@ def perplexities(
     options: HeadOptions,
     device: torch.device,
     comm: Comm,
+    poll: Callable[[], None] = lambda: None,
 ) -> npt.NDArray[np.float64]:
-    """Perplexity (N,) float64 of the model on each domain. Collective: every rank runs as many forward passes."""
+    """Perplexity (N,) float64 of the model on each domain. Collective: every rank runs as many forward passes.
+
+    `poll` is called before each domain; what it raises on all ranks ends the evaluation.
+    """
     sums = torch.zeros(2, len(batches), dtype=torch.float64, device=device)
     with model.evaluating():
         for domain, domain_batches in enumerate(batches):
+            poll()
             for input_ids, real in domain_batches:
                 labels = next_token_labels(input_ids)
                 labels[~real] = IGNORE_INDEX

@@ -11,6 +11,7 @@ import numpy.typing as npt
 from ddk_ds.comm import Comm
 from ddk_ds.config import Config
 from ddk_ds.mixture.controllers import Controller
+from ddk_ds.mixture.exhaustion import Exhaustion, Plan
 from ddk_ds.mixture.factors import discrepancy
 from ddk_ds.mixture.schedule import DomainOrder, interval_ids
 from ddk_ds.train.state import RunState
@@ -42,15 +43,21 @@ class Mixer:
         self._offsets = offsets
         self._comm = comm
 
-    def begin(self, state: RunState, measured: Measurement, total_samples: int) -> npt.NDArray[np.int64]:
-        """Decide the next interval's proportions, advance `state.data`, return its global sample ids. Collective.
+    def plan(
+        self, state: RunState, measured: Measurement, total_samples: int, exhaustion: Exhaustion
+    ) -> tuple[list[float], Plan]:
+        """The next interval's proportions, and what the domains can give of it; changes nothing. Collective.
 
-        Rank 0 decides and broadcasts; every rank turns the proportions into the same integer counts and the same ids,
-        and all check that they did.
+        Rank 0 decides and broadcasts; every rank turns the proportions into the same integer counts.
         """
-        proportions = self._decide(state, measured) if self._comm.rank == 0 else None
-        state.proportions = self._comm.broadcast_object(proportions)
-        state.data = state.data.advance(state.proportions, total_samples)
+        decided = self._decide(state, measured) if self._comm.rank == 0 else None
+        proportions: list[float] = self._comm.broadcast_object(decided)
+        return proportions, exhaustion.plan(proportions, total_samples, state.data.drawn)
+
+    def begin(self, state: RunState, proportions: list[float], plan: Plan) -> npt.NDArray[np.int64]:
+        """Begin the planned interval in `state`, return its global sample ids. Collective: all check they agree."""
+        state.proportions = proportions
+        state.data = state.data.begin(plan.counts)
         ids = self.ids(state)
         plans = self._comm.gather_objects((state.data.counts, state.data.ids_sha))
         assert all(plan == plans[0] for plan in plans), f"ranks hold different plans of the interval: {plans}"
@@ -86,23 +93,27 @@ def stop_reason(config: Config, state: RunState, measured: Measurement, corpus_s
 
 
 def interval_record(
-    state: RunState, measured: Measurement, names: list[str], counts: list[int] | None, clock_s: float
+    state: RunState, measured: Measurement, names: list[str], plan: Plan | None, clock_s: float
 ) -> dict[str, Any]:
-    """The ledger's line of an interval's beginning (counts drawn) or of the run's end (counts None)."""
+    """The ledger's line of an interval's beginning (by its plan) or of the run's end (plan None).
+
+    `asked` are the samples by the proportions alone, `counts` those drawn: they differ where a domain is at its cap.
+    """
 
     def by_domain(values: Any) -> dict[str, Any] | None:
         return None if values is None else dict(zip(names, np.asarray(values).tolist(), strict=True))
 
     return {
-        "kind": "interval" if counts is not None else "end",
+        "kind": "interval" if plan is not None else "end",
         "interval": state.data.interval,
         "step": state.step,
         "student_ppl": by_domain(measured.student),
         "teacher_ppl": by_domain(measured.teacher),
         "ratio": by_domain(measured.ratio),
-        "proportions": by_domain(state.proportions) if counts is not None else None,
-        "counts": by_domain(counts),
+        "proportions": by_domain(state.proportions) if plan is not None else None,
+        "asked": None if plan is None else by_domain(plan.asked),
+        "counts": None if plan is None else by_domain(plan.counts),
         "domain_tokens": by_domain(state.domain_tokens),
-        "ids_sha": state.data.ids_sha if counts is not None else None,
+        "ids_sha": state.data.ids_sha if plan is not None else None,
         "clock": {"measure_s": round(clock_s, 3)},
     }

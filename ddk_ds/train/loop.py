@@ -15,6 +15,7 @@ from ddk_ds.engine.export import export_student
 from ddk_ds.mixture.exhaustion import Plan
 from ddk_ds.mixture.factors import one_hot_warning
 from ddk_ds.train.checkpoint import save_checkpoint
+from ddk_ds.train.interruption import Interrupted
 from ddk_ds.train.interval import Measurement, interval_record, stop_reason
 from ddk_ds.train.learning_rate import learning_rate
 from ddk_ds.train.read_ahead import read_steps
@@ -41,6 +42,9 @@ def train(run: Run) -> dict[str, Any]:
                 ids = run.mixer.begin(run.state, proportions, plan)
                 _record_interval(run, measured, measure_s, plan)
             _train_interval(run, ids)
+    except Interrupted as interrupted:
+        _interrupted(run, str(interrupted))
+        raise
     finally:
         run.progress.stop()
         run.ahead.close()
@@ -59,7 +63,7 @@ def _train_interval(run: Run, ids: npt.NDArray[np.int64]) -> None:
         num_workers=config.data.num_workers,
     )
     run.ahead.interval(ids, state.data.consumed)
-    steps = read_steps(batches, config.micro_batches(comm.world_size), comm, run.runtime.device)
+    steps = read_steps(batches, config.micro_batches(comm.world_size), comm, run.interruption)
     for micro_batches, data_s, started in _timed(steps):
         seed_step(config.seed, state.step, comm.rank)
         rate = learning_rate(state.step, run.total_steps, config.optimizer)
@@ -135,11 +139,21 @@ def _checkpoint(run: Run) -> None:
         run.ledger.event("checkpoint", step=run.state.step, path=str(path), seconds=time.perf_counter() - started)
 
 
+def _interrupted(run: Run, signal: str) -> None:
+    """Save what is done. The step that a signal cut short has changed nothing."""
+    _checkpoint(run)
+    run.ledger.event("interrupted", step=run.state.step, signal=signal)
+    run.progress.stop()
+    run.progress.say(
+        f"interrupted by {signal} and saved at step {run.state.step}: start the same command again to go on"
+    )
+
+
 def _finish(run: Run, measured: Measurement, measure_s: float, reason: str) -> dict[str, Any]:
     _checkpoint(run)
     run.ledger.write(interval_record(run.state, measured, run.inputs.names, None, measure_s))
     config, comm = run.config, run.runtime.comm
-    export_student(run.student, run.inputs.student, config.run_dir / "export", comm)
+    export_student(run.student, run.inputs.student, config.run_dir / "export", comm, run.interruption.check)
     summary = make_summary(
         run.inputs.names,
         run.state,

@@ -7,7 +7,6 @@ from itertools import islice
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from ddk_ds.comm import Comm, agree
 from ddk_ds.data.cache import CachedStore
@@ -17,6 +16,7 @@ from ddk_ds.data.prefetch import Prefetcher
 from ddk_ds.data.store import Store
 from ddk_ds.errors import UserError
 from ddk_ds.mixture.schedule import DomainOrder, IntervalState
+from ddk_ds.train.interruption import Interruption, raise_for
 
 
 class ReadAhead:
@@ -59,12 +59,13 @@ class ReadAhead:
 
 
 def read_steps(
-    batches: Iterator[MicroBatch], micro_batches: int, comm: Comm, device: torch.device
+    batches: Iterator[MicroBatch], micro_batches: int, comm: Comm, interruption: Interruption
 ) -> Iterator[list[MicroBatch]]:
     """The micro-batches of each optimizer step. Collective.
 
     Raises:
         UserError: what any rank failed of, on all of them: none is left waiting in a forward pass.
+        Interrupted: a signal came to any rank.
     """
     while True:
         taken: list[MicroBatch] = []
@@ -73,10 +74,11 @@ def read_steps(
             taken = list(islice(batches, micro_batches))
         except UserError as error:
             failure = error
-        # One number a step; the error itself travels only where there is one.
-        failed = torch.tensor([failure is not None], dtype=torch.float32, device=device)
-        if comm.all_reduce_sum(failed).item():
+        # Two numbers a step; an error itself travels only where there is one.
+        failed, signal = interruption.highest(failure is not None)
+        if failed:
             agree(comm, failure)
+        raise_for(signal)
         if not taken:
             return
         yield taken

@@ -17,6 +17,7 @@ from ddk_ds.mixture.schedule import DomainEntry, DomainOrder, IntervalState
 from ddk_ds.train.checkpoint import load_checkpoint, newest_checkpoint, remove_partial
 from ddk_ds.train.evaluate import PerplexityCache, ValidationBatches, perplexities
 from ddk_ds.train.inputs import Inputs
+from ddk_ds.train.interruption import Interruption
 from ddk_ds.train.interval import Array, Measurement, Mixer
 from ddk_ds.train.learning_rate import total_steps
 from ddk_ds.train.ledger import Ledger
@@ -40,6 +41,7 @@ class Run:
     teacher_ppl: Array | None
     mixer: Mixer
     ahead: ReadAhead
+    interruption: Interruption
     state: RunState
     ledger: Ledger
     progress: RunProgress
@@ -49,7 +51,12 @@ class Run:
         """Perplexities of the student now, beside the teacher's. Collective."""
         runtime = self.runtime
         student = perplexities(
-            self.student, self.validation, options=self.head, device=runtime.device, comm=runtime.comm
+            self.student,
+            self.validation,
+            options=self.head,
+            device=runtime.device,
+            comm=runtime.comm,
+            poll=self.interruption.check,
         )
         return Measurement(student, self.teacher_ppl)
 
@@ -58,7 +65,7 @@ class Run:
         return make_method(self.config, self.teacher, self.head)
 
 
-def prepare_run(config: Config, inputs: Inputs, runtime: Runtime) -> Run:
+def prepare_run(config: Config, inputs: Inputs, runtime: Runtime, interruption: Interruption) -> Run:
     """Load models and data, restore the newest complete checkpoint if there is one. Collective."""
     comm = runtime.comm
     dataset = MixtureDataset(inputs.store, inputs.names)
@@ -74,7 +81,9 @@ def prepare_run(config: Config, inputs: Inputs, runtime: Runtime) -> Run:
     teacher = None if inputs.teacher is None else load_teacher(config, inputs.teacher, vocab_size, comm)
     chunk_tokens = config.loss.chunk_tokens or default_chunk_tokens(vocab_size, runtime.device.type)
     head = HeadOptions(vocab_size, chunk_tokens, config.loss.logits_dtype)
-    teacher_ppl = None if teacher is None else _teacher_perplexities(config, inputs, teacher, validation, head, runtime)
+    teacher_ppl = None
+    if teacher is not None:
+        teacher_ppl = _teacher_perplexities(config, inputs, teacher, validation, head, runtime, interruption)
     student = load_student(config, inputs.student, vocab_size, comm)
     orders = [
         DomainOrder(name, sizes, config.seed) for name, sizes in zip(inputs.names, dataset.shard_sizes, strict=True)
@@ -91,6 +100,7 @@ def prepare_run(config: Config, inputs: Inputs, runtime: Runtime) -> Run:
         validation=validation,
         teacher_ppl=teacher_ppl,
         mixer=Mixer(inputs.controller, orders, dataset.sample_offsets, comm),
+        interruption=interruption,
         ahead=ReadAhead(inputs.store, dataset, orders, enabled=comm.local_rank == 0),
         state=RunState(
             data=IntervalState.new(_domain_entries(dataset), seed=config.seed),
@@ -138,6 +148,7 @@ def _teacher_perplexities(
     validation: ValidationBatches,
     head: HeadOptions,
     runtime: Runtime,
+    interruption: Interruption,
 ) -> Array:
     """The teacher never changes: what was measured once under the same conditions is read back."""
     assert inputs.teacher is not None, "a teacher without files"
@@ -156,7 +167,8 @@ def _teacher_perplexities(
     unknown = [i for i, value in enumerate(values) if value is None]
     if unknown:
         unmeasured = [validation[i] for i in unknown]
-        measured = perplexities(teacher, unmeasured, options=head, device=runtime.device, comm=comm)
+        poll = interruption.check
+        measured = perplexities(teacher, unmeasured, options=head, device=runtime.device, comm=comm, poll=poll)
         for i, value in zip(unknown, measured.tolist(), strict=True):
             values[i] = value
         if comm.rank == 0:

@@ -48,9 +48,7 @@ def compare(
         rows = samples.reshape(micro_batches, comm.world_size, -1, LENGTH)[:, comm.rank]
         batch: Any = [{"input_ids": r, "domain": torch.zeros(len(r), dtype=torch.int64)} for r in rows]
         metrics.append(
-            train_step(
-                student, loop, batch, learning_rate=rate, num_domains=1, device=runtime.device, comm=comm
-            )
+            train_step(student, loop, batch, learning_rate=rate, num_domains=1, device=runtime.device, comm=comm)
         )
         if evaluate and step in (1, 4):
             ppl.append(perplexities(student, held_out, **options).tolist())

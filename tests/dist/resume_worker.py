@@ -9,6 +9,7 @@ from typing import Any
 from ddk_ds.config import load_config
 from ddk_ds.engine.runtime import Runtime
 from ddk_ds.train.inputs import check_inputs
+from ddk_ds.train.interruption import Interruption
 from ddk_ds.train.loop import train
 from ddk_ds.train.run_dir import claim_run_dir, run_identity
 from ddk_ds.train.setup import Run, prepare_run
@@ -36,7 +37,7 @@ def _prepare(runtime: Runtime, config_path: str, name: str, lines: int | None) -
     if runtime.comm.rank == 0:
         claim_run_dir(config, run_identity(config, inputs.fingerprints))
     runtime.comm.barrier()
-    run = prepare_run(config, inputs, runtime)
+    run = prepare_run(config, inputs, runtime, Interruption(runtime.comm, runtime.device))
     if lines is not None:
         _break_after(run, lines)
     return run

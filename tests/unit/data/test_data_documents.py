@@ -12,7 +12,8 @@ import pytest
 import zstandard
 from pyarrow import parquet
 
-from ddk_ds.data.documents import Document, Dropped, read_documents, read_texts
+from ddk_ds.data.documents import Document, Dropped, Position, read_documents, read_texts
+from ddk_ds.data.formats import Meter
 from ddk_ds.data.recipe import Domain, Source, SourceFile
 from ddk_ds.errors import DataError
 
@@ -161,3 +162,53 @@ def test_the_seed_keys_the_digests(tmp_path: Path) -> None:
     digests = [[document.digest for document in documents_of([file], seed=seed)[0]] for seed in (0, 0, 1)]
     assert digests[0] == digests[1]
     assert not set(digests[0]) & set(digests[2])
+
+
+def test_reading_goes_on_at_any_position_with_the_same_account(tmp_path: Path) -> None:
+    null = b'{"text": null}\n'
+    bad = b'{"text": "\xff"}\n'
+    files = [
+        file_of(tmp_path / "0.jsonl", bad + LINES + null + LINES),
+        file_of(tmp_path / "1.jsonl", b""),
+        file_of(tmp_path / "2.jsonl", null + LINES.replace(b"hree", b"HREE") + bad),
+        file_of(tmp_path / "3.txt", b"last"),
+    ]
+    domain = Domain.model_validate({"sources": ["x"], "min_chars": 5})
+    whole, account = Dropped(), []
+    position, seen = Position(), set[bytes]()
+    for document in read_documents(domain, files, seed=0, seen=seen, dropped=whole, position=position):
+        account.append((document.text, Position(**vars(position)), Dropped(**vars(whole)), set(seen)))
+    assert len(account) == 5
+    assert (whole.missing, whole.undecodable, whole.duplicates, whole.too_short) == (2, 2, 4, 1)
+    for number, (_, begin, dropped, met) in enumerate(account):
+        rest = read_documents(domain, files, seed=0, seen=met, dropped=dropped, position=begin)
+        assert [document.text for document in rest] == [text for text, *_ in account[number + 1 :]]
+        assert dropped == whole
+
+
+def test_undecodable_parquet_text_is_skipped_and_counted(tmp_path: Path) -> None:
+    broken = pyarrow.Array.from_buffers(
+        pyarrow.string(), 2, [None, pyarrow.py_buffer(b"\0\0\0\0\2\0\0\0\4\0\0\0"), pyarrow.py_buffer(b"ab\xff\xfe")]
+    )
+    parquet.write_table(pyarrow.table({"text": broken}), tmp_path / "a.parquet")
+    dropped = Dropped()
+    file = SourceFile(tmp_path / "a.parquet", "a.parquet", Source(path="a.parquet"))
+    assert list(read_texts(file, dropped)) == ["ab"]
+    assert dropped == Dropped(undecodable=1)
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.jsonl.zst", "a.parquet", "a.txt"])
+def test_the_meter_counts_the_bytes_of_the_file(tmp_path: Path, name: str) -> None:
+    texts = [f"{number} {'x' * 5000}" for number in range(300)]
+    lines = "".join(json.dumps({"text": text}) + "\n" for text in texts).encode()
+    if name.endswith("parquet"):
+        parquet.write_table(pyarrow.table({"text": texts}), tmp_path / name)
+        data = (tmp_path / name).read_bytes()
+    else:
+        data = {"gz": gzip.compress, "zst": zstandard.compress}.get(name.rpartition(".")[2], bytes)(lines)
+    meter = Meter()
+    counts = [meter.disk_bytes for _ in read_texts(file_of(tmp_path / name, data), Dropped(), meter=meter)]
+    assert counts == sorted(counts)
+    assert meter.disk_bytes == len(data)
+    if name in ("a.jsonl", "a.parquet"):
+        assert counts[0] < len(data) // 2

@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 
 from ddk_ds.data import prepare as prepare_module
+from ddk_ds.data import reading as reading_module
 from ddk_ds.data.manifest import load_manifest
 from ddk_ds.data.mds import open_split
 from ddk_ds.data.prepare import Plan, prepare
-from ddk_ds.data.recipe import load_recipe
+from ddk_ds.data.recipe import list_files, load_recipe
 from ddk_ds.data.store import LocalStore
 from ddk_ds.data.tokenizer import load_tokenizer
 from ddk_ds.errors import DataError
@@ -89,7 +90,7 @@ def test_the_manifest_counts_what_the_shards_hold(prepared: Path, tokenizer_dir:
 def test_two_workers_write_the_same_bytes_as_one(
     recipe_path: Path, tokenizer_dir: Path, tmp_path: Path, prepared: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(prepare_module, "_BATCH_BYTES", 500)
+    monkeypatch.setattr(reading_module, "BATCH_BYTES", 500)
     prepare(load_recipe(recipe_path), tokenizer_dir, tmp_path / "two", replace(PLAN, workers=2))
     assert files_of(tmp_path / "two") == files_of(prepared)
 
@@ -106,16 +107,33 @@ def test_the_seed_moves_the_split_and_a_fraction_holds_out_about_that_share(
     assert held_out[0] != held_out[1]
 
 
-def test_progress_adds_up_to_the_text(recipe_path: Path, tokenizer_dir: Path, tmp_path: Path) -> None:
-    seen: dict[str, int] = {}
-    manifest = prepare(
-        load_recipe(recipe_path),
+def test_progress_ends_at_the_size_of_the_files(
+    recipe_path: Path, tokenizer_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reading_module, "BATCH_BYTES", 500)
+    told: dict[str, list[tuple[int, int]]] = {}
+    recipe = load_recipe(recipe_path)
+    prepare(
+        recipe,
         tokenizer_dir,
         tmp_path / "out",
         PLAN,
-        progress=lambda name, num_bytes: seen.update({name: seen.get(name, 0) + num_bytes}),
+        progress=lambda name, done, total: told.setdefault(name, []).append((done, total)),
     )
-    assert seen == {name: domain.train.bytes + domain.validation.bytes for name, domain in manifest.domains.items()}
+    for name, files in list_files(recipe).items():
+        size = sum(file.path.stat().st_size for file in files)
+        assert told[name][-1] == (size, size)
+        assert told[name] == sorted(told[name])
+        assert told[name][0][0] == 0
+    assert len({done for done, _ in told["tree"]}) > 10
+
+
+def test_progress_of_a_capped_domain_is_of_its_cap(recipe_path: Path, tokenizer_dir: Path, tmp_path: Path) -> None:
+    told: list[tuple[int, int]] = []
+    recipe = load_recipe(recipe_path, ["domains.large.max_bytes=9000"])
+    progress = lambda name, done, total: told.append((done, total)) if name == "large" else None  # noqa: E731
+    prepare(recipe, tokenizer_dir, tmp_path / "out", PLAN, progress=progress)
+    assert told[-1] == (9000, 9000)
 
 
 @pytest.mark.parametrize(
@@ -125,16 +143,15 @@ def test_progress_adds_up_to_the_text(recipe_path: Path, tokenizer_dir: Path, tm
         ({"max_bytes": 200}, "domain 'b' has too little text: .*7 and 1 are needed: add text"),
     ],
 )
-def test_a_domain_with_too_little_text_is_named_and_nothing_stays(
+def test_a_domain_with_too_little_text_is_named(
     tokenizer_dir: Path, tmp_path: Path, domain: dict[str, int], message: str
 ) -> None:
     write_lines(tmp_path / "a.jsonl", make_texts(5, 80))
     write_lines(tmp_path / "b.jsonl", make_texts(6, 40))
     recipe = write_recipe(tmp_path / "r.yaml", {"a": {"sources": ["a.jsonl"]}, "b": {"sources": ["b.jsonl"], **domain}})
-    before = sorted(path.name for path in tmp_path.iterdir())
     with pytest.raises(DataError, match=message):
         prepare(load_recipe(recipe), tokenizer_dir, tmp_path / "out", PLAN)
-    assert sorted(path.name for path in tmp_path.iterdir()) == before
+    assert not (tmp_path / "out").exists()
 
 
 def test_an_unfinished_directory_never_has_the_final_name(
@@ -149,9 +166,10 @@ def test_an_unfinished_directory_never_has_the_final_name(
     monkeypatch.setattr(prepare_module, "write_manifest", look)
     with pytest.raises(KeyboardInterrupt):
         prepare(load_recipe(recipe_path), tokenizer_dir, tmp_path / "out", PLAN)
-    assert len(names) == 1
-    assert names[0].startswith(".out.partial-")
-    assert list(tmp_path.iterdir()) == []
+    assert names == [".out.partial"]
+    monkeypatch.undo()
+    prepare(load_recipe(recipe_path), tokenizer_dir, tmp_path / "out", PLAN)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_nothing_is_overwritten(recipe_path: Path, tokenizer_dir: Path, tmp_path: Path, prepared: Path) -> None:

@@ -1,0 +1,213 @@
+"""The directory of an unfinished preparation: what is finished in it, and all digests; survives any kill.
+
+`state.sqlite` is the truth: a part (some documents of a domain) is finished once the transaction that names it is
+committed, after its ids are on the disk. Whatever else lies around is cut back or written again.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import shutil
+import sqlite3
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ddk_ds.data.documents import Dropped, Position
+from ddk_ds.data.recipe import Domain, SourceFile
+from ddk_ds.data.remote import DISK_FULL
+from ddk_ds.errors import DataError
+
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS settings (name TEXT PRIMARY KEY, value TEXT) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS domains (name TEXT PRIMARY KEY, number INT, limits TEXT, reading TEXT, result TEXT)
+  WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS files (domain TEXT, number INT, name TEXT, identity TEXT, PRIMARY KEY (domain, number))
+  WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS digests (digest BLOB PRIMARY KEY) WITHOUT ROWID;
+"""
+_CACHE_KIB = 1 << 15
+
+
+@dataclass
+class Reading:
+    """How far a domain is read: `documents` and `tokens` are in its spool; `done`: nothing is left to read."""
+
+    position: Position = field(default_factory=Position)
+    dropped: Dropped = field(default_factory=Dropped)
+    documents: int = 0
+    tokens: int = 0
+    done: bool = False
+
+
+class WorkDir:
+    """An unfinished preparation. Made by `open_work`, which lets one process at a time have it.
+
+    Attributes:
+        path: the directory.
+        data: where the prepared data grow.
+        scratch: for downloads.
+    """
+
+    def __init__(self, path: Path, database: sqlite3.Connection) -> None:
+        self.path = path
+        self.data = path / "data"
+        self.scratch = path / "download"
+        self._database = database
+        self._pending: set[bytes] = set()
+        self.data.mkdir(exist_ok=True)
+        shutil.rmtree(self.scratch, ignore_errors=True)
+
+    def claim(self, settings: dict[str, Any]) -> None:
+        """Begin, or go on with, the preparation of these settings.
+
+        Raises:
+            DataError: the directory holds parts of one that has others.
+        """
+        known = dict(self._database.execute("SELECT name, value FROM settings"))
+        wanted = {name: json.dumps(value) for name, value in settings.items()}
+        for name in wanted if known else ():
+            if known.get(name) != wanted[name]:
+                raise self._other(f"{name} was {known.get(name)}, now {wanted[name]}")
+        with self._database:
+            self._database.executemany("INSERT OR REPLACE INTO settings VALUES (?, ?)", wanted.items())
+
+    def claim_domains(self, domains: dict[str, Domain], files: dict[str, list[SourceFile]]) -> None:
+        """Check that what is read so far is what these domains begin with.
+
+        Raises:
+            DataError: names the first domain, limit or file that differs.
+        """
+        for name, number, limits in self._database.execute("SELECT name, number, limits FROM domains ORDER BY number"):
+            if list(domains)[number : number + 1] != [name]:
+                raise self._other(f"its domain number {number + 1} was {name!r}")
+            if limits != _limits(domains[name]):
+                raise self._other(f"domain {name!r} had {limits}, now {_limits(domains[name])}")
+            self._check_files(name, domains[name], files[name])
+
+    def _check_files(self, name: str, domain: Domain, files: Sequence[SourceFile]) -> None:
+        query = "SELECT number, name, identity FROM files WHERE domain = ? ORDER BY number"
+        count = 0
+        for number, file_name, identity in self._database.execute(query, (name,)):
+            count += 1
+            if number >= len(files) or _identity(files[number]) != identity:
+                raise self._other(f"domain {name!r}, file {file_name!r} was read and is changed, gone, or not in turn")
+        reading = self.reading(name)
+        if reading.done and not _capped(domain, reading) and count < len(files):
+            raise self._other(f"domain {name!r} has a new file {files[count].name!r}")
+
+    def _other(self, what: str) -> DataError:
+        return DataError(
+            f"{self.path} holds an unfinished preparation that differs: {what}; go on with the one that it holds, "
+            "or give --start-anew to delete it"
+        )
+
+    def __contains__(self, digest: object) -> bool:
+        return digest in self._pending or (
+            self._database.execute("SELECT 1 FROM digests WHERE digest = ?", (digest,)).fetchone() is not None
+        )
+
+    def add(self, digest: bytes) -> None:
+        """Remember a digest; for good only when `keep` is told that its document is spooled."""
+        self._pending.add(digest)
+
+    def keep(self, digests: Sequence[bytes]) -> None:
+        """These documents are spooled: the next `commit` makes their digests last."""
+        self._database.executemany("INSERT INTO digests VALUES (?)", ((digest,) for digest in sorted(digests)))
+        self._pending.difference_update(digests)
+
+    def reading(self, name: str) -> Reading:
+        """How far a domain was read when last committed."""
+        row = self._database.execute("SELECT reading FROM domains WHERE name = ?", (name,)).fetchone()
+        if row is None:
+            return Reading()
+        saved = json.loads(row[0])
+        return Reading(**{**saved, "position": Position(**saved["position"]), "dropped": Dropped(**saved["dropped"])})
+
+    def commit(self, name: str, number: int, domain: Domain, files: Sequence[SourceFile], reading: Reading) -> None:
+        """Finish a part: the ids of `reading.documents` documents are on the disk."""
+        begun = self._database.execute("SELECT COUNT(*) FROM files WHERE domain = ?", (name,)).fetchone()[0]
+        end = len(files) if reading.done and not _capped(domain, reading) else reading.position.file + 1
+        self._database.executemany(
+            "INSERT INTO files VALUES (?, ?, ?, ?)",
+            ((name, place, files[place].name, _identity(files[place])) for place in range(begun, end)),
+        )
+        self._database.execute(
+            "INSERT OR REPLACE INTO domains VALUES (?, ?, ?, ?, NULL)",
+            (name, number, _limits(domain), json.dumps(asdict(reading))),
+        )
+        self._database.commit()
+
+    def result(self, name: str) -> dict[str, Any] | None:
+        """What `finish` was given for a domain, None if it is not finished."""
+        row = self._database.execute("SELECT result FROM domains WHERE name = ?", (name,)).fetchone()
+        return None if row is None or row[0] is None else dict(json.loads(row[0]))
+
+    def finish(self, name: str, result: dict[str, Any]) -> None:
+        """A domain's shards are complete."""
+        with self._database:
+            self._database.execute("UPDATE domains SET result = ? WHERE name = ?", (json.dumps(result), name))
+
+
+def _capped(domain: Domain, reading: Reading) -> bool:
+    """Whether max_bytes ended the reading: files that follow were not looked at."""
+    return domain.max_bytes is not None and reading.position.num_bytes >= domain.max_bytes
+
+
+def _limits(domain: Domain) -> str:
+    return domain.model_dump_json(exclude={"sources"})
+
+
+def _identity(file: SourceFile) -> str:
+    how = file.source.model_dump(exclude={"path", "exclude"})
+    return json.dumps([file.name, file.num_bytes, file.stamp, how])
+
+
+@contextmanager
+def open_work(path: Path, *, start_anew: bool = False) -> Iterator[WorkDir]:
+    """The work directory at `path`, made or found; locked while the block runs, and left there by it.
+
+    Raises:
+        DataError: another process has it, the disk is full, or its state is damaged.
+    """
+    path.mkdir(parents=True, exist_ok=True)
+    with (path / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise DataError(f"{path} is in use: another preparation for the same directory runs") from None
+        if start_anew:
+            for entry in path.iterdir():
+                if entry.is_dir():
+                    shutil.rmtree(entry)
+                elif entry.name != "lock":
+                    entry.unlink()
+        with _explained(path):
+            database = sqlite3.connect(path / "state.sqlite")
+            try:
+                database.executescript(f"PRAGMA cache_size = -{_CACHE_KIB}; PRAGMA temp_store = MEMORY; {_SCHEMA}")
+                yield WorkDir(path, database)
+            finally:
+                database.close()
+
+
+@contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    """Turn a full disk and a damaged state into errors that say what to do."""
+    try:
+        yield
+    except (OSError, sqlite3.Error) as error:
+        code = getattr(error, "sqlite_errorcode", None)
+        if getattr(error, "errno", None) in DISK_FULL or code == sqlite3.SQLITE_FULL:
+            raise DataError(
+                f"the disk that holds {path} is full ({shutil.disk_usage(path).free:,} bytes are free): make room "
+                "and give the same command again; finished parts are kept"
+            ) from error
+        if isinstance(error, sqlite3.Error):
+            raise DataError(
+                f"{path / 'state.sqlite'} cannot be used ({error}); give --start-anew to begin again"
+            ) from error
+        raise

@@ -1,0 +1,65 @@
+"""Signals that ask a run to end: noted when they come, agreed on by all ranks where the run can be cut.
+
+SIGTERM and SIGUSR1 (schedulers' warnings) and the first SIGINT are asked for together at the next step, domain of an
+evaluation or tensor of an export; the run then saves and ends with `EXIT_INTERRUPTED`. A second SIGINT ends it at once.
+"""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+import torch
+
+from ddk_ds.comm import Comm
+
+EXIT_INTERRUPTED = 75
+"""EX_TEMPFAIL of sysexits.h: the same command, started again, goes on."""
+_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+
+
+class Interrupted(Exception):
+    """All ranks have left what they did at the same place. The message names the signal."""
+
+
+class Interruption:
+    """What this process was asked, and a way for all to agree on it."""
+
+    def __init__(self, comm: Comm, device: torch.device) -> None:
+        self._comm = comm
+        self._device = device
+        self.signal = 0
+        """Number of the signal that came; 0: none."""
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Note the signals until the end of the block. In the main thread."""
+        before = {number: signal.signal(number, self._note) for number in _SIGNALS}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def check(self) -> None:
+        """Raise Interrupted on every rank if a signal came to any. Collective."""
+        raise_for(self.highest(False)[1])
+
+    def highest(self, flag: bool) -> tuple[bool, int]:
+        """Whether any rank's `flag` is set, and the highest number of a signal that came to any. Collective."""
+        numbers = torch.tensor([float(flag), float(self.signal)], device=self._device)
+        flagged, number = self._comm.all_reduce_max(numbers).tolist()
+        return bool(flagged), int(number)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT and self.signal == signal.SIGINT:
+            signal.default_int_handler(number, frame)
+        self.signal = number
+
+
+def raise_for(number: int) -> None:
+    """Raise Interrupted if `number` is a signal's, the highest that came to any rank."""
+    if number:
+        raise Interrupted(signal.Signals(number).name)

@@ -1,0 +1,26 @@
+"""Runs on every rank of test_exhaustion_run.py: runs with limited domains, one of them moved to another micro-batch."""
+
+from __future__ import annotations
+
+from ddk_ds.config import load_config
+from ddk_ds.engine.runtime import Runtime
+from ddk_ds.train.inputs import check_inputs
+from ddk_ds.train.loop import train
+from ddk_ds.train.run_dir import check_run_dir, run_identity
+from tests.dist.resume_worker import BreakOff, _prepare
+
+
+def limited_runs(runtime: Runtime, config_path: str, other_path: str, stop_path: str, lines: int) -> list[str]:
+    """`whole`; `moved`, broken off after so many ledger lines and gone on with `other_path`'s batches; and `stopped`.
+
+    Returns why each ended.
+    """
+    reasons = [train(_prepare(runtime, config_path, "whole", None))["reason"]]
+    try:
+        train(_prepare(runtime, config_path, "moved", lines))
+    except BreakOff:
+        config = load_config(other_path, ["name=moved"])
+        check_run_dir(config, run_identity(config, check_inputs(config, runtime.comm).fingerprints))
+        reasons.append(train(_prepare(runtime, other_path, "moved", None))["reason"])
+    reasons.append(train(_prepare(runtime, stop_path, "stopped", None))["reason"])
+    return reasons

@@ -1,0 +1,62 @@
+"""Signals to a run under the real launcher: it saves and ends with a code of its own, and goes on as if undisturbed."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import psutil
+
+from tests.e2e.test_run import finish, start
+from tests.workspace import without_clock, write_config
+
+
+def ranks_of(process: subprocess.Popen[str]) -> list[psutil.Process]:
+    """The training processes below the launcher."""
+    below = psutil.Process(process.pid).children(recursive=True)
+    return [
+        child for child in below if "launch/distill.py" in child.cmdline() and "--local_rank" in str(child.cmdline())
+    ]
+
+
+def interrupt(config: Path, ledger: Path, step: int, send: str) -> tuple[int, str]:
+    """Start the run and send a signal when its ledger has `step`; the exit code and what was printed."""
+    process = start(config)
+    try:
+        end = time.monotonic() + 200
+        while f'"step": {step},' not in (ledger.read_text() if ledger.is_file() else ""):
+            assert process.poll() is None and time.monotonic() < end, "the run did not come to the step"
+            time.sleep(0.02)
+        if send == "USR1 to one rank":
+            ranks_of(process)[1].send_signal(signal.SIGUSR1)
+        else:  # as from a terminal, or from a scheduler that ends the whole job
+            launcher = next(
+                c for c in psutil.Process(process.pid).children() if "deepspeed.launcher.launch" in c.cmdline()
+            )
+            launcher.send_signal(signal.SIGTERM)
+        output, _ = process.communicate(timeout=60)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    return process.returncode, output
+
+
+def test_interrupted_twice_and_resumed(workspace: Path, tmp_path: Path) -> None:
+    options = {"stop": {"steps": 12}, "checkpoint": {"every_steps": 100}}
+    finish(write_config(workspace, tmp_path, name="whole", **options))
+    config = write_config(workspace, tmp_path, name="cut", **options)
+    run_dir = tmp_path / "runs/cut"
+    code, output = interrupt(config, run_dir / "ledger.jsonl", 2, "USR1 to one rank")
+    assert code == 75, output[-3000:]
+    assert "interrupted by SIGUSR1 and saved at step" in output and "Traceback" not in output
+    code, output = interrupt(config, run_dir / "ledger.jsonl", 6, "TERM to the launcher")
+    assert code != 0 and "interrupted by SIGTERM and saved at step" in output and "Traceback" not in output
+    assert "resumed from" in finish(config)
+    assert without_clock(run_dir) == without_clock(tmp_path / "runs/whole")
+    events = [json.loads(line) for line in (run_dir / "events.jsonl").read_text().splitlines()]
+    assert [e["signal"] for e in events if e["event"] == "interrupted"] == ["SIGUSR1", "SIGTERM"]
+    assert not list((run_dir / "checkpoints").glob(".partial-*"))

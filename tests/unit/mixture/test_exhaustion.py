@@ -1,0 +1,125 @@
+"""Exhaustion policies: what an interval takes from a domain that runs out, and when a run ends for it."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ddk_ds.errors import ConfigError
+from ddk_ds.mixture.counts import largest_remainder
+from ddk_ds.mixture.exhaustion import Plan, make_exhaustion
+
+NAMES = ("code", "maths", "prose")
+
+
+@st.composite
+def mixtures(draw: st.DrawFn) -> tuple[list[int], np.ndarray, list[str]]:
+    """Sizes, proportions of which some may be 0, and policies of 1 to 6 domains."""
+    num_domains = draw(st.integers(1, 6))
+    sizes = draw(st.lists(st.integers(1, 300), min_size=num_domains, max_size=num_domains))
+    weights = draw(st.lists(st.integers(0, 9), min_size=num_domains, max_size=num_domains).filter(any))
+    policies = draw(st.lists(st.sampled_from(["cycle", "cap", "stop"]), min_size=num_domains, max_size=num_domains))
+    return sizes, np.array(weights) / sum(weights), policies
+
+
+@settings(deadline=None, max_examples=300)
+@given(mixtures(), st.integers(1, 200), st.sampled_from([0.5, 1, 2.5]))
+def test_no_limit_is_ever_passed(
+    mixture: tuple[list[int], np.ndarray, list[str]], total: int, max_passes: float
+) -> None:
+    sizes, proportions, policies = mixture
+    names = [f"domain{i}" for i in range(len(sizes))]
+    sizes = [size + 1 for size in sizes]  # half a pass is at least one sample
+    exhaustion = make_exhaustion(names, sizes, by_domain=dict(zip(names, policies, strict=True)), max_passes=max_passes)
+    limits = [np.inf if p == "cycle" else int(n * max_passes) for p, n in zip(policies, sizes, strict=True)]
+    drawn = np.zeros(len(sizes), np.int64)
+    for _ in range(40):
+        plan = exhaustion.plan(proportions, total, drawn.tolist())
+        assert plan.asked == tuple(largest_remainder(proportions, total).tolist())
+        if plan.end is not None:
+            assert plan.counts == ()
+            break
+        counts = np.array(plan.counts)
+        assert counts.sum() == total and (counts >= 0).all()
+        drawn += counts
+        assert (drawn <= limits).all()
+        full = np.array([p == "cap" for p in policies]) & (drawn == limits)
+        # Who is not at a cap has what the proportions give of the rest, within one sample.
+        rest = total - counts[full].sum()
+        weights = proportions[~full]
+        if weights.sum():
+            assert (np.abs(counts[~full] - rest * weights / weights.sum()) < 1 + 1e-6).all()
+        assert (counts[(proportions == 0)] == 0).all()
+
+
+def test_cycle_draws_what_is_asked_for_ever() -> None:
+    exhaustion = make_exhaustion(NAMES, [10, 10, 10])
+    plan = exhaustion.plan([0.2, 0.3, 0.5], 1000, [10**9] * 3)
+    assert plan == Plan((200, 300, 500), (200, 300, 500))
+
+
+def test_a_capped_domain_gives_its_share_by_the_proportions_of_the_others() -> None:
+    exhaustion = make_exhaustion(NAMES, [100, 1000, 1000], by_domain={"code": "cap"}, max_passes=2)
+    assert exhaustion.limits == (200, None, None)
+    assert exhaustion.plan([0.5, 0.3, 0.2], 100, [140, 0, 0]) == Plan((50, 30, 20), (50, 30, 20))
+    assert exhaustion.plan([0.5, 0.3, 0.2], 100, [190, 0, 0]) == Plan((50, 30, 20), (10, 54, 36))
+    assert exhaustion.plan([0.5, 0.3, 0.2], 100, [200, 0, 0]) == Plan((50, 30, 20), (0, 60, 40))
+
+
+def test_a_cap_that_another_cap_fills_up() -> None:
+    # code has 10 left; its 40 would take maths to 54 of 50, and prose gets that too.
+    exhaustion = make_exhaustion(NAMES, [10, 50, 1000], default="cap", max_passes=1)
+    assert exhaustion.plan([0.5, 0.3, 0.2], 100, [0, 0, 0]).counts == (10, 50, 40)
+
+
+def test_the_run_ends_where_caps_leave_no_one() -> None:
+    exhaustion = make_exhaustion(NAMES, [10, 50, 30], default="cap", max_passes=1)
+    assert exhaustion.plan([0.2, 0.5, 0.3], 90, [0, 0, 0]).counts == (10, 50, 30)
+    plan = exhaustion.plan([0.2, 0.5, 0.3], 90, [0, 1, 0])
+    assert plan.end is not None
+    for part in ("code, maths, prose", "89 samples left", "interval of 90", "mixture.exhaustion: cap"):
+        assert part in plan.end
+    # A domain that cycles but has no proportion does not step in.
+    cycling = make_exhaustion(NAMES, [10, 50, 30], default="cap", by_domain={"prose": "cycle"}, max_passes=1)
+    assert cycling.plan([0.5, 0.5, 0.0], 61, [0, 0, 0]).end is not None
+    assert cycling.plan([0.5, 0.4999, 0.0001], 61, [0, 0, 0]).counts == (10, 50, 1)
+
+
+def test_stop_ends_the_run_before_a_sample_too_many() -> None:
+    exhaustion = make_exhaustion(NAMES, [100, 50, 100], by_domain={"maths": "stop"})
+    assert exhaustion.limits == (None, 50, None)
+    assert exhaustion.plan([0.4, 0.3, 0.3], 100, [0, 20, 0]).counts == (40, 30, 30)
+    plan = exhaustion.plan([0.4, 0.3, 0.3], 100, [0, 21, 0])
+    assert plan.end is not None
+    for part in ("'maths'", "29 of 50", "asks for 30", "mixture.exhaustion: stop"):
+        assert part in plan.end
+    assert exhaustion.plan([0.7, 0.0, 0.3], 100, [0, 50, 0]).end is None  # nothing is asked of it
+
+
+def test_what_a_capped_domain_gives_away_may_stop_the_run() -> None:
+    exhaustion = make_exhaustion(NAMES, [20, 50, 100], by_domain={"code": "cap", "maths": "stop"}, max_passes=1)
+    assert exhaustion.plan([0.2, 0.5, 0.3], 100, [0, 0, 0]).counts == (20, 50, 30)
+    assert "asks for 59" in str(exhaustion.plan([0.2, 0.5, 0.3], 100, [15, 0, 0]).end)
+
+
+@pytest.mark.parametrize(("passes", "limit"), [(0.29, 29), (1, 100), (1.1, 110), (2.5, 250), (1e-2, 1)])
+def test_limits_are_exact(passes: float, limit: int) -> None:
+    assert make_exhaustion(["a"], [100], default="cap", max_passes=passes).limits == (limit,)
+
+
+def test_what_cannot_work_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"exhaustion_by_domain names 'math', .*did you mean 'maths'"):
+        make_exhaustion(NAMES, [1, 1, 1], by_domain={"math": "stop"})
+    with pytest.raises(ConfigError, match=r"names 'xyz', .* domains are code, maths, prose"):
+        make_exhaustion(NAMES, [1, 1, 1], by_domain={"xyz": "stop"})
+    with pytest.raises(ConfigError, match=r"mixture.exhaustion is 'halt': give one of cycle, cap, stop"):
+        make_exhaustion(NAMES, [1, 1, 1], default="halt")
+    with pytest.raises(ConfigError, match=r"max_passes is 0.1: not one sample of domain 'maths' with its 9"):
+        make_exhaustion(NAMES, [10, 9, 10], default="cap", max_passes=0.1)
+    tight = make_exhaustion(NAMES, [10, 10, 10], default="cap", max_passes=1)
+    tight.check_first(30)
+    with pytest.raises(ConfigError, match=r"leaves 30 samples .* first interval needs 31"):
+        tight.check_first(31)
+    make_exhaustion(NAMES, [10, 10, 10], default="cap", by_domain={"code": "cycle"}, max_passes=1).check_first(31)
