@@ -199,5 +199,9 @@ class Checkpoint(Section):
 
     every_steps: Positive = 500
     """Steps between two checkpoints; one more is written at the end."""
+    keep_last: Positive = 3
+    """Newest checkpoints that are kept; an older one goes only when the next is complete."""
+    keep_every_steps: Positive | None = None
+    """Checkpoints whose step is a multiple of this are kept for good; null: none is."""
     resume: Literal["auto", "never"] = "auto"
     """auto: go on from the newest complete checkpoint of this run; never: refuse a directory that has any."""

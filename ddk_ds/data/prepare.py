@@ -27,6 +27,9 @@ from ddk_ds.data.tokenizer import TokenizerInfo, load_tokenizer
 from ddk_ds.data.workdir import Reading, WorkDir, open_work
 from ddk_ds.errors import DataError
 
+# MDSWriter holds about three times a shard in memory.
+_SHARD_BYTES = 1 << 25
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -172,6 +175,7 @@ def _pack_domain(text: DomainText, spool: Spool, reading: Reading, directory: Pa
             pack(spool.ids(held_out, validation=bool(validation)), plan.sequence_length),
             sequence_length=plan.sequence_length,
             dtype=spool.dtype,
+            shard_bytes=_SHARD_BYTES,
         )
         packed_tokens = written["samples"] * plan.sequence_length
         dropped.tail_tokens += tokens - packed_tokens

@@ -20,6 +20,7 @@ from ddk_ds.engine.ds_config import student_ds_config, teacher_ds_config
 from ddk_ds.engine.head import FrozenHead, HeadFunction, StudentRoot
 from ddk_ds.engine.host_memory import freed_at_once
 from ddk_ds.engine.model_files import ModelFiles
+from ddk_ds.engine.shard_files import ShardWriter
 from ddk_ds.engine.weights import load_weights, source_names
 from ddk_ds.errors import ConfigError
 
@@ -50,9 +51,15 @@ class Student:
         self.engine.step()
         return float(self.engine.get_global_grad_norm())
 
-    def save(self, directory: Path, tag: str, client_state: dict[str, Any]) -> None:
-        """Write this rank's shards of weights and optimizer, and the run's own state, to directory/tag."""
+    def save(self, directory: Path, tag: str, client_state: dict[str, Any]) -> tuple[dict[Path, tuple[int, str]], str]:
+        """Write this rank's shards of weights and optimizer, and the run's own state, to directory/tag. Collective.
+
+        Returns the files with their bytes and xxh64, and why one could not be written ("": all were).
+        """
+        writer = self.engine.checkpoint_engine
+        writer.begin()
         self.engine.save_checkpoint(str(directory), tag=tag, client_state={"run": client_state}, save_latest=False)
+        return writer.files, writer.failure or ""
 
     def load(self, directory: Path, tag: str) -> dict[str, Any]:
         """Restore what `save` wrote on as many ranks; returns the run's own state."""
@@ -111,6 +118,7 @@ def load_student(config: Config, files: ModelFiles, vocab_size: int, comm: Comm)
     parameters = {sources.get(name, name): parameter for name, parameter in model.named_parameters()}
     root = StudentRoot(_backbone(model), model.get_output_embeddings(), files.logit_form)
     engine, _, _, _ = deepspeed.initialize(model=root, optimizer=_adamw(root, config), config=ds_config)
+    engine.checkpoint_engine = ShardWriter()
     engine.train()
     return Student(engine, parameters)
 

@@ -14,7 +14,7 @@ from ddk_ds.data.loader import MicroBatch, interval_loader
 from ddk_ds.engine.export import export_student
 from ddk_ds.mixture.exhaustion import Plan
 from ddk_ds.mixture.factors import one_hot_warning
-from ddk_ds.train.checkpoint import save_checkpoint
+from ddk_ds.train.checkpoint import SaveFailed, save_checkpoint
 from ddk_ds.train.interruption import Interrupted
 from ddk_ds.train.interval import Measurement, interval_record, stop_reason
 from ddk_ds.train.learning_rate import learning_rate
@@ -132,20 +132,29 @@ def _record_step(run: Run, metrics: StepMetrics, rate: float, data_s: float, ste
     run.progress.step(state.step, metrics, tokens_per_s)
 
 
-def _checkpoint(run: Run) -> None:
-    started = time.perf_counter()
-    path = save_checkpoint(run.student, run.state, run.config.run_dir, run.ledger.position(), run.runtime.comm)
+def _checkpoint(run: Run) -> bool:
+    """Save, or say why that was not possible: the run goes on, and the older checkpoints are whole. Whether it was."""
+    started, config, ledger = time.perf_counter(), run.config, run.ledger
+    try:
+        path = save_checkpoint(
+            run.student, run.state, config.run_dir, ledger.position(), run.runtime.comm, config.checkpoint
+        )
+    except SaveFailed as failure:
+        run.progress.say(f"warning: no checkpoint of step {run.state.step}: {failure}")
+        ledger.event("checkpoint_failed", step=run.state.step, reason=str(failure))
+        return False
     if path is not None:
-        run.ledger.event("checkpoint", step=run.state.step, path=str(path), seconds=time.perf_counter() - started)
+        ledger.event("checkpoint", step=run.state.step, path=str(path), seconds=time.perf_counter() - started)
+    return True
 
 
 def _interrupted(run: Run, signal: str) -> None:
     """Save what is done. The step that a signal cut short has changed nothing."""
-    _checkpoint(run)
+    saved = "saved" if _checkpoint(run) else "NOT saved"
     run.ledger.event("interrupted", step=run.state.step, signal=signal)
     run.progress.stop()
     run.progress.say(
-        f"interrupted by {signal} and saved at step {run.state.step}: start the same command again to go on"
+        f"interrupted by {signal} and {saved} at step {run.state.step}: start the same command again to go on"
     )
 
 

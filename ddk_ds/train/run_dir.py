@@ -73,7 +73,8 @@ def check_run_dir(config: Config, identity: dict[str, Any]) -> None:
         raise CheckpointError(f"{run_dir} holds another run: {shown}. Set another name, or the values it had")
     if config.checkpoint.resume == "never" and (run_dir / "ledger.jsonl").is_file():
         raise CheckpointError(f"{run_dir} holds this run already and checkpoint.resume is never: set another name")
-    if newest_checkpoint(run_dir) is None and any((run_dir / "checkpoints").glob("step-*")):
+    checkpoints = run_dir / "checkpoints"
+    if newest_checkpoint(run_dir) is None and any((*checkpoints.glob("step-*"), *checkpoints.glob("broken-*"))):
         raise CheckpointError(f"{run_dir}/checkpoints: none is complete; mend or move them before starting anew")
 
 

@@ -14,7 +14,7 @@ from ddk_ds.engine.runtime import Runtime
 from ddk_ds.kernels import default_chunk_tokens
 from ddk_ds.methods import HeadOptions, Method, make_method
 from ddk_ds.mixture.schedule import DomainEntry, DomainOrder, IntervalState
-from ddk_ds.train.checkpoint import load_checkpoint, newest_checkpoint, remove_partial
+from ddk_ds.train.checkpoint import load_checkpoint, remove_partial, usable_checkpoint
 from ddk_ds.train.evaluate import PerplexityCache, ValidationBatches, perplexities
 from ddk_ds.train.inputs import Inputs
 from ddk_ds.train.interruption import Interruption
@@ -119,12 +119,17 @@ def _restore(run: Run) -> None:
     comm, run_dir = run.runtime.comm, run.config.run_dir
     if comm.rank == 0:
         remove_partial(run_dir)
-    found = comm.broadcast_object(newest_checkpoint(run_dir) if comm.rank == 0 else None)
+    found = usable_checkpoint(run_dir, comm)
     if found is None:
         run.ledger.rewind(0)
         run.ledger.event("start", world_size=comm.world_size)
         return
-    directory, manifest = found
+    directory, manifest, damaged = found
+    for path in damaged:
+        run.progress.say(
+            f"warning: {path} is damaged, its files are not what their hashes say; going on from an older one"
+        )
+        run.ledger.event("damaged", path=str(path))
     fresh = run.state.data
     run.state = load_checkpoint(run.student, directory, manifest, comm)
     run.state.data.check_fits(fresh)

@@ -14,8 +14,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
-from torch.utils.data import Dataset
 
 from ddk_ds.data.loader import interval_loader
 from ddk_ds.mixture.exhaustion import make_exhaustion
@@ -28,11 +26,12 @@ TOPOLOGIES = [(w, b) for w in (1, 2, 3, 4, 6, 8) for b in (1, 2, 3, 4, 6, 8, 12,
 KILL_POINTS, IN_MAKE_TEST = 200, 40
 
 
-class Ids(Dataset[Any]):
-    """Samples that are nothing but their id."""
+class Ids:
+    """Stands for a MixtureDataset: samples that are nothing but their id."""
 
-    def __getitem__(self, sample_id: int) -> dict[str, Any]:
-        return {"input_ids": torch.zeros(1, dtype=torch.int64), "domain": 0, "sample_id": sample_id}
+    def read(self, sample_id: int) -> tuple[np.ndarray, int]:
+        """(one token, domain)."""
+        return np.zeros(1, np.uint16), 0
 
 
 @dataclass

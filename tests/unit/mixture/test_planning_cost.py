@@ -13,8 +13,9 @@ from ddk_ds.mixture.order import DomainOrder
 from ddk_ds.mixture.schedule import DomainEntry, IntervalState, interval_ids
 
 TOTAL = 1_024_000
-# 0.1 to 1.1 s on one idle core of a small virtual machine; a busy one is given four times as long.
-SECONDS, MEGABYTES = 8.0, 100.0
+# Of processor time, so that other work on the machine does not count: 0.1 to 1.1 s on one core of a small virtual
+# machine. A slow one is given three times the promise.
+SECONDS, MEGABYTES = 6.0, 100.0
 
 
 def plan(num_domains: int, samples: int, shard: int) -> IntervalState:
@@ -41,9 +42,9 @@ def plan(num_domains: int, samples: int, shard: int) -> IntervalState:
     ],
 )
 def test_an_interval_is_planned_fast_and_small(num_domains: int, samples: int, shard: int, sha: str) -> None:
-    started = time.perf_counter()
+    started = time.process_time()
     state = plan(num_domains, samples, shard)
-    seconds = time.perf_counter() - started
+    seconds = time.process_time() - started
     tracemalloc.start()
     try:
         assert plan(num_domains, samples, shard) == state

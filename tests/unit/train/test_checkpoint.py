@@ -8,25 +8,35 @@ from typing import Any
 import pytest
 
 from ddk_ds.comm import SingleProcess
+from ddk_ds.config import Checkpoint
+from ddk_ds.engine.shard_files import ShardWriter, describe
+from ddk_ds.errors import CheckpointError
 from ddk_ds.mixture.schedule import IntervalState
-from ddk_ds.train.checkpoint import newest_checkpoint, save_checkpoint
+from ddk_ds.train.checkpoint import SaveFailed, newest_checkpoint, save_checkpoint, usable_checkpoint
 from ddk_ds.train.state import RunState
 
 
 class FileStudent:
     """Stands in for the engine: the checkpoint's shards are one small file."""
 
-    def save(self, directory: Path, tag: str, client_state: dict[str, Any]) -> None:
+    failure = ""
+
+    def save(self, directory: Path, tag: str, client_state: dict[str, Any]) -> Any:
         (directory / tag).mkdir()
-        (directory / tag / "shard.pt").write_bytes(b"weights")
+        path = directory / tag / "shard.pt"
+        path.write_bytes(b"weights")
+        return {path: describe(path)}, self.failure
 
 
-def save(run_dir: Path, step: int) -> Path:
+def save(run_dir: Path, step: int, failure: str = "", **keep: int) -> Path:
     """A checkpoint of `step`."""
     entries: Any = [{"name": "a", "num_samples": 4, "sha": "0"}]
     state = RunState(data=IntervalState.new(entries, seed=0), step=step)
     student: Any = FileStudent()
-    return save_checkpoint(student, state, run_dir, ledger_bytes=0, comm=SingleProcess())
+    student.failure = failure
+    path = save_checkpoint(student, state, run_dir, ledger_bytes=0, comm=SingleProcess(), keep=Checkpoint(**keep))
+    assert path is not None
+    return path
 
 
 def newest_step(run_dir: Path) -> int | None:
@@ -56,7 +66,7 @@ def test_an_incomplete_one_is_written_again_and_kept(tmp_path: Path, harm: str) 
     elif harm == "no shard":
         shard.unlink()
     else:
-        manifest.write_text(manifest.read_text().replace('"format": 1', '"format": 99'))
+        manifest.write_text(manifest.read_text().replace('"format": 2', '"format": 99'))
     assert newest_step(tmp_path) is None
     assert save(tmp_path, 2) == directory
     assert newest_step(tmp_path) == 2
@@ -67,6 +77,69 @@ def test_an_incomplete_one_is_written_again_and_kept(tmp_path: Path, harm: str) 
 def test_a_complete_one_is_left_alone(tmp_path: Path) -> None:
     directory = save(tmp_path, 2)
     before = (directory / "manifest.json").stat().st_mtime_ns
-    save(tmp_path, 2)
+    with pytest.raises(AssertionError):
+        save(tmp_path, 2)
     assert (directory / "manifest.json").stat().st_mtime_ns == before
     assert [path.name for path in directory.parent.iterdir()] == [directory.name]
+
+
+def steps(run_dir: Path) -> list[int]:
+    """Of the checkpoints that are there."""
+    return sorted(int(path.name.removeprefix("step-")) for path in (run_dir / "checkpoints").glob("step-*"))
+
+
+def test_the_last_and_every_tenth_are_kept(tmp_path: Path) -> None:
+    for step in range(2, 26, 2):
+        save(tmp_path, step, keep_last=2, keep_every_steps=10)
+    assert steps(tmp_path) == [10, 20, 22, 24]
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == [
+        f"step-{n:08d}" for n in steps(tmp_path)
+    ]
+
+
+def test_a_write_that_fails_leaves_the_older_ones(tmp_path: Path) -> None:
+    for step in (1, 2, 3):
+        save(tmp_path, step, keep_last=3)
+    with pytest.raises(SaveFailed, match="no space"):
+        save(tmp_path, 4, failure="no space", keep_last=3)
+    assert steps(tmp_path) == [1, 2, 3]
+    assert not list((tmp_path / "checkpoints").glob(".*"))
+    save(tmp_path, 4, keep_last=3)
+    assert steps(tmp_path) == [2, 3, 4]
+
+
+def test_no_room_is_known_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save(tmp_path, 1)
+    monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 6}))
+    with pytest.raises(SaveFailed, match=r"has 6 bytes free, a checkpoint takes 7"):
+        save(tmp_path, 2)
+    assert steps(tmp_path) == [1]
+
+
+@pytest.mark.parametrize("size", ["same", "other"])
+def test_a_damaged_one_is_passed_over_and_kept(tmp_path: Path, size: str) -> None:
+    save(tmp_path, 1)
+    shard = save(tmp_path, 2) / "state/shard.pt"
+    shard.write_bytes(b"weighty" if size == "same" else b"weight")
+    found = usable_checkpoint(tmp_path, SingleProcess())
+    assert found is not None
+    directory, manifest, damaged = found
+    assert (directory.name, manifest.step) == ("step-00000001", 1)
+    assert len(damaged) == (size == "same")  # the other was never complete
+    assert all((path / "state/shard.pt").read_bytes() == b"weighty" for path in damaged)
+
+
+def test_all_damaged_is_no_new_beginning(tmp_path: Path) -> None:
+    (save(tmp_path, 1) / "state/shard.pt").write_bytes(b"weighty")
+    with pytest.raises(CheckpointError, match=r"every checkpoint of .* is damaged"):
+        usable_checkpoint(tmp_path, SingleProcess())
+
+
+def test_a_file_that_cannot_be_written_is_noted(tmp_path: Path) -> None:
+    writer = ShardWriter()
+    writer.begin()
+    writer.save({"a": 1}, str(tmp_path / "a.pt"))
+    writer.save({"a": 1}, str(tmp_path / "nowhere/b.pt"))
+    assert writer.failure is not None and "nowhere/b.pt" in writer.failure
+    assert writer.files == {tmp_path / "a.pt": describe(tmp_path / "a.pt")}
+    assert writer.load(str(tmp_path / "a.pt")) == {"a": 1}
