@@ -23,7 +23,10 @@ if TYPE_CHECKING:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Returns the exit code: 0 done, 2 for an error that the user can mend, 75 interrupted by a signal and saved."""
+    """Returns the exit code.
+
+    0 done; 2 an error that the user can mend; 3 numbers gone wrong; 75 interrupted by a signal and saved.
+    """
     options = _parse(arguments)
     try:
         config = load_config(options.config, options.overrides)
@@ -75,6 +78,7 @@ def _run(config: Config, *, dry_run: bool) -> int:
         _console().print(f"{config.run_dir} is finished: see {config.run_dir / 'summary.json'}", soft_wrap=True)
         return 0
     agreed(comm, lambda: claim_run_dir(config, identity) if comm.rank == 0 else None)
+    from ddk_ds.train.guard import EXIT_WRONG_NUMBERS, NumbersGoneWrong
     from ddk_ds.train.interruption import EXIT_INTERRUPTED, Interrupted, Interruption
     from ddk_ds.train.loop import train
     from ddk_ds.train.setup import prepare_run
@@ -85,6 +89,8 @@ def _run(config: Config, *, dry_run: bool) -> int:
             train(prepare_run(config, inputs, runtime, interruption))
         except Interrupted:
             return EXIT_INTERRUPTED
+        except NumbersGoneWrong:
+            return EXIT_WRONG_NUMBERS
     return 0
 
 

@@ -10,6 +10,7 @@ from pydantic import Field, model_validator
 from ddk_ds.config.sections import (
     Checkpoint,
     Data,
+    Guard,
     Loss,
     Mixture,
     Model,
@@ -45,6 +46,7 @@ class Config(Section):
     train: Train = Train()
     stop: Stop
     checkpoint: Checkpoint = Checkpoint()
+    guard: Guard = Guard()
     deepspeed: dict[str, Any] = Field(default_factory=dict)
     """Raw DeepSpeed keys, merged into the dictionary made from the rest; contradictions are errors."""
 

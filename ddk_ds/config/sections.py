@@ -205,3 +205,14 @@ class Checkpoint(Section):
     """Checkpoints whose step is a multiple of this are kept for good; null: none is."""
     resume: Literal["auto", "never"] = "auto"
     """auto: go on from the newest complete checkpoint of this run; never: refuse a directory that has any."""
+
+
+class Guard(Section):
+    """When a run whose numbers have gone wrong stops, instead of spending its time."""
+
+    max_skipped_steps: Natural = 5
+    """Steps in a row whose loss or gradient is not finite; each leaves the weights as they were. One more stops."""
+    spike_deviations: NonNegativeFloat = 20.0
+    """Robust standard deviations above the median of the last 64 steps from which a loss is a spike; 0: none is."""
+    spike_steps: Positive = 3
+    """Spikes in a row that stop the run."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -14,7 +15,8 @@ from ddk_ds.data.loader import MicroBatch, interval_loader
 from ddk_ds.engine.export import export_student
 from ddk_ds.mixture.exhaustion import Plan
 from ddk_ds.mixture.factors import one_hot_warning
-from ddk_ds.train.checkpoint import SaveFailed, save_checkpoint
+from ddk_ds.train.checkpoint import SaveFailed, newest_checkpoint, save_checkpoint
+from ddk_ds.train.guard import NumbersGoneWrong, check_step
 from ddk_ds.train.interruption import Interrupted
 from ddk_ds.train.interval import Measurement, interval_record, stop_reason
 from ddk_ds.train.learning_rate import learning_rate
@@ -44,6 +46,9 @@ def train(run: Run) -> dict[str, Any]:
             _train_interval(run, ids)
     except Interrupted as interrupted:
         _interrupted(run, str(interrupted))
+        raise
+    except NumbersGoneWrong as wrong:
+        _stopped(run, str(wrong))
         raise
     finally:
         run.progress.stop()
@@ -126,10 +131,20 @@ def _record_step(run: Run, metrics: StepMetrics, rate: float, data_s: float, ste
     state.domain_tokens = [a + b for a, b in zip(state.domain_tokens, metrics.domain_tokens, strict=True)]
     state.train_s += step_s
     tokens_per_s = sum(metrics.domain_tokens) / step_s
-    record = {"kind": "step", "step": state.step, "interval": state.data.interval, **asdict(metrics)}
+    numbers = {key: _finite(value) for key, value in asdict(metrics).items()}
+    record = {"kind": "step", "step": state.step, "interval": state.data.interval, **numbers}
     clock = {"step_s": round(step_s, 4), "data_s": round(data_s, 4), "tokens_per_s": round(tokens_per_s, 1)}
     run.ledger.write({**record, "learning_rate": rate, "clock": clock})
     run.progress.step(state.step, metrics, tokens_per_s)
+    check_step(state, metrics.loss, metrics.grad_norm, run.config.guard)
+    if state.skipped_in_row:
+        run.progress.say(f"warning: step {state.step} has no finite gradient: skipped, the weights are as before")
+        run.ledger.event("skipped", step=state.step)
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN and no infinity."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _checkpoint(run: Run) -> bool:
@@ -155,6 +170,17 @@ def _interrupted(run: Run, signal: str) -> None:
     run.progress.stop()
     run.progress.say(
         f"interrupted by {signal} and {saved} at step {run.state.step}: start the same command again to go on"
+    )
+
+
+def _stopped(run: Run, reason: str) -> None:
+    """Say what was seen and where one can go on from. Nothing is saved."""
+    run.ledger.event("stopped", step=run.state.step, reason=reason)
+    run.progress.stop()
+    last = newest_checkpoint(run.config.run_dir) if run.runtime.comm.rank == 0 else None
+    run.progress.say(
+        f"stopped at step {run.state.step}: {reason}. The last checkpoint is {last[0] if last else 'none'}. Look at "
+        "the steps before in ledger.jsonl and at their data; a new run with a lower optimizer.learning_rate may hold"
     )
 
 

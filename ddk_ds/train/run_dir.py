@@ -20,6 +20,7 @@ _FREE = {
     "name": True,
     "output_dir": True,
     "checkpoint": True,
+    "guard": True,
     "data": {"path", "num_workers", "cache_dir", "cache_limit_gb", "download_timeout_s", "download_retries"},
     "student": {"path"},
     "teacher": {"path"},

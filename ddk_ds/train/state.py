@@ -24,6 +24,12 @@ class RunState:
     """Perplexity of the student before step 1, by domain."""
     chunk_tokens: int = 0
     """Tokens of a chunk in the loss: a resumed run adds up in the order in which it began."""
+    skipped_in_row: int = 0
+    """Steps without a finite gradient that ended with the last one."""
+    spikes_in_row: int = 0
+    """Steps with a spike of the loss that ended with the last one."""
+    recent_losses: list[float] = field(default_factory=list)
+    """Losses of the last good steps."""
     train_s: float = 0.0
     """Seconds of training and measuring so far, restarts included."""
 

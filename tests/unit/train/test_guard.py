@@ -1,0 +1,68 @@
+"""When numbers are called wrong, on losses as they come."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+
+from ddk_ds.config import Guard
+from ddk_ds.mixture.schedule import IntervalState
+from ddk_ds.train.guard import NumbersGoneWrong, check_step
+from ddk_ds.train.state import RunState
+
+NAN = math.nan
+
+
+def fresh() -> RunState:
+    entries: Any = [{"name": "a", "num_samples": 4, "sha": "0"}]
+    return RunState(data=IntervalState.new(entries, seed=0))
+
+
+def feed(losses: Any, options: Guard | None = None, norms: Any = None) -> RunState:
+    state = fresh()
+    for loss, norm in zip(losses, norms or [1.0] * len(losses), strict=True):
+        check_step(state, float(loss), norm, options or Guard())
+    return state
+
+
+def noisy(count: int) -> list[float]:
+    return list(4.0 * np.exp(-np.arange(count) / 200) + np.random.default_rng(0).normal(0, 0.1, count))
+
+
+def test_a_falling_noisy_loss_is_no_spike() -> None:
+    assert feed(noisy(1000)).spikes_in_row == 0
+
+
+def test_a_new_mixture_that_raises_the_loss_is_no_spike() -> None:
+    assert feed([*noisy(200), *(x + 0.8 for x in noisy(200))]).spikes_in_row == 0
+
+
+def test_a_few_skipped_steps_are_passed_over() -> None:
+    state = feed([1.0, NAN, NAN, 1.0, math.inf, 1.0])
+    assert (state.skipped_in_row, state.recent_losses) == (0, [1.0, 1.0, 1.0])
+    assert feed([1.0, 1.0], norms=[1.0, NAN]).skipped_in_row == 1
+
+
+@pytest.mark.parametrize("most", [0, 2])
+def test_too_many_in_a_row_stop(most: int) -> None:
+    with pytest.raises(NumbersGoneWrong, match=f"not finite in {most + 1} steps in a row"):
+        feed([1.0, *[NAN] * (most + 1)], Guard(max_skipped_steps=most))
+    feed([1.0, *[NAN] * most, 1.0], Guard(max_skipped_steps=most))
+
+
+def test_spikes_in_a_row_stop_and_a_single_one_does_not() -> None:
+    usual = noisy(100)
+    state = feed([*usual, 60.0, 60.0, usual[-1]])
+    assert state.spikes_in_row == 0 and max(state.recent_losses) < 6
+    with pytest.raises(NumbersGoneWrong, match=r"the loss rose to 60 from .*, 3 steps in a row"):
+        feed([*usual, 60.0, 60.0, 60.0])
+    assert feed([*usual, *[60.0] * 9], Guard(spike_deviations=0.0)).spikes_in_row == 0
+
+
+def test_the_state_goes_through_a_checkpoint() -> None:
+    state = feed([*noisy(80), 60.0, NAN])
+    again = RunState.from_json(state.to_json())
+    assert (again.skipped_in_row, again.spikes_in_row, again.recent_losses) == (1, 1, state.recent_losses)
