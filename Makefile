@@ -65,7 +65,7 @@ test: lint
 	$(BIN)/python -m pytest
 
 test-full: test
-	$(BIN)/python -m pytest -m long --result docs/results/test_full.md
+	$(BIN)/python -m pytest -m long --result=docs/results/test_full.md
 
 lint: $(READY)
 	$(BIN)/ruff check .

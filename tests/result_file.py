@@ -1,4 +1,4 @@
-"""`pytest --result FILE`: what ran, how it ended, how long it took and the figures that tests noted, as a table.
+"""`pytest --result=FILE`: what ran, how it ended, how long it took and the figures that tests noted, as a table.
 
 A test notes a figure with pytest's `record_property(name, number)`; the table sums it over the cases of a test.
 """
@@ -59,9 +59,10 @@ class ResultFile:
             [
                 "# The long tests",
                 "",
-                f"Written by `make test-full`: {_counts(total)}, {sum(x.seconds for x in self._lines.values()):.0f} s "
-                f"on {os.cpu_count()} cores ({platform.machine()}); Python {platform.python_version()}, "
-                f"torch {torch.__version__}, numpy {np.__version__}. `make test` runs a few of each.",
+                f"Written by `make test-full`: {_counts(total)}, {sum(x.seconds for x in self._lines.values()):.0f} s.",
+                f"{os.cpu_count()} cores ({platform.machine()}), Python {platform.python_version()}, "
+                f"torch {torch.__version__}, numpy {np.__version__}.",
+                "`make test` runs a few cases of each.",
                 "",
                 "| test | cases | seconds | figures, summed over the cases |",
                 "| --- | --- | --- | --- |",

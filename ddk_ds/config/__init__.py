@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from ddk_ds.config.load import load_config, make_config, to_yaml
 from ddk_ds.config.run import Config
-from ddk_ds.config.sections import Checkpoint, Data, Guard, Loss, Model, Optimizer, Positive, Section
+from ddk_ds.config.sections import Checkpoint, Data, Guard, Limits, Loss, Model, Optimizer, Positive, Section
 
 __all__ = [
     "Checkpoint",
     "Config",
     "Data",
     "Guard",
+    "Limits",
     "Loss",
     "Model",
     "Optimizer",

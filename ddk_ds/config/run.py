@@ -11,6 +11,7 @@ from ddk_ds.config.sections import (
     Checkpoint,
     Data,
     Guard,
+    Limits,
     Loss,
     Mixture,
     Model,
@@ -47,6 +48,7 @@ class Config(Section):
     stop: Stop
     checkpoint: Checkpoint = Checkpoint()
     guard: Guard = Guard()
+    limits: Limits = Limits()
     deepspeed: dict[str, Any] = Field(default_factory=dict)
     """Raw DeepSpeed keys, merged into the dictionary made from the rest; contradictions are errors."""
 

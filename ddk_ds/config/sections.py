@@ -216,3 +216,16 @@ class Guard(Section):
     """Robust standard deviations above the median of the last 64 steps from which a loss is a spike; 0: none is."""
     spike_steps: Positive = 3
     """Spikes in a row that stop the run."""
+
+
+class Limits(Section):
+    """Seconds after which a rank that waits writes its stacks to <run>/stacks and ends the job; 0: never."""
+
+    step_s: NonNegativeFloat = 1800.0
+    """One optimizer step, its data included."""
+    evaluation_s: NonNegativeFloat = 7200.0
+    """Perplexities of one model on all domains, and the decision that follows."""
+    checkpoint_s: NonNegativeFloat = 3600.0
+    """Writing one checkpoint."""
+    export_s: NonNegativeFloat = 7200.0
+    """Writing the student at the end."""

@@ -53,6 +53,7 @@ def train(run: Run) -> dict[str, Any]:
     finally:
         run.progress.stop()
         run.ahead.close()
+        run.watchdog.close()
 
 
 def _train_interval(run: Run, ids: npt.NDArray[np.int64]) -> None:
@@ -69,6 +70,7 @@ def _train_interval(run: Run, ids: npt.NDArray[np.int64]) -> None:
     )
     run.ahead.interval(ids, state.data.consumed)
     steps = read_steps(batches, config.micro_batches(comm.world_size), comm, run.interruption)
+    run.watchdog.watch("step", state.step)
     for micro_batches, data_s, started in _timed(steps):
         seed_step(config.seed, state.step, comm.rank)
         rate = learning_rate(state.step, run.total_steps, config.optimizer)
@@ -84,6 +86,7 @@ def _train_interval(run: Run, ids: npt.NDArray[np.int64]) -> None:
         _record_step(run, metrics, rate, data_s, time.perf_counter() - started)
         if state.step % config.checkpoint.every_steps == 0:
             _checkpoint(run)
+        run.watchdog.watch("step", state.step)
 
 
 def _timed(steps: Iterator[list[MicroBatch]]) -> Iterator[tuple[list[MicroBatch], float, float]]:
@@ -98,6 +101,7 @@ def _timed(steps: Iterator[list[MicroBatch]]) -> Iterator[tuple[list[MicroBatch]
 
 def _measure(run: Run) -> tuple[Measurement, float]:
     started = time.perf_counter()
+    run.watchdog.watch("evaluation", run.state.step)
     run.ahead.border(run.state.data, run.config.mixture.interval_steps * run.config.train.global_batch_samples)
     measured = run.measure()
     if not run.state.student_before:
@@ -150,6 +154,7 @@ def _finite(value: Any) -> Any:
 def _checkpoint(run: Run) -> bool:
     """Save, or say why that was not possible: the run goes on, and the older checkpoints are whole. Whether it was."""
     started, config, ledger = time.perf_counter(), run.config, run.ledger
+    run.watchdog.watch("checkpoint", run.state.step)
     try:
         path = save_checkpoint(
             run.student, run.state, config.run_dir, ledger.position(), run.runtime.comm, config.checkpoint
@@ -188,6 +193,7 @@ def _finish(run: Run, measured: Measurement, measure_s: float, reason: str) -> d
     _checkpoint(run)
     run.ledger.write(interval_record(run.state, measured, run.inputs.names, None, measure_s))
     config, comm = run.config, run.runtime.comm
+    run.watchdog.watch("export", run.state.step)
     export_student(run.student, run.inputs.student, config.run_dir / "export", comm, run.interruption.check)
     summary = make_summary(
         run.inputs.names,

@@ -21,6 +21,7 @@ _FREE = {
     "output_dir": True,
     "checkpoint": True,
     "guard": True,
+    "limits": True,
     "data": {"path", "num_workers", "cache_dir", "cache_limit_gb", "download_timeout_s", "download_retries"},
     "student": {"path"},
     "teacher": {"path"},

@@ -24,6 +24,7 @@ from ddk_ds.train.ledger import Ledger
 from ddk_ds.train.progress import RunProgress
 from ddk_ds.train.read_ahead import ReadAhead
 from ddk_ds.train.state import RunState
+from ddk_ds.train.watchdog import Watchdog
 
 
 @dataclass
@@ -42,6 +43,7 @@ class Run:
     mixer: Mixer
     ahead: ReadAhead
     interruption: Interruption
+    watchdog: Watchdog
     state: RunState
     ledger: Ledger
     progress: RunProgress
@@ -101,6 +103,7 @@ def prepare_run(config: Config, inputs: Inputs, runtime: Runtime, interruption: 
         teacher_ppl=teacher_ppl,
         mixer=Mixer(inputs.controller, orders, dataset.sample_offsets, comm),
         interruption=interruption,
+        watchdog=Watchdog(config.run_dir, comm.rank, config.limits),
         ahead=ReadAhead(inputs.store, dataset, orders, enabled=comm.local_rank == 0),
         state=RunState(
             data=IntervalState.new(_domain_entries(dataset), seed=config.seed),

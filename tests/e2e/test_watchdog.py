@@ -1,0 +1,36 @@
+"""A rank that stops answering: the others write where they wait, and the job ends."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+
+from tests.e2e.test_interruption import ranks_of
+from tests.e2e.test_run import start
+from tests.workspace import write_config
+
+
+def test_a_rank_that_hangs_ends_the_job_with_the_stacks_of_the_others(workspace: Path, tmp_path: Path) -> None:
+    options = {"stop": {"steps": 100_000}, "mixture": {"interval_steps": 100_000}, "limits": {"step_s": 10.0}}
+    config = write_config(workspace, tmp_path, name="hung", **options)
+    run_dir = tmp_path / "runs/hung"
+    process = start(config)
+    try:
+        end = time.monotonic() + 200
+        ledger = run_dir / "ledger.jsonl"
+        while '"step": 3,' not in (ledger.read_text() if ledger.is_file() else ""):
+            assert process.poll() is None and time.monotonic() < end, "the run did not come to the step"
+            time.sleep(0.05)
+        ranks_of(process)[1].send_signal(signal.SIGSTOP)
+        stopped = time.monotonic()
+        output, _ = process.communicate(timeout=90)
+        # Its limit, and the 30 s that DeepSpeed's launcher leaves a rank that ignores SIGTERM.
+        assert process.returncode != 0 and time.monotonic() - stopped < 60, output[-3000:]
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    stacks = (run_dir / "stacks/rank-0.txt").read_text()
+    assert stacks.startswith("step after step ") and "Timeout (0:00:10)" in stacks
+    assert "all_reduce" in stacks or "reduce_scatter" in stacks or "all_gather" in stacks, stacks
