@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
 from tests.result_file import ResultFile
+from tests.s3_server import ENVIRONMENT, S3Server
 from tests.workspace import make_workspace
 
 # Triton decides when its kernels are defined whether to interpret them.
@@ -29,3 +31,13 @@ def pytest_configure(config: pytest.Config) -> None:
 def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A prepared world on real text; tests must not change it."""
     return make_workspace(tmp_path_factory.mktemp("workspace"))
+
+
+@pytest.fixture
+def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[S3Server]:
+    """An S3 API on the loopback, which this process and those that it starts find."""
+    server = S3Server()
+    for key, value in (ENVIRONMENT | {"S3_ENDPOINT_URL": server.endpoint}).items():
+        monkeypatch.setenv(key, value)
+    with server.running():
+        yield server

@@ -12,7 +12,6 @@ left half-written is removed by the next job that has the cache for itself.
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import hashlib
 import json
@@ -25,7 +24,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from ddk_ds.config import Data
-from ddk_ds.data.fetch import Fetcher
+from ddk_ds.data.fetch import DISK_FULL, Fetcher
 from ddk_ds.data.store import Damaged, LocalStore, Shard, Store, Verified
 from ddk_ds.errors import ConfigError, DataError
 from ddk_ds.files import write_text
@@ -125,7 +124,7 @@ class CachedStore:
             self.fetcher.fetch(name, partial, shard)
             partial.replace(path)
         except OSError as error:
-            if error.errno != errno.ENOSPC:
+            if error.errno not in DISK_FULL:
                 raise
             raise DataError(
                 f"data.cache_dir {self.options.directory}: the disk is full while {name} of {self.location} is "

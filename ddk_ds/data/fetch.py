@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import threading
@@ -12,6 +13,7 @@ from typing import Any
 from ddk_ds.data.store import Damaged, Shard, verify
 from ddk_ds.errors import DataError
 
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 _FIRST_WAIT_S, _LONGEST_WAIT_S = 0.5, 30.0
 # Words of a store's error that time does not mend.
 _GONE = {"404", "NoSuchKey", "NoSuchBucket", "NotFound"}
@@ -62,7 +64,7 @@ class Fetcher:
         domain = f" of domain {shard.domain!r}" if shard is not None else ""
         raise DataError(
             f"{self.location}/{name}{domain} cannot be fetched, {self.retries + 1} attempts: {failure}; "
-            "check data.path and the store, then start again: what is cached is kept"
+            "check the address and the store, then start again: what was fetched is kept"
         )
 
     def _download(self, name: str, path: Path) -> None:
@@ -98,7 +100,7 @@ class Fetcher:
         """Raise what another attempt would not mend."""
         code = str(getattr(error, "response", {}).get("Error", {}).get("Code", ""))
         if isinstance(error, FileNotFoundError) or code in _GONE:
-            raise Missing(f"{self.location}/{name} does not exist; check data.path") from None
+            raise Missing(f"{self.location}/{name} does not exist; check the address") from None
         if isinstance(error, PermissionError) or code in _DENIED or type(error).__name__ == "NoCredentialsError":
             raise DataError(
                 f"{self.location}/{name}: access is denied ({code or type(error).__name__}); give this process "
@@ -106,10 +108,10 @@ class Fetcher:
             ) from None
         if isinstance(error, OSError) and error.errno is not None and not path.parent.is_dir():
             raise error
-        if isinstance(error, OSError) and error.errno in (28, 122):  # no space, over quota
+        if isinstance(error, OSError) and error.errno in DISK_FULL:
             raise error
         if isinstance(error, ImportError | ValueError):
-            raise DataError(f"data.path {self.location}: {_describe(error)}") from None
+            raise DataError(f"{self.location}: {_describe(error)}") from None
 
 
 def _describe(error: BaseException) -> str:

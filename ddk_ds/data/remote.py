@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import re
 import shutil
@@ -15,11 +14,13 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from ddk_ds.data.fetch import DISK_FULL, Fetcher
 from ddk_ds.errors import DataError
 
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 _WEB = ("http", "https")
 _TIMEOUT_SECONDS = 60
+# Of a whole file, which may be of many GB.
+_FILE_SECONDS, _RETRIES = 7200.0, 3
 _WILDCARD = re.compile(r"[*?\[]")
 
 
@@ -122,11 +123,11 @@ def _download(url: str, path: Path) -> None:
             if expected is not None and path.stat().st_size != int(expected):
                 raise OSError(f"{path.stat().st_size:,} of {int(expected):,} bytes came")
         else:
-            # Importing streaming takes seconds.
-            from streaming.base.storage.download import CloudDownloader
-
-            CloudDownloader.direct_download(url, str(path), _TIMEOUT_SECONDS)
-    except Exception as error:  # every store's client has its own
+            place, _, name = url.rpartition("/")
+            Fetcher(place, timeout_s=_FILE_SECONDS, retries=_RETRIES).fetch(name, path)
+    except DataError:
+        raise
+    except Exception as error:  # urllib has several
         if isinstance(error, OSError) and error.errno in DISK_FULL:
             raise
         raise DataError(f"{url} cannot be downloaded: {error}; check address, credentials, and run again") from error

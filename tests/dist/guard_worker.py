@@ -6,14 +6,10 @@ from typing import Any
 
 import torch
 
-from ddk_ds.config import load_config
 from ddk_ds.engine.runtime import Runtime
 from ddk_ds.train.guard import NumbersGoneWrong
-from ddk_ds.train.inputs import check_inputs
-from ddk_ds.train.interruption import Interruption
 from ddk_ds.train.loop import train
-from ddk_ds.train.run_dir import claim_run_dir, run_identity
-from ddk_ds.train.setup import prepare_run
+from tests.dist.resume_worker import prepare
 
 
 class Poisoned:
@@ -31,12 +27,7 @@ class Poisoned:
 
 def poison(runtime: Runtime, config_path: str, name: str, steps: list[int]) -> str:
     """Train; what the run ended with, and whether the weights moved at the poisoned steps."""
-    config = load_config(config_path, [f"name={name}"])
-    inputs = check_inputs(config, runtime.comm)
-    if runtime.comm.rank == 0:
-        claim_run_dir(config, run_identity(config, inputs.fingerprints))
-    runtime.comm.barrier()
-    run = prepare_run(config, inputs, runtime, Interruption(runtime.comm, runtime.device))
+    run = prepare(runtime, config_path, name)
     if runtime.comm.rank == 1:
         make = run.make_method
         run.make_method = lambda: Poisoned(make(), run, steps)  # type: ignore[method-assign,assignment,return-value]

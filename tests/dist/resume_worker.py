@@ -24,14 +24,15 @@ def break_and_resume(runtime: Runtime, config_path: str, names: dict[str, int | 
     done = []
     for name, lines in names.items():
         try:
-            train(_prepare(runtime, config_path, name, lines))
+            train(prepare(runtime, config_path, name, lines))
         except BreakOff:
-            train(_prepare(runtime, config_path, name, None))
+            train(prepare(runtime, config_path, name, None))
             done.append(name)
     return done
 
 
-def _prepare(runtime: Runtime, config_path: str, name: str, lines: int | None) -> Run:
+def prepare(runtime: Runtime, config_path: str, name: str, lines: int | None = None) -> Run:
+    """A run that is ready to go; it breaks off after so many lines of its ledger."""
     config = load_config(config_path, [f"name={name}"])
     inputs = check_inputs(config, runtime.comm)
     if runtime.comm.rank == 0:

@@ -6,12 +6,11 @@ import json
 import os
 import signal
 import subprocess
-import time
 from pathlib import Path
 
 import psutil
 
-from tests.e2e.test_run import finish, start
+from tests.e2e.test_run import finish, start, wait_for_step
 from tests.workspace import without_clock, write_config
 
 
@@ -27,10 +26,7 @@ def interrupt(config: Path, ledger: Path, step: int, send: str) -> tuple[int, st
     """Start the run and send a signal when its ledger has `step`; the exit code and what was printed."""
     process = start(config)
     try:
-        end = time.monotonic() + 200
-        while f'"step": {step},' not in (ledger.read_text() if ledger.is_file() else ""):
-            assert process.poll() is None and time.monotonic() < end, "the run did not come to the step"
-            time.sleep(0.02)
+        wait_for_step(process, ledger, step)
         if send == "USR1 to one rank":
             ranks_of(process)[1].send_signal(signal.SIGUSR1)
         else:  # as from a terminal, or from a scheduler that ends the whole job

@@ -6,24 +6,11 @@ import os
 import shutil
 import signal
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
-import pytest
-
-from tests.e2e.test_run import finish, start
-from tests.unit.data.s3_server import ENVIRONMENT, S3Server
+from tests.e2e.test_run import finish, start, wait_for_step
+from tests.s3_server import ENVIRONMENT, S3Server
 from tests.workspace import without_clock, write_config
-
-
-@pytest.fixture
-def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[S3Server]:
-    for key, value in ENVIRONMENT.items():
-        monkeypatch.setenv(key, value)
-    server = S3Server()
-    monkeypatch.setenv("S3_ENDPOINT_URL", server.endpoint)
-    with server.running():
-        yield server
 
 
 def test_s3_that_fails_every_tenth_request_gives_the_same_run(s3: S3Server, workspace: Path, tmp_path: Path) -> None:
@@ -48,10 +35,7 @@ def test_a_shard_that_breaks_in_mid_run_ends_all_ranks_with_one_error(workspace:
     ledger = tmp_path / "runs/broken/ledger.jsonl"
     process = start(config)
     try:
-        end = time.monotonic() + 200
-        while '"step": 3,' not in (ledger.read_text() if ledger.is_file() else ""):
-            assert process.poll() is None and time.monotonic() < end, "the run did not come to the step"
-            time.sleep(0.05)
+        wait_for_step(process, ledger, 3)
         for file in data.glob("*/train/*.mds"):
             content = bytearray(file.read_bytes())
             content[-1] ^= 1

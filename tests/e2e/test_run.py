@@ -37,14 +37,19 @@ def finish(config: Path) -> str:
     return output
 
 
+def wait_for_step(process: subprocess.Popen[str], ledger: Path, step: int) -> None:
+    """Until the run's ledger has that step."""
+    end = time.monotonic() + 200
+    while f'"step": {step},' not in (ledger.read_text() if ledger.is_file() else ""):
+        assert process.poll() is None and time.monotonic() < end, "the run did not come to the step"
+        time.sleep(0.02)
+
+
 def kill_at_step(config: Path, ledger: Path, step: int) -> None:
     """SIGKILL every process of the run as soon as its ledger has that step."""
     process = start(config)
     try:
-        end = time.monotonic() + 200
-        while f'"step": {step},' not in (ledger.read_text() if ledger.is_file() else ""):
-            assert process.poll() is None and time.monotonic() < end, "the run did not come to the step"
-            time.sleep(0.02)
+        wait_for_step(process, ledger, step)
     finally:
         # The launcher starts ranks in its own process group, which is the session's.
         os.killpg(process.pid, signal.SIGKILL)

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 from tests.e2e.test_interruption import ranks_of
-from tests.e2e.test_run import start
+from tests.e2e.test_run import start, wait_for_step
 from tests.workspace import write_config
 
 
@@ -18,11 +18,7 @@ def test_a_rank_that_hangs_ends_the_job_with_the_stacks_of_the_others(workspace:
     run_dir = tmp_path / "runs/hung"
     process = start(config)
     try:
-        end = time.monotonic() + 200
-        ledger = run_dir / "ledger.jsonl"
-        while '"step": 3,' not in (ledger.read_text() if ledger.is_file() else ""):
-            assert process.poll() is None and time.monotonic() < end, "the run did not come to the step"
-            time.sleep(0.05)
+        wait_for_step(process, run_dir / "ledger.jsonl", 3)
         ranks_of(process)[1].send_signal(signal.SIGSTOP)
         stopped = time.monotonic()
         output, _ = process.communicate(timeout=90)

@@ -161,7 +161,7 @@ def test_an_index_of_an_earlier_preparation_is_fetched_again(remote: Path, tmp_p
 
 
 def test_a_remote_that_is_gone(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"no domains\.json|domains\.json does not exist; check data\.path"):
+    with pytest.raises(DataError, match=r"no domains\.json|domains\.json does not exist; check the address"):
         load_manifest(cached(tmp_path / "nothing", tmp_path))
 
 

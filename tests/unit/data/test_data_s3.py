@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -14,20 +13,14 @@ from ddk_ds.data.loader import interval_loader
 from ddk_ds.data.manifest import load_manifest
 from ddk_ds.data.mixture_dataset import MixtureDataset
 from ddk_ds.errors import DataError
-from tests.unit.data.s3_server import ENVIRONMENT, S3Server
+from tests.s3_server import ENVIRONMENT, S3Server
 
 NAMES = ["large", "small", "tree"]
 
 
-@pytest.fixture
-def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[S3Server]:
-    for key, value in ENVIRONMENT.items():
-        monkeypatch.setenv(key, value)
-    server = S3Server()
-    monkeypatch.setenv("S3_ENDPOINT_URL", server.endpoint)
+@pytest.fixture(autouse=True)
+def _no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fetch_module, "_FIRST_WAIT_S", 0.01)
-    with server.running():
-        yield server
 
 
 def node(url: str, directory: Path, retries: int = 4) -> MixtureDataset:
@@ -56,7 +49,7 @@ def test_two_nodes_read_the_order_of_the_local_data(
 
 def test_what_does_not_exist_and_what_is_denied(s3: S3Server, prepared: Path, tmp_path: Path) -> None:
     url = s3.upload(prepared, "data")
-    with pytest.raises(DataError, match=r"s3://corpus/other/domains\.json does not exist; check data\.path"):
+    with pytest.raises(DataError, match=r"s3://corpus/other/domains\.json does not exist; check the address"):
         load_manifest(CachedStore("s3://corpus/other", CacheOptions(tmp_path / "a", None, 20.0, 4)))
     s3.deny = True
     with pytest.raises(DataError, match=r"domains\.json: access is denied \(403\)") as error:
