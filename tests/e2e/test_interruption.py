@@ -14,12 +14,16 @@ from tests.e2e.test_run import finish, start, wait_for_step
 from tests.workspace import without_clock, write_config
 
 
-def ranks_of(process: subprocess.Popen[str]) -> list[psutil.Process]:
-    """The training processes below the launcher."""
-    below = psutil.Process(process.pid).children(recursive=True)
-    return [
-        child for child in below if "launch/distill.py" in child.cmdline() and "--local_rank" in str(child.cmdline())
-    ]
+def launcher_of(process: subprocess.Popen[str]) -> psutil.Process:
+    """The node's launcher, the parent of the ranks."""
+    children = psutil.Process(process.pid).children()
+    return next(child for child in children if "deepspeed.launcher.launch" in child.cmdline())
+
+
+def rank_of(process: subprocess.Popen[str], local_rank: int) -> psutil.Process:
+    """One training process. What a rank has forked looks like it, but for its parent."""
+    children = launcher_of(process).children()
+    return next(child for child in children if f"--local_rank={local_rank}" in child.cmdline())
 
 
 def interrupt(config: Path, ledger: Path, step: int, send: str) -> tuple[int, str]:
@@ -28,7 +32,7 @@ def interrupt(config: Path, ledger: Path, step: int, send: str) -> tuple[int, st
     try:
         wait_for_step(process, ledger, step)
         if send == "USR1 to one rank":
-            ranks_of(process)[1].send_signal(signal.SIGUSR1)
+            rank_of(process, 1).send_signal(signal.SIGUSR1)
         else:  # as from a terminal, or from a scheduler that ends the whole job
             launcher = next(
                 c for c in psutil.Process(process.pid).children() if "deepspeed.launcher.launch" in c.cmdline()

@@ -7,19 +7,19 @@ import signal
 import time
 from pathlib import Path
 
-from tests.e2e.test_interruption import ranks_of
+from tests.e2e.test_interruption import rank_of
 from tests.e2e.test_run import start, wait_for_step
 from tests.workspace import write_config
 
 
 def test_a_rank_that_hangs_ends_the_job_with_the_stacks_of_the_others(workspace: Path, tmp_path: Path) -> None:
     options = {"stop": {"steps": 100_000}, "mixture": {"interval_steps": 100_000}, "limits": {"step_s": 10.0}}
-    config = write_config(workspace, tmp_path, name="hung", **options)
+    config = write_config(workspace, tmp_path, name="hung", checkpoint={"every_steps": 100_000}, **options)
     run_dir = tmp_path / "runs/hung"
     process = start(config)
     try:
         wait_for_step(process, run_dir / "ledger.jsonl", 3)
-        ranks_of(process)[1].send_signal(signal.SIGSTOP)
+        rank_of(process, 1).send_signal(signal.SIGSTOP)
         stopped = time.monotonic()
         output, _ = process.communicate(timeout=90)
         # Its limit, and the 30 s that DeepSpeed's launcher leaves a rank that ignores SIGTERM.
