@@ -7,7 +7,7 @@ from ddk_ds.engine.runtime import Runtime
 from ddk_ds.train.inputs import check_inputs
 from ddk_ds.train.loop import train
 from ddk_ds.train.run_dir import check_run_dir, run_identity
-from tests.dist.resume_worker import BreakOff, _prepare
+from tests.dist.resume_worker import BreakOff, prepare
 
 
 def limited_runs(runtime: Runtime, config_path: str, other_path: str, stop_path: str, lines: int) -> list[str]:
@@ -15,12 +15,12 @@ def limited_runs(runtime: Runtime, config_path: str, other_path: str, stop_path:
 
     Returns why each ended.
     """
-    reasons = [train(_prepare(runtime, config_path, "whole", None))["reason"]]
+    reasons = [train(prepare(runtime, config_path, "whole", None))["reason"]]
     try:
-        train(_prepare(runtime, config_path, "moved", lines))
+        train(prepare(runtime, config_path, "moved", lines))
     except BreakOff:
         config = load_config(other_path, ["name=moved"])
         check_run_dir(config, run_identity(config, check_inputs(config, runtime.comm).fingerprints))
-        reasons.append(train(_prepare(runtime, other_path, "moved", None))["reason"])
-    reasons.append(train(_prepare(runtime, stop_path, "stopped", None))["reason"])
+        reasons.append(train(prepare(runtime, other_path, "moved", None))["reason"])
+    reasons.append(train(prepare(runtime, stop_path, "stopped", None))["reason"])
     return reasons
