@@ -127,15 +127,11 @@ class Split:
     def __len__(self) -> int:
         return self.num_samples
 
-    def shard_of(self, i: int) -> int:
-        """The shard that sample `i` is in."""
-        return int(np.searchsorted(self._first, i, side="right")) - 1
-
     def tokens(self, i: int) -> Ids:
         """(L,) ids of sample `i` in the shards' dtype. Raises DataError where its shard is damaged or cannot be had."""
         if not 0 <= i < self.num_samples:
             raise IndexError(f"sample {i} of a split that has {self.num_samples}")
-        number = self.shard_of(i)
+        number = int(np.searchsorted(self._first, i, side="right")) - 1
         shard, reader, place = self.shards[number], self._readers[number], int(i - self._first[number])
         while True:
             path = self._store.shard(shard)

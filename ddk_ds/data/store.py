@@ -7,19 +7,14 @@ has changed since: a flipped byte must not become a token.
 from __future__ import annotations
 
 import os
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-import xxhash
-
 from ddk_ds.errors import DataError
+from ddk_ds.files import size_and_xxh64
 
 AGAIN = "prepare the data again, or copy it again whole"
-_HASH = "xxh64"
-_URL = re.compile(r"^[a-z][a-z0-9+.-]*://", re.IGNORECASE)
-_BLOCK_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -56,11 +51,6 @@ class Store(Protocol):
         """A verified local copy, for now: another process may take it away. Raises DataError."""
 
 
-def is_url(path: str) -> bool:
-    """Whether a data path is a remote one by its form: s3://, gs://, az://, hf:// and so on."""
-    return bool(_URL.match(path))
-
-
 class Verified:
     """The files that this process has hashed, as they were then."""
 
@@ -91,13 +81,10 @@ def verify(shard: Shard, path: Path) -> None:
         )
     if shard.xxh64 is None:
         return
-    digest = xxhash.xxh64()
-    with path.open("rb", buffering=0) as stream:
-        while block := stream.read(_BLOCK_BYTES):
-            digest.update(block)
-    if digest.hexdigest() != shard.xxh64:
+    _, found = size_and_xxh64(path)
+    if found != shard.xxh64:
         raise Damaged(
-            f"shard {path} of domain {shard.domain!r} is damaged: its {_HASH} is {digest.hexdigest()}, its index says "
+            f"shard {path} of domain {shard.domain!r} is damaged: its xxh64 is {found}, its index says "
             f"{shard.xxh64}; {AGAIN}"
         )
 

@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import xxhash
 from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
 
-_BLOCK_BYTES = 1 << 22
+from ddk_ds.files import size_and_xxh64
 
 
 class ShardWriter(TorchCheckpointEngine):
@@ -34,16 +33,6 @@ class ShardWriter(TorchCheckpointEngine):
                 torch.save(state_dict, stream)
                 stream.flush()
                 os.fsync(stream.fileno())
-            self.files[Path(path)] = describe(Path(path))
+            self.files[Path(path)] = size_and_xxh64(Path(path))
         except (OSError, RuntimeError) as error:  # torch's writer raises RuntimeError where the disk is full
             self.failure = f"{path}: {error}"
-
-
-def describe(path: Path) -> tuple[int, str]:
-    """Bytes and xxh64 of a file, as they can be read back."""
-    digest, num_bytes = xxhash.xxh64(), 0
-    with path.open("rb", buffering=0) as stream:
-        while block := stream.read(_BLOCK_BYTES):
-            digest.update(block)
-            num_bytes += len(block)
-    return num_bytes, digest.hexdigest()

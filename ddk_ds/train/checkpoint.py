@@ -19,9 +19,8 @@ from typing import Any
 from ddk_ds.comm import Comm
 from ddk_ds.config import Checkpoint
 from ddk_ds.engine.models import Student
-from ddk_ds.engine.shard_files import describe
 from ddk_ds.errors import CheckpointError
-from ddk_ds.files import write_text
+from ddk_ds.files import size_and_xxh64, write_text
 from ddk_ds.train.state import RunState
 
 FORMAT = 2
@@ -102,7 +101,7 @@ def _complete(partial: Path, final: Path, manifest: Manifest) -> str:
     try:
         for path in sorted(partial.rglob("*")):  # DeepSpeed copies a script that joins the shards beside them
             if path.is_file() and str(path.relative_to(partial)) not in manifest.files:
-                manifest.files[str(path.relative_to(partial))] = describe(path)
+                manifest.files[str(path.relative_to(partial))] = size_and_xxh64(path)
         write_text(partial / _MANIFEST, json.dumps(asdict(manifest), indent=1))
         if final.exists():
             final.rename(final.with_name(f"{_BROKEN}{final.name}-{time.time_ns()}"))
@@ -159,7 +158,7 @@ def usable_checkpoint(run_dir: Path, comm: Comm) -> tuple[Path, Manifest, list[P
             return None
         directory, manifest = found
         share = sorted(manifest.files)[comm.rank :: comm.world_size]
-        whole = all(describe(directory / name) == tuple(manifest.files[name]) for name in share)
+        whole = all(size_and_xxh64(directory / name) == tuple(manifest.files[name]) for name in share)
         if all(comm.gather_objects(whole)):
             return directory, manifest, damaged
         damaged.append(directory.with_name(f"{_BROKEN}{directory.name}-{manifest.ledger_bytes}"))

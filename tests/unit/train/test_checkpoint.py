@@ -9,8 +9,9 @@ import pytest
 
 from ddk_ds.comm import SingleProcess
 from ddk_ds.config import Checkpoint
-from ddk_ds.engine.shard_files import ShardWriter, describe
+from ddk_ds.engine.shard_files import ShardWriter
 from ddk_ds.errors import CheckpointError
+from ddk_ds.files import size_and_xxh64
 from ddk_ds.mixture.schedule import IntervalState
 from ddk_ds.train.checkpoint import SaveFailed, newest_checkpoint, save_checkpoint, usable_checkpoint
 from ddk_ds.train.state import RunState
@@ -25,7 +26,7 @@ class FileStudent:
         (directory / tag).mkdir()
         path = directory / tag / "shard.pt"
         path.write_bytes(b"weights")
-        return {path: describe(path)}, self.failure
+        return {path: size_and_xxh64(path)}, self.failure
 
 
 def save(run_dir: Path, step: int, failure: str = "", **keep: int) -> Path:
@@ -141,5 +142,5 @@ def test_a_file_that_cannot_be_written_is_noted(tmp_path: Path) -> None:
     writer.save({"a": 1}, str(tmp_path / "a.pt"))
     writer.save({"a": 1}, str(tmp_path / "nowhere/b.pt"))
     assert writer.failure is not None and "nowhere/b.pt" in writer.failure
-    assert writer.files == {tmp_path / "a.pt": describe(tmp_path / "a.pt")}
+    assert writer.files == {tmp_path / "a.pt": size_and_xxh64(tmp_path / "a.pt")}
     assert writer.load(str(tmp_path / "a.pt")) == {"a": 1}
