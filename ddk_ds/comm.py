@@ -105,6 +105,43 @@ class ProcessGroup:
         dist.barrier()
 
 
+def collectives(comm: Comm, device: torch.device, num_bytes: int) -> dict[str, Callable[[], Any]]:
+    """Every kind of collective that a run uses, by name, each ready to be called by all ranks in one order.
+
+    Those of tensors move about `num_bytes` bytes: the whole tensor, of which a rank has one slice where it is sharded.
+    """
+    whole = torch.zeros(comm.world_size * -(-num_bytes // (4 * comm.world_size)), device=device)
+    slice_ = torch.zeros(len(whole) // comm.world_size, device=device)
+    return {
+        "barrier": comm.barrier,
+        "broadcast_object": lambda: comm.broadcast_object(comm.rank),
+        "gather_objects": lambda: comm.gather_objects(comm.rank),
+        "all_reduce sum": lambda: comm.all_reduce_sum(whole),
+        "all_reduce max": lambda: comm.all_reduce_max(whole),
+        "broadcast in node": lambda: comm.broadcast_in_node(whole),
+        "all_gather_into_tensor": lambda: dist.all_gather_into_tensor(whole, slice_),  # ZeRO-3 gathers weights
+        "reduce_scatter_tensor": lambda: dist.reduce_scatter_tensor(slice_, whole),  # and scatters gradients
+    }
+
+
+def announce(place: str) -> None:
+    """Note, for `absent`, that this rank came to `place`. Waits for no other rank."""
+    if dist.is_initialized():
+        _store().set(f"ddk_ds/{place}/{dist.get_rank()}", "")
+
+
+def absent(place: str) -> list[int]:
+    """The ranks that have not come to `place` so far. Waits for none, so a thread may ask while a collective hangs."""
+    if not dist.is_initialized():
+        return []
+    store = _store().clone()  # a connection of its own: the other may be waiting
+    return [rank for rank in range(dist.get_world_size()) if not store.check([f"ddk_ds/{place}/{rank}"])]
+
+
+def _store() -> Any:
+    return dist.distributed_c10d._get_default_store()
+
+
 def destroy() -> None:
     """Leave the process group, if there is one."""
     if dist.is_initialized():

@@ -69,7 +69,7 @@ def _run(config: Config, *, dry_run: bool) -> int:
     runtime = start_runtime() if "RANK" in os.environ else None
     comm: Comm = SingleProcess() if runtime is None else runtime.comm
     inputs = check_inputs(config, comm)
-    identity = run_identity(config, inputs.fingerprints)
+    identity = agreed(comm, lambda: run_identity(config, inputs.fingerprints))
     agreed(comm, lambda: check_run_dir(config, identity))
     if dry_run or runtime is None:
         _report(config, inputs, comm.world_size)
@@ -86,7 +86,7 @@ def _run(config: Config, *, dry_run: bool) -> int:
     interruption = Interruption(comm, runtime.device)
     with interruption.listening():
         try:
-            train(prepare_run(config, inputs, runtime, interruption))
+            train(prepare_run(config, inputs, identity, runtime, interruption))
         except Interrupted:
             return EXIT_INTERRUPTED
         except NumbersGoneWrong:

@@ -32,6 +32,8 @@ class Config(Section):
     """Name of the run, and of its directory."""
     output_dir: str = "runs"
     """Directory that holds the runs' directories."""
+    init_from: str | None = None
+    """A checkpoint, or a run's directory, whose weights, optimizer, step and place in the data this run begins with."""
     seed: Natural = 0
     """Seed of the data order and of dropout."""
     method: Literal["ddk", "cpt"] = "ddk"

@@ -203,6 +203,8 @@ class Checkpoint(Section):
     """Newest checkpoints that are kept; an older one goes only when the next is complete."""
     keep_every_steps: Positive | None = None
     """Checkpoints whose step is a multiple of this are kept for good; null: none is."""
+    in_background: bool = True
+    """Write while training goes on, from a copy in the host's memory (14 bytes a parameter, over all ranks)."""
     resume: Literal["auto", "never"] = "auto"
     """auto: go on from the newest complete checkpoint of this run; never: refuse a directory that has any."""
 

@@ -51,20 +51,34 @@ class Student:
         self.engine.step()
         return float(self.engine.get_global_grad_norm())
 
-    def save(self, directory: Path, tag: str, client_state: dict[str, Any]) -> tuple[dict[Path, tuple[int, str]], str]:
-        """Write this rank's shards of weights and optimizer, and the run's own state, to directory/tag. Collective.
+    def save(self, directory: Path, tag: str, client_state: dict[str, Any], *, background: bool) -> None:
+        """Begin to write this rank's shards of weights and optimizer, and the run's own state, to directory/tag.
 
-        Returns the files with their bytes and xxh64, and why one could not be written ("": all were).
+        In the background training may go on: see `saving` and `saved`. Collective.
         """
-        writer = self.engine.checkpoint_engine
-        writer.begin()
+        self.engine.checkpoint_engine.begin(background=background)
         self.engine.save_checkpoint(str(directory), tag=tag, client_state={"run": client_state}, save_latest=False)
-        return writer.files, writer.failure or ""
 
-    def load(self, directory: Path, tag: str) -> dict[str, Any]:
-        """Restore what `save` wrote on as many ranks; returns the run's own state."""
+    @property
+    def saving(self) -> bool:
+        """Whether this rank still writes what `save` began."""
+        return self.engine.checkpoint_engine.busy
+
+    def saved(self) -> tuple[dict[Path, tuple[int, str]], str]:
+        """This rank's files with their bytes and xxh64, once they are written; why one could not be, or ""."""
+        return self.engine.checkpoint_engine.wait()
+
+    def load(self, directory: Path, tag: str, *, universal: bool = False) -> dict[str, Any]:
+        """Restore what `save` wrote on as many ranks, or a universal checkpoint; returns the run's own state."""
+        groups = [{k: v for k, v in group.items() if k != "params"} for group in self.engine.optimizer.param_groups]
+        self.engine._config.load_universal_checkpoint = universal
         path, client_state = self.engine.load_checkpoint(str(directory), tag=tag)
         assert path is not None, f"DeepSpeed found no checkpoint in {directory}/{tag}"
+        # A universal one has given every group the first one's weight decay, and all of them one step counter.
+        for group, ours in zip(self.engine.optimizer.param_groups, groups, strict=True):
+            group.update(ours)
+        for moments in self.engine.optimizer.optimizer.state.values():
+            moments["step"] = moments["step"].clone()
         return client_state["run"]
 
     @contextmanager

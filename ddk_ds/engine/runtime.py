@@ -25,6 +25,8 @@ class Runtime:
 def start_runtime() -> Runtime:
     """Join the process group that the launcher described in the environment. Collective."""
     quieten()
+    # DeepSpeed unpickles what it loads; with this torch.load takes tensors and plain values alone, whatever is asked.
+    os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
     accelerator = get_accelerator()
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     if accelerator.device_name() == "cpu":

@@ -1,15 +1,21 @@
-"""DeepSpeed's checkpoint files: written whole and hashed, a failure noted instead of raised."""
+"""DeepSpeed's checkpoint files: copied at once, written and hashed while training goes on; read without unpickling."""
 
 from __future__ import annotations
 
 import os
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
 from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
+from deepspeed.runtime.fp16.loss_scaler import LossScaler
+from deepspeed.runtime.zero.config import ZeroStageEnum
 
 from ddk_ds.files import size_and_xxh64
+
+# All that DeepSpeed's files hold beside tensors and plain values.
+torch.serialization.add_safe_globals([LossScaler, ZeroStageEnum])
 
 
 class ShardWriter(TorchCheckpointEngine):
@@ -17,22 +23,64 @@ class ShardWriter(TorchCheckpointEngine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.files: dict[Path, tuple[int, str]] = {}
-        """What was written since `begin`: bytes and xxh64."""
-        self.failure: str | None = None
-        """Why a file could not be written, since `begin`."""
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._pending: list[Future[None]] = []
+        self._files: dict[Path, tuple[int, str]] = {}
+        self._failure = ""
+        self._background = False
 
-    def begin(self) -> None:
-        """Forget the last checkpoint."""
-        self.files, self.failure = {}, None
+    def begin(self, *, background: bool) -> None:
+        """A checkpoint begins. In the background: the caller goes on as soon as tensors are copied to the host."""
+        self.wait()
+        self._files, self._failure, self._background = {}, "", background
 
-    def save(self, state_dict: dict[str, Any], path: str) -> None:
-        """Write one file down to the disk; see `failure`."""
+    def save(self, state_dict: Any, path: str) -> None:
+        """Write one file."""
+        if self._background:
+            self._pending.append(self._thread.submit(self._write, _on_host(state_dict), Path(path)))
+        else:
+            self._write(state_dict, Path(path))
+
+    @property
+    def busy(self) -> bool:
+        """Whether files are still being written."""
+        return not all(future.done() for future in self._pending)
+
+    def wait(self) -> tuple[dict[Path, tuple[int, str]], str]:
+        """The files since `begin` with bytes and xxh64, when all are on the disk; why one could not be, or ""."""
+        for future in self._pending:
+            future.result()
+        self._pending = []
+        return self._files, self._failure
+
+    def load(self, path: str, map_location: Any = None) -> Any:
+        """Read one file."""
+        return load_shard(Path(path), mapped=False)
+
+    def _write(self, state_dict: Any, path: Path) -> None:
         try:
-            with open(path, "wb") as stream:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with path.open("wb") as stream:
                 torch.save(state_dict, stream)
                 stream.flush()
                 os.fsync(stream.fileno())
-            self.files[Path(path)] = size_and_xxh64(Path(path))
+            self._files[path] = size_and_xxh64(path)
         except (OSError, RuntimeError) as error:  # torch's writer raises RuntimeError where the disk is full
-            self.failure = f"{path}: {error}"
+            self._failure = f"{path}: {error}"
+
+
+def load_shard(path: Path, *, mapped: bool) -> Any:
+    """What a file holds, on the host: tensors and plain values, no other object is unpickled.
+
+    Mapped: a tensor is read from the disk where it is used.
+    """
+    return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+
+
+def _on_host(value: Any) -> Any:
+    """A copy that training does not change."""
+    if isinstance(value, torch.Tensor):
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, dict):
+        return {key: _on_host(item) for key, item in value.items()}
+    return [_on_host(item) for item in value] if isinstance(value, list) else value

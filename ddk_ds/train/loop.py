@@ -15,7 +15,8 @@ from ddk_ds.data.loader import MicroBatch, interval_loader
 from ddk_ds.engine.export import export_student
 from ddk_ds.mixture.exhaustion import Plan
 from ddk_ds.mixture.factors import one_hot_warning
-from ddk_ds.train.checkpoint import SaveFailed, newest_checkpoint, save_checkpoint
+from ddk_ds.train.checkpoint import SaveFailed
+from ddk_ds.train.checkpoint_files import newest_checkpoint
 from ddk_ds.train.guard import NumbersGoneWrong, check_step
 from ddk_ds.train.interruption import Interrupted
 from ddk_ds.train.interval import Measurement, interval_record, stop_reason
@@ -85,7 +86,9 @@ def _train_interval(run: Run, ids: npt.NDArray[np.int64]) -> None:
         )
         _record_step(run, metrics, rate, data_s, time.perf_counter() - started)
         if state.step % config.checkpoint.every_steps == 0:
-            _checkpoint(run)
+            _begin_checkpoint(run)
+        if run.saver.ready():
+            _finish_checkpoint(run)
         run.watchdog.watch("step", state.step)
 
 
@@ -151,26 +154,44 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _checkpoint(run: Run) -> bool:
-    """Save, or say why that was not possible: the run goes on, and the older checkpoints are whole. Whether it was."""
-    started, config, ledger = time.perf_counter(), run.config, run.ledger
+def _begin_checkpoint(run: Run) -> bool:
+    """Begin to save, or say why that is not possible: the run goes on all the same. Whether it is."""
+    _finish_checkpoint(run)
     run.watchdog.watch("checkpoint", run.state.step)
     try:
-        path = save_checkpoint(
-            run.student, run.state, config.run_dir, ledger.position(), run.runtime.comm, config.checkpoint
-        )
+        run.saver.begin(run.student, run.state, run.ledger.position())
     except SaveFailed as failure:
-        run.progress.say(f"warning: no checkpoint of step {run.state.step}: {failure}")
-        ledger.event("checkpoint_failed", step=run.state.step, reason=str(failure))
-        return False
-    if path is not None:
-        ledger.event("checkpoint", step=run.state.step, path=str(path), seconds=time.perf_counter() - started)
+        return _not_saved(run, failure)
     return True
+
+
+def _finish_checkpoint(run: Run) -> bool:
+    """Complete the checkpoint that was begun, waiting for it where need be. Whether that was possible."""
+    run.watchdog.watch("checkpoint", run.state.step)
+    try:
+        saved = run.saver.finish()
+    except SaveFailed as failure:
+        return _not_saved(run, failure)
+    if saved is not None:
+        clock = {"pause_s": round(saved.pause_s, 4), "seconds": round(saved.seconds, 4)}
+        run.ledger.event("checkpoint", step=saved.step, path=str(saved.path), **clock)
+    return True
+
+
+def _not_saved(run: Run, failure: SaveFailed) -> bool:
+    run.progress.say(f"warning: no checkpoint at step {run.state.step}: {failure}")
+    run.ledger.event("checkpoint_failed", step=run.state.step, reason=str(failure))
+    return False
+
+
+def _save_now(run: Run) -> bool:
+    """Save and wait for it. Whether the checkpoint of this step is there."""
+    return _begin_checkpoint(run) and _finish_checkpoint(run)
 
 
 def _interrupted(run: Run, signal: str) -> None:
     """Save what is done. The step that a signal cut short has changed nothing."""
-    saved = "saved" if _checkpoint(run) else "NOT saved"
+    saved = "saved" if _save_now(run) else "NOT saved"
     run.ledger.event("interrupted", step=run.state.step, signal=signal)
     run.progress.stop()
     run.progress.say(
@@ -190,7 +211,7 @@ def _stopped(run: Run, reason: str) -> None:
 
 
 def _finish(run: Run, measured: Measurement, measure_s: float, reason: str) -> dict[str, Any]:
-    _checkpoint(run)
+    _save_now(run)
     run.ledger.write(interval_record(run.state, measured, run.inputs.names, None, measure_s))
     config, comm = run.config, run.runtime.comm
     run.watchdog.watch("export", run.state.step)

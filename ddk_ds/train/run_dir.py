@@ -13,12 +13,14 @@ from typing import IO, Any
 from ddk_ds.config import Config, to_yaml
 from ddk_ds.errors import CheckpointError
 from ddk_ds.files import write_text
-from ddk_ds.train.checkpoint import newest_checkpoint
+from ddk_ds.train.checkpoint_files import newest_checkpoint
+from ddk_ds.train.restore import check_fork
 
 # What may differ between two starts of one run: where things lie and how fast they go, not what is computed.
 _FREE = {
     "name": True,
     "output_dir": True,
+    "init_from": True,  # its content's hash is in the identity
     "checkpoint": True,
     "guard": True,
     "limits": True,
@@ -27,6 +29,7 @@ _FREE = {
     "teacher": {"path"},
     "train": {"micro_batch_samples"},
 }
+_INIT_FROM = "content.init_from"
 # Directories written before there were policies: what those runs did.
 _NO_POLICY: dict[str, Any] = {
     "mixture.exhaustion": "cycle",
@@ -36,9 +39,18 @@ _NO_POLICY: dict[str, Any] = {
 
 
 def run_identity(config: Config, fingerprints: dict[str, Any]) -> dict[str, Any]:
-    """Everything that the run's numbers depend on, flat: dotted configuration keys and content fingerprints."""
+    """Everything that the run's numbers depend on, flat: dotted configuration keys and content fingerprints.
+
+    Raises CheckpointError where `init_from` does not fit.
+    """
     values = config.model_dump(mode="json", exclude=_FREE)  # type: ignore[arg-type]
-    return _flatten({**values, "content": fingerprints})
+    identity = _flatten({**values, "content": fingerprints})
+    if config.init_from is not None:
+        # Once the run has a checkpoint of its own, the one that it began with may be gone.
+        began = newest_checkpoint(config.run_dir)
+        known = None if began is None else began[1].run.get(_INIT_FROM)
+        identity[_INIT_FROM] = known or check_fork(config.init_from, identity)
+    return identity
 
 
 def claim_run_dir(config: Config, identity: dict[str, Any]) -> None:

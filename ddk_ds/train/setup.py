@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -14,7 +15,7 @@ from ddk_ds.engine.runtime import Runtime
 from ddk_ds.kernels import default_chunk_tokens
 from ddk_ds.methods import HeadOptions, Method, make_method
 from ddk_ds.mixture.schedule import DomainEntry, DomainOrder, IntervalState
-from ddk_ds.train.checkpoint import load_checkpoint, remove_partial, usable_checkpoint
+from ddk_ds.train.checkpoint import Saver
 from ddk_ds.train.evaluate import PerplexityCache, ValidationBatches, perplexities
 from ddk_ds.train.inputs import Inputs
 from ddk_ds.train.interruption import Interruption
@@ -23,7 +24,9 @@ from ddk_ds.train.learning_rate import total_steps
 from ddk_ds.train.ledger import Ledger
 from ddk_ds.train.progress import RunProgress
 from ddk_ds.train.read_ahead import ReadAhead
+from ddk_ds.train.restore import Start, find_start
 from ddk_ds.train.state import RunState
+from ddk_ds.train.versions import versions
 from ddk_ds.train.watchdog import Watchdog
 
 
@@ -46,6 +49,7 @@ class Run:
     watchdog: Watchdog
     state: RunState
     ledger: Ledger
+    saver: Saver
     progress: RunProgress
     total_steps: int
 
@@ -67,9 +71,12 @@ class Run:
         return make_method(self.config, self.teacher, self.head)
 
 
-def prepare_run(config: Config, inputs: Inputs, runtime: Runtime, interruption: Interruption) -> Run:
-    """Load models and data, restore the newest complete checkpoint if there is one. Collective."""
+def prepare_run(
+    config: Config, inputs: Inputs, identity: dict[str, Any], runtime: Runtime, interruption: Interruption
+) -> Run:
+    """Load models and data, restore the checkpoint that the run goes on from. Collective."""
     comm = runtime.comm
+    start = find_start(config, comm)
     dataset = MixtureDataset(inputs.store, inputs.names)
     validation = validation_batches(
         inputs.store,
@@ -111,35 +118,43 @@ def prepare_run(config: Config, inputs: Inputs, runtime: Runtime, interruption: 
             chunk_tokens=chunk_tokens,
         ),
         ledger=Ledger(config.run_dir, comm.rank),
+        saver=Saver(config.run_dir, identity, comm, config.checkpoint),
         progress=RunProgress(comm.rank, steps, inputs.names),
         total_steps=steps,
     )
-    _restore(run)
+    _restore(run, start)
     return run
 
 
-def _restore(run: Run) -> None:
-    comm, run_dir = run.runtime.comm, run.config.run_dir
-    if comm.rank == 0:
-        remove_partial(run_dir)
-    found = usable_checkpoint(run_dir, comm)
-    if found is None:
+def _restore(run: Run, start: Start | None) -> None:
+    world_size = run.runtime.comm.world_size
+    if start is None:
         run.ledger.rewind(0)
-        run.ledger.event("start", world_size=comm.world_size)
+        run.ledger.event("start", world_size=world_size, versions=versions())
         return
-    directory, manifest, damaged = found
-    for path in damaged:
+    for path in start.damaged:
         run.progress.say(
             f"warning: {path} is damaged, its files are not what their hashes say; going on from an older one"
         )
         run.ledger.event("damaged", path=str(path))
-    fresh = run.state.data
-    run.state = load_checkpoint(run.student, directory, manifest, comm)
-    run.state.data.check_fits(fresh)
+    fresh = run.state
+    run.state = start.load(run.student)
+    run.state.data.check_fits(fresh.data)
+    if start.forked and run.config.loss.chunk_tokens is not None:
+        run.state.chunk_tokens = fresh.chunk_tokens
     run.head = replace(run.head, chunk_tokens=run.state.chunk_tokens)
-    run.ledger.rewind(manifest.ledger_bytes)
-    run.ledger.event("resume", step=run.state.step, world_size=comm.world_size, path=str(directory))
-    run.progress.say(f"resumed from {directory}, step {run.state.step}")
+    run.ledger.rewind(0 if start.forked else start.manifest.ledger_bytes)
+    kind = "fork" if start.forked else "resume"
+    changed = start.changed_versions
+    run.ledger.event(
+        kind, step=run.state.step, world_size=world_size, path=str(start.directory), changed_versions=changed
+    )
+    was = start.manifest.world_size
+    ranks = "" if start.universal is None else f"; {was} ranks wrote it, {world_size} go on"
+    run.progress.say(f"{'forked' if start.forked else 'resumed'} from {start.directory}, step {run.state.step}{ranks}")
+    if changed:
+        shown = ", ".join(f"{name} {change}" for name, change in changed.items())
+        run.progress.say(f"warning: other versions than before, so the last digits may differ: {shown}")
 
 
 def _domain_entries(dataset: MixtureDataset) -> list[DomainEntry]:

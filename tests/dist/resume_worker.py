@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
@@ -31,14 +32,26 @@ def break_and_resume(runtime: Runtime, config_path: str, names: dict[str, int | 
     return done
 
 
+def break_off(runtime: Runtime, config_path: str, name: str, lines: int) -> None:
+    """A run that ends after that many lines of its ledger."""
+    with contextlib.suppress(BreakOff):
+        train(prepare(runtime, config_path, name, lines))
+
+
+def go_on(runtime: Runtime, config_path: str, name: str) -> None:
+    """The run, to its end."""
+    train(prepare(runtime, config_path, name))
+
+
 def prepare(runtime: Runtime, config_path: str, name: str, lines: int | None = None) -> Run:
     """A run that is ready to go; it breaks off after so many lines of its ledger."""
     config = load_config(config_path, [f"name={name}"])
     inputs = check_inputs(config, runtime.comm)
+    identity = run_identity(config, inputs.fingerprints)
     if runtime.comm.rank == 0:
-        claim_run_dir(config, run_identity(config, inputs.fingerprints))
+        claim_run_dir(config, identity)
     runtime.comm.barrier()
-    run = prepare_run(config, inputs, runtime, Interruption(runtime.comm, runtime.device))
+    run = prepare_run(config, inputs, identity, runtime, Interruption(runtime.comm, runtime.device))
     if lines is not None:
         _break_after(run, lines)
     return run

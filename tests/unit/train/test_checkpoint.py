@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import pickle
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from ddk_ds.comm import SingleProcess
 from ddk_ds.config import Checkpoint
@@ -13,31 +16,49 @@ from ddk_ds.engine.shard_files import ShardWriter
 from ddk_ds.errors import CheckpointError
 from ddk_ds.files import size_and_xxh64
 from ddk_ds.mixture.schedule import IntervalState
-from ddk_ds.train.checkpoint import SaveFailed, newest_checkpoint, save_checkpoint, usable_checkpoint
+from ddk_ds.train.checkpoint import SaveFailed, Saver
+from ddk_ds.train.checkpoint_files import newest_checkpoint, usable_checkpoint
 from ddk_ds.train.state import RunState
 
 
 class FileStudent:
     """Stands in for the engine: the checkpoint's shards are one small file."""
 
-    failure = ""
+    engine = SimpleNamespace(device="cpu")
 
-    def save(self, directory: Path, tag: str, client_state: dict[str, Any]) -> Any:
-        (directory / tag).mkdir()
-        path = directory / tag / "shard.pt"
-        path.write_bytes(b"weights")
-        return {path: size_and_xxh64(path)}, self.failure
+    def __init__(self, failure: str = "") -> None:
+        self.failure = failure
+        self.saving = True
+
+    def save(self, directory: Path, tag: str, client_state: dict[str, Any], *, background: bool) -> None:
+        self.path = directory / tag / "shard.pt"
+        self.path.parent.mkdir()
+        self.path.write_bytes(b"weights")
+
+    def saved(self) -> Any:
+        self.saving = False
+        return {self.path: size_and_xxh64(self.path)}, self.failure
+
+
+def saver_of(run_dir: Path, **keep: int) -> Saver:
+    """Of a run."""
+    return Saver(run_dir, {"seed": 0}, SingleProcess(), Checkpoint(**keep))
+
+
+def state_at(step: int) -> RunState:
+    """A run's state."""
+    entries: Any = [{"name": "a", "num_samples": 4, "sha": "0"}]
+    return RunState(data=IntervalState.new(entries, seed=0), step=step)
 
 
 def save(run_dir: Path, step: int, failure: str = "", **keep: int) -> Path:
     """A checkpoint of `step`."""
-    entries: Any = [{"name": "a", "num_samples": 4, "sha": "0"}]
-    state = RunState(data=IntervalState.new(entries, seed=0), step=step)
-    student: Any = FileStudent()
-    student.failure = failure
-    path = save_checkpoint(student, state, run_dir, ledger_bytes=0, comm=SingleProcess(), keep=Checkpoint(**keep))
-    assert path is not None
-    return path
+    student: Any = FileStudent(failure)
+    saver = saver_of(run_dir, **keep)
+    assert saver.begin(student, state_at(step), ledger_bytes=0)
+    saved = saver.finish()
+    assert saved is not None and saved.step == step and 0 < saved.pause_s <= saved.seconds
+    return saved.path
 
 
 def newest_step(run_dir: Path) -> int | None:
@@ -67,7 +88,7 @@ def test_an_incomplete_one_is_written_again_and_kept(tmp_path: Path, harm: str) 
     elif harm == "no shard":
         shard.unlink()
     else:
-        manifest.write_text(manifest.read_text().replace('"format": 2', '"format": 99'))
+        manifest.write_text(manifest.read_text().replace('"format": 3', '"format": 99'))
     assert newest_step(tmp_path) is None
     assert save(tmp_path, 2) == directory
     assert newest_step(tmp_path) == 2
@@ -78,8 +99,10 @@ def test_an_incomplete_one_is_written_again_and_kept(tmp_path: Path, harm: str) 
 def test_a_complete_one_is_left_alone(tmp_path: Path) -> None:
     directory = save(tmp_path, 2)
     before = (directory / "manifest.json").stat().st_mtime_ns
-    with pytest.raises(AssertionError):
-        save(tmp_path, 2)
+    student: Any = FileStudent()
+    saver = saver_of(tmp_path)
+    assert not saver.begin(student, state_at(2), ledger_bytes=0)
+    assert saver.finish() is None
     assert (directory / "manifest.json").stat().st_mtime_ns == before
     assert [path.name for path in directory.parent.iterdir()] == [directory.name]
 
@@ -136,11 +159,44 @@ def test_all_damaged_is_no_new_beginning(tmp_path: Path) -> None:
         usable_checkpoint(tmp_path, SingleProcess())
 
 
+def test_it_counts_only_when_it_is_finished(tmp_path: Path) -> None:
+    student: Any = FileStudent()
+    saver = saver_of(tmp_path)
+    assert not saver.ready()
+    saver.begin(student, state_at(3), ledger_bytes=0)
+    assert not saver.ready() and newest_step(tmp_path) is None
+    student.saving = False
+    assert saver.ready() and newest_step(tmp_path) is None
+    saver.finish()
+    assert newest_step(tmp_path) == 3
+
+
 def test_a_file_that_cannot_be_written_is_noted(tmp_path: Path) -> None:
-    writer = ShardWriter()
-    writer.begin()
-    writer.save({"a": 1}, str(tmp_path / "a.pt"))
-    writer.save({"a": 1}, str(tmp_path / "nowhere/b.pt"))
-    assert writer.failure is not None and "nowhere/b.pt" in writer.failure
-    assert writer.files == {tmp_path / "a.pt": size_and_xxh64(tmp_path / "a.pt")}
-    assert writer.load(str(tmp_path / "a.pt")) == {"a": 1}
+    for background in (False, True):
+        writer = ShardWriter()
+        writer.begin(background=background)
+        writer.save({"a": 1}, str(tmp_path / "a.pt"))
+        (tmp_path / "file").touch()
+        writer.save({"a": 1}, str(tmp_path / "file/b.pt"))
+        files, failure = writer.wait()
+        assert "file/b.pt" in failure
+        assert files == {tmp_path / "a.pt": size_and_xxh64(tmp_path / "a.pt")}
+        assert writer.load(str(tmp_path / "a.pt")) == {"a": 1}
+
+
+def test_what_is_written_in_the_background_is_what_was_saved(tmp_path: Path) -> None:
+    writer, weights, nested = ShardWriter(), torch.zeros(1 << 20), {"step": torch.tensor(3.0)}
+    writer.begin(background=True)
+    writer.save({"weights": [weights], "state": {0: nested}}, str(tmp_path / "a.pt"))
+    weights.fill_(1.0)
+    nested["step"] += 1
+    assert writer.wait()[1] == ""
+    read = writer.load(str(tmp_path / "a.pt"))
+    assert not read["weights"][0].any() and read["state"][0]["step"] == 3
+
+
+def test_nothing_is_unpickled(tmp_path: Path) -> None:
+    with (tmp_path / "a.pt").open("wb") as stream:
+        torch.save({"bad": Path("x")}, stream)
+    with pytest.raises(pickle.UnpicklingError, match="PosixPath"):
+        ShardWriter().load(str(tmp_path / "a.pt"))

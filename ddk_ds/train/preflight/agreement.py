@@ -1,0 +1,235 @@
+"""What all ranks must have alike, and how they reach one another. Every function here is collective."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import shutil
+import time
+import uuid
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+from ddk_ds.comm import Comm, collectives
+from ddk_ds.config import Config, to_yaml
+from ddk_ds.train.preflight.rows import Row, deadline, judged
+from ddk_ds.train.versions import versions
+
+# Rows of the ledger and files of several nodes are compared by their times; certificates and leases fail by minutes.
+SKEW_WARN_S, SKEW_FAIL_S = 2.0, 60.0
+_CLOCK_ROUNDS = 5
+# A shared file system may show a new file to another node late.
+SEEN_WITHIN_S = 10.0
+COLLECTIVE_S = 60.0
+_REPEATS = 3
+# Bytes of the two sizes that bandwidth is measured with.
+SIZES = {"cpu": (1 << 16, 1 << 22), "cuda": (1 << 20, 1 << 26)}
+
+
+@dataclass(frozen=True)
+class Job:
+    """The ranks that met; without a launcher, one that stands for `ranks`."""
+
+    comm: Comm
+    device: torch.device
+    hosts: list[str]
+    """Of each rank."""
+    ranks: int
+    local_ranks: int
+    """Ranks on this node."""
+
+    @classmethod
+    def meet(cls, comm: Comm, device: torch.device, ranks: int | None) -> Job:
+        """Collective."""
+        with deadline("all ranks meet", COLLECTIVE_S):
+            places = comm.gather_objects((platform.node(), comm.local_rank))
+        hosts = [host for host, _ in places]
+        if comm.world_size == 1 and ranks is not None:
+            return cls(comm, device, hosts, ranks, min(ranks, torch.cuda.device_count() or ranks))
+        starts = [rank for rank, (_, local) in enumerate(places) if local == 0] + [comm.world_size]
+        local = next(end - start for start, end in zip(starts, starts[1:], strict=False) if comm.rank < end)
+        return cls(comm, device, hosts, comm.world_size, local)
+
+
+def ranks_row(job: Job) -> Row:
+    """Who is there."""
+    nodes = list(dict.fromkeys(job.hosts))
+    shown = ", ".join(nodes[:4]) + (", ..." if len(nodes) > 4 else "")
+    if job.ranks != job.comm.world_size:
+        return Row("ranks", "pass", f"this process alone, for a run of {job.ranks} ranks")
+    return Row("ranks", "pass", f"{job.ranks} on {len(nodes)} node{'s' * (len(nodes) > 1)}: {shown}")
+
+
+def same_versions(job: Job) -> Row:
+    """Versions of what computes, and the project's own files."""
+    found = {**versions(), "mosaicml-streaming": version("mosaicml-streaming"), "files of ddk_ds": _code_hash()}
+    if job.device.type == "cuda":
+        found["nccl"] = ".".join(map(str, torch.cuda.nccl.version()))
+    return same_as_first(job, "versions", found, "install the same environment on every node")
+
+
+def _code_hash() -> str:
+    root = Path(__file__).parents[2]
+    digest = hashlib.sha256()
+    for path in sorted(root.rglob("*.py")):
+        digest.update(str(path.relative_to(root)).encode() + path.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def same_devices(job: Job) -> Row:
+    """Type and number of a node's devices."""
+    found = {"device": job.device.type, "ranks on the node": str(job.local_ranks)}
+    if job.device.type == "cuda":
+        found["device"] = torch.cuda.get_device_name(job.device)
+        found["devices on the node"] = str(torch.cuda.device_count())
+    return same_as_first(job, "devices", found, "give every node the same number of GPUs of one type")
+
+
+def same_configuration(job: Job, config: Config) -> Row:
+    """Every line of the resolved configuration."""
+    lines = to_yaml(config).splitlines()
+    found = {"sha256": hashlib.sha256("\n".join(lines).encode()).hexdigest()[:12]}
+    found |= {f"line {number}": line.strip() for number, line in enumerate(lines, 1)}
+    row = same_as_first(job, "same configuration", found, "start every rank with the same file and overrides")
+    return Row(row.name, "pass", f"sha256 {found['sha256']}") if row.status == "pass" else row
+
+
+def same_as_first(job: Job, name: str, found: dict[str, str], fix: str) -> Row:
+    """Compare this rank's values with rank 0's."""
+    theirs = job.comm.broadcast_object(found)
+    differing = [key for key in sorted({**found, **theirs}) if found.get(key) != theirs.get(key)]
+    # A hash tells that something differs; what differs comes first.
+    differing.sort(key=lambda key: key == "sha256")
+    shown = "; ".join(f"{key} is {found.get(key)}, on rank 0 {theirs.get(key)}" for key in differing[:3])
+    return judged(name, shown or ", ".join(f"{key} {value}" for key, value in found.items()), fail=bool(shown), fix=fix)
+
+
+def _now() -> float:
+    return time.time()
+
+
+def clocks(job: Job) -> Row:
+    """How far this rank's clock is from rank 0's."""
+    stamps = []
+    for _ in range(_CLOCK_ROUNDS):
+        before = _now()
+        job.comm.barrier()
+        stamps.append((before, _now()))
+    offset = clock_offset(job.comm.broadcast_object(stamps), stamps)
+    found = f"{abs(offset):.3g} s {'ahead of' if offset > 0 else 'behind'} rank 0; warns from {SKEW_WARN_S:g} s"
+    fix = "let NTP or chrony set the node's clock (chronyc tracking)"
+    return judged("clocks", found, fail=abs(offset) > SKEW_FAIL_S, warn=abs(offset) > SKEW_WARN_S, fix=fix)
+
+
+def clock_offset(first: Sequence[tuple[float, float]], mine: Sequence[tuple[float, float]]) -> float:
+    """Seconds by which my clock is ahead of the first's, from the times before and after barriers of both.
+
+    Nobody leaves a barrier before everyone came: each pair bounds the offset from either side. 0 where it may be 0.
+    """
+    low = max(before - after for (before, _), (_, after) in zip(mine, first, strict=True))
+    high = min(after - before for (_, after), (before, _) in zip(mine, first, strict=True))
+    return min(max(0.0, low), high) if low <= high else (low + high) / 2
+
+
+def output_directory(job: Job, config: Config) -> Row:
+    """All ranks write into one directory that rank 0 made and renamed, as they do when they save a checkpoint."""
+    name = "output directory"
+    parent = nearest_existing(Path(config.output_dir))
+    fix = "let output_dir name a writable directory on a file system that all nodes share"
+    made, error = job.comm.broadcast_object(_make_and_rename(parent) if job.comm.rank == 0 else None)
+    if not error:
+        error = _write_into(made, job.comm.rank)
+        job.comm.barrier()
+        if job.comm.rank == 0 and not error:
+            count = job.comm.world_size
+            if not _within(SEEN_WITHIN_S, lambda: len(list(made.iterdir())) == count):
+                error = f"of the files that {count} ranks wrote there, {len(list(made.iterdir()))} are seen by rank 0"
+        job.comm.barrier()
+    if job.comm.rank == 0:
+        shutil.rmtree(made, ignore_errors=True)
+    found = f"output_dir {config.output_dir}: {error or 'written, renamed and seen by all ranks'}"
+    return judged(name, found, fail=bool(error), fix=fix)
+
+
+def _make_and_rename(parent: Path) -> tuple[Path, str]:
+    final = parent.absolute() / f".preflight-{uuid.uuid4().hex}"
+    partial = final.with_name(final.name + ".partial")
+    try:
+        partial.mkdir()
+        partial.rename(final)
+    except OSError as error:
+        return final, f"{parent} cannot be written: {error.strerror}"
+    return final, ""
+
+
+def _write_into(directory: Path, rank: int) -> str:
+    if not _within(SEEN_WITHIN_S, directory.is_dir):
+        return f"what rank 0 wrote in {directory.parent} is not seen here within {SEEN_WITHIN_S:g} s: it is not shared"
+    try:
+        with (directory / f"rank-{rank}").open("w") as stream:
+            stream.write("preflight")
+            stream.flush()
+            os.fsync(stream.fileno())
+    except OSError as error:
+        return f"{directory.parent} cannot be written: {error.strerror}"
+    return ""
+
+
+def _within(seconds: float, condition: Callable[[], bool]) -> bool:
+    end = time.monotonic() + seconds
+    while not (holds := condition()) and time.monotonic() < end:
+        time.sleep(0.1)
+    return holds
+
+
+def nearest_existing(path: Path) -> Path:
+    """`path`, or the nearest of its parents that is there."""
+    return next(place for place in (path, *path.absolute().parents) if place.exists())
+
+
+def measure_collectives(comm: Comm, device: torch.device, limit_s: float = COLLECTIVE_S) -> list[Row]:
+    """Every kind of collective that the run uses, with two sizes: its time, and its bandwidth where it moves tensors.
+
+    Takes seconds. A collective beyond `limit_s` ends the process with EXIT_FAILED, naming the ranks that did not come.
+    """
+    if comm.world_size == 1:
+        return [Row("collectives", "skip", "one rank alone: they are measured under the launcher")]
+    times: dict[str, list[float]] = {}
+    for num_bytes in SIZES.get(device.type, SIZES["cuda"]):
+        for name, call in collectives(comm, device, num_bytes).items():
+            with deadline(f"{name} of {num_bytes:,} bytes", limit_s):
+                times.setdefault(name, []).append(_seconds(call, device))
+    slowest = [max(values) for values in zip(*comm.gather_objects(sum(times.values(), [])), strict=True)]
+    sizes = len(SIZES.get(device.type, SIZES["cuda"]))
+    return [_speed(name, slowest[number * sizes :][:sizes], device) for number, name in enumerate(times)]
+
+
+def _seconds(call: Callable[[], object], device: torch.device) -> float:
+    call()  # the first one opens connections
+    _wait(device)
+    started = time.perf_counter()
+    for _ in range(_REPEATS):
+        call()
+    _wait(device)
+    return (time.perf_counter() - started) / _REPEATS
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _speed(name: str, seconds: list[float], device: torch.device) -> Row:
+    if name in ("barrier", "broadcast_object", "gather_objects"):
+        return Row(f"collective {name}", "pass", f"{min(seconds) * 1e3:.3g} ms")
+    sizes = SIZES.get(device.type, SIZES["cuda"])
+    shown = ", ".join(
+        f"{size / 2**20:.3g} MiB in {time_s * 1e3:.3g} ms = {size / time_s / 1e9:.3g} GB/s"
+        for size, time_s in zip(sizes, seconds, strict=True)
+    )
+    return Row(f"collective {name}", "pass", shown)

@@ -1,0 +1,112 @@
+"""What one machine has, whatever the run: memory that processes share, files, ports, space for temporary files."""
+
+from __future__ import annotations
+
+import os
+import resource
+import shutil
+import socket
+import tempfile
+from pathlib import Path
+
+import torch
+
+from ddk_ds.engine.memory import MemoryEstimate
+from ddk_ds.train.preflight.rows import Row, judged
+
+# DeepSpeed maps 66 MiB a rank on a CPU, NCCL tens of MB a rank between the GPUs of a node, loader workers the batches
+# on their way. Docker gives a container 64 MB.
+SHM_BYTES_PER_RANK = 100_000_000
+# NCCL and gloo hold sockets to many ranks, loaders and shards files; some systems' default is 1024.
+FEWEST_OPEN_FILES, ENOUGH_OPEN_FILES = 512, 4096
+# Compilers (Triton, DeepSpeed's extensions) write there.
+LEAST_TMP_BYTES, ENOUGH_TMP_BYTES = 100_000_000, 1_000_000_000
+# Of a memory's size: what the allocator's holes and the estimate's errors may take.
+MEMORY_MARGIN = 0.9
+DEFAULT_PORT = 29500
+
+
+def shared_memory(local_ranks: int, directory: Path = Path("/dev/shm")) -> Row:
+    """Free space of /dev/shm."""
+    free, needed = shutil.disk_usage(directory).free, SHM_BYTES_PER_RANK * local_ranks
+    found = f"{directory} has {gb(free)} free; {local_ranks} ranks of this node need {gb(needed)}"
+    fix = f"remove what ended jobs left there, mount it larger, or start the container with --shm-size={gb(2 * needed)}"
+    return judged("shared memory", found, fail=free < needed, fix=fix.replace(" GB", "g"))
+
+
+def open_files() -> Row:
+    """The limit of files that this process may have open."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    fix = f"ulimit -n {ENOUGH_OPEN_FILES} before the launcher (hard limit: {hard})"
+    few = soft < FEWEST_OPEN_FILES
+    return judged("open files", f"{soft:,} may be open", fail=few, warn=soft < ENOUGH_OPEN_FILES, fix=fix)
+
+
+def temporary_files() -> Row:
+    """Free space of TMPDIR."""
+    directory = tempfile.gettempdir()
+    free = shutil.disk_usage(directory).free
+    few, warn = free < LEAST_TMP_BYTES, free < ENOUGH_TMP_BYTES
+    fix = f"free some, at best {gb(ENOUGH_TMP_BYTES)}, or set TMPDIR to another directory"
+    return judged("temporary files", f"{directory} has {gb(free)} free", fail=few, warn=warn, fix=fix)
+
+
+def master_port() -> Row:
+    """Without a launcher: is the port that ranks would meet at free; within a job: can this rank reach it."""
+    address = os.environ.get("MASTER_ADDR", "127.0.0.1")
+    port = int(os.environ.get("MASTER_PORT", DEFAULT_PORT))
+    if "RANK" in os.environ:
+        try:
+            socket.create_connection((address, port), timeout=10).close()
+        except OSError as error:
+            fix = "open the port in the nodes' firewall, or let MASTER_ADDR name an interface that all nodes reach"
+            return Row("port", "fail", f"MASTER_ADDR {address} port {port} cannot be reached: {error}", fix)
+        return Row("port", "pass", f"{address} port {port} answers")
+    with socket.socket() as probe:
+        try:
+            probe.bind(("", port))
+        except OSError as error:
+            fix = f"end what listens there (ss -ltnp 'sport = {port}'), or give the launcher another --master_port"
+            return Row("port", "fail", f"MASTER_PORT {port} is not free: {error.strerror}", fix)
+    return Row("port", "pass", f"{port} is free")
+
+
+def device_memory(estimate: MemoryEstimate, device: torch.device, world_size: int) -> Row:
+    """The estimate against a GPU's free memory."""
+    free, total = torch.cuda.mem_get_info(device)
+    return _memory("device memory", estimate.device_bytes, free, f"of {gb(total)} free", estimate, world_size)
+
+
+def host_memory(estimate: MemoryEstimate, device: torch.device, world_size: int, local_ranks: int) -> Row:
+    """The estimate of all ranks of this node against its free memory; on a CPU that is the device's too."""
+    needed = local_ranks * (estimate.total if device.type == "cpu" else estimate.host_bytes)
+    free = available_bytes()
+    return _memory("host memory", needed, free, f"available for {local_ranks} ranks", estimate, world_size)
+
+
+def _memory(name: str, needed: int, free: int, what: str, estimate: MemoryEstimate, world_size: int) -> Row:
+    largest = sorted(estimate.parts.items(), key=lambda part: -part[1])[:3]
+    shown = ", ".join(f"{part} {gb(size)}" for part, size in largest)
+    found = f"estimated {gb(needed)}, {gb(free)} {what}; {world_size} ranks; the most of a rank: {shown}"
+    fix = (
+        "more ranks, train.micro_batch_samples lower, student.gradient_checkpointing: true, optimizer.offload: cpu, or "
+        "deepspeed.zero_optimization.reduce_bucket_size lower (without a launcher, --ranks says how many there will be)"
+    )
+    return judged(name, found, fail=needed > free, warn=needed > MEMORY_MARGIN * free, fix=fix)
+
+
+def available_bytes(proc: Path = Path("/proc/meminfo"), group: Path = Path("/sys/fs/cgroup")) -> int:
+    """Memory that processes can still get: the machine's, or what the container's limit leaves."""
+    meminfo = dict(line.split(":") for line in proc.read_text().splitlines())
+    available = int(meminfo["MemAvailable"].split()[0]) * 1024
+    try:
+        limit, used = ((group / name).read_text().strip() for name in ("memory.max", "memory.current"))
+        cached = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())["inactive_file"]
+    except (OSError, KeyError, ValueError):  # another version of control groups, or none
+        return available
+    return available if limit == "max" else min(available, int(limit) - int(used) + int(cached))
+
+
+def gb(num_bytes: float) -> str:
+    """Bytes as a user reads them."""
+    return f"{num_bytes / 1e9:.3g} GB"

@@ -1,0 +1,127 @@
+"""The batch script of a run on Slurm, as text: a template and values that are quoted, never run here."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from ddk_ds.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[2]
+TEMPLATE = Path(__file__).with_name("job.sbatch")
+
+
+@dataclass(frozen=True)
+class Container:
+    """An image in which the ranks run. The batch script itself runs on the host, where Slurm's commands are."""
+
+    image: str
+    runtime: Literal["pyxis", "apptainer"]
+    mounts: tuple[str, ...]
+    """Directories of the host that the image sees under the same path."""
+    gpus: bool
+
+
+@dataclass(frozen=True)
+class Job:
+    """All that the batch script depends on."""
+
+    name: str
+    snapshot: Path
+    """Absolute directory of config.yaml and of the logs."""
+    workdir: Path
+    """Absolute directory that the configuration's paths are relative to."""
+    nodes: int
+    ranks_per_node: int
+    options: Mapping[str, str | None]
+    """sbatch's long options; None: one without a value."""
+    python: str
+    chained: bool = False
+    array: str | None = None
+    seed_from_task: bool = False
+    cpus_per_task: int | None = None
+    interface: str | None = None
+    """Network interface of the nodes that gloo and NCCL are bound to."""
+    container: Container | None = None
+
+
+def render(job: Job) -> str:
+    """The batch script. Raises UserError where a value cannot stand in it."""
+    values = {
+        "sbatch_options": "\n".join(_directive(key, value) for key, value in _options(job).items()),
+        "snapshot": _quoted(str(job.snapshot)),
+        "name": _quoted(job.name),
+        "chained": str(int(job.chained)),
+        "ranks_per_node": str(job.ranks_per_node),
+        "seed_from_task": str(int(job.seed_from_task)),
+        "environment": "\n".join(f"export {key}={_quoted(value)}" for key, value in _environment(job).items()),
+        "srun_options": " ".join(_srun_options(job)),
+        "command": " ".join(map(_quoted, _command(job))),
+    }
+    text = re.sub(r"@([a-z_]+)@", lambda match: values[match[1]], TEMPLATE.read_text(encoding="utf-8"))
+    return re.sub(r"\n{3,}", "\n\n", text)
+
+
+def _options(job: Job) -> dict[str, str | None]:
+    log = str(job.snapshot).replace("%", "%%") + ("/%A_%a.log" if job.array else "/%j.log")
+    options: dict[str, str | None] = {
+        "job-name": job.name,
+        "nodes": str(job.nodes),
+        "ntasks-per-node": str(job.ranks_per_node),
+        "chdir": str(job.workdir),
+        "output": log,
+        "open-mode": "append",
+        "requeue": None,
+    }
+    if job.array is not None:
+        options["array"] = job.array
+    if job.cpus_per_task is not None:
+        options["cpus-per-task"] = str(job.cpus_per_task)
+    return {**options, **job.options}
+
+
+def _environment(job: Job) -> dict[str, str]:
+    environment = {}
+    if job.cpus_per_task is not None:
+        environment["OMP_NUM_THREADS"] = str(job.cpus_per_task)
+    if job.interface is not None:
+        environment |= {"GLOO_SOCKET_IFNAME": job.interface, "NCCL_SOCKET_IFNAME": job.interface}
+    return environment
+
+
+def _srun_options(job: Job) -> list[str]:
+    # Since Slurm 22.05 a step does not inherit the job's --cpus-per-task.
+    options = [] if job.cpus_per_task is None else [f"--cpus-per-task={job.cpus_per_task}"]
+    container = job.container
+    if container is not None and container.runtime == "pyxis":
+        options += [
+            f"--container-image={container.image}",
+            f"--container-mounts={','.join(f'{path}:{path}' for path in container.mounts)}",
+            f"--container-workdir={job.workdir}",
+        ]
+    return [_quoted(option) for option in options]
+
+
+def _command(job: Job) -> Sequence[str]:
+    command = [job.python, str(ROOT / "launch/distill.py"), "--config", str(job.snapshot / "config.yaml")]
+    container = job.container
+    if container is None or container.runtime == "pyxis":
+        return command
+    binds = [word for path in container.mounts for word in ("--bind", f"{path}:{path}")]
+    gpus = ["--nv"] if container.gpus else []
+    return ["apptainer", "exec", *gpus, *binds, "--pwd", str(job.workdir), container.image, *command]
+
+
+def _directive(key: str, value: str | None) -> str:
+    return f"#SBATCH --{key}" if value is None else f"#SBATCH --{key}={_quoted(value)}"
+
+
+def _quoted(value: str) -> str:
+    # sbatch reads its own lines as a shell would, and ends them where the line ends.
+    if not value.isprintable():
+        raise UserError(f"{value!r} cannot stand in a batch script: it holds a line break or another control character")
+    return shlex.quote(value)

@@ -1,0 +1,186 @@
+"""Submit a run to Slurm: as one job that requeues itself, a chain of jobs, or an array of runs.
+
+python launch/slurm/submit.py --config my.yaml --nodes 4 --gpus-per-node 8 --time 24:00:00 [key=value ...]
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # where the project is not installed
+
+from ddk_ds.config import Config, load_config
+from ddk_ds.errors import UserError
+from launch.slurm.script import ROOT, Container, Job, render
+from launch.slurm.snapshot import next_snapshot, write_snapshot
+
+_TIME = re.compile(r"(?:(?P<days>\d+)-)?(?P<fields>\d+(?::\d+){0,2})")
+_ARRAY = re.compile(r"\d+(-\d+(:\d+)?)?(,\d+(-\d+(:\d+)?)?)*(%\d+)?")
+_OPTION = re.compile(r"(?P<key>[a-z][a-z-]*)(?:=(?P<value>.+))?")
+# What the script and its restarts rely on; each has an option of its own here, or none.
+_OWN = frozenset(
+    "account array chdir cpus-per-task dependency export gpus-per-node job-name nodes ntasks ntasks-per-node open-mode "
+    "no-requeue output partition qos requeue signal time wrap".split()
+)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Returns the exit code: 0 submitted, or shown; 2 an error that the user can mend."""
+    options = _parse(arguments)
+    try:
+        config = load_config(options.config, options.overrides)
+        job = make_job(options, config)
+        script = render(job)
+        if not options.dry_run and shutil.which("sbatch") is None:
+            raise UserError("sbatch is not on PATH: submit on a login node of the cluster, or look with --dry-run")
+        print(script)
+        if not options.dry_run:
+            write_snapshot(job.snapshot, config, script)
+            _submit(job, options.chain)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--config", required=True, help="YAML file of the run, see configs/")
+    parser.add_argument("--nodes", type=int, required=True, help="nodes of a job")
+    parser.add_argument("--gpus-per-node", type=int, required=True, help="GPUs and ranks of a node; 0: a CPU cluster")
+    parser.add_argument("--ranks-per-node", type=int, help="with --gpus-per-node 0: ranks of a node (default: 1)")
+    parser.add_argument(
+        "--time", required=True, help="limit of a job, as sbatch takes it: [days-]hours:minutes:seconds"
+    )
+    parser.add_argument("--signal-seconds", type=int, default=300, help="to save before the limit (default: 300)")
+    parser.add_argument("--partition")
+    parser.add_argument("--account")
+    parser.add_argument("--qos")
+    parser.add_argument("--cpus-per-task", type=int, help="cores of a rank, and its OMP_NUM_THREADS")
+    parser.add_argument("--sbatch-option", action="append", default=[], metavar="KEY[=VALUE]", help="any other")
+    parser.add_argument("--chain", type=int, default=1, metavar="N", help="N jobs, each begun when the one before ends")
+    parser.add_argument("--array", metavar="SPEC", help="a run for each task id, named <name>-<id>: for example 0-3%%2")
+    parser.add_argument("--seed-from-task", action="store_true", help="with --array: a task's seed is its id")
+    parser.add_argument("--interface", help="network interface that gloo and NCCL use, for example ib0")
+    parser.add_argument("--python", help="of the ranks (default: this one; in a container python3)")
+    parser.add_argument("--container", metavar="IMAGE", help="image that the ranks run in")
+    parser.add_argument("--container-runtime", choices=("pyxis", "apptainer"), default="pyxis")
+    parser.add_argument(
+        "--container-mount", action="append", default=[], metavar="DIR", help="directory that the image sees"
+    )
+    parser.add_argument("--dry-run", action="store_true", help="check, show the batch script, write nothing")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="configuration values to replace")
+    return parser.parse_intermixed_args(arguments)  # overrides may stand between options
+
+
+def make_job(options: argparse.Namespace, config: Config) -> Job:
+    """The job that was asked for. Raises UserError where that cannot run."""
+    ranks = _ranks_per_node(options)
+    for name in ("nodes", "chain", "signal_seconds", "cpus_per_task"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise UserError(f"--{name.replace('_', '-')} is {value}: must be at least 1")
+    config.micro_batches(options.nodes * ranks)
+    if options.array is not None and not _ARRAY.fullmatch(options.array):
+        raise UserError(f"--array {options.array!r}: write it as 0-3, 1,5,7 or 0-15%4")
+    if options.seed_from_task and options.array is None:
+        raise UserError("--seed-from-task goes with --array")
+    snapshot, workdir = next_snapshot(config), Path.cwd()
+    return Job(
+        name=config.name,
+        snapshot=snapshot,
+        workdir=workdir,
+        nodes=options.nodes,
+        ranks_per_node=ranks,
+        options=_sbatch_options(options),
+        python=options.python or ("python3" if options.container else sys.executable),
+        chained=options.chain > 1,
+        array=options.array,
+        seed_from_task=options.seed_from_task,
+        cpus_per_task=options.cpus_per_task,
+        interface=options.interface,
+        container=_container(options, workdir, config),
+    )
+
+
+def time_limit_s(text: str) -> int:
+    """Seconds of a time limit in sbatch's notation. Raises UserError."""
+    match = _TIME.fullmatch(text)
+    if match is None:
+        raise UserError(f"--time {text!r}: write it as minutes, hours:minutes:seconds or days-hours:minutes:seconds")
+    fields = [int(part) for part in match["fields"].split(":")]
+    if match["days"] is not None:  # days-hours[:minutes[:seconds]]
+        hours, minutes, seconds = (*fields, 0, 0)[:3]
+    else:  # minutes[:seconds], hours:minutes:seconds
+        hours, minutes, seconds = fields if len(fields) == 3 else (0, *fields, 0)[:3]
+    return ((int(match["days"] or 0) * 24 + hours) * 60 + minutes) * 60 + seconds
+
+
+def _ranks_per_node(options: argparse.Namespace) -> int:
+    if options.gpus_per_node < 0:
+        raise UserError(f"--gpus-per-node is {options.gpus_per_node}: must be at least 0")
+    if options.gpus_per_node and options.ranks_per_node not in (None, options.gpus_per_node):
+        raise UserError("--ranks-per-node goes with --gpus-per-node 0: with GPUs each has one rank")
+    ranks: int = options.gpus_per_node or (1 if options.ranks_per_node is None else options.ranks_per_node)
+    if ranks < 1:
+        raise UserError(f"--ranks-per-node is {ranks}: must be at least 1")
+    return ranks
+
+
+def _sbatch_options(options: argparse.Namespace) -> dict[str, str | None]:
+    limit_s = time_limit_s(options.time)
+    if options.signal_seconds >= limit_s:
+        raise UserError(f"--signal-seconds {options.signal_seconds} is not less than --time {options.time}")
+    result: dict[str, str | None] = {"time": options.time, "signal": f"B:USR1@{options.signal_seconds}"}
+    if options.gpus_per_node:
+        result["gpus-per-node"] = str(options.gpus_per_node)
+    for key in ("partition", "account", "qos"):
+        if (value := getattr(options, key)) is not None:
+            result[key] = value
+    for text in options.sbatch_option:
+        match = _OPTION.fullmatch(text)
+        if match is None:
+            raise UserError(f"--sbatch-option {text!r}: write it as one of sbatch's long options, for example mem=64G")
+        if match["key"] in _OWN:
+            raise UserError(f"--sbatch-option {text!r}: {match['key']} is set by this command's own options")
+        result[match["key"]] = match["value"]
+    return result
+
+
+def _container(options: argparse.Namespace, workdir: Path, config: Config) -> Container | None:
+    if options.container is None:
+        return None
+    given = [Path(path).absolute() for path in options.container_mount]
+    mounts = dict.fromkeys(str(path) for path in (ROOT, workdir, Path(config.output_dir).absolute(), *given))
+    for path in mounts:
+        if "," in path or ":" in path:
+            raise UserError(f"--container-mount {path}: a path with a comma or a colon cannot be mounted")
+    return Container(options.container, options.container_runtime, tuple(mounts), options.gpus_per_node > 0)
+
+
+def _submit(job: Job, chain: int) -> None:
+    """Submit the snapshot's script `chain` times, each after the one before."""
+    submitted: list[str] = []
+    for _ in range(chain):
+        after = [f"--dependency=afterany:{submitted[-1]}"] if submitted else []
+        command = ["sbatch", "--parsable", *after, str(job.snapshot / "job.sbatch")]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode != 0:
+            if not submitted:
+                shutil.rmtree(job.snapshot)
+            before = f"; already submitted: {' '.join(submitted)}" if submitted else ""
+            raise UserError(f"sbatch: {done.stderr.strip()}{before}")
+        submitted.append(done.stdout.strip().split(";")[0])  # number[;cluster]
+    print(f"submitted: {' '.join(submitted)}; logs in {job.snapshot}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
