@@ -218,6 +218,12 @@ class Guard(Section):
     """Robust standard deviations above the median of the last 64 steps from which a loss is a spike; 0: none is."""
     spike_steps: Positive = 3
     """Spikes in a row that stop the run."""
+    roll_backs: Natural = 0
+    """Times that the run, instead of stopping, goes back to its last checkpoint and leaves out the samples since."""
+    least_entropy: Fraction = 0.5
+    """Entropy of the proportions, as a share of equal ones', under which the mixture raises an alarm; 0: none does."""
+    rising_intervals: Natural = 3
+    """Intervals in a row with a higher ratio to the teacher after which a domain raises an alarm; 0: none does."""
 
 
 class Limits(Section):

@@ -1,8 +1,9 @@
-"""Numbers gone wrong: steps without a finite gradient, and a loss that leaves its range."""
+"""Numbers gone wrong: steps without a finite gradient, a loss that leaves its range, a mixture that serves nobody."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from statistics import median
 
 from ddk_ds.config import Guard
@@ -41,6 +42,27 @@ def check_step(state: RunState, loss: float, grad_norm: float, options: Guard) -
         raise NumbersGoneWrong(f"the loss rose to {loss:.4g} from {usual:.4g}, {state.spikes_in_row} steps in a row")
     if not state.spikes_in_row:
         state.recent_losses = [*state.recent_losses, loss][-_WINDOW:]
+
+
+def check_interval(state: RunState, ratio: Sequence[float] | None, names: Sequence[str], options: Guard) -> list[str]:
+    """Alarms at an interval's beginning, of its proportions and of the ratios (N,) to the teacher; notes the ratios."""
+    alarms = []
+    shares = state.proportions
+    entropy = -sum(share * math.log(share) for share in shares if share > 0)
+    if state.data.interval > 0 and len(shares) > 1 and entropy < options.least_entropy * math.log(len(shares)):
+        top = max(range(len(shares)), key=shares.__getitem__)
+        alarms.append(
+            f"the mixture is nearly one domain's: {names[top]} has {shares[top]:.1%}, the entropy is "
+            f"{entropy / math.log(len(shares)):.2f} of equal proportions'; mixture.alpha or mixture.ratio_cap spread it"
+        )
+    if ratio is not None:
+        before, rises = state.last_ratio or ratio, state.rises or [0] * len(ratio)
+        state.rises = [count + 1 if now > was else 0 for now, was, count in zip(ratio, before, rises, strict=True)]
+        state.last_ratio = list(ratio)
+        for name, count, value in zip(names, state.rises, ratio, strict=True):
+            if options.rising_intervals and count >= options.rising_intervals:
+                alarms.append(f"{name} falls behind: its ratio has risen for {count} intervals, to {value:.4g}")
+    return alarms
 
 
 def is_spike(recent: list[float], loss: float, options: Guard) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -93,7 +94,12 @@ def stop_reason(config: Config, state: RunState, measured: Measurement, corpus_s
 
 
 def interval_record(
-    state: RunState, measured: Measurement, names: list[str], plan: Plan | None, clock_s: float
+    state: RunState,
+    measured: Measurement,
+    names: list[str],
+    plan: Plan | None,
+    clock_s: float,
+    alarms: Sequence[str] = (),
 ) -> dict[str, Any]:
     """The ledger's line of an interval's beginning (by its plan) or of the run's end (plan None).
 
@@ -115,5 +121,6 @@ def interval_record(
         "counts": None if plan is None else by_domain(plan.counts),
         "domain_tokens": by_domain(state.domain_tokens),
         "ids_sha": state.data.ids_sha if plan is not None else None,
+        "alarms": list(alarms),
         "clock": {"measure_s": round(clock_s, 3)},
     }

@@ -17,11 +17,12 @@ from ddk_ds.mixture.exhaustion import Plan
 from ddk_ds.mixture.factors import one_hot_warning
 from ddk_ds.train.checkpoint import SaveFailed
 from ddk_ds.train.checkpoint_files import newest_checkpoint
-from ddk_ds.train.guard import NumbersGoneWrong, check_step
+from ddk_ds.train.guard import NumbersGoneWrong, check_interval, check_step
 from ddk_ds.train.interruption import Interrupted
 from ddk_ds.train.interval import Measurement, interval_record, stop_reason
 from ddk_ds.train.learning_rate import learning_rate
 from ddk_ds.train.read_ahead import read_steps
+from ddk_ds.train.roll_back import roll_back
 from ddk_ds.train.setup import Run
 from ddk_ds.train.step import StepMetrics, seed_step, train_step
 from ddk_ds.train.summary import make_summary, summary_table, write_summary
@@ -32,24 +33,15 @@ def train(run: Run) -> dict[str, Any]:
     run.progress.start(run.state.step)
     try:
         while True:
-            if not run.state.data.done:
-                ids = run.mixer.ids(run.state)
-            else:
-                measured, measure_s = _measure(run)
-                reason = stop_reason(run.config, run.state, measured, len(run.dataset))
-                if reason is not None:
-                    return _finish(run, measured, measure_s, reason)
-                proportions, plan = _plan_interval(run, measured)
-                if plan.end is not None:
-                    return _finish(run, measured, measure_s, plan.end)
-                ids = run.mixer.begin(run.state, proportions, plan)
-                _record_interval(run, measured, measure_s, plan)
-            _train_interval(run, ids)
+            try:
+                return _train_to_the_end(run)
+            except NumbersGoneWrong as wrong:
+                _finish_checkpoint(run)
+                if not roll_back(run, str(wrong)):
+                    _stopped(run, str(wrong))
+                    raise
     except Interrupted as interrupted:
         _interrupted(run, str(interrupted))
-        raise
-    except NumbersGoneWrong as wrong:
-        _stopped(run, str(wrong))
         raise
     finally:
         run.progress.stop()
@@ -57,8 +49,26 @@ def train(run: Run) -> dict[str, Any]:
         run.watchdog.close()
 
 
+def _train_to_the_end(run: Run) -> dict[str, Any]:
+    while True:
+        if not run.state.data.done:
+            ids = run.mixer.ids(run.state)
+        else:
+            measured, measure_s = _measure(run)
+            reason = stop_reason(run.config, run.state, measured, len(run.dataset))
+            if reason is not None:
+                return _finish(run, measured, measure_s, reason)
+            proportions, plan = _plan_interval(run, measured)
+            if plan.end is not None:
+                return _finish(run, measured, measure_s, plan.end)
+            ids = run.mixer.begin(run.state, proportions, plan)
+            _record_interval(run, measured, measure_s, plan)
+        _train_interval(run, ids)
+
+
 def _train_interval(run: Run, ids: npt.NDArray[np.int64]) -> None:
     comm, state, config = run.runtime.comm, run.state, run.config
+    state.leave_out()
     method = run.make_method()
     batches = interval_loader(
         run.dataset,
@@ -72,6 +82,7 @@ def _train_interval(run: Run, ids: npt.NDArray[np.int64]) -> None:
     run.ahead.interval(ids, state.data.consumed)
     steps = read_steps(batches, config.micro_batches(comm.world_size), comm, run.interruption)
     run.watchdog.watch("step", state.step)
+    due = False
     for micro_batches, data_s, started in _timed(steps):
         seed_step(config.seed, state.step, comm.rank)
         rate = learning_rate(state.step, run.total_steps, config.optimizer)
@@ -85,8 +96,9 @@ def _train_interval(run: Run, ids: npt.NDArray[np.int64]) -> None:
             comm=comm,
         )
         _record_step(run, metrics, rate, data_s, time.perf_counter() - started)
-        if state.step % config.checkpoint.every_steps == 0:
-            _begin_checkpoint(run)
+        due |= state.step % config.checkpoint.every_steps == 0
+        if due and not state.spikes_in_row:  # amid a spike a checkpoint would be no good one to go back to
+            due = not _begin_checkpoint(run)
         if run.saver.ready():
             _finish_checkpoint(run)
         run.watchdog.watch("step", state.step)
@@ -122,7 +134,12 @@ def _plan_interval(run: Run, measured: Measurement) -> tuple[list[float], Plan]:
 
 def _record_interval(run: Run, measured: Measurement, measure_s: float, plan: Plan) -> None:
     state = run.state
-    run.ledger.write(interval_record(state, measured, run.inputs.names, plan, measure_s))
+    ratio = None if measured.ratio is None else measured.ratio.tolist()
+    alarms = check_interval(state, ratio, run.inputs.names, run.config.guard)
+    run.ledger.write(interval_record(state, measured, run.inputs.names, plan, measure_s, alarms))
+    for alarm in alarms:
+        run.progress.say(f"alarm: {alarm}")
+        run.ledger.event("alarm", step=state.step, text=alarm)
     warning = one_hot_warning(state.proportions, run.inputs.names)
     if warning is not None and state.data.interval == 0 and run.inputs.controller.uses_teacher:
         run.progress.say(f"warning: {warning}")

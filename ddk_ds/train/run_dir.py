@@ -74,7 +74,7 @@ def check_run_dir(config: Config, identity: dict[str, Any]) -> None:
         raise CheckpointError(f"output_dir: {run_dir} cannot be written: {existing}: {error.strerror}") from error
     owner = run_dir / "run.json"
     if not owner.is_file():
-        if run_dir.exists() and any(path.name != ".lock" for path in run_dir.iterdir()):
+        if run_dir.exists() and any(path.name not in (".lock", "slurm") for path in run_dir.iterdir()):
             raise CheckpointError(f"{run_dir} holds files of something else; set name or output_dir to a new directory")
         return
     stored = json.loads(owner.read_text())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -137,13 +138,7 @@ def _restore(run: Run, start: Start | None) -> None:
             f"warning: {path} is damaged, its files are not what their hashes say; going on from an older one"
         )
         run.ledger.event("damaged", path=str(path))
-    fresh = run.state
-    run.state = start.load(run.student)
-    run.state.data.check_fits(fresh.data)
-    if start.forked and run.config.loss.chunk_tokens is not None:
-        run.state.chunk_tokens = fresh.chunk_tokens
-    run.head = replace(run.head, chunk_tokens=run.state.chunk_tokens)
-    run.ledger.rewind(0 if start.forked else start.manifest.ledger_bytes)
+    go_on_from(run, start)
     kind = "fork" if start.forked else "resume"
     changed = start.changed_versions
     run.ledger.event(
@@ -155,6 +150,21 @@ def _restore(run: Run, start: Start | None) -> None:
     if changed:
         shown = ", ".join(f"{name} {change}" for name, change in changed.items())
         run.progress.say(f"warning: other versions than before, so the last digits may differ: {shown}")
+
+
+def go_on_from(run: Run, start: Start) -> None:
+    """Restore weights, optimizer, state and ledger from a checkpoint. Collective."""
+    comm, fresh = run.runtime.comm, run.state
+    run.state = start.load(run.student)
+    run.state.data.check_fits(fresh.data)
+    if start.forked and run.config.loss.chunk_tokens is not None:
+        run.state.chunk_tokens = fresh.chunk_tokens
+    run.head = replace(run.head, chunk_tokens=run.state.chunk_tokens)
+    run.ledger.rewind(0 if start.forked else start.manifest.ledger_bytes)
+    rolled = run.config.run_dir / "roll_backs.json"
+    passed = comm.broadcast_object(json.loads(rolled.read_text()) if comm.rank == 0 and rolled.is_file() else [])
+    positions = [entry["skip_until"] for entry in passed if entry["step"] == run.state.step]
+    run.state.skip_until = max([run.state.skip_until, *positions])
 
 
 def _domain_entries(dataset: MixtureDataset) -> list[DomainEntry]:

@@ -30,8 +30,24 @@ class RunState:
     """Steps with a spike of the loss that ended with the last one."""
     recent_losses: list[float] = field(default_factory=list)
     """Losses of the last good steps."""
+    last_ratio: list[float] = field(default_factory=list)
+    """Ratio to the teacher by domain at the last interval's beginning."""
+    rises: list[int] = field(default_factory=list)
+    """Intervals in a row that each domain's ratio has risen."""
+    skip_until: int = 0
+    """Samples up to this position are left out (see `position`): a roll-back passed over them."""
     train_s: float = 0.0
     """Seconds of training and measuring so far, restarts included."""
+
+    @property
+    def position(self) -> int:
+        """Samples of the global order that are behind the run, trained on or left out."""
+        return sum(self.data.drawn) - self.data.total + self.data.consumed
+
+    def leave_out(self) -> None:
+        """Pass over the samples of this interval that come before `skip_until`."""
+        left = self.data.total - self.data.consumed
+        self.data = self.data.consume(min(left, max(0, self.skip_until - self.position)))
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON for the checkpoint's client state."""

@@ -9,11 +9,11 @@ import torch
 from ddk_ds.engine.runtime import Runtime
 from ddk_ds.train.guard import NumbersGoneWrong
 from ddk_ds.train.loop import train
-from tests.dist.resume_worker import prepare
+from tests.dist.resume_worker import BreakOff, prepare
 
 
 class Poisoned:
-    """A method whose loss is NaN at some steps."""
+    """A method whose loss is NaN on the samples of some steps."""
 
     def __init__(self, method: Any, run: Any, steps: list[int]) -> None:
         self._method, self._run, self._steps = method, run, steps
@@ -21,13 +21,13 @@ class Poisoned:
     def loss(self, *arguments: Any) -> Any:
         """The method's own, or NaN with its graph."""
         result = self._method.loss(*arguments)
-        poisoned = self._run.state.step + 1 in self._steps
+        poisoned = self._run.state.position // 8 + 1 in self._steps
         return result._replace(loss=result.loss * torch.nan) if poisoned else result
 
 
-def poison(runtime: Runtime, config_path: str, name: str, steps: list[int]) -> str:
-    """Train; what the run ended with, and whether the weights moved at the poisoned steps."""
-    run = prepare(runtime, config_path, name)
+def poison(runtime: Runtime, config_path: str, name: str, steps: list[int], lines: int | None = None) -> str:
+    """Train, and break off after so many lines of the ledger; what the run ended with."""
+    run = prepare(runtime, config_path, name, lines)
     if runtime.comm.rank == 1:
         make = run.make_method
         run.make_method = lambda: Poisoned(make(), run, steps)  # type: ignore[method-assign,assignment,return-value]
@@ -35,4 +35,6 @@ def poison(runtime: Runtime, config_path: str, name: str, steps: list[int]) -> s
         train(run)
     except NumbersGoneWrong as wrong:
         return str(wrong)
+    except BreakOff:
+        return "broken off"
     return "finished"

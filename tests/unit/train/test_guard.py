@@ -10,7 +10,7 @@ import pytest
 
 from ddk_ds.config import Guard
 from ddk_ds.mixture.schedule import IntervalState
-from ddk_ds.train.guard import NumbersGoneWrong, check_step
+from ddk_ds.train.guard import NumbersGoneWrong, check_interval, check_step
 from ddk_ds.train.state import RunState
 
 NAN = math.nan
@@ -66,3 +66,31 @@ def test_the_state_goes_through_a_checkpoint() -> None:
     state = feed([*noisy(80), 60.0, NAN])
     again = RunState.from_json(state.to_json())
     assert (again.skipped_in_row, again.spikes_in_row, again.recent_losses) == (1, 1, state.recent_losses)
+
+
+def alarms(ratios: list[list[float]], proportions: list[float], options: Guard | None = None) -> list[list[str]]:
+    """Of intervals with these ratios and the same proportions."""
+    state = fresh()
+    state.data = state.data.begin([4])
+    found = []
+    for ratio in ratios:
+        state.proportions = proportions
+        found.append(check_interval(state, ratio, ["a", "b", "c"], options or Guard()))
+        state.data = state.data.consume(4).begin([4])
+    return found
+
+
+def test_a_mixture_that_goes_one_hot_raises_an_alarm_after_the_first_interval() -> None:
+    first, second = alarms([[2.0, 2.0, 2.0]] * 2, [0.96, 0.02, 0.02])
+    assert not first
+    assert len(second) == 1 and "a has 96.0%, the entropy is 0.18 of equal" in second[0]
+    assert not any(alarms([[2.0, 2.0, 2.0]] * 2, [1.0, 0.0, 0.0], Guard(least_entropy=0.0)))
+    assert not any(alarms([[2.0, 2.0, 2.0]] * 2, [0.6, 0.2, 0.2]))
+
+
+def test_a_ratio_that_rises_for_some_intervals_raises_an_alarm() -> None:
+    rising = [[2.0 + 0.1 * i, 2.0 - 0.1 * i, 2.0 + 0.1 * (i % 2)] for i in range(5)]
+    found = alarms(rising, [1 / 3] * 3)
+    assert [len(texts) for texts in found] == [0, 0, 0, 1, 1]
+    assert found[3] == ["a falls behind: its ratio has risen for 3 intervals, to 2.3"]
+    assert not any(alarms(rising, [1 / 3] * 3, Guard(rising_intervals=0)))
