@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import os
+import signal
+import sys
 import warnings
 from dataclasses import dataclass
 
@@ -12,6 +15,8 @@ import torch
 from deepspeed.accelerator import get_accelerator
 
 from ddk_ds.comm import Comm, ProcessGroup
+
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 @dataclass(frozen=True)
@@ -27,6 +32,7 @@ def start_runtime() -> Runtime:
     quieten()
     # DeepSpeed unpickles what it loads; with this torch.load takes tensors and plain values alone, whatever is asked.
     os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
+    _end_with_the_launcher()
     accelerator = get_accelerator()
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     if accelerator.device_name() == "cpu":
@@ -38,6 +44,15 @@ def start_runtime() -> Runtime:
         accelerator.set_device(local_rank)
     deepspeed.init_distributed(dist_backend=accelerator.communication_backend_name(), verbose=False)
     return Runtime(ProcessGroup(local_rank), torch.device(accelerator.device_name(), local_rank))
+
+
+def _end_with_the_launcher() -> None:
+    """A launcher that is killed takes its ranks along, by SIGTERM: they would train on, and nobody would know.
+
+    srun's steps end with their own daemon, whose threads come and go, and the signal is tied to a thread.
+    """
+    if "SLURM_STEP_ID" not in os.environ and sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def quieten() -> None:

@@ -55,9 +55,16 @@ class Ledger:
                 stream.truncate(position)
 
     def _append(self, path: Path, record: dict[str, Any]) -> None:
-        if self._writes:
+        if not self._writes:
+            return
+        try:
             with path.open("a", encoding="utf-8") as stream:
                 stream.write(json.dumps(record) + "\n")
+        except OSError as error:
+            raise CheckpointError(
+                f"{path} cannot be written: {error.strerror}; make room, then start the same command again: the run "
+                "goes on from its newest checkpoint"
+            ) from error
 
 
 def read_ledger(run_dir: Path) -> list[dict[str, Any]]:

@@ -58,6 +58,7 @@ def _train_to_the_end(run: Run) -> dict[str, Any]:
             reason = stop_reason(run.config, run.state, measured, len(run.dataset))
             if reason is not None:
                 return _finish(run, measured, measure_s, reason)
+            run.watchdog.watch("controller", run.state.step)
             proportions, plan = _plan_interval(run, measured)
             if plan.end is not None:
                 return _finish(run, measured, measure_s, plan.end)

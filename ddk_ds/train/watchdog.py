@@ -12,7 +12,7 @@ from typing import Literal
 
 from ddk_ds.config import Limits
 
-Phase = Literal["step", "evaluation", "checkpoint", "export"]
+Phase = Literal["step", "evaluation", "controller", "checkpoint", "export"]
 
 
 class Watchdog:
@@ -31,7 +31,7 @@ class Watchdog:
 
     def watch(self, phase: Phase, step: int) -> None:
         """A phase begins, and the one before it has ended."""
-        limit = getattr(self._limits, f"{phase}_s")
+        limit = getattr(self._limits, f"{'evaluation' if phase == 'controller' else phase}_s")
         self._stream.seek(0)
         self._stream.truncate()
         self._stream.write(f"{phase} after step {step}, at most {limit:g} s\n")

@@ -1,0 +1,83 @@
+"""A small run on real text, made with the project's own tools: tokenizer, shards, two models, a configuration.
+
+For the fault campaign and the tests; the text is that of the installed Python packages.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+ROOT = Path(__file__).resolve().parents[1]
+RECIPE = {
+    "domains": {
+        "python": {"sources": ["stdlib:json/*.py", "stdlib:email/*.py"], "max_bytes": 150_000},
+        "cpp": {"sources": ["package:torch/include/c10/core/*.h"], "max_bytes": 200_000},
+        "mathematics": {"sources": ["package:sympy/core/*.py"], "max_bytes": 100_000},
+    }
+}
+MODELS = {"teacher": (48, 3), "student": (32, 2)}
+
+
+def run_tool(*command: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+    """Run `python <command>` from the project's root."""
+    done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert not check or done.returncode == 0, f"{command}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+    return done
+
+
+def make_workspace(folder: Path) -> Path:
+    """Fill `folder` with tokenizer/, shards/, teacher/ and student/; returns it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    recipe = folder / "recipe.yaml"
+    recipe.write_text(OmegaConf.to_yaml(OmegaConf.create(RECIPE)))
+    tokenizer = str(folder / "tokenizer")
+    run_tool("tools/train_tokenizer.py", "--recipe", str(recipe), "--vocab-size", "600", "--out", tokenizer)
+    options = ["--sequence-length", "64", "--validation-samples", "12", "--workers", "1"]
+    run_tool(
+        *("tools/prepare_data.py", "--recipe", str(recipe), "--tokenizer", tokenizer),
+        *("--out", str(folder / "shards"), *options),
+    )
+    for name, (hidden, layers) in MODELS.items():
+        shape = {"model_type": "llama", "hidden_size": hidden, "num_hidden_layers": layers}
+        shape |= {"num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 2 * hidden}
+        config = folder / f"{name}.json"
+        config.write_text(json.dumps(shape | {"tie_word_embeddings": name == "student"}))
+        run_tool(
+            *("tools/init_model.py", "--config", str(config), "--tokenizer", tokenizer),
+            *("--out", str(folder / name)),
+        )
+    return folder
+
+
+def write_config(workspace: Path, folder: Path, **sections: Any) -> Path:
+    """A run configuration over the workspace, its runs below `folder`; sections are merged in."""
+    values: dict[str, Any] = {
+        "name": "run",
+        "output_dir": str(folder / "runs"),
+        "student": {"path": str(workspace / "student")},
+        "teacher": {"path": str(workspace / "teacher")},
+        "data": {"path": str(workspace / "shards"), "sequence_length": 64, "validation_samples": 12},
+        "mixture": {"interval_steps": 4, "ratio_cap": 10.0, "initial_floor": 0.05},
+        "optimizer": {"learning_rate": 5e-3, "min_learning_rate": 5e-4, "warmup_steps": 2},
+        "train": {"global_batch_samples": 8, "micro_batch_samples": 2, "precision": "fp32"},
+        "stop": {"steps": 10},
+        "checkpoint": {"every_steps": 3},
+    }
+    for name, section in sections.items():
+        values[name] = {**values.get(name, {}), **section} if isinstance(section, dict) else section
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{values['name']}.yaml"
+    path.write_text(OmegaConf.to_yaml(OmegaConf.create(values)))
+    return path
+
+
+def without_clock(run_dir: Path) -> list[dict[str, Any]]:
+    """A run's ledger but for what the clock decides."""
+    records = [json.loads(line) for line in (run_dir / "ledger.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in record.items() if key != "clock"} for record in records]
