@@ -58,12 +58,11 @@ def render(job: Job) -> str:
         "chained": str(int(job.chained)),
         "ranks_per_node": str(job.ranks_per_node),
         "seed_from_task": str(int(job.seed_from_task)),
-        "environment": "\n".join(f"export {key}={_quoted(value)}" for key, value in _environment(job).items()),
+        "environment": "\n".join(_environment(job)),
         "srun_options": " ".join(_srun_options(job)),
         "command": " ".join(map(_quoted, _command(job))),
     }
-    text = re.sub(r"@([a-z_]+)@", lambda match: values[match[1]], TEMPLATE.read_text(encoding="utf-8"))
-    return re.sub(r"\n{3,}", "\n\n", text)
+    return re.sub(r"@([a-z_]+)@", lambda match: values[match[1]], TEMPLATE.read_text(encoding="utf-8"))
 
 
 def _options(job: Job) -> dict[str, str | None]:
@@ -84,13 +83,16 @@ def _options(job: Job) -> dict[str, str | None]:
     return {**options, **job.options}
 
 
-def _environment(job: Job) -> dict[str, str]:
-    environment = {}
+def _environment(job: Job) -> list[str]:
+    lines = []
+    if Path(job.python).is_absolute():
+        # torch looks for ninja on PATH.
+        lines.append(f'export PATH={_quoted(str(Path(job.python).parent))}:"$PATH"')
     if job.cpus_per_task is not None:
-        environment["OMP_NUM_THREADS"] = str(job.cpus_per_task)
+        lines.append(f"export OMP_NUM_THREADS={job.cpus_per_task}")
     if job.interface is not None:
-        environment |= {"GLOO_SOCKET_IFNAME": job.interface, "NCCL_SOCKET_IFNAME": job.interface}
-    return environment
+        lines += [f"export {key}={_quoted(job.interface)}" for key in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")]
+    return lines
 
 
 def _srun_options(job: Job) -> list[str]:

@@ -24,9 +24,10 @@ _TIME = re.compile(r"(?:(?P<days>\d+)-)?(?P<fields>\d+(?::\d+){0,2})")
 _ARRAY = re.compile(r"\d+(-\d+(:\d+)?)?(,\d+(-\d+(:\d+)?)?)*(%\d+)?")
 _OPTION = re.compile(r"(?P<key>[a-z][a-z-]*)(?:=(?P<value>.+))?")
 # What the script and its restarts rely on; each has an option of its own here, or none.
-_OWN = frozenset(
-    "account array chdir cpus-per-task dependency export gpus-per-node job-name nodes ntasks ntasks-per-node open-mode "
-    "no-requeue output partition qos requeue signal time wrap".split()
+_OWN = (
+    *("account", "array", "chdir", "cpus-per-task", "dependency", "export", "gpus-per-node", "job-name", "nodes"),
+    *("no-requeue", "ntasks", "ntasks-per-node", "open-mode", "output", "partition", "qos", "requeue", "signal"),
+    *("time", "wrap"),
 )
 
 

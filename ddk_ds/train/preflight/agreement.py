@@ -11,8 +11,11 @@ import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 
 from ddk_ds.comm import Comm, collectives
@@ -52,7 +55,7 @@ class Job:
         if comm.world_size == 1 and ranks is not None:
             return cls(comm, device, hosts, ranks, min(ranks, torch.cuda.device_count() or ranks))
         starts = [rank for rank, (_, local) in enumerate(places) if local == 0] + [comm.world_size]
-        local = next(end - start for start, end in zip(starts, starts[1:], strict=False) if comm.rank < end)
+        local = next(end - start for start, end in pairwise(starts) if comm.rank < end)
         return cls(comm, device, hosts, comm.world_size, local)
 
 
@@ -92,19 +95,24 @@ def same_devices(job: Job) -> Row:
 
 def same_configuration(job: Job, config: Config) -> Row:
     """Every line of the resolved configuration."""
-    lines = to_yaml(config).splitlines()
-    found = {"sha256": hashlib.sha256("\n".join(lines).encode()).hexdigest()[:12]}
-    found |= {f"line {number}": line.strip() for number, line in enumerate(lines, 1)}
+    text = to_yaml(config)
+    found = {f"line {number}": line.strip() for number, line in enumerate(text.splitlines(), 1)}
     row = same_as_first(job, "same configuration", found, "start every rank with the same file and overrides")
-    return Row(row.name, "pass", f"sha256 {found['sha256']}") if row.status == "pass" else row
+    digest = hashlib.sha256(text.encode()).hexdigest()[:12]
+    return Row(row.name, "pass", f"sha256 {digest}") if row.status == "pass" else row
+
+
+def same_files(job: Job, fingerprints: dict[str, Any]) -> Row:
+    """Fingerprints of models, tokenizer and shards."""
+    found = {key: str(value) for key, value in fingerprints.items()}
+    row = same_as_first(job, "same files on all ranks", found, "copy models and data anew to the nodes that differ")
+    return Row(row.name, "pass", "models, tokenizer and shards") if row.status == "pass" else row
 
 
 def same_as_first(job: Job, name: str, found: dict[str, str], fix: str) -> Row:
     """Compare this rank's values with rank 0's."""
     theirs = job.comm.broadcast_object(found)
     differing = [key for key in sorted({**found, **theirs}) if found.get(key) != theirs.get(key)]
-    # A hash tells that something differs; what differs comes first.
-    differing.sort(key=lambda key: key == "sha256")
     shown = "; ".join(f"{key} is {found.get(key)}, on rank 0 {theirs.get(key)}" for key in differing[:3])
     return judged(name, shown or ", ".join(f"{key} {value}" for key, value in found.items()), fail=bool(shown), fix=fix)
 
@@ -198,15 +206,16 @@ def measure_collectives(comm: Comm, device: torch.device, limit_s: float = COLLE
     Takes seconds. A collective beyond `limit_s` ends the process with EXIT_FAILED, naming the ranks that did not come.
     """
     if comm.world_size == 1:
-        return [Row("collectives", "skip", "one rank alone: they are measured under the launcher")]
+        return [Row("collectives", "pass", "one rank alone has none: under the launcher they are measured")]
     times: dict[str, list[float]] = {}
     for num_bytes in SIZES.get(device.type, SIZES["cuda"]):
         for name, call in collectives(comm, device, num_bytes).items():
             with deadline(f"{name} of {num_bytes:,} bytes", limit_s):
                 times.setdefault(name, []).append(_seconds(call, device))
-    slowest = [max(values) for values in zip(*comm.gather_objects(sum(times.values(), [])), strict=True)]
-    sizes = len(SIZES.get(device.type, SIZES["cuda"]))
-    return [_speed(name, slowest[number * sizes :][:sizes], device) for number, name in enumerate(times)]
+    with deadline("times of all ranks", limit_s):
+        by_rank = comm.gather_objects(times)
+    slowest = {name: np.max([theirs[name] for theirs in by_rank], axis=0).tolist() for name in times}
+    return [_speed(name, seconds, device) for name, seconds in slowest.items()]
 
 
 def _seconds(call: Callable[[], object], device: torch.device) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -11,7 +12,6 @@ from ddk_ds.comm import Comm
 from ddk_ds.config import Config
 from ddk_ds.data.cache import open_store
 from ddk_ds.data.manifest import load_manifest
-from ddk_ds.data.tokenizer import load_tokenizer
 from ddk_ds.engine.ds_config import student_ds_config
 from ddk_ds.engine.memory import ModelShape, estimate_memory, model_shape
 from ddk_ds.engine.model_files import model_directory, read_model
@@ -22,21 +22,21 @@ from ddk_ds.train.preflight.rows import Row, attempt, deadline, failed, merge
 
 # Headers, indices and sampled bytes of large models on a busy shared file system; a first download from the hub.
 FILES_S, DOWNLOAD_S = 300.0, 7200.0
-_SKIPPED = "not checked: mend what failed above first"
 
 
 def preflight(config: Config, comm: Comm, device: torch.device, ranks: int | None = None) -> list[Row]:
     """Everything that takes seconds: the machines, and the run's configuration, inputs, directory, disks and memory.
 
-    The same rows on every rank. A process without a launcher stands for `ranks` (None: 1). Collective, before the run
-    directory is claimed. Where a rank does not come to a check, the process ends with EXIT_FAILED.
+    The same rows on every rank; what needs a file that is at fault has none. A process without a launcher stands for
+    `ranks` (None: 1). Collective, before the run directory is claimed. Where a rank does not come to a check, the
+    process ends with EXIT_FAILED.
     """
     job = Job.meet(comm, device, ranks)
     rows = _machine(job)
     with deadline("configuration and output directory", agreement.COLLECTIVE_S):
-        rows.append(attempt("same configuration", lambda: agreement.same_configuration(job, config)))
-        rows.append(attempt("output directory", lambda: agreement.output_directory(job, config)))
-    rows.append(attempt("batch", lambda: _batch(config, job.ranks)))
+        rows.append(attempt("same configuration", agreement.same_configuration, job, config))
+        rows.append(attempt("output directory", agreement.output_directory, job, config))
+    rows.append(attempt("batch", _batch, config, job.ranks))
     rows += _inputs(config, job)
     return _together(job, rows)
 
@@ -55,15 +55,12 @@ def _together(job: Job, rows: list[Row]) -> list[Row]:
 def _machine(job: Job) -> list[Row]:
     rows = [agreement.ranks_row(job)]
     with deadline("versions, devices and clocks", agreement.COLLECTIVE_S):
-        for name, check in (
-            ("versions", agreement.same_versions),
-            ("devices", agreement.same_devices),
-            ("clocks", agreement.clocks),
-        ):
-            rows.append(attempt(name, lambda check=check: check(job)))  # type: ignore[misc]
+        rows.append(attempt("versions", agreement.same_versions, job))
+        rows.append(attempt("devices", agreement.same_devices, job))
+        rows.append(attempt("clocks", agreement.clocks, job))
     return [
         *rows,
-        attempt("shared memory", lambda: machine.shared_memory(job.local_ranks)),
+        attempt("shared memory", machine.shared_memory, job.local_ranks),
         attempt("open files", machine.open_files),
         attempt("temporary files", machine.temporary_files),
         attempt("port", machine.master_port),
@@ -87,21 +84,20 @@ def _inputs(config: Config, job: Job) -> list[Row]:
     for key, model in (("student", config.student), ("teacher", config.teacher)):
         if model is not None:
             with deadline(f"{key} files", DOWNLOAD_S):
-                row = attempt(f"{key} files", lambda key=key, model=model: _found(key, model.path, job, paths))  # type: ignore[misc]
-            rows.append(row)
-    rows.append(attempt("shards", lambda: _shards(config)))
+                rows.append(attempt(f"{key} files", _model, key, model.path, job, paths))
+    rows.append(attempt("shards", _shards, config))
+    together = []
     with deadline("models and shards", FILES_S):
-        whole = not any(job.comm.gather_objects(failed(rows)))
-        inputs: list[Inputs] = []
-        if whole:
-            rows.append(attempt("tokenizers and data", lambda: _agree(config, job, inputs)))
-    if not whole:
-        rows.append(Row("tokenizers and data", "skip", _SKIPPED))
-    rows += _of_models(config, job, paths, rows)
-    return [*rows, *_of_run(config, job, inputs)]
+        checked: list[Inputs] = []
+        if not any(job.comm.gather_objects(failed(rows))):
+            together.append(attempt("tokenizers and data", _fit, config, job, checked))
+        if all(job.comm.gather_objects(bool(checked))):
+            together += _with_inputs(config, job, checked[0])
+        together.append(_on_first(job, "newest checkpoint", files.checkpoints, config, job.ranks))
+    return [*rows, *_of_models(config, job, paths), *together]
 
 
-def _found(key: str, path: str, job: Job, paths: dict[str, Path]) -> Row:
+def _model(key: str, path: str, job: Job, paths: dict[str, Path]) -> Row:
     directory = model_directory(path, f"{key}.path", job.comm)
     row = files.model_files(directory, key)
     if row.status == "pass":
@@ -116,83 +112,52 @@ def _shards(config: Config) -> Row:
     return Row("shards", "pass", found)
 
 
-def _agree(config: Config, job: Job, inputs: list[Inputs]) -> Row:
-    inputs.append(check_inputs(config, job.comm))
-    checked = inputs[0]
-    found = f"one vocabulary of {checked.tokenizer.vocab_size:,} tokens, which the shards were made with"
+def _fit(config: Config, job: Job, checked: list[Inputs]) -> Row:
+    checked.append(check_inputs(config, job.comm))
+    found = f"one vocabulary of {checked[0].tokenizer.vocab_size:,} tokens, which the shards were made with"
     return Row("tokenizers and data", "pass", found)
 
 
-def _of_models(config: Config, job: Job, paths: dict[str, Path], rows: list[Row]) -> list[Row]:
-    """Precision, memory and disks: what needs models alone, whatever else failed."""
-    shapes: dict[str, ModelShape] = {}
-    found = []
-    for key, directory in paths.items():
-        model = read_model(directory, f"{key}.path")
-        shapes[key] = model_shape(model)
-        found.append(
-            attempt(f"{key} precision", lambda key=key, model=model: files.precision(config, model, key, job.device))  # type: ignore[misc]
-        )
-    if "student" not in shapes or (config.teacher is not None and "teacher" not in shapes):
-        return [*found, *(Row(name, "skip", _SKIPPED) for name in ("host memory", "disk for checkpoints"))]
-    student, teacher = shapes["student"], shapes.get("teacher")
-    checks: dict[str, Callable[[], list[Row]]] = {
-        "host memory": lambda: _memory(config, job, paths["student"], student, teacher),
-        "disk for checkpoints": lambda: [files.checkpoint_space(config, student)],
-    }
-    if config.train.nvme_path is not None:
-        checks["disk for offloading"] = lambda: [files.nvme_space(config, job, student, teacher)]
-    for name, check in checks.items():
-        found += _attempt_all(name, check)
-    return found
-
-
-def _memory(
-    config: Config, job: Job, directory: Path, student: ModelShape, teacher: ModelShape | None
-) -> list[Row]:
-    vocab_size = load_tokenizer(directory).vocab_size
-    estimate = estimate_memory(config, student, teacher, vocab_size, job.ranks, job.device.type)
-    rows = [machine.host_memory(estimate, job.device, job.ranks, job.local_ranks)]
+def _of_models(config: Config, job: Job, paths: dict[str, Path]) -> list[Row]:
+    """Precision, memory and disks: what needs the models alone, whatever else failed. No collective."""
+    models = {key: read_model(directory, f"{key}.path") for key, directory in paths.items()}
+    rows = [
+        attempt(f"{key} precision", files.precision, config, model, key, job.device) for key, model in models.items()
+    ]
+    if "student" not in models or (config.teacher is not None and "teacher" not in models):
+        return rows
+    student = model_shape(models["student"])
+    teacher = model_shape(models["teacher"]) if "teacher" in models else None
+    rows.append(attempt("host memory", _memory, config, job, student, teacher, "host"))
     if job.device.type == "cuda":
-        rows.append(machine.device_memory(estimate, job.device, job.ranks))
+        rows.append(attempt("device memory", _memory, config, job, student, teacher, "device"))
+    rows.append(attempt("disk for checkpoints", files.checkpoint_space, config, student))
+    if config.train.nvme_path is not None:
+        rows.append(attempt("disk for offloading", files.nvme_space, config, job, student, teacher))
     return rows
 
 
-def _attempt_all(name: str, check: Callable[[], list[Row]]) -> list[Row]:
-    """`attempt` of a check that has several rows."""
-    rows: list[Row] = []
-
-    def first() -> Row:
-        rows.extend(check())
-        return rows[0]
-
-    row = attempt(name, first)
-    return rows or [row]
+def _memory(config: Config, job: Job, student: ModelShape, teacher: ModelShape | None, place: str) -> Row:
+    # Not the tokenizer's size: a vocabulary that cannot be read is another row's affair, and the head is never less.
+    vocab_size = student.head // max(1, student.hidden)
+    estimate = estimate_memory(config, student, teacher, vocab_size, job.ranks, job.device.type)
+    if place == "device":
+        return machine.device_memory(estimate, job.device, job.ranks)
+    return machine.host_memory(estimate, job.device, job.ranks, job.local_ranks)
 
 
-def _of_run(config: Config, job: Job, inputs: list[Inputs]) -> list[Row]:
+def _with_inputs(config: Config, job: Job, inputs: Inputs) -> list[Row]:
     """The run's directory, which rank 0 looks at for all, and what the ranks' inputs have in common."""
-    comm = job.comm
-    names = ("run directory", "same files on all ranks")
-    if not inputs:
-        return [
-            *(Row(name, "skip", _SKIPPED) for name in names),
-            *_on_first(job, "newest checkpoint", lambda: files.checkpoints(config, job.ranks)),
-        ]
-    checked = inputs[0]
-    with deadline("files' fingerprints and the run's directory", FILES_S):
-        prints = {key: str(value) for key, value in checked.fingerprints.items()}
-        fix = "copy models and data anew to the nodes that differ"
-        rows = [attempt(names[1], lambda: agreement.same_as_first(job, names[1], prints, fix))]
-        rows += _on_first(job, names[0], lambda: files.run_directory(config, checked.fingerprints))
-        rows += _on_first(job, "newest checkpoint", lambda: files.checkpoints(config, job.ranks))
+    rows = [
+        attempt("same files on all ranks", agreement.same_files, job, inputs.fingerprints),
+        _on_first(job, "run directory", files.run_directory, config, inputs.fingerprints),
+    ]
     if config.data.cache_dir is not None:
-        name = "disk for the data cache"
-        rows.append(attempt(name, lambda: files.cache_space(config, checked.manifest, checked.names)))
-    assert comm.world_size == len(job.hosts), "a job of other ranks"
+        rows.append(attempt("disk for the data cache", files.cache_space, config, inputs.manifest, inputs.names))
     return rows
 
 
-def _on_first(job: Job, name: str, check: Callable[[], Row]) -> list[Row]:
+def _on_first(job: Job, name: str, check: Callable[..., Row], *arguments: Any) -> Row:
     """Rank 0's row on every rank: thousands of ranks must not all look at every file of a checkpoint."""
-    return [job.comm.broadcast_object(attempt(name, check) if job.comm.rank == 0 else None)]
+    row: Row = job.comm.broadcast_object(attempt(name, check, *arguments) if job.comm.rank == 0 else None)
+    return row

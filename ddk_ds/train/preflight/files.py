@@ -20,7 +20,7 @@ from ddk_ds.engine.memory import COMPUTE_BYTES, OPTIMIZER_BYTES, ModelShape
 from ddk_ds.engine.model_files import ModelFiles, read_model
 from ddk_ds.train.checkpoint_files import MANIFEST, complete_ones, newest_checkpoint
 from ddk_ds.train.preflight.agreement import Job, nearest_existing
-from ddk_ds.train.preflight.machine import gb
+from ddk_ds.train.preflight.machine import size
 from ddk_ds.train.preflight.rows import Row, judged
 from ddk_ds.train.run_dir import check_run_dir, run_identity
 
@@ -46,8 +46,8 @@ def model_files(directory: Path, key: str) -> Row:
         return Row(name, "fail", f"{key}.path: {directory}: a safetensors file has no header: {error}", _COPY)
     paths = sorted({tensor.file for tensor in files.tensors.values()})
     fault = next(filter(None, map(_cut_short, paths)), "") or _index_fault(files, paths) or _layer_fault(files)
-    size = sum(path.stat().st_size for path in paths)
-    found = f"{key}.path: {fault}" if fault else f"{directory}: {len(paths)} safetensors, {gb(size)}, whole"
+    num_bytes = sum(path.stat().st_size for path in paths)
+    found = f"{key}.path: {fault}" if fault else f"{directory}: {len(paths)} safetensors, {size(num_bytes)}, whole"
     return judged(name, found, fail=bool(fault), fix=_COPY)
 
 
@@ -127,7 +127,7 @@ def checkpoints(config: Config, ranks: int) -> Row:
     if newest is None:
         return Row(name, "pass", "none: the run begins anew")
     wrote = newest[1].world_size
-    found = f"{newest[0].name}, {gb(newest[1].num_bytes)}, written by {wrote} ranks, the run has {ranks}"
+    found = f"{newest[0].name}, {size(newest[1].num_bytes)}, written by {wrote} ranks, the run has {ranks}"
     differs = wrote != ranks
     fails = differs and config.optimizer.offload == "nvme"
     fix = f"states on nvme stay on their nodes: start it on {wrote} ranks"
@@ -137,11 +137,11 @@ def checkpoints(config: Config, ranks: int) -> Row:
 def _what_is_wrong(directory: Path) -> str:
     try:
         files = json.loads((directory / MANIFEST).read_text())["files"]
-        for file, (size, _) in sorted(files.items()):
+        for file, (expected, _) in sorted(files.items()):
             found = (directory / file).stat().st_size if (directory / file).is_file() else None
-            if found != size:
+            if found != expected:
                 has = "is missing" if found is None else f"has {found:,} bytes"
-                return f"{file} {has}, {MANIFEST} says {size:,}"
+                return f"{file} {has}, {MANIFEST} says {expected:,}"
     except (OSError, ValueError, KeyError, TypeError) as error:
         return f"its {MANIFEST} cannot be read: {error}"
     return f"its {MANIFEST} is of another format"
@@ -159,7 +159,9 @@ def checkpoint_space(config: Config, student: ModelShape) -> Row:
     there = sum(manifest.num_bytes for _, manifest in complete_ones(config.run_dir / "checkpoints"))
     needed = max(0, count * one - there) + compute * student.parameters
     free = shutil.disk_usage(directory).free
-    found = f"{directory} has {gb(free)} free; {count} checkpoints of {gb(one)} and the export need {gb(needed)} more"
+    found = (
+        f"{directory} has {size(free)} free; {count} checkpoints of {size(one)} and the export need {size(needed)} more"
+    )
     fix = "free space there, lower checkpoint.keep_last, or set output_dir to another disk"
     return judged("disk for checkpoints", found, fail=free < needed, fix=fix)
 
@@ -174,7 +176,7 @@ def cache_space(config: Config, manifest: Manifest, names: list[str]) -> Row:
     directory = Path(config.data.cache_dir)
     there = sum(path.stat().st_size for path in directory.rglob("*.mds"))
     free = shutil.disk_usage(nearest_existing(directory)).free
-    found = f"data.cache_dir {directory} has {gb(free)} free and holds {gb(there)}; it grows to {gb(needed)}"
+    found = f"data.cache_dir {directory} has {size(free)} free and holds {size(there)}; it grows to {size(needed)}"
     fix = "free space there, or set data.cache_limit_gb to what there is"
     return judged("disk for the data cache", found, fail=free < needed - there, fix=fix)
 
@@ -194,7 +196,6 @@ def nvme_space(config: Config, job: Job, student: ModelShape, teacher: ModelShap
     except OSError as error:
         fix = "give a writable directory on each node's own disk"
         return Row("disk for offloading", "fail", f"train.nvme_path {directory}: {error.strerror}", fix)
-    found = f"train.nvme_path {directory} has {gb(free)} free, {job.local_ranks} ranks of this node need {gb(needed)}"
+    ranks = job.local_ranks
+    found = f"train.nvme_path {directory} has {size(free)} free, needed are {size(needed)}; ranks on the node: {ranks}"
     return judged("disk for offloading", found, fail=free < needed, fix="free space there, or offload to cpu")
-
-

@@ -29,9 +29,10 @@ DEFAULT_PORT = 29500
 def shared_memory(local_ranks: int, directory: Path = Path("/dev/shm")) -> Row:
     """Free space of /dev/shm."""
     free, needed = shutil.disk_usage(directory).free, SHM_BYTES_PER_RANK * local_ranks
-    found = f"{directory} has {gb(free)} free; {local_ranks} ranks of this node need {gb(needed)}"
-    fix = f"remove what ended jobs left there, mount it larger, or start the container with --shm-size={gb(2 * needed)}"
-    return judged("shared memory", found, fail=free < needed, fix=fix.replace(" GB", "g"))
+    found = f"{directory} has {size(free)} free; needed are {size(needed)}; ranks on the node: {local_ranks}"
+    wanted = f"--shm-size={2 * needed // 10**6}m"
+    fix = f"remove what ended jobs left there, mount it larger, or start the container with {wanted}"
+    return judged("shared memory", found, fail=free < needed, fix=fix)
 
 
 def open_files() -> Row:
@@ -47,8 +48,8 @@ def temporary_files() -> Row:
     directory = tempfile.gettempdir()
     free = shutil.disk_usage(directory).free
     few, warn = free < LEAST_TMP_BYTES, free < ENOUGH_TMP_BYTES
-    fix = f"free some, at best {gb(ENOUGH_TMP_BYTES)}, or set TMPDIR to another directory"
-    return judged("temporary files", f"{directory} has {gb(free)} free", fail=few, warn=warn, fix=fix)
+    fix = f"free some, at best {size(ENOUGH_TMP_BYTES)}, or set TMPDIR to another directory"
+    return judged("temporary files", f"{directory} has {size(free)} free", fail=few, warn=warn, fix=fix)
 
 
 def master_port() -> Row:
@@ -74,20 +75,20 @@ def master_port() -> Row:
 def device_memory(estimate: MemoryEstimate, device: torch.device, world_size: int) -> Row:
     """The estimate against a GPU's free memory."""
     free, total = torch.cuda.mem_get_info(device)
-    return _memory("device memory", estimate.device_bytes, free, f"of {gb(total)} free", estimate, world_size)
+    return _memory("device memory", estimate.device_bytes, free, f"of {size(total)} free", estimate, world_size)
 
 
 def host_memory(estimate: MemoryEstimate, device: torch.device, world_size: int, local_ranks: int) -> Row:
     """The estimate of all ranks of this node against its free memory; on a CPU that is the device's too."""
     needed = local_ranks * (estimate.total if device.type == "cpu" else estimate.host_bytes)
     free = available_bytes()
-    return _memory("host memory", needed, free, f"available for {local_ranks} ranks", estimate, world_size)
+    return _memory("host memory", needed, free, f"available; ranks on the node: {local_ranks}", estimate, world_size)
 
 
 def _memory(name: str, needed: int, free: int, what: str, estimate: MemoryEstimate, world_size: int) -> Row:
     largest = sorted(estimate.parts.items(), key=lambda part: -part[1])[:3]
-    shown = ", ".join(f"{part} {gb(size)}" for part, size in largest)
-    found = f"estimated {gb(needed)}, {gb(free)} {what}; {world_size} ranks; the most of a rank: {shown}"
+    shown = ", ".join(f"{part} {size(taken)}" for part, taken in largest)
+    found = f"estimated {size(needed)}, {size(free)} {what}; of {world_size} ranks each: {shown}, ..."
     fix = (
         "more ranks, train.micro_batch_samples lower, student.gradient_checkpointing: true, optimizer.offload: cpu, or "
         "deepspeed.zero_optimization.reduce_bucket_size lower (without a launcher, --ranks says how many there will be)"
@@ -107,6 +108,9 @@ def available_bytes(proc: Path = Path("/proc/meminfo"), group: Path = Path("/sys
     return available if limit == "max" else min(available, int(limit) - int(used) + int(cached))
 
 
-def gb(num_bytes: float) -> str:
+def size(num_bytes: float) -> str:
     """Bytes as a user reads them."""
-    return f"{num_bytes / 1e9:.3g} GB"
+    unit, name = next(
+        item for item in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")) if num_bytes >= item[0] or item[0] == 1e3
+    )
+    return f"{num_bytes / unit:.3g} {name}"

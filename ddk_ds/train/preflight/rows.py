@@ -9,21 +9,21 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 from ddk_ds.comm import absent, announce
 from ddk_ds.errors import UserError
 
 EXIT_FAILED = 2
-Status = Literal["pass", "skip", "warn", "fail"]
-_SEVERITY: dict[str, int] = {"pass": 0, "skip": 1, "warn": 2, "fail": 3}
+Status = Literal["pass", "warn", "fail"]
+_SEVERITY: dict[str, int] = {"pass": 0, "warn": 1, "fail": 2}
 # What the rank that reports a wait without an end is ahead of the others: the launcher ends all when one is gone.
 _REPORT_S = 2.0
 
 
 @dataclass(frozen=True)
 class Row:
-    """What one check found. `skip`: it could not be made, since another one failed."""
+    """What one check found, and what to do about it."""
 
     name: str
     status: Status
@@ -37,10 +37,10 @@ def judged(name: str, found: str, *, fail: bool, warn: bool = False, fix: str = 
     return Row(name, status, found, fix if status != "pass" else "")
 
 
-def attempt(name: str, check: Callable[[], Row]) -> Row:
-    """The check's row; an error is a row too, so that the checks after it are still made."""
+def attempt(name: str, check: Callable[..., Row], *arguments: Any) -> Row:
+    """The row of check(*arguments); an error is a row too, so that the checks after it are still made."""
     try:
-        return check()
+        return check(*arguments)
     except UserError as error:
         return Row(name, "fail", str(error))
     except Exception as error:
@@ -55,7 +55,7 @@ def merge(by_rank: Sequence[Sequence[Row]], hosts: Sequence[str]) -> list[Row]:
         found = [(rank, row) for rank, rows in enumerate(by_rank) for row in rows if row.name == name]
         rank, worst = max(found, key=lambda item: (_SEVERITY[item[1].status], -item[0]))
         alike = sum(row.status == worst.status for _, row in found)
-        if worst.status in ("warn", "fail") and (alike < len(by_rank) or worst != found[0][1]):
+        if worst.status != "pass" and any(row != worst for _, row in found):
             more = f" and {alike - 1} more" if alike > 1 else ""
             worst = replace(worst, found=f"rank {rank} on {hosts[rank]}{more}: {worst.found}")
         merged[name] = worst
