@@ -5,13 +5,16 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
 
 from tests.result_file import ResultFile
-from tests.s3_server import ENVIRONMENT, S3Server
 from tests.workspace import make_workspace
+
+if TYPE_CHECKING:
+    from tests.s3_server import S3Server
 
 # Triton decides when its kernels are defined whether to interpret them.
 if not torch.cuda.is_available():
@@ -36,6 +39,9 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[S3Server]:
     """An S3 API on the loopback, which this process and those that it starts find."""
+    # Only here: moto is not on every machine that runs tests/gpu.
+    from tests.s3_server import ENVIRONMENT, S3Server
+
     server = S3Server()
     for key, value in (ENVIRONMENT | {"S3_ENDPOINT_URL": server.endpoint}).items():
         monkeypatch.setenv(key, value)

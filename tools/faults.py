@@ -52,10 +52,9 @@ class Job:
 
     def start(self) -> None:
         """Start the launcher."""
-        launcher = str(Path(sys.executable).with_name("deepspeed"))
         port = str(20000 + int.from_bytes(os.urandom(2), "big") % 20000)
-        command = [launcher, "--num_gpus", str(self._ranks), "--master_port", port]
-        command += ["launch/distill.py", "--config", str(self._config)]
+        command = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(self._ranks)]
+        command += ["--master_port", port, "launch/distill.py", "--config", str(self._config)]
         with self._output.open("a") as output:
             self._process = subprocess.Popen(
                 command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT, start_new_session=True

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import logging
 import os
+import resource
 import signal
 import sys
 import warnings
@@ -53,6 +54,13 @@ def _end_with_the_launcher() -> None:
     """
     if "SLURM_STEP_ID" not in os.environ and sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def peak_memory(device: torch.device) -> int:
+    """Most bytes that this process has held so far: of the device's memory, or of the host's where that computes."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def quieten() -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,7 @@ class ShardWriter(TorchCheckpointEngine):
         self._files: dict[Path, tuple[int, str]] = {}
         self._failure = ""
         self._background = False
+        self._buffers: dict[tuple[str, int], torch.Tensor] = {}
 
     def begin(self, *, background: bool) -> None:
         """A checkpoint begins. In the background: the caller goes on as soon as tensors are copied to the host."""
@@ -37,7 +40,10 @@ class ShardWriter(TorchCheckpointEngine):
     def save(self, state_dict: Any, path: str) -> None:
         """Write one file."""
         if self._background:
-            self._pending.append(self._thread.submit(self._write, _on_host(state_dict), Path(path)))
+            copy = self._on_host(state_dict, Path(path).name, count())
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            self._pending.append(self._thread.submit(self._write, copy, Path(path)))
         else:
             self._write(state_dict, Path(path))
 
@@ -57,6 +63,19 @@ class ShardWriter(TorchCheckpointEngine):
         """Read one file."""
         return load_shard(Path(path), mapped=False)
 
+    def _on_host(self, value: Any, file: str, numbers: Iterator[int]) -> Any:
+        """A copy that training does not change. Its memory is kept: fresh pages cost more than the copy."""
+        if isinstance(value, torch.Tensor):
+            key = file, next(numbers)
+            buffer = self._buffers.get(key)
+            if buffer is None or (buffer.shape, buffer.dtype) != (value.shape, value.dtype):
+                buffer = torch.empty(value.shape, dtype=value.dtype, pin_memory=value.is_cuda)
+                self._buffers[key] = buffer
+            return buffer.copy_(value.detach(), non_blocking=True)
+        if isinstance(value, dict):
+            return {key: self._on_host(item, file, numbers) for key, item in value.items()}
+        return [self._on_host(item, file, numbers) for item in value] if isinstance(value, list) else value
+
     def _write(self, state_dict: Any, path: Path) -> None:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -75,12 +94,3 @@ def load_shard(path: Path, *, mapped: bool) -> Any:
     Mapped: a tensor is read from the disk where it is used.
     """
     return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
-
-
-def _on_host(value: Any) -> Any:
-    """A copy that training does not change."""
-    if isinstance(value, torch.Tensor):
-        return value.detach().to("cpu", copy=True)
-    if isinstance(value, dict):
-        return {key: _on_host(item) for key, item in value.items()}
-    return [_on_host(item) for item in value] if isinstance(value, list) else value

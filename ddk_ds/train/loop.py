@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from ddk_ds.data.loader import MicroBatch, interval_loader
 from ddk_ds.engine.export import export_student
+from ddk_ds.engine.runtime import peak_memory
 from ddk_ds.mixture.exhaustion import Plan
 from ddk_ds.mixture.factors import one_hot_warning
 from ddk_ds.train.checkpoint import SaveFailed
@@ -159,6 +160,7 @@ def _record_step(run: Run, metrics: StepMetrics, rate: float, data_s: float, ste
     numbers = {key: _finite(value) for key, value in asdict(metrics).items()}
     record = {"kind": "step", "step": state.step, "interval": state.data.interval, **numbers}
     clock = {"step_s": round(step_s, 4), "data_s": round(data_s, 4), "tokens_per_s": round(tokens_per_s, 1)}
+    clock["peak_memory_gb"] = round(peak_memory(run.runtime.device) / 1e9, 3)
     run.ledger.write({**record, "learning_rate": rate, "clock": clock})
     run.progress.step(state.step, metrics, tokens_per_s)
     check_step(state, metrics.loss, metrics.grad_norm, run.config.guard)

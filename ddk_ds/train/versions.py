@@ -5,9 +5,15 @@ from __future__ import annotations
 import platform
 from importlib.metadata import version
 
-_PACKAGES = ("ddk_ds", "torch", "deepspeed", "transformers", "numpy")
+from ddk_ds.version import VERSION
+
+_PACKAGES = ("torch", "deepspeed", "transformers", "numpy")
 
 
 def versions() -> dict[str, str]:
-    """Of Python and the packages that compute."""
-    return {"python": platform.python_version(), **{name: version(name) for name in _PACKAGES}}
+    """Of Python, this package (which need not be installed) and those that compute."""
+    return {
+        "python": platform.python_version(),
+        "ddk_ds": VERSION,
+        **{name: version(name) for name in _PACKAGES},
+    }
