@@ -17,6 +17,7 @@ from rich.table import Table
 from ddk_ds.comm import Comm, SingleProcess, agreed, destroy
 from ddk_ds.config import Config, load_config, to_yaml
 from ddk_ds.errors import UserError
+from ddk_ds.redact import redact
 
 if TYPE_CHECKING:
     from ddk_ds.train.inputs import Inputs
@@ -41,7 +42,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stderr.flush()
         os._exit(130)  # other ranks may wait in a collective that this one will not join
     except UserError as error:
-        _console(stderr=True).print(f"error: {error}", style="bold red", highlight=False, soft_wrap=True, markup=False)
+        shown = redact(f"error: {error}")
+        _console(stderr=True).print(shown, style="bold red", highlight=False, soft_wrap=True, markup=False)
         return 2
     finally:
         destroy()

@@ -15,6 +15,7 @@ from yaml import YAMLError
 
 from ddk_ds.config.run import Config
 from ddk_ds.errors import ConfigError
+from ddk_ds.redact import names_a_secret, redact
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -40,6 +41,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
 def make_config(values: dict[str, Any], source: str) -> Config:
     """Validate plain nested values; `source` is named in errors."""
+    _refuse_secrets(values, "", source)
     try:
         return Config.model_validate(_tuples(values))
     except ValidationError as error:
@@ -50,6 +52,19 @@ def make_config(values: dict[str, Any], source: str) -> Config:
 def to_yaml(config: Config) -> str:
     """The resolved configuration as YAML, which `load_config` reads back to an equal one."""
     return OmegaConf.to_yaml(OmegaConf.create(config.model_dump(mode="json")))
+
+
+def _refuse_secrets(value: Any, key: str, source: str) -> None:
+    """The resolved configuration is kept in the run's directory and in each checkpoint: no place for credentials."""
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for name, item in items:
+        _refuse_secrets(item, f"{key}.{name}" if key else str(name), source)
+    named = names_a_secret(key.rpartition(".")[2]) and value is not None
+    if isinstance(value, str) and (named or redact(value) != value):
+        raise ConfigError(
+            f"{source}: {key} holds a credential ({'***' if named else redact(value)}): give it in the environment or "
+            "in the store's own credentials file, never in the configuration, which runs keep and print"
+        )
 
 
 def _tuples(value: Any) -> Any:

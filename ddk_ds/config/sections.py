@@ -34,6 +34,8 @@ class Model(Section):
     """Attention kernel that transformers is asked for."""
     offload_params: Literal["none", "cpu", "nvme"] = "none"
     """Where the sharded parameters rest between uses."""
+    trust_remote_code: bool = False
+    """Run the Python code that the model's directory brings along; only for code that you have read."""
     leaf_modules: tuple[str, ...] = ()
     """Class names that ZeRO-3 gathers as one (mixture-of-experts blocks)."""
 

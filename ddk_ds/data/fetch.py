@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import os
-import re
 import threading
 import time
 from pathlib import Path
@@ -12,13 +11,13 @@ from typing import Any
 
 from ddk_ds.data.store import Damaged, Shard, verify
 from ddk_ds.errors import DataError
+from ddk_ds.redact import redact
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 _FIRST_WAIT_S, _LONGEST_WAIT_S = 0.5, 30.0
 # Words of a store's error that time does not mend.
 _GONE = {"404", "NoSuchKey", "NoSuchBucket", "NotFound"}
 _DENIED = {"401", "403", "AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken"}
-_SECRET = re.compile(r"(?i)(//)[^/@\s]+@|((?:secret|token|signature|credential|password|accesskey\w*)[=:]\s*)[^&\s,;]+")
 
 
 class Missing(DataError):
@@ -117,4 +116,4 @@ class Fetcher:
 def _describe(error: BaseException) -> str:
     """Type and message on one line, without what may be a credential."""
     text = " ".join(str(error).split())[:300]
-    return f"{type(error).__name__}: " + _SECRET.sub(lambda found: (found.group(1) or found.group(2)) + "***", text)
+    return f"{type(error).__name__}: {redact(text)}"

@@ -89,6 +89,21 @@ def read_model(directory: Path, key: str) -> ModelFiles:
     return ModelFiles(directory, config, _tensor_files(directory, key))
 
 
+def check_code(files: ModelFiles, key: str, *, trusted: bool) -> None:
+    """Raise ConfigError where the model needs Python code of its own directory, and the configuration trusts none."""
+    from transformers import CONFIG_MAPPING
+
+    if "auto_map" not in files.config or files.config.get("model_type") in CONFIG_MAPPING:
+        return
+    if not trusted:
+        raise ConfigError(
+            f"{key}.path: {files.directory} is a {files.config.get('model_type')!r}, which transformers does not know, "
+            f"and brings Python code along; it is run only with {key}.trust_remote_code: true. Read it first"
+        )
+    if not any(files.directory.glob("*.py")):
+        raise ConfigError(f"{key}.path: {files.directory} needs Python code that is not in it; download it whole")
+
+
 def _tensor_files(directory: Path, key: str) -> dict[str, StoredTensor]:
     index, single = directory / "model.safetensors.index.json", directory / "model.safetensors"
     if index.is_file():

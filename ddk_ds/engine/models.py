@@ -155,7 +155,8 @@ def load_teacher(config: Config, files: ModelFiles, vocab_size: int, comm: Comm)
 def _load_sharded(
     config: Config, model: Model, key: str, files: ModelFiles, ds_config: dict[str, Any], comm: Comm
 ) -> PreTrainedModel:
-    hf_config = AutoConfig.from_pretrained(files.directory)
+    trusted = model.trust_remote_code
+    hf_config = AutoConfig.from_pretrained(files.directory, trust_remote_code=trusted)
     hf_config.use_cache = False
     dtype = _DTYPES[config.train.precision]
     try:
@@ -164,7 +165,7 @@ def _load_sharded(
         overrides = [deepspeed.zero.DeepSpeedTensorOverride.device]
         with no_init_weights(), deepspeed.zero.Init(config_dict_or_path=ds_config, tensor_overrides=overrides):
             built = AutoModelForCausalLM.from_config(
-                hf_config, attn_implementation=model.attn_implementation, dtype=dtype
+                hf_config, attn_implementation=model.attn_implementation, dtype=dtype, trust_remote_code=trusted
             )
     except (ImportError, ValueError) as error:
         raise ConfigError(f"{key}: {files.directory} cannot be built: {error}") from error

@@ -14,7 +14,7 @@ from ddk_ds.data.manifest import Manifest, load_manifest
 from ddk_ds.data.store import Store
 from ddk_ds.data.tokenizer import TokenizerInfo, load_tokenizer
 from ddk_ds.engine.ds_config import student_ds_config
-from ddk_ds.engine.model_files import ModelFiles, model_directory, read_model
+from ddk_ds.engine.model_files import ModelFiles, check_code, model_directory, read_model
 from ddk_ds.errors import ConfigError, DataError
 from ddk_ds.mixture.controllers import Controller, make_controller
 from ddk_ds.mixture.exhaustion import Exhaustion, make_exhaustion
@@ -123,6 +123,7 @@ def _check_exhaustion(config: Config, manifest: Manifest, names: list[str]) -> E
 
 
 def _check_model(config: Config, key: str, model: Model, files: ModelFiles) -> None:
+    check_code(files, key, trusted=model.trust_remote_code)
     positions = files.config.get("max_position_embeddings") or files.config.get("n_positions")
     if positions is not None and positions < config.data.sequence_length:
         raise ConfigError(

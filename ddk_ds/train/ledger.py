@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ddk_ds.errors import CheckpointError
+from ddk_ds.redact import redact
 
 
 class Ledger:
@@ -59,7 +60,7 @@ class Ledger:
             return
         try:
             with path.open("a", encoding="utf-8") as stream:
-                stream.write(json.dumps(record) + "\n")
+                stream.write(redact(json.dumps(record)) + "\n")
         except OSError as error:
             raise CheckpointError(
                 f"{path} cannot be written: {error.strerror}; make room, then start the same command again: the run "

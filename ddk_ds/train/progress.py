@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from ddk_ds.redact import redact
 from ddk_ds.train.step import StepMetrics
 
 _LINE_EVERY_S = 10.0
@@ -48,7 +49,7 @@ class RunProgress:
 
     def say(self, text: str) -> None:
         """Print a line above the bar."""
-        self._bar.console.print(text)
+        self._bar.console.print(redact(text))
 
     def interval(self, number: int, proportions: Sequence[float]) -> None:
         """A new interval has begun."""

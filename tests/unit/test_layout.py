@@ -25,7 +25,7 @@ FLOORS = (
     ("engine",),
     ("data", "kernels", "mixture"),
     ("comm", "config"),
-    ("errors", "files", "version"),
+    ("errors", "files", "redact", "version"),
 )
 FLOOR = {room: floor for floor, rooms in enumerate(reversed(FLOORS)) for room in rooms}
 
