@@ -149,16 +149,16 @@ def output_directory(job: Job, config: Config) -> Row:
     name = "output directory"
     parent = nearest_existing(Path(config.output_dir))
     fix = "let output_dir name a writable directory on a file system that all nodes share"
-    made, error = job.comm.broadcast_object(_make_and_rename(parent) if job.comm.rank == 0 else None)
+    comm = job.comm
+    made, error = comm.broadcast_object(_make_and_rename(parent) if comm.rank == 0 else None)
     if not error:
-        error = _write_into(made, job.comm.rank)
-        job.comm.barrier()
-        if job.comm.rank == 0 and not error:
-            count = job.comm.world_size
-            if not _within(SEEN_WITHIN_S, lambda: len(list(made.iterdir())) == count):
-                error = f"of the files that {count} ranks wrote there, {len(list(made.iterdir()))} are seen by rank 0"
-        job.comm.barrier()
-    if job.comm.rank == 0:
+        errors = comm.gather_objects(_write_into(made, comm.rank))
+        rank = next((rank for rank, found in enumerate(errors) if found), None)
+        if rank is not None:
+            error = f"rank {rank} on {job.hosts[rank]}: {errors[rank]}"
+        else:
+            error = comm.broadcast_object(_unseen(made, comm.world_size) if comm.rank == 0 else None)
+    if comm.rank == 0:
         shutil.rmtree(made, ignore_errors=True)
     found = f"output_dir {config.output_dir}: {error or 'written, renamed and seen by all ranks'}"
     return judged(name, found, fail=bool(error), fix=fix)
@@ -186,6 +186,12 @@ def _write_into(directory: Path, rank: int) -> str:
     except OSError as error:
         return f"{directory.parent} cannot be written: {error.strerror}"
     return ""
+
+
+def _unseen(directory: Path, count: int) -> str:
+    if _within(SEEN_WITHIN_S, lambda: len(os.listdir(directory)) == count):
+        return ""
+    return f"of the {count} files that ranks wrote there rank 0 sees {len(os.listdir(directory))}"
 
 
 def _within(seconds: float, condition: Callable[[], bool]) -> bool:

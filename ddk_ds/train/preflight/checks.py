@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ddk_ds.comm import Comm
+from ddk_ds.comm import Comm, SingleProcess
 from ddk_ds.config import Config
 from ddk_ds.data.cache import open_store
 from ddk_ds.data.manifest import load_manifest
@@ -89,8 +89,8 @@ def _inputs(config: Config, job: Job) -> list[Row]:
     together = []
     with deadline("models and shards", FILES_S):
         checked: list[Inputs] = []
-        if not any(job.comm.gather_objects(failed(rows))):
-            together.append(attempt("tokenizers and data", _fit, config, job, checked))
+        if not failed(rows):
+            together.append(attempt("tokenizers and data", _fit, _found(config, paths), checked))
         if all(job.comm.gather_objects(bool(checked))):
             together += _with_inputs(config, job, checked[0])
         together.append(_on_first(job, "newest checkpoint", files.checkpoints, config, job.ranks))
@@ -112,8 +112,16 @@ def _shards(config: Config) -> Row:
     return Row("shards", "pass", found)
 
 
-def _fit(config: Config, job: Job, checked: list[Inputs]) -> Row:
-    checked.append(check_inputs(config, job.comm))
+def _found(config: Config, paths: dict[str, Path]) -> Config:
+    """The configuration as far as `check_inputs` is still to check it: models are found, the batch has its own row."""
+    student = config.student.model_copy(update={"path": str(paths["student"])})
+    teacher = config.teacher and config.teacher.model_copy(update={"path": str(paths["teacher"])})
+    train = config.train.model_copy(update={"micro_batch_samples": 1})
+    return config.model_copy(update={"student": student, "teacher": teacher, "train": train})
+
+
+def _fit(config: Config, checked: list[Inputs]) -> Row:
+    checked.append(check_inputs(config, SingleProcess()))
     found = f"one vocabulary of {checked[0].tokenizer.vocab_size:,} tokens, which the shards were made with"
     return Row("tokenizers and data", "pass", found)
 

@@ -52,8 +52,8 @@ def model_files(directory: Path, key: str) -> Row:
 
 
 def _cut_short(path: Path) -> str:
-    try:
-        with safe_open(path, framework="pt"):
+    try:  # for torch it would map the file as memory that may be written, which a small machine refuses
+        with safe_open(path, framework="np"):
             return ""
     except SafetensorError as error:
         return f"{path} has {path.stat().st_size:,} bytes, which is not what its header says: {error}"
@@ -86,7 +86,7 @@ def precision(config: Config, files: ModelFiles, key: str, device: torch.device)
     name, wanted = f"{key} precision", config.train.precision
     stored: set[str] = set()
     for path in sorted({tensor.file for tensor in files.tensors.values()}):
-        with safe_open(path, framework="pt") as reader:
+        with safe_open(path, framework="np") as reader:
             stored |= {reader.get_slice(tensor).get_dtype() for tensor in reader.keys()}  # noqa: SIM118
     found = f"stored as {', '.join(sorted(stored))}, computed in train.precision {wanted}"
     if "quantization_config" in files.config or not stored & _FLOATS:

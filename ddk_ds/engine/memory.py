@@ -1,0 +1,247 @@
+"""What a run takes of a device's and of a host's memory, estimated part by part before any model is loaded. Pure.
+
+Assumed, and not measured:
+
+- A rank holds ceil(1 / world size) of everything that ZeRO-3 shards; tensors below `param_persistence_threshold`
+  elements lie whole on every rank beside that.
+- Of the student up to `max_live_parameters` elements stay gathered between forward and backward, since a layer's
+  next use is near; the teacher, which only goes forward, holds a layer (or its embedding) and what is prefetched.
+- Activations of a layer are those of a Llama-like block: two norms in float32, attention without stored scores unless
+  it is `eager`, a gated MLP. With gradient checkpointing each layer keeps its input, and one layer is whole.
+- DeepSpeed allocates a bucket of `reduce_bucket_size` gradients whole, and joins what is in it once more. On a CPU only
+  the pages that gradients reach are taken.
+- Libraries of a process take CONTEXT_BYTES of a GPU (CUDA's context, NCCL, cuBLAS) and PROCESS_BYTES of the host.
+- Holes that the allocator leaves are not in it: leave a tenth of the device free.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ddk_ds.config import Config, Model
+from ddk_ds.engine.model_files import ModelFiles
+from ddk_ds.kernels.options import GROUP_CHUNKS, default_chunk_tokens
+
+CONTEXT_BYTES = 1_500_000_000
+PROCESS_BYTES = 800_000_000
+# float32 master weight and AdamW's two moments; the float32 gradient that micro-batches add up in.
+OPTIMIZER_BYTES, GRADIENT_BYTES = 12, 4
+COMPUTE_BYTES = {"bf16": 2, "fp32": 4}
+
+# DeepSpeed's defaults for what a configuration leaves out, in elements.
+_DEFAULTS = {
+    "reduce_bucket_size": 500_000_000,
+    "prefetch_bucket_size": 50_000_000,
+    "param_persistence_threshold": 100_000,
+    "max_live_parameters": 1_000_000_000,
+    "sub_group_size": 1_000_000_000,
+}
+# Buffers that DeepSpeed pins for what rests on nvme: 5 of 1e8 elements of parameters, 4 sub-groups of the optimizer.
+_NVME_PARAMETERS, _NVME_SUB_GROUPS = 500_000_000, 4
+_HEADS = ("lm_head.weight", "embed_out.weight", "output.weight")
+# What older checkpoints store beside parameters: rotary frequencies and attention masks.
+_BUFFERS = re.compile(r"(\.inv_freq|\.masked_bias|\.attn\.bias|\.attention\.bias)$")
+_LAYER = re.compile(r"^(.*?\.\d+)\.")
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """What memory depends on of a model; counts of elements."""
+
+    tensors: tuple[int, ...]
+    """Elements of each parameter, tied ones once."""
+    largest_layer: int
+    """Elements of the largest layer."""
+    head: int
+    """Elements of the output head, which is the embedding's where they are tied."""
+    layers: int
+    hidden: int
+    attention: int
+    """Width of queries and of the attention's output: heads x their size."""
+    key_value: int
+    """Width of keys and of values."""
+    intermediate: int
+    """Width of the MLP that a token goes through; of a mixture of experts: of all experts that it goes to."""
+    heads: int
+
+    @property
+    def parameters(self) -> int:
+        """Elements of all parameters."""
+        return sum(self.tensors)
+
+    def shard(self, world_size: int) -> int:
+        """Elements of one rank's shards: ZeRO-3 pads each tensor to a multiple of the ranks."""
+        return sum(math.ceil(tensor / world_size) for tensor in self.tensors)
+
+
+def model_shape(files: ModelFiles) -> ModelShape:
+    """The shape of a model from its config.json and its tensors' headers."""
+    values = {**files.config, **files.config.get("text_config", {})}
+    sizes = {name: math.prod(t.shape) for name, t in files.tensors.items() if not _BUFFERS.search(name)}
+    heads = [name for name in sizes if name.endswith(_HEADS)]
+    if values.get("tie_word_embeddings"):
+        for name in heads:
+            del sizes[name]
+    layers: dict[str, int] = {}
+    for name, size in sizes.items():
+        if match := _LAYER.match(name):
+            layers[match[1]] = layers.get(match[1], 0) + size
+    outside = max((size for name, size in sizes.items() if not _LAYER.match(name)), default=0)
+    hidden = _first(values, "hidden_size", "n_embd", "d_model")
+    num_heads = max(1, _first(values, "num_attention_heads", "n_head"))
+    head_size = _first(values, "head_dim") or hidden // num_heads
+    experts = _first(values, "num_experts_per_tok") or 1
+    intermediate = _first(values, "moe_intermediate_size", "intermediate_size", "n_inner", "ffn_dim") or 4 * hidden
+    return ModelShape(
+        tensors=tuple(sizes.values()),
+        largest_layer=max(layers.values(), default=0),
+        head=next((sizes[name] for name in heads if name in sizes), outside),
+        layers=_first(values, "num_hidden_layers", "n_layer") or len(layers),
+        hidden=hidden,
+        attention=num_heads * head_size,
+        key_value=(_first(values, "num_key_value_heads") or num_heads) * head_size,
+        intermediate=experts * intermediate,
+        heads=num_heads,
+    )
+
+
+def _first(values: Mapping[str, Any], *keys: str) -> int:
+    return next((int(values[key]) for key in keys if values.get(key)), 0)
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Bytes that one rank takes, by part."""
+
+    resident: dict[str, int]
+    """On the device from the start to the end."""
+    passes: dict[str, int]
+    """On the device at the height of a micro-batch's forward and backward."""
+    update: dict[str, int]
+    """On the device while the optimizer steps, when nothing of `passes` is there."""
+    host: dict[str, int]
+    """In the host's memory."""
+
+    @property
+    def parts(self) -> dict[str, int]:
+        """Every part; those of `passes` and `update` are never there together."""
+        return {**self.resident, **self.passes, **self.update, **self.host}
+
+    @property
+    def device_bytes(self) -> int:
+        """Most that the rank takes of its device at a time."""
+        return sum(self.resident.values()) + max(sum(self.passes.values()), sum(self.update.values()))
+
+    @property
+    def host_bytes(self) -> int:
+        """Most that the rank takes of the host's memory at a time, beside a CPU that is its device."""
+        return sum(self.host.values())
+
+    @property
+    def total(self) -> int:
+        """Both: what counts where the device is the host's CPU."""
+        return self.device_bytes + self.host_bytes
+
+
+def estimate_memory(
+    config: Config,
+    student: ModelShape,
+    teacher: ModelShape | None,
+    vocab_size: int,
+    world_size: int,
+    device_type: str = "cuda",
+) -> MemoryEstimate:
+    """Memory of one of `world_size` ranks. A node holds as many times the host's bytes as it has ranks."""
+    raw = config.deepspeed.get("zero_optimization", {})  # of the student's engine; the teacher's has the defaults
+    zero = {name: int(raw.get(f"stage3_{name}", raw.get(name, default))) for name, default in _DEFAULTS.items()}
+    compute = COMPUTE_BYTES[config.train.precision]
+    shard = student.shard(world_size)
+    resident: dict[str, int] = {"CUDA context and NCCL": CONTEXT_BYTES if device_type == "cuda" else 0}
+    host = {"process": PROCESS_BYTES}
+    weights: dict[str, tuple[Model, ModelShape]] = {"student shards": (config.student, student)}
+    if teacher is not None and config.teacher is not None:
+        weights["teacher shards"] = (config.teacher, teacher)
+    for name, (model, shape) in weights.items():
+        place = {"none": resident, "cpu": host, "nvme": {}}[model.offload_params]
+        place[name] = compute * shape.shard(world_size)
+        if model.offload_params == "nvme":
+            host[f"{name}: nvme buffers"] = compute * _NVME_PARAMETERS
+    optimizer = {"none": resident, "cpu": host, "nvme": {}}[config.optimizer.offload]
+    optimizer["master weights and moments"] = OPTIMIZER_BYTES * shard
+    (resident if config.optimizer.offload == "none" else host)["gradient sums"] = GRADIENT_BYTES * shard
+    sub_group = min(shard, zero["sub_group_size"])
+    if config.optimizer.offload == "nvme":
+        host["optimizer: nvme buffers"] = 4 * _NVME_SUB_GROUPS * sub_group
+    if config.checkpoint.in_background:
+        host["checkpoint's copy"] = (OPTIMIZER_BYTES + compute) * shard
+    bucket = (
+        zero["reduce_bucket_size"] if device_type == "cuda" else min(zero["reduce_bucket_size"], student.parameters)
+    )
+    resident["gradient bucket"] = compute * bucket
+    small = sum(size for size in student.tensors if size <= zero["param_persistence_threshold"])
+    resident["small parameters"] = compute * small
+    # The gradients of a sub-group as one float32 tensor, and one of AdamW's own intermediate results.
+    update = {"gradient and intermediate of the update": 2 * 4 * sub_group}
+    if config.optimizer.offload != "none":
+        host |= update
+        update = {}
+    passes = _passes(config, student, teacher, vocab_size, zero, device_type)
+    return MemoryEstimate(resident, passes, update, host)
+
+
+def _passes(
+    config: Config,
+    student: ModelShape,
+    teacher: ModelShape | None,
+    vocab_size: int,
+    zero: dict[str, int],
+    device_type: str,
+) -> dict[str, int]:
+    """Parts of a micro-batch's forward and backward."""
+    compute = COMPUTE_BYTES[config.train.precision]
+    tokens = config.train.micro_batch_samples * config.data.sequence_length
+    largest = max(student.largest_layer, student.head)
+    live = min(student.parameters, max(zero["max_live_parameters"], largest) + zero["prefetch_bucket_size"])
+    chunk = min(tokens, config.loss.chunk_tokens or default_chunk_tokens(vocab_size, device_type))
+    logits = 4 if config.loss.logits_dtype == "float32" else compute
+    models = 1 if teacher is None else 2
+    parts = {
+        "student gathered": compute * live,
+        "gradients of a layer": compute * largest,
+        "gradients joined for the reduction": compute * min(zero["reduce_bucket_size"], student.parameters),
+        # A float32 sum and the same rounded to the parameter's dtype.
+        "head's weight gradient": (4 + compute) * student.head,
+        "hidden states": tokens * (student.hidden * (compute + 4) + (teacher.hidden * compute if teacher else 0)),
+        "logits of a chunk": chunk * vocab_size * logits * models,
+        "activations": _activations(config, student, tokens, compute),
+    }
+    if compute == 2:
+        parts["logits' gradients"] = min(tokens, GROUP_CHUNKS * chunk) * vocab_size * compute
+    if teacher is not None and config.teacher is not None:
+        prefetch = _DEFAULTS["prefetch_bucket_size"]
+        layer = _layer_activations(config.teacher, teacher, tokens, config.data.sequence_length, compute)
+        gathered = compute * min(teacher.parameters, max(teacher.largest_layer, teacher.head) + prefetch)
+        # Its layers are gone when its head is gathered, and its activations when the student's begin.
+        parts["teacher gathered"] = max(gathered, compute * teacher.head)
+        parts["activations"] = max(parts["activations"], layer)
+    return parts
+
+
+def _activations(config: Config, shape: ModelShape, tokens: int, compute: int) -> int:
+    layer = _layer_activations(config.student, shape, tokens, config.data.sequence_length, compute)
+    if config.student.gradient_checkpointing:
+        return shape.layers * tokens * shape.hidden * compute + layer
+    return shape.layers * layer
+
+
+def _layer_activations(model: Model, shape: ModelShape, tokens: int, length: int, compute: int) -> int:
+    """Bytes that a layer keeps for its backward."""
+    norms = 2 * shape.hidden * (4 + 2 * compute)
+    attention = compute * (2 * shape.attention + 2 * shape.key_value)
+    if model.attn_implementation == "eager":
+        attention += shape.heads * length * (4 + 2 * compute)  # scores, their softmax in float32, the same rounded
+    return tokens * (norms + attention + compute * 4 * shape.intermediate)

@@ -1,0 +1,9 @@
+"""What can be known before a run waits in a queue, or spends a cluster's time, on something that cannot work."""
+
+from __future__ import annotations
+
+from ddk_ds.train.preflight.agreement import measure_collectives
+from ddk_ds.train.preflight.checks import preflight, preflight_machine
+from ddk_ds.train.preflight.rows import EXIT_FAILED, Row, failed
+
+__all__ = ["EXIT_FAILED", "Row", "failed", "measure_collectives", "preflight", "preflight_machine"]

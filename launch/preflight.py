@@ -1,0 +1,102 @@
+"""Check a run and the machines that it will have, and say what to mend.
+
+python launch/preflight.py --config configs/demo.yaml [key=value ...]
+deepspeed launch/preflight.py --config configs/demo.yaml [key=value ...]
+
+The first checks what one machine can know, `--ranks` says for how many ranks; the second, or srun, all ranks together.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from ddk_ds.comm import Comm, SingleProcess, destroy
+from ddk_ds.config import Config, load_config
+from ddk_ds.errors import UserError
+
+if TYPE_CHECKING:
+    from ddk_ds.train.preflight import Row
+
+_STYLES = {"pass": "green", "warn": "yellow", "fail": "bold red"}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Returns the exit code: 0 every check passed or warns; 2 one failed."""
+    options = _parse(arguments)
+    try:
+        return _run(options)
+    finally:
+        destroy()
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="launch/preflight.py", description="Check a run before it starts.")
+    parser.add_argument("--config", required=True, help="YAML file of the run, see configs/")
+    parser.add_argument("--ranks", type=int, help="without a launcher: number of ranks that the run will have")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there too")
+    parser.add_argument("--no-collectives", action="store_true", help="leave out their bandwidths, which take longest")
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="configuration values to replace")
+    return parser.parse_intermixed_args(arguments)
+
+
+def _run(options: argparse.Namespace) -> int:
+    import torch
+
+    from ddk_ds.engine.runtime import quieten, start_runtime
+    from ddk_ds.train.preflight import EXIT_FAILED, failed, measure_collectives, preflight, preflight_machine
+
+    quieten()
+    runtime = start_runtime() if "RANK" in os.environ else None
+    comm: Comm = SingleProcess() if runtime is None else runtime.comm
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu") if runtime is None else runtime.device
+    config, error = _load(options)
+    # A rank that has no configuration must not leave the others waiting for it in the checks that need one.
+    errors = [found for found in comm.gather_objects(error) if found is not None]
+    if errors:
+        rows = [errors[0], *preflight_machine(comm, device)]
+    else:
+        assert config is not None, "a configuration without an error"
+        rows = preflight(config, comm, device, options.ranks)
+    if not options.no_collectives:
+        rows += measure_collectives(comm, device)
+    if comm.rank == 0:
+        _show(rows)
+        if options.json is not None:
+            options.json.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
+    return EXIT_FAILED if failed(rows) else 0
+
+
+def _load(options: argparse.Namespace) -> tuple[Config | None, Row | None]:
+    from ddk_ds.train.preflight import Row
+
+    try:
+        return load_config(options.config, options.overrides), None
+    except UserError as error:
+        return None, Row("configuration", "fail", str(error))
+
+
+def _show(rows: Sequence[Row]) -> None:
+    table = Table("check", "result", "found", title="preflight", title_justify="left")
+    for row in rows:
+        found = escape(row.found) + (f"\n[bold]fix:[/bold] {escape(row.fix)}" if row.fix else "")
+        table.add_row(row.name, f"[{_STYLES[row.status]}]{row.status}[/]", found)
+    console = Console()
+    console.print(table)
+    counts = {status: sum(row.status == status for row in rows) for status in _STYLES}
+    console.print(f"{counts['pass']} passed, {counts['warn']} warn, {counts['fail']} failed")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

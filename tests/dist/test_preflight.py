@@ -1,0 +1,79 @@
+"""Faults that only several ranks can have; a rank that does not answer; the memory's estimate beside real engines."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.dist.ranks import run_ranks
+from tests.workspace import ROOT, write_config
+
+DEEPSPEED = str(Path(sys.executable).with_name("deepspeed"))
+# fault on rank 1 -> the row that finds it, its result, what it says
+FAULTS = {
+    "none": ("", "pass", ()),
+    "versions": ("versions", "fail", ("torch is 2.0.1, on rank 0", "rank 1 on", "the same environment")),
+    "clock": ("clocks", "fail", ("100 s ahead of rank 0", "rank 1 on", "chrony")),
+    "slightly off": ("clocks", "warn", ("5 s behind rank 0", "rank 1 on", "chrony")),
+    "configuration": ("same configuration", "fail", ("seed: 7, on rank 0 seed: 0", "the same file")),
+    "error": ("shards", "fail", ("rank 1 on", "ZeroDivisionError")),
+    "lone": ("output directory", "fail", ("output_dir", "it is not shared", "all nodes share")),
+}
+
+
+def test_faults_of_one_rank(workspace: Path, tmp_path: Path) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("a file system that one rank has alone needs root")
+    config = write_config(workspace, tmp_path)
+    (tmp_path / "runs").mkdir()
+    found = run_ranks("tests.dist.preflight_worker:planted", 2, config_path=str(config), faults=list(FAULTS))
+    for fault, (name, status, parts) in FAULTS.items():
+        bad = [row for row in found[fault] if row["status"] != "pass"]
+        assert [row["name"] for row in bad] == [name] * bool(name), (fault, bad)
+        for row in bad:
+            assert row["status"] == status, (fault, row)
+            assert all(part in f"{row['found']} {row['fix']}" for part in parts), (fault, row)
+    names = [row["name"] for row in found["collectives"]]
+    assert "collective reduce_scatter_tensor" in names and "collective all_gather_into_tensor" in names
+    assert all("GB/s" in row["found"] or " ms" in row["found"] for row in found["collectives"])
+    assert not list((tmp_path / "runs").iterdir())
+
+
+def test_a_rank_that_does_not_answer() -> None:
+    started = time.monotonic()
+    with pytest.raises(AssertionError) as failure:
+        run_ranks("tests.dist.preflight_worker:silent", 2, limit_s=3.0)
+    text = str(failure.value)
+    assert "barrier of 65,536 bytes: fail: no answer within 3 s: rank 1 of 2 never came to it" in text, text
+    assert time.monotonic() - started < 50
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+def test_memory_estimate(workspace: Path, tmp_path: Path, precision: str) -> None:
+    zero = {"reduce_bucket_size": 100_000, "stage3_param_persistence_threshold": 600}
+    config = write_config(workspace, tmp_path, train={"precision": precision}, deepspeed={"zero_optimization": zero})
+    result = run_ranks("tests.dist.preflight_worker:measured_memory", 2, config_path=str(config))
+    measured, estimated = result["measured"], result["estimated"]
+    assert all(value > 0 for value in measured.values()), measured
+    for part, value in measured.items():
+        assert abs(estimated[part] - value) <= 0.1 * value, (part, estimated[part], value)
+
+
+def test_through_the_launcher(workspace: Path, tmp_path: Path) -> None:
+    config, rows = write_config(workspace, tmp_path), tmp_path / "rows.json"
+    port = str(20000 + os.getpid() % 20000)
+    command = [DEEPSPEED, "--num_gpus", "2", "--master_port", port, "launch/preflight.py", "--config", str(config)]
+    done = subprocess.run([*command, "--json", str(rows)], cwd=ROOT, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    assert {row["status"] for row in json.loads(rows.read_text())} == {"pass"}
+    assert "2 on 1 node" in done.stdout
+    done = subprocess.run(
+        [*command, "train.micro_batch_samples=3"], cwd=ROOT, capture_output=True, text=True, timeout=240
+    )
+    assert done.returncode != 0 and "1 failed" in done.stdout, done.stdout[-4000:]

@@ -1,0 +1,345 @@
+"""Each planted fault is found by the row that it belongs to, with a message that names what, where and the fix."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import shutil
+import socket
+import struct
+import subprocess
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from ddk_ds.comm import SingleProcess
+from ddk_ds.config import load_config
+from ddk_ds.train.preflight import Row, preflight
+from ddk_ds.train.preflight.agreement import clock_offset
+from ddk_ds.train.preflight.machine import available_bytes, shared_memory
+from ddk_ds.train.preflight.rows import merge
+from launch.preflight import main
+from tests.workspace import write_config
+
+FORMAT = 3
+
+
+def rows_of(config: Path, ranks: int | None = None) -> dict[str, Row]:
+    """Every row of a preflight by one process."""
+    return {row.name: row for row in preflight(load_config(config), SingleProcess(), torch.device("cpu"), ranks)}
+
+
+def check(rows: dict[str, Row], name: str, *parts: str, status: str = "fail") -> None:
+    """That row alone is not passed, and its message has these parts."""
+    row = rows[name]
+    assert row.status == status, row
+    assert all(part in f"{row.found} {row.fix}" for part in parts), row
+    others = [row for row in rows.values() if row.status != "pass" and row.name != name]
+    assert not others, others
+
+
+@contextlib.contextmanager
+def tmpfs(directory: Path, options: str) -> Iterator[Path]:
+    """A file system of its own; skips the test where that cannot be had."""
+    directory.mkdir(parents=True)
+    done = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", directory], capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip(f"a tmpfs cannot be mounted here: {done.stderr.strip()}")
+    try:
+        yield directory
+    finally:
+        subprocess.run(["umount", directory], check=True)
+
+
+@pytest.fixture(autouse=True)
+def free_port(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        monkeypatch.setenv("MASTER_PORT", str(probe.getsockname()[1]))
+
+
+@pytest.fixture
+def model(workspace: Path, tmp_path: Path) -> Path:
+    """A copy of the student that a test may damage."""
+    return Path(shutil.copytree(workspace / "student", tmp_path / "student"))
+
+
+@pytest.fixture
+def shards(workspace: Path, tmp_path: Path) -> Path:
+    """A copy of the data that a test may damage."""
+    return Path(shutil.copytree(workspace / "shards", tmp_path / "shards"))
+
+
+def test_a_good_run_passes_and_leaves_nothing(
+    workspace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = write_config(workspace, tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    out = tmp_path / "rows.json"
+    assert main(["--config", str(config), "--json", str(out)]) == 0
+    assert "0 failed" in capsys.readouterr().out
+    rows = json.loads(out.read_text())
+    out.unlink()
+    assert sorted(tmp_path.rglob("*")) == before
+    assert len(rows) > 20 and {row["status"] for row in rows} == {"pass"}, rows
+    assert set(rows[0]) == {"name", "status", "found", "fix"}
+
+
+def test_misspelt_key(workspace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = write_config(workspace, tmp_path, train={"micro_batch_sampels": 2})
+    out = tmp_path / "rows.json"
+    assert main(["--config", str(config), "--json", str(out)]) == 2
+    rows = {row["name"]: Row(**row) for row in json.loads(out.read_text())}
+    check(rows, "configuration", "train.micro_batch_sampels", "did you mean 'micro_batch_samples'?")
+    assert "shared memory" in rows  # what needs no configuration is still checked
+    assert "1 failed" in capsys.readouterr().out
+
+
+def test_batch_not_divisible(workspace: Path, tmp_path: Path) -> None:
+    rows = rows_of(write_config(workspace, tmp_path), ranks=3)
+    check(rows, "batch", "train.global_batch_samples 8", "3 ranks")
+
+
+def test_missing_model_directory(workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    rows = rows_of(write_config(workspace, tmp_path, teacher={"path": str(tmp_path / "nowhere")}))
+    check(rows, "teacher files", "teacher.path", "nowhere", "neither a directory")
+
+
+@pytest.mark.parametrize("kept", [-10, 5, 40])
+def test_truncated_safetensors(workspace: Path, tmp_path: Path, model: Path, kept: int) -> None:
+    file = model / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:kept])
+    rows = rows_of(write_config(workspace, tmp_path, student={"path": str(model)}))
+    check(rows, "student files", "student.path", str(model), "copy the model's directory again")
+
+
+def split_in_two(model: Path) -> dict[str, str]:
+    """The model's safetensors as two files with an index; returns its weight map."""
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(model / "model.safetensors")
+    (model / "model.safetensors").unlink()
+    names = sorted(tensors)
+    weight_map: dict[str, str] = {}
+    for number, part in enumerate((names[:5], names[5:]), 1):
+        file = f"model-{number:05d}-of-00002.safetensors"
+        save_file({name: tensors[name] for name in part}, model / file)
+        weight_map |= dict.fromkeys(part, file)
+    write_index(model, weight_map)
+    return weight_map
+
+
+def write_index(model: Path, weight_map: dict[str, str]) -> None:
+    (model / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+
+
+@pytest.mark.parametrize(
+    ("fault", "parts"),
+    [
+        ("file gone", ("model-00002-of-00002.safetensors", "which its index names")),
+        ("not in the index", ("names 1 of the 2 files",)),
+        ("a tensor too many", ("names tensor model.extra in model-00001-of-00002.safetensors",)),
+        ("a layer gone", ("config.json has 3 layers", "none of layer 2")),
+    ],
+)
+def test_index(workspace: Path, tmp_path: Path, model: Path, fault: str, parts: tuple[str, ...]) -> None:
+    weight_map = split_in_two(model)
+    config = write_config(workspace, tmp_path, student={"path": str(model)})
+    assert rows_of(config)["student files"].status == "pass"
+    if fault == "file gone":
+        (model / "model-00002-of-00002.safetensors").unlink()
+    elif fault == "not in the index":
+        write_index(model, {name: file for name, file in weight_map.items() if "00001-of" in file})
+    elif fault == "a tensor too many":
+        write_index(model, weight_map | {"model.extra": "model-00001-of-00002.safetensors"})
+    else:
+        values = json.loads((model / "config.json").read_text())
+        (model / "config.json").write_text(json.dumps(values | {"num_hidden_layers": 3}))
+    check(rows_of(config), "student files", str(model), *parts)
+
+
+def _swap_two_tokens(tokenizer: Path) -> None:
+    content = json.loads(tokenizer.read_text())
+    vocab = content["model"]["vocab"]
+    first, second = sorted(vocab, key=vocab.__getitem__)[300:302]
+    vocab[first], vocab[second] = vocab[second], vocab[first]
+    tokenizer.write_text(json.dumps(content))
+
+
+def test_vocabularies_differ(workspace: Path, tmp_path: Path) -> None:
+    teacher = Path(shutil.copytree(workspace / "teacher", tmp_path / "teacher"))
+    _swap_two_tokens(teacher / "tokenizer.json")
+    rows = rows_of(write_config(workspace, tmp_path, teacher={"path": str(teacher)}))
+    check(rows, "tokenizers and data", "teacher.path", "vocabularies differ in 2 tokens", "choose a pair")
+
+
+def test_another_tokenizer(workspace: Path, tmp_path: Path, model: Path) -> None:
+    _swap_two_tokens(model / "tokenizer.json")
+    rows = rows_of(write_config(workspace, tmp_path, student={"path": str(model)}))
+    check(rows, "tokenizers and data", "data.path", "tokenised with another tokenizer", "prepare the data with it")
+
+
+def test_quantised_weights(workspace: Path, tmp_path: Path, model: Path) -> None:
+    values = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(values | {"quantization_config": {"quant_method": "fp8"}}))
+    rows = rows_of(write_config(workspace, tmp_path, student={"path": str(model)}))
+    check(rows, "student precision", "student.path", "quantised", "full weights")
+
+
+@pytest.mark.parametrize("fault", ["missing", "truncated"])
+def test_shard(workspace: Path, tmp_path: Path, shards: Path, fault: str) -> None:
+    shard = next((shards / "cpp" / "train").glob("shard*.mds"))
+    if fault == "missing":
+        shard.unlink()
+    else:
+        shard.write_bytes(shard.read_bytes()[:-10])
+    rows = rows_of(write_config(workspace, tmp_path, data={"path": str(shards)}))
+    says = "is missing" if fault == "missing" else f"has {shard.stat().st_size:,} bytes, its index says"
+    check(rows, "shards", str(shard), says, "prepare the data again, or copy it again whole")
+
+
+def test_disk_full(workspace: Path, tmp_path: Path) -> None:
+    with tmpfs(tmp_path / "small", "size=1m") as small:
+        rows = rows_of(write_config(workspace, tmp_path, output_dir=str(small)))
+        check(rows, "disk for checkpoints", str(small), "1.05 MB free", "4 checkpoints", "checkpoint.keep_last")
+
+
+def test_read_only_output(workspace: Path, tmp_path: Path) -> None:
+    with tmpfs(tmp_path / "fixed", "size=64m,ro") as fixed:
+        rows = rows_of(write_config(workspace, tmp_path, output_dir=str(fixed)))
+    assert rows["output directory"].status == "fail"
+    assert all(part in rows["output directory"].found for part in ("output_dir", str(fixed), "Read-only"))
+
+
+def test_small_shared_memory(tmp_path: Path) -> None:
+    with tmpfs(tmp_path / "shm", "size=64m") as shm:
+        row = shared_memory(8, shm)
+    assert row.status == "fail" and "67.1 MB free" in row.found and "--shm-size=1600m" in row.fix
+
+
+def test_port_taken(workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        monkeypatch.setenv("MASTER_PORT", port)
+        check(rows_of(write_config(workspace, tmp_path)), "port", f"MASTER_PORT {port} is not free", "--master_port")
+
+
+def test_directory_of_another_run(workspace: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "runs" / "run"
+    run_dir.mkdir(parents=True)
+    (run_dir / "run.json").write_text(json.dumps({"seed": 9}))
+    rows = rows_of(write_config(workspace, tmp_path))
+    check(rows, "run directory", str(run_dir), "holds another run", "Set another name")
+
+
+def test_directory_in_use(workspace: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "runs" / "run"
+    run_dir.mkdir(parents=True)
+    with (run_dir / ".lock").open("w") as lock:
+        lock.write("process 7 on node-3")
+        lock.flush()
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        rows = rows_of(write_config(workspace, tmp_path))
+    check(rows, "run directory", str(run_dir), "process 7 on node-3 is running in it", "stop that")
+
+
+def write_checkpoint(config: Path, step: int) -> Path:
+    """What a checkpoint of that step looks like; its one file is the directory's first."""
+    loaded = load_config(config)
+    directory = loaded.run_dir / "checkpoints" / f"step-{step:08d}"
+    directory.mkdir(parents=True)
+    (directory / "shard.pt").write_bytes(bytes(1000))
+    manifest: dict[str, Any] = {"format": FORMAT, "step": step, "world_size": 4, "ledger_bytes": 0, "run": {}}
+    (directory / "manifest.json").write_text(json.dumps(manifest | {"versions": {}, "files": {"shard.pt": [1000, ""]}}))
+    return directory
+
+
+@pytest.mark.parametrize("older", [True, False])
+def test_newest_checkpoint_damaged(workspace: Path, tmp_path: Path, older: bool) -> None:
+    from ddk_ds.train.inputs import check_inputs
+    from ddk_ds.train.run_dir import run_identity
+
+    config = write_config(workspace, tmp_path)
+    newest = write_checkpoint(config, 6)
+    if older:
+        write_checkpoint(config, 3)
+    loaded = load_config(config)
+    identity = run_identity(loaded, check_inputs(loaded, SingleProcess()).fingerprints)
+    (loaded.run_dir / "run.json").write_text(json.dumps(identity))
+    whole = rows_of(config)["newest checkpoint"]
+    assert whole.status == "pass" and "step-00000006" in whole.found and "converted" in whole.found
+    (newest / "shard.pt").write_bytes(bytes(990))
+    rows = rows_of(config)
+    parts = (str(newest), "shard.pt has 990 bytes, manifest.json says 1,000", "move it away")
+    if older:
+        check(rows, "newest checkpoint", *parts, "go on from step-00000003", status="warn")
+    else:
+        row = rows["newest checkpoint"]
+        assert row.status == "fail" and all(part in f"{row.found} {row.fix}" for part in parts), row
+        assert "none is complete" in rows["run directory"].found
+
+
+def write_huge_model(source: Path, directory: Path) -> Path:
+    """A model of 70 B parameters: config.json, tokenizer, and safetensors whose bytes are a hole."""
+    shutil.copytree(source, directory)
+    hidden, layers, vocab = 8192, 80, 600
+    values = json.loads((directory / "config.json").read_text()) | {
+        "hidden_size": hidden,
+        "intermediate_size": 28672,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 64,
+        "num_key_value_heads": 8,
+    }
+    (directory / "config.json").write_text(json.dumps(values))
+    shapes = {"model.embed_tokens.weight": (vocab, hidden)}
+    for layer in range(layers):
+        shapes[f"model.layers.{layer}.mlp.weight"] = (3 * 28672, hidden)
+        shapes[f"model.layers.{layer}.attention.weight"] = (2 * (8192 + 1024), hidden)
+    header, end = {}, 0
+    for name, (rows, columns) in shapes.items():
+        header[name] = {
+            "dtype": "BF16",
+            "shape": [rows, columns],
+            "data_offsets": [end, end := end + 2 * rows * columns],
+        }
+    text = json.dumps(header).encode()
+    with (directory / "model.safetensors").open("wb") as stream:
+        stream.write(struct.pack("<Q", len(text)) + text)
+        stream.truncate(8 + len(text) + end)
+    return directory
+
+
+def test_memory_that_cannot_fit(workspace: Path, tmp_path: Path) -> None:
+    huge = write_huge_model(workspace / "student", tmp_path / "huge")
+    rows = rows_of(write_config(workspace, tmp_path, student={"path": str(huge)}))
+    assert rows["student files"].status == "pass", rows["student files"]
+    row = rows["host memory"]
+    assert row.status == "fail", row
+    assert all(part in f"{row.found} {row.fix}" for part in ("master weights and moments", "available", "--ranks"))
+    assert rows["disk for checkpoints"].status == "fail"  # 16 bytes x 70 B x 4
+    assert available_bytes() > 0
+
+
+def test_clock_offset() -> None:
+    first = [(10.0, 10.2), (11.0, 11.1)]
+    assert clock_offset(first, [(10.1, 10.2), (11.0, 11.1)]) == 0.0
+    ahead = [(before + 70, after + 70) for before, after in first]
+    assert 69.8 < clock_offset(first, ahead) < 70.2
+    assert -70.2 < clock_offset(ahead, first) < -69.8
+
+
+def test_merge_names_the_rank() -> None:
+    good, bad = Row("shm", "pass", "enough"), Row("shm", "fail", "too small", "more")
+    merged = merge([[good], [bad], [bad]], ["a", "b", "c"])
+    assert [asdict(row) for row in merged] == [
+        {"name": "shm", "status": "fail", "found": "rank 1 on b and 1 more: too small", "fix": "more"}
+    ]
+    assert merge([[good], [good]], ["a", "b"]) == [good]
