@@ -20,6 +20,7 @@ from ddk_ds.errors import UserError
 from ddk_ds.redact import redact
 
 if TYPE_CHECKING:
+    from ddk_ds.engine.runtime import Runtime
     from ddk_ds.train.inputs import Inputs
 
 
@@ -36,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 0
         if "RANK" not in os.environ and not options.dry_run:
             raise UserError("start it with the launcher: deepspeed launch/distill.py --config ...")
-        return _run(config, dry_run=options.dry_run)
+        return _run(config, dry_run=options.dry_run, preflight=options.preflight)
     except KeyboardInterrupt:
         _console(stderr=True).print("ended at once: start the same command again to go on from the newest checkpoint")
         sys.stderr.flush()
@@ -56,12 +57,15 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--config", required=True, help="YAML file of the run, see configs/")
     parser.add_argument("--print-config", action="store_true", help="show the resolved configuration and exit")
     parser.add_argument("--dry-run", action="store_true", help="check all that can be checked without training")
+    parser.add_argument(
+        "--no-preflight", dest="preflight", action="store_false", help="do not check the machines first"
+    )
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="configuration values to replace")
     return parser.parse_intermixed_args(arguments)  # overrides may stand between options
 
 
-def _run(config: Config, *, dry_run: bool) -> int:
+def _run(config: Config, *, dry_run: bool, preflight: bool) -> int:
     # Only now: importing DeepSpeed and Transformers takes seconds that a misspelt key need not wait for.
     from ddk_ds.engine.runtime import start_runtime
     from ddk_ds.train.inputs import check_inputs
@@ -79,6 +83,8 @@ def _run(config: Config, *, dry_run: bool) -> int:
     if comm.broadcast_object(is_finished(config.run_dir)):
         _console().print(f"{config.run_dir} is finished: see {config.run_dir / 'summary.json'}", soft_wrap=True)
         return 0
+    if preflight:
+        _check_machines(config, runtime)
     agreed(comm, lambda: claim_run_dir(config, identity) if comm.rank == 0 else None)
     from ddk_ds.train.guard import EXIT_WRONG_NUMBERS, NumbersGoneWrong
     from ddk_ds.train.interruption import EXIT_INTERRUPTED, Interrupted, Interruption
@@ -94,6 +100,19 @@ def _run(config: Config, *, dry_run: bool) -> int:
         except NumbersGoneWrong:
             return EXIT_WRONG_NUMBERS
     return 0
+
+
+def _check_machines(config: Config, runtime: Runtime) -> None:
+    """The cheap part of launch/preflight.py. Warnings are printed; raises UserError on every rank where one fails."""
+    from ddk_ds.train.preflight import preflight
+
+    rows = preflight(config, runtime.comm, runtime.device)
+    for row in rows:
+        if row.status == "warn":
+            _console().print(redact(f"warning: {row.name}: {row.found}; {row.fix}"), soft_wrap=True, markup=False)
+    failures = [f"{row.name}: {row.found}; {row.fix}" for row in rows if row.status == "fail"]
+    if failures:
+        raise UserError("; ".join(failures) + ". launch/preflight.py shows every check; --no-preflight leaves it out")
 
 
 def _report(config: Config, inputs: Inputs, world_size: int) -> None:

@@ -35,6 +35,7 @@ MOMENTS = {
     DAMAGE: ("training", "checkpoint", "export"),
 }
 KINDS = tuple(MOMENTS)
+_TWO_CHECKPOINTS = 5  # steps after which the campaign's runs have them
 _PHASES = {"step": "training"}
 
 
@@ -157,13 +158,15 @@ class Fault:
         """What happens between the fault and the next start."""
         if self.kind == DISK:
             (job.run_dir.parent / "ballast").unlink(missing_ok=True)
-        if self.kind == DAMAGE and (whole := sorted(whole_checkpoints(job.run_dir))):
+        whole = sorted(whole_checkpoints(job.run_dir))
+        # With none to fall back to, a run refuses to start, rather than begin anew unasked: no fault to come through.
+        if self.kind == DAMAGE and len(whole) > 1:
             files = sorted(path for path in whole[-1].rglob("*") if path.is_file())
             _damage(files[int(self.rng.integers(len(files)))], self.rng)
 
     def _wait(self, job: Job) -> None:
         # An export happens once, at the end; a run that ends sooner than the moment comes is harmed after its end.
-        first = 0 if self.moment == "export" else self.step
+        first = 0 if self.moment == "export" else max(self.step, _TWO_CHECKPOINTS) if self.kind == DAMAGE else self.step
         while not job.ended:
             phase, step = job.phase()
             writing = self.moment == "checkpoint" and any((job.run_dir / "checkpoints").glob(".partial-step-*"))

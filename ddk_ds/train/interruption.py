@@ -41,7 +41,9 @@ class Interruption:
             yield
         finally:
             for number, handler in before.items():
-                signal.signal(number, handler)
+                # Left to its default, a late warning would kill a run that has done its work.
+                late = number == signal.SIGUSR1 and handler == signal.SIG_DFL
+                signal.signal(number, signal.SIG_IGN if late else handler)
 
     def check(self) -> None:
         """Raise Interrupted on every rank if a signal came to any. Collective."""

@@ -66,6 +66,7 @@ def test_interrupted_and_requeued(slurm: Cluster, whole: Path, workspace: Path, 
     assert without_clock(run_dir) == without_clock(whole)
 
 
+@pytest.mark.long
 def test_chain(slurm: Cluster, whole: Path, workspace: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "runs/run"
     jobs = slurm.submit(write_config(workspace, tmp_path, **OPTIONS), "--chain", "3")
@@ -77,6 +78,7 @@ def test_chain(slurm: Cluster, whole: Path, workspace: Path, tmp_path: Path) -> 
     assert without_clock(run_dir) == without_clock(whole)
 
 
+@pytest.mark.long
 def test_two_nodes(whole: Path, workspace: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "runs/run"
     with hosts(tmp_path) as machines, cluster(cpus=1, hosts=machines) as slurm:

@@ -1,0 +1,106 @@
+"""Two nodes: network namespaces with addresses, /dev/shm and TMPDIR of their own, a rank on each."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import pytest
+
+from tests.nodes.hosts import INTERFACE, Host, hosts, need
+from tests.workspace import ROOT, without_clock, write_config
+
+PORT = 29411
+OPTIONS = {"stop": {"steps": 40}, "mixture": {"interval_steps": 8}, "checkpoint": {"every_steps": 4}}
+
+
+def start(host: Host, config: Path, rank: int, first: Host, world_size: int) -> subprocess.Popen[str]:
+    """One rank on a host, as srun starts it."""
+    env = os.environ | {
+        **{"RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"},
+        **{"MASTER_ADDR": first.address, "MASTER_PORT": str(PORT), "GLOO_SOCKET_IFNAME": INTERFACE},
+    }
+    command = host.command(sys.executable, "launch/distill.py", "--config", str(config))
+    return subprocess.Popen(
+        command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
+
+
+def wait_for_step(process: subprocess.Popen[str], ledger: Path, step: int) -> None:
+    """Until the run's ledger has that step."""
+    end = time.monotonic() + 150
+    while f'"step": {step},' not in (ledger.read_text() if ledger.is_file() else ""):
+        assert process.poll() is None and time.monotonic() < end, "the run did not come to the step"
+        time.sleep(0.02)
+
+
+def test_a_node_is_lost_and_the_other_goes_on_alone(workspace: Path, tmp_path: Path) -> None:
+    config, run_dir = write_config(workspace, tmp_path, **OPTIONS), tmp_path / "runs/run"
+    with hosts(tmp_path) as (first, second):
+        ranks = [start(host, config, rank, first, 2) for rank, host in enumerate((first, second))]
+        wait_for_step(ranks[0], run_dir / "ledger.jsonl", 10)
+        lost = time.monotonic()
+        second.kill()
+        output, _ = ranks[0].communicate(timeout=60)
+        assert ranks[0].returncode not in (0, None), output[-3000:]
+        assert time.monotonic() - lost < 60
+        ranks[1].communicate(timeout=10)
+        alone = start(first, config, 0, first, 1)
+        output, _ = alone.communicate(timeout=150)
+    assert alone.returncode == 0, output[-5000:]
+    assert "2 ranks wrote it, 1 go on" in output and "finished: 40 steps done" in output
+    steps = [record["step"] for record in without_clock(run_dir) if record["kind"] == "step"]
+    assert steps == list(range(1, 41))
+
+
+@contextmanager
+def ssh_daemons(machines: list[Host], folder: Path) -> Iterator[dict[str, str]]:
+    """An sshd on each host, with keys of its own; the environment in which pdsh finds them."""
+    key = folder / "key"
+    subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(key)], check=True)
+    Path("/run/sshd").mkdir(exist_ok=True)
+    with ExitStack() as stack:
+        for host in machines:
+            options = [
+                f"ListenAddress={host.address}",
+                f"HostKey={key}",
+                f"AuthorizedKeysFile={key}.pub",
+                "PidFile=none",
+            ]
+            options += ["StrictModes=no", "UsePAM=no", "PermitRootLogin=yes", "PasswordAuthentication=no"]
+            flags = [word for option in options for word in ("-o", option)]
+            daemon = subprocess.Popen(host.command("/usr/sbin/sshd", "-D", "-f", "/dev/null", *flags))
+            stack.callback(daemon.wait)
+            stack.callback(daemon.terminate)
+        quiet = "-o StrictHostKeyChecking=no -o UserKnownHostsFile=/dev/null -o LogLevel=ERROR"
+        yield {"PDSH_RCMD_TYPE": "ssh", "PDSH_SSH_ARGS_APPEND": f"-i {key} {quiet}"}
+
+
+@pytest.mark.long
+def test_by_hostfile_and_pdsh(workspace: Path, tmp_path: Path) -> None:
+    need("pdsh", "sshd", "ssh-keygen")
+    config = write_config(workspace, tmp_path, **OPTIONS)
+    with hosts(tmp_path) as machines, ssh_daemons(machines, tmp_path) as environment:
+        hostfile, variables = tmp_path / "hosts", tmp_path / "deepspeed_env"
+        hostfile.write_text("".join(f"{host.address} slots=1\n" for host in machines))
+        # What each rank must be told: which interface the nodes share.
+        variables.write_text(f"GLOO_SOCKET_IFNAME={INTERFACE}\n")
+        command = [shutil.which("deepspeed") or str(Path(sys.executable).with_name("deepspeed"))]
+        command += ["--hostfile", str(hostfile), "--launcher", "pdsh", "--master_addr", machines[0].address]
+        command += ["--master_port", str(PORT), "launch/distill.py", "--config", str(config)]
+        done = subprocess.run(
+            command,
+            cwd=ROOT,
+            env=os.environ | environment | {"DS_ENV_FILE": str(variables)},
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    assert "finished: 40 steps done" in done.stdout
