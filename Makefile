@@ -27,7 +27,8 @@ $(INSTALLED): pyproject.toml constraints.txt
 # DeepSpeed would compile this when a run first starts, while the ranks wait.
 $(READY): $(INSTALLED)
 	@echo "set-up: compiling DeepSpeed's shared-memory communication, about a minute"
-	$(BIN)/python -c 'from deepspeed.ops.op_builder import ShareMemCommBuilder as B; B().load(verbose=False)'
+	TORCH_EXTENSIONS_DIR=$(CURDIR)/.venv/torch_extensions \
+	  $(BIN)/python -c 'from deepspeed.ops.op_builder import ShareMemCommBuilder as B; B().load(verbose=False)'
 	@touch $@
 
 # Every step of the demo runs where its output is missing. A training run that was cut short goes on from its

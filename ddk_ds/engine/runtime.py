@@ -10,6 +10,7 @@ import signal
 import sys
 import warnings
 from dataclasses import dataclass
+from pathlib import Path
 
 import deepspeed
 import torch
@@ -33,6 +34,11 @@ def start_runtime() -> Runtime:
     quieten()
     # DeepSpeed unpickles what it loads; with this torch.load takes tensors and plain values alone, whatever is asked.
     os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
+    # Compiled by `make setup`. DeepSpeed's default is one place for all environments of a user, which then compile it
+    # again in turns, while ranks wait.
+    compiled = Path(sys.prefix) / "torch_extensions"
+    if compiled.is_dir():
+        os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(compiled))
     _end_with_the_launcher()
     accelerator = get_accelerator()
     local_rank = int(os.environ.get("LOCAL_RANK", 0))

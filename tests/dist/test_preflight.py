@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -46,12 +45,11 @@ def test_faults_of_one_rank(workspace: Path, tmp_path: Path) -> None:
 
 
 def test_a_rank_that_does_not_answer() -> None:
-    started = time.monotonic()
     with pytest.raises(AssertionError) as failure:
         run_ranks("tests.dist.preflight_worker:silent", 2, limit_s=3.0)
     text = str(failure.value)
     assert "barrier of 65,536 bytes: fail: no answer within 3 s: rank 1 of 2 never came to it" in text, text
-    assert time.monotonic() - started < 50
+    assert "a rank failed" in text, text  # and not: not done after so many seconds
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])
