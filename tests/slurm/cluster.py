@@ -91,6 +91,7 @@ class Cluster:
             return shown["Restarts"] == "1" and shown["JobState"] == "PENDING"
 
         self.wait_for(f"requeue of job {job}", requeued, timeout_s=60)
+        time.sleep(5)  # a node refuses a job that begins in the seconds in which it was ended there
         self.run("scontrol", "update", f"jobid={job}", "StartTime=now")
 
     def logs(self) -> str:

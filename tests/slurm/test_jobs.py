@@ -60,7 +60,7 @@ def test_interrupted_and_requeued(slurm: Cluster, whole: Path, workspace: Path, 
     [job] = slurm.submit(write_config(workspace, tmp_path, **OPTIONS))
     interrupt(slurm, job, run_dir)
     slurm.start_requeued(job)
-    assert slurm.wait_for_end(job) == ("COMPLETED", 0), log(run_dir, job)
+    assert slurm.wait_for_end(job) == ("COMPLETED", 0), f"{log(run_dir, job)}\n{slurm.logs()}"
     text = log(run_dir, job)
     assert "interrupted by SIGUSR1 and saved at step" in text and "resumed from" in text, text
     assert without_clock(run_dir) == without_clock(whole)
