@@ -191,7 +191,7 @@ def test_attempts_that_fail_are_made_again(remote: Path, tmp_path: Path, monkeyp
     there = MixtureDataset(remote, NAMES)
     here = MixtureDataset(cached(remote, tmp_path, retries=2), NAMES)
     assert all((here[i]["input_ids"] == there[i]["input_ids"]).all() for i in range(0, len(there), 7))
-    with pytest.raises(DataError, match=r"ConnectionError: https://\*\*\*store/x\?signature=\*\*\* reset") as error:
+    with pytest.raises(DataError, match=r"ConnectionError: https://\*\*\*@store/x\?signature=\*\*\* reset") as error:
         MixtureDataset(cached(remote, tmp_path, retries=0), NAMES)[len(there) - 1]
     assert "password" not in str(error.value)
 
