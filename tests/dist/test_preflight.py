@@ -63,6 +63,7 @@ def test_memory_estimate(workspace: Path, tmp_path: Path, precision: str) -> Non
         assert abs(estimated[part] - value) <= 0.1 * value, (part, estimated[part], value)
 
 
+@pytest.mark.long
 def test_through_the_launcher(workspace: Path, tmp_path: Path) -> None:
     config, rows = write_config(workspace, tmp_path), tmp_path / "rows.json"
     port = str(20000 + os.getpid() % 20000)
