@@ -20,6 +20,11 @@ def size_and_xxh64(path: Path) -> tuple[int, str]:
     return num_bytes, digest.hexdigest()
 
 
+def nearest_existing(path: Path) -> Path:
+    """`path`, or the nearest of its parents that is there."""
+    return next(place for place in (path, *path.absolute().parents) if place.exists())
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a small file by way of a temporary name on the same disk: a reader finds the old text or the new."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")

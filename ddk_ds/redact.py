@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 
 _SECRET = re.compile(
-    r"(?i)(//)[^/@\s\"']+(?=@)|((?:secret|token|signature|credential|password|api_?key|accesskey\w*)[=:]\s*)(?!\*\*\*)[^&\s,;\"']+"
+    r"(?i)(//)[^/@\s\"']+(?=@)"
+    r"|((?:secret|token|signature|credential|password|api_?key|accesskey\w*)[=:]\s*)(?!\*\*\*)[^&\s,;\"']+"
 )
 _SECRET_NAME = re.compile(r"(?i)(^|_)(secret|token|password|credential|api_?key)s?(_key)?$")
 

@@ -84,7 +84,7 @@ def _run(config: Config, *, dry_run: bool, preflight: bool) -> int:
         _console().print(f"{config.run_dir} is finished: see {config.run_dir / 'summary.json'}", soft_wrap=True)
         return 0
     if preflight:
-        _check_machines(config, runtime)
+        _check_machines(config, inputs, runtime)
     agreed(comm, lambda: claim_run_dir(config, identity) if comm.rank == 0 else None)
     from ddk_ds.train.guard import EXIT_WRONG_NUMBERS, NumbersGoneWrong
     from ddk_ds.train.interruption import EXIT_INTERRUPTED, Interrupted, Interruption
@@ -102,11 +102,11 @@ def _run(config: Config, *, dry_run: bool, preflight: bool) -> int:
     return 0
 
 
-def _check_machines(config: Config, runtime: Runtime) -> None:
+def _check_machines(config: Config, inputs: Inputs, runtime: Runtime) -> None:
     """The cheap part of launch/preflight.py. Warnings are printed; raises UserError on every rank where one fails."""
     from ddk_ds.train.preflight import preflight
 
-    rows = preflight(config, runtime.comm, runtime.device)
+    rows = preflight(config, runtime.comm, runtime.device, inputs=inputs)
     for row in rows:
         if row.status == "warn":
             _console().print(redact(f"warning: {row.name}: {row.found}; {row.fix}"), soft_wrap=True, markup=False)

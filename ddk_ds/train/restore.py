@@ -5,6 +5,7 @@ Found, verified and, for another number of ranks, converted before any model is 
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from ddk_ds.train.checkpoint_files import (
 from ddk_ds.train.state import RunState
 from ddk_ds.train.versions import versions
 
+ROLL_BACKS = "roll_backs.json"
 # What a fork must have in common with its source: what the checkpoint's tensors and place in the data are made of.
 _COMMON = (
     "seed",
@@ -88,6 +90,15 @@ def find_start(config: Config, comm: Comm) -> Start | None:
     if start.manifest.world_size == comm.world_size:
         return start
     return replace(start, universal=_universal(config, start, comm))
+
+
+def read_roll_backs(run_dir: Path, comm: Comm) -> list[dict[str, Any]]:
+    """The run's roll-backs so far (see roll_back.py). Collective."""
+    path = run_dir / ROLL_BACKS
+    done: list[dict[str, Any]] = comm.broadcast_object(
+        json.loads(path.read_text()) if comm.rank == 0 and path.is_file() else []
+    )
+    return done
 
 
 def source_checkpoint(init_from: str) -> tuple[Path, Manifest]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 from ddk_ds.files import write_text
-from ddk_ds.train.restore import find_start
+from ddk_ds.train.restore import ROLL_BACKS, find_start, read_roll_backs
 from ddk_ds.train.setup import Run, go_on_from
 
 
@@ -16,8 +16,7 @@ def roll_back(run: Run, reason: str) -> bool:
     Returns whether it was done. Collective.
     """
     config, comm = run.config, run.runtime.comm
-    path = config.run_dir / "roll_backs.json"
-    done = comm.broadcast_object(json.loads(path.read_text()) if comm.rank == 0 and path.is_file() else [])
+    done = read_roll_backs(config.run_dir, comm)
     if len(done) >= config.guard.roll_backs:
         return False
     failed, skip_until = run.state.step, run.state.position
@@ -27,7 +26,7 @@ def roll_back(run: Run, reason: str) -> bool:
         return False
     if comm.rank == 0:
         entry = {"step": start.manifest.step, "failed_step": failed, "skip_until": skip_until, "reason": reason}
-        write_text(path, json.dumps([*done, entry], indent=1))
+        write_text(config.run_dir / ROLL_BACKS, json.dumps([*done, entry], indent=1))
     comm.barrier()
     go_on_from(run, start)
     run.ledger.event("roll_back", step=run.state.step, failed_step=failed, skip_until=skip_until, reason=reason)

@@ -12,7 +12,7 @@ from typing import IO, Any
 
 from ddk_ds.config import Config, to_yaml
 from ddk_ds.errors import CheckpointError
-from ddk_ds.files import write_text
+from ddk_ds.files import nearest_existing, write_text
 from ddk_ds.train.checkpoint_files import newest_checkpoint
 from ddk_ds.train.restore import check_fork
 
@@ -67,7 +67,7 @@ def claim_run_dir(config: Config, identity: dict[str, Any]) -> None:
 def check_run_dir(config: Config, identity: dict[str, Any]) -> None:
     """Raise CheckpointError where the directory holds another run, or this one and `checkpoint.resume: never`."""
     run_dir = config.run_dir
-    existing = next(path for path in (run_dir, *run_dir.absolute().parents) if path.exists())
+    existing = nearest_existing(run_dir)
     try:  # permissions say too little: of read-only disks, quotas and special file systems they know nothing
         tempfile.TemporaryFile(dir=existing).close()
     except OSError as error:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -25,7 +24,7 @@ from ddk_ds.train.learning_rate import total_steps
 from ddk_ds.train.ledger import Ledger
 from ddk_ds.train.progress import RunProgress
 from ddk_ds.train.read_ahead import ReadAhead
-from ddk_ds.train.restore import Start, find_start
+from ddk_ds.train.restore import Start, find_start, read_roll_backs
 from ddk_ds.train.state import RunState
 from ddk_ds.train.versions import versions
 from ddk_ds.train.watchdog import Watchdog
@@ -154,15 +153,14 @@ def _restore(run: Run, start: Start | None) -> None:
 
 def go_on_from(run: Run, start: Start) -> None:
     """Restore weights, optimizer, state and ledger from a checkpoint. Collective."""
-    comm, fresh = run.runtime.comm, run.state
+    fresh = run.state
     run.state = start.load(run.student)
     run.state.data.check_fits(fresh.data)
     if start.forked and run.config.loss.chunk_tokens is not None:
         run.state.chunk_tokens = fresh.chunk_tokens
     run.head = replace(run.head, chunk_tokens=run.state.chunk_tokens)
     run.ledger.rewind(0 if start.forked else start.manifest.ledger_bytes)
-    rolled = run.config.run_dir / "roll_backs.json"
-    passed = comm.broadcast_object(json.loads(rolled.read_text()) if comm.rank == 0 and rolled.is_file() else [])
+    passed = read_roll_backs(run.config.run_dir, run.runtime.comm)
     positions = [entry["skip_until"] for entry in passed if entry["step"] == run.state.step]
     run.state.skip_until = max([run.state.skip_until, *positions])
 

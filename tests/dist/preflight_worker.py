@@ -48,7 +48,7 @@ def _plant(fault: str, config_path: str) -> list[tuple[Any, str, Any]]:
     elif fault == "slightly off":
         agreement._now = lambda: time.time() - 5
     elif fault == "error":
-        in_order._shards = lambda config: 1 / 0  # type: ignore[assignment,return-value]
+        in_order._shards = lambda *_: 1 / 0  # type: ignore[assignment,return-value]
     elif fault == "lone":
         _cover(Path(load_config(config_path).output_dir))
     return [(agreement, "versions", versions), (agreement, "_now", now), (in_order, "_shards", shards)]

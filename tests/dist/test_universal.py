@@ -16,7 +16,7 @@ import torch
 
 from tests.dist.ranks import run_ranks
 from tests.dist.resume_worker import run_dir
-from tests.workspace import without_clock, write_config
+from tools.small_run import without_clock, write_config
 
 WORKER = "tests.dist.resume_worker:"
 # Two groups of parameters with different weight decay; the break falls into an interval. Under AdamW's usual epsilon

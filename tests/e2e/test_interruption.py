@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 
 from tests.e2e.test_run import finish, start, wait_for_step
-from tests.workspace import without_clock, write_config
+from tools.small_run import without_clock, write_config
 
 
 def launcher_of(process: subprocess.Popen[str]) -> psutil.Process:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from tests.e2e.test_run import finish, start, wait_for_step
 from tests.s3_server import ENVIRONMENT, S3Server
-from tests.workspace import without_clock, write_config
+from tools.small_run import without_clock, write_config
 
 
 def test_s3_that_fails_every_tenth_request_gives_the_same_run(s3: S3Server, workspace: Path, tmp_path: Path) -> None:

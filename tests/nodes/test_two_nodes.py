@@ -13,8 +13,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.e2e.test_run import wait_for_step
 from tests.nodes.hosts import INTERFACE, Host, hosts, need
-from tests.workspace import ROOT, without_clock, write_config
+from tools.small_run import ROOT, without_clock, write_config
 
 PORT = 29411
 OPTIONS = {"stop": {"steps": 40}, "mixture": {"interval_steps": 8}, "checkpoint": {"every_steps": 4}}
@@ -30,14 +31,6 @@ def start(host: Host, config: Path, rank: int, first: Host, world_size: int) -> 
     return subprocess.Popen(
         command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
     )
-
-
-def wait_for_step(process: subprocess.Popen[str], ledger: Path, step: int) -> None:
-    """Until the run's ledger has that step."""
-    end = time.monotonic() + 150
-    while f'"step": {step},' not in (ledger.read_text() if ledger.is_file() else ""):
-        assert process.poll() is None and time.monotonic() < end, "the run did not come to the step"
-        time.sleep(0.02)
 
 
 def test_a_node_is_lost_and_the_other_goes_on_alone(workspace: Path, tmp_path: Path) -> None:

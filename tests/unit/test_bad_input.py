@@ -15,7 +15,7 @@ import pytest
 from ddk_ds.config import load_config
 from ddk_ds.train.run_dir import claim_run_dir
 from launch.distill import main
-from tests.workspace import write_config
+from tools.small_run import write_config
 
 CASES: list[tuple[str, dict[str, Any], tuple[str, ...]]] = [
     ("unknown key", {"data": {"sequence_lenght": 64}}, ("data.sequence_lenght", "sequence_length")),
@@ -93,7 +93,8 @@ def test_empty_domain(workspace: Path, damaged: Path, tmp_path: Path, capsys: py
     assert "cpp" in error_of(write_config(workspace, tmp_path, data={"path": str(damaged)}), capsys)
 
 
-def _swap_two_tokens(tokenizer: Path) -> None:
+def swap_two_tokens(tokenizer: Path) -> None:
+    """Give two tokens of the vocabulary each other's id."""
     content = json.loads(tokenizer.read_text())
     vocab = content["model"]["vocab"]
     first, second = sorted(vocab, key=vocab.__getitem__)[300:302]
@@ -106,7 +107,7 @@ def test_another_tokenizer(
     workspace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], model: str, expected: str
 ) -> None:
     copy = Path(shutil.copytree(workspace / model, tmp_path / model))
-    _swap_two_tokens(copy / "tokenizer.json")
+    swap_two_tokens(copy / "tokenizer.json")
     text = error_of(write_config(workspace, tmp_path, **{model: {"path": str(copy)}}), capsys)
     assert expected in text
 

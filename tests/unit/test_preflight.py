@@ -24,7 +24,8 @@ from ddk_ds.train.preflight.agreement import clock_offset
 from ddk_ds.train.preflight.machine import available_bytes, shared_memory
 from ddk_ds.train.preflight.rows import merge
 from launch.preflight import main
-from tests.workspace import write_config
+from tests.unit.test_bad_input import swap_two_tokens
+from tools.small_run import write_config
 
 FORMAT = 3
 
@@ -164,23 +165,15 @@ def test_index(workspace: Path, tmp_path: Path, model: Path, fault: str, parts: 
     check(rows_of(config), "student files", str(model), *parts)
 
 
-def _swap_two_tokens(tokenizer: Path) -> None:
-    content = json.loads(tokenizer.read_text())
-    vocab = content["model"]["vocab"]
-    first, second = sorted(vocab, key=vocab.__getitem__)[300:302]
-    vocab[first], vocab[second] = vocab[second], vocab[first]
-    tokenizer.write_text(json.dumps(content))
-
-
 def test_vocabularies_differ(workspace: Path, tmp_path: Path) -> None:
     teacher = Path(shutil.copytree(workspace / "teacher", tmp_path / "teacher"))
-    _swap_two_tokens(teacher / "tokenizer.json")
+    swap_two_tokens(teacher / "tokenizer.json")
     rows = rows_of(write_config(workspace, tmp_path, teacher={"path": str(teacher)}))
     check(rows, "tokenizers and data", "teacher.path", "vocabularies differ in 2 tokens", "choose a pair")
 
 
 def test_another_tokenizer(workspace: Path, tmp_path: Path, model: Path) -> None:
-    _swap_two_tokens(model / "tokenizer.json")
+    swap_two_tokens(model / "tokenizer.json")
     rows = rows_of(write_config(workspace, tmp_path, student={"path": str(model)}))
     check(rows, "tokenizers and data", "data.path", "tokenised with another tokenizer", "prepare the data with it")
 

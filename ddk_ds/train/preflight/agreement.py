@@ -20,6 +20,7 @@ import torch
 
 from ddk_ds.comm import Comm, collectives
 from ddk_ds.config import Config, to_yaml
+from ddk_ds.files import nearest_existing
 from ddk_ds.train.preflight.rows import Row, deadline, judged
 from ddk_ds.train.versions import versions
 
@@ -199,11 +200,6 @@ def _within(seconds: float, condition: Callable[[], bool]) -> bool:
     while not (holds := condition()) and time.monotonic() < end:
         time.sleep(0.1)
     return holds
-
-
-def nearest_existing(path: Path) -> Path:
-    """`path`, or the nearest of its parents that is there."""
-    return next(place for place in (path, *path.absolute().parents) if place.exists())
 
 
 def measure_collectives(comm: Comm, device: torch.device, limit_s: float = COLLECTIVE_S) -> list[Row]:

@@ -24,11 +24,14 @@ from ddk_ds.train.preflight.rows import Row, attempt, deadline, failed, merge
 FILES_S, DOWNLOAD_S = 300.0, 7200.0
 
 
-def preflight(config: Config, comm: Comm, device: torch.device, ranks: int | None = None) -> list[Row]:
+def preflight(
+    config: Config, comm: Comm, device: torch.device, ranks: int | None = None, inputs: Inputs | None = None
+) -> list[Row]:
     """Everything that takes seconds: the machines, and the run's configuration, inputs, directory, disks and memory.
 
     The same rows on every rank; what needs a file that is at fault has none. A process without a launcher stands for
-    `ranks` (None: 1). Collective, before the run directory is claimed. Where a rank does not come to a check, the
+    `ranks` (None: 1). `inputs` that are checked already are not read again. Collective, before the run directory is
+    claimed. Where a rank does not come to a check, the
     process ends with EXIT_FAILED.
     """
     job = Job.meet(comm, device, ranks)
@@ -37,7 +40,7 @@ def preflight(config: Config, comm: Comm, device: torch.device, ranks: int | Non
         rows.append(attempt("same configuration", agreement.same_configuration, job, config))
         rows.append(attempt("output directory", agreement.output_directory, job, config))
     rows.append(attempt("batch", _batch, config, job.ranks))
-    rows += _inputs(config, job)
+    rows += _inputs(config, job, inputs)
     return _together(job, rows)
 
 
@@ -77,7 +80,7 @@ def _batch(config: Config, ranks: int) -> Row:
     return Row("batch", "pass", found)
 
 
-def _inputs(config: Config, job: Job) -> list[Row]:
+def _inputs(config: Config, job: Job, known: Inputs | None) -> list[Row]:
     """Models and shards by themselves; then, if these are whole on all ranks, what they are together."""
     rows = []
     paths: dict[str, Path] = {}
@@ -85,12 +88,12 @@ def _inputs(config: Config, job: Job) -> list[Row]:
         if model is not None:
             with deadline(f"{key} files", DOWNLOAD_S):
                 rows.append(attempt(f"{key} files", _model, key, model.path, job, paths))
-    rows.append(attempt("shards", _shards, config))
+    rows.append(attempt("shards", _shards, config, known))
     together = []
     with deadline("models and shards", FILES_S):
         checked: list[Inputs] = []
         if not failed(rows):
-            together.append(attempt("tokenizers and data", _fit, _found(config, paths), checked))
+            together.append(attempt("tokenizers and data", _fit, _found(config, paths), known, checked))
         if all(job.comm.gather_objects(bool(checked))):
             together += _with_inputs(config, job, checked[0])
         together.append(_on_first(job, "newest checkpoint", files.checkpoints, config, job.ranks))
@@ -105,8 +108,8 @@ def _model(key: str, path: str, job: Job, paths: dict[str, Path]) -> Row:
     return row
 
 
-def _shards(config: Config) -> Row:
-    manifest = load_manifest(open_store(config.data))
+def _shards(config: Config, known: Inputs | None) -> Row:
+    manifest = load_manifest(open_store(config.data)) if known is None else known.manifest
     samples = sum(domain.train.samples for domain in manifest.domains.values())
     found = f"data.path {config.data.path}: {len(manifest.domains)} domains, {samples:,} training samples, sizes fit"
     return Row("shards", "pass", found)
@@ -120,8 +123,8 @@ def _found(config: Config, paths: dict[str, Path]) -> Config:
     return config.model_copy(update={"student": student, "teacher": teacher, "train": train})
 
 
-def _fit(config: Config, checked: list[Inputs]) -> Row:
-    checked.append(check_inputs(config, SingleProcess()))
+def _fit(config: Config, known: Inputs | None, checked: list[Inputs]) -> Row:
+    checked.append(known or check_inputs(config, SingleProcess()))
     found = f"one vocabulary of {checked[0].tokenizer.vocab_size:,} tokens, which the shards were made with"
     return Row("tokenizers and data", "pass", found)
 

@@ -18,8 +18,9 @@ from ddk_ds.config import Config
 from ddk_ds.data.manifest import SPLITS, Manifest
 from ddk_ds.engine.memory import COMPUTE_BYTES, OPTIMIZER_BYTES, ModelShape
 from ddk_ds.engine.model_files import ModelFiles, read_model
+from ddk_ds.files import nearest_existing
 from ddk_ds.train.checkpoint_files import MANIFEST, complete_ones, newest_checkpoint
-from ddk_ds.train.preflight.agreement import Job, nearest_existing
+from ddk_ds.train.preflight.agreement import Job
 from ddk_ds.train.preflight.machine import size
 from ddk_ds.train.preflight.rows import Row, judged
 from ddk_ds.train.run_dir import check_run_dir, run_identity
