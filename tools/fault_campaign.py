@@ -161,7 +161,8 @@ def run_one(
 
 def resumed_from(run_dir: Path, since: float) -> Path | None:
     """The checkpoint that a start after `since` went on from; None: the beginning, or nothing was left to do."""
-    events = [json.loads(line) for line in (run_dir / "events.jsonl").read_text().splitlines()]
+    path = run_dir / "events.jsonl"
+    events = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
     paths = [event["path"] for event in events if event["event"] == "resume" and event["time_s"] >= since]
     return Path(paths[-1]) if paths else None
 

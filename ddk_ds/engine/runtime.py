@@ -50,7 +50,19 @@ def start_runtime() -> Runtime:
     else:
         accelerator.set_device(local_rank)
     deepspeed.init_distributed(dist_backend=accelerator.communication_backend_name(), verbose=False)
-    return Runtime(ProcessGroup(local_rank), torch.device(accelerator.device_name(), local_rank))
+    comm = ProcessGroup(local_rank)
+    _forget_shared_memory(comm.rank)
+    return Runtime(comm, torch.device(accelerator.device_name(), local_rank))
+
+
+def _forget_shared_memory(rank: int) -> None:
+    """Remove the name under which DeepSpeed's ranks on a CPU have mapped this rank's 66 MiB of /dev/shm.
+
+    DeepSpeed never does, whether a rank ends or is killed: after some hundred starts a machine has no memory left. The
+    mappings stay, and all ranks have theirs: they have met since.
+    """
+    place = "_".join([str(os.getuid()), os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", "")])
+    Path(f"/dev/shm/deepspeed_allreduce_buffer_{place}_{rank}").unlink(missing_ok=True)
 
 
 def _end_with_the_launcher() -> None:

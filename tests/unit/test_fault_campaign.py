@@ -45,6 +45,7 @@ def test_only_the_last_start_counts(tmp_path: Path) -> None:
     (tmp_path / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
     assert resumed_from(tmp_path, since=9.0) == Path("step-2")
     assert resumed_from(tmp_path, since=10.5) is None
+    assert resumed_from(tmp_path / "never begun", since=0.0) is None
 
 
 def test_the_summary_counts_what_went_wrong() -> None:

@@ -1,0 +1,21 @@
+"""Runs on every rank of test_runtime.py."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import deepspeed
+import torch
+
+from ddk_ds.engine.runtime import Runtime
+
+
+def shared_memory(runtime: Runtime) -> tuple[float, list[str], bool]:
+    """The sum of the ranks' numbers by DeepSpeed, names of this job in /dev/shm, and whether this rank maps them."""
+    numbers = torch.full((1000,), runtime.comm.rank + 1.0)
+    deepspeed.comm.all_reduce(numbers)
+    runtime.comm.barrier()
+    port = os.environ["MASTER_PORT"]
+    names = [path.name for path in Path("/dev/shm").iterdir() if f"_{port}_" in path.name]
+    return float(numbers.mean()), names, f"_{port}_1 (deleted)" in Path("/proc/self/maps").read_text()
