@@ -7,20 +7,25 @@ anything expensive. Nothing is silently rewritten: what `--print-config` shows i
 from __future__ import annotations
 
 from ddk_ds.config.load import load_config, make_config, to_yaml
+from ddk_ds.config.methods import METHODS, Doremi, Ted
 from ddk_ds.config.run import Config
-from ddk_ds.config.sections import Checkpoint, Data, Guard, Limits, Loss, Model, Optimizer, Positive, Section
+from ddk_ds.config.sections import Checkpoint, Data, Guard, Limits, Loss, Mixture, Model, Optimizer, Positive, Section
 
 __all__ = [
+    "METHODS",
     "Checkpoint",
     "Config",
     "Data",
+    "Doremi",
     "Guard",
     "Limits",
     "Loss",
+    "Mixture",
     "Model",
     "Optimizer",
     "Positive",
     "Section",
+    "Ted",
     "load_config",
     "make_config",
     "to_yaml",

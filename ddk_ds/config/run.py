@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from pydantic import Field, model_validator
 
+from ddk_ds.config.methods import METHODS, MethodSections
 from ddk_ds.config.sections import (
     Checkpoint,
     Data,
@@ -17,7 +18,6 @@ from ddk_ds.config.sections import (
     Model,
     Natural,
     Optimizer,
-    Section,
     Stop,
     Student,
     Train,
@@ -25,7 +25,7 @@ from ddk_ds.config.sections import (
 from ddk_ds.errors import ConfigError
 
 
-class Config(Section):
+class Config(MethodSections):
     """One run."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
@@ -36,12 +36,10 @@ class Config(Section):
     """A checkpoint, or a run's directory, whose weights, optimizer, step and place in the data this run begins with."""
     seed: Natural = 0
     """Seed of the data order and of dropout."""
-    method: Literal["ddk", "cpt"] = "ddk"
-    """ddk: distillation from a teacher (Eq. 3); cpt: cross-entropy alone, without a teacher."""
     student: Student
     """The model in training."""
     teacher: Model | None = None
-    """The frozen model; needed by `method: ddk`."""
+    """The frozen model that a method compares with; for doremi_proxy its reference model. cpt has none."""
     data: Data
     mixture: Mixture = Mixture()
     loss: Loss = Loss()
@@ -61,15 +59,7 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _parts_agree(self) -> Config:
-        if self.method == "ddk" and self.teacher is None:
-            raise ValueError("method: ddk needs a teacher: set teacher.path, or method: cpt")
-        if self.method == "cpt" and self.teacher is not None:
-            raise ValueError("method: cpt takes no teacher: remove teacher, or set method: ddk")
-        if self.method == "cpt" and self.mixture.controller.startswith("ddk"):
-            raise ValueError(
-                f"mixture.controller: {self.mixture.controller} compares with a teacher, which method: cpt has not: "
-                "set mixture.controller to by_size, equal or static"
-            )
+        self._check_teacher()
         if (self.mixture.controller == "static") != (self.mixture.proportions is not None):
             raise ValueError("mixture.proportions goes with mixture.controller: static, and only with it")
         if self.stop.steps is not None and self.optimizer.warmup_steps >= self.stop.steps:
@@ -77,8 +67,6 @@ class Config(Section):
                 f"optimizer.warmup_steps is {self.optimizer.warmup_steps}, stop.steps {self.stop.steps}: the learning "
                 "rate would never reach its peak; lower the first"
             )
-        if self.stop.discrepancy is not None and self.teacher is None:
-            raise ValueError("stop.discrepancy compares with a teacher, which method: cpt has not: remove it")
         uses_nvme = "nvme" in (self.optimizer.offload, self.student.offload_params) or (
             self.teacher is not None and self.teacher.offload_params == "nvme"
         )
@@ -87,6 +75,29 @@ class Config(Section):
         if self.data.domains is not None and len(set(self.data.domains)) != len(self.data.domains):
             raise ValueError(f"data.domains names a domain twice: {', '.join(self.data.domains)}")
         return self
+
+    def _check_teacher(self) -> None:
+        """Raise ValueError where the method, the mixture or the stop needs a teacher that is not there, or has one."""
+        needed = METHODS[self.method].teacher
+        if needed and self.teacher is None:
+            raise ValueError(f"method: {self.method} needs a teacher: set teacher.path, or method: cpt")
+        if not needed and self.teacher is not None:
+            raise ValueError(f"method: {self.method} takes no teacher: remove teacher, or set method: ddk")
+        if self.method == "ted" and self.ted.filters is None:
+            raise ValueError("method: ted needs ted.filters: run the same with method: ted_filters first")
+        if needed:
+            return
+        mixture = self.mixture
+        excess_loss = mixture.controller in ("sheared_llama", "doremi_online")
+        if mixture.controller.startswith("ddk") or (excess_loss and mixture.reference_losses is None):
+            raise ValueError(
+                f"mixture.controller: {mixture.controller} compares with a teacher, which method: {self.method} "
+                "has not: set mixture.controller to by_size, equal or static"
+            )
+        if self.stop.discrepancy is not None:
+            raise ValueError(
+                f"stop.discrepancy compares with a teacher, which method: {self.method} has not: remove it"
+            )
 
     def micro_batches(self, world_size: int) -> int:
         """Micro-batches a rank runs in one optimizer step on `world_size` ranks; ConfigError if they do not divide."""

@@ -16,7 +16,22 @@ Divergence = Literal[
     "forward_kl", "reverse_kl", "jensen_shannon", "skew_forward_kl", "skew_reverse_kl", "total_variation"
 ]
 Exhaustion = Literal["cycle", "cap", "stop"]
-Controller = Literal["ddk", "ddk_no_smoothing", "equal", "by_size", "static"]
+Controller = Literal[
+    "ddk", "ddk_no_smoothing", "equal", "by_size", "static", "schedule", "sheared_llama", "doremi_online"
+]
+_MEASURING = ("ddk", "ddk_no_smoothing", "sheared_llama", "doremi_online")
+# The controllers that have an option. alpha, ratio_cap and initial_floor are not here: an ablation of a DDK run is
+# one override of the controller, and they stay where they are.
+_CONTROLLERS_WITH: dict[str, tuple[str, ...]] = {
+    "schedule_file": ("schedule",),
+    "initial": ("ddk",),
+    "prior": ("ddk", "sheared_llama", "doremi_online"),
+    "reference_losses": ("sheared_llama", "doremi_online"),
+    "step_size": ("doremi_online",),
+    "smoothing": ("doremi_online",),
+    "ppl_smoothing": _MEASURING,
+    "floors": (*_MEASURING, "by_size"),
+}
 
 
 class Section(BaseModel):
@@ -85,23 +100,61 @@ class Mixture(Section):
     """How the proportions of the domains are decided."""
 
     controller: Controller = "ddk"
-    """ddk (Eq. 1, 2); ddk_no_smoothing (Eq. 1 each interval); equal; by_size (tokens of the domain); static."""
+    """ddk (Eq. 1, 2); ddk_no_smoothing (Eq. 1 each interval); equal; by_size (tokens of the domain); static; schedule;
+    sheared_llama; doremi_online. docs/mixture.md has their formulas and sources."""
     alpha: Fraction = 0.5
     """Smoothing coefficient of Eq. 2; every domain keeps at least (1 - alpha) / N from the second interval on."""
     interval_steps: Positive = 1000
     """K: optimizer steps between two measurements."""
+    interval_growth: PositiveFloat = 1.0
+    """Interval t (from 0) has max(1, round(interval_steps * interval_growth^t)) steps; 1: all have K."""
     proportions: dict[str, NonNegativeFloat] | None = None
     """Proportion by domain for `controller: static`; they must sum to 1."""
+    schedule_file: str | None = None
+    """YAML file for `controller: schedule`: a list of {from_interval: 0, proportions: {domain: proportion}}."""
+    exclude: tuple[str, ...] = ()
+    """Domains that are measured and never drawn, under any controller."""
+    floors: dict[str, Fraction] = Field(default_factory=dict)
+    """Least proportion by domain, in every interval."""
+    ppl_smoothing: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    """Weight of the past in the moving average of the student's log perplexities that decides; 0: none."""
+    prior: Literal["equal", "by_size"] | dict[str, NonNegativeFloat] = "equal"
+    """In place of 1/N in Eq. 2; sheared_llama and doremi_online begin with it: equal, by_size, or by domain."""
+    initial: Literal["eq1", "equal"] = "eq1"
+    """First interval of `controller: ddk`: by Eq. 1, or of equal proportions."""
     ratio_cap: PositiveFloat | None = None
     """Largest perplexity ratio that enters exp() in Eq. 1 and 2; null: none, as published."""
     initial_floor: Fraction = 0.0
     """Least proportion of a domain in the first interval; 0: none, as published."""
+    reference_losses: dict[str, NonNegativeFloat] | None = None
+    """Loss by domain, in nats a token, that sheared_llama and doremi_online compare with; null: the teacher's."""
+    step_size: NonNegativeFloat = 1.0
+    """eta of doremi_online."""
+    smoothing: Fraction = 1e-3
+    """c of doremi_online: share of equal proportions in every update."""
     exhaustion: Exhaustion = "cycle"
     """cycle (pass after pass); cap (at its limit the others get a domain's share); stop (there the run ends)."""
     exhaustion_by_domain: dict[str, Exhaustion] = Field(default_factory=dict)
     """Policy of single domains in place of `exhaustion`."""
     max_passes: PositiveFloat | None = None
     """Limit of each domain with cap or stop, in passes over its samples; null: one pass, with stop alone."""
+
+    @model_validator(mode="after")
+    def _options_go_with_the_controller(self) -> Mixture:
+        for option, controllers in _CONTROLLERS_WITH.items():
+            value = getattr(self, option)
+            if self.controller not in controllers and value != type(self).model_fields[option].get_default(
+                call_default_factory=True
+            ):
+                raise ValueError(
+                    f"{option} is {value}, which controller: {self.controller} does not use: remove it, or set "
+                    f"mixture.controller to {' or '.join(controllers)}"
+                )
+        if self.controller == "schedule" and self.schedule_file is None:
+            raise ValueError("controller: schedule needs schedule_file: set it to a YAML file of proportions")
+        if self.initial == "equal" and self.initial_floor:
+            raise ValueError(f"initial_floor is {self.initial_floor:g}, which initial: equal does not use: remove it")
+        return self
 
     @model_validator(mode="after")
     def _limit_goes_with_policies(self) -> Mixture:
@@ -121,8 +174,12 @@ class Loss(Section):
 
     gamma: NonNegativeFloat = 0.2
     """Weight of the divergence."""
+    gamma_end: NonNegativeFloat | None = None
+    """Weight at the run's end, to which it changes by equal amounts a step; null: it stays."""
     temperature: PositiveFloat = 1.0
     """Temperature of both softmaxes in the divergence, which is scaled by its square."""
+    temperature_end: PositiveFloat | None = None
+    """Temperature at the run's end, to which it changes by equal amounts a step; null: it stays."""
     divergence: Divergence = "forward_kl"
     """forward_kl (Eq. 3); reverse_kl; jensen_shannon; skew_forward_kl; skew_reverse_kl; total_variation."""
     coefficient: OpenFraction = 0.5

@@ -7,7 +7,7 @@ beside the engine makes micro-batches overwrite one another's gradients.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -15,6 +15,7 @@ import torch
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from torch import nn
 
+from ddk_ds.engine.filters import LayerFilters, LayerTaps
 from ddk_ds.kernels import LogitForm
 
 
@@ -47,15 +48,38 @@ class StudentHead(nn.Module):
 class StudentRoot(nn.Module):
     """What the student's engine wraps: token ids and a function of the hidden states in, its result out."""
 
-    def __init__(self, backbone: nn.Module, head: nn.Module, form: LogitForm) -> None:
+    def __init__(
+        self, backbone: nn.Module, head: nn.Module, form: LogitForm, filters: LayerFilters | None, depth: int
+    ) -> None:
         super().__init__()
         self.backbone = backbone
         self.head = StudentHead(head, form)
+        self.filters = filters
+        self._taps = None if filters is None else LayerTaps(backbone, [pair[0] for pair in filters.shape.pairs], depth)
 
-    def forward(self, input_ids: torch.Tensor, function: HeadFunction) -> Any:
-        """input_ids (B, L) int64 -> function(hidden (B*L, H), head)."""
-        hidden = self.backbone(input_ids=input_ids, use_cache=False).last_hidden_state
-        return self.head(hidden.flatten(0, 1), function)
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        function: HeadFunction | None,
+        teacher_states: Sequence[torch.Tensor] | None = None,
+    ) -> Any:
+        """input_ids (B, L) int64 -> function(hidden (B*L, H), head).
+
+        With the teacher's hidden states of the matched layers: that (None without a function), and the filtered states.
+        """
+        if teacher_states is None:
+            return self._head(self._hidden(input_ids), function)
+        filters: Any = self.filters
+        assert filters is not None and self._taps is not None, "built without filters"
+        with self._taps.open() as states:
+            hidden = self._hidden(input_ids)
+        return self._head(hidden, function), filters(states, teacher_states)
+
+    def _hidden(self, input_ids: torch.Tensor) -> torch.Tensor:
+        return self.backbone(input_ids=input_ids, use_cache=False).last_hidden_state.flatten(0, 1)
+
+    def _head(self, hidden: torch.Tensor, function: HeadFunction | None) -> Any:
+        return None if function is None else self.head(hidden, function)
 
 
 class FrozenHead:

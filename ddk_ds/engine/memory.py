@@ -7,7 +7,8 @@ Assumed, and not measured:
 - Of the student up to `max_live_parameters` elements stay gathered between forward and backward, since a layer's
   next use is near; the teacher, which only goes forward, holds a layer (or its embedding) and what is prefetched.
 - Activations of a layer are those of a Llama-like block: two norms in float32, attention without stored scores unless
-  it is `eager`, a gated MLP. With gradient checkpointing each layer keeps its input, and one layer is whole.
+  it is `eager`, an MLP, gated unless its tensors' names are those of a plain one. With gradient checkpointing each
+  layer keeps its input, and one layer is whole.
 - DeepSpeed allocates a bucket of `reduce_bucket_size` gradients whole, and joins what is in it once more. On a CPU only
   the pages that gradients reach are taken.
 - Libraries of a process take CONTEXT_BYTES of a GPU (CUDA's context, NCCL, cuBLAS) and PROCESS_BYTES of the host.
@@ -16,14 +17,16 @@ Assumed, and not measured:
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from ddk_ds.config import Config, Model
-from ddk_ds.engine.model_files import ModelFiles
+from ddk_ds.engine.model_files import ModelFiles, StoredTensor
 from ddk_ds.kernels.options import GROUP_CHUNKS, default_chunk_tokens
 
 CONTEXT_BYTES = 1_500_000_000
@@ -46,6 +49,10 @@ _HEADS = ("lm_head.weight", "embed_out.weight", "output.weight")
 # What older checkpoints store beside parameters: rotary frequencies and attention masks.
 _BUFFERS = re.compile(r"(\.inv_freq|\.masked_bias|\.attn\.bias|\.attention\.bias)$")
 _LAYER = re.compile(r"^(.*?\.\d+)\.")
+# First matrix of an MLP without a gate (GPT-2 and StarCoder; OPT, Phi; GPT-J; GPT-NeoX, Bloom, Falcon).
+_PLAIN_MLP = re.compile(r"\.(c_fc|fc1|fc_in|dense_h_to_4h)\.weight$")
+# Architectures whose output head is the embedding where config.json does not say.
+_TIED_BY_DEFAULT = ("gpt_bigcode", "gpt2")
 
 
 @dataclass(frozen=True)
@@ -66,6 +73,8 @@ class ModelShape:
     """Width of keys and of values."""
     intermediate: int
     """Width of the MLP that a token goes through; of a mixture of experts: of all experts that it goes to."""
+    gated: bool
+    """Whether the MLP multiplies two of its products: it then keeps four tensors of that width, otherwise two."""
     heads: int
 
     @property
@@ -83,7 +92,7 @@ def model_shape(files: ModelFiles) -> ModelShape:
     values = {**files.config, **files.config.get("text_config", {})}
     sizes = {name: math.prod(t.shape) for name, t in files.tensors.items() if not _BUFFERS.search(name)}
     heads = [name for name in sizes if name.endswith(_HEADS)]
-    if values.get("tie_word_embeddings"):
+    if values.get("tie_word_embeddings", values.get("model_type") in _TIED_BY_DEFAULT):
         for name in heads:
             del sizes[name]
     layers: dict[str, int] = {}
@@ -103,10 +112,23 @@ def model_shape(files: ModelFiles) -> ModelShape:
         layers=_first(values, "num_hidden_layers", "n_layer") or len(layers),
         hidden=hidden,
         attention=num_heads * head_size,
-        key_value=(_first(values, "num_key_value_heads") or num_heads) * head_size,
+        key_value=(1 if values.get("multi_query") else _first(values, "num_key_value_heads") or num_heads) * head_size,
         intermediate=experts * intermediate,
+        gated=not any(_PLAIN_MLP.search(name) for name in sizes),
         heads=num_heads,
     )
+
+
+def configured_shape(config: Path) -> ModelShape:
+    """The shape of the model that a Hugging Face configuration (JSON) describes: nothing of it is built in memory."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    values = json.loads(config.read_text())
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**values))
+    tensors = {name: StoredTensor(config, tuple(tensor.shape)) for name, tensor in model.named_parameters()}
+    return model_shape(ModelFiles(config.parent, values, tensors))
 
 
 def _first(values: Mapping[str, Any], *keys: str) -> int:
@@ -241,7 +263,10 @@ def _activations(config: Config, shape: ModelShape, tokens: int, compute: int) -
 def _layer_activations(model: Model, shape: ModelShape, tokens: int, length: int, compute: int) -> int:
     """Bytes that a layer keeps for its backward."""
     norms = 2 * shape.hidden * (4 + 2 * compute)
-    attention = compute * (2 * shape.attention + 2 * shape.key_value)
+    # Only flash_attention_2 takes grouped keys and values as they are; for others transformers repeats them. (One head
+    # of them is not repeated but viewed.)
+    repeated = model.attn_implementation != "flash_attention_2" and shape.key_value > shape.attention // shape.heads
+    attention = compute * (2 * shape.attention + 2 * (shape.attention if repeated else shape.key_value))
     if model.attn_implementation == "eager":
         attention += shape.heads * length * (4 + 2 * compute)  # scores, their softmax in float32, the same rounded
-    return tokens * (norms + attention + compute * 4 * shape.intermediate)
+    return tokens * (norms + attention + compute * (4 if shape.gated else 2) * shape.intermediate)

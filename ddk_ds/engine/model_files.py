@@ -45,6 +45,16 @@ class ModelFiles:
         return LogitForm(scale, float(self.config.get(_SOFTCAP) or 0))
 
     @property
+    def num_layers(self) -> int:
+        """Decoder layers."""
+        return int(self.config.get("num_hidden_layers") or self.config["n_layer"])
+
+    @property
+    def width(self) -> int:
+        """Width of the hidden states."""
+        return int(self.config.get("hidden_size") or self.config["n_embd"])
+
+    @property
     def fingerprint(self) -> str:
         """Hash of the configuration and of every tensor's name, shape, dtype and sampled bytes."""
         digest = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +17,7 @@ from ddk_ds.comm import Comm
 from ddk_ds.config import Config, Model
 from ddk_ds.engine.compat import no_init_weights
 from ddk_ds.engine.ds_config import student_ds_config, teacher_ds_config
+from ddk_ds.engine.filters import FilterShape, LayerFilters, LayerTaps, build_filters
 from ddk_ds.engine.head import FrozenHead, HeadFunction, StudentRoot
 from ddk_ds.engine.host_memory import freed_at_once
 from ddk_ds.engine.model_files import ModelFiles
@@ -38,6 +39,17 @@ class Student:
         """input_ids (B, L) -> function(hidden (B*L, H), head), through the engine: also in evaluation."""
         return self.engine(input_ids, function)
 
+    def filtered(
+        self, input_ids: torch.Tensor, function: HeadFunction | None, teacher_states: Sequence[torch.Tensor]
+    ) -> tuple[Any, tuple[list[torch.Tensor], list[torch.Tensor]]]:
+        """As a call, and beside it the matched layers' hidden states of both models through their filters."""
+        return self.engine(input_ids, function, teacher_states)
+
+    @property
+    def filters(self) -> LayerFilters:
+        """TED's, in a run that has them."""
+        return self.engine.module.filters
+
     def backward(self, loss: torch.Tensor, *, last: bool) -> None:
         """Accumulate the gradient of a micro-batch's loss; `last`: it is the step's last, `update` follows."""
         self.engine.backward(loss, scale_wrt_gas=False)
@@ -57,7 +69,13 @@ class Student:
         In the background training may go on: see `saving` and `saved`. Collective.
         """
         self.engine.checkpoint_engine.begin(background=background)
-        self.engine.save_checkpoint(str(directory), tag=tag, client_state={"run": client_state}, save_latest=False)
+        self.engine.save_checkpoint(
+            str(directory),
+            tag=tag,
+            client_state={"run": client_state},
+            save_latest=False,
+            exclude_frozen_parameters=True,
+        )
 
     @property
     def saving(self) -> bool:
@@ -72,7 +90,9 @@ class Student:
         """Restore what `save` wrote on as many ranks, or a universal checkpoint; returns the run's own state."""
         groups = [{k: v for k, v in group.items() if k != "params"} for group in self.engine.optimizer.param_groups]
         self.engine._config.load_universal_checkpoint = universal
-        path, client_state = self.engine.load_checkpoint(str(directory), tag=tag)
+        # What is frozen is not saved: it is as it was loaded from the model's own files.
+        whole = all(parameter.requires_grad for parameter in self.engine.module.parameters())
+        path, client_state = self.engine.load_checkpoint(str(directory), tag=tag, load_module_strict=whole)
         assert path is not None, f"DeepSpeed found no checkpoint in {directory}/{tag}"
         # A universal one has given every group the first one's weight decay, and all of them one step counter.
         for group, ours in zip(self.engine.optimizer.param_groups, groups, strict=True):
@@ -96,14 +116,22 @@ class Student:
 class Teacher:
     """The frozen model: a backbone on an engine without optimizer, and its head beside it."""
 
-    def __init__(self, engine: Any, head: FrozenHead) -> None:
+    def __init__(self, engine: Any, head: FrozenHead, taps: LayerTaps | None) -> None:
         self.engine = engine
         self.head = head
+        self._taps = taps
 
     @torch.inference_mode()
     def hidden(self, input_ids: torch.Tensor) -> torch.Tensor:
         """input_ids (B, L) -> last hidden states (B*L, H), no graph."""
         return self.engine(input_ids=input_ids, use_cache=False).last_hidden_state.flatten(0, 1)
+
+    def tapped(self, input_ids: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """`hidden`, and the hidden states (B*L, H) of the layers that TED matches."""
+        assert self._taps is not None, "loaded without matched layers"
+        with self._taps.open() as states:
+            hidden = self.hidden(input_ids)
+        return hidden, [state.clone() for state in states]  # what inference mode made cannot be kept for a gradient
 
     def __call__(self, input_ids: torch.Tensor, function: HeadFunction) -> Any:
         """input_ids (B, L) -> function(hidden (B*L, H), head)."""
@@ -121,8 +149,13 @@ class Teacher:
             self.engine.optimizer.get_param_coordinator().release_and_reset_all(self.engine.module)
 
 
-def load_student(config: Config, files: ModelFiles, vocab_size: int, comm: Comm) -> Student:
-    """The student on its training engine. Collective. Raises ConfigError where the files do not fit."""
+def load_student(
+    config: Config, files: ModelFiles, vocab_size: int, comm: Comm, shape: FilterShape | None = None
+) -> Student:
+    """The student on its training engine, with TED's filters where their `shape` is given. Collective.
+
+    Raises ConfigError where the files do not fit.
+    """
     ds_config = student_ds_config(config, comm.world_size)
     model = _load_sharded(config, config.student, "student.path", files, ds_config, comm)
     _check_vocabulary(model, vocab_size, "student.path")
@@ -130,25 +163,35 @@ def load_student(config: Config, files: ModelFiles, vocab_size: int, comm: Comm)
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     sources = source_names(model, files)
     parameters = {sources.get(name, name): parameter for name, parameter in model.named_parameters()}
-    root = StudentRoot(_backbone(model), model.get_output_embeddings(), files.logit_form)
+    filters = None if shape is None else build_filters(config, shape, ds_config, comm)
+    if config.method == "ted_filters":
+        model.requires_grad_(False)
+    root = StudentRoot(_backbone(model), model.get_output_embeddings(), files.logit_form, filters, files.num_layers)
     engine, _, _, _ = deepspeed.initialize(model=root, optimizer=_adamw(root, config), config=ds_config)
     engine.checkpoint_engine = ShardWriter()
     engine.train()
     return Student(engine, parameters)
 
 
-def load_teacher(config: Config, files: ModelFiles, vocab_size: int, comm: Comm) -> Teacher:
-    """The teacher, frozen, without any optimizer state. Collective. Raises ConfigError where the files do not fit."""
+def load_teacher(
+    config: Config, files: ModelFiles, vocab_size: int, comm: Comm, shape: FilterShape | None = None
+) -> Teacher:
+    """The teacher, frozen, without any optimizer state; it can give the hidden states of the layers in `shape`.
+
+    Collective. Raises ConfigError where the files do not fit.
+    """
     assert config.teacher is not None, "a run without a teacher asked for one"
     ds_config = teacher_ds_config(config)
     model = _load_sharded(config, config.teacher, "teacher.path", files, ds_config, comm)
     _check_vocabulary(model, vocab_size, "teacher.path")
     model.requires_grad_(False).eval()
     head = FrozenHead(model.get_output_embeddings(), files.logit_form)
-    engine, _, _, _ = deepspeed.initialize(model=_backbone(model), config=ds_config)
+    backbone = _backbone(model)
+    taps = None if shape is None else LayerTaps(backbone, [pair[1] for pair in shape.pairs], files.num_layers)
+    engine, _, _, _ = deepspeed.initialize(model=backbone, config=ds_config)
     engine.eval()
     assert not hasattr(engine.optimizer, "fp32_partitioned_groups_flat"), "the teacher's engine holds optimizer state"
-    return Teacher(engine, head)
+    return Teacher(engine, head, taps)
 
 
 @freed_at_once()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import logging
 import os
 import resource
@@ -47,12 +48,30 @@ def start_runtime() -> Runtime:
         local_size = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
         if "OMP_NUM_THREADS" not in os.environ:
             torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_size))
+        _load_communication()
     else:
         accelerator.set_device(local_rank)
     deepspeed.init_distributed(dist_backend=accelerator.communication_backend_name(), verbose=False)
     comm = ProcessGroup(local_rank)
     _forget_shared_memory(comm.rank)
     return Runtime(comm, torch.device(accelerator.device_name(), local_rank))
+
+
+def _load_communication() -> None:
+    """Load DeepSpeed's shared-memory communication, compiled where that was not done yet, by one process at a time.
+
+    torch's own lock is a file that a process killed meanwhile leaves behind, and every later one waits for it for ever.
+    The kernel frees ours; whoever has it knows that torch's is such a left-over.
+    """
+    from deepspeed.ops.op_builder import ShareMemCommBuilder
+    from torch.utils.cpp_extension import _get_build_directory  # on import it warns that there is no CUDA
+
+    builder = ShareMemCommBuilder()
+    folder = Path(_get_build_directory(builder.name, verbose=False))
+    with open(folder / "ddk_ds.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        (folder / "lock").unlink(missing_ok=True)
+        builder.load(verbose=False)
 
 
 def _forget_shared_memory(rank: int) -> None:

@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from ddk_ds.config import Config
 from ddk_ds.engine.models import Teacher
-from ddk_ds.methods.base import HeadOptions, Method
+from ddk_ds.methods.base import IGNORE_INDEX, Batch, HeadOptions, Method
 from ddk_ds.methods.continued_pretraining import ContinuedPretraining
 from ddk_ds.methods.distillation import Distillation
+from ddk_ds.methods.doremi import DoremiProxy
+from ddk_ds.methods.ted import Ted, TedFilters
 
-__all__ = ["ContinuedPretraining", "Distillation", "HeadOptions", "Method", "make_method"]
+__all__ = ["IGNORE_INDEX", "Batch", "HeadOptions", "Method", "make_method"]
 
 
-def make_method(config: Config, teacher: Teacher | None, options: HeadOptions) -> Method:
-    """The method that `config.method` names."""
-    if config.method == "cpt" or config.loss.gamma == 0:
+def make_method(
+    config: Config, teacher: Teacher | None, options: HeadOptions, num_domains: int, state: dict[str, Any]
+) -> Method:
+    """The method that `config.method` names, going on from the `state` that one like it returned ({}: afresh)."""
+    if teacher is None:
         return ContinuedPretraining(options)
-    assert teacher is not None, f"method {config.method} runs without its teacher"
-    return Distillation(teacher, config.loss, options)
+    if config.method == "doremi_proxy":
+        return DoremiProxy(teacher, options, config.doremi, num_domains, state)
+    if config.method == "ted_filters":
+        return TedFilters(teacher, options)
+    distillation = Distillation(teacher, config.loss, options)
+    return Ted(distillation, teacher, config.ted.weight) if config.method == "ted" else distillation

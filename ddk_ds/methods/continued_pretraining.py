@@ -2,35 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
-
-import torch
-
-from ddk_ds.engine.head import OutputHead
 from ddk_ds.engine.models import Student
-from ddk_ds.kernels import KDLoss, linear_kd_loss
-from ddk_ds.methods.base import HeadOptions
+from ddk_ds.kernels import KDLoss
+from ddk_ds.methods.base import Batch, HeadOptions, Stateless, cross_entropy
 
 
-class ContinuedPretraining:
+class ContinuedPretraining(Stateless):
     """Next-token cross-entropy of the student; no teacher."""
 
     def __init__(self, options: HeadOptions) -> None:
-        self._options = asdict(options)
+        self._options = options
 
-    def loss(self, student: Student, input_ids: torch.Tensor, labels: torch.Tensor, num_valid: torch.Tensor) -> KDLoss:
-        def cross_entropy(hidden: torch.Tensor, head: OutputHead) -> KDLoss:
-            return linear_kd_loss(
-                hidden,
-                head.weight,
-                None,
-                None,
-                labels.flatten(),
-                num_valid=num_valid,
-                student_bias=head.bias,
-                student_form=head.form,
-                gamma=0.0,
-                **self._options,
-            )
-
-        return student(input_ids, cross_entropy)
+    def loss(self, student: Student, batch: Batch) -> KDLoss:
+        """See `Method`."""
+        return student(batch.input_ids, lambda hidden, head: cross_entropy(hidden, head, batch, self._options))

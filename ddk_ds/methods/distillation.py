@@ -10,34 +10,48 @@ from ddk_ds.config import Loss
 from ddk_ds.engine.head import OutputHead
 from ddk_ds.engine.models import Student, Teacher
 from ddk_ds.kernels import KDLoss, linear_kd_loss
-from ddk_ds.methods.base import HeadOptions
+from ddk_ds.methods.base import Batch, HeadOptions, Stateless, cross_entropy
 
 
-class Distillation:
+class Distillation(Stateless):
     """CE + gamma * T^2 * D(teacher, student); which domains it sees is the mixture's affair."""
 
     def __init__(self, teacher: Teacher, loss: Loss, options: HeadOptions) -> None:
         self._teacher = teacher
-        chosen = loss.model_dump(include={"gamma", "temperature", "divergence", "coefficient"})
-        self._options = {**chosen, **asdict(options)}
+        self._loss = loss
+        self._options = options
 
-    def loss(self, student: Student, input_ids: torch.Tensor, labels: torch.Tensor, num_valid: torch.Tensor) -> KDLoss:
-        teacher_hidden = self._teacher.hidden(input_ids)
+    def loss(self, student: Student, batch: Batch) -> KDLoss:
+        """See `Method`. While gamma is 0 the teacher does not run."""
+        gamma = scheduled(self._loss.gamma, self._loss.gamma_end, batch.progress)
+        if gamma == 0:
+            return student(batch.input_ids, lambda hidden, head: cross_entropy(hidden, head, batch, self._options))
+        teacher_hidden = self._teacher.hidden(batch.input_ids)
+        return student(batch.input_ids, lambda hidden, head: self.distil(hidden, head, teacher_hidden, batch))
 
-        def distil(hidden: torch.Tensor, head: OutputHead) -> KDLoss:
-            with self._teacher.head.gathered() as teacher_head:
-                return linear_kd_loss(
-                    hidden,
-                    head.weight,
-                    teacher_hidden,
-                    teacher_head.weight,
-                    labels.flatten(),
-                    num_valid=num_valid,
-                    student_bias=head.bias,
-                    teacher_bias=teacher_head.bias,
-                    student_form=head.form,
-                    teacher_form=teacher_head.form,
-                    **self._options,
-                )
+    def distil(self, hidden: torch.Tensor, head: OutputHead, teacher_hidden: torch.Tensor, batch: Batch) -> KDLoss:
+        """Eq. 3 of hidden (n, Hs) and teacher_hidden (n, Ht)."""
+        loss, progress = self._loss, batch.progress
+        with self._teacher.head.gathered() as teacher_head:
+            return linear_kd_loss(
+                hidden,
+                head.weight,
+                teacher_hidden,
+                teacher_head.weight,
+                batch.labels.flatten(),
+                num_valid=batch.num_valid,
+                student_bias=head.bias,
+                teacher_bias=teacher_head.bias,
+                student_form=head.form,
+                teacher_form=teacher_head.form,
+                gamma=scheduled(loss.gamma, loss.gamma_end, progress),
+                temperature=scheduled(loss.temperature, loss.temperature_end, progress),
+                divergence=loss.divergence,
+                coefficient=loss.coefficient,
+                **asdict(self._options),
+            )
 
-        return student(input_ids, distil)
+
+def scheduled(start: float, end: float | None, progress: float) -> float:
+    """A value that changes by equal amounts a step from `start` to `end` (None: stays), at `progress` in 0..1."""
+    return start if end is None else start + (end - start) * progress

@@ -1,138 +1,66 @@
-"""Controllers decide the proportions of each distillation interval: DDK, its ablations, fixed mixtures.
-
-A controller is a value: the proportions it continues from are handed to it, so it holds no state of its own
-beyond its options, and a replay of the ledger through a fresh one gives the same proportions.
-"""
+"""The controller of a run, made from its options. docs/mixture.md has every kind's formula and source."""
 
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, ClassVar, Protocol
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
 from ddk_ds.errors import ConfigError
-from ddk_ds.mixture.factors import Values, Vector, check_proportions, initial_factors, smooth_update
+from ddk_ds.mixture.bounds import Bounded
+from ddk_ds.mixture.ddk import DDK, DDKNoSmoothing
+from ddk_ds.mixture.domains import given_proportions, in_order, proportions_by_size, taking_part
+from ddk_ds.mixture.excess_loss import DoReMiOnline, ShearedLlama
+from ddk_ds.mixture.fixed import Scheduled, Static, parse_stages
+from ddk_ds.mixture.protocol import Controller
 
-CONTROLLER_KINDS = ("ddk", "ddk_no_smoothing", "equal", "by_size", "static")
-
-
-class Controller(Protocol):
-    """Decides the proportions (N,) of the next interval from perplexities; pure."""
-
-    @property
-    def name(self) -> str:
-        """The kind, as in the configuration."""
-
-    @property
-    def uses_teacher(self) -> bool:
-        """Whether perplexities are needed at all; else None may be handed in for both models."""
-
-    def start(self, student_ppl: Values, teacher_ppl: Values) -> Vector:
-        """Proportions of the first interval."""
-
-    def update(self, proportions: Vector, student_ppl: Values, teacher_ppl: Values) -> Vector:
-        """Proportions of the interval after the one that had `proportions`."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """All that decides what it returns, as plain JSON."""
+CONTROLLER_KINDS = (
+    "ddk",
+    "ddk_no_smoothing",
+    "equal",
+    "by_size",
+    "static",
+    "schedule",
+    "sheared_llama",
+    "doremi_online",
+)
 
 
 @dataclass(frozen=True)
-class DDK:
-    """The paper's controller: Eq. 1 at the start, Eq. 2 from then on (arXiv 2407.16154)."""
+class ControllerOptions:
+    """The options of section `mixture` that controllers have, under the same names; each default is the paper's.
 
-    names: tuple[str, ...]
+    An option of other kinds than the one that is made is not looked at.
+    """
+
     alpha: float = 0.5
     ratio_cap: float | None = None
+    initial: str = "eq1"
     initial_floor: float = 0.0
-    name: ClassVar[str] = "ddk"
-    uses_teacher: ClassVar[bool] = True
-
-    def start(self, student_ppl: Values, teacher_ppl: Values) -> Vector:
-        """Eq. 1, under the options' cap and floor."""
-        return _eq1(self, student_ppl, teacher_ppl)
-
-    def update(self, proportions: Vector, student_ppl: Values, teacher_ppl: Values) -> Vector:
-        """Eq. 2, under the options' cap."""
-        return smooth_update(
-            proportions,
-            student_ppl,
-            teacher_ppl,
-            alpha=self.alpha,
-            ratio_cap=self.ratio_cap,
-            names=self.names,
-        )
-
-    def state_dict(self) -> dict[str, Any]:
-        """Kind and options."""
-        return _state(self)
-
-
-@dataclass(frozen=True)
-class DDKNoSmoothing:
-    """The ablation "w/o FS" (Table 5): Eq. 1 afresh at every interval, cap and floor included."""
-
-    names: tuple[str, ...]
-    ratio_cap: float | None = None
-    initial_floor: float = 0.0
-    name: ClassVar[str] = "ddk_no_smoothing"
-    uses_teacher: ClassVar[bool] = True
-
-    def start(self, student_ppl: Values, teacher_ppl: Values) -> Vector:
-        """Eq. 1, under the options' cap and floor."""
-        return _eq1(self, student_ppl, teacher_ppl)
-
-    def update(self, proportions: Vector, student_ppl: Values, teacher_ppl: Values) -> Vector:
-        """Eq. 1 again; the past proportions take no part."""
-        return _eq1(self, student_ppl, teacher_ppl)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Kind and options."""
-        return _state(self)
-
-
-@dataclass(frozen=True)
-class Static:
-    """Fixed proportions: equal sampling ("ES", Table 5), by size (the CPT and KD baselines), or the
-    user's."""
-
-    names: tuple[str, ...]
-    proportions: tuple[float, ...]
-    name: str = "static"
-    uses_teacher: ClassVar[bool] = False
-
-    def start(self, student_ppl: Values, teacher_ppl: Values) -> Vector:
-        """The fixed proportions; perplexities are not looked at."""
-        return np.array(self.proportions, np.float64)
-
-    def update(self, proportions: Vector, student_ppl: Values, teacher_ppl: Values) -> Vector:
-        """The fixed proportions again."""
-        return np.array(self.proportions, np.float64)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Kind and proportions."""
-        return _state(self)
+    prior: str | Mapping[str, float] = "equal"
+    proportions: Mapping[str, float] | Sequence[float] | None = None
+    """By domain, or in the order of the domains."""
+    schedule_file: str | None = None
+    reference_losses: Mapping[str, float] | None = None
+    step_size: float = 1.0
+    smoothing: float = 1e-3
+    ppl_smoothing: float = 0.0
+    exclude: Sequence[str] = ()
+    floors: Mapping[str, float] = field(default_factory=dict)
 
 
 def make_controller(
-    kind: str,
-    names: Sequence[str],
-    *,
-    alpha: float,
-    ratio_cap: float | None,
-    initial_floor: float,
-    proportions: Mapping[str, float] | Sequence[float] | None,
-    sizes: Sequence[int],
+    kind: str, names: Sequence[str], options: ControllerOptions, *, sizes: Sequence[int], schedule: Any = None
 ) -> Controller:
     """The controller of that kind (one of CONTROLLER_KINDS) over the domains `names`.
 
     Args:
-        alpha, ratio_cap, initial_floor: see `factors`; unused by the static kinds.
-        proportions: for "static" alone: by domain name, or in the order of `names`.
-        sizes: (N,) domain sizes (tokens, say), for "by_size".
+        sizes: (N,) domain sizes (tokens, say), for what goes by size.
+        schedule: content of `options.schedule_file`, as plain values.
 
     Raises:
         ConfigError: unknown kind, or an option that is missing or out of range.
@@ -140,67 +68,115 @@ def make_controller(
     domains = tuple(names)
     if not domains or len(set(domains)) < len(domains):
         raise ConfigError(f"domains are {list(domains)}: give at least one, each once")
-    if (proportions is None) == (kind == "static"):
-        raise ConfigError(
-            f"mixture.proportions is {proportions} and the controller is '{kind}': "
-            "'static' needs proportions, the others take none"
-        )
-    controller: Controller
-    if kind == "ddk":
-        controller = DDK(domains, float(alpha), ratio_cap, float(initial_floor))
-        _try_out(controller)
-    elif kind == "ddk_no_smoothing":
-        controller = DDKNoSmoothing(domains, ratio_cap, float(initial_floor))
-        _try_out(controller)
-    elif kind == "equal":
-        controller = Static(domains, (1 / len(domains),) * len(domains), name=kind)
-    elif kind == "by_size":
-        controller = Static(domains, _proportions_by_size(domains, sizes), name=kind)
-    elif kind == "static":
-        assert proportions is not None, "checked above"
-        controller = Static(domains, _given_proportions(domains, proportions))
-    else:
+    if kind not in CONTROLLER_KINDS:
         near = difflib.get_close_matches(kind, CONTROLLER_KINDS, n=1, cutoff=0)[0]
         raise ConfigError(f"unknown controller '{kind}' (did you mean '{near}'?): one of {', '.join(CONTROLLER_KINDS)}")
+    for key, needed_by, value in (
+        ("proportions", "static", options.proportions),
+        ("schedule_file", "schedule", options.schedule_file),
+    ):
+        if (value is None) == (kind == needed_by):
+            raise ConfigError(
+                f"mixture.{key} is {value} and the controller is '{kind}': '{needed_by}' needs {key}, "
+                "the others take none"
+            )
+    if len(sizes) != len(domains):
+        raise ConfigError(f"{len(sizes)} domain sizes for {len(domains)} domains")
+    part = taking_part(domains, options.exclude)
+    controller = _make_rule(kind, part, domains, options, dict(zip(domains, sizes, strict=True)), schedule)
+    if options.exclude or options.floors:
+        controller = Bounded(domains, controller, tuple(options.exclude), _floors(part, options))
+    _try_out(controller, len(domains))
     return controller
 
 
-def _eq1(options: DDK | DDKNoSmoothing, student_ppl: Values, teacher_ppl: Values) -> Vector:
-    return initial_factors(
-        student_ppl,
-        teacher_ppl,
-        ratio_cap=options.ratio_cap,
-        floor=options.initial_floor,
-        names=options.names,
-    )
+def _make_rule(
+    kind: str,
+    names: tuple[str, ...],
+    all_names: tuple[str, ...],
+    options: ControllerOptions,
+    sizes: Mapping[str, int],
+    schedule: Any,
+) -> Controller:
+    """The controller of `names`, the domains that take part."""
+    smoothing = float(options.ppl_smoothing)
+    cap, floor = options.ratio_cap, float(options.initial_floor)
+    match kind:
+        case "ddk":
+            prior = _prior(names, all_names, options, sizes)
+            return DDK(names, float(options.alpha), cap, floor, options.initial, prior, smoothing)
+        case "ddk_no_smoothing":
+            return DDKNoSmoothing(names, cap, floor, smoothing)
+        case "equal":
+            return Static(names, (1 / len(names),) * len(names), name=kind)
+        case "by_size":
+            return Static(names, proportions_by_size(names, sizes), name=kind)
+        case "static":
+            return Static(names, _static_proportions(all_names, options))
+        case "schedule":
+            source = str(options.schedule_file)
+            return Scheduled(names, parse_stages(schedule, all_names, options.exclude, source=source))
+    prior, reference = _prior(names, all_names, options, sizes), _references(names, all_names, options)
+    if kind == "sheared_llama":
+        return ShearedLlama(names, prior, reference, smoothing)
+    return DoReMiOnline(names, prior, reference, float(options.step_size), float(options.smoothing), smoothing)
 
 
-def _state(controller: DDK | DDKNoSmoothing | Static) -> dict[str, Any]:
-    options = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(controller).items()}
-    return {**options, "name": controller.name}
+def _prior(
+    names: tuple[str, ...], all_names: tuple[str, ...], options: ControllerOptions, sizes: Mapping[str, int]
+) -> tuple[float, ...] | None:
+    """(M,); None: equal, which is Eq. 2's own arithmetic."""
+    if isinstance(options.prior, Mapping):
+        return given_proportions(options.prior, all_names, options.exclude, what="mixture.prior")
+    if options.prior not in ("equal", "by_size"):
+        raise ConfigError(f"mixture.prior is '{options.prior}': give equal, by_size, or a proportion for each domain")
+    return None if options.prior == "equal" else proportions_by_size(names, sizes)
 
 
-def _try_out(controller: Controller) -> None:
-    """Options out of range raise now and not after the first evaluation: tries both equations."""
-    ones = np.ones(len(controller.state_dict()["names"]))
-    controller.update(controller.start(ones, ones), ones, ones)
+def _static_proportions(names: tuple[str, ...], options: ControllerOptions) -> tuple[float, ...]:
+    given, what = options.proportions, "mixture.proportions"
+    assert given is not None, "checked by make_controller"
+    if not isinstance(given, Mapping):
+        if len(given) != len(names):
+            raise ConfigError(f"{what}: {len(given)} values for {len(names)} domains")
+        given = dict(zip(names, given, strict=True))
+    return given_proportions(given, names, options.exclude, what=what)
 
 
-def _proportions_by_size(names: tuple[str, ...], sizes: Sequence[int]) -> tuple[float, ...]:
-    if len(sizes) != len(names):
-        raise ConfigError(f"{len(sizes)} domain sizes for {len(names)} domains")
-    for name, size in zip(names, sizes, strict=True):
-        if not size > 0:
-            raise ConfigError(f"domain '{name}' has size {size}: sampling by size needs sizes > 0")
-    total = sum(int(size) for size in sizes)
-    return tuple(int(size) / total for size in sizes)
+def _references(
+    names: tuple[str, ...], all_names: tuple[str, ...], options: ControllerOptions
+) -> tuple[float, ...] | None:
+    """(M,) nats a token; None: the teacher's. An excluded domain may have one, which nothing looks at."""
+    if options.reference_losses is None:
+        return None
+    what = "mixture.reference_losses"
+    losses = {**dict.fromkeys(options.exclude, 0.0), **options.reference_losses}
+    by_name = dict(zip(all_names, in_order(losses, all_names, what=what, thing="loss"), strict=True))
+    for name, loss in by_name.items():
+        if not (math.isfinite(loss) and loss >= 0):
+            raise ConfigError(f"{what}: '{name}' has {loss}: give a loss in nats a token, >= 0")
+    return tuple(by_name[name] for name in names)
 
 
-def _given_proportions(names: tuple[str, ...], proportions: Mapping[str, float] | Sequence[float]) -> tuple[float, ...]:
-    if isinstance(proportions, Mapping):
-        if odd := sorted(set(names) ^ set(proportions)):
-            problem = "has no proportion" if odd[0] in names else "is not a domain of this run"
-            raise ConfigError(f"mixture.proportions: '{odd[0]}' {problem}; name each of {list(names)} once")
-        proportions = [proportions[name] for name in names]
-    checked = check_proportions(proportions, num_domains=len(names), what="mixture.proportions")
-    return tuple(checked.tolist())
+def _floors(names: tuple[str, ...], options: ControllerOptions) -> tuple[float, ...]:
+    """(M,) least proportions; empty where none is given."""
+    if not options.floors:
+        return ()
+    for name in options.exclude:
+        if name in options.floors:
+            raise ConfigError(f"mixture.floors: '{name}' is in mixture.exclude too: leave it out of one")
+    floors = in_order(options.floors, names, what="mixture.floors", thing="floor", default=0.0)
+    if not all(floor >= 0 for floor in floors) or math.fsum(floors) > 1 + 1e-12:
+        raise ConfigError(
+            f"mixture.floors are {dict(options.floors)} (sum {math.fsum(floors):g}): give numbers >= 0 whose sum is at "
+            "most 1"
+        )
+    return tuple(floors)
+
+
+def _try_out(controller: Controller, num_domains: int) -> None:
+    """Options out of range raise now and not after the first evaluation: tries start and update."""
+    if not 0 <= controller.ppl_smoothing < 1:
+        raise ConfigError(f"mixture.ppl_smoothing is {controller.ppl_smoothing}: give a number from 0 to under 1")
+    ones = np.ones(num_domains)
+    controller.update(controller.start(ones, ones), ones, ones, interval=1)

@@ -63,12 +63,16 @@ class Exhaustion:
             return Plan(_tuple(asked), (), self._stopped(int(i), int(counts[i]), int(left[i])))
         return Plan(_tuple(asked), _tuple(counts))
 
-    def check_first(self, total: int) -> None:
-        """Raise ConfigError where not even one interval of `total` samples can be drawn, whatever the proportions."""
-        limits = [limit for limit in self.limits if limit is not None]
-        if len(limits) == len(self.limits) and sum(limits) < total:
+    def check_first(self, total: int, exclude: Sequence[str] = ()) -> None:
+        """Raise ConfigError where not even one interval of `total` samples can be drawn, whatever the proportions.
+
+        `exclude`: domains that are never drawn.
+        """
+        limits = [limit for name, limit in zip(self.names, self.limits, strict=True) if name not in exclude]
+        known = [limit for limit in limits if limit is not None]
+        if len(known) == len(limits) and sum(known) < total:
             raise ConfigError(
-                f"mixture.max_passes leaves {sum(limits):,} samples of all domains together, the first interval needs "
+                f"mixture.max_passes leaves {sum(known):,} samples of all domains together, the first interval needs "
                 f"{total:,}: raise it, lower mixture.interval_steps, or let a domain cycle"
             )
 

@@ -1,4 +1,4 @@
-"""Domain discrepancy factors: Eq. 1 and Eq. 2 of arXiv 2407.16154 in the log domain, two bounds optional."""
+"""Domain discrepancy factors: Eq. 1 and Eq. 2 of arXiv 2407.16154 in the log domain; bounds and a prior optional."""
 
 from __future__ import annotations
 
@@ -86,6 +86,7 @@ def smooth_update(
     *,
     alpha: float,
     ratio_cap: float | None = None,
+    prior: Sequence[float] | Vector | None = None,
     names: Sequence[str] | None = None,
 ) -> Vector:
     """Eq. 2 of arXiv 2407.16154.
@@ -96,18 +97,26 @@ def smooth_update(
         factors: (N,) r_t, non-negative, sums to 1; zeros are legal (their psi is 0).
         alpha: smoothing coefficient, 0..1; every domain keeps at least (1 - alpha) / N.
         student_ppl, teacher_ppl, ratio_cap, names: as in `initial_factors`.
+        prior: (N,) proportions in place of 1/N; None is the paper.
 
     Raises:
         DataError: a perplexity is missing or not a positive finite number.
-        ConfigError: alpha, ratio_cap or factors is out of range.
+        ConfigError: alpha, ratio_cap, prior or factors is out of range.
     """
     if not 0 <= alpha <= 1:
         raise ConfigError(f"mixture.alpha is {alpha}: give a number between 0 and 1")
     ratios = _ratios(student_ppl, teacher_ppl, ratio_cap, names)
     current = check_proportions(factors, num_domains=len(ratios), what="the factors r_t")
-    log_current = np.log(current, out=np.full_like(current, -np.inf), where=current > 0)
-    log_psi = log_current + (ratios - ratios.max())
-    return alpha * _softmax(log_psi) + (1 - alpha) / len(ratios)
+    smoothed = alpha * reweighted(current, ratios - ratios.max())
+    if prior is None:
+        return smoothed + (1 - alpha) / len(ratios)
+    return smoothed + (1 - alpha) * check_proportions(prior, num_domains=len(ratios), what="mixture.prior")
+
+
+def reweighted(proportions: Vector, exponents: Vector) -> Vector:
+    """proportions * exp(exponents), (N,), divided by its sum; where a proportion is 0, it stays 0."""
+    log_proportions = np.log(proportions, out=np.full_like(proportions, -np.inf), where=proportions > 0)
+    return _softmax(log_proportions + exponents)
 
 
 def check_proportions(values: Sequence[float] | Vector, *, num_domains: int, what: str) -> Vector:

@@ -18,9 +18,8 @@ from ddk_ds.engine.head import OutputHead
 from ddk_ds.engine.models import Student, Teacher
 from ddk_ds.files import write_text
 from ddk_ds.kernels import linear_nll
-from ddk_ds.methods import HeadOptions
+from ddk_ds.methods import IGNORE_INDEX, HeadOptions
 
-IGNORE_INDEX = -100
 # Per domain: micro-batches of (input_ids (B, L) int64, real (B,) bool); as many on every rank.
 ValidationBatches = Sequence[Sequence[tuple[torch.Tensor, torch.Tensor]]]
 

@@ -44,16 +44,23 @@ def check_step(state: RunState, loss: float, grad_norm: float, options: Guard) -
         state.recent_losses = [*state.recent_losses, loss][-_WINDOW:]
 
 
-def check_interval(state: RunState, ratio: Sequence[float] | None, names: Sequence[str], options: Guard) -> list[str]:
+def check_interval(
+    state: RunState,
+    ratio: Sequence[float] | None,
+    names: Sequence[str],
+    options: Guard,
+    excluded: Sequence[str] = (),
+) -> list[str]:
     """Alarms at an interval's beginning, of its proportions and of the ratios (N,) to the teacher; notes the ratios."""
     alarms = []
     shares = state.proportions
     entropy = -sum(share * math.log(share) for share in shares if share > 0)
-    if state.data.interval > 0 and len(shares) > 1 and entropy < options.least_entropy * math.log(len(shares)):
+    equal = math.log(len(shares) - len(excluded))
+    if state.data.interval > 0 and entropy < options.least_entropy * equal:
         top = max(range(len(shares)), key=shares.__getitem__)
         alarms.append(
             f"the mixture is nearly one domain's: {names[top]} has {shares[top]:.1%}, the entropy is "
-            f"{entropy / math.log(len(shares)):.2f} of equal proportions'; mixture.alpha or mixture.ratio_cap spread it"
+            f"{entropy / equal:.2f} of equal proportions'; mixture.alpha or mixture.ratio_cap spread it"
         )
     if ratio is not None:
         before, rises = state.last_ratio or ratio, state.rises or [0] * len(ratio)

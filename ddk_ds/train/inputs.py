@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 from ddk_ds.comm import Comm, agreed
 from ddk_ds.config import Config, Model
@@ -14,11 +16,12 @@ from ddk_ds.data.manifest import Manifest, load_manifest
 from ddk_ds.data.store import Store
 from ddk_ds.data.tokenizer import TokenizerInfo, load_tokenizer
 from ddk_ds.engine.ds_config import student_ds_config
+from ddk_ds.engine.filters import FilterShape, filter_shape
 from ddk_ds.engine.model_files import ModelFiles, check_code, model_directory, read_model
 from ddk_ds.errors import ConfigError, DataError
-from ddk_ds.mixture.controllers import Controller, make_controller
+from ddk_ds.mixture.controllers import Controller, ControllerOptions, make_controller
 from ddk_ds.mixture.exhaustion import Exhaustion, make_exhaustion
-from ddk_ds.train.learning_rate import total_steps
+from ddk_ds.train.learning_rate import corpus_samples, interval_steps, total_steps
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,8 @@ class Inputs:
     teacher: ModelFiles | None
     controller: Controller
     exhaustion: Exhaustion
+    filters: FilterShape | None = None
+    """The matched layers of TED."""
 
     @property
     def fingerprints(self) -> dict[str, Any]:
@@ -45,6 +50,7 @@ class Inputs:
                 name: f"{self.manifest.domains[name].train.sha}/{self.manifest.domains[name].validation.sha}"
                 for name in self.names
             },
+            "schedule": self.controller.state_dict().get("stages"),
         }
 
 
@@ -77,16 +83,11 @@ def _check_files(config: Config, student_path: Path, teacher_path: Path | None, 
             _check_model(config, key, model, files)
     if teacher is not None:
         _check_same_vocabulary(tokenizer, load_tokenizer(teacher.directory), student, teacher)
-    controller = make_controller(
-        config.mixture.controller,
-        names,
-        alpha=config.mixture.alpha,
-        ratio_cap=config.mixture.ratio_cap,
-        initial_floor=config.mixture.initial_floor,
-        proportions=config.mixture.proportions,
-        sizes=[manifest.domains[name].train.tokens for name in names],
+    controller = _check_controller(config, manifest, names)
+    filters = (
+        filter_shape(config, student, teacher) if teacher is not None and config.method.startswith("ted") else None
     )
-    return Inputs(names, store, manifest, tokenizer, student, teacher, controller, exhaustion)
+    return Inputs(names, store, manifest, tokenizer, student, teacher, controller, exhaustion, filters)
 
 
 def _check_data(config: Config, manifest: Manifest) -> list[str]:
@@ -107,18 +108,39 @@ def _check_data(config: Config, manifest: Manifest) -> list[str]:
     return names
 
 
+def _check_controller(config: Config, manifest: Manifest, names: list[str]) -> Controller:
+    mixture = config.mixture
+    options = ControllerOptions(**mixture.model_dump(include={option.name for option in fields(ControllerOptions)}))
+    return make_controller(
+        mixture.controller,
+        names,
+        options,
+        sizes=[manifest.domains[name].train.tokens for name in names],
+        schedule=None if mixture.schedule_file is None else _read_schedule(mixture.schedule_file),
+    )
+
+
+def _read_schedule(path: str) -> Any:
+    """Plain values of the YAML file `mixture.schedule_file`."""
+    try:
+        return yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        reason = error.strerror if isinstance(error, OSError) else " ".join(str(error).split())
+        raise ConfigError(f"mixture.schedule_file {path}: cannot be read as YAML: {reason}") from None
+
+
 def _check_exhaustion(config: Config, manifest: Manifest, names: list[str]) -> Exhaustion:
     mixture = config.mixture
-    sizes = [manifest.domains[name].train.samples for name in names]
+    sizes = {name: manifest.domains[name].train.samples for name in names}
     exhaustion = make_exhaustion(
         names,
-        sizes,
+        list(sizes.values()),
         default=mixture.exhaustion,
         by_domain=mixture.exhaustion_by_domain,
         max_passes=mixture.max_passes,
     )
-    steps = min(mixture.interval_steps, total_steps(config, sum(sizes)))
-    exhaustion.check_first(steps * config.train.global_batch_samples)
+    steps = min(interval_steps(mixture, 0), total_steps(config, corpus_samples(mixture, sizes)))
+    exhaustion.check_first(steps * config.train.global_batch_samples, mixture.exclude)
     return exhaustion
 
 

@@ -12,9 +12,11 @@ import numpy.typing as npt
 from ddk_ds.comm import Comm
 from ddk_ds.config import Config
 from ddk_ds.mixture.controllers import Controller
+from ddk_ds.mixture.decide import Decision, decide
 from ddk_ds.mixture.exhaustion import Exhaustion, Plan
 from ddk_ds.mixture.factors import discrepancy
 from ddk_ds.mixture.schedule import DomainOrder, interval_ids
+from ddk_ds.train.learning_rate import corpus_samples
 from ddk_ds.train.state import RunState
 
 Array = npt.NDArray[np.float64]
@@ -46,18 +48,18 @@ class Mixer:
 
     def plan(
         self, state: RunState, measured: Measurement, total_samples: int, exhaustion: Exhaustion
-    ) -> tuple[list[float], Plan]:
-        """The next interval's proportions, and what the domains can give of it; changes nothing. Collective.
+    ) -> tuple[Decision, Plan]:
+        """The decision on the next interval, and what the domains can give of it; changes nothing. Collective.
 
         Rank 0 decides and broadcasts; every rank turns the proportions into the same integer counts.
         """
         decided = self._decide(state, measured) if self._comm.rank == 0 else None
-        proportions: list[float] = self._comm.broadcast_object(decided)
-        return proportions, exhaustion.plan(proportions, total_samples, state.data.drawn)
+        decision: Decision = self._comm.broadcast_object(decided)
+        return decision, exhaustion.plan(decision.proportions, total_samples, state.data.drawn)
 
-    def begin(self, state: RunState, proportions: list[float], plan: Plan) -> npt.NDArray[np.int64]:
+    def begin(self, state: RunState, decision: Decision, plan: Plan) -> npt.NDArray[np.int64]:
         """Begin the planned interval in `state`, return its global sample ids. Collective: all check they agree."""
-        state.proportions = proportions
+        state.proportions, state.smoothed_ppl = decision.proportions, decision.smoothed_ppl
         state.data = state.data.begin(plan.counts)
         ids = self.ids(state)
         plans = self._comm.gather_objects((state.data.counts, state.data.ids_sha))
@@ -70,24 +72,28 @@ class Mixer:
         state.data = state.data.seal(ids)
         return ids
 
-    def _decide(self, state: RunState, measured: Measurement) -> list[float]:
-        if not state.proportions:
-            return self._controller.start(measured.student, measured.teacher).tolist()
-        current = np.array(state.proportions)
-        return self._controller.update(current, measured.student, measured.teacher).tolist()
+    def _decide(self, state: RunState, measured: Measurement) -> Decision:
+        last = Decision(state.proportions, state.smoothed_ppl) if state.proportions else None
+        return decide(self._controller, last, measured.student, measured.teacher, interval=state.data.interval + 1)
 
 
-def stop_reason(config: Config, state: RunState, measured: Measurement, corpus_samples: int) -> str | None:
-    """Why the run ends at this interval's border, or None. Pure; the same on every rank."""
+def stop_reason(config: Config, state: RunState, measured: Measurement) -> str | None:
+    """Why the run ends at this interval's border, or None. Pure; the same on every rank.
+
+    Domains that mixture.exclude names count neither among the samples nor in the discrepancy.
+    """
     stop, intervals_done = config.stop, state.data.interval + 1
+    sizes = {domain["name"]: domain["num_samples"] for domain in state.data.domains}
+    samples = corpus_samples(config.mixture, sizes)
     if stop.steps is not None and state.step >= stop.steps:
         return f"{state.step} steps done"
     if stop.intervals is not None and intervals_done >= stop.intervals:
         return f"{intervals_done} intervals done"
-    if stop.data_once and state.step * config.train.global_batch_samples >= corpus_samples:
-        return f"all {corpus_samples} samples used once"
+    if stop.data_once and state.step * config.train.global_batch_samples >= samples:
+        return f"all {samples} samples used once"
     if stop.discrepancy is not None and measured.teacher is not None:
-        found = discrepancy(measured.student, measured.teacher)
+        part = [name not in config.mixture.exclude for name in sizes]
+        found = discrepancy(measured.student[part], measured.teacher[part])
         if found < stop.discrepancy:
             return f"discrepancy {found:.4g} is under {stop.discrepancy:g}"
     return None
@@ -116,6 +122,7 @@ def interval_record(
         "student_ppl": by_domain(measured.student),
         "teacher_ppl": by_domain(measured.teacher),
         "ratio": by_domain(measured.ratio),
+        "smoothed_ppl": by_domain(state.smoothed_ppl or None) if plan is not None else None,
         "proportions": by_domain(state.proportions) if plan is not None else None,
         "asked": None if plan is None else by_domain(plan.asked),
         "counts": None if plan is None else by_domain(plan.counts),

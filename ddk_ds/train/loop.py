@@ -14,6 +14,7 @@ import numpy.typing as npt
 from ddk_ds.data.loader import MicroBatch, interval_loader
 from ddk_ds.engine.export import export_student
 from ddk_ds.engine.runtime import peak_memory
+from ddk_ds.mixture.decide import Decision
 from ddk_ds.mixture.exhaustion import Plan
 from ddk_ds.mixture.factors import one_hot_warning
 from ddk_ds.train.checkpoint import SaveFailed
@@ -21,7 +22,7 @@ from ddk_ds.train.checkpoint_files import newest_checkpoint
 from ddk_ds.train.guard import NumbersGoneWrong, check_interval, check_step
 from ddk_ds.train.interruption import Interrupted
 from ddk_ds.train.interval import Measurement, interval_record, stop_reason
-from ddk_ds.train.learning_rate import learning_rate
+from ddk_ds.train.learning_rate import interval_steps, learning_rate
 from ddk_ds.train.read_ahead import read_steps
 from ddk_ds.train.roll_back import roll_back
 from ddk_ds.train.setup import Run
@@ -56,14 +57,14 @@ def _train_to_the_end(run: Run) -> dict[str, Any]:
             ids = run.mixer.ids(run.state)
         else:
             measured, measure_s = _measure(run)
-            reason = stop_reason(run.config, run.state, measured, len(run.dataset))
+            reason = stop_reason(run.config, run.state, measured)
             if reason is not None:
                 return _finish(run, measured, measure_s, reason)
             run.watchdog.watch("controller", run.state.step)
-            proportions, plan = _plan_interval(run, measured)
+            decision, plan = _plan_interval(run, measured)
             if plan.end is not None:
                 return _finish(run, measured, measure_s, plan.end)
-            ids = run.mixer.begin(run.state, proportions, plan)
+            ids = run.mixer.begin(run.state, decision, plan)
             _record_interval(run, measured, measure_s, plan)
         _train_interval(run, ids)
 
@@ -93,10 +94,12 @@ def _train_interval(run: Run, ids: npt.NDArray[np.int64]) -> None:
             method,
             micro_batches,
             learning_rate=rate,
+            progress=state.step / run.total_steps,
             num_domains=len(run.inputs.names),
             device=run.runtime.device,
             comm=comm,
         )
+        state.method = method.state_dict()
         _record_step(run, metrics, rate, data_s, time.perf_counter() - started)
         due |= state.step % config.checkpoint.every_steps == 0
         if due and not state.spikes_in_row:  # amid a spike a checkpoint would be no good one to go back to
@@ -119,7 +122,8 @@ def _timed(steps: Iterator[list[MicroBatch]]) -> Iterator[tuple[list[MicroBatch]
 def _measure(run: Run) -> tuple[Measurement, float]:
     started = time.perf_counter()
     run.watchdog.watch("evaluation", run.state.step)
-    run.ahead.border(run.state.data, run.config.mixture.interval_steps * run.config.train.global_batch_samples)
+    steps = interval_steps(run.config.mixture, run.state.data.interval + 1)
+    run.ahead.border(run.state.data, steps * run.config.train.global_batch_samples)
     measured = run.measure()
     if not run.state.student_before:
         run.state.student_before = measured.student.tolist()
@@ -128,8 +132,9 @@ def _measure(run: Run) -> tuple[Measurement, float]:
     return measured, elapsed
 
 
-def _plan_interval(run: Run, measured: Measurement) -> tuple[list[float], Plan]:
-    steps = min(run.config.mixture.interval_steps, run.total_steps - run.state.step)
+def _plan_interval(run: Run, measured: Measurement) -> tuple[Decision, Plan]:
+    steps = interval_steps(run.config.mixture, run.state.data.interval + 1)
+    steps = min(steps, run.total_steps - run.state.step)
     total_samples = steps * run.config.train.global_batch_samples
     return run.mixer.plan(run.state, measured, total_samples, run.inputs.exhaustion)
 
@@ -137,13 +142,13 @@ def _plan_interval(run: Run, measured: Measurement) -> tuple[list[float], Plan]:
 def _record_interval(run: Run, measured: Measurement, measure_s: float, plan: Plan) -> None:
     state = run.state
     ratio = None if measured.ratio is None else measured.ratio.tolist()
-    alarms = check_interval(state, ratio, run.inputs.names, run.config.guard)
+    alarms = check_interval(state, ratio, run.inputs.names, run.config.guard, run.config.mixture.exclude)
     run.ledger.write(interval_record(state, measured, run.inputs.names, plan, measure_s, alarms))
     for alarm in alarms:
         run.progress.say(f"alarm: {alarm}")
         run.ledger.event("alarm", step=state.step, text=alarm)
     warning = one_hot_warning(state.proportions, run.inputs.names)
-    if warning is not None and state.data.interval == 0 and run.inputs.controller.uses_teacher:
+    if warning is not None and state.data.interval == 0 and run.inputs.controller.name.startswith("ddk"):
         run.progress.say(f"warning: {warning}")
         run.ledger.event("warning", step=state.step, text=warning)
     run.progress.interval(state.data.interval, state.proportions)
@@ -158,6 +163,8 @@ def _record_step(run: Run, metrics: StepMetrics, rate: float, data_s: float, ste
     state.train_s += step_s
     tokens_per_s = sum(metrics.domain_tokens) / step_s
     numbers = {key: _finite(value) for key, value in asdict(metrics).items()}
+    if not metrics.method:
+        del numbers["method"]
     record = {"kind": "step", "step": state.step, "interval": state.data.interval, **numbers}
     clock = {"step_s": round(step_s, 4), "data_s": round(data_s, 4), "tokens_per_s": round(tokens_per_s, 1)}
     clock["peak_memory_gb"] = round(peak_memory(run.runtime.device) / 1e9, 3)
@@ -236,6 +243,7 @@ def _finish(run: Run, measured: Measurement, measure_s: float, reason: str) -> d
     config, comm = run.config, run.runtime.comm
     run.watchdog.watch("export", run.state.step)
     export_student(run.student, run.inputs.student, config.run_dir / "export", comm, run.interruption.check)
+    run.make_method().export(run.student, config.run_dir / "export", run.inputs.names, comm)
     summary = make_summary(
         run.inputs.names,
         run.state,

@@ -10,7 +10,7 @@ import tempfile
 from pathlib import Path
 from typing import IO, Any
 
-from ddk_ds.config import Config, to_yaml
+from ddk_ds.config import Config, Doremi, Loss, Mixture, Ted, to_yaml
 from ddk_ds.errors import CheckpointError
 from ddk_ds.files import nearest_existing, write_text
 from ddk_ds.train.checkpoint_files import newest_checkpoint
@@ -30,12 +30,6 @@ _FREE = {
     "train": {"micro_batch_samples"},
 }
 _INIT_FROM = "content.init_from"
-# Directories written before there were policies: what those runs did.
-_NO_POLICY: dict[str, Any] = {
-    "mixture.exhaustion": "cycle",
-    "mixture.exhaustion_by_domain": {},
-    "mixture.max_passes": None,
-}
 
 
 def run_identity(config: Config, fingerprints: dict[str, Any]) -> dict[str, Any]:
@@ -79,8 +73,7 @@ def check_run_dir(config: Config, identity: dict[str, Any]) -> None:
         return
     stored = json.loads(owner.read_text())
     stored.pop("train.micro_batch_samples", None)  # older directories hold it; it is free now
-    if "mixture.exhaustion" not in stored:
-        stored |= _NO_POLICY
+    stored |= _later_options(stored)
     changed = [key for key in {**stored, **identity} if stored.get(key) != identity.get(key)]
     if changed:
         shown = "; ".join(f"{key} was {stored.get(key)!r}, is {identity.get(key)!r}" for key in sorted(changed)[:4])
@@ -113,6 +106,15 @@ def _lock(run_dir: Path) -> None:
     stream.write(f"process {os.getpid()} on {platform.node()}")
     stream.flush()
     _locks[run_dir] = stream
+
+
+def _later_options(stored: dict[str, Any]) -> dict[str, Any]:
+    """The options that there were not yet when the directory was made, as they are where nobody sets them: off."""
+    sections = {"mixture": Mixture(), "loss": Loss(), "ted": Ted(), "doremi": Doremi()}
+    defaults = _flatten({name: section.model_dump(mode="json") for name, section in sections.items()})
+    # A mapping that holds anything is stored by its parts.
+    there = {".".join(key.split(".")[:2]) for key in stored}
+    return {key: value for key, value in defaults.items() if key not in there}
 
 
 def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

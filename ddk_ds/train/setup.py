@@ -20,7 +20,7 @@ from ddk_ds.train.evaluate import PerplexityCache, ValidationBatches, perplexiti
 from ddk_ds.train.inputs import Inputs
 from ddk_ds.train.interruption import Interruption
 from ddk_ds.train.interval import Array, Measurement, Mixer
-from ddk_ds.train.learning_rate import total_steps
+from ddk_ds.train.learning_rate import corpus_samples, total_steps
 from ddk_ds.train.ledger import Ledger
 from ddk_ds.train.progress import RunProgress
 from ddk_ds.train.read_ahead import ReadAhead
@@ -68,7 +68,7 @@ class Run:
 
     def make_method(self) -> Method:
         """What a step minimises."""
-        return make_method(self.config, self.teacher, self.head)
+        return make_method(self.config, self.teacher, self.head, len(self.inputs.names), self.state.method)
 
 
 def prepare_run(
@@ -87,17 +87,18 @@ def prepare_run(
         micro_batch=config.train.micro_batch_samples,
     )
     vocab_size = inputs.tokenizer.vocab_size
-    teacher = None if inputs.teacher is None else load_teacher(config, inputs.teacher, vocab_size, comm)
+    teacher = None if inputs.teacher is None else load_teacher(config, inputs.teacher, vocab_size, comm, inputs.filters)
     chunk_tokens = config.loss.chunk_tokens or default_chunk_tokens(vocab_size, runtime.device.type)
     head = HeadOptions(vocab_size, chunk_tokens, config.loss.logits_dtype)
     teacher_ppl = None
     if teacher is not None:
         teacher_ppl = _teacher_perplexities(config, inputs, teacher, validation, head, runtime, interruption)
-    student = load_student(config, inputs.student, vocab_size, comm)
+    student = load_student(config, inputs.student, vocab_size, comm, inputs.filters)
     orders = [
         DomainOrder(name, sizes, config.seed) for name, sizes in zip(inputs.names, dataset.shard_sizes, strict=True)
     ]
-    steps = total_steps(config, len(dataset))
+    sizes = dict(zip(dataset.names, dataset.sizes, strict=True))
+    steps = total_steps(config, corpus_samples(config.mixture, sizes))
     run = Run(
         config=config,
         inputs=inputs,

@@ -18,6 +18,8 @@ class RunState:
     """Optimizer steps done."""
     proportions: list[float] = field(default_factory=list)
     """r_t of the running interval, in the order of the domains; empty before the first."""
+    smoothed_ppl: list[float] = field(default_factory=list)
+    """The student's smoothed perplexities by domain that r_t was decided by; empty without mixture.ppl_smoothing."""
     domain_tokens: list[int] = field(default_factory=list)
     """Valid tokens trained on so far, by domain."""
     student_before: list[float] = field(default_factory=list)
@@ -36,6 +38,8 @@ class RunState:
     """Intervals in a row that each domain's ratio has risen."""
     skip_until: int = 0
     """Samples up to this position are left out (see `position`): a roll-back passed over them."""
+    method: dict[str, Any] = field(default_factory=dict)
+    """What the method remembers from step to step."""
     train_s: float = 0.0
     """Seconds of training and measuring so far, restarts included."""
 

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
 from ddk_ds.comm import Comm
 from ddk_ds.data.loader import MicroBatch
 from ddk_ds.engine.models import Student
-from ddk_ds.methods import Method
-from ddk_ds.train.evaluate import IGNORE_INDEX, next_token_labels
+from ddk_ds.methods import IGNORE_INDEX, Batch, Method
+from ddk_ds.train.evaluate import next_token_labels
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,8 @@ class StepMetrics:
     kl: float
     grad_norm: float
     domain_tokens: list[int]
+    method: dict[str, Any] = field(default_factory=dict)
+    """What the method has to say of the step."""
 
 
 def train_step(
@@ -32,6 +35,7 @@ def train_step(
     micro_batches: Sequence[MicroBatch],
     *,
     learning_rate: float,
+    progress: float,
     num_domains: int,
     device: torch.device,
     comm: Comm,
@@ -39,7 +43,8 @@ def train_step(
     """Accumulate the micro-batches' gradients and update the student once. Collective.
 
     Sums over valid tokens are divided once, by the step's global number of valid tokens: it is reduced before the
-    first backward. DeepSpeed averages gradients over ranks, so the loss is multiplied by the world size.
+    first backward. DeepSpeed averages gradients over ranks, so the loss is multiplied by the world size. `progress`
+    is the share of the run's steps that are done, 0..1.
     """
     labels = [next_token_labels(batch["input_ids"]) for batch in micro_batches]
     domain_tokens = torch.zeros(num_domains, dtype=torch.float64)
@@ -49,12 +54,14 @@ def train_step(
     num_valid = domain_tokens.sum()
     sums = torch.zeros(3, dtype=torch.float64, device=device)
     for number, (batch, label) in enumerate(zip(micro_batches, labels, strict=True), 1):
-        result = method.loss(student, batch["input_ids"].to(device), label.to(device), num_valid)
+        ids, domain = batch["input_ids"].to(device), batch["domain"]
+        result = method.loss(student, Batch(ids, label.to(device), domain, domain_tokens, num_valid, progress))
         student.backward(result.loss * comm.world_size, last=number == len(micro_batches))
-        sums += torch.stack([result.loss.detach(), result.ce, result.kl]).double()
+        sums += torch.stack([part.detach().double() for part in result[:3]])
     grad_norm = student.update(learning_rate)
     loss, ce, kl = comm.all_reduce_sum(sums).tolist()
-    return StepMetrics(loss, ce, kl, grad_norm, [int(tokens) for tokens in domain_tokens.tolist()])
+    tokens = [int(count) for count in domain_tokens.tolist()]
+    return StepMetrics(loss, ce, kl, grad_norm, tokens, method.end_step(comm))
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:

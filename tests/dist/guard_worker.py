@@ -18,6 +18,9 @@ class Poisoned:
     def __init__(self, method: Any, run: Any, steps: list[int]) -> None:
         self._method, self._run, self._steps = method, run, steps
 
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._method, name)
+
     def loss(self, *arguments: Any) -> Any:
         """The method's own, or NaN with its graph."""
         result = self._method.loss(*arguments)

@@ -39,7 +39,7 @@ def compare(
     if config.teacher is not None:
         teacher = load_teacher(config, read_model(root / "teacher", "teacher.path"), VOCAB, comm)
     head = HeadOptions(VOCAB, chunk_tokens=16)
-    loop = make_method(config, teacher, head)
+    loop = make_method(config, teacher, head, 1, {})
     held_out = [[(batch[:2], torch.tensor([True, comm.rank == 0]))] for batch in _batches(7, 2)]
     options = {"options": head, "device": runtime.device, "comm": comm}
     metrics, ppl = [], []
@@ -48,7 +48,9 @@ def compare(
         rows = samples.reshape(micro_batches, comm.world_size, -1, LENGTH)[:, comm.rank]
         batch: Any = [{"input_ids": r, "domain": torch.zeros(len(r), dtype=torch.int64)} for r in rows]
         metrics.append(
-            train_step(student, loop, batch, learning_rate=rate, num_domains=1, device=runtime.device, comm=comm)
+            train_step(
+                student, loop, batch, learning_rate=rate, progress=0.0, num_domains=1, device=runtime.device, comm=comm
+            )
         )
         if evaluate and step in (1, 4):
             ppl.append(perplexities(student, held_out, **options).tolist())

@@ -30,7 +30,12 @@ PAPER = {
 }
 STACK = {
     name: f"data/{folder}/train-00000-of-00010.parquet"
-    for name, folder in (("cpp", "C++"), ("go", "Go"), ("java", "Java"), ("python", "Python"))
+    for name, folder in (
+        ("python", "Python"),
+        ("java", "Java"),
+        ("typescript", "TypeScript"),
+        ("csharp", "C-Sharp"),
+    )
 }
 COUNT = 40
 

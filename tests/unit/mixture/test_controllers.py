@@ -3,28 +3,34 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import pytest
 
 from ddk_ds.errors import ConfigError, DataError
-from ddk_ds.mixture.controllers import CONTROLLER_KINDS, DDK, Controller, Static, make_controller
+from ddk_ds.mixture.controllers import CONTROLLER_KINDS, Controller, ControllerOptions, make_controller
+from ddk_ds.mixture.ddk import DDK
 from ddk_ds.mixture.factors import initial_factors, smooth_update
+from ddk_ds.mixture.fixed import Static
 
 NAMES = ("code", "maths", "prose")
 STUDENT, TEACHER = [9.0, 30.0, 12.0], [3.0, 12.0, 10.0]
 
 
-def build(kind: str, **changes: Any) -> Controller:
+SCHEDULE = [
+    {"from_interval": 0, "proportions": {"code": 0.5, "maths": 0.3, "prose": 0.2}},
+    {"from_interval": 3, "proportions": {"code": 0, "maths": 0.25, "prose": 0.75}},
+]
+
+
+def build(kind: str, sizes: Sequence[int] = (100, 300, 600), schedule: Any = SCHEDULE, **changes: Any) -> Controller:
     options: dict[str, Any] = {
-        "alpha": 0.5,
-        "ratio_cap": None,
-        "initial_floor": 0.0,
         "proportions": [0.5, 0.3, 0.2] if kind == "static" else None,
-        "sizes": [100, 300, 600],
+        "schedule_file": "stages.yaml" if kind == "schedule" else None,
     }
-    return make_controller(kind, NAMES, **{**options, **changes})
+    return make_controller(kind, NAMES, ControllerOptions(**{**options, **changes}), sizes=sizes, schedule=schedule)
 
 
 def test_ddk_is_eq1_and_then_eq2() -> None:
@@ -32,7 +38,9 @@ def test_ddk_is_eq1_and_then_eq2() -> None:
     r0 = controller.start(STUDENT, TEACHER)
     np.testing.assert_array_equal(r0, initial_factors(STUDENT, TEACHER))
     later = [5.0, 20.0, 11.0]
-    np.testing.assert_array_equal(controller.update(r0, later, TEACHER), smooth_update(r0, later, TEACHER, alpha=0.3))
+    np.testing.assert_array_equal(
+        controller.update(r0, later, TEACHER, interval=1), smooth_update(r0, later, TEACHER, alpha=0.3)
+    )
 
 
 def test_ddk_hands_its_cap_and_floor_on() -> None:
@@ -40,7 +48,7 @@ def test_ddk_hands_its_cap_and_floor_on() -> None:
     r0 = controller.start(STUDENT, TEACHER)
     np.testing.assert_array_equal(r0, initial_factors(STUDENT, TEACHER, ratio_cap=2.0, floor=0.2))
     np.testing.assert_array_equal(
-        controller.update(r0, STUDENT, TEACHER),
+        controller.update(r0, STUDENT, TEACHER, interval=1),
         smooth_update(r0, STUDENT, TEACHER, alpha=0.5, ratio_cap=2.0),
     )
 
@@ -50,7 +58,7 @@ def test_without_smoothing_the_past_takes_no_part() -> None:
     later = [5.0, 20.0, 11.0]
     expected = initial_factors(later, TEACHER, floor=0.1)
     for past in ([1.0, 0.0, 0.0], [0.2, 0.2, 0.6]):
-        np.testing.assert_array_equal(controller.update(np.array(past), later, TEACHER), expected)
+        np.testing.assert_array_equal(controller.update(np.array(past), later, TEACHER, interval=1), expected)
     np.testing.assert_array_equal(controller.start(later, TEACHER), expected)
 
 
@@ -62,7 +70,9 @@ def test_fixed_mixtures_need_no_perplexities(kind: str, expected: list[float]) -
     controller = build(kind)
     assert not controller.uses_teacher
     np.testing.assert_allclose(controller.start(None, None), expected, rtol=1e-15)
-    np.testing.assert_allclose(controller.update(np.array([1.0, 0.0, 0.0]), None, None), expected, rtol=1e-15)
+    np.testing.assert_allclose(
+        controller.update(np.array([1.0, 0.0, 0.0]), None, None, interval=1), expected, rtol=1e-15
+    )
 
 
 def test_fixed_mixtures_hand_out_arrays_of_their_own() -> None:
@@ -94,6 +104,9 @@ def test_the_state_holds_the_options() -> None:
         "alpha": 0.2,
         "ratio_cap": 9.0,
         "initial_floor": 0.01,
+        "initial": "eq1",
+        "prior": None,
+        "ppl_smoothing": 0.0,
     }
     assert build("static").state_dict()["proportions"] == [0.5, 0.3, 0.2]
 
@@ -101,6 +114,8 @@ def test_the_state_holds_the_options() -> None:
 def test_the_defaults_are_the_papers() -> None:
     controller = DDK(NAMES)
     assert (controller.alpha, controller.ratio_cap, controller.initial_floor) == (0.5, None, 0.0)
+    assert (controller.initial, controller.prior, controller.ppl_smoothing) == ("eq1", None, 0.0)
+    assert make_controller("ddk", NAMES, ControllerOptions(), sizes=[1, 1, 1]) == controller
     assert Static(NAMES, (0.5, 0.3, 0.2)).name == "static"
 
 
@@ -111,7 +126,7 @@ def test_ddk_refuses_to_go_without_perplexities(kind: str) -> None:
     with pytest.raises(DataError, match="teacher's perplexities are missing"):
         controller.start(STUDENT, None)
     with pytest.raises(DataError, match="domain 'maths' is nan"):
-        controller.update(np.array([0.2, 0.2, 0.6]), [9.0, float("nan"), 12.0], TEACHER)
+        controller.update(np.array([0.2, 0.2, 0.6]), [9.0, float("nan"), 12.0], TEACHER, interval=1)
 
 
 @pytest.mark.parametrize(
@@ -140,4 +155,4 @@ def test_bad_options_are_refused_before_training(kind: str, changes: dict[str, A
 @pytest.mark.parametrize("names", [(), ("code", "code")])
 def test_domains_must_be_named_once(names: tuple[str, ...]) -> None:
     with pytest.raises(ConfigError, match="at least one, each once"):
-        make_controller("equal", names, alpha=0.5, ratio_cap=None, initial_floor=0.0, proportions=None, sizes=[1, 1])
+        make_controller("equal", names, ControllerOptions(), sizes=[1, 1])

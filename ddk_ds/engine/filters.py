@@ -1,0 +1,173 @@
+"""Hidden states of chosen layers, and the linear filters that take them to one width (TED, arXiv 2210.01351)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed.runtime.zero.partition_parameters import GatheredParameters
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from ddk_ds.comm import Comm, agreed
+from ddk_ds.config import Config
+from ddk_ds.engine.model_files import ModelFiles
+from ddk_ds.errors import ConfigError
+
+DEFAULT_PAIRS = 4
+
+
+@dataclass(frozen=True)
+class FilterShape:
+    """The matched layers and both models' widths."""
+
+    pairs: tuple[tuple[int, int], ...]
+    """(student's layer, teacher's layer), from 0."""
+    student_width: int
+    teacher_width: int
+
+
+def filter_shape(config: Config, student: ModelFiles, teacher: ModelFiles) -> FilterShape:
+    """What `ted.layers` comes to for this pair of models. Raises ConfigError where a layer is not there."""
+    depths = student.num_layers, teacher.num_layers
+    pairs = config.ted.layers
+    if pairs is None:
+        count = min(DEFAULT_PAIRS, *depths)
+        ends = [(n + 1) / count for n in range(count)]
+        pairs = tuple((round(end * depths[0]) - 1, round(end * depths[1]) - 1) for end in ends)
+    for pair in pairs:
+        for layer, depth, model in zip(pair, depths, ("student", "teacher"), strict=True):
+            if layer >= depth:
+                raise ConfigError(f"ted.layers: {list(pair)}: the {model} has {depth} layers, numbered from 0")
+    return FilterShape(pairs, student.width, teacher.width)
+
+
+class LayerTaps:
+    """Takes the outputs of some of a backbone's layers in passing; nothing else is kept."""
+
+    def __init__(self, backbone: nn.Module, layers: Sequence[int], depth: int) -> None:
+        self._taken: dict[int, torch.Tensor] | None = None
+        self._order = tuple(layers)
+        blocks = _blocks(backbone, depth)
+        for layer in set(layers):
+            blocks[layer].register_forward_hook(self._hook(layer))
+
+    @contextmanager
+    def open(self) -> Iterator[list[torch.Tensor]]:
+        """Around a forward pass; the list is filled at its end: (B*L, H) of each layer asked for, in that order."""
+        states: list[torch.Tensor] = []
+        self._taken = {}
+        try:
+            yield states
+            states += [self._taken[layer].flatten(0, 1) for layer in self._order]
+        finally:
+            self._taken = None  # gradient checkpointing runs the layers, and the hooks, again in the backward pass
+
+    def _hook(self, layer: int) -> Any:
+        def take(module: nn.Module, inputs: Any, output: Any) -> None:
+            if self._taken is not None:
+                self._taken[layer] = output[0] if isinstance(output, tuple) else output
+
+        return take
+
+
+class Filter(nn.Linear):
+    """hidden (n, H) -> W rms_norm(hidden), (n, Ht). Residual streams grow from layer to layer: normalised they compare.
+
+    It begins as the identity, where the widths differ as a random projection that keeps lengths.
+    """
+
+    def __init__(self, width: int, out: int, seed: int) -> None:
+        self._seed = seed
+        super().__init__(width, out, bias=False)
+
+    def reset_parameters(self) -> None:
+        """Called by torch at construction."""
+        if self.in_features == self.out_features:
+            nn.init.eye_(self.weight)
+        else:
+            generator = torch.Generator().manual_seed(self._seed)
+            drawn = torch.randn(self.weight.shape, generator=generator) / math.sqrt(self.in_features)
+            with torch.no_grad():
+                self.weight.copy_(drawn)
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """See the class."""
+        scale = hidden.float().pow(2).mean(-1, keepdim=True).add(1e-6).rsqrt()
+        return super().forward((hidden * scale).to(self.weight.dtype))
+
+
+class LayerFilters(nn.Module):
+    """A filter for each matched layer of the student and of the teacher."""
+
+    def __init__(self, shape: FilterShape, seed: int) -> None:
+        super().__init__()
+        self.shape = shape
+        out = shape.teacher_width
+        seeds = range(seed, seed + len(shape.pairs))
+        self.student = nn.ModuleList(Filter(shape.student_width, out, number) for number in seeds)
+        self.teacher = nn.ModuleList(Filter(out, out, number) for number in seeds)
+
+    def forward(
+        self, student: Sequence[torch.Tensor], teacher: Sequence[torch.Tensor]
+    ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """Hidden states (n, Hs) and (n, Ht) of each pair -> both filtered, (n, Ht)."""
+        ours = [one(states) for one, states in zip(self.student, student, strict=True)]
+        theirs = [one(states) for one, states in zip(self.teacher, teacher, strict=True)]
+        return ours, theirs
+
+
+def build_filters(config: Config, shape: FilterShape, ds_config: dict[str, Any], comm: Comm) -> LayerFilters:
+    """Sharded filters: new ones, or those of the file `ted.filters`, the teacher's then frozen. Collective."""
+    with deepspeed.zero.Init(config_dict_or_path=ds_config):
+        filters = LayerFilters(shape, config.seed)
+    if config.ted.filters is not None:
+        path = Path(config.ted.filters)
+        values = agreed(comm, lambda: _read(path, filters) if comm.rank == 0 else {})
+        for name, parameter in filters.named_parameters():
+            with GatheredParameters([parameter], modifier_rank=0):
+                if comm.rank == 0:
+                    parameter.data.copy_(values[name])
+        filters.teacher.requires_grad_(False)
+    return filters
+
+
+def write_filters(filters: LayerFilters, path: Path, comm: Comm) -> None:
+    """Write all filters as safetensors. Collective."""
+    values = {}
+    for name, parameter in filters.named_parameters():
+        with GatheredParameters([parameter]):
+            if comm.rank == 0:
+                values[name] = parameter.detach().float().cpu().clone()
+    if comm.rank == 0:
+        partial = path.with_name(path.name + ".partial")
+        save_file(values, partial)
+        partial.replace(path)
+    comm.barrier()
+
+
+def _read(path: Path, filters: LayerFilters) -> dict[str, torch.Tensor]:
+    if not path.is_file():
+        raise ConfigError(f"ted.filters {path}: there is no such file: it is what a run of method: ted_filters exports")
+    values = load_file(path)
+    named: Iterator[tuple[str, Any]] = filters.named_parameters()
+    wanted = {name: tuple(parameter.ds_shape) for name, parameter in named}
+    found = {name: tuple(value.shape) for name, value in values.items()}
+    if wanted != found:
+        raise ConfigError(
+            f"ted.filters {path}: holds filters {found}, this run has {wanted}: give ted.layers and models as there"
+        )
+    return values
+
+
+def _blocks(backbone: nn.Module, depth: int) -> nn.ModuleList:
+    for module in backbone.modules():
+        if isinstance(module, nn.ModuleList) and len(module) == depth:
+            return module
+    raise ConfigError(f"{type(backbone).__name__} has no list of {depth} layers: TED cannot match its layers")

@@ -1,0 +1,111 @@
+"""DoReMi's proxy run (arXiv 2305.10429, Algorithm 1): group DRO finds the weights of the domains.
+
+The proxy is the run's student, the reference model takes the teacher's place. A step minimises
+sum_i w_i * (mean cross-entropy of domain i's tokens); after it the weights follow the domains' excess losses over the
+reference, each token's clipped at 0. The weights of a step are those that the step before led to: so a step needs no
+second pass over its batch, however many micro-batches and ranks share it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+
+from ddk_ds.comm import Comm
+from ddk_ds.config import Doremi
+from ddk_ds.engine.head import OutputHead
+from ddk_ds.engine.models import Student, Teacher
+from ddk_ds.files import write_text
+from ddk_ds.kernels import KDLoss, linear_kd_loss, linear_nll
+from ddk_ds.methods.base import IGNORE_INDEX, Batch, HeadOptions
+
+WEIGHTS_FILE = "proportions.yaml"
+
+
+class DoremiProxy:
+    """Group DRO over domains; leaves the weights' mean over all steps in `proportions.yaml`."""
+
+    def __init__(
+        self, reference: Teacher, options: HeadOptions, doremi: Doremi, num_domains: int, state: dict[str, Any]
+    ) -> None:
+        self._reference = reference
+        self._options = options
+        self._doremi = doremi
+        self._weights = np.array(state.get("weights", [1 / num_domains] * num_domains))
+        self._sum = np.array(state.get("sum", [0.0] * num_domains))
+        self._steps = int(state.get("steps", 0))
+        self._excess = torch.zeros(2, num_domains, dtype=torch.float64)
+
+    def loss(self, student: Student, batch: Batch) -> KDLoss:
+        """See `Method`. `ce` is the plain mean over tokens."""
+        labels = batch.labels.flatten()
+
+        def nll(hidden: torch.Tensor, head: OutputHead) -> torch.Tensor:
+            form = head.form
+            return linear_nll(hidden, head.weight, labels, bias=head.bias, student_form=form, **asdict(self._options))
+
+        reference = self._reference(batch.input_ids, nll)
+        return student(batch.input_ids, lambda hidden, head: self._weighted(hidden, head, batch, reference))
+
+    def _weighted(self, hidden: torch.Tensor, head: OutputHead, batch: Batch, reference: torch.Tensor) -> KDLoss:
+        length = batch.input_ids.shape[1]
+        labels, device = batch.labels.flatten(), hidden.device
+        loss = hidden.new_zeros((), dtype=torch.float32)
+        ce = torch.zeros((), dtype=torch.float64, device=device)
+        excess = torch.zeros_like(self._excess, device=device)
+        for domain in batch.domain.unique().tolist():
+            rows = torch.nonzero((batch.domain == domain).repeat_interleave(length)).flatten().to(device)
+            valid = labels[rows] != IGNORE_INDEX
+            result = linear_kd_loss(
+                hidden[rows],
+                head.weight,
+                None,
+                None,
+                labels[rows],
+                num_valid=batch.domain_tokens[domain],
+                student_bias=head.bias,
+                student_form=head.form,
+                gamma=0.0,
+                per_token=True,
+                **asdict(self._options),
+            )
+            assert result.token_ce is not None, "asked for"
+            token_ce = result.token_ce.double() * batch.domain_tokens[domain]
+            loss = loss + float(self._weights[domain]) * result.loss
+            ce += token_ce.sum()
+            excess[0, domain] = ((token_ce - reference[rows]).clamp(min=0) * valid).sum()
+            excess[1, domain] = valid.sum()
+        self._excess = self._excess.to(device) + excess
+        return KDLoss(loss, ce / batch.num_valid, torch.zeros_like(ce))
+
+    def end_step(self, comm: Comm) -> dict[str, Any]:
+        """The weights that the next step uses, by domain in the run's order."""
+        total, tokens = comm.all_reduce_sum(self._excess).tolist()
+        self._excess = torch.zeros_like(self._excess)
+        excess = np.array(total) / np.maximum(tokens, 1)
+        if np.isfinite(excess).all():  # else the step was skipped
+            scores = np.log(self._weights) + self._doremi.step_size * excess
+            weights = np.exp(scores - scores.max())
+            smoothing = self._doremi.smoothing
+            self._weights = (1 - smoothing) * weights / weights.sum() + smoothing / len(weights)
+            self._sum = self._sum + self._weights
+            self._steps += 1
+        return {"weights": self._weights.tolist(), "excess": excess.tolist()}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Weights, their sum over steps, and the number of steps."""
+        return {"weights": self._weights.tolist(), "sum": self._sum.tolist(), "steps": self._steps}
+
+    def export(self, student: Student, directory: Path, names: Sequence[str], comm: Comm) -> None:
+        """Write the mean weights by domain, as `mixture.proportions` takes them."""
+        mean = self._sum / self._sum.sum() if self._steps else self._weights
+        if comm.rank == 0:
+            proportions = dict(zip(names, mean.tolist(), strict=True))
+            write_text(directory / WEIGHTS_FILE, yaml.safe_dump(proportions, sort_keys=False))
+        comm.barrier()

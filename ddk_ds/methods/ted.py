@@ -1,0 +1,78 @@
+"""TED, task-aware layer-wise distillation (arXiv 2210.01351), in two stages, each a run of its own.
+
+A filter at each matched layer of both models takes its hidden states to the teacher's width. Stage 1 (`ted_filters`)
+trains all filters on next-token cross-entropy through the teacher's frozen head, with both models frozen. Stage 2
+(`ted`) trains the student and its filters on Eq. 3 plus the mean squared error between filtered hidden states.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ddk_ds.comm import Comm
+from ddk_ds.engine.filters import write_filters
+from ddk_ds.engine.models import Student, Teacher
+from ddk_ds.kernels import KDLoss
+from ddk_ds.methods.base import IGNORE_INDEX, Batch, HeadOptions, Stateless, cross_entropy
+from ddk_ds.methods.distillation import Distillation
+
+FILTERS_FILE = "filters.safetensors"
+
+
+class TedFilters(Stateless):
+    """Stage 1. The loss is the mean over all filters of the cross-entropy that each reaches."""
+
+    def __init__(self, teacher: Teacher, options: HeadOptions) -> None:
+        self._teacher = teacher
+        self._options = options
+
+    def loss(self, student: Student, batch: Batch) -> KDLoss:
+        """See `Method`."""
+        _, teacher_states = self._teacher.tapped(batch.input_ids)
+        _, (ours, theirs) = student.filtered(batch.input_ids, None, teacher_states)
+        with self._teacher.head.gathered() as head:
+            losses = [cross_entropy(states, head, batch, self._options) for states in (*ours, *theirs)]
+        loss = torch.stack([one.loss for one in losses]).mean()
+        return KDLoss(loss, loss.detach(), torch.zeros_like(loss))
+
+    def export(self, student: Student, directory: Path, names: Sequence[str], comm: Comm) -> None:
+        """Write filters.safetensors, which `ted.filters` names in stage 2."""
+        write_filters(student.filters, directory / FILTERS_FILE, comm)
+
+
+class Ted(Stateless):
+    """Stage 2: CE + gamma * T^2 * D + weight * MSE, the last the mean over pairs, tokens and the teacher's width."""
+
+    def __init__(self, distillation: Distillation, teacher: Teacher, weight: float) -> None:
+        self._distillation = distillation
+        self._teacher = teacher
+        self._weight = weight
+        self._mse: torch.Tensor | float = 0.0
+
+    def loss(self, student: Student, batch: Batch) -> KDLoss:
+        """See `Method`."""
+        hidden, teacher_states = self._teacher.tapped(batch.input_ids)
+        result, (ours, theirs) = student.filtered(
+            batch.input_ids,
+            lambda states, head: self._distillation.distil(states, head, hidden, batch),
+            teacher_states,
+        )
+        valid = (batch.labels.flatten() != IGNORE_INDEX).unsqueeze(1)
+        rows = [((a.float() - b.float()).square() * valid).mean(1).sum() for a, b in zip(ours, theirs, strict=True)]
+        mse = torch.stack(rows).mean() / batch.num_valid
+        self._mse = self._mse + mse.detach()
+        return result._replace(loss=result.loss + (self._weight * mse).to(result.loss.dtype))
+
+    def export(self, student: Student, directory: Path, names: Sequence[str], comm: Comm) -> None:
+        """Write the filters as they are now."""
+        write_filters(student.filters, directory / FILTERS_FILE, comm)
+
+    def end_step(self, comm: Comm) -> dict[str, Any]:
+        """`mse`, the step's mean squared error between filtered hidden states."""
+        mse = comm.all_reduce_sum(torch.as_tensor(self._mse, dtype=torch.float64))
+        self._mse = 0.0
+        return {"mse": float(mse)}
