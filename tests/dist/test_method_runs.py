@@ -66,6 +66,20 @@ def test_teds_stages(workspace: Path, tmp_path: Path) -> None:
         assert bool((left[name] == value).all()) == name.startswith("teacher."), name
 
 
+def test_equal_by_definition(workspace: Path, tmp_path: Path) -> None:
+    """kd with gamma 0 is cpt; ddk with alpha 0 that begins equally is ddk_equal: bit for bit."""
+
+    def train(folder: str, **sections: Any) -> list[dict[str, Any]]:
+        config = write_config(workspace, tmp_path / folder, **{**SHORT, **sections})
+        run_ranks("tests.dist.resume_worker:go_on", 1, config_path=str(config), name=folder)
+        records = without_clock(run_dir(str(config), folder))
+        return [{key: record.get(key) for key in ("loss", "grad_norm", "student_ppl", "ids_sha")} for record in records]
+
+    assert train("kd", method="kd", loss={"gamma": 0.0}) == train("cpt", method="cpt", teacher=None)
+    mixture = {**SHORT["mixture"], "alpha": 0.0, "initial": "equal"}
+    assert train("ddk", method="ddk", mixture=mixture) == train("equal", method="ddk_equal")
+
+
 def test_filters_that_do_not_fit(workspace: Path, tmp_path: Path) -> None:
     sections = {"method": "ted", "ted": {"filters": str(tmp_path / "none.safetensors")}}
     config = write_config(workspace, tmp_path, **sections, **SHORT)
