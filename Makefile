@@ -28,7 +28,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 $(READY): $(INSTALLED)
 	@echo "set-up: compiling DeepSpeed's shared-memory communication, about a minute"
 	TORCH_EXTENSIONS_DIR=$(CURDIR)/.venv/torch_extensions \
-	  $(BIN)/python -c 'from deepspeed.ops.op_builder import ShareMemCommBuilder as B; B().load(verbose=False)'
+	  $(BIN)/python -c 'from ddk_ds.engine.runtime import load_communication; load_communication()'
 	@touch $@
 
 # Every step of the demo runs where its output is missing. A training run that was cut short goes on from its

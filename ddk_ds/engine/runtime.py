@@ -18,6 +18,7 @@ import torch
 from deepspeed.accelerator import get_accelerator
 
 from ddk_ds.comm import Comm, ProcessGroup
+from ddk_ds.files import write_text
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
@@ -48,7 +49,7 @@ def start_runtime() -> Runtime:
         local_size = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
         if "OMP_NUM_THREADS" not in os.environ:
             torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_size))
-        _load_communication()
+        load_communication()
     else:
         accelerator.set_device(local_rank)
     deepspeed.init_distributed(dist_backend=accelerator.communication_backend_name(), verbose=False)
@@ -57,21 +58,27 @@ def start_runtime() -> Runtime:
     return Runtime(comm, torch.device(accelerator.device_name(), local_rank))
 
 
-def _load_communication() -> None:
-    """Load DeepSpeed's shared-memory communication, compiled where that was not done yet, by one process at a time.
+def load_communication() -> None:
+    """Load DeepSpeed's shared-memory communication of ranks on a CPU, compiled where these versions were not yet.
 
-    torch's own lock is a file that a process killed meanwhile leaves behind, and every later one waits for it for ever.
-    The kernel frees ours; whoever has it knows that torch's is such a left-over.
+    By torch's loader each start asks ninja, which compiles again, for a minute, whenever a path was spelt otherwise
+    (.venv/bin/python, the script `deepspeed`); and its lock is a file, which a killed process leaves behind: then every
+    later start waits for ever. The kernel frees ours, and whoever has it knows that torch's is such a left-over.
     """
     from deepspeed.ops.op_builder import ShareMemCommBuilder
-    from torch.utils.cpp_extension import _get_build_directory  # on import it warns that there is no CUDA
+    from torch.utils.cpp_extension import _get_build_directory, _import_module_from_library  # warns: there is no CUDA
 
     builder = ShareMemCommBuilder()
     folder = Path(_get_build_directory(builder.name, verbose=False))
-    with open(folder / "ddk_ds.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        (folder / "lock").unlink(missing_ok=True)
-        builder.load(verbose=False)
+    versions = f"python {sys.version}, torch {torch.__version__}, deepspeed {deepspeed.__version__}"
+    compiled_for = folder / "compiled_for.txt"
+    if not compiled_for.is_file() or compiled_for.read_text() != versions:
+        with open(folder / "compiling.lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            (folder / "lock").unlink(missing_ok=True)
+            builder.load(verbose=False)
+            write_text(compiled_for, versions)
+    builder._loaded_ops[builder.name] = _import_module_from_library(builder.name, str(folder), is_python_module=True)
 
 
 def _forget_shared_memory(rank: int) -> None:

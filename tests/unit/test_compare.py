@@ -1,0 +1,426 @@
+"""Comparing methods: the statistics by hand-computed numbers, the jobs, the stages, the report on made-up runs."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import yaml
+
+from ddk_ds.config import load_config, to_yaml
+from ddk_ds.errors import ConfigError, DataError
+from tools import compare as command
+from tools import stages
+from tools.compare import make_jobs, read_grid
+from tools.comparison import Result, compare, paired_difference, read_results, spread, t_quantile
+from tools.comparison_report import draw, markdown
+from tools.run_cost import RunCost, count_forward_flops, run_cost, training_flops
+from tools.stages import STAGES, Job, run_job
+
+CONFIG = {
+    "name": "base",
+    "student": {"path": "start"},
+    "teacher": {"path": "big"},
+    "data": {"path": "shards", "sequence_length": 8, "validation_samples": 5},
+    "optimizer": {"warmup_steps": 0},
+    "train": {"global_batch_samples": 4},
+    "stop": {"steps": 10},
+}
+COST = RunCost(tokens=100, wall_s=10.0, evaluation_time_share=0.1, flops=1e6, evaluation_flops=1e5)
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    path = tmp_path / "base.yaml"
+    path.write_text(yaml.safe_dump(CONFIG))
+    return path
+
+
+def options(config: Path, out: Path, **values: Any) -> Any:
+    """What the command line gives."""
+    return command._parse(
+        ["--config", str(config), "--out", str(out), *(f"--{key}={value}" for key, value in values.items())]
+    )
+
+
+def summary(teacher: list[float] | None, before: list[float], after: list[float], tokens: int = 100) -> dict[str, Any]:
+    """A run's summary over the domains a, b, ..."""
+    return {
+        "steps": 10,
+        "tokens": tokens,
+        "wall_s": 10.0,
+        "domains": [
+            {
+                "name": "abcdefghij"[i],
+                "teacher_ppl": teacher and teacher[i],
+                "student_ppl_before": before[i],
+                "student_ppl_after": after[i],
+            }
+            for i in range(len(after))
+        ],
+    }
+
+
+def result(label: str, seed: int, after: list[float], teacher: list[float] | None = None, **more: Any) -> Result:
+    return Result(label, seed, summary(teacher, [8.0, 40.0], after), COST, **more)
+
+
+def test_mean_and_sample_standard_deviation() -> None:
+    found = spread([2.0, 4.0, 9.0])  # mean 5, squares 9 + 1 + 16 = 26, over 2: 13
+    assert found.mean == 5.0
+    assert found.sd == pytest.approx(math.sqrt(13.0), rel=1e-14)
+    assert spread([3.0]).sd is None
+
+
+@pytest.mark.parametrize(
+    ("degrees", "expected"),
+    [(1, 12.7062), (2, 4.3027), (4, 2.7764), (10, 2.2281), (11, 2.2010), (15, 2.1314), (30, 2.0423), (120, 1.9799)],
+)
+def test_quantiles_are_those_of_published_tables(degrees: int, expected: float) -> None:
+    assert t_quantile(degrees) == pytest.approx(expected, abs=2e-4)
+
+
+def test_differences_are_paired_by_seed() -> None:
+    # Differences 1, 2, 3: mean 2, sd 1, standard error 1 / sqrt(3), interval 2 -+ 4.3027 / sqrt(3) = -0.484 .. 4.484.
+    wide = paired_difference({0: 11.0, 1: 22.0, 2: 33.0}, {2: 30.0, 1: 20.0, 0: 10.0, 7: 99.0})
+    assert (wide.seeds, wide.mean) == (3, 2.0)
+    assert wide.standard_error == pytest.approx(1 / math.sqrt(3))
+    assert (wide.low, wide.high) == (pytest.approx(-0.48416, abs=1e-4), pytest.approx(4.48416, abs=1e-4))
+    assert wide.verdict == "does not exceed the spread"
+    # Unpaired, the seeds' own differences of 10 would hide this one.
+    close = paired_difference({0: 12.0, 1: 22.1, 2: 31.9}, {0: 10.0, 1: 20.0, 2: 30.0})
+    assert close.verdict == "exceeds the spread"
+    lower = paired_difference({0: 8.0, 1: 18.1}, {0: 10.0, 1: 20.0})
+    assert (lower.low, lower.high) == (pytest.approx(-2.5853, abs=1e-3), pytest.approx(-1.3147, abs=1e-3))
+    assert lower.verdict == "exceeds the spread"
+
+
+def test_without_seeds_no_spread_is_known() -> None:
+    one = paired_difference({0: 3.0, 1: 5.0}, {1: 1.0})
+    assert (one.seeds, one.mean, one.standard_error, one.low) == (1, 4.0, None, None)
+    assert one.verdict == "one seed: no spread is known"
+    assert paired_difference({0: 3.0}, {1: 1.0}).verdict == "no seed in common"
+
+
+def test_a_method_without_teacher_is_held_against_the_others_teacher() -> None:
+    teacher = [4.0, 10.0]
+    runs = [
+        *(result("cpt", seed, [6.0 + seed, 20.0]) for seed in (0, 1)),
+        *(result("kd", seed, [5.0 + seed, 20.0], teacher) for seed in (0, 1)),
+    ]
+    found = compare(runs, "kd")
+    assert found["teacher_ppl"] == {"a": 4.0, "b": 10.0}
+    assert found["start_score"] == (8 / 4 + 40 / 10) / 2
+    assert found["methods"]["cpt"]["score"]["values"] == ((6 / 4 + 2) / 2, (7 / 4 + 2) / 2)
+    assert found["methods"]["kd"]["ppl"]["a"]["mean"] == 5.5
+    assert found["differences"]["cpt"]["score"]["mean"] == pytest.approx(0.125)
+    assert found["differences"]["cpt"]["a"] == {
+        **{"seeds": 2, "mean": 1.0, "standard_error": 0.0, "low": 1.0, "high": 1.0},
+        "verdict": "exceeds the spread",
+    }
+    assert found["remarks"] == []
+
+
+def test_without_any_teacher_the_score_is_the_geometric_mean() -> None:
+    found = compare([result("cpt", 0, [4.0, 9.0])], "cpt")
+    assert (found["score"], found["teacher_ppl"]) == ("geometric mean perplexity", None)
+    assert found["methods"]["cpt"]["score"]["mean"] == pytest.approx(6.0)
+
+
+def test_what_is_unfair_or_missing_is_said() -> None:
+    other = Result("ddk", 0, summary([4.0, 11.0], [8.1, 40.0], [5.0, 20.0]), RunCost(200, 10.0, 0.1, None, None))
+    remarks = compare([*(result("kd", seed, [5.0, 20.0], [4.0, 10.0]) for seed in (0, 1)), other], "cpt")["remarks"]
+    assert [remark.split(":")[0] for remark in remarks] == [
+        "ddk has 1 of 2 seeds",
+        "another starting student or other validation samples",
+        "another teacher or other validation samples",
+        "the runs trained on 100 to 200 tokens, so not on the same number",
+        "no run of the baseline cpt is finished",
+    ]
+    with pytest.raises(DataError, match="other domains"):
+        compare([result("kd", 0, [5.0, 20.0]), Result("ddk", 0, summary(None, [8.0], [5.0]), COST)], "kd")
+
+
+def test_forward_flops_are_the_papers() -> None:
+    """Qwen1.5-1.8B and -14B at 2,048 tokens: CPT of 15 B tokens takes 1.456e8 TFLOPs in the paper's Table 12."""
+    per_token = {}
+    for name, hidden, layers, inner, vocab in (("1.8B", 2048, 24, 5504, 151936), ("14B", 5120, 40, 13696, 152064)):
+        block = [(hidden, hidden)] * 4 + [(hidden,)] * 5 + [(inner, hidden)] * 3
+        shapes = [(vocab, hidden)] * 2 + block * layers + [(hidden,)]
+        model = {"vocab_size": vocab, "num_hidden_layers": layers, "hidden_size": hidden, "num_attention_heads": 16}
+        per_token[name] = count_forward_flops(shapes, model, 2048)
+        # A tied head is computed all the same.
+        assert count_forward_flops(shapes[1:], model, 2048) == per_token[name]
+    assert 3 * per_token["1.8B"] * 15e9 / 1e12 == pytest.approx(1.456e8, rel=0.01)
+    # KD: 5.364e8. The paper does not say how it counts; the teacher comes out 6 % higher here.
+    assert (3 * per_token["1.8B"] + per_token["14B"]) * 15e9 / 1e12 == pytest.approx(5.364e8, rel=0.05)
+
+
+def test_flops_of_attention_by_hand() -> None:
+    model = {"vocab_size": 10, "num_hidden_layers": 3, "num_attention_heads": 2, "head_dim": 8, "hidden_size": 4}
+    assert count_forward_flops([(10, 4), (4, 4), (4,)], model, 6) == 2 * (40 + 16 + 4) + 2 * 3 * 16 * 6
+
+
+def test_a_teacher_that_does_not_run_costs_nothing(config: Path) -> None:
+    def cost(*overrides: str) -> float:
+        return training_flops(load_config(config, overrides), 10.0, 100.0)
+
+    assert cost("method=kd") == 130.0
+    assert cost("method=kd", "loss.gamma=0") == 30.0
+    assert cost("method=kd", "loss.gamma=0", "loss.gamma_end=0.5") == 130.0
+    assert cost("method=ted_filters") == 110.0
+
+
+def write_run(directory: Path, config: Path, after: list[float], *overrides: str) -> Path:
+    """A finished run's directory."""
+    directory.mkdir(parents=True)
+    resolved = load_config(config, [*overrides, f"name={directory.name}", f"output_dir={directory.parent}"])
+    (directory / "config.yaml").write_text(to_yaml(resolved))
+    (directory / "summary.json").write_text(
+        json.dumps(summary(None if resolved.teacher is None else [4.0, 10.0], [8.0, 40.0], after))
+    )
+    records = [
+        *({"kind": kind, "clock": {"measure_s": 1.0}} for kind in ("interval", "interval", "end")),
+        *({"kind": "step", "clock": {"step_s": 3.0}} for _ in range(3)),
+    ]
+    (directory / "ledger.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    event = {"event": "start", "world_size": 2, "versions": {"torch": "2.9"}}
+    (directory / "events.jsonl").write_text(json.dumps(event) + "\n")
+    return directory
+
+
+def test_cost_of_a_run(tmp_path: Path, config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = write_run(tmp_path / "out/kd-s0", config, [5.0, 20.0], "method=kd")
+    monkeypatch.setattr("tools.run_cost.model_directory", lambda path, key, comm: Path(path))
+    monkeypatch.setattr("tools.run_cost.forward_flops", lambda path, length: 100.0 if path.name == "big" else 10.0)
+    cost = run_cost(run)
+    assert cost.evaluation_time_share == 3 / 12
+    # 3 measurements of the student and 1 of the teacher, of 2 domains x 5 samples x 8 tokens; 10 steps of 4 x 8 tokens.
+    assert cost.evaluation_flops == (3 * 10 + 100) * 80
+    assert cost.flops == 130 * 320 + cost.evaluation_flops
+    monkeypatch.undo()
+    assert run_cost(run).flops is None  # the models' files are gone
+
+
+def test_results_are_found_with_their_stages(tmp_path: Path, config: Path) -> None:
+    out = tmp_path / "out"
+    for name in ("kd-s0", "kd-s1", "cpt-s0", "doremi-s0", "doremi-s0-proxy", "doremi-s0-reference"):
+        write_run(out / name, config, [5.0, 20.0], *STAGES["cpt"][0].overrides)
+    (out / "ddk-s0").mkdir()  # not finished
+    found = read_results(out)
+    assert [(one.label, one.seed) for one in found] == [("cpt", 0), ("doremi", 0), ("kd", 0), ("kd", 1)]
+    assert [len(one.earlier) for one in found] == [0, 2, 0, 0]
+    assert [(one.label, one.seed) for one in read_results(out, ["kd", "cpt"], range(1))] == [("kd", 0), ("cpt", 0)]
+    assert compare(found, "kd")["methods"]["doremi"]["earlier_tokens"] == 200
+
+
+def test_report_only(tmp_path: Path, config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    assert command.main(["--report-only", "--out", str(out)]) == 2
+    for seed in (0, 1):
+        write_run(out / f"kd-s{seed}", config, [5.0 + seed, 60.0], "method=kd")
+    write_run(out / "ddk-s1", config, [4.5, 50.0], "method=ddk")
+    assert command.main(["--report-only", "--out", str(out), "--methods", "kd,ddk"]) == 0
+    text = (out / "comparison.md").read_text()
+    assert "| domain | teacher | before | kd (2) | ddk (1) |" in text
+    assert "| a | 4.00 | 8.00 | 5.50 ± 0.71 | 4.50 |" in text
+    assert "one seed: no spread is known" in text and "- ddk has 1 of 2 seeds" in text
+    assert json.loads((out / "comparison.json").read_text())["versions"] == {"torch": ["2.9"]}
+    assert (out / "comparison.png").read_bytes()[1:4] == b"PNG"
+    assert text in capsys.readouterr().out
+
+
+def test_the_picture_holds_many_variants(tmp_path: Path) -> None:
+    runs = [result(f"variant-{i}", 0, [5.0 + i, 2000.0], [4.0, 10.0]) for i in range(11)]
+    comparison = compare(runs, "variant-0") | {"ranks": [1], "versions": {}}
+    draw(comparison, tmp_path / "many.png")
+    assert (tmp_path / "many.png").stat().st_size > 10_000
+    assert "variant-10" in markdown(comparison)
+
+
+def test_jobs_of_methods(tmp_path: Path, config: Path) -> None:
+    given = options(config, tmp_path / "out", methods="cpt,ddk", seeds=2)
+    jobs = make_jobs(given, command._entries(given))
+    assert [job.name for job in jobs] == ["cpt-s0", "ddk-s0", "cpt-s1", "ddk-s1"]
+    resolved = [load_config(config, job.arguments(job.stages[0])) for job in jobs]
+    assert [one.seed for one in resolved] == [0, 0, 1, 1]
+    assert [one.teacher is None for one in resolved] == [True, False, True, False]
+    assert [one.mixture.controller for one in resolved] == ["by_size", "ddk", "by_size", "ddk"]
+    assert resolved[0].run_dir == tmp_path / "out/cpt-s0"
+    assert {one.student.path for one in resolved} == {"start"}
+
+
+@pytest.mark.parametrize(
+    ("values", "extra", "message"),
+    [
+        ({"mixture": {"controller": "equal"}}, [], r"mixture.controller: .* sets it to 'equal'"),
+        ({}, ["loss.divergence=reverse_kl"], r"loss.divergence: .* sets it to 'reverse_kl'"),
+        ({}, ["seed=3"], "override seed=3: the comparison sets it"),
+        ({"stop": {"discrepancy": 0.1, "steps": 10}}, [], "stop.discrepancy compares with a teacher"),
+        ({"stopp": {}}, [], "stopp: unknown key"),
+    ],
+)
+def test_a_configuration_that_cannot_be_compared(
+    tmp_path: Path, values: dict[str, Any], extra: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "base.yaml"
+    path.write_text(yaml.safe_dump(CONFIG | values))
+    with pytest.raises(ConfigError, match=message):
+        given = command._parse(["--config", str(path), "--out", str(tmp_path / "out"), "--methods", "kd,cpt", *extra])
+        make_jobs(given, command._entries(given))
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_unknown_method_or_baseline(tmp_path: Path, config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for more, message in ((["--methods", "kd,dkk"], "method 'dkk' is unknown"), (["--baseline", "x"], "--baseline x")):
+        assert command.main(["--config", str(config), "--out", str(tmp_path / "out"), *more]) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_a_grids_variants_are_runs(tmp_path: Path) -> None:
+    config, grid = tmp_path / "base.yaml", tmp_path / "grid.yaml"
+    config.write_text(yaml.safe_dump(CONFIG | {"mixture": {"controller": "equal"}}))
+    variants = {"0.1": ["loss.gamma=0.1"], "kd": ["method=kd", "mixture.controller=by_size"]}
+    grid.write_text(yaml.safe_dump({"variants": variants}))
+    given = options(config, tmp_path / "out", grid=grid, seeds=1)
+    jobs = make_jobs(given, command._entries(given))
+    resolved = [load_config(config, job.arguments(job.stages[0])) for job in jobs]
+    assert [(one.name, one.method, one.mixture.controller, one.loss.gamma) for one in resolved] == [
+        ("0.1-s0", "ddk", "equal", 0.1),
+        ("kd-s0", "kd", "by_size", 0.2),
+    ]
+    grid.write_text(yaml.safe_dump({"variants": {"kd": ["method=kd"]}}))
+    with pytest.raises(ConfigError, match=r"mixture\.controller"):
+        make_jobs(given, command._entries(given))
+
+
+@pytest.mark.parametrize(
+    "text", ["[1]", "variants: {}", "variants: {a b: [x=1]}", "variants: {a: [x]}", "variants: {a: x=1}"]
+)
+def test_a_wrong_grid(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "grid.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=f"--grid {path}"):
+        read_grid(path)
+
+
+class Launches:
+    """Stands in for the launcher: leaves a finished run, unless its name is to fail."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, failing: str = "") -> None:
+        self.names: list[str] = []
+        self.overrides: list[list[str]] = []
+        self.failing = failing
+        monkeypatch.setattr(stages, "launch", self)
+
+    def __call__(self, config: Path, overrides: list[str], ranks: int | None, log: Path) -> int:
+        resolved = load_config(config, overrides)
+        self.names.append(resolved.name)
+        self.overrides.append(overrides)
+        if resolved.name == self.failing:
+            return 0  # as the launcher does when a signal ends what it started
+        run = write_run(resolved.run_dir, config, [5.0, 20.0], *overrides)
+        if resolved.method == "doremi_proxy":
+            (run / "export").mkdir()
+            (run / "export/proportions.yaml").write_text("{a: 0.25, b: 1.0e-05}\n")
+        return 0
+
+
+def test_stages_of_doremi(tmp_path: Path, config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    launches = Launches(monkeypatch)
+    job = Job(config, "doremi", "doremi-s0", tmp_path / "out", ("seed=4",))
+    assert len(list(run_job(job, 1))) == 3
+    assert launches.names == ["doremi-s0-reference", "doremi-s0-proxy", "doremi-s0"]
+    reference, proxy, final = (load_config(config, overrides) for overrides in launches.overrides)
+    assert (reference.method, reference.teacher, reference.student.path) == ("cpt", None, "start")
+    assert proxy.teacher is not None and proxy.teacher.path == str(tmp_path / "out/doremi-s0-reference/export")
+    assert (final.method, final.teacher, final.mixture.controller) == ("cpt", None, "static")
+    assert final.mixture.proportions == {"a": 0.25, "b": 1e-05}
+    assert {one.seed for one in (reference, proxy, final)} == {4}
+    # All are finished now; without its last run only that is started.
+    assert all("skipped" in line for line in run_job(job, 1))
+    (job.run_dir("") / "summary.json").rename(job.run_dir("") / "gone")
+    job.run_dir("").rename(tmp_path / "gone")
+    list(run_job(job, 1))
+    assert launches.names[3:] == ["doremi-s0"]
+
+
+def test_stages_of_ted(tmp_path: Path, config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    launches = Launches(monkeypatch)
+    list(run_job(Job(config, "ted", "t", tmp_path / "out"), 1))
+    assert launches.names == ["t-filters", "t"]
+    final = load_config(config, launches.overrides[1])
+    assert final.ted.filters == str(tmp_path / "out/t-filters/export/filters.safetensors")
+
+
+def test_a_failed_stage_ends_its_method_alone(
+    tmp_path: Path, config: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    arguments = ["--config", str(config), "--out", str(out), "--methods", "ted,kd,ddk", "--seeds", "1"]
+    launches = Launches(monkeypatch, failing="ted-s0-filters")
+    assert command.main(arguments) == 1
+    assert launches.names == ["ted-s0-filters", "kd-s0", "ddk-s0"]
+    assert f"see {out / 'ted-s0-filters.log'}" in capsys.readouterr().err
+    assert "no run of the baseline ted is finished" in (out / "comparison.md").read_text()
+    launches = Launches(monkeypatch, failing="ted-s0-filters")
+    assert command.main([*arguments, "--stop-on-error"]) == 1
+    assert launches.names == ["ted-s0-filters"]
+    assert command.main(arguments) == 1
+    launches = Launches(monkeypatch)
+    assert command.main(arguments) == 0
+    assert launches.names == ["ted-s0-filters", "ted-s0"]
+    launches = Launches(monkeypatch, failing="kd-s0")
+    alone = ["--config", str(config), "--out", str(tmp_path / "alone"), "--methods", "kd", "--seeds", "1"]
+    assert command.main(alone) == 1
+    assert "nothing to report" in capsys.readouterr().err
+
+
+def test_a_finished_run_of_another_configuration_is_an_error(
+    tmp_path: Path, config: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--config", str(config), "--out", str(tmp_path / "out"), "--methods", "kd", "--seeds", "1"]
+    launches = Launches(monkeypatch)
+    assert command.main(arguments) == 0
+    assert command.main([*arguments, "checkpoint.every_steps=7"]) == 0
+    assert command.main([*arguments, "loss.gamma=0.3"]) == 2
+    assert "loss.gamma was 0.2, is 0.3" in capsys.readouterr().err
+    assert launches.names == ["kd-s0"]
+
+
+def test_an_interrupted_run_ends_the_comparison(
+    tmp_path: Path, config: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(stages, "launch", lambda *_: stages.EXIT_INTERRUPTED)
+    arguments = ["--config", str(config), "--out", str(tmp_path / "out"), "--methods", "kd,ddk", "--seeds", "1"]
+    assert command.main(arguments) == stages.EXIT_INTERRUPTED
+    assert "start the same command again" in capsys.readouterr().err
+
+
+def test_one_method_as_one_command(tmp_path: Path, config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    launches = Launches(monkeypatch)
+    arguments = ["--config", str(config), "--method", "ted", f"output_dir={tmp_path / 'runs'}"]
+    assert stages.main(arguments) == 0
+    assert launches.names == ["base-filters", "base"]
+    monkeypatch.setattr(stages, "launch", lambda *_: 3)
+    assert stages.main([*arguments, "name=other"]) == 1
+
+
+def test_the_launcher_is_started_without_a_shell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[list[str]] = []
+
+    def popen(command: list[str], **options: Any) -> Any:
+        assert not options.get("shell")
+        started.append(command)
+        return SimpleNamespace(wait=lambda: 5)
+
+    monkeypatch.setattr(stages.subprocess, "Popen", popen)
+    log = tmp_path / "out/run.log"
+    assert stages.launch(tmp_path / "a b.yaml", ["x={a: 1}"], 2, log) == 5
+    assert started[0][-4:] == [str(stages.DISTIL), "--config", str(tmp_path / "a b.yaml"), "x={a: 1}"]
+    assert started[0][-6:-4] == ["--num_gpus", "2"]
+    assert "launch/distill.py" in log.read_text()
