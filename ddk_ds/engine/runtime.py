@@ -75,9 +75,10 @@ def load_communication() -> None:
     if not compiled_for.is_file() or compiled_for.read_text() != versions:
         with open(folder / "compiling.lock", "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
-            (folder / "lock").unlink(missing_ok=True)
-            builder.load(verbose=False)
-            write_text(compiled_for, versions)
+            if not compiled_for.is_file() or compiled_for.read_text() != versions:  # no other rank has done it by now
+                (folder / "lock").unlink(missing_ok=True)
+                builder.load(verbose=False)
+                write_text(compiled_for, versions)
     builder._loaded_ops[builder.name] = _import_module_from_library(builder.name, str(folder), is_python_module=True)
 
 

@@ -1,0 +1,27 @@
+"""A causal LM as plain transformers loads it: whole, on the CPU, for tools that look at its weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from ddk_ds.errors import ConfigError
+
+
+def load_model(directory: Path) -> Any:
+    """The causal LM in float32 on the CPU. Raises ConfigError where transformers cannot build or fill it."""
+    only = {"use_safetensors": True, "local_files_only": True, "trust_remote_code": False}
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            directory, dtype=torch.float32, output_loading_info=True, **only
+        )
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ConfigError(f"{directory} cannot be loaded: {reason}") from error
+    model, info = loaded
+    if info["missing_keys"]:
+        raise ConfigError(f"{directory}: its weights lack {min(info['missing_keys'])}; is config.json that of these?")
+    return model.eval().requires_grad_(False)

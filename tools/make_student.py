@@ -1,0 +1,273 @@
+"""Cut a student out of a teacher: fewer layers, on demand narrower, ready to be distilled.
+
+python tools/make_student.py --teacher DIR --out DIR --layers 12 --shards data/mine [--intermediate 4096]
+
+The text should be held out and of the run's domains. Everything is computed on the CPU in float32: the teacher takes
+four bytes of memory a parameter. `pruning.json` in the student's directory says what each layer was worth.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import shutil
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from ddk_ds.comm import SingleProcess
+from ddk_ds.data.formats import Dropped, read_texts
+from ddk_ds.data.manifest import load_manifest
+from ddk_ds.data.mds import open_split
+from ddk_ds.data.recipe import Source, SourceFile
+from ddk_ds.data.store import LocalStore
+from ddk_ds.data.tokenizer import TokenizerInfo, load_tokenizer
+from ddk_ds.engine.model_files import ModelFiles, read_model
+from ddk_ds.engine.plain import load_model
+from ddk_ds.engine.weights import save_weights
+from ddk_ds.errors import ConfigError, DataError, UserError
+from ddk_ds.files import write_text
+from tools import pruning
+
+BATCH_TOKENS = 1024  # bounds the logits in memory: 0.6 GB for a vocabulary of 152,000
+COPIED = ("*.json", "*.jinja", "*.model", "*.txt")  # tokenizer and generation settings
+NOT_COPIED = ("config.json", "model.safetensors.index.json", "pruning.json")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Result:
+    """What was cut, and what it costs."""
+
+    ranking: pruning.Ranking
+    student_loss: float
+    """Nats per token on the same text, of the student as it was written."""
+    parameters: tuple[int, int]
+    """Of teacher and student."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Returns the exit code: 0, or 2 after an error that the user can mend."""
+    options = parse_arguments(arguments)
+    console = Console()
+    try:
+        files = read_model(options.teacher, "--teacher")
+        check(options, files)
+        batches = read_batches(options, load_tokenizer(options.teacher))
+        with console.status("cutting"):
+            result = make_student(options, files, batches)
+        if options.json is not None:
+            write_text(options.json, report(options, result))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    console.print(table(result.ranking))
+    before, after = (number / 1e6 for number in result.parameters)
+    console.print(f"loss on the text: {result.ranking.loss:.4f}, of the student {result.student_loss:.4f}")
+    console.print(f"{options.out}: {after:,.2f} M parameters of {before:,.2f} M")
+    return 0
+
+
+def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--teacher", type=Path, required=True, help="directory of a Hugging Face causal LM")
+    parser.add_argument("--out", type=Path, required=True, help="directory for the student; new, or empty")
+    parser.add_argument("--layers", type=int, required=True, help="layers to keep; the first two and the last stay")
+    text = parser.add_mutually_exclusive_group(required=True)
+    text.add_argument("--text", type=Path, help="held-out text: .jsonl (field text), .parquet or plain, also .gz, .zst")
+    text.add_argument("--shards", type=Path, help="prepared data: held-out samples of each domain in turn")
+    parser.add_argument("--samples", type=int, default=8, help="samples of text (default: %(default)s)")
+    parser.add_argument("--sequence-length", type=int, default=128, help="tokens of a sample (default: %(default)s)")
+    parser.add_argument("--greedy", action="store_true", help="measure anew after each layer that is dropped")
+    parser.add_argument("--intermediate", type=int, help="neurons to keep of each gated MLP (models like Llama)")
+    parser.add_argument(
+        "--hidden", type=int, help="channels to keep (models like Llama): a multiple of the heads, which all stay"
+    )
+    parser.add_argument("--json", type=Path, help="file that gets a copy of pruning.json")
+    return parser.parse_args(arguments)
+
+
+def check(options: argparse.Namespace, files: ModelFiles) -> None:
+    """What can be said before the weights are read. Raises ConfigError."""
+    if options.out.exists() and (not options.out.is_dir() or any(options.out.iterdir())):
+        raise ConfigError(f"--out {options.out} exists and is not empty; remove it or name another")
+    if options.json is not None and not options.json.absolute().parent.is_dir():
+        raise ConfigError(f"--json {options.json}: there is no such directory; make it first")
+    if "quantization_config" in files.config:
+        raise ConfigError(f"--teacher: {options.teacher} is quantised; give the model's unquantised weights")
+    if stored_dtype(files) not in DTYPES:
+        raise ConfigError(f"--teacher: its dtype is {stored_dtype(files)}, not one of {', '.join(DTYPES)}")
+    for option, least in (("samples", 1), ("sequence_length", 2)):
+        if getattr(options, option) < least:
+            name = option.replace("_", "-")
+            raise ConfigError(f"--{name} is {getattr(options, option)}: must be at least {least}")
+    layers, least = _size(files, "num_hidden_layers"), len(pruning.kept_always(3))
+    if not least <= options.layers <= layers:
+        raise ConfigError(f"--layers is {options.layers}: must be {least} (first two, last) to the teacher's {layers}")
+    if options.layers == layers and options.intermediate is None and options.hidden is None:
+        raise ConfigError(f"--layers {layers} is all the teacher has: nothing is cut; give fewer")
+    for option, key in (("intermediate", "intermediate_size"), ("hidden", "hidden_size")):
+        wanted = getattr(options, option)
+        if wanted is not None and not 1 <= wanted < _size(files, key):
+            raise ConfigError(
+                f"--{option} is {wanted}: must be at least 1 and less than the teacher's {files.config[key]}"
+            )
+    if options.hidden is not None and options.hidden % (heads := _size(files, "num_attention_heads")):
+        fits = max(1, options.hidden // heads) * heads
+        raise ConfigError(f"--hidden {options.hidden} is not a multiple of the {heads} attention heads; {fits} is")
+
+
+def make_student(options: argparse.Namespace, files: ModelFiles, batches: pruning.Batches) -> Result:
+    """Rank, cut, write to a temporary name, load that anew, rename. Raises ConfigError where the model does not fit."""
+    model = load_model(files.directory)
+    rows, largest = model.get_input_embeddings().weight.shape[0], max(int(ids.max()) for ids in batches)
+    if largest >= rows:
+        raise ConfigError(f"--teacher: its tokenizer gives token {largest}, it has {rows} embeddings: not a pair")
+    before = model.num_parameters()
+    ranking = pruning.rank_layers(model, batches, options.layers, greedy=options.greedy)
+    changes = pruning.keep_layers(model, ranking.kept)
+    # In the cut model, whose activations are the student's.
+    if options.intermediate is not None:
+        changes |= pruning.narrow_mlp(model, batches, options.intermediate)
+    if options.hidden is not None:
+        changes |= pruning.narrow_hidden(model, batches, options.hidden)
+    after = model.num_parameters()
+    model.to(DTYPES[stored_dtype(files)])
+    partial = options.out.with_name(f".partial-{options.out.name}")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        write_model(model, files, changes, partial)
+        result = Result(ranking, _loss_as_written(model.float(), partial, batches), (before, after))
+        write_text(partial / "pruning.json", report(options, result))
+        partial.rename(options.out)  # also over an empty directory
+    except OSError as error:
+        raise ConfigError(f"--out {options.out} cannot be written: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return result
+
+
+def write_model(model: Any, files: ModelFiles, changes: pruning.Changes, directory: Path) -> None:
+    """Weights, config.json and the teacher's tokenizer, in a new directory."""
+    directory.mkdir(parents=True)
+    for pattern in COPIED:
+        for source in files.directory.glob(pattern):
+            if source.name not in NOT_COPIED:
+                shutil.copyfile(source, directory / source.name)
+    write_text(directory / "config.json", json.dumps({**files.config, **changes}, indent=2) + "\n")
+    save_weights(dict(model.named_parameters()), directory, SingleProcess())
+
+
+def stored_dtype(files: ModelFiles) -> str:
+    """Of the weights, as config.json names it; transformers 4 wrote torch_dtype."""
+    return str(files.config.get("dtype") or files.config.get("torch_dtype") or "float32")
+
+
+def read_batches(options: argparse.Namespace, tokenizer: TokenizerInfo) -> pruning.Batches:
+    """The samples, in batches (B, L). Raises DataError where there is too little text, or another tokenizer's."""
+    samples = _from_text(options, tokenizer) if options.shards is None else _from_shards(options, tokenizer)
+    return samples.split(max(1, BATCH_TOKENS // options.sequence_length))
+
+
+def _from_text(options: argparse.Namespace, tokenizer: TokenizerInfo) -> torch.Tensor:
+    if not options.text.is_file():
+        raise DataError(f"--text {options.text}: there is no such file")
+    needed = options.samples * options.sequence_length
+    ids: list[int] = []
+    for text in read_texts(SourceFile(options.text, options.text.name, Source(path=str(options.text))), Dropped()):
+        ids += tokenizer.tokenizer.encode(text, add_special_tokens=False).ids
+        ids += [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+        if len(ids) >= needed:
+            return torch.tensor(ids[:needed]).view(options.samples, options.sequence_length)
+    raise DataError(f"--text {options.text} has {len(ids):,} of {needed:,} tokens: give more, or lower --samples")
+
+
+def _from_shards(options: argparse.Namespace, tokenizer: TokenizerInfo) -> torch.Tensor:
+    store = LocalStore(options.shards)
+    manifest = load_manifest(store)
+    if manifest.tokenizer_fingerprint != tokenizer.fingerprint:
+        raise DataError(f"--shards {options.shards} is not of the teacher's tokenizer; prepare it with that")
+    if options.sequence_length > (most := manifest.sequence_length):
+        raise DataError(f"--sequence-length is {options.sequence_length}, {options.shards} has {most}: lower it")
+    splits = [open_split(store, f"{name}/validation", manifest.vocab_size) for name in manifest.domains]
+    rows = []
+    for number in range(options.samples):
+        split, place = splits[number % len(splits)], number // len(splits)
+        if place >= len(split):
+            raise DataError(f"--samples {options.samples}: a domain of {options.shards} has {len(split)}; give fewer")
+        rows.append(torch.from_numpy(split.tokens(place).astype("int64"))[: options.sequence_length])
+    return torch.stack(rows)
+
+
+def report(options: argparse.Namespace, result: Result) -> str:
+    """pruning.json: losses in nats per token, layers numbered as in the teacher, the least important first."""
+    ranking = result.ranking
+    kept_ranked = sorted(ranking.kept, key=lambda number: ranking.losses[number])
+    content = {
+        "teacher": str(options.teacher),
+        "text": str(options.text or options.shards),
+        "samples": options.samples,
+        "sequence_length": options.sequence_length,
+        "greedy": options.greedy,
+        "loss": ranking.loss,
+        "student_loss": result.student_loss,
+        "loss_without": ranking.losses,
+        "ranking": [*ranking.dropped, *kept_ranked],
+        "always_kept": sorted(pruning.kept_always(len(ranking.losses))),
+        "kept": ranking.kept,
+        "intermediate": options.intermediate,
+        "hidden": options.hidden,
+        "parameters": {"teacher": result.parameters[0], "student": result.parameters[1]},
+    }
+    return json.dumps(content, indent=1) + "\n"
+
+
+def table(ranking: pruning.Ranking) -> Table:
+    """By layer: what leaving it out costs, and whether it is kept."""
+    result = Table(title=f"Layers (whole model: loss {ranking.loss:.4f})", box=box.SIMPLE_HEAD, title_justify="left")
+    for head in ("layer", "loss without it", "more by", "kept"):
+        result.add_column(head, justify="right")
+    always = pruning.kept_always(len(ranking.losses))
+    for number, loss in enumerate(ranking.losses):
+        place = "always" if number in always else "yes" if number in ranking.kept else "no"
+        result.add_row(str(number), f"{loss:.4f}", f"{loss - ranking.loss:+.4f}", place)
+    return result
+
+
+def _size(files: ModelFiles, key: str) -> int:
+    value = files.config.get(key)
+    if not isinstance(value, int):
+        raise ConfigError(f"--teacher: its config.json has no {key}; models like Llama, Qwen2 and GPT-NeoX can be cut")
+    return value
+
+
+def _loss_as_written(model: Any, directory: Path, batches: pruning.Batches) -> float:
+    """Loss of the model that lies in `directory`, which must be the model's own.
+
+    It is not where a layer's make depends on its place (every second one a mixture of experts).
+    """
+    try:
+        written = pruning.mean_loss(load_model(directory), batches)
+    except ConfigError as error:
+        raise ConfigError(f"--teacher: the cut {type(model).__name__} is no model of its kind: {error}") from error
+    if not math.isclose(written, own := pruning.mean_loss(model, batches), rel_tol=1e-4):
+        raise ConfigError(
+            f"--teacher: the cut {type(model).__name__} has loss {own:.4f}, loaded from its files {written:.4f}: its "
+            "layers depend on their places, and cannot be cut"
+        )
+    return written
+
+
+if __name__ == "__main__":
+    sys.exit(main())
