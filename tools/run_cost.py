@@ -26,7 +26,7 @@ class RunCost:
     wall_s: float
     """Of steps and measurements."""
     evaluation_time_share: float
-    """Of wall time in the measurements between intervals, at the start and at the end."""
+    """Of wall time in measurements (at the start, between intervals, at the end) and the controller's decisions."""
     flops: float | None
     """Training and evaluation; None where the models' files are gone."""
     evaluation_flops: float | None
@@ -37,7 +37,8 @@ def run_cost(run_dir: Path) -> RunCost:
     summary, records = read_summary(run_dir), read_ledger(run_dir)
     config = load_config(run_dir / "config.yaml")
     measurements = [record for record in records if record["kind"] in ("interval", "end")]
-    evaluation_s, steps_s = _clock(measurements, "measure_s"), _clock(records, "step_s")
+    evaluation_s = _clock(measurements, "measure_s") + _clock(measurements, "controller_s")
+    steps_s = _clock(records, "step_s")
     length = config.data.sequence_length
     training_tokens = summary["steps"] * config.train.global_batch_samples * length
     measured_tokens = len(summary["domains"]) * config.data.validation_samples * length

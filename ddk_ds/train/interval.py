@@ -104,12 +104,13 @@ def interval_record(
     measured: Measurement,
     names: list[str],
     plan: Plan | None,
-    clock_s: float,
+    clock: dict[str, float],
     alarms: Sequence[str] = (),
 ) -> dict[str, Any]:
     """The ledger's line of an interval's beginning (by its plan) or of the run's end (plan None).
 
     `asked` are the samples by the proportions alone, `counts` those drawn: they differ where a domain is at its cap.
+    `clock` are the seconds that the measurement and the decision after it took.
     """
 
     def by_domain(values: Any) -> dict[str, Any] | None:
@@ -129,5 +130,5 @@ def interval_record(
         "domain_tokens": by_domain(state.domain_tokens),
         "ids_sha": state.data.ids_sha if plan is not None else None,
         "alarms": list(alarms),
-        "clock": {"measure_s": round(clock_s, 3)},
+        "clock": {key: round(seconds, 4) for key, seconds in clock.items()},
     }

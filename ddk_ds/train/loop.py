@@ -60,12 +60,15 @@ def _train_to_the_end(run: Run) -> dict[str, Any]:
             reason = stop_reason(run.config, run.state, measured)
             if reason is not None:
                 return _finish(run, measured, measure_s, reason)
+            started = time.perf_counter()
             run.watchdog.watch("controller", run.state.step)
             decision, plan = _plan_interval(run, measured)
             if plan.end is not None:
                 return _finish(run, measured, measure_s, plan.end)
             ids = run.mixer.begin(run.state, decision, plan)
-            _record_interval(run, measured, measure_s, plan)
+            _record_interval(
+                run, measured, plan, {"measure_s": measure_s, "controller_s": time.perf_counter() - started}
+            )
         _train_interval(run, ids)
 
 
@@ -139,11 +142,11 @@ def _plan_interval(run: Run, measured: Measurement) -> tuple[Decision, Plan]:
     return run.mixer.plan(run.state, measured, total_samples, run.inputs.exhaustion)
 
 
-def _record_interval(run: Run, measured: Measurement, measure_s: float, plan: Plan) -> None:
+def _record_interval(run: Run, measured: Measurement, plan: Plan, clock: dict[str, float]) -> None:
     state = run.state
     ratio = None if measured.ratio is None else measured.ratio.tolist()
     alarms = check_interval(state, ratio, run.inputs.names, run.config.guard, run.config.mixture.exclude)
-    run.ledger.write(interval_record(state, measured, run.inputs.names, plan, measure_s, alarms))
+    run.ledger.write(interval_record(state, measured, run.inputs.names, plan, clock, alarms))
     for alarm in alarms:
         run.progress.say(f"alarm: {alarm}")
         run.ledger.event("alarm", step=state.step, text=alarm)
@@ -239,7 +242,7 @@ def _stopped(run: Run, reason: str) -> None:
 
 def _finish(run: Run, measured: Measurement, measure_s: float, reason: str) -> dict[str, Any]:
     _save_now(run)
-    run.ledger.write(interval_record(run.state, measured, run.inputs.names, None, measure_s))
+    run.ledger.write(interval_record(run.state, measured, run.inputs.names, None, {"measure_s": measure_s}))
     config, comm = run.config, run.runtime.comm
     run.watchdog.watch("export", run.state.step)
     export_student(run.student, run.inputs.student, config.run_dir / "export", comm, run.interruption.check)

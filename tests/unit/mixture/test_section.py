@@ -150,7 +150,7 @@ def run_intervals(state: RunState, intervals: range, controller: Controller | No
         measured = Measurement(student, np.array([3.0, 12.0, 5.0]))
         decision, plan = mixer.plan(state, measured, 20, make_exhaustion(NAMES, sizes))
         mixer.begin(state, decision, plan)
-        records.append(interval_record(state, measured, NAMES, plan, 0.0))
+        records.append(interval_record(state, measured, NAMES, plan, {}))
         state.data = state.data.consume(20)
     return records
 
