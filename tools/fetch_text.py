@@ -99,7 +99,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--packages",
         type=Path,
         metavar="DIR",
-        help="keep the unpacked packages here (2 GB), and look for them here",
+        help="keep the unpacked packages here (1.4 GB), and look for them here",
     )
     return parser.parse_args(arguments)
 
