@@ -1,6 +1,6 @@
 # make demo   set up, then the whole way on real text: tokenizer, data, models, DDK, and equal sampling beside it
 # make test   set up, then lint, types and tests
-# make test-full   that, then the long tests, whose result goes to docs/results/test_full.md
+# make test-full   that, then the long tests and 50 real faults; results go to docs/results/
 # Set-up is done once, in .venv; PYTHON=python3.12 names another interpreter for it.
 
 PYTHON ?= python3
@@ -67,6 +67,7 @@ test: lint
 
 test-full: test
 	$(BIN)/python -m pytest -m long --result=docs/results/test_full.md
+	$(BIN)/python tools/fault_campaign.py --runs 50 --seed 5 --json docs/results/fault_campaign.json
 
 lint: $(READY)
 	$(BIN)/ruff check .

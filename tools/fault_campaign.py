@@ -11,6 +11,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import platform
+import subprocess
 import sys
 import tempfile
 import time
@@ -21,13 +24,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from rich.console import Console
 from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `python tools/...` puts tools/ there, not its parent
 
+from ddk_ds.train.versions import versions
 from tools.faults import DISK, KINDS, MOMENTS, Fault, Job, small_disk, whole_checkpoints
-from tools.small_run import make_workspace, without_clock, write_config
+from tools.small_run import ROOT, make_workspace, without_clock, write_config
 
 # Two intervals and a half; a checkpoint every second step. AdamW's usual epsilon would turn the rounding noise of
 # near-zero gradients, which differs between numbers of ranks, into steps of the learning rate's size.
@@ -85,9 +90,20 @@ def main() -> int:
     console.print(table(outcomes))
     console.print("  ".join(f"{key} {value}" for key, value in result.items() if key != "faults"))
     if options.json is not None:
-        options.json.write_text(json.dumps({"seed": options.seed, **result}, indent=1) + "\n")
+        options.json.write_text(json.dumps({"seed": options.seed, **made_with(), **result}, indent=1) + "\n")
     sound = result["resumed"] == result["identical"] == result["runs"]
     return 0 if sound and not result["hangs"] and not result["partial_checkpoints_loaded"] else 1
+
+
+def made_with() -> dict[str, Any]:
+    """Commit (None: not a checkout), cores, accelerator and versions that a result goes with."""
+    git = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
+    return {
+        "commit": git.stdout.strip() or None,
+        "machine": {"cores": os.cpu_count(), "processor": platform.machine(), "accelerator": device},
+        "versions": versions(),
+    }
 
 
 def campaign(folder: Path, runs: int, seed: int, ranks: tuple[int, ...], console: Console) -> list[Outcome]:
