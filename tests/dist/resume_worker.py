@@ -38,6 +38,12 @@ def break_off(runtime: Runtime, config_path: str, name: str, lines: int) -> None
         train(prepare(runtime, config_path, name, lines))
 
 
+def train_all(runtime: Runtime, config_paths: dict[str, str]) -> None:
+    """One run after the other, by name."""
+    for name, path in config_paths.items():
+        train(prepare(runtime, path, name))
+
+
 def go_on(runtime: Runtime, config_path: str, name: str) -> None:
     """The run, to its end."""
     train(prepare(runtime, config_path, name))

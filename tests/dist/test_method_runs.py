@@ -10,6 +10,9 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from ddk_ds.config import load_config
+from ddk_ds.engine.filters import filter_shape
+from ddk_ds.engine.model_files import read_model
 from ddk_ds.errors import ConfigError
 from tests.dist.ranks import run_ranks
 from tests.dist.resume_worker import run_dir
@@ -70,16 +73,24 @@ def test_teds_stages(workspace: Path, tmp_path: Path) -> None:
 
 def test_equal_by_definition(workspace: Path, tmp_path: Path) -> None:
     """kd with gamma 0 is cpt; ddk with alpha 0 that begins equally is ddk_equal: bit for bit."""
-
-    def train(folder: str, **sections: Any) -> list[dict[str, Any]]:
-        config = write_config(workspace, tmp_path / folder, **{**SHORT, **sections})
-        run_ranks("tests.dist.resume_worker:go_on", 1, config_path=str(config), name=folder)
-        records = without_clock(run_dir(str(config), folder))
-        return [{key: record.get(key) for key in ("loss", "grad_norm", "student_ppl", "ids_sha")} for record in records]
-
-    assert train("kd", method="kd", loss={"gamma": 0.0}) == train("cpt", method="cpt", teacher=None)
     mixture = {**SHORT["mixture"], "alpha": 0.0, "initial": "equal"}
-    assert train("ddk", method="ddk", mixture=mixture) == train("equal", method="ddk_equal")
+    runs: dict[str, dict[str, Any]] = {
+        "kd": {"method": "kd", "loss": {"gamma": 0.0}},
+        "cpt": {"method": "cpt", "teacher": None},
+        "ddk": {"method": "ddk", "mixture": mixture},
+        "ddk_equal": {"method": "ddk_equal"},
+    }
+    paths = {
+        name: str(write_config(workspace, tmp_path / name, **{**SHORT, **sections})) for name, sections in runs.items()
+    }
+    run_ranks("tests.dist.resume_worker:train_all", 1, config_paths=paths)
+    keys = ("loss", "grad_norm", "student_ppl", "ids_sha")
+    kd, cpt, ddk, equal = (
+        [{key: record.get(key) for key in keys} for record in without_clock(run_dir(path, name))]
+        for name, path in paths.items()
+    )
+    assert kd == cpt
+    assert ddk == equal
 
 
 def test_filters_that_do_not_fit(workspace: Path, tmp_path: Path) -> None:
@@ -87,8 +98,9 @@ def test_filters_that_do_not_fit(workspace: Path, tmp_path: Path) -> None:
     config = write_config(workspace, tmp_path, **sections, **SHORT)
     with pytest.raises(AssertionError, match=r"ted\.filters .*none\.safetensors: there is no such file"):
         run_ranks("tests.dist.resume_worker:go_on", 1, config_path=str(config), name="x")
+    models = (read_model(workspace / name, name) for name in ("student", "teacher"))
     config = write_config(workspace, tmp_path, method="ted_filters", ted={"layers": [[0, 9]]}, **SHORT)
-    with pytest.raises(AssertionError, match="the teacher has 3 layers"):
-        run_ranks("tests.dist.resume_worker:go_on", 1, config_path=str(config), name="x")
+    with pytest.raises(ConfigError, match="the teacher has 3 layers"):
+        filter_shape(load_config(config), *models)
     with pytest.raises(ConfigError, match=r"method: ted needs ted\.filters"):
         run_dir(str(write_config(workspace, tmp_path, method="ted", **SHORT)), "x")
