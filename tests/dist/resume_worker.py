@@ -22,26 +22,28 @@ class BreakOff(Exception):
 
 def break_and_resume(runtime: Runtime, config_path: str, names: dict[str, int | None]) -> list[str]:
     """One run for each name, broken off after that many ledger lines (None: not at all). Returns what was done."""
-    done = []
-    for name, lines in names.items():
+    return run_all(runtime, [(config_path, name, lines) for name, lines in names.items()])
+
+
+def run_all(runtime: Runtime, starts: list[tuple[str, str, int | None]]) -> list[str]:
+    """One run after the other: (configuration, name, ledger lines after which it breaks off and is resumed).
+
+    Returns the names of those that broke off.
+    """
+    broken = []
+    for config_path, name, lines in starts:
         try:
             train(prepare(runtime, config_path, name, lines))
         except BreakOff:
             train(prepare(runtime, config_path, name, None))
-            done.append(name)
-    return done
+            broken.append(name)
+    return broken
 
 
 def break_off(runtime: Runtime, config_path: str, name: str, lines: int) -> None:
     """A run that ends after that many lines of its ledger."""
     with contextlib.suppress(BreakOff):
         train(prepare(runtime, config_path, name, lines))
-
-
-def train_all(runtime: Runtime, config_paths: dict[str, str]) -> None:
-    """One run after the other, by name."""
-    for name, path in config_paths.items():
-        train(prepare(runtime, path, name))
 
 
 def go_on(runtime: Runtime, config_path: str, name: str) -> None:

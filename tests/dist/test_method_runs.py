@@ -18,79 +18,88 @@ from tests.dist.ranks import run_ranks
 from tests.dist.resume_worker import run_dir
 from tools.small_run import without_clock, write_config
 
-SHORT: dict[str, Any] = {
-    "mixture": {"interval_steps": 2, "ratio_cap": None, "initial_floor": 0.0},
-    "stop": {"steps": 4},
-    "checkpoint": {"every_steps": 2},
-}
+MIXTURE: dict[str, Any] = {"interval_steps": 2, "ratio_cap": None, "initial_floor": 0.0}
+SHORT: dict[str, Any] = {"mixture": MIXTURE, "stop": {"steps": 4}, "checkpoint": {"every_steps": 2}}
 
 
-def run_twice(config: Path) -> tuple[list[dict[str, Any]], Path]:
-    """Run whole, and broken off within the second interval and resumed; the ledger, which is the same, and a run."""
-    names = {"whole": None, "broken": 6}
-    assert run_ranks("tests.dist.resume_worker:break_and_resume", 2, config_path=str(config), names=names) == ["broken"]
-    whole, broken = (without_clock(run_dir(str(config), name)) for name in names)
+@pytest.fixture(scope="module")
+def configs(workspace: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """By name; all of them have run on two ranks. Those of `twice` have run whole, and broken off and resumed."""
+    folder = tmp_path_factory.mktemp("methods")
+    filters = str(folder / "ted_filters/runs/broken/export/filters.safetensors")
+    twice: dict[str, dict[str, Any]] = {
+        "doremi_proxy": {"method": "doremi_proxy"},
+        "ted_filters": {"method": "ted_filters"},
+        "ted": {"method": "ted", "ted": {"filters": filters, "weight": 0.5}},
+    }
+    once: dict[str, dict[str, Any]] = {
+        "kd": {"method": "kd", "loss": {"gamma": 0.0}},
+        "cpt": {"method": "cpt", "teacher": None},
+        "ddk": {"method": "ddk", "mixture": {**MIXTURE, "alpha": 0.0, "initial": "equal"}},
+        "ddk_equal": {"method": "ddk_equal"},
+    }
+    paths = {
+        name: write_config(workspace, folder / name, **{**SHORT, **sections})
+        for name, sections in {**twice, **once}.items()
+    }
+    # Lines of the ledger: an interval, two steps, the next interval, and a step of it.
+    starts = [(str(paths[name]), run, lines) for name in twice for run, lines in (("whole", None), ("broken", 5))]
+    starts += [(str(paths[name]), "whole", None) for name in once]
+    run_ranks("tests.dist.resume_worker:run_all", 2, timeout_s=400, starts=starts)
+    return paths
+
+
+def ledger_of_both(config: Path) -> list[dict[str, Any]]:
+    """The ledger of the whole run, which the resumed one's equals."""
+    whole, broken = (without_clock(run_dir(str(config), name)) for name in ("whole", "broken"))
+    assert len(whole) == 2 + 4 + 1
     assert broken == whole
-    return whole, run_dir(str(config), "broken") / "export"
+    return whole
 
 
-def test_doremis_proxy(workspace: Path, tmp_path: Path) -> None:
-    ledger, export = run_twice(write_config(workspace, tmp_path, method="doremi_proxy", **SHORT))
+def test_doremis_proxy(configs: dict[str, Path]) -> None:
+    ledger = ledger_of_both(configs["doremi_proxy"])
     steps = [line["method"]["weights"] for line in ledger if line["kind"] == "step"]
+    export = run_dir(str(configs["doremi_proxy"]), "broken") / "export"
     proportions = yaml.safe_load((export / "proportions.yaml").read_text())
     # The mean over all steps, by the domains' names; sampling itself stays equal.
+    assert list(proportions) == list(ledger[0]["proportions"])
     for number, (name, value) in enumerate(proportions.items()):
         assert value == pytest.approx(sum(weights[number] for weights in steps) / 4)
         assert ledger[0]["proportions"][name] == pytest.approx(1 / 3)
-    config = write_config(
-        workspace,
-        tmp_path / "cpt",
-        **{**SHORT, "mixture": {**SHORT["mixture"], "controller": "static", "proportions": proportions}},
-        method="cpt",
-        teacher=None,
-    )
-    run_ranks("tests.dist.resume_worker:go_on", 1, config_path=str(config), name="final")
-    assert without_clock(run_dir(str(config), "final"))[0]["proportions"] == proportions
 
 
-def test_teds_stages(workspace: Path, tmp_path: Path) -> None:
-    ledger, export = run_twice(write_config(workspace, tmp_path, method="ted_filters", **SHORT))
+def test_teds_first_stage(configs: dict[str, Path]) -> None:
+    ledger = ledger_of_both(configs["ted_filters"])
     ends = [line["student_ppl"] for line in ledger if line["kind"] in ("interval", "end")]
     assert ends[0] == ends[-1], "stage 1 has changed the student"
-    trained = load_file(export / "filters.safetensors")
+    trained = load_file(run_dir(str(configs["ted_filters"]), "broken") / "export/filters.safetensors")
     for name, value in trained.items():
         if name.startswith("teacher."):  # it began as the identity
             assert 1e-3 < float((value - torch.eye(len(value))).abs().max()) < 0.1, name
 
-    sections = {"method": "ted", "ted": {"filters": str(export / "filters.safetensors"), "weight": 0.5}}
-    ledger, export = run_twice(write_config(workspace, tmp_path / "stage2", **sections, **SHORT))
+
+def test_teds_second_stage(configs: dict[str, Path]) -> None:
+    ledger = ledger_of_both(configs["ted"])
     errors = [line["method"]["mse"] for line in ledger if line["kind"] == "step"]
     assert errors[-1] < errors[0]
-    left = load_file(export / "filters.safetensors")
-    for name, value in trained.items():
-        assert bool((left[name] == value).all()) == name.startswith("teacher."), name
-
-
-def test_equal_by_definition(workspace: Path, tmp_path: Path) -> None:
-    """kd with gamma 0 is cpt; ddk with alpha 0 that begins equally is ddk_equal: bit for bit."""
-    mixture = {**SHORT["mixture"], "alpha": 0.0, "initial": "equal"}
-    runs: dict[str, dict[str, Any]] = {
-        "kd": {"method": "kd", "loss": {"gamma": 0.0}},
-        "cpt": {"method": "cpt", "teacher": None},
-        "ddk": {"method": "ddk", "mixture": mixture},
-        "ddk_equal": {"method": "ddk_equal"},
-    }
-    paths = {
-        name: str(write_config(workspace, tmp_path / name, **{**SHORT, **sections})) for name, sections in runs.items()
-    }
-    run_ranks("tests.dist.resume_worker:train_all", 1, config_paths=paths)
-    keys = ("loss", "grad_norm", "student_ppl", "ids_sha")
-    kd, cpt, ddk, equal = (
-        [{key: record.get(key) for key in keys} for record in without_clock(run_dir(path, name))]
-        for name, path in paths.items()
+    before, after = (
+        load_file(run_dir(str(configs[name]), "broken") / "export/filters.safetensors")
+        for name in ("ted_filters", "ted")
     )
-    assert kd == cpt
-    assert ddk == equal
+    for name, value in before.items():
+        assert bool((after[name] == value).all()) == name.startswith("teacher."), name
+
+
+@pytest.mark.parametrize(("special", "general"), [("kd", "cpt"), ("ddk", "ddk_equal")])
+def test_equal_by_definition(configs: dict[str, Path], special: str, general: str) -> None:
+    """kd with gamma 0 is cpt; ddk with alpha 0 that begins equally is ddk_equal: bit for bit."""
+    keys = ("loss", "grad_norm", "student_ppl", "ids_sha")
+    one, other = (
+        [{key: record.get(key) for key in keys} for record in without_clock(run_dir(str(configs[name]), "whole"))]
+        for name in (special, general)
+    )
+    assert one == other
 
 
 def test_filters_that_do_not_fit(workspace: Path, tmp_path: Path) -> None:
