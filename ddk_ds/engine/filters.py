@@ -12,13 +12,15 @@ from typing import Any
 import deepspeed
 import torch
 from deepspeed.runtime.zero.partition_parameters import GatheredParameters
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from ddk_ds.comm import Comm, agreed
+from ddk_ds.comm import Comm
 from ddk_ds.config import Config
 from ddk_ds.engine.model_files import ModelFiles
 from ddk_ds.errors import ConfigError
+from ddk_ds.files import size_and_xxh64
 
 DEFAULT_PAIRS = 4
 
@@ -46,6 +48,25 @@ def filter_shape(config: Config, student: ModelFiles, teacher: ModelFiles) -> Fi
             if layer >= depth:
                 raise ConfigError(f"ted.layers: {list(pair)}: the {model} has {depth} layers, numbered from 0")
     return FilterShape(pairs, student.width, teacher.width)
+
+
+def check_filters(path: Path, shape: FilterShape) -> str:
+    """xxh64 of the file `ted.filters`. Raises ConfigError where it is not there, or its filters are not of `shape`."""
+    if not path.is_file():
+        raise ConfigError(f"ted.filters {path}: there is no such file: it is what a run of method: ted_filters exports")
+    widths = {"student": shape.student_width, "teacher": shape.teacher_width}
+    pairs = range(len(shape.pairs))
+    wanted = {f"{m}.{pair}.weight": [shape.teacher_width, width] for m, width in widths.items() for pair in pairs}
+    try:
+        with safe_open(path, "pt") as file:
+            found = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118 (no mapping)
+    except (SafetensorError, OSError) as error:
+        raise ConfigError(f"ted.filters {path}: is no file of safetensors: {error}") from error
+    if wanted != found:
+        raise ConfigError(
+            f"ted.filters {path}: holds filters {found}, this run has {wanted}: give ted.layers and models as there"
+        )
+    return size_and_xxh64(path)[1]
 
 
 class LayerTaps:
@@ -124,12 +145,12 @@ class LayerFilters(nn.Module):
 
 
 def build_filters(config: Config, shape: FilterShape, ds_config: dict[str, Any], comm: Comm) -> LayerFilters:
-    """Sharded filters: new ones, or those of the file `ted.filters`, the teacher's then frozen. Collective."""
+    """Sharded filters: new ones, or for `method: ted` those of `ted.filters`, the teacher's frozen. Collective."""
     with deepspeed.zero.Init(config_dict_or_path=ds_config):
         filters = LayerFilters(shape, config.seed)
-    if config.ted.filters is not None:
-        path = Path(config.ted.filters)
-        values = agreed(comm, lambda: _read(path, filters) if comm.rank == 0 else {})
+    if config.method == "ted":
+        assert config.ted.filters is not None, "checked with the configuration"
+        values = load_file(config.ted.filters) if comm.rank == 0 else {}
         for name, parameter in filters.named_parameters():
             with GatheredParameters([parameter], modifier_rank=0):
                 if comm.rank == 0:
@@ -150,20 +171,6 @@ def write_filters(filters: LayerFilters, path: Path, comm: Comm) -> None:
         save_file(values, partial)
         partial.replace(path)
     comm.barrier()
-
-
-def _read(path: Path, filters: LayerFilters) -> dict[str, torch.Tensor]:
-    if not path.is_file():
-        raise ConfigError(f"ted.filters {path}: there is no such file: it is what a run of method: ted_filters exports")
-    values = load_file(path)
-    named: Iterator[tuple[str, Any]] = filters.named_parameters()
-    wanted = {name: tuple(parameter.ds_shape) for name, parameter in named}
-    found = {name: tuple(value.shape) for name, value in values.items()}
-    if wanted != found:
-        raise ConfigError(
-            f"ted.filters {path}: holds filters {found}, this run has {wanted}: give ted.layers and models as there"
-        )
-    return values
 
 
 def _blocks(backbone: nn.Module, depth: int) -> nn.ModuleList:

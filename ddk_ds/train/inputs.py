@@ -16,7 +16,7 @@ from ddk_ds.data.manifest import Manifest, load_manifest
 from ddk_ds.data.store import Store
 from ddk_ds.data.tokenizer import TokenizerInfo, load_tokenizer
 from ddk_ds.engine.ds_config import student_ds_config
-from ddk_ds.engine.filters import FilterShape, filter_shape
+from ddk_ds.engine.filters import FilterShape, check_filters, filter_shape
 from ddk_ds.engine.model_files import ModelFiles, check_code, model_directory, read_model
 from ddk_ds.errors import ConfigError, DataError
 from ddk_ds.mixture.controllers import Controller, ControllerOptions, make_controller
@@ -38,6 +38,8 @@ class Inputs:
     exhaustion: Exhaustion
     filters: FilterShape | None = None
     """The matched layers of TED."""
+    filters_hash: str | None = None
+    """Of the file `ted.filters`."""
 
     @property
     def fingerprints(self) -> dict[str, Any]:
@@ -50,6 +52,7 @@ class Inputs:
                 name: f"{self.manifest.domains[name].train.sha}/{self.manifest.domains[name].validation.sha}"
                 for name in self.names
             },
+            "filters": self.filters_hash,
             "schedule": self.controller.state_dict().get("stages"),
         }
 
@@ -84,10 +87,12 @@ def _check_files(config: Config, student_path: Path, teacher_path: Path | None, 
     if teacher is not None:
         _check_same_vocabulary(tokenizer, load_tokenizer(teacher.directory), student, teacher)
     controller = _check_controller(config, manifest, names)
-    filters = (
-        filter_shape(config, student, teacher) if teacher is not None and config.method.startswith("ted") else None
-    )
-    return Inputs(names, store, manifest, tokenizer, student, teacher, controller, exhaustion, filters)
+    filters, filters_hash = None, None
+    if teacher is not None and config.method.startswith("ted"):
+        filters = filter_shape(config, student, teacher)
+        if config.method == "ted":
+            filters_hash = check_filters(Path(str(config.ted.filters)), filters)
+    return Inputs(names, store, manifest, tokenizer, student, teacher, controller, exhaustion, filters, filters_hash)
 
 
 def _check_data(config: Config, manifest: Manifest) -> list[str]:

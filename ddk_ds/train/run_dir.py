@@ -28,6 +28,7 @@ _FREE = {
     "student": {"path"},
     "teacher": {"path"},
     "train": {"micro_batch_samples"},
+    "ted": {"filters"},  # its content's hash is in the identity
 }
 _INIT_FROM = "content.init_from"
 
