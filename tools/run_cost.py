@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from ddk_ds.comm import SingleProcess
 from ddk_ds.config import Config, load_config
 from ddk_ds.engine.model_files import model_directory, read_model
 from ddk_ds.errors import UserError
+from ddk_ds.planner.flops import model_flops, training_flops
 from ddk_ds.train.ledger import read_ledger
 from ddk_ds.train.summary import read_summary
 
@@ -59,44 +59,9 @@ def run_cost(run_dir: Path) -> RunCost:
     )
 
 
-def training_flops(config: Config, student: float, teacher: float) -> float:
-    """Of one token's training: 3 student forwards (its backward is two) + 1 teacher forward.
-
-    The filters of `ted_filters` learn from their layer's output and the head: two frozen forwards. With gamma 0 the
-    teacher does not run. Activations that are computed again (gradient checkpointing) are not counted.
-    """
-    if config.method == "ted_filters":
-        return student + teacher
-    distils = config.loss.gamma > 0 or bool(config.loss.gamma_end) or config.method in ("ted", "doremi_proxy")
-    return 3 * student + (teacher if distils else 0.0)
-
-
 def forward_flops(directory: Path, sequence_length: int) -> float:
     """Of one token's forward pass through the model in this directory. Raises ConfigError where it is not one."""
-    files = read_model(directory, "model")
-    shapes = [tensor.shape for tensor in files.tensors.values()]
-    return count_forward_flops(shapes, files.config, sequence_length)
-
-
-def count_forward_flops(shapes: Iterable[tuple[int, ...]], config: dict[str, Any], sequence_length: int) -> float:
-    """2 P + 2 L H T: a multiply and an add for every weight, and attention.
-
-    P: all weights, the vocabulary's matrix once, for the head (looking up an embedding computes nothing). Attention: L
-    layers of width H (heads x size of a head), whose scores and weighted sums each take 2 H a position and see half of
-    the T positions on average. `shapes` are those of the weights, `config` is the model's config.json.
-    """
-    sizes = {True: 0, False: 0}
-    vocab_size, largest = config.get("vocab_size"), 0
-    for shape in shapes:
-        is_vocabulary = len(shape) == 2 and shape[0] == vocab_size
-        sizes[is_vocabulary] += math.prod(shape)
-        largest = max(largest, math.prod(shape) if is_vocabulary else 0)
-    layers, hidden, heads = (
-        next((config[key] for key in keys if config.get(key)), 0)
-        for keys in (("num_hidden_layers", "n_layer"), ("hidden_size", "n_embd"), ("num_attention_heads", "n_head"))
-    )
-    width = heads * config["head_dim"] if config.get("head_dim") else hidden
-    return 2.0 * (sizes[False] + largest) + 2.0 * layers * width * sequence_length
+    return model_flops(read_model(directory, "model"), sequence_length)
 
 
 def _teacher_flops(config: Config, length: int) -> float:

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 from pydantic import Field, model_validator
 
 from ddk_ds.config.methods import METHODS, MethodSections
+from ddk_ds.config.monitor import Monitor
 from ddk_ds.config.sections import (
     Checkpoint,
     Data,
@@ -49,6 +50,7 @@ class Config(MethodSections):
     checkpoint: Checkpoint = Checkpoint()
     guard: Guard = Guard()
     limits: Limits = Limits()
+    monitor: Monitor = Monitor()
     deepspeed: dict[str, Any] = Field(default_factory=dict)
     """Raw DeepSpeed keys, merged into the dictionary made from the rest; contradictions are errors."""
 

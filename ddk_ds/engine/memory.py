@@ -34,6 +34,8 @@ PROCESS_BYTES = 800_000_000
 # float32 master weight and AdamW's two moments; the float32 gradient that micro-batches add up in.
 OPTIMIZER_BYTES, GRADIENT_BYTES = 12, 4
 COMPUTE_BYTES = {"bf16": 2, "fp32": 4}
+# Of a memory's size, what may be planned with: the rest is for the allocator's holes and the estimate's errors.
+MEMORY_MARGIN = 0.9
 
 # DeepSpeed's defaults for what a configuration leaves out, in elements.
 _DEFAULTS = {
@@ -121,6 +123,11 @@ def model_shape(files: ModelFiles) -> ModelShape:
 
 def configured_shape(config: Path) -> ModelShape:
     """The shape of the model that a Hugging Face configuration (JSON) describes: nothing of it is built in memory."""
+    return model_shape(configured_files(config))
+
+
+def configured_files(config: Path) -> ModelFiles:
+    """That model as if it lay beside its configuration: `file` of its tensors holds no weights."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -128,7 +135,7 @@ def configured_shape(config: Path) -> ModelShape:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**values))
     tensors = {name: StoredTensor(config, tuple(tensor.shape)) for name, tensor in model.named_parameters()}
-    return model_shape(ModelFiles(config.parent, values, tensors))
+    return ModelFiles(config.parent, values, tensors)
 
 
 def _first(values: Mapping[str, Any], *keys: str) -> int:

@@ -14,7 +14,7 @@ from ddk_ds.comm import Comm, agree
 from ddk_ds.errors import ConfigError, UserError
 from ddk_ds.kernels import LogitForm
 
-_PATTERNS = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+_PATTERNS = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "README.md", "LICENSE*", "NOTICE*"]
 # What some models do to hidden @ weight: Cohere and Falcon-H1 multiply, Granite divides, Gemma bends by tanh.
 _MULTIPLIERS = ("logit_scale", "lm_head_multiplier")
 _DIVISOR = "logits_scaling"

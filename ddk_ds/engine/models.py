@@ -22,6 +22,7 @@ from ddk_ds.engine.head import FrozenHead, HeadFunction, StudentRoot
 from ddk_ds.engine.host_memory import freed_at_once
 from ddk_ds.engine.model_files import ModelFiles
 from ddk_ds.engine.shard_files import ShardWriter
+from ddk_ds.engine.stage_clock import StageClock
 from ddk_ds.engine.weights import load_weights, source_names
 from ddk_ds.errors import ConfigError
 
@@ -34,16 +35,19 @@ class Student:
 
     engine: Any
     parameters: dict[str, nn.Parameter]
+    clock: StageClock
 
     def __call__(self, input_ids: torch.Tensor, function: HeadFunction) -> Any:
         """input_ids (B, L) -> function(hidden (B*L, H), head), through the engine: also in evaluation."""
-        return self.engine(input_ids, function)
+        with self.clock.stage("forward"):
+            return self.engine(input_ids, function)
 
     def filtered(
         self, input_ids: torch.Tensor, function: HeadFunction | None, teacher_states: Sequence[torch.Tensor]
     ) -> tuple[Any, tuple[list[torch.Tensor], list[torch.Tensor]]]:
         """As a call, and beside it the matched layers' hidden states of both models through their filters."""
-        return self.engine(input_ids, function, teacher_states)
+        with self.clock.stage("forward"):
+            return self.engine(input_ids, function, teacher_states)
 
     @property
     def filters(self) -> LayerFilters:
@@ -52,15 +56,17 @@ class Student:
 
     def backward(self, loss: torch.Tensor, *, last: bool) -> None:
         """Accumulate the gradient of a micro-batch's loss; `last`: it is the step's last, `update` follows."""
-        self.engine.backward(loss, scale_wrt_gas=False)
-        if not last:
-            self.engine.step()
+        with self.clock.stage("backward"):
+            self.engine.backward(loss, scale_wrt_gas=False)
+            if not last:
+                self.engine.step()
 
     def update(self, learning_rate: float) -> float:
         """Apply the optimizer after the last micro-batch; returns the global gradient norm before clipping."""
         for group in self.engine.optimizer.param_groups:
             group["lr"] = learning_rate
-        self.engine.step()
+        with self.clock.stage("optimizer"):
+            self.engine.step()
         return float(self.engine.get_global_grad_norm())
 
     def save(self, directory: Path, tag: str, client_state: dict[str, Any], *, background: bool) -> None:
@@ -116,15 +122,17 @@ class Student:
 class Teacher:
     """The frozen model: a backbone on an engine without optimizer, and its head beside it."""
 
-    def __init__(self, engine: Any, head: FrozenHead, taps: LayerTaps | None) -> None:
+    def __init__(self, engine: Any, head: FrozenHead, taps: LayerTaps | None, clock: StageClock) -> None:
         self.engine = engine
         self.head = head
         self._taps = taps
+        self._clock = clock
 
     @torch.inference_mode()
     def hidden(self, input_ids: torch.Tensor) -> torch.Tensor:
         """input_ids (B, L) -> last hidden states (B*L, H), no graph."""
-        return self.engine(input_ids=input_ids, use_cache=False).last_hidden_state.flatten(0, 1)
+        with self._clock.stage("teacher"):
+            return self.engine(input_ids=input_ids, use_cache=False).last_hidden_state.flatten(0, 1)
 
     def tapped(self, input_ids: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """`hidden`, and the hidden states (B*L, H) of the layers that TED matches."""
@@ -135,9 +143,10 @@ class Teacher:
 
     def __call__(self, input_ids: torch.Tensor, function: HeadFunction) -> Any:
         """input_ids (B, L) -> function(hidden (B*L, H), head)."""
-        hidden = self.hidden(input_ids)
-        with self.head.gathered() as head:
-            return function(hidden, head)
+        with self._clock.stage("teacher"):
+            hidden = self.hidden(input_ids)
+            with self.head.gathered() as head:
+                return function(hidden, head)
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
@@ -150,9 +159,16 @@ class Teacher:
 
 
 def load_student(
-    config: Config, files: ModelFiles, vocab_size: int, comm: Comm, shape: FilterShape | None = None
+    config: Config,
+    files: ModelFiles,
+    vocab_size: int,
+    comm: Comm,
+    shape: FilterShape | None = None,
+    clock: StageClock | None = None,
 ) -> Student:
     """The student on its training engine, with TED's filters where their `shape` is given. Collective.
+
+    `clock` counts the seconds of its parts of a step.
 
     Raises ConfigError where the files do not fit.
     """
@@ -161,20 +177,24 @@ def load_student(
     _check_vocabulary(model, vocab_size, "student.path")
     if config.student.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    sources = source_names(model, files)
-    parameters = {sources.get(name, name): parameter for name, parameter in model.named_parameters()}
+    parameters = _by_name_on_disk(model, files)
     filters = None if shape is None else build_filters(config, shape, ds_config, comm)
     if config.method == "ted_filters":
         model.requires_grad_(False)
-    root = StudentRoot(_backbone(model), model.get_output_embeddings(), files.logit_form, filters, files.num_layers)
+    root = _root(model, files, filters)
     engine, _, _, _ = deepspeed.initialize(model=root, optimizer=_adamw(root, config), config=ds_config)
     engine.checkpoint_engine = ShardWriter()
     engine.train()
-    return Student(engine, parameters)
+    return Student(engine, parameters, clock or StageClock())
 
 
 def load_teacher(
-    config: Config, files: ModelFiles, vocab_size: int, comm: Comm, shape: FilterShape | None = None
+    config: Config,
+    files: ModelFiles,
+    vocab_size: int,
+    comm: Comm,
+    shape: FilterShape | None = None,
+    clock: StageClock | None = None,
 ) -> Teacher:
     """The teacher, frozen, without any optimizer state; it can give the hidden states of the layers in `shape`.
 
@@ -191,7 +211,32 @@ def load_teacher(
     engine, _, _, _ = deepspeed.initialize(model=backbone, config=ds_config)
     engine.eval()
     assert not hasattr(engine.optimizer, "fp32_partitioned_groups_flat"), "the teacher's engine holds optimizer state"
-    return Teacher(engine, head, taps)
+    return Teacher(engine, head, taps, clock or StageClock())
+
+
+def names_on_disk(files: ModelFiles, *, trusted: bool) -> dict[str, str]:
+    """The name of each of the student's parameters in its engine, and so in checkpoints -> its name in `files`.
+
+    No weight is read. Raises ConfigError where the model cannot be built.
+    """
+    try:
+        hf_config = AutoConfig.from_pretrained(files.directory, trust_remote_code=trusted)
+        with torch.device("meta"), no_init_weights():
+            model = AutoModelForCausalLM.from_config(hf_config, trust_remote_code=trusted)
+    except (ImportError, ValueError) as error:
+        raise ConfigError(f"{files.directory} cannot be built: {error}") from error
+    model.tie_weights()
+    stored = {id(parameter): name for name, parameter in _by_name_on_disk(model, files).items()}
+    return {name: stored[id(parameter)] for name, parameter in _root(model, files, None).named_parameters()}
+
+
+def _by_name_on_disk(model: PreTrainedModel, files: ModelFiles) -> dict[str, nn.Parameter]:
+    sources = source_names(model, files)
+    return {sources.get(name, name): parameter for name, parameter in model.named_parameters()}
+
+
+def _root(model: PreTrainedModel, files: ModelFiles, filters: LayerFilters | None) -> StudentRoot:
+    return StudentRoot(_backbone(model), model.get_output_embeddings(), files.logit_form, filters, files.num_layers)
 
 
 @freed_at_once()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -10,13 +9,15 @@ from typing import Any
 import torch
 from deepspeed.runtime.zero.partition_parameters import GatheredParameters, ZeroParamStatus
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import nn
 
 from ddk_ds.comm import Comm
 from ddk_ds.engine.compat import model_names
 from ddk_ds.engine.model_files import ModelFiles
+from ddk_ds.engine.tensor_files import TensorSpec, write_tensors
 from ddk_ds.errors import ConfigError
+
+MAX_SHARD_BYTES = 5 * 10**9
 
 
 def load_weights(model: nn.Module, files: ModelFiles, comm: Comm) -> None:
@@ -78,56 +79,29 @@ def _load_tensor(target: Any, source: str, files: ModelFiles, comm: Comm) -> Non
     target.partition(has_been_updated=True)
 
 
-def gathered_tensors(names: dict[str, nn.Parameter], comm: Comm) -> Iterator[tuple[str, torch.Tensor]]:
-    """(name, whole tensor in host memory) on rank 0 one after the other; other ranks take part and get empty ones."""
-    for name, parameter in names.items():
-        with GatheredParameters([parameter]):
-            yield name, parameter.detach().cpu().clone() if comm.rank == 0 else torch.empty(0)
-
-
 def save_weights(
     names: dict[str, nn.Parameter],
     directory: Path,
     comm: Comm,
     poll: Callable[[], None] = lambda: None,
     *,
-    max_shard_bytes: int = 4 * 2**30,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
-    """Write the parameters as Hugging Face safetensors shards of bounded size. Collective; rank 0 writes."""
-    shards: list[list[str]] = []
-    pending: dict[str, torch.Tensor] = {}
-    total = size = 0
+    """Write the parameters as Hugging Face safetensors shards of bounded size. Collective; rank 0 writes.
 
-    def flush() -> None:
-        save_file(pending, directory / f"model-{len(shards) + 1:05d}.safetensors", metadata={"format": "pt"})
-        shards.append(list(pending))
-        pending.clear()
+    One tensor at a time is whole on rank 0. `poll` is called before each.
+    """
+    specs = {name: TensorSpec(tuple(getattr(p, "ds_shape", p.shape)), p.dtype) for name, p in names.items()}
+    tensors = _gathered(names, comm, poll)
+    if comm.rank == 0:
+        write_tensors(directory, specs, tensors, max_shard_bytes)
+    for _ in tensors:  # the other ranks take part, and rank 0 in the last one's release
+        pass
 
-    for name, tensor in gathered_tensors(names, comm):
+
+def _gathered(names: dict[str, nn.Parameter], comm: Comm, poll: Callable[[], None]) -> Iterator[torch.Tensor]:
+    """Whole tensors in host memory on rank 0, one after the other; on the others empty ones."""
+    for parameter in names.values():
         poll()
-        if comm.rank != 0:
-            continue
-        num_bytes = tensor.numel() * tensor.element_size()
-        if pending and size + num_bytes > max_shard_bytes:
-            flush()
-            size = 0
-        pending[name] = tensor
-        size += num_bytes
-        total += num_bytes
-    if comm.rank != 0:
-        return
-    flush()
-    _name_shards(directory, shards, total)
-
-
-def _name_shards(directory: Path, shards: list[list[str]], total_bytes: int) -> None:
-    if len(shards) == 1:
-        (directory / "model-00001.safetensors").rename(directory / "model.safetensors")
-        return
-    weight_map = {}
-    for number, names in enumerate(shards, 1):
-        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        (directory / f"model-{number:05d}.safetensors").rename(directory / file)
-        weight_map.update(dict.fromkeys(names, file))
-    index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
-    (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
+        with GatheredParameters([parameter]):
+            yield parameter.detach().cpu().clone() if comm.rank == 0 else torch.empty(0)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from ddk_ds.comm import Comm, agreed
 from ddk_ds.config import Config, Model
+from ddk_ds.config.lengths import corpus_samples, interval_steps, total_steps
 from ddk_ds.data.cache import open_store
 from ddk_ds.data.manifest import Manifest, load_manifest
 from ddk_ds.data.store import Store
@@ -19,9 +18,9 @@ from ddk_ds.engine.ds_config import student_ds_config
 from ddk_ds.engine.filters import FilterShape, check_filters, filter_shape
 from ddk_ds.engine.model_files import ModelFiles, check_code, model_directory, read_model
 from ddk_ds.errors import ConfigError, DataError
-from ddk_ds.mixture.controllers import Controller, ControllerOptions, make_controller
+from ddk_ds.mixture.controllers import Controller
 from ddk_ds.mixture.exhaustion import Exhaustion, make_exhaustion
-from ddk_ds.train.learning_rate import corpus_samples, interval_steps, total_steps
+from ddk_ds.train.controller import controller_of, read_schedule
 
 
 @dataclass(frozen=True)
@@ -40,6 +39,8 @@ class Inputs:
     """The matched layers of TED."""
     filters_hash: str | None = None
     """Of the file `ted.filters`."""
+    schedule: Any = None
+    """Content of the file `mixture.schedule_file`."""
 
     @property
     def fingerprints(self) -> dict[str, Any]:
@@ -56,6 +57,12 @@ class Inputs:
             "schedule": self.controller.state_dict().get("stages"),
         }
 
+    @property
+    def mixture(self) -> dict[str, Any]:
+        """What decisions depend on beside configuration and perplexities, in plain JSON: tools/replay.py reads it."""
+        tokens = {name: self.manifest.domains[name].train.tokens for name in self.names}
+        return {"train_tokens": tokens, "schedule": self.schedule}
+
 
 def check_inputs(config: Config, comm: Comm) -> Inputs:
     """Check configuration, batches, data, tokenizers and model files against one another. Collective.
@@ -69,6 +76,7 @@ def check_inputs(config: Config, comm: Comm) -> Inputs:
 
 def _check_files(config: Config, student_path: Path, teacher_path: Path | None, world_size: int) -> Inputs:
     student_ds_config(config, world_size)
+    _check_monitor(config)
     store = open_store(config.data)
     manifest = load_manifest(store)
     names = _check_data(config, manifest)
@@ -86,13 +94,26 @@ def _check_files(config: Config, student_path: Path, teacher_path: Path | None, 
             _check_model(config, key, model, files)
     if teacher is not None:
         _check_same_vocabulary(tokenizer, load_tokenizer(teacher.directory), student, teacher)
-    controller = _check_controller(config, manifest, names)
+    schedule = read_schedule(config.mixture.schedule_file)
+    train_tokens = {name: manifest.domains[name].train.tokens for name in names}
+    controller = controller_of(config.mixture, train_tokens, schedule)
     filters, filters_hash = None, None
     if teacher is not None and config.method.startswith("ted"):
         filters = filter_shape(config, student, teacher)
         if config.method == "ted":
             filters_hash = check_filters(Path(str(config.ted.filters)), filters)
-    return Inputs(names, store, manifest, tokenizer, student, teacher, controller, exhaustion, filters, filters_hash)
+    return Inputs(
+        names, store, manifest, tokenizer, student, teacher, controller, exhaustion, filters, filters_hash, schedule
+    )
+
+
+def _check_monitor(config: Config) -> None:
+    missing = [name for name in config.monitor.packages if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ConfigError(
+            f"section monitor needs what is not installed: {', '.join(missing)}; pip install 'ddk_ds[monitor]', or "
+            "leave it out"
+        )
 
 
 def _check_data(config: Config, manifest: Manifest) -> list[str]:
@@ -111,27 +132,6 @@ def _check_data(config: Config, manifest: Manifest) -> list[str]:
                 f"for {config.data.validation_samples}: lower it, or prepare the data again with more"
             )
     return names
-
-
-def _check_controller(config: Config, manifest: Manifest, names: list[str]) -> Controller:
-    mixture = config.mixture
-    options = ControllerOptions(**mixture.model_dump(include={option.name for option in fields(ControllerOptions)}))
-    return make_controller(
-        mixture.controller,
-        names,
-        options,
-        sizes=[manifest.domains[name].train.tokens for name in names],
-        schedule=None if mixture.schedule_file is None else _read_schedule(mixture.schedule_file),
-    )
-
-
-def _read_schedule(path: str) -> Any:
-    """Plain values of the YAML file `mixture.schedule_file`."""
-    try:
-        return yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        reason = error.strerror if isinstance(error, OSError) else " ".join(str(error).split())
-        raise ConfigError(f"mixture.schedule_file {path}: cannot be read as YAML: {reason}") from None
 
 
 def _check_exhaustion(config: Config, manifest: Manifest, names: list[str]) -> Exhaustion:

@@ -11,12 +11,12 @@ import numpy.typing as npt
 
 from ddk_ds.comm import Comm
 from ddk_ds.config import Config
+from ddk_ds.config.lengths import corpus_samples
 from ddk_ds.mixture.controllers import Controller
 from ddk_ds.mixture.decide import Decision, decide
 from ddk_ds.mixture.exhaustion import Exhaustion, Plan
 from ddk_ds.mixture.factors import discrepancy
 from ddk_ds.mixture.schedule import DomainOrder, interval_ids
-from ddk_ds.train.learning_rate import corpus_samples
 from ddk_ds.train.state import RunState
 
 Array = npt.NDArray[np.float64]

@@ -1,14 +1,10 @@
-"""The learning rate and the lengths of intervals and run as pure functions: nothing to save, nothing to restore."""
+"""The learning rate as a pure function of the step: nothing to save, nothing to restore."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 
-from ddk_ds.config import Config, Optimizer
-from ddk_ds.config.sections import Mixture
-
-_MAX_INTERVAL_STEPS = 2**40
+from ddk_ds.config import Optimizer
 
 
 def learning_rate(step: int, total_steps: int, options: Optimizer) -> float:
@@ -19,33 +15,3 @@ def learning_rate(step: int, total_steps: int, options: Optimizer) -> float:
     progress = min(1.0, (step - options.warmup_steps) / decay_steps)
     span = options.learning_rate - options.min_learning_rate
     return options.min_learning_rate + span * 0.5 * (1.0 + math.cos(math.pi * progress))
-
-
-def interval_steps(mixture: Mixture, interval: int) -> int:
-    """K_t, the optimizer steps of interval t (from 0): max(1, round(interval_steps * interval_growth^t))."""
-    try:
-        exact = mixture.interval_steps * mixture.interval_growth**interval
-    except OverflowError:
-        exact = math.inf
-    return max(1, round(min(exact, _MAX_INTERVAL_STEPS)))
-
-
-def corpus_samples(mixture: Mixture, sizes: Mapping[str, int]) -> int:
-    """Training samples of the domains that take part; `sizes` by domain."""
-    return sum(int(size) for name, size in sizes.items() if name not in mixture.exclude)
-
-
-def total_steps(config: Config, corpus_samples: int) -> int:
-    """Optimizer steps after which the run ends at the latest; the cosine reaches its floor there."""
-    ends = []
-    if config.stop.steps is not None:
-        ends.append(config.stop.steps)
-    if config.stop.intervals is not None:
-        ends.append(sum(interval_steps(config.mixture, t) for t in range(config.stop.intervals)))
-    if config.stop.data_once:
-        steps = interval = 0
-        while steps * config.train.global_batch_samples < corpus_samples:
-            steps += interval_steps(config.mixture, interval)
-            interval += 1
-        ends.append(steps)
-    return min(ends)

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from ddk_ds.config.lengths import interval_steps
 from ddk_ds.data.loader import MicroBatch, interval_loader
 from ddk_ds.engine.export import export_student
 from ddk_ds.engine.runtime import peak_memory
@@ -22,12 +23,14 @@ from ddk_ds.train.checkpoint_files import newest_checkpoint
 from ddk_ds.train.guard import NumbersGoneWrong, check_interval, check_step
 from ddk_ds.train.interruption import Interrupted
 from ddk_ds.train.interval import Measurement, interval_record, stop_reason
-from ddk_ds.train.learning_rate import interval_steps, learning_rate
+from ddk_ds.train.learning_rate import learning_rate
+from ddk_ds.train.model_card import companions
 from ddk_ds.train.read_ahead import read_steps
 from ddk_ds.train.roll_back import roll_back
 from ddk_ds.train.setup import Run
 from ddk_ds.train.step import StepMetrics, seed_step, train_step
 from ddk_ds.train.summary import make_summary, summary_table, write_summary
+from ddk_ds.train.versions import versions
 
 
 def train(run: Run) -> dict[str, Any]:
@@ -49,6 +52,7 @@ def train(run: Run) -> dict[str, Any]:
         run.progress.stop()
         run.ahead.close()
         run.watchdog.close()
+        run.monitor.close()
 
 
 def _train_to_the_end(run: Run) -> dict[str, Any]:
@@ -146,7 +150,7 @@ def _record_interval(run: Run, measured: Measurement, plan: Plan, clock: dict[st
     state = run.state
     ratio = None if measured.ratio is None else measured.ratio.tolist()
     alarms = check_interval(state, ratio, run.inputs.names, run.config.guard, run.config.mixture.exclude)
-    run.ledger.write(interval_record(state, measured, run.inputs.names, plan, clock, alarms))
+    run.record(interval_record(state, measured, run.inputs.names, plan, clock, alarms))
     for alarm in alarms:
         run.progress.say(f"alarm: {alarm}")
         run.ledger.event("alarm", step=state.step, text=alarm)
@@ -168,10 +172,11 @@ def _record_step(run: Run, metrics: StepMetrics, rate: float, data_s: float, ste
     numbers = {key: _finite(value) for key, value in asdict(metrics).items()}
     if not metrics.method:
         del numbers["method"]
+    parts = {"step": step_s, "data": data_s, **numbers.pop("seconds"), "monitor": run.monitor.take_seconds()}
+    clock = {f"{name}_s": round(seconds, 4) for name, seconds in parts.items()}
+    clock |= {"tokens_per_s": round(tokens_per_s, 1), "peak_memory_gb": round(peak_memory(run.runtime.device) / 1e9, 3)}
     record = {"kind": "step", "step": state.step, "interval": state.data.interval, **numbers}
-    clock = {"step_s": round(step_s, 4), "data_s": round(data_s, 4), "tokens_per_s": round(tokens_per_s, 1)}
-    clock["peak_memory_gb"] = round(peak_memory(run.runtime.device) / 1e9, 3)
-    run.ledger.write({**record, "learning_rate": rate, "clock": clock})
+    run.record({**record, "learning_rate": rate, "clock": clock})
     run.progress.step(state.step, metrics, tokens_per_s)
     check_step(state, metrics.loss, metrics.grad_norm, run.config.guard)
     if state.skipped_in_row:
@@ -242,10 +247,16 @@ def _stopped(run: Run, reason: str) -> None:
 
 def _finish(run: Run, measured: Measurement, measure_s: float, reason: str) -> dict[str, Any]:
     _save_now(run)
-    run.ledger.write(interval_record(run.state, measured, run.inputs.names, None, {"measure_s": measure_s}))
+    run.record(interval_record(run.state, measured, run.inputs.names, None, {"measure_s": measure_s}))
     config, comm = run.config, run.runtime.comm
     run.watchdog.watch("export", run.state.step)
-    export_student(run.student, run.inputs.student, config.run_dir / "export", comm, run.interruption.check)
+    export_student(
+        run.student,
+        config.run_dir / "export",
+        comm,
+        lambda: companions(config.run_dir, config, run.inputs.student, run.state, versions()),
+        run.interruption.check,
+    )
     run.make_method().export(run.student, config.run_dir / "export", run.inputs.names, comm)
     summary = make_summary(
         run.inputs.names,

@@ -24,6 +24,7 @@ _FREE = {
     "checkpoint": True,
     "guard": True,
     "limits": True,
+    "monitor": True,
     "data": {"path", "num_workers", "cache_dir", "cache_limit_gb", "download_timeout_s", "download_retries"},
     "student": {"path"},
     "teacher": {"path"},

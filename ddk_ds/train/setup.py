@@ -7,11 +7,15 @@ from typing import Any
 
 import numpy as np
 
+from ddk_ds.comm import agreed
 from ddk_ds.config import Config
+from ddk_ds.config.lengths import corpus_samples, total_steps
 from ddk_ds.data.loader import validation_batches
 from ddk_ds.data.mixture_dataset import MixtureDataset
 from ddk_ds.engine.models import Student, Teacher, load_student, load_teacher
+from ddk_ds.engine.monitors import open_writers
 from ddk_ds.engine.runtime import Runtime
+from ddk_ds.engine.stage_clock import StageClock
 from ddk_ds.kernels import default_chunk_tokens
 from ddk_ds.methods import HeadOptions, Method, make_method
 from ddk_ds.mixture.schedule import DomainEntry, DomainOrder, IntervalState
@@ -20,8 +24,8 @@ from ddk_ds.train.evaluate import PerplexityCache, ValidationBatches, perplexiti
 from ddk_ds.train.inputs import Inputs
 from ddk_ds.train.interruption import Interruption
 from ddk_ds.train.interval import Array, Measurement, Mixer
-from ddk_ds.train.learning_rate import corpus_samples, total_steps
 from ddk_ds.train.ledger import Ledger
+from ddk_ds.train.monitor import MonitorFeed
 from ddk_ds.train.progress import RunProgress
 from ddk_ds.train.read_ahead import ReadAhead
 from ddk_ds.train.restore import Start, find_start, read_roll_backs
@@ -49,6 +53,7 @@ class Run:
     watchdog: Watchdog
     state: RunState
     ledger: Ledger
+    monitor: MonitorFeed
     saver: Saver
     progress: RunProgress
     total_steps: int
@@ -65,6 +70,11 @@ class Run:
             poll=self.interruption.check,
         )
         return Measurement(student, self.teacher_ppl)
+
+    def record(self, record: dict[str, Any]) -> None:
+        """Write what was computed to the ledger and to the monitors."""
+        self.ledger.write(record)
+        self.monitor.add(record)
 
     def make_method(self) -> Method:
         """What a step minimises."""
@@ -87,13 +97,16 @@ def prepare_run(
         micro_batch=config.train.micro_batch_samples,
     )
     vocab_size = inputs.tokenizer.vocab_size
-    teacher = None if inputs.teacher is None else load_teacher(config, inputs.teacher, vocab_size, comm, inputs.filters)
+    clock = StageClock()
+    teacher = None
+    if inputs.teacher is not None:
+        teacher = load_teacher(config, inputs.teacher, vocab_size, comm, inputs.filters, clock)
     chunk_tokens = config.loss.chunk_tokens or default_chunk_tokens(vocab_size, runtime.device.type)
     head = HeadOptions(vocab_size, chunk_tokens, config.loss.logits_dtype)
     teacher_ppl = None
     if teacher is not None:
         teacher_ppl = _teacher_perplexities(config, inputs, teacher, validation, head, runtime, interruption)
-    student = load_student(config, inputs.student, vocab_size, comm, inputs.filters)
+    student = load_student(config, inputs.student, vocab_size, comm, inputs.filters, clock)
     orders = [
         DomainOrder(name, sizes, config.seed) for name, sizes in zip(inputs.names, dataset.shard_sizes, strict=True)
     ]
@@ -119,19 +132,27 @@ def prepare_run(
             chunk_tokens=chunk_tokens,
         ),
         ledger=Ledger(config.run_dir, comm.rank),
+        monitor=MonitorFeed({}, config.monitor.every_s, print),
         saver=Saver(config.run_dir, identity, comm, config.checkpoint),
         progress=RunProgress(comm.rank, steps, inputs.names),
         total_steps=steps,
     )
     _restore(run, start)
+    agreed(comm, lambda: _open_monitors(run) if comm.rank == 0 else None)
     return run
+
+
+def _open_monitors(run: Run) -> None:
+    config = run.config
+    writers = open_writers(config.monitor, config.run_dir, config.name, run.state.step)
+    run.monitor = MonitorFeed(writers, config.monitor.every_s, run.progress.say)
 
 
 def _restore(run: Run, start: Start | None) -> None:
     world_size = run.runtime.comm.world_size
     if start is None:
         run.ledger.rewind(0)
-        run.ledger.event("start", world_size=world_size, versions=versions())
+        run.ledger.event("start", world_size=world_size, versions=versions(), mixture=run.inputs.mixture)
         return
     for path in start.damaged:
         run.progress.say(
@@ -142,7 +163,12 @@ def _restore(run: Run, start: Start | None) -> None:
     kind = "fork" if start.forked else "resume"
     changed = start.changed_versions
     run.ledger.event(
-        kind, step=run.state.step, world_size=world_size, path=str(start.directory), changed_versions=changed
+        kind,
+        step=run.state.step,
+        world_size=world_size,
+        path=str(start.directory),
+        changed_versions=changed,
+        mixture=run.inputs.mixture,
     )
     was = start.manifest.world_size
     ranks = "" if start.universal is None else f"; {was} ranks wrote it, {world_size} go on"

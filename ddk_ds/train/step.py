@@ -27,6 +27,8 @@ class StepMetrics:
     domain_tokens: list[int]
     method: dict[str, Any] = field(default_factory=dict)
     """What the method has to say of the step."""
+    seconds: dict[str, float] = field(default_factory=dict)
+    """Of the parts of the step on this rank."""
 
 
 def train_step(
@@ -46,6 +48,7 @@ def train_step(
     first backward. DeepSpeed averages gradients over ranks, so the loss is multiplied by the world size. `progress`
     is the share of the run's steps that are done, 0..1.
     """
+    student.clock.take()  # what evaluation has left
     labels = [next_token_labels(batch["input_ids"]) for batch in micro_batches]
     domain_tokens = torch.zeros(num_domains, dtype=torch.float64)
     for batch, label in zip(micro_batches, labels, strict=True):
@@ -61,7 +64,7 @@ def train_step(
     grad_norm = student.update(learning_rate)
     loss, ce, kl = comm.all_reduce_sum(sums).tolist()
     tokens = [int(count) for count in domain_tokens.tolist()]
-    return StepMetrics(loss, ce, kl, grad_norm, tokens, method.end_step(comm))
+    return StepMetrics(loss, ce, kl, grad_norm, tokens, method.end_step(comm), student.clock.take())
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
-from ddk_ds.engine.export import export_student
+from ddk_ds.engine.export import Companions, export_student
 from ddk_ds.engine.head import OutputHead
 from ddk_ds.engine.model_files import read_model
 from ddk_ds.engine.models import load_student, load_teacher
@@ -54,7 +54,7 @@ def _logits_error(root: Path, runtime: Runtime) -> float:
         with model.evaluating():
             worst = max(worst, float((model(ids, logits) - expected).abs().max()))
         if name == "student":
-            export_student(model, files, root / "export", runtime.comm)
+            export_student(model, root / "export", runtime.comm, lambda: Companions(files, "", {}))
             assert read_model(root / "export", "export").tensors.keys() == files.tensors.keys()
             worst = max(worst, float((plain(root / "export") - expected).abs().max()))
     return worst
@@ -79,23 +79,26 @@ def peak_memory(runtime: Runtime, folder: str) -> list[dict[str, int]]:
     load_teacher(config, read_model(root / "small", "teacher.path"), VOCAB, runtime.comm)
     files = read_model(root / "teacher", "teacher.path")
     total = 4 * sum(torch.Size(tensor.shape).numel() for tensor in files.tensors.values())
-    before = _rss_bytes()
-    _reset_peak()
+    before = rss_bytes()
+    reset_peak()
     load_teacher(config, files, VOCAB, runtime.comm)
-    grown = _peak_bytes() - before
+    grown = peak_bytes() - before
     largest = 4 * max(torch.Size(tensor.shape).numel() for tensor in files.tensors.values())
     mine = {"grown": grown, "total": total, "largest": largest, "rank": runtime.comm.rank}
     return runtime.comm.gather_objects(mine)
 
 
-def _rss_bytes() -> int:
+def rss_bytes() -> int:
+    """Memory of this process now."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
 
-def _reset_peak() -> None:
+def reset_peak() -> None:
+    """From now on `peak_bytes` counts."""
     Path("/proc/self/clear_refs").write_text("5")
 
 
-def _peak_bytes() -> int:
+def peak_bytes() -> int:
+    """The most memory that this process has had since `reset_peak`."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))

@@ -2,24 +2,31 @@
 
     result = run_ranks("tests.dist.parity_worker:compare", world=2, tied=True)
 
-calls `tests/dist/parity_worker.py`'s `compare(comm, device, tied=True)` on each rank and returns rank 0's value.
-A run beyond its time is ended, and the failure shows every rank's stacks.
+calls `tests/dist/parity_worker.py`'s `compare(runtime, tied=True)` on each rank and returns rank 0's value. A run
+beyond its time is ended, and the failure shows every rank's stacks.
+
+Ranks are forked from a server that has imported DeepSpeed and Transformers once: that takes each rank five seconds.
 """
 
 from __future__ import annotations
 
+import faulthandler
 import importlib
 import json
+import multiprocessing
 import os
 import signal
 import socket
-import subprocess
 import sys
 import tempfile
+import time
+from collections.abc import Sequence
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[2]
+_SERVER = multiprocessing.get_context("forkserver")
+_SERVER.set_forkserver_preload(["ddk_ds.train.setup"])
 
 
 def run_ranks(function: str, world: int, *, timeout_s: float = 240.0, **arguments: Any) -> Any:
@@ -27,68 +34,57 @@ def run_ranks(function: str, world: int, *, timeout_s: float = 240.0, **argument
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
+    place = {"WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world, "LOCAL_SIZE": world, "OMP_NUM_THREADS": 1}
+    place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     with tempfile.TemporaryDirectory() as folder:
-        result = Path(folder) / "result.json"
-        command = [sys.executable, "-X", "faulthandler", __file__, function, json.dumps(arguments), str(result)]
-        workers = []
+        workers: list[BaseProcess] = []
         for rank in range(world):
-            output = (Path(folder) / f"rank{rank}.txt").open("w+")
-            env = os.environ | {
-                "RANK": str(rank),
-                "LOCAL_RANK": str(rank),
-                "WORLD_SIZE": str(world),
-                "LOCAL_WORLD_SIZE": str(world),
-                "LOCAL_SIZE": str(world),
-                "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": str(port),
-                "OMP_NUM_THREADS": "1",
-            }
-            workers.append((subprocess.Popen(command, env=env, stdout=output, stderr=output), output))
-        failed = _wait([worker for worker, _ in workers], timeout_s)
-        texts = []
-        for rank, (_, output) in enumerate(workers):
-            output.seek(0)
-            texts.append(f"--- rank {rank}\n{output.read()[-6000:]}")
-            output.close()
+            env = os.environ | {key: str(value) for key, value in (place | {"RANK": rank, "LOCAL_RANK": rank}).items()}
+            workers.append(_SERVER.Process(target=_rank, args=(function, arguments, env, Path(folder))))
+            workers[-1].start()
+        failed = _wait(workers, timeout_s)
+        texts = [f"--- rank {rank}\n{(Path(folder) / f'rank{rank}.txt').read_text()[-6000:]}" for rank in range(world)]
         assert not failed, f"{function} on {world} ranks: {failed}\n" + "\n".join(texts)
-        return json.loads(result.read_text())
+        return json.loads((Path(folder) / "result.json").read_text())
 
 
-def _wait(workers: list[subprocess.Popen[bytes]], timeout_s: float) -> str:
+def _wait(workers: Sequence[BaseProcess], timeout_s: float) -> str:
     """Empty if all ended well; else why not, with every worker gone."""
-    import time
-
     end = time.monotonic() + timeout_s
     reason = ""
-    while not reason and any(worker.poll() is None for worker in workers):
+    while not reason and any(worker.exitcode is None for worker in workers):
         time.sleep(0.05)
-        if any(worker.poll() not in (None, 0) for worker in workers):
+        if any(worker.exitcode not in (None, 0) for worker in workers):
             time.sleep(1.0)  # the others may be about to say why
             reason = "a rank failed"
         elif time.monotonic() > end:
             reason = f"not done after {timeout_s} s"
     for worker in workers:
-        if worker.poll() is None:
-            worker.send_signal(signal.SIGABRT)  # faulthandler prints the stacks
-    codes = [worker.wait() for worker in workers]
+        if worker.exitcode is None:
+            assert worker.pid is not None
+            os.kill(worker.pid, signal.SIGABRT)  # faulthandler prints the stacks
+    for worker in workers:
+        worker.join()
+    codes = [worker.exitcode for worker in workers]
     return reason or (f"exit codes {codes}" if any(codes) else "")
 
 
-def _main() -> None:
-    function, arguments, result = sys.argv[1:]
-    sys.path.insert(0, str(ROOT))
+def _rank(function: str, arguments: dict[str, Any], env: dict[str, str], folder: Path) -> None:
+    """One rank, with the environment of the test that asks."""
+    with (folder / f"rank{env['RANK']}.txt").open("w", buffering=1) as output:
+        os.dup2(output.fileno(), 1)
+        os.dup2(output.fileno(), 2)
+    sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
+    faulthandler.enable()
+    os.environ.clear()
+    os.environ.update(env)
+    from ddk_ds.comm import destroy
     from ddk_ds.engine.runtime import start_runtime
 
     runtime = start_runtime()
     module, name = function.split(":")
-    value = getattr(importlib.import_module(module), name)(runtime, **json.loads(arguments))
+    value = getattr(importlib.import_module(module), name)(runtime, **arguments)
     runtime.comm.barrier()
     if runtime.comm.rank == 0:
-        Path(result).write_text(json.dumps(value))
-    from ddk_ds.comm import destroy
-
+        (folder / "result.json").write_text(json.dumps(value))
     destroy()
-
-
-if __name__ == "__main__":
-    _main()

@@ -13,12 +13,13 @@ import yaml
 
 from ddk_ds.config import load_config, to_yaml
 from ddk_ds.errors import ConfigError, DataError
+from ddk_ds.planner.flops import count_forward_flops, training_flops
 from tools import compare as command
 from tools import stages
 from tools.compare import make_jobs, read_grid
 from tools.comparison import Result, compare, paired_difference, read_results, spread, t_quantile
 from tools.comparison_report import draw, markdown
-from tools.run_cost import RunCost, count_forward_flops, run_cost, training_flops
+from tools.run_cost import RunCost, run_cost
 from tools.stages import STAGES, Job, run_job
 
 CONFIG = {

@@ -20,7 +20,7 @@ MAX_FUNCTION_LINES = 60
 # From the top down. A room imports from the floors below it, never from its own floor.
 FLOORS = (
     ("launch", "tools"),
-    ("train", "report", "planner"),
+    ("train", "report", "planner", "evaluation"),
     ("methods",),
     ("engine",),
     ("data", "kernels", "mixture"),

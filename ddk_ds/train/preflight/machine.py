@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from ddk_ds.engine.memory import MemoryEstimate
+from ddk_ds.engine.memory import MEMORY_MARGIN, MemoryEstimate
 from ddk_ds.train.preflight.rows import Row, judged
 
 # DeepSpeed maps 66 MiB a rank on a CPU, NCCL tens of MB a rank between the GPUs of a node, loader workers the batches
@@ -21,8 +21,6 @@ SHM_BYTES_PER_RANK = 100_000_000
 FEWEST_OPEN_FILES, ENOUGH_OPEN_FILES = 512, 4096
 # Compilers (Triton, DeepSpeed's extensions) write there.
 LEAST_TMP_BYTES, ENOUGH_TMP_BYTES = 100_000_000, 1_000_000_000
-# Of a memory's size: what the allocator's holes and the estimate's errors may take.
-MEMORY_MARGIN = 0.9
 DEFAULT_PORT = 29500
 
 

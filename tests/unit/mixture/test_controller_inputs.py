@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,7 +10,7 @@ import pytest
 from ddk_ds.config import Config, make_config
 from ddk_ds.errors import ConfigError
 from ddk_ds.mixture.controllers import Controller
-from ddk_ds.train.inputs import _check_controller
+from ddk_ds.train.controller import controller_of, read_schedule
 
 NAMES = ["code", "prose"]
 STAGES = """\
@@ -32,10 +31,8 @@ def checked(mixture: dict[str, Any], **sections: Any) -> Controller:
         "stop": {"steps": 10},
     }
     config: Config = make_config({**values, "mixture": mixture, **sections}, "run.yaml")
-    manifest: Any = SimpleNamespace(
-        domains={name: SimpleNamespace(train=SimpleNamespace(tokens=100)) for name in NAMES}
-    )
-    return _check_controller(config, manifest, NAMES)
+    path = config.mixture.schedule_file
+    return controller_of(config.mixture, dict.fromkeys(NAMES, 100), read_schedule(path))
 
 
 def test_a_schedule_comes_from_its_file(tmp_path: Path) -> None:

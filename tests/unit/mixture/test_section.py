@@ -13,6 +13,7 @@ import pytest
 
 from ddk_ds.comm import SingleProcess
 from ddk_ds.config import Config, make_config, to_yaml
+from ddk_ds.config.lengths import corpus_samples, interval_steps, total_steps
 from ddk_ds.config.load import load_config
 from ddk_ds.config.sections import Mixture
 from ddk_ds.errors import ConfigError
@@ -22,7 +23,6 @@ from ddk_ds.mixture.exhaustion import make_exhaustion
 from ddk_ds.mixture.order import DomainOrder
 from ddk_ds.mixture.schedule import DomainEntry, IntervalState
 from ddk_ds.train.interval import Measurement, Mixer, interval_record, stop_reason
-from ddk_ds.train.learning_rate import corpus_samples, interval_steps, total_steps
 from ddk_ds.train.loop import _plan_interval
 from ddk_ds.train.state import RunState
 

@@ -1,0 +1,200 @@
+"""lm-evaluation-harness as a library. Importing this module imports the harness, which takes seconds."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+import lm_eval.tasks
+import yaml
+from lm_eval.api.group import Group
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import LM
+from lm_eval.evaluator import evaluate
+from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
+
+from ddk_ds.errors import ConfigError, DataError
+from ddk_ds.evaluation.programs import score_programs
+from ddk_ds.evaluation.results import Score
+from ddk_ds.evaluation.sources import find_files, read_rows
+from ddk_ds.evaluation.suites import SUBJECT, Benchmark, Chosen
+
+EXAMPLES_SEED = 1234
+"""Of the examples before a question, where they are drawn; the harness' own default."""
+_ITS_TASKS = Path(lm_eval.tasks.__file__).parent
+_OUR_TASKS = Path(__file__).with_name("tasks")
+_MBPP_EXAMPLES = (2, 3, 4)
+"""Tasks of MBPP's split `prompt` that its authors show before each question."""
+
+# It warns of what this module does on purpose.
+logging.getLogger("lm_eval").setLevel(logging.ERROR)
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A benchmark's documents and prompts, ready for any model."""
+
+    chosen: Chosen
+    tasks: Any
+    """The harness' TaskDict."""
+    name: str
+    """Under which the harness gives the result."""
+
+
+def load_tasks(chosen: Chosen, data: Path | None) -> Loaded:
+    """Read a benchmark's documents: from files below `data`, or from the hub.
+
+    Raises DataError where they cannot be had, or do not fit the task.
+    """
+    benchmark = chosen.benchmark
+    try:
+        if benchmark.runs_code:
+            config = {**_code_config(benchmark), **_overrides(chosen, data, "")}
+            return Loaded(chosen, TaskManager(include_defaults=False).load([config]), benchmark.task)
+        manager = _manager(benchmark)
+        subjects = _subjects(manager, benchmark).items()
+        members = [{"task": task, **_overrides(chosen, data, subject)} for task, subject in subjects]
+        # A group that is given as a dict hands its own keys on to its tasks, which do not know them.
+        tasks = manager.load([{"group": benchmark.name, "task": members}])["tasks"]
+        averaged = [{"metric": benchmark.metric.partition(",")[0], "aggregation": "mean", "weight_by_size": True}]
+        group = Group.from_config({"group": f"ddk_{benchmark.name}", "aggregate_metric_list": averaged})
+        for task in tasks.values():
+            group.add(task)
+        return Loaded(chosen, manager.load([group]), group.name)
+    except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
+        source = f"below --data {data}" if data else f"of the hub's {benchmark.data.hub}"
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        fix = "" if data else "; on a machine without a hub give --data DIR (docs/evaluation.md)"
+        raise DataError(f"{benchmark.name}: the documents {source} cannot be used: {reason}{fix}") from error
+
+
+def subjects_of(benchmark: Benchmark) -> list[str]:
+    """Subjects of a benchmark that has some; one empty name of another."""
+    return list(_subjects(_manager(benchmark), benchmark).values())
+
+
+def _manager(benchmark: Benchmark) -> TaskManager:
+    # Its default is an index of some 14,000 files.
+    folder = _ITS_TASKS / benchmark.folder if benchmark.folder else _OUR_TASKS
+    return TaskManager(include_path=str(folder), include_defaults=False)
+
+
+def _subjects(manager: TaskManager, benchmark: Benchmark) -> dict[str, str]:
+    """The harness' names of a benchmark's tasks, and the subject of each."""
+    if SUBJECT not in benchmark.data.config:
+        return {benchmark.task: ""}
+    names = [name for name in manager.all_subtasks if name.startswith(benchmark.task)]
+    return {name: str(manager.task_index[name].cfg["dataset_name"]) for name in names}
+
+
+def _overrides(chosen: Chosen, data: Path | None, subject: str) -> dict[str, Any]:
+    """What differs from the harness' task: number of examples, splits and, from files, the documents."""
+    source = chosen.benchmark.data
+    changes: dict[str, Any] = {
+        "num_fewshot": chosen.shots,
+        "test_split": source.split,
+        "validation_split": None,
+        "training_split": None,
+        # Without examples their split need not be there.
+        "fewshot_split": source.examples if chosen.shots else None,
+    }
+    if data is not None:
+        files = find_files(data, chosen, subject)
+        assert files is not None, "check_files has found them"
+        changes |= {"dataset_path": str(data), "dataset_name": None, "custom_dataset": _read_splits}
+        changes["dataset_kwargs"] = {"files": {split: [str(path) for path in paths] for split, paths in files.items()}}
+    return changes
+
+
+def _read_splits(*, files: Mapping[str, Sequence[str]], **_metadata: Any) -> dict[str, datasets.Dataset]:
+    return {split: datasets.Dataset.from_list(list(read_rows([*map(Path, paths)]))) for split, paths in files.items()}
+
+
+class _Names(yaml.SafeLoader):
+    """Reads the harness' task files without running the functions that they name."""
+
+
+_Names.add_constructor("!function", lambda loader, node: loader.construct_scalar(node))  # type: ignore[arg-type]
+
+
+def _code_config(benchmark: Benchmark) -> dict[str, Any]:
+    """The harness' task with its prompt and stops, without its scoring, which runs code in its own process."""
+    path = _ITS_TASKS / benchmark.folder / f"{benchmark.task}.yaml"
+    config: dict[str, Any] = yaml.load(path.read_text(encoding="utf-8"), _Names)
+    config |= {"unsafe_code": False, "filter_list": None, "fewshot_config": None}
+    config["metric_list"] = [{"metric": "bypass", "aggregation": "bypass", "higher_is_better": True}]
+    if benchmark.name == "mbpp":
+        config["fewshot_config"] = {"sampler": "first_n", "process_docs": _mbpp_examples}
+    return config
+
+
+def _mbpp_examples(documents: Any) -> list[dict[str, Any]]:
+    # The template writes the solution of a document that has this column.
+    return [{**doc, "is_fewshot": True} for doc in documents if doc["task_id"] in _MBPP_EXAMPLES]
+
+
+def load_lm(model: Any, directory: Path, batch_size: int) -> HFLM:
+    """The harness' adapter around a transformers model that is on its device."""
+    return HFLM(pretrained=model, tokenizer=str(directory), batch_size=batch_size)
+
+
+def check_window(lm: HFLM, benchmarks: Sequence[Loaded]) -> None:
+    """ConfigError where an answer may be as long as the model's whole window."""
+    for loaded in benchmarks:
+        for task in loaded.tasks["tasks"].values():
+            longest = (task.config.generation_kwargs or {}).get("max_gen_toks", 0)
+            if longest >= lm.max_length:
+                name = loaded.chosen.benchmark.name
+                raise ConfigError(
+                    f"{name}: its answers have up to {longest} tokens, the model's window has {lm.max_length}: "
+                    "leave it out by --tasks"
+                )
+
+
+def generate(lm: LM, prompts: Sequence[str], most_tokens: int) -> list[str]:
+    """Greedy answers to prompts, up to the end-of-text token."""
+    options = {"until": [], "max_gen_toks": most_tokens, "do_sample": False}
+    requests = [Instance("generate_until", {}, (prompt, dict(options)), place) for place, prompt in enumerate(prompts)]
+    answers: list[str] = lm.generate_until(requests)
+    return answers
+
+
+def run_benchmark(lm: LM, loaded: Loaded, limit: int | None) -> Score:
+    """Ask a model all of a benchmark's questions, or the first `limit` of each of its subjects."""
+    benchmark, shots = loaded.chosen.benchmark, loaded.chosen.shots
+    for task in loaded.tasks["tasks"].values():
+        task.set_fewshot_seed(EXAMPLES_SEED)  # again for each model: the generator moves on
+    found = evaluate(
+        lm,
+        loaded.tasks,
+        limit=limit,
+        # Means have standard errors without it.
+        bootstrap_iters=1,
+        log_samples=benchmark.runs_code,
+    )
+    if benchmark.runs_code:
+        samples = found["samples"][loaded.name]
+        answers = [(sample["doc"], sample["filtered_resps"][0]) for sample in samples]
+        return score_programs(benchmark, shots, answers)
+    values = found["results"]
+    own = values[loaded.name]
+    documents = own["sample_len"]
+    if len(loaded.tasks["tasks"]) == 1:
+        own = next(values[name] for name in loaded.tasks["tasks"])
+    numbers = {key: float(value) for key, value in own.items() if "," in key and isinstance(value, int | float)}
+    stderr = benchmark.metric.replace(",", "_stderr,")
+    return Score(
+        task=benchmark.name,
+        title=benchmark.title,
+        metric=benchmark.metric,
+        shots=shots,
+        value=numbers[benchmark.metric],
+        stderr=numbers.get(stderr),
+        documents=documents,
+        more={key: value for key, value in numbers.items() if key not in (benchmark.metric, stderr)},
+    )

@@ -1,0 +1,116 @@
+"""Perplexity and bits per byte of a model on each domain's held-out text."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from ddk_ds.data.manifest import Manifest, load_manifest
+from ddk_ds.data.mds import open_split
+from ddk_ds.data.store import LocalStore
+from ddk_ds.data.tokenizer import load_tokenizer
+from ddk_ds.engine.model_files import ModelFiles
+from ddk_ds.errors import DataError
+from ddk_ds.evaluation.results import DomainScore
+from ddk_ds.kernels import linear_nll
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """The validation samples of prepared data."""
+
+    manifest: Manifest
+    root: Path
+
+    def samples(self, domain: str, limit: int | None) -> Iterator[npt.NDArray[np.int64]]:
+        """Token ids (L,) of the domain's samples, of the first `limit`. Raises DataError where a shard is broken."""
+        split = open_split(LocalStore(self.root), f"{domain}/validation", self.manifest.vocab_size)
+        for number in range(len(split) if limit is None else min(limit, len(split))):
+            yield split.tokens(number).astype(np.int64)
+
+    def check_model(self, directory: Path) -> None:
+        """DataError if the shards were made with another tokenizer than the model's."""
+        if load_tokenizer(directory).fingerprint != self.manifest.tokenizer_fingerprint:
+            raise DataError(
+                f"--shards {self.root} were made with another tokenizer than that of {directory}: prepare the same "
+                "text with its own (tools/prepare_data.py), and compare bits per byte, not perplexities"
+            )
+
+
+def open_held_out(root: Path) -> HeldOut:
+    """Raises DataError where `root` is no prepared data, or is damaged."""
+    return HeldOut(load_manifest(root), root)
+
+
+def score_domains(
+    model: Any, files: ModelFiles, held_out: HeldOut, *, batch_size: int, limit: int | None
+) -> list[DomainScore]:
+    """Of a transformers causal LM, on its device; as in a run, the first token of a sample is not predicted."""
+    tokenizer = load_tokenizer(files.directory).tokenizer
+    vocab_size = held_out.manifest.vocab_size
+    scores = []
+    for domain in held_out.manifest.domains:
+        samples = list(held_out.samples(domain, limit))
+        losses = np.concatenate(
+            [
+                sample_losses(model, files, np.stack(samples[start : start + batch_size]), vocab_size)
+                for start in range(0, len(samples), batch_size)
+            ]
+        )
+        text_bytes = [len(tokenizer.decode(sample[1:].tolist()).encode()) for sample in samples]
+        scores.append(domain_score(domain, losses, len(samples[0]) - 1, text_bytes))
+    return scores
+
+
+@torch.no_grad()
+def sample_losses(
+    model: Any, files: ModelFiles, input_ids: npt.NDArray[np.int64], vocab_size: int
+) -> npt.NDArray[np.float64]:
+    """Sum of -log p over each sample's predicted tokens, in nats: input_ids (B, L) -> (B,) float64.
+
+    As in a run the likelihood is over the tokenizer's `vocab_size` tokens: further rows of the head are padding.
+    """
+    ids = torch.from_numpy(input_ids).to(next(model.parameters()).device)
+    hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state[:, :-1]
+    head = model.get_output_embeddings()
+    losses = linear_nll(
+        hidden.flatten(0, 1),
+        head.weight,
+        ids[:, 1:].flatten(),
+        bias=head.bias,
+        student_form=files.logit_form,
+        vocab_size=vocab_size,
+        chunk_tokens=0,
+    )
+    total: npt.NDArray[np.float64] = losses.view(len(ids), -1).sum(1, dtype=torch.float64).cpu().numpy()
+    return total
+
+
+def domain_score(
+    domain: str, losses: npt.NDArray[np.float64], tokens_each: int, text_bytes: Sequence[int]
+) -> DomainScore:
+    """From each sample's summed loss (n,) in nats, its number of predicted tokens, and the bytes of their text (n,).
+
+    Standard errors are over samples; that of the perplexity follows from the loss's by its derivative.
+    """
+    number, size = len(losses), np.array(text_bytes, np.float64)
+    loss = float(losses.sum() / (number * tokens_each))
+    perplexity = math.exp(loss)
+    bits = float(losses.sum() / math.log(2) / size.sum())
+    perplexity_error = bits_error = None
+    if number > 1:
+        perplexity_error = perplexity * float(losses.std(ddof=1)) / tokens_each / math.sqrt(number)
+        # Of a ratio of sums: the residuals of losses on bytes.
+        residuals = losses / math.log(2) - bits * size
+        bits_error = float(np.sqrt((residuals**2).sum() / (number - 1) / number) / size.mean())
+    return DomainScore(
+        *(domain, perplexity, perplexity_error, bits, bits_error),
+        *(number, number * tokens_each, int(size.sum())),
+    )

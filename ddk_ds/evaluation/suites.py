@@ -1,0 +1,141 @@
+"""Which benchmarks there are, with how many examples before the question, and what is read off as the result.
+
+Shot counts and the choice of benchmarks are the paper's (arXiv 2407.16154, Tables 1 to 8); prompts and answer
+extraction are those of lm-evaluation-harness, which the paper does not fix (docs/evaluation.md).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from ddk_ds.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """Where a benchmark's documents come from."""
+
+    hub: str
+    """Name on the Hugging Face hub."""
+    config: str
+    """Its configuration there; empty where it has one only, `SUBJECT` where each subject is one."""
+    split: str
+    """Which is evaluated."""
+    examples: str
+    """Split of the examples before the question."""
+    fields: tuple[str, ...]
+    """Columns that the task reads."""
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """One column of the table."""
+
+    name: str
+    """As in --tasks, and of its files below --data."""
+    title: str
+    folder: str
+    """Of the harness' task files, below its own `tasks`; empty for those of this package."""
+    task: str
+    """The harness' name; of a benchmark with subjects the beginning of each subject's name."""
+    metric: str
+    """The harness' metric and filter. `pass@1` is measured by this package."""
+    data: DataSet
+
+    @property
+    def runs_code(self) -> bool:
+        """Whether its result needs generated programs to be run."""
+        return self.metric == PASS_AT_1
+
+
+SUBJECT = "{subject}"
+PASS_AT_1 = "pass@1"
+_ARC_FIELDS = ("question", "choices", "answerKey")
+_LETTERS = ("question", "A", "B", "C", "D", "answer")
+_EXTRACTED = "exact_match,flexible-extract"
+
+BENCHMARKS: Mapping[str, Benchmark] = {
+    benchmark.name: benchmark
+    for benchmark in (
+        Benchmark(
+            *("ceval", "C-Eval", "ceval", "ceval-valid_", "acc,none"),
+            DataSet("ceval/ceval-exam", SUBJECT, "val", "dev", _LETTERS),
+        ),
+        Benchmark(
+            *("mmlu", "MMLU", "mmlu/default", "mmlu_", "acc,none"),
+            DataSet("cais/mmlu", SUBJECT, "test", "dev", ("question", "choices", "answer")),
+        ),
+        Benchmark(
+            *("race", "RACE", "race", "race", "acc,none"),
+            DataSet("EleutherAI/race", "high", "test", "", ("article", "problems")),
+        ),
+        Benchmark(
+            *("c3", "C3", "", "c3", "acc_norm,none"),
+            DataSet("clue/clue", "c3", "validation", "train", ("context", "question", "choice", "answer")),
+        ),
+        Benchmark(
+            *("winogrande", "WinoGrande", "winogrande", "winogrande", "acc,none"),
+            DataSet(
+                *("allenai/winogrande", "winogrande_xl", "validation", "train"),
+                ("sentence", "option1", "option2", "answer"),
+            ),
+        ),
+        Benchmark(
+            *("gsm8k", "GSM8K", "gsm8k", "gsm8k", _EXTRACTED),
+            DataSet("openai/gsm8k", "main", "test", "train", ("question", "answer")),
+        ),
+        Benchmark(
+            *("commonsense_qa", "CommonsenseQA", "commonsense_qa", "commonsense_qa", "acc,none"),
+            DataSet("tau/commonsense_qa", "", "validation", "train", _ARC_FIELDS),
+        ),
+        Benchmark(
+            *("arc_easy", "ARC-E", "arc", "arc_easy", "acc_norm,none"),
+            DataSet("allenai/ai2_arc", "ARC-Easy", "test", "train", _ARC_FIELDS),
+        ),
+        Benchmark(
+            *("arc_challenge", "ARC-C", "arc", "arc_challenge", "acc_norm,none"),
+            DataSet("allenai/ai2_arc", "ARC-Challenge", "test", "train", _ARC_FIELDS),
+        ),
+        Benchmark(
+            *("humaneval", "HumanEval", "humaneval", "humaneval", PASS_AT_1),
+            DataSet("openai/openai_humaneval", "", "test", "", ("prompt", "test", "entry_point")),
+        ),
+        Benchmark(
+            *("mbpp", "MBPP", "mbpp", "mbpp", PASS_AT_1),
+            DataSet(
+                *("google-research-datasets/mbpp", "full", "test", "prompt"),
+                ("task_id", "text", "code", "test_list", "test_setup_code"),
+            ),
+        ),
+    )
+}
+
+SUITES: Mapping[str, Mapping[str, int]] = {
+    "paper": {name: 3 if name == "mbpp" else 0 for name in BENCHMARKS},
+    "paper-5shot": dict.fromkeys(("ceval", "mmlu", "gsm8k", "arc_easy", "arc_challenge"), 5),
+    "quick": dict.fromkeys(("c3", "winogrande", "commonsense_qa", "arc_easy", "arc_challenge"), 0),
+}
+"""Examples before the question, by benchmark, in the order of the paper's columns."""
+QUICK_LIMIT = 200
+"""Documents of each benchmark that the suite `quick` takes unless told otherwise."""
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """A benchmark and its number of examples."""
+
+    benchmark: Benchmark
+    shots: int
+
+
+def choose(suite: str, tasks: Sequence[str] | None) -> list[Chosen]:
+    """The suite's benchmarks, or those of them that `tasks` names, in the suite's order.
+
+    Raises ConfigError naming a task that the suite lacks.
+    """
+    shots = SUITES[suite]
+    for name in tasks or ():
+        if name not in shots:
+            raise ConfigError(f"--tasks {name}: the suite {suite} has {', '.join(shots)}")
+    return [Chosen(BENCHMARKS[name], shots[name]) for name in shots if tasks is None or name in tasks]

@@ -1,0 +1,127 @@
+"""What a plan knows of a GPU and of the cluster that it stands in."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from ddk_ds.config import Section
+from ddk_ds.config.sections import OpenFraction, PositiveFloat
+from ddk_ds.engine.profile import PEAK_FLOP_PER_S
+from ddk_ds.errors import ConfigError
+
+# Of a link's nominal bandwidth, what large collectives get.
+LINK_EFFICIENCY = 0.8
+# Of the memory's nominal bandwidth, what kernels that only read and write get.
+MEMORY_EFFICIENCY = 0.8
+
+
+class Gpu(Section):
+    """A GPU and its links, in bytes and seconds; bandwidths are of one direction."""
+
+    name: str
+    """As it is printed."""
+    peak_flop_per_s: PositiveFloat
+    """Dense bf16 (not the figure with sparsity, which is twice as high)."""
+    memory_bytes: PositiveFloat
+    """Its memory."""
+    hbm_bytes_per_s: PositiveFloat
+    """Its memory's bandwidth."""
+    nvlink_bytes_per_s: PositiveFloat
+    """To the other GPUs of its node."""
+    network_bytes_per_s: PositiveFloat
+    """To other nodes: a node's adapters divided by its GPUs."""
+    host_bytes_per_s: PositiveFloat = 25e9
+    """To its host's memory (PCIe)."""
+    compute_efficiency: OpenFraction = 0.4
+    """Of the peak, what a step's matmuls reach while nothing waits."""
+    source: str = "given by the user"
+    """Where the figures are from."""
+
+
+_SHEETS = "NVIDIA's data sheets of {} (peak, memory, NVLink) and of {} (network)"
+_MEASURED = "; efficiency: median of llm-foundry's runs on one node without checkpointing (docs/planning.md)"
+
+
+def _a100(name: str, memory_bytes: float, hbm_bytes_per_s: float, efficiency: float) -> Gpu:
+    return Gpu(
+        name=name,
+        peak_flop_per_s=PEAK_FLOP_PER_S["A100"],
+        memory_bytes=memory_bytes,
+        hbm_bytes_per_s=hbm_bytes_per_s,
+        nvlink_bytes_per_s=300e9,
+        network_bytes_per_s=25e9,
+        host_bytes_per_s=25e9,
+        compute_efficiency=efficiency,
+        source=_SHEETS.format("A100 SXM", "DGX A100, 8 x 200 Gb/s") + _MEASURED,
+    )
+
+
+def _hopper(name: str, memory_bytes: float, hbm_bytes_per_s: float) -> Gpu:
+    return Gpu(
+        name=name,
+        peak_flop_per_s=PEAK_FLOP_PER_S["H100"],
+        memory_bytes=memory_bytes,
+        hbm_bytes_per_s=hbm_bytes_per_s,
+        nvlink_bytes_per_s=450e9,
+        network_bytes_per_s=50e9,
+        host_bytes_per_s=50e9,
+        compute_efficiency=0.42,
+        source=_SHEETS.format(f"{name} SXM", "DGX H100, 8 x 400 Gb/s") + _MEASURED,
+    )
+
+
+GPUS = {
+    "a100-40g": _a100("A100 40 GB", 40e9, 1.555e12, 0.57),
+    "a100-80g": _a100("A100 80 GB", 80e9, 2.039e12, 0.61),
+    "h100": _hopper("H100", 80e9, 3.35e12),
+    "h200": _hopper("H200", 141e9, 4.8e12),
+}
+
+
+def find_gpu(name: str) -> Gpu:
+    """The GPU of that name, or the one that a YAML file of `Gpu`'s keys describes. Raises ConfigError for neither."""
+    if name in GPUS:
+        return GPUS[name]
+    path = Path(name)
+    if not path.is_file():
+        raise ConfigError(f"--gpu {name}: neither one of {', '.join(GPUS)} nor a YAML file of a GPU's figures")
+    try:
+        values: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"--gpu {name}: cannot be read as YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"--gpu {name}: holds {type(values).__name__}, expected keys: {', '.join(Gpu.model_fields)}")
+    try:
+        # YAML reads 312e12 as text, since it has no sign after the e: that is a number all the same.
+        return Gpu.model_validate({key: _number(value) for key, value in values.items()})
+    except ValidationError as error:
+        wrong = "; ".join(f"{'.'.join(map(str, item['loc']))}: {item['msg'].lower()}" for item in error.errors())
+        raise ConfigError(f"--gpu {name}: {wrong}. Its keys: {', '.join(Gpu.model_fields)}") from error
+
+
+def _number(value: Any) -> Any:
+    if isinstance(value, bool):
+        return value
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return value
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """As many nodes, of as many GPUs each."""
+
+    gpu: Gpu
+    nodes: int
+    gpus_per_node: int
+
+    @property
+    def ranks(self) -> int:
+        """GPUs in all."""
+        return self.nodes * self.gpus_per_node

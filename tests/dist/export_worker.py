@@ -1,0 +1,52 @@
+"""Runs on the ranks of test_export.py."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from deepspeed.utils import safe_get_full_fp32_param
+from safetensors.torch import save_file
+
+from ddk_ds.engine.head import OutputHead
+from ddk_ds.engine.runtime import Runtime
+from ddk_ds.kernels.reference import reference_logits
+from ddk_ds.train.loop import train
+from tests.dist.loading_worker import peak_bytes, reset_peak, rss_bytes
+from tests.dist.resume_worker import prepare
+from tools.export_hf import main
+
+IDS = torch.arange(40).reshape(2, 20) * 7 % 600
+
+
+def run_and_look(runtime: Runtime, configs: list[str]) -> list[str]:
+    """Train each; what its student is at the end lies in <run>/seen.safetensors: logits, and the masters by name."""
+    directories = []
+    for config_path in configs:
+        run = prepare(runtime, config_path, "whole")
+        train(run)
+        student = run.student
+
+        def logits(hidden: torch.Tensor, head: OutputHead) -> torch.Tensor:
+            return reference_logits(hidden, head.weight, None, len(head.weight), head.form).float()
+
+        with student.evaluating():
+            seen = {"logits": student(IDS, logits).clone()}
+        for name, parameter in student.parameters.items():
+            if parameter.requires_grad:
+                seen[name] = safe_get_full_fp32_param(parameter).cpu().clone()
+        if runtime.comm.rank == 0:
+            save_file(seen, run.config.run_dir / "seen.safetensors")
+        directories.append(str(run.config.run_dir))
+        runtime.comm.barrier()
+    return directories
+
+
+def peak_of_export(runtime: Runtime, run: str, small: str) -> dict[str, int]:
+    """Bytes by which the peak grew while `run` was exported, after one of `small`."""
+    assert main([small]) == 0
+    before = rss_bytes()
+    reset_peak()
+    assert main([run, "--max-shard-gb", "0.1"]) == 0
+    files = list((Path(run) / "exports").glob("*/*.safetensors"))
+    return {"grown": peak_bytes() - before, "total": sum(file.stat().st_size for file in files), "files": len(files)}

@@ -1,0 +1,136 @@
+"""Perplexity and bits per byte by domain, against models and texts whose values are known."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from ddk_ds.comm import SingleProcess
+from ddk_ds.engine.model_files import ModelFiles, read_model
+from ddk_ds.engine.plain import load_model
+from ddk_ds.errors import DataError
+from ddk_ds.evaluation.perplexity import domain_score, open_held_out, score_domains
+from ddk_ds.kernels import LogitForm
+
+
+@pytest.fixture
+def files(tiny: Path) -> ModelFiles:
+    return read_model(tiny / "model", "MODEL")
+
+
+def whole_logits_losses(model: Any, samples: list[Any], vocab_size: int) -> list[float]:
+    """Each sample's summed loss by plain transformers and torch."""
+    with torch.no_grad():
+        losses = []
+        for sample in samples:
+            ids = torch.from_numpy(sample)[None]
+            logits = model(input_ids=ids).logits[0, :-1, :vocab_size].double()
+            losses.append(float(torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="sum")))
+    return losses
+
+
+def test_it_is_the_loss_over_whole_logits(tiny: Path, files: ModelFiles) -> None:
+    model, held_out = load_model(files.directory), open_held_out(tiny / "shards")
+    scores = score_domains(model, files, held_out, batch_size=4, limit=None)
+    assert [score.domain for score in scores] == ["plain", "accents"]
+    for score in scores:
+        samples = list(held_out.samples(score.domain, None))
+        losses = whole_logits_losses(model, samples, held_out.manifest.vocab_size)
+        assert score.samples == len(samples) >= 9
+        assert score.tokens == 31 * len(samples)
+        assert score.perplexity == pytest.approx(math.exp(sum(losses) / score.tokens), rel=1e-5)
+        assert score.bits_per_byte == pytest.approx(sum(losses) / math.log(2) / score.text_bytes, rel=1e-5)
+    first = score_domains(model, files, held_out, batch_size=1, limit=2)[0]
+    losses = whole_logits_losses(model, list(held_out.samples("plain", 2)), held_out.manifest.vocab_size)
+    assert first.perplexity == pytest.approx(math.exp(sum(losses) / 62), rel=1e-5)
+
+
+def test_a_model_that_knows_nothing_has_the_vocabularys_perplexity(tiny: Path, files: ModelFiles) -> None:
+    model, held_out = load_model(files.directory), open_held_out(tiny / "shards")
+    model.get_output_embeddings().weight.zero_()
+    for score in score_domains(model, files, held_out, batch_size=8, limit=None):
+        assert score.perplexity == pytest.approx(held_out.manifest.vocab_size, rel=1e-5)
+        assert score.bits_per_byte == pytest.approx(
+            math.log2(held_out.manifest.vocab_size) * score.tokens / score.text_bytes, rel=1e-5
+        )
+        assert score.perplexity_stderr == pytest.approx(0.0, abs=1e-3)
+
+
+def test_bytes_are_those_of_the_text(tiny: Path, files: ModelFiles) -> None:
+    """A character of two bytes counts as two; a token that is cut off its character as the three of U+FFFD."""
+    held_out = open_held_out(tiny / "shards")
+    plain, accents = score_domains(load_model(files.directory), files, held_out, batch_size=8, limit=None)
+    for score in (plain, accents):
+        split = held_out.manifest.domains[score.domain].validation
+        first_tokens = split.samples  # the first of each sample is not predicted
+        assert score.text_bytes == pytest.approx(split.bytes, rel=0.1)
+        assert score.tokens == split.tokens - first_tokens
+    assert accents.text_bytes / accents.tokens != plain.text_bytes / plain.tokens
+
+
+def test_a_models_logit_form_is_kept(tiny: Path, files: ModelFiles, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, held_out = load_model(files.directory), open_held_out(tiny / "shards")
+    plain = score_domains(model, files, held_out, batch_size=8, limit=3)[0]
+    monkeypatch.setitem(files.config, "logit_scale", 0.5)
+    assert files.logit_form == LogitForm(0.5, 0.0)
+    scaled = score_domains(model, files, held_out, batch_size=8, limit=3)[0]
+    model.get_output_embeddings().weight.mul_(0.5)
+    monkeypatch.delitem(files.config, "logit_scale")
+    assert scaled.perplexity == pytest.approx(
+        score_domains(model, files, held_out, batch_size=8, limit=3)[0].perplexity, rel=1e-5
+    )
+    assert scaled.perplexity != pytest.approx(plain.perplexity, rel=1e-3)
+
+
+def test_standard_errors_of_known_losses() -> None:
+    # Two samples of 10 tokens and 20 bytes: 10 and 30 nats.
+    score = domain_score("d", np.array([10.0, 30.0]), 10, [20, 20])
+    assert score.perplexity == pytest.approx(math.exp(2.0))
+    assert score.perplexity_stderr == pytest.approx(math.exp(2.0) * 1.0)  # per token 1 and 3: sd sqrt 2, over root 2
+    assert score.bits_per_byte == pytest.approx(1 / math.log(2))
+    assert score.bits_per_byte_stderr == pytest.approx(0.5 / math.log(2))  # 0.5 and 1.5 nats a byte
+    assert domain_score("d", np.array([10.0]), 10, [20]).perplexity_stderr is None
+
+
+def test_shards_of_another_tokenizer_are_refused(tiny: Path, tmp_path: Path) -> None:
+    held_out = open_held_out(tiny / "shards")
+    held_out.check_model(tiny / "model")
+    text = (tiny / "model" / "tokenizer.json").read_text().replace('"<|pad|>"', '"<|other|>"')
+    (tmp_path / "tokenizer.json").write_text(text)
+    with pytest.raises(DataError, match="another tokenizer"):
+        held_out.check_model(tmp_path)
+
+
+def test_it_is_the_perplexity_of_a_run(tiny: Path, files: ModelFiles) -> None:
+    """The evaluation in training, run on the same model without its engine."""
+    from contextlib import nullcontext
+
+    from ddk_ds.engine.head import OutputHead
+    from ddk_ds.methods import HeadOptions
+    from ddk_ds.train.evaluate import perplexities
+
+    model, held_out = load_model(files.directory), open_held_out(tiny / "shards")
+
+    class Plain:
+        """What `perplexities` asks of a student or teacher."""
+
+        def evaluating(self) -> Any:
+            return nullcontext()
+
+        def __call__(self, input_ids: torch.Tensor, function: Any) -> Any:
+            hidden = model.base_model(input_ids=input_ids).last_hidden_state.flatten(0, 1)
+            return function(hidden, OutputHead(model.lm_head.weight, None, files.logit_form))
+
+    batches = [
+        [(torch.from_numpy(sample)[None], torch.tensor([True])) for sample in held_out.samples(domain, None)]
+        for domain in held_out.manifest.domains
+    ]
+    options = HeadOptions(held_out.manifest.vocab_size, 64)
+    of_run = perplexities(Plain(), batches, options=options, device=torch.device("cpu"), comm=SingleProcess())  # type: ignore[arg-type]
+    scores = score_domains(model, files, held_out, batch_size=4, limit=None)
+    np.testing.assert_allclose([score.perplexity for score in scores], of_run, rtol=1e-5)

@@ -1,0 +1,116 @@
+"""The ledger's lines as events, and how they are handed on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+
+from ddk_ds.config import make_config
+from ddk_ds.engine.monitors import Event
+from ddk_ds.errors import ConfigError
+from ddk_ds.train.monitor import MonitorFeed, events
+
+STEP: dict[str, Any] = {
+    "kind": "step",
+    "step": 7,
+    "loss": 2.5,
+    "ce": 2.0,
+    "kl": 0.5,
+    "grad_norm": None,  # not finite
+    "learning_rate": 1e-3,
+    "method": {"mse": 0.25, "weights": [0.5, 0.5]},
+    "clock": {"step_s": 0.5, "teacher_s": 0.1, "tokens_per_s": 100.0, "peak_memory_gb": 1.5},
+}
+INTERVAL: dict[str, Any] = {
+    "kind": "interval",
+    "step": 8,
+    "student_ppl": {"a": 9.0, "b": 4.0},
+    "teacher_ppl": None,
+    "ratio": None,
+    "proportions": {"a": 0.75, "b": 0.25},
+    "domain_tokens": {"a": 30, "b": 10},
+    "alarms": ["one"],
+    "clock": {"measure_s": 2.0},
+}
+
+
+def test_a_step() -> None:
+    assert {(event.name, event.value, event.step) for event in events(STEP)} == {
+        ("loss/total", 2.5, 7),
+        ("loss/ce", 2.0, 7),
+        ("loss/kl", 0.5, 7),
+        ("optimizer/learning_rate", 1e-3, 7),
+        ("method/mse", 0.25, 7),
+        ("time/step_s", 0.5, 7),
+        ("time/teacher_s", 0.1, 7),
+        ("speed/tokens_per_s", 100.0, 7),
+        ("memory/peak_gb", 1.5, 7),
+    }
+
+
+def test_an_interval() -> None:
+    found = {event.name: event.value for event in events(INTERVAL)}
+    assert found == {
+        "student_ppl/a": 9.0,
+        "student_ppl/b": 4.0,
+        "proportion/a": 0.75,
+        "proportion/b": 0.25,
+        "domain_tokens/a": 30,
+        "domain_tokens/b": 10,
+        "mixture/alarms": 1,
+        "measurement/measure_s": 2.0,
+    }
+
+
+def test_the_mean_ratio() -> None:
+    found = {event.name: event.value for event in events({**INTERVAL, "ratio": {"a": 3.0, "b": 1.0}})}
+    assert (found["ratio/a"], found["mixture/mean_ratio"]) == (3.0, 2.0)
+
+
+def test_events_are_written_together_and_at_a_measurement() -> None:
+    written: list[list[Event]] = []
+    feed = MonitorFeed({"list": lambda batch: written.append(list(batch))}, 3600, pytest.fail)
+    feed.add(STEP)
+    feed.add(STEP)
+    assert written == []
+    assert feed.take_seconds() > 0
+    feed.add(INTERVAL)
+    assert [len(batch) for batch in written] == [9 + 9 + 8]
+    feed.flush()
+    assert len(written) == 1, "there was nothing to write"
+
+
+def test_a_monitor_that_fails_ends_nothing_but_itself() -> None:
+    said: list[str] = []
+    written: list[int] = []
+
+    def broken(batch: Sequence[Event]) -> None:
+        raise OSError("disk full")
+
+    feed = MonitorFeed({"csv": broken, "list": lambda batch: written.append(len(batch))}, 0, said.append)
+    feed.add(STEP)
+    feed.add(STEP)
+    assert written == [9, 9]
+    assert said == ["warning: monitor csv failed and is left out from here on: disk full"]
+
+
+def test_without_monitors_nothing_is_collected() -> None:
+    feed = MonitorFeed({}, 0, pytest.fail)
+    feed.add({})
+    assert feed.take_seconds() == 0
+
+
+@pytest.mark.parametrize(
+    ("monitor", "message"),
+    [
+        ({"prometheus_file": "run.txt"}, r"prometheus_file is run.txt: .*\*.prom"),
+        ({"wandb_entity": "us"}, "wandb_entity is us: set wandb_project"),
+        ({"tensorbord": True}, "did you mean 'tensorboard'"),
+    ],
+)
+def test_a_wrong_section_is_refused(monitor: dict[str, Any], message: str) -> None:
+    values: dict[str, Any] = {"name": "run", "student": {"path": "s"}, "teacher": {"path": "t"}, "data": {"path": "d"}}
+    with pytest.raises(ConfigError, match=message):
+        make_config({**values, "stop": {"steps": 2000}, "monitor": monitor}, "run.yaml")

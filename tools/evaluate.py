@@ -1,0 +1,163 @@
+"""Measure models on the paper's benchmarks, on held-out text by domain, and on CrossCodeEval (docs/evaluation.md).
+
+python tools/evaluate.py runs/demo/export models/teacher --suite paper --data data/benchmarks --allow-code-execution
+python tools/evaluate.py runs/demo/export --shards data/mine --out scores.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # where the project is not installed
+
+from ddk_ds.errors import ConfigError, UserError
+from ddk_ds.evaluation.results import ModelResult, as_json
+from ddk_ds.evaluation.run import Prepared, Request, measure, prepare, versions
+from ddk_ds.evaluation.suites import QUICK_LIMIT, SUITES, Chosen, choose
+from ddk_ds.evaluation.table import benchmark_table, code_table, domain_table
+from ddk_ds.files import nearest_existing, write_text
+from tools.stages import positive
+
+ROOT = Path(__file__).resolve().parents[1]
+PIPE_WIDTH = 240
+"""Columns of the table where no terminal says how many it has."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Returns the exit code: 0, or 2 after an error that the user can mend."""
+    options = parse_arguments(arguments)
+    console = Console(width=None if sys.stdout.isatty() else PIPE_WIDTH)
+    try:
+        wanted = [] if options.suite is None else choose(options.suite, options.tasks)
+        left_out = left_out_code(options, wanted)
+        _check_out(options.out)
+        with console.status("looking at models and data"):
+            prepared = prepare(_request(options, [chosen for chosen in wanted if chosen not in left_out]))
+        _tell_walls(prepared)
+        results = measure(
+            prepared,
+            lambda line: print(line, file=sys.stderr, flush=True),
+            lambda results: _save(options, prepared, left_out, results),
+        )
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    if prepared.loaded:
+        console.print(benchmark_table(results, wanted, left_out))
+    if prepared.languages:
+        console.print(code_table(results))
+    if prepared.held_out is not None:
+        console.print(domain_table(results))
+    return 0
+
+
+def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("models", nargs="+", metavar="MODEL", help="Hugging Face directory or hub name")
+    parser.add_argument("--suite", choices=tuple(SUITES), help="benchmarks and numbers of examples")
+    parser.add_argument("--tasks", type=lambda text: text.split(","), help="these of the suite alone, as a,b")
+    parser.add_argument("--data", type=Path, help="directory with the benchmarks' files; default: the hub")
+    parser.add_argument("--shards", type=Path, help="prepared data: perplexity and bits per byte of each domain")
+    parser.add_argument("--cross-code-eval", type=Path, help="directory with CrossCodeEval's files, by language")
+    parser.add_argument("--limit", type=positive, help="most documents of each task (of each subject)")
+    parser.add_argument("--batch-size", type=positive, default=8, help="default: %(default)s")
+    default = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", choices=("cpu", "cuda"), default=default, help="default: %(default)s")
+    parser.add_argument(
+        "--allow-code-execution", action="store_true", help="run the code that models write, shut in, for pass@1"
+    )
+    parser.add_argument("--out", type=Path, help="JSON file for every number")
+    options = parser.parse_args(arguments)
+    if options.tasks is not None and options.suite is None:
+        parser.error("--tasks names benchmarks of a --suite")
+    return options
+
+
+def left_out_code(options: argparse.Namespace, wanted: Sequence[Chosen]) -> list[Chosen]:
+    """Benchmarks that run generated code, where that is not allowed.
+
+    Raises ConfigError if one of them was asked for by its name, or nothing else is left.
+    """
+    if options.allow_code_execution:
+        return []
+    code = [chosen for chosen in wanted if chosen.benchmark.runs_code]
+    if code and (options.tasks is not None or len(code) == len(wanted)):
+        names = ", ".join(chosen.benchmark.name for chosen in code)
+        raise ConfigError(
+            f"--tasks: {names} would run code that the models write: add --allow-code-execution if you want that "
+            "(docs/evaluation.md says what it is shut in by)"
+        )
+    return code
+
+
+def _request(options: argparse.Namespace, benchmarks: list[Chosen]) -> Request:
+    limit = QUICK_LIMIT if options.limit is None and options.suite == "quick" else options.limit
+    return Request(
+        models=options.models,
+        benchmarks=benchmarks,
+        data=options.data,
+        shards=options.shards,
+        cross_code_eval=options.cross_code_eval,
+        limit=limit,
+        batch_size=options.batch_size,
+        device=options.device,
+    )
+
+
+def _check_out(path: Path | None) -> None:
+    if path is not None and not nearest_existing(path.parent).is_dir():
+        raise ConfigError(f"--out {path}: {nearest_existing(path.parent)} is a file")
+
+
+def _tell_walls(prepared: Prepared) -> None:
+    if prepared.walls is not None and not prepared.walls.network:
+        print(
+            "generated code keeps its network: this machine does not permit it a network namespace "
+            "(its writes are forbidden by Landlock)",
+            file=sys.stderr,
+        )
+
+
+def _save(
+    options: argparse.Namespace, prepared: Prepared, left_out: Sequence[Chosen], results: Sequence[ModelResult]
+) -> None:
+    if options.out is None:
+        return
+    request = prepared.request
+    content: dict[str, Any] = {
+        "suite": options.suite,
+        "left_out": [chosen.benchmark.name for chosen in left_out],
+        "models": [as_json(result) for result in results],
+        "limit": request.limit,
+        "batch_size": request.batch_size,
+        "device": request.device,
+        "dtype": "float32" if request.device == "cpu" else "the files'",
+        "data": "hub" if request.data is None else str(request.data),
+        "code_shut_in_by": None if prepared.walls is None else vars(prepared.walls),
+        "versions": versions(),
+        "commit": _commit(),
+    }
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    write_text(options.out, json.dumps(content, indent=1) + "\n")
+
+
+def _commit() -> str | None:
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    return done.stdout.strip() or None
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

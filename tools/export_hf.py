@@ -1,0 +1,184 @@
+"""Write the student of a run's checkpoint as a Hugging Face directory, also while the run goes on.
+
+    python tools/export_hf.py RUN [--step S] [--dtype bf16|fp32] [--out DIR]
+
+Needs no GPU; one tensor at a time is in memory. Trained weights are the checkpoint's float32 masters: --dtype fp32
+keeps them as they are, bf16 rounds them as the run itself does for its export at the end. README.md in it is a model
+card.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # where the project is not installed
+
+from ddk_ds.comm import SingleProcess
+from ddk_ds.config import Config, load_config
+from ddk_ds.engine.export import CheckpointExport
+from ddk_ds.engine.export_target import check_room, check_target
+from ddk_ds.engine.model_files import ModelFiles, check_code, model_directory, read_model
+from ddk_ds.engine.zero_shards import UniversalShards, ZeroShards
+from ddk_ds.errors import CheckpointError, ConfigError, UserError
+from ddk_ds.files import size_and_xxh64
+from ddk_ds.train.checkpoint_files import TAG, Manifest, complete_ones, read_manifest
+from ddk_ds.train.model_card import companions
+from ddk_ds.train.state import RunState
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+_ROOM = 1.01  # of the weights: what lies beside them
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A complete checkpoint of a run."""
+
+    directory: Path
+    manifest: Manifest
+
+    @property
+    def universal(self) -> bool:
+        """Whether it is in DeepSpeed's universal form."""
+        return bool(self.manifest.source)
+
+    @property
+    def files(self) -> list[str]:
+        """Those that an export reads, below the directory: none of the optimizer's moments beside the shards."""
+        skipped = ("exp_avg.pt", "exp_avg_sq.pt")
+        return [name for name in sorted(self.manifest.files) if Path(name).name not in skipped]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Returns 0, or 2 for an error that the user can mend."""
+    options = _parse(arguments)
+    console = Console()
+    try:
+        with Progress(
+            *(TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn()),
+            console=console,
+            transient=True,
+        ) as bar:
+            out, about = export(options, bar)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    console.print(f"{out}: {about}", soft_wrap=True, highlight=False)
+    return 0
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("run", type=Path, metavar="RUN", help="directory of the run")
+    parser.add_argument("--step", type=int, help="step of the checkpoint (default: the newest complete one)")
+    parser.add_argument("--dtype", choices=tuple(DTYPES), help="of the weights (default: the run's train.precision)")
+    parser.add_argument("--out", type=Path, help="directory to write (default: RUN/exports/step-<step>-<dtype>)")
+    parser.add_argument("--max-shard-gb", type=float, default=5.0, help="size of a file, 10^9 bytes (default: 5)")
+    parser.add_argument("--student", help="where the model that the run began with is now, if not at student.path")
+    parser.add_argument("--overwrite", action="store_true", help="replace a model's directory at --out")
+    return parser.parse_args(arguments)
+
+
+def export(options: argparse.Namespace, bar: Progress) -> tuple[Path, str]:
+    """Do what the command line asks for; returns the directory and a line about it."""
+    if not options.max_shard_gb > 0:
+        raise ConfigError(f"--max-shard-gb {options.max_shard_gb:g}: must be above 0")
+    config = read_config(options.run, options.student)
+    checkpoint = find_checkpoint(options.run, options.step)
+    manifest = checkpoint.manifest
+    dtype = options.dtype or config.train.precision
+    out = options.out or options.run / "exports" / f"step-{manifest.step:08d}-{dtype}"
+    check_target(out, overwrite=options.overwrite)
+    files = student_files(config, manifest)
+    _keep_apart(out, (options.run, files.directory))
+    try:
+        verify(checkpoint, bar)
+        state = checkpoint.directory / TAG
+        shards = UniversalShards(state) if checkpoint.universal else ZeroShards(state, manifest.world_size)
+        work = CheckpointExport(shards, files, DTYPES[dtype], trusted=config.student.trust_remote_code)
+        check_room(out, int(_ROOM * work.num_bytes))
+        beside = companions(options.run, config, files, RunState.from_json(shards.model["run"]), manifest.versions)
+        task = bar.add_task("writing", total=work.num_bytes)
+        work.write(out, beside, int(options.max_shard_gb * 1e9), lambda num_bytes: bar.advance(task, num_bytes))
+    except OSError as error:
+        if not checkpoint.directory.is_dir():
+            gone = f"{checkpoint.directory} was deleted while it was read"
+            raise CheckpointError(f"{gone}: {_names(options.run)}") from error
+        raise CheckpointError(f"--out {out} cannot be written: {error}") from error
+    return out, f"step {manifest.step:,}, {dtype}, {len(work.specs):,} tensors, {work.num_bytes:,} bytes"
+
+
+def read_config(run: Path, student: str | None) -> Config:
+    """The run's resolved configuration. Raises CheckpointError where no run is there."""
+    path = run / "config.yaml"
+    if not path.is_file() or not (run / "checkpoints").is_dir():
+        raise CheckpointError(f"{run}: holds no config.yaml and checkpoints/: give the directory of a run")
+    return load_config(path, [] if student is None else [f"student.path={student}"])
+
+
+def find_checkpoint(run: Path, step: int | None) -> Checkpoint:
+    """The run's complete checkpoint of that step, or the newest. Raises CheckpointError naming those that are there."""
+    there = {found.manifest.step: found for found in reversed(list(_checkpoints(run)))}
+    if not there:
+        raise CheckpointError(f"{run}/checkpoints: none is complete yet; wait for the run's next one")
+    if step is not None and step not in there:
+        raise CheckpointError(f"--step {step}: {_names(run)}")
+    return there[max(there) if step is None else step]
+
+
+def _checkpoints(run: Path) -> Iterator[Checkpoint]:
+    """Every complete one; of a step that has two forms the shards first."""
+    yield from (Checkpoint(*found) for found in complete_ones(run / "checkpoints"))
+    for directory in (run / "checkpoints").glob("universal-*"):
+        manifest = read_manifest(directory)
+        if manifest is not None:
+            yield Checkpoint(directory, manifest)
+
+
+def _names(run: Path) -> str:
+    steps = sorted({found.manifest.step for found in _checkpoints(run)})
+    return f"{run} has complete checkpoints of steps {', '.join(map(str, steps)) or 'none'}"
+
+
+def student_files(config: Config, manifest: Manifest) -> ModelFiles:
+    """The model that the run began with. Raises ConfigError where it is not there, or is another by now."""
+    directory = model_directory(config.student.path, "student.path", SingleProcess())
+    files = read_model(directory, "student.path")
+    check_code(files, "student", trusted=config.student.trust_remote_code)
+    if files.fingerprint != manifest.run["content.student"]:
+        raise ConfigError(
+            f"student.path: {directory} is not the model that the run began with, its files have changed: name that by "
+            "--student"
+        )
+    return files
+
+
+def verify(checkpoint: Checkpoint, bar: Progress) -> None:
+    """Hash what is going to be read. Raises CheckpointError naming a file that is not what its hash says."""
+    files = checkpoint.manifest.files
+    task = bar.add_task("verifying", total=sum(files[name][0] for name in checkpoint.files))
+    for name in checkpoint.files:
+        if size_and_xxh64(checkpoint.directory / name) != tuple(files[name]):
+            raise CheckpointError(
+                f"{checkpoint.directory / name} is damaged, it is not what its hash says: give another --step"
+            )
+        bar.advance(task, files[name][0])
+
+
+def _keep_apart(out: Path, sources: Sequence[Path]) -> None:
+    for source in sources:
+        if source.resolve().is_relative_to(out.resolve()):
+            raise CheckpointError(f"--out {out}: {source} lies there, which the export is made from: name another")
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

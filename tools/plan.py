@@ -1,0 +1,146 @@
+"""What a run will take of memory, time, disks and network, before a queue is joined: no GPU, no weights, seconds.
+
+    python tools/plan.py --config my.yaml --nodes 2 --gpus-per-node 8 --gpu a100-80g [key=value ...]
+
+The models may be directories with weights, directories with config.json alone, or hub names of which configs/models/
+has the configuration (docs/planning.md says what is assumed, and where the plan is off).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # where the project is not installed
+
+from ddk_ds.config import Config, load_config
+from ddk_ds.errors import ConfigError, UserError
+from ddk_ds.files import write_text
+from ddk_ds.planner.data import DataFacts, find_data
+from ddk_ds.planner.gpus import GPUS, Cluster, find_gpu
+from ddk_ds.planner.known_points import known_points
+from ddk_ds.planner.memory import Models
+from ddk_ds.planner.models import find_model
+from ddk_ds.planner.plan import DEFAULT_MFU, DEFAULT_STORAGE_BYTES_PER_S, Plan, Speed, make_plan, plan_json
+from ddk_ds.planner.scaling import Curve, scaling
+from tools.plan_report import draw, known_points_table, plan_tables, scaling_table
+
+MODELS = Path(__file__).resolve().parents[1] / "configs/models"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Returns 0, also for a run that does not fit; 2 for an error that the user can mend."""
+    options = _parse(arguments)
+    # To a file a table is as wide as it needs.
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
+    try:
+        if options.known_points:
+            console.print(known_points_table(known_points()))
+            return 0
+        plan, curves = _plan(options)
+        for table in plan_tables(plan):
+            console.print(table)
+        if curves:
+            console.print(scaling_table(curves))
+            draw(curves, plan, options.scaling)
+            console.print(f"{options.scaling}", soft_wrap=True)
+        if options.json is not None:
+            _write_json(options.json, plan, curves)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--config", type=Path, help="YAML file of the run")
+    parser.add_argument("--nodes", type=int, default=1, help="default: %(default)s")
+    parser.add_argument("--gpus-per-node", type=int, default=8, help="default: %(default)s")
+    parser.add_argument("--gpu", help=f"one of {', '.join(GPUS)}, or a YAML file of its figures (docs/planning.md)")
+    speed = parser.add_mutually_exclusive_group()
+    speed.add_argument("--mfu", type=float, help=f"share of the GPU's peak that a step reaches (default {DEFAULT_MFU})")
+    speed.add_argument("--tokens-per-s-per-gpu", type=float, help="measured speed of this run, in place of an MFU")
+    parser.add_argument("--link-gb-s", type=float, help="network between nodes, GB/s for each GPU, one direction")
+    storage = DEFAULT_STORAGE_BYTES_PER_S / 1e9
+    parser.add_argument(
+        "--storage-gb-s", type=float, default=storage, help="GB/s that checkpoints are written at (%(default)s)"
+    )
+    parser.add_argument("--models", type=Path, action="append", help="directory of <model>.json, before configs/models")
+    parser.add_argument("--json", type=Path, help="write all of it to this file")
+    parser.add_argument("--scaling", type=Path, help="simulate 2 to 1,024 GPUs and draw that (.png, .svg or .pdf)")
+    parser.add_argument("--known-points", action="store_true", help="the simulated step beside published throughputs")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="configuration values")
+    options = parser.parse_intermixed_args(arguments)
+    if not options.known_points and (options.config is None or options.gpu is None):
+        parser.error("--config and --gpu are needed, but for --known-points")
+    return options
+
+
+def _plan(options: argparse.Namespace) -> tuple[Plan, list[Curve]]:
+    config = load_config(options.config, options.overrides)
+    cluster, speed = _cluster(options), _speed(options)
+    directories = (*(options.models or ()), MODELS)
+    length = config.data.sequence_length
+    student = find_model(config.student.path, "student.path", directories, length)
+    teacher = None
+    if config.teacher is not None:
+        teacher = find_model(config.teacher.path, "teacher.path", directories, length)
+    data = find_data(config, student.shape.head // max(1, student.shape.hidden))
+    models = Models(student, teacher, data.vocab_size)
+    plan = make_plan(config, models, data, cluster, speed)
+    return plan, _curves(config, models, cluster, data, speed) if options.scaling is not None else []
+
+
+def _curves(config: Config, models: Models, cluster: Cluster, data: DataFacts, speed: Speed) -> list[Curve]:
+    return scaling(config, models, cluster, domains=data.domains, storage_bytes_per_s=speed.storage_bytes_per_s)
+
+
+def _cluster(options: argparse.Namespace) -> Cluster:
+    for name in ("nodes", "gpus_per_node"):
+        value = getattr(options, name)
+        if value < 1:
+            raise ConfigError(f"--{name.replace('_', '-')} {value}: give 1 or more")
+    gpu = find_gpu(options.gpu)
+    if options.link_gb_s is not None:
+        gpu = gpu.model_copy(update={"network_bytes_per_s": 1e9 * _positive("--link-gb-s", options.link_gb_s)})
+    return Cluster(gpu, options.nodes, options.gpus_per_node)
+
+
+def _speed(options: argparse.Namespace) -> Speed:
+    storage = 1e9 * _positive("--storage-gb-s", options.storage_gb_s)
+    if options.tokens_per_s_per_gpu is not None:
+        measured = _positive("--tokens-per-s-per-gpu", options.tokens_per_s_per_gpu)
+        return Speed(None, measured, storage)
+    mfu = DEFAULT_MFU if options.mfu is None else options.mfu
+    if not 0 < mfu <= 1:
+        raise ConfigError(f"--mfu {mfu:g}: give a share of the peak, above 0 and at most 1 (0.4 is 40 %)")
+    return Speed(mfu, None, storage)
+
+
+def _positive(name: str, value: float) -> float:
+    if not (math.isfinite(value) and value > 0):
+        raise ConfigError(f"{name} {value:g}: give a number above 0")
+    return value
+
+
+def _write_json(path: Path, plan: Plan, curves: list[Curve]) -> None:
+    values: dict[str, Any] = {**plan_json(plan), "scaling": [asdict(curve) for curve in curves]}
+    try:
+        write_text(path, json.dumps(values, indent=1) + "\n")
+    except OSError as error:
+        raise ConfigError(f"--json {path}: cannot be written: {error.strerror}") from error
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
