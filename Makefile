@@ -1,6 +1,8 @@
 # make demo   set up, then the whole way on real text: tokenizer, data, models, DDK, and equal sampling beside it
 # make test   set up, then lint, types and tests
 # make test-full   that, then the long tests and 50 real faults; results go to docs/results/
+# make docs-check  every command, key and link that the documentation shows; docs/configuration.md is made anew by
+#                  python tools/config_reference.py
 # Set-up is done once, in .venv; PYTHON=python3.12 names another interpreter for it.
 
 PYTHON ?= python3
@@ -12,7 +14,7 @@ INSTALLED := .venv/.installed
 READY := .venv/.ready
 DATA := runs/demo-data
 
-.PHONY: setup demo clean-demo test test-full lint
+.PHONY: setup demo clean-demo test test-full lint docs-check
 .NOTPARALLEL:
 
 setup: $(READY)
@@ -73,3 +75,7 @@ lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs-check: $(READY)
+	$(BIN)/python tools/docs_check.py
+	$(BIN)/python tools/config_reference.py --check

@@ -35,6 +35,9 @@ class Comm(Protocol):
     def broadcast_in_node(self, tensor: torch.Tensor) -> None:
         """Overwrite `tensor` with that of the node's first rank."""
 
+    def group_within(self, place: str) -> Any:
+        """The process group of this rank's `place`: node, or gpu (this rank alone); None for the world."""
+
     def barrier(self) -> None:
         """Wait for every rank."""
 
@@ -59,6 +62,9 @@ class SingleProcess:
         return [value]
 
     def broadcast_in_node(self, tensor: torch.Tensor) -> None:
+        return None
+
+    def group_within(self, place: str) -> Any:
         return None
 
     def barrier(self) -> None:
@@ -100,6 +106,11 @@ class ProcessGroup:
 
     def broadcast_in_node(self, tensor: torch.Tensor) -> None:
         dist.broadcast(tensor, src=self._node_first, group=self._node_group)
+
+    def group_within(self, place: str) -> Any:
+        if place == "world":
+            return None
+        return self._node_group if place == "node" else dist.new_group([self.rank], use_local_synchronization=True)
 
     def barrier(self) -> None:
         dist.barrier()

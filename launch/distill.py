@@ -18,6 +18,7 @@ from ddk_ds.comm import Comm, SingleProcess, agreed, destroy
 from ddk_ds.config import Config, load_config, to_yaml
 from ddk_ds.errors import UserError
 from ddk_ds.redact import redact
+from ddk_ds.run_files import is_finished
 
 if TYPE_CHECKING:
     from ddk_ds.engine.runtime import Runtime
@@ -52,7 +53,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="deepspeed launch/distill.py", description="Distil a student by a YAML configuration."
+        prog="deepspeed launch/distill.py",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     parser.add_argument("--config", required=True, help="YAML file of the run, see configs/")
     parser.add_argument("--print-config", action="store_true", help="show the resolved configuration and exit")
@@ -70,7 +74,6 @@ def _run(config: Config, *, dry_run: bool, preflight: bool) -> int:
     from ddk_ds.engine.runtime import start_runtime
     from ddk_ds.train.inputs import check_inputs
     from ddk_ds.train.run_dir import check_run_dir, claim_run_dir, run_identity
-    from ddk_ds.train.summary import is_finished
 
     runtime = start_runtime() if "RANK" in os.environ else None
     comm: Comm = SingleProcess() if runtime is None else runtime.comm

@@ -41,7 +41,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="launch/preflight.py", description="Check a run before it starts.")
+    parser = argparse.ArgumentParser(
+        prog="launch/preflight.py",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
     parser.add_argument("--config", required=True, help="YAML file of the run, see configs/")
     parser.add_argument("--ranks", type=int, help="without a launcher: number of ranks that the run will have")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there too")

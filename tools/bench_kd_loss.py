@@ -69,17 +69,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Time, memory and error of the distillation losses.")
-    parser.add_argument("--case", action="append", default=[], metavar="n,V,Hs,Ht[,dtype]", help="repeatable")
-    parser.add_argument("--only", action="append", choices=NAMES, help="repeatable; default: all")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument(
+        "--case",
+        action="append",
+        default=[],
+        metavar="n,V,Hs,Ht[,dtype]",
+        help="tokens, vocabulary, hidden sizes; repeatable",
+    )
+    parser.add_argument("--only", action="append", choices=NAMES, help="this loss; repeatable (default: all)")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", choices=("cpu", "cuda"), default=device, help="default: %(default)s")
     parser.add_argument("--repeats", type=int, default=5, choices=range(1, 100), metavar="N", help="timed calls each")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of the CPU")
-    parser.add_argument("--gamma", type=float, default=0.5)
-    parser.add_argument("--temperature", type=float, default=1.0)
+    parser.add_argument("--gamma", type=float, default=0.5, help="weight of the KL (default: %(default)s)")
+    parser.add_argument("--temperature", type=float, default=1.0, help="of both softmaxes (default: %(default)s)")
     parser.add_argument("--near-teacher", action="store_true", help="errors of the KL alone, from 10 to 1e-4 nats")
-    parser.add_argument("--json", type=Path, metavar="FILE")
-    parser.add_argument("--picture", type=Path, metavar="FILE.png", help="needs matplotlib")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="file for the numbers")
+    parser.add_argument("--picture", type=Path, metavar="FILE.png", help="file for a picture; needs matplotlib")
     return parser.parse_args(arguments)
 
 

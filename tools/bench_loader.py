@@ -214,7 +214,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--samples", type=int, default=16_384, help="of an interval (default: %(default)s)")
     parser.add_argument("--sequence-length", type=int, default=2048, help="tokens of a sample (default: %(default)s)")
     parser.add_argument("--repeats", type=int, default=3, help="of each reading (default: %(default)s)")
-    parser.add_argument("--json", type=Path, metavar="FILE")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="file for the numbers")
     options = parser.parse_args(arguments)
     unit = MICRO_BATCH * NUM_DOMAINS
     if options.samples < 64 * unit or options.samples % unit:

@@ -69,15 +69,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("--config", type=Path, help="YAML file that all runs share")
     columns = parser.add_mutually_exclusive_group()
-    columns.add_argument("--methods", type=lambda text: text.split(","), help=f"default: {','.join(METHODS)}")
+    columns.add_argument("--methods", type=lambda text: text.split(","), help=f"as a,b (default: {','.join(METHODS)})")
     columns.add_argument("--grid", type=Path, help="YAML file with variants: {label: [key=value, ...]}")
-    parser.add_argument("--seeds", type=positive, default=3, help="runs of each, with seeds 0, 1, ...; default 3")
+    parser.add_argument(
+        "--seeds", type=positive, default=3, help="runs of each, with seeds 0, 1, ... (default: %(default)s)"
+    )
     parser.add_argument("--out", type=Path, required=True, help="directory of the runs and of the report")
-    parser.add_argument("--ranks", type=positive, help="of each run; default: one for each accelerator of the machine")
-    parser.add_argument("--baseline", help="what the others are held against; default: the first of them")
+    parser.add_argument("--ranks", type=positive, help="of each run (default: one for each accelerator of the machine)")
+    parser.add_argument("--baseline", help="what the others are held against (default: the first of them)")
     parser.add_argument("--stop-on-error", action="store_true", help="end with the first run that fails")
     parser.add_argument("--report-only", action="store_true", help="report on the runs that are there, run nothing")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="configuration values for all runs")

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from ddk_ds.errors import DataError
-from ddk_ds.train.summary import is_finished, read_summary
+from ddk_ds.run_files import is_finished, read_summary
 from tools.run_cost import RunCost, run_cost, start_event
 from tools.stages import SUFFIXES
 

@@ -127,7 +127,8 @@ def _default(field: FieldInfo) -> str:
 def _presets() -> str:
     rows = [["method", "mixture.controller", "loss.divergence", "teacher"], ["---"] * 4]
     for name, preset in METHODS.items():
-        rows.append([f"`{name}`", preset.controller, preset.divergence or "not computed", "yes" if preset.teacher else "no"])
+        divergence, teacher = preset.divergence or "not computed", "yes" if preset.teacher else "no"
+        rows.append([f"`{name}`", preset.controller, divergence, teacher])
     table = "\n".join("| " + " | ".join(row) + " |" for row in rows)
     return f"## What a method sets\n\nUnless the configuration sets the key itself (docs/methods.md).\n\n{table}\n"
 

@@ -12,20 +12,21 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from rich.console import Console
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # where the project is not installed
 
 from ddk_ds.errors import ConfigError, UserError
 from ddk_ds.evaluation.results import ModelResult, as_json
-from ddk_ds.evaluation.run import Prepared, Request, measure, prepare, versions
-from ddk_ds.evaluation.suites import QUICK_LIMIT, SUITES, Chosen, choose
+from ddk_ds.evaluation.suites import SUITES, Chosen, choose
 from ddk_ds.evaluation.table import benchmark_table, code_table, domain_table
 from ddk_ds.files import nearest_existing, write_text
 from tools.stages import positive
+
+if TYPE_CHECKING:
+    from ddk_ds.evaluation.run import Prepared, Request
 
 ROOT = Path(__file__).resolve().parents[1]
 PIPE_WIDTH = 240
@@ -35,6 +36,8 @@ PIPE_WIDTH = 240
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit code: 0, or 2 after an error that the user can mend."""
     options = parse_arguments(arguments)
+    from ddk_ds.evaluation.run import measure, prepare  # torch and transformers: seconds that --help need not wait
+
     console = Console(width=None if sys.stdout.isatty() else PIPE_WIDTH)
     try:
         wanted = [] if options.suite is None else choose(options.suite, options.tasks)
@@ -52,7 +55,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     if prepared.loaded:
-        console.print(benchmark_table(results, wanted, left_out))
+        request = prepared.request
+        console.print(benchmark_table(results, request.benchmarks, left_out, request.benchmark_limit))
     if prepared.languages:
         console.print(code_table(results))
     if prepared.held_out is not None:
@@ -73,8 +77,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--cross-code-eval", type=Path, help="directory with CrossCodeEval's files, by language")
     parser.add_argument("--limit", type=positive, help="most documents of each task (of each subject)")
     parser.add_argument("--batch-size", type=positive, default=8, help="default: %(default)s")
-    default = "cuda" if torch.cuda.is_available() else "cpu"
-    parser.add_argument("--device", choices=("cpu", "cuda"), default=default, help="default: %(default)s")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where torch sees a GPU")
     parser.add_argument(
         "--allow-code-execution", action="store_true", help="run the code that models write, shut in, for pass@1"
     )
@@ -103,16 +106,18 @@ def left_out_code(options: argparse.Namespace, wanted: Sequence[Chosen]) -> list
 
 
 def _request(options: argparse.Namespace, benchmarks: list[Chosen]) -> Request:
-    limit = QUICK_LIMIT if options.limit is None and options.suite == "quick" else options.limit
+    from ddk_ds.evaluation.run import Request, default_device
+
     return Request(
         models=options.models,
         benchmarks=benchmarks,
         data=options.data,
         shards=options.shards,
         cross_code_eval=options.cross_code_eval,
-        limit=limit,
+        limit=options.limit,
+        quick=options.suite == "quick",
         batch_size=options.batch_size,
-        device=options.device,
+        device=options.device or default_device(),
     )
 
 
@@ -135,12 +140,15 @@ def _save(
 ) -> None:
     if options.out is None:
         return
+    from ddk_ds.evaluation.run import versions
+
     request = prepared.request
     content: dict[str, Any] = {
         "suite": options.suite,
         "left_out": [chosen.benchmark.name for chosen in left_out],
         "models": [as_json(result) for result in results],
         "limit": request.limit,
+        "benchmark_limit": request.benchmark_limit,
         "batch_size": request.batch_size,
         "device": request.device,
         "dtype": "float32" if request.device == "cpu" else "the files'",

@@ -1,4 +1,4 @@
-"""Harms small real runs and holds what becomes of them against an undisturbed one.
+"""Harm small real runs and hold what becomes of them against an undisturbed one.
 
 python tools/fault_campaign.py --runs 50 --seed 1 --json docs/results/fault_campaign.json
 
@@ -74,13 +74,15 @@ class Outcome:
 
 def main() -> int:
     """Returns 0 if every run came through."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--runs", type=int, default=50, help="runs, each with one fault")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--runs", type=int, default=50, help="runs, each with one fault (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of kinds, moments and numbers of ranks")
     parser.add_argument("--ranks", type=int, default=2, help="ranks of every run up to its fault")
     parser.add_argument("--other-ranks", type=int, nargs="*", default=[1, 3], help="ranks that some go on with")
     parser.add_argument("--json", type=Path, help="file for the result")
-    parser.add_argument("--keep", type=Path, help="directory for the runs, kept; default: a temporary one")
+    parser.add_argument("--keep", type=Path, help="directory for the runs, kept (default: a temporary one)")
     options = parser.parse_args()
     console = Console(highlight=False, soft_wrap=True)
     with tempfile.TemporaryDirectory(prefix="faults-") if options.keep is None else nullcontext(options.keep) as folder:

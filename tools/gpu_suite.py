@@ -33,7 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # where the projec
 from ddk_ds.engine.profile import FULL, QUICK, Setting, step_flops, utilisation
 from ddk_ds.errors import UserError
 from ddk_ds.files import write_text
-from ddk_ds.train.ledger import read_ledger
+from ddk_ds.run_files import read_ledger
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("torch", "triton", "deepspeed", "transformers")

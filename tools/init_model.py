@@ -15,11 +15,13 @@ from ddk_ds.errors import UserError
 
 def main() -> int:
     """Returns the exit code."""
-    parser = argparse.ArgumentParser(description="Make a model with random weights.")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("--config", type=Path, required=True, help="JSON with the model's Hugging Face configuration")
     parser.add_argument("--tokenizer", type=Path, required=True, help="directory of the tokenizer it is to use")
     parser.add_argument("--out", type=Path, required=True, help="directory to write; must not exist")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the weights")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the weights (default: %(default)s)")
     parser.add_argument(
         "--device", choices=("cpu", "cuda"), default="cpu", help="what draws them (default: %(default)s)"
     )

@@ -1,4 +1,4 @@
-"""The stages of each method, each a run of launch/distill.py of its own, and how they are started.
+"""Run all stages of a method, each a run of launch/distill.py of its own.
 
     python tools/stages.py --config my.yaml --method doremi --ranks 2 [key=value ...]
 
@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `python tools/..
 from ddk_ds.config import Config, load_config
 from ddk_ds.config.methods import METHODS as SINGLE_STAGE
 from ddk_ds.errors import CheckpointError, ConfigError, UserError
-from ddk_ds.train.summary import is_finished
+from ddk_ds.run_files import is_finished
 
 DISTIL = Path(__file__).resolve().parents[1] / "launch/distill.py"
 EXIT_INTERRUPTED = 75
@@ -233,10 +233,14 @@ def positive(text: str) -> int:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit code: 0 done, 1 a stage failed, 2 an error that the user can mend, 75 interrupted."""
-    parser = argparse.ArgumentParser(description="Run all stages of one method.")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("--config", type=Path, required=True, help="YAML file of the run")
-    parser.add_argument("--method", required=True, choices=tuple(STAGES))
-    parser.add_argument("--ranks", type=positive, help="default: one for each accelerator of the machine")
+    parser.add_argument("--method", required=True, choices=tuple(STAGES), help="method of all its stages")
+    parser.add_argument(
+        "--ranks", type=positive, help="of each stage (default: one for each accelerator of the machine)"
+    )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="configuration values to replace")
     options = parser.parse_intermixed_args(arguments)
     try:

@@ -14,12 +14,15 @@ from rich.console import Console
 from rich.table import Table
 
 from ddk_ds.errors import UserError
-from ddk_ds.train.summary import read_summary, summary_table
+from ddk_ds.run_files import read_summary
+from ddk_ds.train.summary import summary_table
 
 
 def main() -> int:
     """Returns the exit code."""
-    parser = argparse.ArgumentParser(description="Show the results of finished runs.")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="directory of a finished run")
     options = parser.parse_args()
     console = Console()

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 from pydantic import Field, model_validator
 
 from ddk_ds.config.methods import METHODS, MethodSections
+from ddk_ds.config.models import Student, Teacher
 from ddk_ds.config.monitor import Monitor
 from ddk_ds.config.sections import (
     Checkpoint,
@@ -16,11 +17,9 @@ from ddk_ds.config.sections import (
     Limits,
     Loss,
     Mixture,
-    Model,
     Natural,
     Optimizer,
     Stop,
-    Student,
     Train,
 )
 from ddk_ds.errors import ConfigError
@@ -39,7 +38,7 @@ class Config(MethodSections):
     """Seed of the data order and of dropout."""
     student: Student
     """The model in training."""
-    teacher: Model | None = None
+    teacher: Teacher | None = None
     """The frozen model that a method compares with; for doremi_proxy its reference model. cpt has none."""
     data: Data
     mixture: Mixture = Mixture()

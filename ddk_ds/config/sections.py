@@ -40,28 +40,6 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
 
 
-class Model(Section):
-    """A Hugging Face causal language model."""
-
-    path: str
-    """Directory or hub name of the model: config.json, safetensors weights, tokenizer."""
-    attn_implementation: Literal["sdpa", "flash_attention_2", "eager"] = "sdpa"
-    """Attention kernel that transformers is asked for."""
-    offload_params: Literal["none", "cpu", "nvme"] = "none"
-    """Where the sharded parameters rest between uses."""
-    trust_remote_code: bool = False
-    """Run the Python code that the model's directory brings along; only for code that you have read."""
-    leaf_modules: tuple[str, ...] = ()
-    """Class names that ZeRO-3 gathers as one (mixture-of-experts blocks)."""
-
-
-class Student(Model):
-    """The model in training."""
-
-    gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory, about a third more student compute."""
-
-
 class Data(Section):
     """Per-domain MDS shards made by tools/prepare_data.py."""
 

@@ -18,6 +18,7 @@ from torch import nn
 
 from ddk_ds.comm import Comm
 from ddk_ds.config import Config
+from ddk_ds.engine.layers import layers_of
 from ddk_ds.engine.model_files import ModelFiles
 from ddk_ds.errors import ConfigError
 from ddk_ds.files import size_and_xxh64
@@ -75,7 +76,7 @@ class LayerTaps:
     def __init__(self, backbone: nn.Module, layers: Sequence[int], depth: int) -> None:
         self._taken: dict[int, torch.Tensor] | None = None
         self._order = tuple(layers)
-        blocks = _blocks(backbone, depth)
+        blocks = layers_of(backbone, depth)
         for layer in set(layers):
             blocks[layer].register_forward_hook(self._hook(layer))
 
@@ -171,10 +172,3 @@ def write_filters(filters: LayerFilters, path: Path, comm: Comm) -> None:
         save_file(values, partial)
         partial.replace(path)
     comm.barrier()
-
-
-def _blocks(backbone: nn.Module, depth: int) -> nn.ModuleList:
-    for module in backbone.modules():
-        if isinstance(module, nn.ModuleList) and len(module) == depth:
-            return module
-    raise ConfigError(f"{type(backbone).__name__} has no list of {depth} layers: TED cannot match its layers")

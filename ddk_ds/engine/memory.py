@@ -262,9 +262,11 @@ def _passes(
 
 def _activations(config: Config, shape: ModelShape, tokens: int, compute: int) -> int:
     layer = _layer_activations(config.student, shape, tokens, config.data.sequence_length, compute)
+    # Gradients on their way back through an MLP, beside what it keeps.
+    passing = 2 * tokens * shape.intermediate * compute
     if config.student.gradient_checkpointing:
-        return shape.layers * tokens * shape.hidden * compute + layer
-    return shape.layers * layer
+        return shape.layers * tokens * shape.hidden * compute + layer + passing
+    return shape.layers * layer + passing
 
 
 def _layer_activations(model: Model, shape: ModelShape, tokens: int, length: int, compute: int) -> int:

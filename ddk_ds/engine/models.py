@@ -1,4 +1,4 @@
-"""Teacher and student on their ZeRO-3 engines."""
+"""The student on its ZeRO-3 engine, and what both models are built by."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from ddk_ds.comm import Comm
 from ddk_ds.config import Config, Model
 from ddk_ds.engine.compat import no_init_weights
-from ddk_ds.engine.ds_config import student_ds_config, teacher_ds_config
-from ddk_ds.engine.filters import FilterShape, LayerFilters, LayerTaps, build_filters
-from ddk_ds.engine.head import FrozenHead, HeadFunction, StudentRoot
+from ddk_ds.engine.ds_config import student_ds_config
+from ddk_ds.engine.filters import FilterShape, LayerFilters, build_filters
+from ddk_ds.engine.head import HeadFunction, StudentRoot
 from ddk_ds.engine.host_memory import freed_at_once
 from ddk_ds.engine.model_files import ModelFiles
 from ddk_ds.engine.shard_files import ShardWriter
@@ -119,45 +119,6 @@ class Student:
             self.engine.optimizer.parameter_offload.get_param_coordinator().release_and_reset_all(self.engine.module)
 
 
-class Teacher:
-    """The frozen model: a backbone on an engine without optimizer, and its head beside it."""
-
-    def __init__(self, engine: Any, head: FrozenHead, taps: LayerTaps | None, clock: StageClock) -> None:
-        self.engine = engine
-        self.head = head
-        self._taps = taps
-        self._clock = clock
-
-    @torch.inference_mode()
-    def hidden(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """input_ids (B, L) -> last hidden states (B*L, H), no graph."""
-        with self._clock.stage("teacher"):
-            return self.engine(input_ids=input_ids, use_cache=False).last_hidden_state.flatten(0, 1)
-
-    def tapped(self, input_ids: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """`hidden`, and the hidden states (B*L, H) of the layers that TED matches."""
-        assert self._taps is not None, "loaded without matched layers"
-        with self._taps.open() as states:
-            hidden = self.hidden(input_ids)
-        return hidden, [state.clone() for state in states]  # what inference mode made cannot be kept for a gradient
-
-    def __call__(self, input_ids: torch.Tensor, function: HeadFunction) -> Any:
-        """input_ids (B, L) -> function(hidden (B*L, H), head)."""
-        with self._clock.stage("teacher"):
-            hidden = self.hidden(input_ids)
-            with self.head.gathered() as head:
-                return function(hidden, head)
-
-    @contextmanager
-    def evaluating(self) -> Iterator[None]:
-        """Forward passes; releases what they gathered and prefetched."""
-        try:
-            with torch.no_grad():
-                yield
-        finally:
-            self.engine.optimizer.get_param_coordinator().release_and_reset_all(self.engine.module)
-
-
 def load_student(
     config: Config,
     files: ModelFiles,
@@ -173,8 +134,8 @@ def load_student(
     Raises ConfigError where the files do not fit.
     """
     ds_config = student_ds_config(config, comm.world_size)
-    model = _load_sharded(config, config.student, "student.path", files, ds_config, comm)
-    _check_vocabulary(model, vocab_size, "student.path")
+    model = load_sharded(config, config.student, "student.path", files, ds_config, comm)
+    check_vocabulary(model, vocab_size, "student.path")
     if config.student.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     parameters = _by_name_on_disk(model, files)
@@ -186,32 +147,6 @@ def load_student(
     engine.checkpoint_engine = ShardWriter()
     engine.train()
     return Student(engine, parameters, clock or StageClock())
-
-
-def load_teacher(
-    config: Config,
-    files: ModelFiles,
-    vocab_size: int,
-    comm: Comm,
-    shape: FilterShape | None = None,
-    clock: StageClock | None = None,
-) -> Teacher:
-    """The teacher, frozen, without any optimizer state; it can give the hidden states of the layers in `shape`.
-
-    Collective. Raises ConfigError where the files do not fit.
-    """
-    assert config.teacher is not None, "a run without a teacher asked for one"
-    ds_config = teacher_ds_config(config)
-    model = _load_sharded(config, config.teacher, "teacher.path", files, ds_config, comm)
-    _check_vocabulary(model, vocab_size, "teacher.path")
-    model.requires_grad_(False).eval()
-    head = FrozenHead(model.get_output_embeddings(), files.logit_form)
-    backbone = _backbone(model)
-    taps = None if shape is None else LayerTaps(backbone, [pair[1] for pair in shape.pairs], files.num_layers)
-    engine, _, _, _ = deepspeed.initialize(model=backbone, config=ds_config)
-    engine.eval()
-    assert not hasattr(engine.optimizer, "fp32_partitioned_groups_flat"), "the teacher's engine holds optimizer state"
-    return Teacher(engine, head, taps, clock or StageClock())
 
 
 def names_on_disk(files: ModelFiles, *, trusted: bool) -> dict[str, str]:
@@ -236,13 +171,14 @@ def _by_name_on_disk(model: PreTrainedModel, files: ModelFiles) -> dict[str, nn.
 
 
 def _root(model: PreTrainedModel, files: ModelFiles, filters: LayerFilters | None) -> StudentRoot:
-    return StudentRoot(_backbone(model), model.get_output_embeddings(), files.logit_form, filters, files.num_layers)
+    return StudentRoot(backbone_of(model), model.get_output_embeddings(), files.logit_form, filters, files.num_layers)
 
 
 @freed_at_once()
-def _load_sharded(
-    config: Config, model: Model, key: str, files: ModelFiles, ds_config: dict[str, Any], comm: Comm
+def load_sharded(
+    config: Config, model: Model, key: str, files: ModelFiles, ds_config: dict[str, Any], comm: Comm, group: Any = None
 ) -> PreTrainedModel:
+    """The model of these files, its parameters cut between the ranks of `group` (None: all). Collective."""
     trusted = model.trust_remote_code
     hf_config = AutoConfig.from_pretrained(files.directory, trust_remote_code=trusted)
     hf_config.use_cache = False
@@ -251,7 +187,10 @@ def _load_sharded(
         # zero.Init takes its dtype from ds_config; its dtype argument gives bf16 on a CPU whatever is asked. By default
         # it also turns to that dtype what the model computes in fp32, such as rotary frequencies.
         overrides = [deepspeed.zero.DeepSpeedTensorOverride.device]
-        with no_init_weights(), deepspeed.zero.Init(config_dict_or_path=ds_config, tensor_overrides=overrides):
+        sharded = deepspeed.zero.Init(
+            config_dict_or_path=ds_config, tensor_overrides=overrides, data_parallel_group=group
+        )
+        with no_init_weights(), sharded:
             built = AutoModelForCausalLM.from_config(
                 hf_config, attn_implementation=model.attn_implementation, dtype=dtype, trust_remote_code=trusted
             )
@@ -264,13 +203,13 @@ def _load_sharded(
     return built
 
 
-def _backbone(model: PreTrainedModel) -> nn.Module:
+def backbone_of(model: PreTrainedModel) -> nn.Module:
     backbone = model.base_model
     assert backbone is not model, f"{type(model).__name__} has no backbone apart from its head"
     return backbone
 
 
-def _check_vocabulary(model: PreTrainedModel, vocab_size: int, key: str) -> None:
+def check_vocabulary(model: PreTrainedModel, vocab_size: int, key: str) -> None:
     head: Any = model.get_output_embeddings()
     rows = int(head.weight.ds_shape[0])
     if rows < vocab_size:

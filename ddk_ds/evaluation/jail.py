@@ -138,13 +138,17 @@ def _mount(source: str, target: str, kind: str | None, flags: int, data: str | N
 
 
 def restrict_writes(directory: str) -> None:
-    """By Landlock: nothing is written, made or removed but below `directory`; no TCP where the kernel can forbid it."""
+    """By Landlock: nothing is written, made or removed but below `directory`.
+
+    Newer kernels forbid TCP too, and signals to processes that are not shut in.
+    """
     version = _LIBC.syscall(_LANDLOCK_CREATE, None, 0, 1)
     if version < 1:
         raise OSError("neither namespaces nor Landlock are permitted here")
     writes = 1 << 1 | 0b111111111 << 4  # write a file; remove and make every kind of entry
     writes |= 1 << 14 if version >= 3 else 0  # truncate
-    ruleset = struct.pack("QQ", writes, 0b11) if version >= 4 else struct.pack("Q", writes)
+    parts = [writes, *([0b11] if version >= 4 else []), *([0b11] if version >= 6 else [])]
+    ruleset = struct.pack(f"{len(parts)}Q", *parts)
     rules = _call("syscall", _LANDLOCK_CREATE, ruleset, len(ruleset), 0)
     rule = struct.pack("=Qi", writes, os.open(directory, os.O_PATH))
     _call("syscall", _LANDLOCK_ADD, rules, 1, rule, 0)
@@ -194,7 +198,7 @@ def supervise(child: int, wall_s: float, status: int) -> int:
             code = os.waitstatus_to_exitcode(ended)
         else:
             signal.sigtimedwait([signal.SIGCHLD], left)
-    if code is None:
+    if code is None or code in (-signal.SIGXCPU, -signal.SIGKILL):  # how the limit on processor time ends it
         os.write(status, b"timed out\n")
     _end_all(child if code is None else None)
     return SETUP_FAILED if code == SETUP_FAILED else 0

@@ -20,7 +20,7 @@ from ddk_ds.evaluation.perplexity import HeldOut, open_held_out, score_domains
 from ddk_ds.evaluation.results import ModelResult
 from ddk_ds.evaluation.sandbox import Walls, check_sandbox
 from ddk_ds.evaluation.sources import check_files
-from ddk_ds.evaluation.suites import Chosen
+from ddk_ds.evaluation.suites import QUICK_LIMIT, Chosen
 from ddk_ds.evaluation.table import score_line
 
 Tell = Callable[[str], None]
@@ -38,9 +38,16 @@ class Request:
     cross_code_eval: Path | None = None
     limit: int | None = None
     """Most documents of a benchmark (of each of its subjects), of a language or samples of a domain."""
+    quick: bool = False
+    """Without a limit benchmarks have one all the same: QUICK_LIMIT."""
     batch_size: int = 8
     device: str = "cpu"
     """`cpu` (in float32) or `cuda` (in the dtype of the model's files)."""
+
+    @property
+    def benchmark_limit(self) -> int | None:
+        """That of the benchmarks."""
+        return QUICK_LIMIT if self.quick and self.limit is None else self.limit
 
 
 @dataclass(frozen=True)
@@ -55,6 +62,11 @@ class Prepared:
     languages: dict[str, list[Completion]]
     walls: Walls | None
     """Of generated code; None where none is run."""
+
+
+def default_device() -> str:
+    """`cuda` where torch sees a GPU."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def prepare(request: Request) -> Prepared:
@@ -129,7 +141,7 @@ def _measure_model(
     lm = harness.load_lm(model, files.directory, request.batch_size)
     harness.check_window(lm, prepared.loaded)
     for loaded in prepared.loaded:
-        result.scores.append(harness.run_benchmark(lm, loaded, request.limit))
+        result.scores.append(harness.run_benchmark(lm, loaded, request.benchmark_limit))
         tell(score_line(result.scores[-1]))
         save()
     if prepared.languages:

@@ -99,7 +99,8 @@ def run_program(source: str, limits: Limits = Limits(), *, namespaces: bool = Tr
             f"--allow-code-execution: this machine permits no walls around the code ({last or 'no reason given'}); "
             "allow user namespaces, or use Linux 5.13 or later with Landlock"
         )
-    passed = "passed" in lines[1:]
+    # Whoever can end the supervisor has not come to a proper end.
+    passed = process.returncode == 0 and "passed" in lines[1:]
     reason = "" if passed else "timed out" if "timed out" in lines[1:] else last or "ended early"
     return Outcome(passed, reason, Walls(**json.loads(lines[0])))
 

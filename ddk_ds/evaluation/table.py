@@ -11,16 +11,18 @@ from ddk_ds.evaluation.results import ModelResult, Score, average
 from ddk_ds.evaluation.suites import PASS_AT_1, Chosen
 
 
-def benchmark_table(results: Sequence[ModelResult], wanted: Sequence[Chosen], left_out: Sequence[Chosen]) -> Table:
-    """Per cent, with the standard error; `left_out` of those wanted were not run."""
-    shots = sorted({chosen.shots for chosen in wanted})
-    caption = "per cent ± standard error; " + "; ".join(_shots(wanted, number) for number in shots)
+def benchmark_table(
+    results: Sequence[ModelResult], ran: Sequence[Chosen], left_out: Sequence[Chosen], limit: int | None
+) -> Table:
+    """Per cent, with the standard error; `left_out` were wanted too, `limit` is the most documents of a task."""
+    lines = ["per cent ± standard error; " + _shots(ran)]
+    if limit is not None:
+        lines.append(f"the first {limit:,} documents of each task alone")
     if left_out:
         titles = ", ".join(chosen.benchmark.title for chosen in left_out)
-        caption += f"\n{titles} left out: they run generated code, which --allow-code-execution allows"
-    table = Table(box=box.SIMPLE, caption=caption, caption_justify="left")
+        lines.append(f"{titles} left out: they run generated code, which --allow-code-execution allows")
+    table = Table(box=box.SIMPLE, caption="\n".join(lines), caption_justify="left")
     table.add_column("model", overflow="fold")
-    ran = [chosen for chosen in wanted if chosen not in left_out]
     for chosen in ran:
         table.add_column(f"{chosen.benchmark.title}\n{_metric(chosen)}", justify="right")
     table.add_column(f"average\nof {len(ran)}", justify="right")
@@ -30,13 +32,12 @@ def benchmark_table(results: Sequence[ModelResult], wanted: Sequence[Chosen], le
     return table
 
 
-def _shots(wanted: Sequence[Chosen], number: int) -> str:
-    names = (
-        ""
-        if len({chosen.shots for chosen in wanted}) == 1
-        else ", ".join(chosen.benchmark.title for chosen in wanted if chosen.shots == number)
-    )
-    return f"{number}-shot{': ' if names else ''}{names}"
+def _shots(ran: Sequence[Chosen]) -> str:
+    numbers = sorted({chosen.shots for chosen in ran})
+    if len(numbers) == 1:
+        return f"{numbers[0]}-shot"
+    titles = {n: ", ".join(chosen.benchmark.title for chosen in ran if chosen.shots == n) for n in numbers}
+    return "; ".join(f"{number}-shot: {titles[number]}" for number in numbers)
 
 
 def _metric(chosen: Chosen) -> str:
@@ -63,7 +64,8 @@ def code_table(results: Sequence[ModelResult]) -> Table:
 
 def domain_table(results: Sequence[ModelResult]) -> Table:
     """Perplexity and bits per byte of each domain."""
-    table = Table(box=box.SIMPLE, title="held-out text", caption="perplexity and bits per byte, ± standard error")
+    caption = "perplexity and bits per byte, ± standard error"
+    table = Table(box=box.SIMPLE, title="held-out text", caption=caption, caption_justify="left")
     table.add_column("domain")
     for result in results:
         table.add_column(f"{result.model}\nperplexity", justify="right", overflow="fold")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ddk_ds.config import Config
-from ddk_ds.engine.models import Teacher
+from ddk_ds.engine.teacher import Teacher
 from ddk_ds.methods.base import IGNORE_INDEX, Batch, HeadOptions, Method
 from ddk_ds.methods.continued_pretraining import ContinuedPretraining
 from ddk_ds.methods.distillation import Distillation

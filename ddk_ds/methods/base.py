@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -47,7 +48,10 @@ class Batch:
 class Method(Protocol):
     """What a step minimises. A method is made anew for each interval; what it must remember is its state."""
 
-    def loss(self, student: Student, batch: Batch) -> KDLoss:
+    def taught(self, batches: Sequence[Batch]) -> AbstractContextManager[Sequence[Any]]:
+        """What the frozen model says of each micro-batch, for `loss`; one pass for all of them. Collective."""
+
+    def loss(self, student: Student, batch: Batch, taught: Any) -> KDLoss:
         """Sums over this micro-batch's valid tokens, divided by the step's. Runs the student's engine: a collective."""
 
     def end_step(self, comm: Comm) -> dict[str, Any]:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 
 import torch
 
 from ddk_ds.config import Loss
 from ddk_ds.engine.head import OutputHead
-from ddk_ds.engine.models import Student, Teacher
+from ddk_ds.engine.models import Student
+from ddk_ds.engine.teacher import Teacher
 from ddk_ds.kernels import KDLoss, linear_kd_loss
 from ddk_ds.methods.base import Batch, HeadOptions, Stateless, cross_entropy
 
@@ -21,13 +24,21 @@ class Distillation(Stateless):
         self._loss = loss
         self._options = options
 
-    def loss(self, student: Student, batch: Batch) -> KDLoss:
-        """See `Method`. While gamma is 0 the teacher does not run."""
-        gamma = scheduled(self._loss.gamma, self._loss.gamma_end, batch.progress)
-        if gamma == 0:
+    @contextmanager
+    def taught(self, batches: Sequence[Batch]) -> Iterator[Sequence[torch.Tensor | None]]:
+        """The teacher's last hidden states. While gamma is 0 it does not run."""
+        if self._gamma(batches[0]) == 0:
+            yield [None] * len(batches)
+            return
+        hidden = self._teacher.hidden([batch.input_ids for batch in batches])
+        with self._teacher.head_for(batches):
+            yield hidden
+
+    def loss(self, student: Student, batch: Batch, taught: torch.Tensor | None) -> KDLoss:
+        """See `Method`."""
+        if taught is None:
             return student(batch.input_ids, lambda hidden, head: cross_entropy(hidden, head, batch, self._options))
-        teacher_hidden = self._teacher.hidden(batch.input_ids)
-        return student(batch.input_ids, lambda hidden, head: self.distil(hidden, head, teacher_hidden, batch))
+        return student(batch.input_ids, lambda hidden, head: self.distil(hidden, head, taught, batch))
 
     def distil(self, hidden: torch.Tensor, head: OutputHead, teacher_hidden: torch.Tensor, batch: Batch) -> KDLoss:
         """Eq. 3 of hidden (n, Hs) and teacher_hidden (n, Ht)."""
@@ -44,12 +55,15 @@ class Distillation(Stateless):
                 teacher_bias=teacher_head.bias,
                 student_form=head.form,
                 teacher_form=teacher_head.form,
-                gamma=scheduled(loss.gamma, loss.gamma_end, progress),
+                gamma=self._gamma(batch),
                 temperature=scheduled(loss.temperature, loss.temperature_end, progress),
                 divergence=loss.divergence,
                 coefficient=loss.coefficient,
                 **asdict(self._options),
             )
+
+    def _gamma(self, batch: Batch) -> float:
+        return scheduled(self._loss.gamma, self._loss.gamma_end, batch.progress)
 
 
 def scheduled(start: float, end: float | None, progress: float) -> float:

@@ -8,7 +8,8 @@ second pass over its batch, however many micro-batches and ranks share it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,8 @@ import yaml
 from ddk_ds.comm import Comm
 from ddk_ds.config import Doremi
 from ddk_ds.engine.head import OutputHead
-from ddk_ds.engine.models import Student, Teacher
+from ddk_ds.engine.models import Student
+from ddk_ds.engine.teacher import Teacher
 from ddk_ds.files import write_text
 from ddk_ds.kernels import KDLoss, linear_kd_loss, linear_nll
 from ddk_ds.methods.base import IGNORE_INDEX, Batch, HeadOptions
@@ -42,16 +44,23 @@ class DoremiProxy:
         self._steps = int(state.get("steps", 0))
         self._excess = torch.zeros(2, num_domains, dtype=torch.float64)
 
-    def loss(self, student: Student, batch: Batch) -> KDLoss:
+    @contextmanager
+    def taught(self, batches: Sequence[Batch]) -> Iterator[Sequence[torch.Tensor]]:
+        """The reference model's loss of each token, (B*L,)."""
+        hidden = self._reference.hidden([batch.input_ids for batch in batches])
+        with self._reference.head.gathered() as head:
+            losses = [self._nll(states, head, batch) for states, batch in zip(hidden, batches, strict=True)]
+        yield losses
+
+    def _nll(self, hidden: torch.Tensor, head: OutputHead, batch: Batch) -> torch.Tensor:
+        options = asdict(self._options)
+        return linear_nll(
+            hidden, head.weight, batch.labels.flatten(), bias=head.bias, student_form=head.form, **options
+        )
+
+    def loss(self, student: Student, batch: Batch, taught: torch.Tensor) -> KDLoss:
         """See `Method`. `ce` is the plain mean over tokens."""
-        labels = batch.labels.flatten()
-
-        def nll(hidden: torch.Tensor, head: OutputHead) -> torch.Tensor:
-            form = head.form
-            return linear_nll(hidden, head.weight, labels, bias=head.bias, student_form=form, **asdict(self._options))
-
-        reference = self._reference(batch.input_ids, nll)
-        return student(batch.input_ids, lambda hidden, head: self._weighted(hidden, head, batch, reference))
+        return student(batch.input_ids, lambda hidden, head: self._weighted(hidden, head, batch, taught))
 
     def _weighted(self, hidden: torch.Tensor, head: OutputHead, batch: Batch, reference: torch.Tensor) -> KDLoss:
         length = batch.input_ids.shape[1]

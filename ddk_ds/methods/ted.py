@@ -7,7 +7,8 @@ trains all filters on next-token cross-entropy through the teacher's frozen head
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,13 @@ import torch
 
 from ddk_ds.comm import Comm
 from ddk_ds.engine.filters import write_filters
-from ddk_ds.engine.models import Student, Teacher
+from ddk_ds.engine.models import Student
+from ddk_ds.engine.teacher import Teacher
 from ddk_ds.kernels import KDLoss
 from ddk_ds.methods.base import IGNORE_INDEX, Batch, HeadOptions, Stateless, cross_entropy
 from ddk_ds.methods.distillation import Distillation
+
+Tapped = tuple[torch.Tensor, list[torch.Tensor]]  # last hidden states (n, Ht), those of the matched layers
 
 FILTERS_FILE = "filters.safetensors"
 
@@ -30,10 +34,16 @@ class TedFilters(Stateless):
         self._teacher = teacher
         self._options = options
 
-    def loss(self, student: Student, batch: Batch) -> KDLoss:
+    @contextmanager
+    def taught(self, batches: Sequence[Batch]) -> Iterator[Sequence[Tapped]]:
+        """The teacher's hidden states: the last, and those of its matched layers."""
+        tapped = self._teacher.tapped([batch.input_ids for batch in batches])
+        with self._teacher.head_for(batches):
+            yield tapped
+
+    def loss(self, student: Student, batch: Batch, taught: Tapped) -> KDLoss:
         """See `Method`."""
-        _, teacher_states = self._teacher.tapped(batch.input_ids)
-        _, (ours, theirs) = student.filtered(batch.input_ids, None, teacher_states)
+        _, (ours, theirs) = student.filtered(batch.input_ids, None, taught[1])
         with self._teacher.head.gathered() as head:
             losses = [cross_entropy(states, head, batch, self._options) for states in (*ours, *theirs)]
         loss = torch.stack([one.loss for one in losses]).mean()
@@ -53,9 +63,16 @@ class Ted(Stateless):
         self._weight = weight
         self._mse: torch.Tensor | float = 0.0
 
-    def loss(self, student: Student, batch: Batch) -> KDLoss:
+    @contextmanager
+    def taught(self, batches: Sequence[Batch]) -> Iterator[Sequence[Tapped]]:
+        """The teacher's hidden states: the last, and those of its matched layers."""
+        tapped = self._teacher.tapped([batch.input_ids for batch in batches])
+        with self._teacher.head_for(batches):
+            yield tapped
+
+    def loss(self, student: Student, batch: Batch, taught: Tapped) -> KDLoss:
         """See `Method`."""
-        hidden, teacher_states = self._teacher.tapped(batch.input_ids)
+        hidden, teacher_states = taught
         result, (ours, theirs) = student.filtered(
             batch.input_ids,
             lambda states, head: self._distillation.distil(states, head, hidden, batch),

@@ -43,37 +43,46 @@ class _Change:
 
 
 def advise(config: Config, models: Models, cluster: Cluster) -> list[Advice]:
-    """Every single change, then all of them one on the other until the run fits, then more nodes with them all."""
+    """Every single change; where none is enough, one on the other until the run fits; and more nodes."""
     singles = list(_changes(config, cluster, plan_memory(config, models, cluster)))
     tried = [_try(config, models, cluster, [change]) for change in singles]
-    tried += _more_nodes(config, models, cluster, [])
     if any(one.fits for one in tried):
-        return tried
-    smallest = _Change({"train": {"micro_batch_samples": 1}}, "thinner matmuls, and gathers for fewer tokens")
+        return [*tried, *_more_nodes(config, models, cluster, [])]
+    if config.train.micro_batch_samples > 1 and config.train.global_batch_samples % cluster.ranks == 0:
+        # Dearer than to compute twice, cheaper than to offload.
+        singles.insert(0 if config.student.gradient_checkpointing else 1, _micro_batch(1))
     together: list[_Change] = []
-    for change in [*singles, *([smallest] if _can_be_smaller(config, cluster) else [])]:
+    for change in singles:
         together.append(change)
         if len(together) > 1:
-            tried.append(_try(config, models, cluster, together))
-        if tried[-1].fits:
-            return tried
-    return [*tried, *_more_nodes(config, models, cluster, together)]
+            tried.append(_try(config, models, cluster, _widened(config, models, cluster, together)))
+            if tried[-1].fits:
+                break
+    tried += _more_nodes(config, models, cluster, [])
+    return tried if any(one.fits for one in tried) else [*tried, *_more_nodes(config, models, cluster, together)]
+
+
+def _micro_batch(samples: int) -> _Change:
+    price = "gathers and the host's work come for fewer tokens at a time"
+    return _Change({"train": {"micro_batch_samples": samples}}, price)
+
+
+def _widened(config: Config, models: Models, cluster: Cluster, changes: list[_Change]) -> list[_Change]:
+    """The changes, with the largest micro-batch in place of 1 that fits with the others."""
+    most = plan_memory(changed(config, **_merged(changes)), models, cluster).max_dividing
+    most = min(most, config.train.micro_batch_samples)
+    return [_micro_batch(most) if most and "train" in one.sections else one for one in changes]
 
 
 def _changes(config: Config, cluster: Cluster, now: MemoryPlan) -> Iterator[_Change]:
     if not config.student.gradient_checkpointing:
         yield _Change({"student": {"gradient_checkpointing": True}}, "the student's layers are computed twice forward")
     if 0 < now.max_dividing < config.train.micro_batch_samples:
-        price = "gathers and the host's work come for fewer tokens at a time"
-        yield _Change({"train": {"micro_batch_samples": now.max_dividing}}, price)
+        yield _micro_batch(now.max_dividing)
     if config.optimizer.offload == "none":
         yield _Change({"optimizer": {"offload": "cpu"}}, "gradients and weights cross PCIe, the host updates")
     if config.teacher is not None and config.teacher.offload_params == "none":
         yield _Change({"teacher": {"offload_params": "cpu"}}, "the teacher's shards cross PCIe for each micro-batch")
-
-
-def _can_be_smaller(config: Config, cluster: Cluster) -> bool:
-    return config.train.micro_batch_samples > 1 and config.train.global_batch_samples % cluster.ranks == 0
 
 
 def _more_nodes(config: Config, models: Models, cluster: Cluster, changes: list[_Change]) -> list[Advice]:
@@ -88,14 +97,9 @@ def _more_nodes(config: Config, models: Models, cluster: Cluster, changes: list[
         per_rank, rest = divmod(config.train.global_batch_samples, larger.ranks)
         if rest or not per_rank:
             break
-        with_changes = changed(config, **_merged(changes))
-        most = min(with_changes.train.micro_batch_samples, per_rank)
-        samples = next(n for n in range(most, 0, -1) if per_rank % n == 0)
-        smaller = (
-            [_Change({"train": {"micro_batch_samples": samples}}, "")]
-            if samples < most or samples < (with_changes.train.micro_batch_samples)
-            else []
-        )
+        wanted = changed(config, **_merged(changes)).train.micro_batch_samples
+        samples = next(n for n in range(min(wanted, per_rank), 0, -1) if per_rank % n == 0)
+        smaller = [_micro_batch(samples)] if samples < wanted else []
         found = [_try(config, models, larger, [*changes, *smaller], nodes)]
         if found[0].fits:
             break

@@ -144,7 +144,7 @@ def _deepspeed() -> list[Point]:
 
 def _here() -> list[Point]:
     tokens = FULL.samples * FULL.length
-    teacher, student = (_profiled(shape, FULL.length) for shape in (FULL.teacher, FULL.student))
+    teacher, student = (profiled_model(shape, FULL.length) for shape in (FULL.teacher, FULL.student))
     models = Models(student, teacher, FULL.student.vocab_size)
     config = _config(
         length=FULL.length, micro_batch=FULL.samples, global_batch=FULL.samples, checkpointing=False, method="kd"
@@ -200,7 +200,7 @@ def dense_model(layers: int, hidden: int, *, vocab_size: int, length: int) -> Pl
     return PlannedModel(shape, flops, "known point")
 
 
-def _profiled(shape: Shape, length: int) -> PlannedModel:
+def profiled_model(shape: Shape, length: int) -> PlannedModel:
     """A model of engine.profile: Qwen2's layers and a tied head."""
     key_value = shape.hidden_size // shape.num_attention_heads * shape.num_key_value_heads
     attention = 2 * shape.hidden_size * (shape.hidden_size + key_value)

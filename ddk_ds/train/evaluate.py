@@ -15,7 +15,8 @@ import torch
 
 from ddk_ds.comm import Comm
 from ddk_ds.engine.head import OutputHead
-from ddk_ds.engine.models import Student, Teacher
+from ddk_ds.engine.models import Student
+from ddk_ds.engine.teacher import Teacher
 from ddk_ds.files import write_text
 from ddk_ds.kernels import linear_nll
 from ddk_ds.methods import IGNORE_INDEX, HeadOptions

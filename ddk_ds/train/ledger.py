@@ -66,21 +66,3 @@ class Ledger:
                 f"{path} cannot be written: {error.strerror}; make room, then start the same command again: the run "
                 "goes on from its newest checkpoint"
             ) from error
-
-
-def read_ledger(run_dir: Path) -> list[dict[str, Any]]:
-    """Every whole line of a run's ledger (a line that a crash cut off is left out)."""
-    return _whole_lines(run_dir, "ledger.jsonl")
-
-
-def read_events(run_dir: Path) -> list[dict[str, Any]]:
-    """Every whole line of what happened to a run."""
-    return _whole_lines(run_dir, "events.jsonl")
-
-
-def _whole_lines(run_dir: Path, name: str) -> list[dict[str, Any]]:
-    path = run_dir / name
-    if not path.is_file():
-        raise CheckpointError(f"{path}: there is no such file; is {run_dir} the directory of a run?")
-    lines = path.read_text(encoding="utf-8").split("\n")
-    return [json.loads(line) for line in lines[:-1]]

@@ -12,7 +12,7 @@ from ddk_ds.config import Config
 from ddk_ds.engine.export import Companions
 from ddk_ds.engine.model_files import ModelFiles
 from ddk_ds.redact import redact
-from ddk_ds.train.ledger import read_ledger
+from ddk_ds.run_files import read_ledger
 from ddk_ds.train.state import RunState
 
 PAPER = "https://arxiv.org/abs/2407.16154"

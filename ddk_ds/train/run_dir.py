@@ -27,7 +27,7 @@ _FREE = {
     "monitor": True,
     "data": {"path", "num_workers", "cache_dir", "cache_limit_gb", "download_timeout_s", "download_retries"},
     "student": {"path"},
-    "teacher": {"path"},
+    "teacher": {"path", "shard_within", "micro_batches_per_pass"},
     "train": {"micro_batch_samples"},
     "ted": {"filters"},  # its content's hash is in the identity
 }

@@ -12,10 +12,11 @@ from ddk_ds.config import Config
 from ddk_ds.config.lengths import corpus_samples, total_steps
 from ddk_ds.data.loader import validation_batches
 from ddk_ds.data.mixture_dataset import MixtureDataset
-from ddk_ds.engine.models import Student, Teacher, load_student, load_teacher
+from ddk_ds.engine.models import Student, load_student
 from ddk_ds.engine.monitors import open_writers
 from ddk_ds.engine.runtime import Runtime
 from ddk_ds.engine.stage_clock import StageClock
+from ddk_ds.engine.teacher import Teacher, load_teacher
 from ddk_ds.kernels import default_chunk_tokens
 from ddk_ds.methods import HeadOptions, Method, make_method
 from ddk_ds.mixture.schedule import DomainEntry, DomainOrder, IntervalState

@@ -38,6 +38,7 @@ def train_step(
     *,
     learning_rate: float,
     progress: float,
+    per_pass: int = 1,
     num_domains: int,
     device: torch.device,
     comm: Comm,
@@ -46,7 +47,7 @@ def train_step(
 
     Sums over valid tokens are divided once, by the step's global number of valid tokens: it is reduced before the
     first backward. DeepSpeed averages gradients over ranks, so the loss is multiplied by the world size. `progress`
-    is the share of the run's steps that are done, 0..1.
+    is the share of the run's steps that are done, 0..1. The teacher's passes take `per_pass` micro-batches each.
     """
     student.clock.take()  # what evaluation has left
     labels = [next_token_labels(batch["input_ids"]) for batch in micro_batches]
@@ -56,11 +57,17 @@ def train_step(
     domain_tokens = comm.all_reduce_sum(domain_tokens.to(device))
     num_valid = domain_tokens.sum()
     sums = torch.zeros(3, dtype=torch.float64, device=device)
-    for number, (batch, label) in enumerate(zip(micro_batches, labels, strict=True), 1):
-        ids, domain = batch["input_ids"].to(device), batch["domain"]
-        result = method.loss(student, Batch(ids, label.to(device), domain, domain_tokens, num_valid, progress))
-        student.backward(result.loss * comm.world_size, last=number == len(micro_batches))
-        sums += torch.stack([part.detach().double() for part in result[:3]])
+    batches = [
+        Batch(batch["input_ids"].to(device), label.to(device), batch["domain"], domain_tokens, num_valid, progress)
+        for batch, label in zip(micro_batches, labels, strict=True)
+    ]
+    for first in range(0, len(batches), per_pass):
+        group = batches[first : first + per_pass]
+        with method.taught(group) as taught:
+            for number, (one, told) in enumerate(zip(group, taught, strict=True), first + 1):
+                result = method.loss(student, one, told)
+                student.backward(result.loss * comm.world_size, last=number == len(batches))
+                sums += torch.stack([part.detach().double() for part in result[:3]])
     grad_norm = student.update(learning_rate)
     loss, ce, kl = comm.all_reduce_sum(sums).tolist()
     tokens = [int(count) for count in domain_tokens.tolist()]

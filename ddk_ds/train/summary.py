@@ -11,7 +11,6 @@ import numpy as np
 from rich import box
 from rich.table import Table
 
-from ddk_ds.errors import CheckpointError
 from ddk_ds.files import write_text
 from ddk_ds.train.interval import Measurement
 from ddk_ds.train.state import RunState
@@ -54,18 +53,6 @@ def make_summary(
 def write_summary(run_dir: Path, summary: dict[str, Any]) -> None:
     """Write <run>/summary.json; its presence says that the run is finished."""
     write_text(run_dir / "summary.json", json.dumps(summary, indent=2) + "\n")
-
-
-def read_summary(run_dir: Path) -> dict[str, Any]:
-    """The summary of a finished run. CheckpointError where there is none."""
-    if not is_finished(run_dir):
-        raise CheckpointError(f"{run_dir}: holds no summary.json: no such run, or it is not finished")
-    return json.loads((run_dir / "summary.json").read_text())
-
-
-def is_finished(run_dir: Path) -> bool:
-    """Whether the run in this directory has come to its end."""
-    return (run_dir / "summary.json").is_file()
 
 
 def summary_table(summary: dict[str, Any]) -> Table:

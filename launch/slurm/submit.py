@@ -62,9 +62,9 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--time", required=True, help="limit of a job, as sbatch takes it: [days-]hours:minutes:seconds"
     )
     parser.add_argument("--signal-seconds", type=int, default=300, help="to save before the limit (default: 300)")
-    parser.add_argument("--partition")
-    parser.add_argument("--account")
-    parser.add_argument("--qos")
+    parser.add_argument("--partition", help="as sbatch takes it")
+    parser.add_argument("--account", help="as sbatch takes it")
+    parser.add_argument("--qos", help="as sbatch takes it")
     parser.add_argument("--cpus-per-task", type=int, help="cores of a rank, and its OMP_NUM_THREADS")
     parser.add_argument("--sbatch-option", action="append", default=[], metavar="KEY[=VALUE]", help="any other")
     parser.add_argument("--chain", type=int, default=1, metavar="N", help="N jobs, each begun when the one before ends")
@@ -73,7 +73,9 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--interface", help="network interface that gloo and NCCL use, for example ib0")
     parser.add_argument("--python", help="of the ranks (default: this one; in a container python3)")
     parser.add_argument("--container", metavar="IMAGE", help="image that the ranks run in")
-    parser.add_argument("--container-runtime", choices=("pyxis", "apptainer"), default="pyxis")
+    parser.add_argument(
+        "--container-runtime", choices=("pyxis", "apptainer"), default="pyxis", help="default: %(default)s"
+    )
     parser.add_argument(
         "--container-mount", action="append", default=[], metavar="DIR", help="directory that the image sees"
     )

@@ -13,8 +13,9 @@ from transformers import AutoModelForCausalLM
 
 from ddk_ds.config import Config
 from ddk_ds.engine.model_files import read_model
-from ddk_ds.engine.models import Student, Teacher, load_student, load_teacher
+from ddk_ds.engine.models import Student, load_student
 from ddk_ds.engine.runtime import Runtime
+from ddk_ds.engine.teacher import Teacher, load_teacher
 from ddk_ds.methods import HeadOptions, make_method
 from ddk_ds.train.evaluate import next_token_labels, perplexities
 from ddk_ds.train.learning_rate import learning_rate

@@ -29,17 +29,24 @@ _SERVER = multiprocessing.get_context("forkserver")
 _SERVER.set_forkserver_preload(["ddk_ds.train.setup"])
 
 
-def run_ranks(function: str, world: int, *, timeout_s: float = 240.0, **arguments: Any) -> Any:
-    """Rank 0's JSON-able result of `module:name` on `world` ranks; fails with all output if any rank fails."""
+def run_ranks(
+    function: str, world: int, *, per_node: int | None = None, timeout_s: float = 240.0, **arguments: Any
+) -> Any:
+    """Rank 0's JSON-able result of `module:name` on `world` ranks; fails with all output if any rank fails.
+
+    `per_node`: ranks that are told to be on one node; None: all.
+    """
+    local = per_node or world
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    place = {"WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world, "LOCAL_SIZE": world, "OMP_NUM_THREADS": 1}
+    place = {"WORLD_SIZE": world, "LOCAL_WORLD_SIZE": local, "LOCAL_SIZE": local, "OMP_NUM_THREADS": 1}
     place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     with tempfile.TemporaryDirectory() as folder:
         workers: list[BaseProcess] = []
         for rank in range(world):
-            env = os.environ | {key: str(value) for key, value in (place | {"RANK": rank, "LOCAL_RANK": rank}).items()}
+            ours = place | {"RANK": rank, "LOCAL_RANK": rank % local}
+            env = os.environ | {key: str(value) for key, value in ours.items()}
             workers.append(_SERVER.Process(target=_rank, args=(function, arguments, env, Path(folder))))
             workers[-1].start()
         failed = _wait(workers, timeout_s)

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from ddk_ds.train.ledger import read_ledger
+from ddk_ds.run_files import read_ledger
 from tests.dist.ranks import run_ranks
 from tests.dist.resume_worker import run_dir
 from tools import replay

@@ -24,7 +24,7 @@ FLOORS = (
     ("methods",),
     ("engine",),
     ("data", "kernels", "mixture"),
-    ("comm", "config"),
+    ("comm", "config", "run_files"),
     ("errors", "files", "redact", "version"),
 )
 FLOOR = {room: floor for floor, rooms in enumerate(reversed(FLOORS)) for room in rooms}

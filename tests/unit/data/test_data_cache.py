@@ -188,6 +188,7 @@ def test_attempts_that_fail_are_made_again(remote: Path, tmp_path: Path, monkeyp
         original(self, *arguments)  # type: ignore[arg-type]
 
     monkeypatch.setattr(LocalDownloader, "_download_file_impl", flaky)
+    monkeypatch.setattr("ddk_ds.data.fetch._FIRST_WAIT_S", 0.01)
     there = MixtureDataset(remote, NAMES)
     here = MixtureDataset(cached(remote, tmp_path, retries=2), NAMES)
     assert all((here[i]["input_ids"] == there[i]["input_ids"]).all() for i in range(0, len(there), 7))
@@ -229,7 +230,7 @@ def _read_all(dataset: MixtureDataset, results: multiprocessing.Queue) -> None: 
         results.put(repr(error))
 
 
-@pytest.mark.parametrize("start", ["fork", "spawn"])
+@pytest.mark.parametrize("start", ["fork", pytest.param("spawn", marks=pytest.mark.long)])
 def test_processes_share_a_cache_that_is_too_small(remote: Path, tmp_path: Path, start: str) -> None:
     largest = max(file.stat().st_size for file in remote.rglob("*.mds"))
     here, there = (

@@ -49,7 +49,7 @@ def test_who_knows_one_of_four_has_a_quarter(paper: list[harness.Loaded]) -> Non
 
 @pytest.mark.usefixtures("no_network")
 def test_five_examples_go_before_each_question(benchmark_files: Path) -> None:
-    marks = {"ceval": "答案", "mmlu": "Answer:", "gsm8k": "Question:", "arc_easy": "Question:"}
+    marks = {"ceval": "\n答案", "mmlu": "Answer:", "gsm8k": "Question:", "arc_easy": "Question:"}
     marks["arc_challenge"] = "Answer:"
     wanted = choose("paper-5shot", None)
     assert [chosen.benchmark.name for chosen in wanted] == list(marks)

@@ -63,6 +63,12 @@ def test_an_endless_loop_is_ended(source: str) -> None:
     assert time.monotonic() - start < TIGHT.wall_s + 5
 
 
+def test_processor_time_is_bounded() -> None:
+    start = time.monotonic()
+    assert run_program("while True: pass", Limits(cpu_s=1, wall_s=60.0)).reason == "timed out"
+    assert time.monotonic() - start < 30
+
+
 def test_a_fork_bomb_is_ended_with_all_that_it_started() -> None:
     attempt = "        os.fork()\n        os.setsid()\n"
     bomb = f"import os\nwhile True:\n    try:\n{attempt}    except OSError:\n        pass\n"

@@ -46,16 +46,16 @@ def test_the_configuration_knows_the_same_divergences() -> None:
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_float32_is_exact(engine: Engine, form: LogitForm, temperature: float, divergence: Divergence) -> None:
-    case = make(61, 507, (64, 96), std=3.0, temperature=temperature, bias=True, padded=(5, 0))
+    case = make(29, 507, (64, 96), std=3.0, temperature=temperature, bias=True, padded=(5, 0))
     case = replace(case, divergence=divergence, student_form=form, teacher_form=form)
-    assert_agrees(case, 5e-7, 1e-6, engine=engine, chunk_tokens=32)
+    assert_agrees(case, 5e-7, 1e-6, engine=engine, chunk_tokens=16)
 
 
 @pytest.mark.parametrize("engine", ["native", "triton"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_half_precision(engine: Engine, dtype: torch.dtype, divergence: Divergence) -> None:
-    case = make(61, 507, (64, 96), std=3.0, dtype=dtype, divergence=divergence)
+    case = make(29, 507, (64, 96), std=3.0, dtype=dtype, divergence=divergence)
     assert_agrees(case, 5e-7, 5e-3, engine=engine)
 
 
@@ -63,7 +63,7 @@ def test_half_precision(engine: Engine, dtype: torch.dtype, divergence: Divergen
 @pytest.mark.parametrize("step", [0.05, 0.006, 0.002])
 @pytest.mark.parametrize("divergence", [d for d in DIVERGENCES if d != "total_variation"])
 def test_near_the_teacher(engine: Engine, step: float, divergence: Divergence) -> None:
-    case = replace(near(64, step, torch.float32), divergence=divergence, ce_weight=0.0, gamma=1.0)
+    case = replace(near(32, step, torch.float32), divergence=divergence, ce_weight=0.0, gamma=1.0)
     expected, expected_grads = truth(case)
     found = case.run(engine=engine)
     assert error(found.kl, expected.kl) <= 1e-4

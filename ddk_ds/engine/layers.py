@@ -1,0 +1,69 @@
+"""A backbone's layers: where they are, and several micro-batches through each before the next."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from ddk_ds.errors import ConfigError
+
+
+def layers_of(backbone: nn.Module, depth: int) -> nn.ModuleList:
+    """The backbone's list of `depth` layers. Raises ConfigError where it has none."""
+    for module in backbone.modules():
+        if isinstance(module, nn.ModuleList) and len(module) == depth:
+            return module
+    raise ConfigError(
+        f"{type(backbone).__name__} has no list of {depth} layers, which ted and several micro-batches per pass need"
+    )
+
+
+class LayerByLayer:
+    """Takes several micro-batches through a backbone in one pass, each layer computing one after the other.
+
+    A layer's weights are gathered once for all of them, its activations are those of one micro-batch, and the results
+    are to the bit those of a pass for each: a product of all rows at once might be summed in another order.
+    """
+
+    def __init__(self, layers: nn.ModuleList) -> None:
+        self._parts = 1
+        for layer in layers:
+            layer.forward = self._in_parts(layer.forward)
+
+    @contextmanager
+    def parts(self, count: int) -> Iterator[None]:
+        """Around a pass of `count` micro-batches of one shape, joined on the first axis."""
+        self._parts = count
+        try:
+            yield
+        finally:
+            self._parts = 1
+
+    def _in_parts(self, forward: Callable[..., Any]) -> Callable[..., Any]:
+        def run(hidden: torch.Tensor, *arguments: Any, **options: Any) -> Any:
+            if self._parts == 1:
+                return forward(hidden, *arguments, **options)
+            rows, count = len(hidden), self._parts
+            outputs = []
+            for place in range(count):
+                part = slice(place * rows // count, (place + 1) * rows // count)
+                ours = _rows((arguments, options), rows, part)
+                outputs.append(forward(hidden[part], *ours[0], **ours[1]))
+            if isinstance(outputs[0], torch.Tensor):
+                return torch.cat(outputs)
+            return (torch.cat([output[0] for output in outputs]), *outputs[0][1:])
+
+        return run
+
+
+def _rows(value: Any, rows: int, part: slice) -> Any:
+    """The micro-batch's part of everything that has all micro-batches' samples on its first axis."""
+    if isinstance(value, torch.Tensor):
+        return value[part] if value.dim() > 1 and len(value) == rows else value
+    if isinstance(value, dict):
+        return {key: _rows(item, rows, part) for key, item in value.items()}
+    return type(value)(_rows(item, rows, part) for item in value) if isinstance(value, tuple | list) else value

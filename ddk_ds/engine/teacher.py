@@ -1,0 +1,111 @@
+"""The teacher on its ZeRO-3 engine: weights that never change, passes that need no gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import deepspeed
+import torch
+
+from ddk_ds.comm import Comm
+from ddk_ds.config import Config
+from ddk_ds.engine.ds_config import teacher_ds_config
+from ddk_ds.engine.filters import FilterShape, LayerTaps
+from ddk_ds.engine.head import FrozenHead, HeadFunction
+from ddk_ds.engine.layers import LayerByLayer, layers_of
+from ddk_ds.engine.model_files import ModelFiles
+from ddk_ds.engine.models import backbone_of, check_vocabulary, load_sharded
+from ddk_ds.engine.stage_clock import StageClock
+
+
+class Teacher:
+    """The frozen model: a backbone on an engine without optimizer, and its head beside it."""
+
+    def __init__(
+        self, engine: Any, head: FrozenHead, taps: LayerTaps | None, layers: LayerByLayer | None, clock: StageClock
+    ) -> None:
+        self.engine = engine
+        self.head = head
+        self._taps = taps
+        self._layers = layers
+        self._clock = clock
+
+    @torch.inference_mode()
+    def hidden(self, batches: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Token ids (B, L) of micro-batches -> the last hidden states (B*L, H) of each, by one pass; no graph."""
+        with self._clock.stage("teacher"), self._parts(len(batches)):
+            ids = batches[0] if len(batches) == 1 else torch.cat(list(batches))
+            states = self.engine(input_ids=ids, use_cache=False).last_hidden_state
+            return [part.flatten(0, 1) for part in states.chunk(len(batches))]
+
+    def tapped(self, batches: Sequence[torch.Tensor]) -> list[tuple[torch.Tensor, list[torch.Tensor]]]:
+        """`hidden`, and the hidden states (B*L, H) of the layers that TED matches."""
+        assert self._taps is not None, "loaded without matched layers"
+        with self._taps.open() as states:
+            hidden = self.hidden(batches)
+        # What inference mode made cannot be kept for a gradient.
+        tapped = [[part.clone() for part in state.chunk(len(batches))] for state in states]
+        return [(one, [state[place] for state in tapped]) for place, one in enumerate(hidden)]
+
+    def __call__(self, input_ids: torch.Tensor, function: HeadFunction) -> Any:
+        """input_ids (B, L) -> function(hidden (B*L, H), head)."""
+        with self._clock.stage("teacher"):
+            hidden = self.hidden([input_ids])[0]
+            with self.head.gathered() as head:
+                return function(hidden, head)
+
+    @contextmanager
+    def head_for(self, batches: Sequence[Any]) -> Iterator[None]:
+        """Around the use of the head by micro-batches of one pass: where they are several, they share its gather."""
+        with self.head.gathered() if len(batches) > 1 else nullcontext():
+            yield
+
+    def _parts(self, count: int) -> Any:
+        if count == 1:
+            return nullcontext()
+        assert self._layers is not None, "loaded for one micro-batch a pass"
+        return self._layers.parts(count)
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Forward passes; releases what they gathered and prefetched."""
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            self.engine.optimizer.get_param_coordinator().release_and_reset_all(self.engine.module)
+
+
+def load_teacher(
+    config: Config,
+    files: ModelFiles,
+    vocab_size: int,
+    comm: Comm,
+    shape: FilterShape | None = None,
+    clock: StageClock | None = None,
+) -> Teacher:
+    """The teacher, frozen, without any optimizer state; it can give the hidden states of the layers in `shape`.
+
+    Collective. Raises ConfigError where the files do not fit.
+    """
+    assert config.teacher is not None, "a run without a teacher asked for one"
+    ds_config = teacher_ds_config(config)
+    group = comm.group_within(config.teacher.shard_within)
+    model = load_sharded(config, config.teacher, "teacher.path", files, ds_config, comm, group)
+    check_vocabulary(model, vocab_size, "teacher.path")
+    model.requires_grad_(False).eval()
+    head = FrozenHead(model.get_output_embeddings(), files.logit_form)
+    backbone = backbone_of(model)
+    taps = None if shape is None else LayerTaps(backbone, [pair[1] for pair in shape.pairs], files.num_layers)
+    layers = None
+    if config.teacher.micro_batches_per_pass > 1:
+        blocks = layers_of(backbone, files.num_layers)
+        layers = LayerByLayer(blocks)
+        # A layer as one: its parts would be gathered and released anew for each micro-batch.
+        deepspeed.utils.set_z3_leaf_modules(backbone, [type(blocks[0])])
+    engine, _, _, _ = deepspeed.initialize(model=backbone, config=ds_config)
+    engine.eval()
+    assert not hasattr(engine.optimizer, "fp32_partitioned_groups_flat"), "the teacher's engine holds optimizer state"
+    return Teacher(engine, head, taps, layers, clock or StageClock())

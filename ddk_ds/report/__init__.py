@@ -1,0 +1,1 @@
+"""What a person looks at: a run as a page of pictures and tables, and as one screen of a terminal."""

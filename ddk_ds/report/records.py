@@ -1,0 +1,184 @@
+"""A run as its directory tells it, finished or not: columns of numbers, measurements, events."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ddk_ds.config import Config, load_config
+from ddk_ds.errors import CheckpointError, UserError
+from ddk_ds.redact import names_a_secret, redact
+from ddk_ds.report.curves import Array
+from ddk_ds.report.state import State, expected_steps, run_state
+from ddk_ds.run_files import is_finished, read_events, read_ledger, read_summary
+
+# Of a step's seconds, in their order; what they leave of step_s is "other".
+PARTS = {
+    "data_s": "waiting for data",
+    "teacher_s": "teacher",
+    "forward_s": "student forward",
+    "backward_s": "backward",
+    "optimizer_s": "optimizer",
+}
+_NUMBERS = ("loss", "ce", "kl", "grad_norm", "learning_rate")
+_CLOCK = ("step_s", *PARTS, "monitor_s", "tokens_per_s", "peak_memory_gb")
+
+
+@dataclass(frozen=True)
+class Steps:
+    """The ledger's lines of S steps; a number that a line lacks is NaN."""
+
+    step: Array
+    """(S,) optimizer step, from 1."""
+    interval: Array
+    """(S,) its interval, from 0."""
+    tokens: Array
+    """(S, N) targets of the loss in this step, by domain."""
+    columns: dict[str, Array]
+    """(S,) each: loss, ce, kl, grad_norm, learning_rate and those of the clock."""
+
+
+@dataclass(frozen=True)
+class DomainResult:
+    """What became of a domain; None where there is no teacher."""
+
+    name: str
+    teacher_ppl: float | None
+    before: float
+    after: float
+    ratio_before: float | None
+    ratio_after: float | None
+    tokens: int
+    share: float
+    """Of all tokens."""
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """One run."""
+
+    run_dir: Path
+    name: str
+    domains: tuple[str, ...]
+    steps: Steps
+    measurements: list[dict[str, Any]]
+    """The ledger's lines of intervals and of the end; at least one."""
+    events: list[dict[str, Any]]
+    config: Config | None
+    """None where this version cannot read it."""
+    config_text: str
+    """YAML, without secrets."""
+    summary: dict[str, Any] | None
+    """Of a finished run."""
+    state: State
+    expected_steps: int | None
+
+    @property
+    def has_teacher(self) -> bool:
+        """Whether perplexities are compared with a teacher's."""
+        return self.measurements[0]["ratio"] is not None
+
+    @property
+    def last_step(self) -> int:
+        """Optimizer steps done."""
+        return int(max([self.measurements[-1]["step"], *self.steps.step[-1:]]))
+
+    def by_domain(self, key: str, records: Sequence[dict[str, Any]] | None = None) -> Array:
+        """(M, N) of the measurements that have `key`, by domain."""
+        chosen = self.measurements if records is None else records
+        rows = [[record[key][name] for name in self.domains] for record in chosen if record[key] is not None]
+        return np.array(rows, np.float64).reshape(-1, len(self.domains))
+
+    @property
+    def intervals(self) -> list[dict[str, Any]]:
+        """The measurements after which an interval began."""
+        return [record for record in self.measurements if record["kind"] == "interval"]
+
+    @property
+    def domain_tokens(self) -> Array:
+        """(N,) tokens trained on so far."""
+        last = self.measurements[-1]
+        since = self.steps.tokens[self.steps.step > last["step"]].sum(0)
+        return self.by_domain("domain_tokens", [last])[0] + since
+
+    @property
+    def results(self) -> list[DomainResult]:
+        """By domain: at the run's beginning, and at the last measurement."""
+        first, last, tokens = self.measurements[0], self.measurements[-1], self.domain_tokens
+        before = dict(first["student_ppl"])
+        if self.summary is not None:  # of a run that was forked, the first line here is not its beginning
+            before |= {domain["name"]: domain["student_ppl_before"] for domain in self.summary["domains"]}
+        found = []
+        for place, name in enumerate(self.domains):
+            teacher = None if last["teacher_ppl"] is None else last["teacher_ppl"][name]
+            after = last["student_ppl"][name]
+            ratios = (None, None) if teacher is None else (before[name] / teacher, after / teacher)
+            share = float(tokens[place] / max(1.0, tokens.sum()))
+            found.append(DomainResult(name, teacher, before[name], after, *ratios, int(tokens[place]), share))
+        return found
+
+
+def read_run(run_dir: Path) -> RunRecord:
+    """Read a run's directory. Raises CheckpointError where it holds none, or where nothing is measured yet."""
+    records, events = read_ledger(run_dir), read_events(run_dir)
+    try:
+        return _run_record(run_dir, records, events)
+    except (KeyError, TypeError, IndexError, json.JSONDecodeError) as error:
+        raise CheckpointError(
+            f"{run_dir}: ledger.jsonl, events.jsonl or summary.json lacks what a run writes there "
+            f"({type(error).__name__}: {error}); take them from a copy"
+        ) from error
+
+
+def _run_record(run_dir: Path, records: list[dict[str, Any]], events: list[dict[str, Any]]) -> RunRecord:
+    measurements = [record for record in records if record["kind"] in ("interval", "end")]
+    if not measurements:
+        raise CheckpointError(f"{run_dir}: not begun: ledger.jsonl has no measurement yet")
+    domains = tuple(measurements[0]["student_ppl"])
+    config, text = _read_config(run_dir)
+    return RunRecord(
+        run_dir=run_dir,
+        name=run_dir.resolve().name,
+        domains=domains,
+        steps=_steps([record for record in records if record["kind"] == "step"], len(domains)),
+        measurements=measurements,
+        events=events,
+        config=config,
+        config_text=text,
+        summary=read_summary(run_dir) if is_finished(run_dir) else None,
+        state=run_state(run_dir, events, records, time.time()),
+        expected_steps=expected_steps(config, events),
+    )
+
+
+def _steps(records: list[dict[str, Any]], num_domains: int) -> Steps:
+    def column(rows: list[dict[str, Any]], key: str) -> Array:
+        return np.array([row.get(key) for row in rows], np.float64)  # None is NaN
+
+    clocks = [record["clock"] for record in records]
+    columns = {key: column(records, key) for key in _NUMBERS} | {key: column(clocks, key) for key in _CLOCK}
+    tokens = np.array([record["domain_tokens"] for record in records], np.float64).reshape(len(records), num_domains)
+    return Steps(column(records, "step"), column(records, "interval"), tokens, columns)
+
+
+def _read_config(run_dir: Path) -> tuple[Config | None, str]:
+    path = run_dir / "config.yaml"
+    if not path.is_file():
+        return None, ""
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    text = "\n".join(_without_secret(line) for line in lines)
+    try:
+        return load_config(path), text
+    except UserError:  # of another version: the text is shown all the same
+        return None, text
+
+
+def _without_secret(line: str) -> str:
+    key, colon, value = line.partition(":")
+    return f"{key}: ***" if colon and value.strip() and names_a_secret(key.strip(" -")) else redact(line)

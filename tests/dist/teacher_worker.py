@@ -1,0 +1,125 @@
+"""Runs on every rank of test_teacher.py: the same step with the teacher sharded and run in several ways."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from deepspeed.runtime.zero import partition_parameters
+
+from ddk_ds.engine.filters import filter_shape
+from ddk_ds.engine.model_files import read_model
+from ddk_ds.engine.models import load_student
+from ddk_ds.engine.runtime import Runtime
+from ddk_ds.engine.teacher import Teacher, load_teacher
+from ddk_ds.methods import HeadOptions, make_method
+from ddk_ds.train.step import train_step
+from tests.dist.tiny import VOCAB, save_model, tiny_config
+
+MICRO_BATCHES, SAMPLES, LENGTH = 4, 2, 16
+# Above the size (10^5 elements) under which ZeRO-3 keeps tensors whole: all but norms are gathered for each use.
+TEACHER = {"hidden": 384, "vocab": VOCAB + 200, "intermediate_size": 400, "num_key_value_heads": 4}
+
+
+def steps(runtime: Runtime, folder: str, cases: list[tuple[str, dict[str, Any]]]) -> list[dict[str, Any]]:
+    """Three steps of each case, a method and its section teacher: losses and norm, bytes gathered, what is left whole."""
+    root = Path(folder)
+    if runtime.comm.rank == 0:
+        save_model(root / "student", vocab=VOCAB + 6, tied=True, seed=1)
+        save_model(root / "teacher", tied=False, seed=2, **TEACHER)  # type: ignore[arg-type]
+    runtime.comm.barrier()
+    return [_steps(runtime, root, *case) for case in cases]
+
+
+def _steps(runtime: Runtime, root: Path, method: str, section: dict[str, Any]) -> dict[str, Any]:
+    comm = runtime.comm
+    samples = MICRO_BATCHES * SAMPLES * comm.world_size
+    config = tiny_config(
+        root,
+        method=method,
+        teacher={"path": str(root / "teacher"), **section},
+        train={"global_batch_samples": samples, "micro_batch_samples": SAMPLES},
+    )
+    assert config.teacher is not None
+    files, teacher_files = (read_model(root / name, name) for name in ("student", "teacher"))
+    shape = filter_shape(config, files, teacher_files) if method == "ted_filters" else None
+    teacher = load_teacher(config, teacher_files, VOCAB, comm, shape)
+    gathers = Gathers(teacher)
+    student = load_student(config, files, VOCAB, comm, shape)
+    made = make_method(config, teacher, HeadOptions(VOCAB, chunk_tokens=16), 1, {})
+    rows = torch.randint(0, VOCAB, (3, samples, LENGTH), generator=torch.Generator().manual_seed(0))
+    found: dict[str, Any] = {"losses": [], "bytes": [], "left": 0}
+    for step in rows:
+        ours = step.reshape(MICRO_BATCHES, comm.world_size, SAMPLES, LENGTH)[:, comm.rank]
+        batches: Any = [{"input_ids": ids, "domain": torch.zeros(SAMPLES, dtype=torch.int64)} for ids in ours]
+        metrics = train_step(
+            student,
+            made,
+            batches,
+            learning_rate=1e-3,
+            progress=0.0,
+            per_pass=config.teacher.micro_batches_per_pass,
+            num_domains=1,
+            device=runtime.device,
+            comm=comm,
+        )
+        found["losses"].append([metrics.loss, metrics.ce, metrics.kl, metrics.grad_norm])
+        found["bytes"].append(gathers.take())
+    gathers.close()
+    weights = [*teacher.engine.module.parameters(), *(part for part in teacher.head._head[:2] if part is not None)]
+    found["left"] = sum(p.ds_status.name != "NOT_AVAILABLE" for p in weights if p.ds_numel > 1e5)
+    return found
+
+
+class Gathers:
+    """Bytes of the teacher's weights that collectives gather on this rank: in all, and by those that span nodes of two.
+
+    ZeRO-3 gathers the teacher's weights within its pass, and its head where that is entered.
+    """
+
+    def __init__(self, teacher: Teacher) -> None:
+        self.counted = {"all": 0, "between nodes": 0}
+        self._on = False
+        self._original = partition_parameters._dist_allgather_fn
+        hidden, gathered = teacher.hidden, teacher.head.gathered
+
+        def counted_hidden(batches: Any) -> Any:
+            with self._counting():
+                return hidden(batches)
+
+        @contextmanager
+        def counted_head() -> Iterator[Any]:
+            with ExitStack() as stack:
+                with self._counting():
+                    head = stack.enter_context(gathered())
+                yield head
+
+        teacher.hidden, teacher.head.gathered = counted_hidden, counted_head  # type: ignore[method-assign]
+        partition_parameters._dist_allgather_fn = self._gather
+
+    def take(self) -> dict[str, int]:
+        """What was counted since the last call."""
+        taken, self.counted = self.counted, dict.fromkeys(self.counted, 0)
+        return taken
+
+    def close(self) -> None:
+        partition_parameters._dist_allgather_fn = self._original
+
+    @contextmanager
+    def _counting(self) -> Iterator[None]:
+        self._on = True
+        try:
+            yield
+        finally:
+            self._on = False
+
+    def _gather(self, slice_: torch.Tensor, whole: torch.Tensor, group: Any = None) -> Any:
+        members = dist.get_process_group_ranks(group or dist.group.WORLD)
+        if self._on:
+            self.counted["all"] += whole.nbytes * (len(members) > 1)
+            self.counted["between nodes"] += whole.nbytes * (len({rank // 2 for rank in members}) > 1)
+        return self._original(slice_, whole, group)

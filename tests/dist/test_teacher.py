@@ -1,0 +1,59 @@
+"""The teacher's options: the numbers stay as they are to the bit, and what is gathered is what they promise."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from tests.dist.ranks import run_ranks
+
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "plain": ("kd", {}),
+    "two a pass": ("kd", {"micro_batches_per_pass": 2}),
+    "four a pass": ("kd", {"micro_batches_per_pass": 4}),
+    "three a pass": ("kd", {"micro_batches_per_pass": 3}),
+    "node": ("kd", {"shard_within": "node"}),
+    "gpu": ("kd", {"shard_within": "gpu"}),
+    "node, four a pass": ("kd", {"shard_within": "node", "micro_batches_per_pass": 4}),
+    "filters": ("ted_filters", {}),
+    "filters, two a pass": ("ted_filters", {"micro_batches_per_pass": 2}),
+    "proxy": ("doremi_proxy", {}),
+    "proxy, two a pass": ("doremi_proxy", {"micro_batches_per_pass": 2}),
+}
+PAIRS = [("plain", name) for name in CASES if CASES[name][0] == "kd"]
+PAIRS += [("filters", "filters, two a pass"), ("proxy", "proxy, two a pass")]
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    """By case, on four ranks that are two nodes of two."""
+    folder = str(tmp_path_factory.mktemp("teacher"))
+    results = run_ranks("tests.dist.teacher_worker:steps", 4, per_node=2, folder=folder, cases=list(CASES.values()))
+    return dict(zip(CASES, results, strict=True))
+
+
+@pytest.mark.parametrize(("one", "other"), PAIRS)
+def test_the_numbers_stay(found: dict[str, dict[str, Any]], one: str, other: str) -> None:
+    assert found[one]["losses"] == found[other]["losses"]
+    assert found[other]["left"] == 0, "weights of the teacher are still whole after a step"
+
+
+def gathered(found: dict[str, dict[str, Any]], case: str, links: str = "all") -> int:
+    """Bytes of the teacher's weights in the third step: from the third pass on DeepSpeed keeps the norms."""
+    return int(found[case]["bytes"][2][links])
+
+
+def test_each_gather_serves_several_micro_batches(found: dict[str, dict[str, Any]]) -> None:
+    plain = gathered(found, "plain")
+    assert plain > 4 * 4 * 1e6, "four passes over a teacher of more than 10^6 parameters in float32"
+    for case, passes in (("two a pass", 2), ("four a pass", 1), ("three a pass", 2)):
+        assert gathered(found, case) * 4 == plain * passes, case
+
+
+def test_sharded_within_a_node_nothing_goes_between_nodes(found: dict[str, dict[str, Any]]) -> None:
+    assert gathered(found, "plain", "between nodes") == gathered(found, "plain")
+    assert gathered(found, "node", "between nodes") == 0
+    assert gathered(found, "node") == gathered(found, "plain")
+    assert gathered(found, "node, four a pass") * 4 == gathered(found, "plain")
+    assert gathered(found, "gpu") == 0

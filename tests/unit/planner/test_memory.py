@@ -1,0 +1,119 @@
+"""The estimate's parts beside what torch holds, and the largest micro-batch.
+
+tests/dist/test_preflight.py holds shards, optimizer states and buffers beside DeepSpeed's own on two ranks.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed._tools.mem_tracker import MemTracker
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from ddk_ds.config import Config, make_config
+from ddk_ds.engine.memory import configured_shape, estimate_memory
+from ddk_ds.engine.profile import FULL
+from ddk_ds.planner.gpus import GPUS, Cluster
+from ddk_ds.planner.known_points import dense_model, profiled_model
+from ddk_ds.planner.memory import Models, changed, estimate, plan_memory, with_micro_batch
+
+ROOT = Path(__file__).parents[3]
+LENGTH = 2048
+
+
+def config_of(**values: Any) -> Config:
+    base = {"name": "run", "student": {"path": "s"}, "teacher": {"path": "t"}, "data": {"path": "d"}}
+    return make_config({**base, "stop": {"steps": 4000}, **values}, "test")
+
+
+def held(values: dict[str, Any], *, checkpointing: bool) -> int:
+    """Most bytes that torch holds in forward and backward of one sample, beside parameters and their gradients.
+
+    Fake tensors have every size and no memory. Gradients are dropped as soon as they are there, as ZeRO-3 does.
+    """
+    with FakeTensorMode():
+        config = AutoConfig.for_model(**values)
+        model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=torch.bfloat16).train()
+        if checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        for parameter in model.parameters():
+            parameter.register_post_accumulate_grad_hook(lambda tensor: setattr(tensor, "grad", None))
+        tracker = MemTracker()
+        tracker.track_external(model)
+        with tracker:
+            ids = torch.zeros(1, LENGTH, dtype=torch.int64)
+            model.base_model(input_ids=ids, use_cache=False).last_hidden_state.sum().backward()
+    [peak] = tracker.get_tracker_snapshot("peak").values()
+    named = {str(getattr(key, "value", key)): value for key, value in peak.items()}
+    return named["Total"] - named["Parameter"] - named["Gradient"]
+
+
+@pytest.mark.parametrize("model", ["Qwen1.5-1.8B", "Qwen1.5-4B"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_activations_are_torchs(model: str, checkpointing: bool, tmp_path: Path) -> None:
+    """At full width; with 6 layers, since torch takes its time for each, and a small vocabulary."""
+    values = json.loads((ROOT / f"configs/models/{model}.json").read_text())
+    values |= {"num_hidden_layers": 6, "vocab_size": 1000}
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    shape = configured_shape(tmp_path / "config.json")
+    student = {"path": "s", "gradient_checkpointing": checkpointing}
+    config = config_of(method="cpt", teacher=None, student=student)
+    parts = estimate_memory(config, shape, None, 1000, 1).passes
+    assert parts["activations"] + parts["hidden states"] == pytest.approx(
+        held(values, checkpointing=checkpointing), rel=0.1
+    )
+
+
+def test_a_measured_gpu_step() -> None:
+    """Of the parts that a plain step on one device has, the sum is the peak that CUDA's allocator reported."""
+    measured = json.loads((ROOT / "docs/results/gpu_suite_h100.json").read_text())
+    peak = measured["parts"]["step_profile"]["result"]["peak_memory_bytes"]
+    teacher, student = (profiled_model(shape, FULL.length) for shape in (FULL.teacher, FULL.student))
+    train = {"micro_batch_samples": FULL.samples, "global_batch_samples": FULL.samples}
+    config = config_of(method="kd", data={"path": "d", "sequence_length": FULL.length}, train=train)
+    parts = estimate(config, Models(student, teacher, FULL.student.vocab_size), 1).parts
+    weights = ("student shards", "teacher shards", "master weights and moments")
+    passes = ("activations", "hidden states", "head's weight gradient", "logits of a chunk", "logits' gradients")
+    assert sum(parts[name] for name in (*weights, *passes)) == pytest.approx(peak, rel=0.1)
+
+
+MODELS = Models(
+    dense_model(24, 2048, vocab_size=50000, length=LENGTH),
+    dense_model(40, 5120, vocab_size=50000, length=LENGTH),
+    50000,
+)
+CLUSTER = Cluster(GPUS["a100-80g"], 2, 8)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_the_largest_micro_batch_is_the_last_that_fits(checkpointing: bool) -> None:
+    config = changed(config_of(), student={"gradient_checkpointing": checkpointing})
+    plan = plan_memory(config, MODELS, CLUSTER)
+    assert plan.max_micro_batch > 1
+    usable = 0.9 * 80e9
+    for samples, fits in ((plan.max_micro_batch, True), (plan.max_micro_batch + 1, False)):
+        assert (estimate(with_micro_batch(config, samples), MODELS, 16).device_bytes <= usable) is fits
+    assert 256 // 16 % plan.max_dividing == 0
+    assert plan.max_dividing <= plan.max_micro_batch
+
+
+def test_parts_add_up() -> None:
+    plan = plan_memory(config_of(), MODELS, CLUSTER)
+    whole = estimate(config_of(), MODELS, 16)
+    assert sum(plan.device_parts.values()) + sum(plan.host_parts.values()) == sum(whole.parts.values())
+    parts = {name: plan.device_parts[f"student shards: {name}"] for name in ("parameters", "float32 master", "moments")}
+    assert parts["float32 master"] * 2 == pytest.approx(parts["moments"], abs=8)
+    assert parts["float32 master"] == pytest.approx(2 * parts["parameters"], abs=8)
+    assert plan.host_bytes == 8 * sum(plan.host_parts.values())
+    assert plan.activations["with checkpointing"] < plan.activations["without checkpointing"]
+
+
+def test_nothing_fits() -> None:
+    small = Cluster(GPUS["a100-80g"].model_copy(update={"memory_bytes": 4e9}), 1, 1)
+    plan = plan_memory(config_of(), MODELS, small)
+    assert (plan.fits, plan.max_micro_batch, plan.max_dividing) == (False, 0, 0)
