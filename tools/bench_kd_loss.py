@@ -69,16 +69,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    parser.add_argument(
-        "--case",
-        action="append",
-        default=[],
-        metavar="n,V,Hs,Ht[,dtype]",
-        help="tokens, vocabulary, hidden sizes; repeatable",
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--case", action="append", default=[], metavar="n,V,Hs,Ht[,dtype]", help="sizes; repeatable")
     parser.add_argument("--only", action="append", choices=NAMES, help="this loss; repeatable (default: all)")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", choices=("cpu", "cuda"), default=device, help="default: %(default)s")

@@ -68,7 +68,7 @@ def page_faults(page: Path, text: str, shown: Sequence[Command]) -> Iterator[tup
             yield command.line, f"{command.text}: {fault}"
     for number, line in enumerate(text.split("\n"), 1):
         for path in _PATH.findall(line):
-            if not (ROOT / path).exists():
+            if not (ROOT / path).exists() and (ROOT / path).parent.is_dir():  # else of another project
                 yield number, f"{path}: there is no such file"
         for link in _LINK.findall(line):
             if "://" not in link and not (page.parent / link).exists():

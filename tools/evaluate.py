@@ -122,7 +122,11 @@ def _request(options: argparse.Namespace, benchmarks: list[Chosen]) -> Request:
 
 
 def _check_out(path: Path | None) -> None:
-    if path is not None and not nearest_existing(path.parent).is_dir():
+    if path is None:
+        return
+    if path.is_dir():
+        raise ConfigError(f"--out {path}: is a directory; give a file in it")
+    if not nearest_existing(path.parent).is_dir():
         raise ConfigError(f"--out {path}: {nearest_existing(path.parent)} is a file")
 
 

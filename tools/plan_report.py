@@ -162,8 +162,8 @@ def known_points_table(points: Sequence[Point]) -> Table:
     sources = list(dict.fromkeys(point.source for point in points))
     for point in points:
         numbers = (f"{point.measured:,.1f}", f"{point.simulated:,.1f}", f"{point.error:+.0%}")
-        table.add_row(point.what, f"{point.gpus:,}", *numbers, f"[{sources.index(point.source) + 1}\\]")
-    table.caption = "\n".join(f"[{number}\\] {escape(source)}" for number, source in enumerate(sources, 1))
+        table.add_row(point.what, f"{point.gpus:,}", *numbers, f"{sources.index(point.source) + 1}")
+    table.caption = "\n".join(f"{number}: {escape(source)}" for number, source in enumerate(sources, 1))
     table.caption_justify = "left"
     return table
 

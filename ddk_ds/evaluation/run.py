@@ -22,6 +22,7 @@ from ddk_ds.evaluation.sandbox import Walls, check_sandbox
 from ddk_ds.evaluation.sources import check_files
 from ddk_ds.evaluation.suites import QUICK_LIMIT, Chosen
 from ddk_ds.evaluation.table import score_line
+from ddk_ds.version import VERSION
 
 Tell = Callable[[str], None]
 
@@ -152,6 +153,6 @@ def _measure_model(
 
 
 def versions() -> dict[str, str]:
-    """Of the packages that the numbers depend on and that are installed."""
-    names = ("ddk_ds", "torch", "transformers", "tokenizers", "lm_eval", "datasets")
-    return {name: version(name) for name in names if find_spec(name) is not None}
+    """Of this package and of those that the numbers depend on and that are installed."""
+    names = ("torch", "transformers", "tokenizers", "lm_eval", "datasets")
+    return {"ddk_ds": VERSION, **{name: version(name) for name in names if find_spec(name) is not None}}

@@ -9,7 +9,7 @@ from ddk_ds.config import Config
 from ddk_ds.engine.memory import COMPUTE_BYTES, MEMORY_MARGIN, OPTIMIZER_BYTES
 from ddk_ds.planner.advice import Advice, advise
 from ddk_ds.planner.data import DataFacts
-from ddk_ds.planner.flops import RunFlops, run_flops, teacher_runs, training_flops
+from ddk_ds.planner.flops import RunFlops, run_flops, training_flops
 from ddk_ds.planner.gpus import LINK_EFFICIENCY, MEMORY_EFFICIENCY, Cluster
 from ddk_ds.planner.memory import MemoryPlan, Models, plan_memory
 from ddk_ds.planner.step import Options, Step, simulate_step
@@ -219,7 +219,6 @@ def plan_json(plan: Plan) -> dict[str, Any]:
         "shard_bytes": plan.data.shard_bytes,
         "read_bytes_per_s": plan.read_bytes_per_s,
         "checkpoint": asdict(plan.checkpoints),
-        "teacher_runs": teacher_runs(plan.config),
         "advice": [asdict(one) for one in plan.advice],
         "assumptions": plan.assumptions,
     }

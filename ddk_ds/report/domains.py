@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ddk_ds.report.curves import Array, count_unit, draw_curve, envelope, log_if_wide, thinned
-from ddk_ds.report.happenings import describe_marks, draw_marks
+from ddk_ds.report.happenings import describe_marks, draw_marks, step_axis
 from ddk_ds.report.records import RunRecord
 from ddk_ds.report.style import Picture, bar_style, legend_above, line_style, marker, tidy, to_svg
 
@@ -17,8 +17,9 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _BEFORE: dict[str, Any] = {"color": "white", "hatch": "", "edgecolor": "black"}
-_TEACHER: dict[str, Any] = {"color": "#444444", "hatch": "", "edgecolor": "black"}
+_TEACHER: dict[str, Any] = {"color": "#BBBBBB", "hatch": "", "edgecolor": "black"}
 _BAR_INCHES = 0.125
+_WORD: dict[str, Any] = {"textcoords": "offset points", "ha": "left", "va": "top", "fontsize": 8}
 
 
 def perplexity_bars(runs: Sequence[RunRecord]) -> Picture:
@@ -80,7 +81,9 @@ def over_tokens(run: RunRecord, top: float | None, title: str = "") -> Picture:
             draw_curve(axes, tokens / by, values[:, number], name, line_style(number), marker(number))
         if run.has_teacher:
             axes.axhline(1, color="black", linewidth=0.8)
-            axes.annotate("teacher", (1, 1), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=8)
+            low, high = float(np.nanmin(values)), float(np.nanmax(values))
+            axes.set_ylim(min(low, 1.0) - 0.12 * (high - min(low, 1.0)))  # room for the word below the line
+            axes.annotate("teacher", (0, 1), (4, -2), xycoords=("axes fraction", "data"), **_WORD)
         shown = values.ravel() if top is None else np.append(values.ravel(), top)
         log_if_wide(axes, np.append(shown, 1.0) if run.has_teacher else shown)
         if axes.get_yscale() == "linear" and top is not None:
@@ -148,7 +151,7 @@ def _suffix(title: str) -> str:
 
 def _step_axis(axes: Axes, run: RunRecord) -> None:
     draw_marks(axes, run)
-    axes.set_xlabel("optimizer step")
+    step_axis(axes)
 
 
 def asked_and_realised(run: RunRecord) -> tuple[Array, Array]:

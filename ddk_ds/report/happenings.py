@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from matplotlib.ticker import MaxNLocator
 
 from ddk_ds.report.curves import time_unit
 from ddk_ds.report.records import RunRecord
@@ -61,7 +62,16 @@ def draw_marks(axes: Axes, run: RunRecord) -> None:
             axes.axvline(place, color=kind.colour, linestyle=kind.line, linewidth=0.8, alpha=0.7, zorder=1)
         top = axes.get_xaxis_transform()
         options: dict[str, Any] = {"clip_on": False, "markersize": 5, "linestyle": ""}
-        axes.plot(places, [1.0] * len(places), kind.marker, color=kind.colour, transform=top, label=kind.label, **options)
+        axes.plot(
+            places, [1.0] * len(places), kind.marker, color=kind.colour, transform=top, label=kind.label, **options
+        )
+
+
+def step_axis(axes: Axes) -> None:
+    """Name the axis of optimizer steps."""
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    axes.xaxis.set_major_formatter("{x:,.0f}")
+    axes.set_xlabel("optimizer step")
 
 
 def describe_marks(run: RunRecord) -> str:
@@ -102,6 +112,7 @@ def progress(run: RunRecord) -> Picture | None:
             if places:
                 axes.plot(*zip(*places, strict=True), kind.marker, color=kind.colour, label=kind.label, markersize=6)
         axes.set_xlabel(f"time since the run's first start, {unit}")
+        axes.yaxis.set_major_formatter("{x:,.0f}")
         axes.set_ylabel("optimizer step")
         axes.set_ylim(bottom=0)
         legend_above(axes)
@@ -120,9 +131,15 @@ def event_rows(events: Sequence[dict[str, Any]], limit: int) -> list[tuple[str, 
     for event in shown:
         when = time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(event["time_s"]))
         left_out = ("event", "time_s", "step", "mixture", "versions")
-        rest = "; ".join(f"{key}: {value}" for key, value in event.items() if key not in left_out and value != {})
+        rest = "; ".join(
+            f"{key}: {_said(value)}" for key, value in event.items() if key not in left_out and value != {}
+        )
         rows.append((when, event["event"], str(event.get("step", "")), rest))
     return rows
+
+
+def _said(value: Any) -> str:
+    return ", ".join(f"{key} {change}" for key, change in value.items()) if isinstance(value, dict) else str(value)
 
 
 def checkpoint_seconds(run: RunRecord) -> tuple[int, float, float]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ PARTS = {
     "optimizer_s": "optimizer",
 }
 _NUMBERS = ("loss", "ce", "kl", "grad_norm", "learning_rate")
+_NO_TEXT = re.compile(r"null|true|false|[-+.\de]+")
 _CLOCK = ("step_s", *PARTS, "monitor_s", "tokens_per_s", "peak_memory_gb")
 
 
@@ -180,5 +182,6 @@ def _read_config(run_dir: Path) -> tuple[Config | None, str]:
 
 
 def _without_secret(line: str) -> str:
-    key, colon, value = line.partition(":")
-    return f"{key}: ***" if colon and value.strip() and names_a_secret(key.strip(" -")) else redact(line)
+    key, _, value = line.partition(": ")
+    secret = names_a_secret(key.strip(" -")) and not _NO_TEXT.fullmatch(value.strip())
+    return f"{key}: ***" if value and secret else redact(line)

@@ -50,7 +50,7 @@ def run_state(run_dir: Path, events: Sequence[dict[str, Any]], records: Sequence
         texts = (_stacks(path) for path in sorted(names) if path.stem.count("-") == 1)  # others are of earlier starts
         stacks = next((text for text in texts if _TIMED_OUT in text), stacks)
     phase = _PHASE.search(stacks)
-    where = f"in {phase[1]} after step {int(phase[2]):,}" if phase else "at its start"
+    where = f"in {phase[1]} after step {int(phase[2]):,}" if phase else "before its first step or measurement"
     if _TIMED_OUT in stacks:
         return State("timed out", f"timed out {where}: stacks/ has what each rank was doing", age_s)
     if silent:

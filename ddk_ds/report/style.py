@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -20,9 +19,9 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 # On white, yellow is no colour for a thin line.
 _LINE_COLOURS = tuple("#8A7F00" if colour == "#F0E442" else colour for colour in COLOURS)
 WIDTH = 4.8
-"""Inches; small enough that letters of 9 points can be read on a phone that shows a picture over its width."""
+"""Inches; small enough that letters of 9 or 10 points can be read on a phone that shows a picture over its width."""
 _SETTINGS: dict[str, Any] = {
-    "font.size": 9.0,
+    "font.size": 10.0,
     "text.parse_math": False,  # a domain's name is no formula
     "svg.hashsalt": "ddk_ds",  # the same numbers give the same file
     "hatch.linewidth": 0.5,
@@ -71,10 +70,13 @@ def tidy(axes: Axes, grid: str = "y") -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def legend_above(axes: Axes, columns: int = 3, **options: Any) -> None:
-    """The legend between the picture's upper edge and the axes, where it hides nothing."""
-    place: dict[str, Any] = {"loc": "lower left", "bbox_to_anchor": (0, 1.0), "frameon": False, "fontsize": 8}
-    axes.legend(ncols=columns, borderaxespad=0.3, handlelength=2.6, columnspacing=1.2, **place, **options)
+def legend_above(axes: Axes, columns: int = 3) -> None:
+    """The legend over the whole width at the picture's upper edge, where it hides nothing."""
+    handles, labels = axes.get_legend_handles_labels()
+    figure: Figure = axes.figure  # type: ignore[assignment]
+    look: dict[str, Any] = {"frameon": False, "fontsize": 9, "handlelength": 2.6, "columnspacing": 1.2}
+    if handles:
+        figure.legend(handles, labels, loc="outside upper left", ncols=columns, borderaxespad=0.2, **look)
 
 
 def to_svg(draw: Callable[[Figure], None], height: float = 3.0) -> str:
@@ -89,8 +91,3 @@ def to_svg(draw: Callable[[Figure], None], height: float = 3.0) -> str:
         stream = io.StringIO()
         figure.savefig(stream, format="svg", metadata={"Date": None, "Creator": None})
     return stream.getvalue()
-
-
-def write_picture(picture: Picture, folder: Path) -> None:
-    """Write <folder>/<name>.svg."""
-    (folder / f"{picture.name}.svg").write_text(picture.svg, encoding="utf-8")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ddk_ds.report.curves import Array, draw_curve, envelope, log_if_wide, thinned, time_unit
-from ddk_ds.report.happenings import checkpoint_seconds, describe_marks, draw_marks
+from ddk_ds.report.happenings import checkpoint_seconds, describe_marks, draw_marks, step_axis
 from ddk_ds.report.records import PARTS, RunRecord
 from ddk_ds.report.state import duration
 from ddk_ds.report.style import Picture, bar_style, legend_above, line_style, tidy, to_svg
@@ -80,16 +80,15 @@ def _curve(
     def draw(figure: Figure) -> None:
         axes = figure.subplots()
         for number, (label, values) in enumerate(series.items()):
-            draw_curve(axes, run.steps.step, values, label, line_style(number), "o")
+            draw_curve(axes, run.steps.step, values, label if len(series) > 1 else "", line_style(number), "o")
         draw_marks(axes, run)
         if wide:
             log_if_wide(axes, next(iter(series.values())))
         if from_zero:
             axes.set_ylim(bottom=0)
-        axes.set_xlabel("optimizer step")
+        step_axis(axes)
         axes.set_ylabel(unit)
-        if len(axes.get_legend_handles_labels()[0]) > 1:
-            legend_above(axes)
+        legend_above(axes)
         tidy(axes)
 
     shown = "; ".join(f"{label}: {_first_to_last(values)}" for label, values in series.items())
@@ -133,7 +132,7 @@ def step_parts(run: RunRecord) -> Picture:
         # One slow step must not press all others flat.
         axes.set_ylim(0, 1.25 * float(np.percentile(bottom, 99)) or 1.0)
         axes.set_xlim(x[0], x[-1])
-        axes.set_xlabel("optimizer step")
+        step_axis(axes)
         axes.set_ylabel("seconds a step")
         legend_above(axes)
         tidy(axes)

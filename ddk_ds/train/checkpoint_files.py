@@ -15,12 +15,14 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ddk_ds.comm import Comm
 from ddk_ds.config import Checkpoint
 from ddk_ds.errors import CheckpointError
 from ddk_ds.files import size_and_xxh64, write_text
+
+if TYPE_CHECKING:  # it brings torch, which tools/status.py need not wait for
+    from ddk_ds.comm import Comm
 
 FORMAT = 3
 MANIFEST = "manifest.json"

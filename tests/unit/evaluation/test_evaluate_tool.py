@@ -122,6 +122,7 @@ def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
         (["--cross-code-eval", "nowhere"], "nowhere/python/line_completion"),
         (["--suite", "quick", "--data", "nowhere"], "5 data sets are missing"),
         (["--suite", "quick", "--out", "pyproject.toml/scores.json"], "pyproject.toml is a file"),
+        (["--suite", "quick", "--out", "docs"], "docs: is a directory"),
     ],
 )
 def test_refusals(tiny: Path, options: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

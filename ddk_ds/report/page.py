@@ -1,0 +1,203 @@
+"""The report as one HTML page that needs nothing else: no network, no script, no font."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from html import escape
+
+import numpy as np
+
+from ddk_ds.report.domains import mixture, over_tokens, perplexity_bars, realised
+from ddk_ds.report.happenings import checkpoint_seconds, event_rows, progress
+from ddk_ds.report.page_style import STYLE
+from ddk_ds.report.records import RunRecord
+from ddk_ds.report.state import duration
+from ddk_ds.report.style import Picture
+from ddk_ds.report.training import speed_pictures, spent, training_pictures
+from ddk_ds.version import VERSION
+
+_EVENTS_SHOWN = 200
+Rows = Sequence[Sequence[str]]
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of the page: what is written, then pictures side by side."""
+
+    anchor: str
+    title: str
+    html: str
+    pictures: Sequence[Picture]
+
+
+def sections(runs: Sequence[RunRecord]) -> list[Section]:
+    """What the page of these runs holds; the first one is the page's, the others stand beside it."""
+    run = runs[0]
+    beside = len(runs) > 1
+    titles = [one.name if beside else "" for one in runs]
+    ratios = [one.by_domain("ratio") for one in runs if one.has_teacher]
+    top = max(float(np.nanmax(values)) for values in ratios) if beside and ratios else None
+    results = _results(run) + (_side_by_side(runs) if beside else "")
+    curves = [
+        over_tokens(one, top if one.has_teacher else None, title) for one, title in zip(runs, titles, strict=True)
+    ]
+    mixtures = [mixture(one, title) for one, title in zip(runs, titles, strict=True)]
+    told = progress(run)
+    return [
+        Section("result", "Result", results, [perplexity_bars(runs), *curves]),
+        Section("mixture", "Mixture", "", [*mixtures, realised(run)]),
+        Section("training", "Training", _nothing_yet(run), training_pictures(run)),
+        Section("speed", "Speed and memory", _nothing_yet(run), speed_pictures(run)),
+        Section("events", "What happened", _events(run), [told] if told is not None else []),
+        Section("configuration", "Configuration", _configuration(run), []),
+        Section("versions", "Versions", _versions(run), []),
+    ]
+
+
+def page(runs: Sequence[RunRecord], parts: Sequence[Section]) -> str:
+    """The HTML of the page."""
+    run = runs[0]
+    links = "".join(f'<li><a href="#{part.anchor}">{part.title}</a></li>' for part in parts)
+    body = "".join(_section(part) for part in parts)
+    others = f" beside {', '.join(one.name for one in runs[1:])}" if len(runs) > 1 else ""
+    return (
+        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f'<link rel="icon" href="data:,"><title>{escape(run.name)}: report</title><style>{STYLE}</style></head>\n<body>'
+        f"<header><h1>{escape(run.name)}{escape(others)}</h1>"
+        f'<p class="state {run.state.kind.split()[0]}">{escape(run.state.text)}</p>{_numbers(run)}'
+        f'<nav aria-label="Contents"><ul>{links}</ul></nav></header>\n<main>{body}</main>'
+        f"<footer><p>ddk_ds {VERSION}. Pictures are vectors, and lie beside this page as .svg files.</p></footer>"
+        "</body></html>\n"
+    )
+
+
+def _section(part: Section) -> str:
+    pictures = "".join(_figure(picture) for picture in part.pictures)
+    grid = f'<div class="pictures">{pictures}</div>' if pictures else ""
+    return f'\n<section id="{part.anchor}"><h2>{part.title}</h2>{part.html}{grid}</section>'
+
+
+def _figure(picture: Picture) -> str:
+    # As an image, not inline: names inside one picture must not meet those of another.
+    data = base64.b64encode(picture.svg.encode()).decode()
+    return (
+        f'<figure id="{escape(picture.name)}"><h3>{escape(picture.title)}</h3>'
+        f'<img src="data:image/svg+xml;base64,{data}" alt="{escape(picture.alt)}">'
+        f"<figcaption>{escape(picture.caption)}</figcaption></figure>"
+    )
+
+
+def _numbers(run: RunRecord) -> str:
+    """The few numbers that one looks for first."""
+    total = run.expected_steps
+    done = f"{run.last_step:,}" + (f" of {total:,}" if total is not None and run.summary is None else "")
+    columns = run.steps.columns
+    speed, memory = _finite(columns["tokens_per_s"]), _finite(columns["peak_memory_gb"])
+    found = {
+        "steps": done,
+        "tokens": f"{int(run.domain_tokens.sum()):,}",
+        "time": duration(sum(spent(run).values())),
+        "tokens/s, median": f"{np.median(speed):,.0f}" if len(speed) else "-",
+        "peak memory": f"{memory.max():.2f} GB" if len(memory) else "-",
+        "ranks": str(next((e["world_size"] for e in reversed(run.events) if "world_size" in e), "-")),
+        "checkpoints": str(checkpoint_seconds(run)[0]),
+    }
+    if run.has_teacher:
+        ratios = run.by_domain("ratio").mean(1)
+        found["mean ratio to teacher"] = f"{ratios[0]:.3f} → {ratios[-1]:.3f}"
+    if run.config is not None:
+        found = {"method": run.config.method, "controller": run.config.mixture.controller, **found}
+    cells = "".join(f"<div><dt>{escape(key)}</dt><dd>{escape(value)}</dd></div>" for key, value in found.items())
+    return f'<dl class="numbers">{cells}</dl>'
+
+
+def _finite(values: np.ndarray) -> np.ndarray:
+    return values[np.isfinite(values)]
+
+
+def table(headings: Sequence[str], rows: Rows, caption: str = "", css: str = "") -> str:
+    """An HTML table; the first column names the row. It scrolls by itself where it is too wide."""
+    head = "".join(f'<th scope="col">{escape(heading)}</th>' for heading in headings)
+    body = "".join(
+        f'<tr><th scope="row">{escape(row[0])}</th>{"".join(f"<td>{escape(cell)}</td>" for cell in row[1:])}</tr>'
+        for row in rows
+    )
+    said = f"<caption>{escape(caption)}</caption>" if caption else ""
+    label = escape(caption or "table")
+    return (
+        f'<div class="scroll" tabindex="0" role="region" aria-label="{label}"><table class="{css}">{said}'
+        f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
+    )
+
+
+def _results(run: RunRecord) -> str:
+    after = "after" if run.summary is not None else f"at step {run.measurements[-1]['step']:,}"
+    headings = ["domain", "teacher", "before", after, "ratio before", f"ratio {after}", "tokens", "share"]
+    rows = [
+        [
+            one.name,
+            _number(one.teacher_ppl),
+            _number(one.before),
+            _number(one.after),
+            _number(one.ratio_before, 3),
+            _number(one.ratio_after, 3),
+            f"{one.tokens:,}",
+            f"{one.share:.1%}",
+        ]
+        for one in run.results
+    ]
+    if run.has_teacher:
+        means = [np.mean([getattr(one, key) for one in run.results]) for key in ("ratio_before", "ratio_after")]
+        rows.append(["mean", "", "", "", *(_number(float(mean), 3) for mean in means), "", ""])
+    return table(headings, rows, f"{run.name}: perplexity on held-out text by domain", "domains")
+
+
+def _side_by_side(runs: Sequence[RunRecord]) -> str:
+    rows = []
+    for name in runs[0].domains:
+        found = [{one.name: one for one in run.results}.get(name) for run in runs]
+        rows.append([name, *("-" if one is None else f"{one.after:,.2f} ({one.share:.1%})" for one in found)])
+    ratios = [run.by_domain("ratio")[-1].mean() if run.has_teacher else None for run in runs]
+    rows.append(["mean ratio to the teacher", *(_number(ratio, 3) for ratio in ratios)])
+    rows.append(["tokens", *(f"{int(run.domain_tokens.sum()):,}" for run in runs)])
+    rows.append(["state", *(run.state.kind for run in runs)])
+    headings = ["domain", *(run.name for run in runs)]
+    return table(headings, rows, "Runs side by side: student's last perplexity (share of tokens)", "domains")
+
+
+def _number(value: float | None, digits: int = 2) -> str:
+    return "-" if value is None else f"{value:,.{digits}f}"
+
+
+def _nothing_yet(run: RunRecord) -> str:
+    return "" if len(run.steps.step) else "<p>No step is done yet.</p>"
+
+
+def _events(run: RunRecord) -> str:
+    rows = event_rows(run.events, _EVENTS_SHOWN)
+    saved = checkpoint_seconds(run)[0]
+    note = f"events.jsonl without its {saved:,} checkpoints"
+    if len(run.events) - saved > len(rows):
+        note += f", the last {len(rows):,}"
+    return table(["time, UTC", "event", "step", "details"], rows, note, "events")
+
+
+def _configuration(run: RunRecord) -> str:
+    if not run.config_text:
+        return "<p>The directory has no config.yaml.</p>"
+    return f"<details open><summary>config.yaml, as resolved</summary><pre>{escape(run.config_text)}</pre></details>"
+
+
+def _versions(run: RunRecord) -> str:
+    rows = list(_version_rows(run))
+    return table(["package", "version"], rows, "As the run's starts noted them") if rows else "<p>Not noted.</p>"
+
+
+def _version_rows(run: RunRecord) -> Iterator[list[str]]:
+    for event in run.events:
+        yield from ([name, str(found)] for name, found in event.get("versions", {}).items())
+        for name, change in event.get("changed_versions", {}).items():
+            yield [name, f"{change}, at the restart from step {event.get('step', '?')}"]

@@ -1,0 +1,215 @@
+"""A run on one screen of a terminal, from the end of its ledger and nothing but files."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.console import Group, RenderableType
+from rich.markup import escape
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from ddk_ds.config import Config, load_config
+from ddk_ds.errors import CheckpointError, UserError
+from ddk_ds.report.state import State, duration, expected_steps, run_state
+from ddk_ds.run_files import read_events, read_ledger_end
+
+_RECENT_STEPS = 30
+_COLOURS = {"running": "green", "finished": "green", "silent": "yellow", "interrupted": "yellow"}
+_BAR = 20
+_ALARMS = 2
+_PARTS = {
+    "data_s": "data",
+    "teacher_s": "teacher",
+    "forward_s": "forward",
+    "backward_s": "backward",
+    "optimizer_s": "optimizer",
+}
+OTHER_LINES = 13
+"""Lines of the screen that are no domain's."""
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """What the ledger does not say."""
+
+    now_s: float
+    """Seconds since 1970."""
+    checkpoint: tuple[int, float, int] | None
+    """Of the newest complete checkpoint: step, time it was written at (seconds since 1970), bytes."""
+    disk_free_bytes: int
+
+
+def screen(run_dir: Path, around: Surroundings, max_domains: int | None = None) -> Group:
+    """The screen of a run. Raises CheckpointError where the directory holds none, or a damaged one."""
+    if not run_dir.is_dir():
+        raise CheckpointError(f"{run_dir}: there is no such directory")
+    if not (run_dir / "events.jsonl").is_file():
+        raise CheckpointError(f"{run_dir}: not begun: no events.jsonl yet")
+    events = read_events(run_dir)
+    records = []
+    if (run_dir / "ledger.jsonl").is_file():
+        records = read_ledger_end(run_dir, steps=_RECENT_STEPS, measurements=2)
+    state = run_state(run_dir, events, records, around.now_s)
+    if not records:
+        raise CheckpointError(f"{run_dir}: nothing is measured yet: {state.text}")
+    try:
+        return Group(*_lines(run_dir, state, events, records, around, max_domains))
+    except (KeyError, TypeError, IndexError, AttributeError) as error:
+        raise CheckpointError(
+            f"{run_dir}: the end of ledger.jsonl lacks what a run writes there ({type(error).__name__}: {error})"
+        ) from error
+
+
+def _lines(
+    run_dir: Path,
+    state: State,
+    events: Sequence[dict[str, Any]],
+    records: Sequence[dict[str, Any]],
+    around: Surroundings,
+    max_domains: int | None,
+) -> Iterator[RenderableType]:
+    measurements = [record for record in records if record["kind"] != "step"]
+    steps = [record for record in records if record["kind"] == "step"]
+    colour = _COLOURS.get(state.kind, "red")
+    yield _line(f"[bold]{escape(run_dir.resolve().name)}[/]  [{colour}]{escape(state.text)}[/]")
+    yield _line(
+        f"last sign of life {duration(state.age_s)} ago, {_counted(_starts(events), 'start')}, {_counted(_ranks(events), 'rank')}"
+    )
+    yield _progress(run_dir, events, records, finished=state.kind == "finished")
+    if steps:
+        yield from _numbers(steps)
+    yield _line(_checkpoint(around))
+    if measurements:
+        yield _domains(measurements, steps, max_domains)
+    for text in _alarms(events):
+        yield _line(f"[red]{escape(text)}[/]")
+
+
+def _line(markup: str) -> Text:
+    text = Text.from_markup(markup)
+    text.no_wrap, text.overflow = True, "ellipsis"
+    return text
+
+
+def _starts(events: Sequence[dict[str, Any]]) -> int:
+    return sum(event["event"] in ("start", "resume", "fork") for event in events)
+
+
+def _ranks(events: Sequence[dict[str, Any]]) -> int:
+    return next((int(event["world_size"]) for event in reversed(events) if "world_size" in event), 0)
+
+
+def _counted(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"
+
+
+def _pace(config: Config, records: Sequence[dict[str, Any]]) -> float | None:
+    """Seconds a step from now on, measurements between intervals included; None before the first step."""
+    taken = [record["clock"]["step_s"] for record in records if record["kind"] == "step"]
+    measured = [record["clock"].get("measure_s", 0.0) for record in records if record["kind"] != "step"]
+    if not taken:
+        return None
+    return float(sum(taken) / len(taken) + (measured[-1] / config.mixture.interval_steps if measured else 0.0))
+
+
+def _progress(
+    run_dir: Path, events: Sequence[dict[str, Any]], records: Sequence[dict[str, Any]], *, finished: bool
+) -> RenderableType:
+    step, total, pace_s = records[-1]["step"], None, None
+    try:
+        config = load_config(run_dir / "config.yaml")
+        total, pace_s = expected_steps(config, events), _pace(config, records)
+    except UserError:  # of another version, or not there
+        pass
+    if total is None or finished:
+        return _line(f"step {step:,}" + (" of ?" if not finished else ""))
+    grid = Table.grid(padding=(0, 2))
+    eta = f"ETA {duration((total - step) * pace_s)}" if pace_s is not None else "ETA ?"
+    bar = ProgressBar(total=max(1, total), completed=step, width=24)
+    grid.add_row(f"step {step:,} of {total:,}", bar, f"{step / max(1, total):.1%}", eta)
+    return grid
+
+
+def _numbers(steps: Sequence[dict[str, Any]]) -> Iterator[Text]:
+    last = steps[-1]
+    shown = [f"interval {last['interval']}", f"loss {_number(last['loss'])}"]
+    if last["kl"]:
+        shown.append(f"CE {_number(last['ce'])}  KL {_number(last['kl'])}")
+    shown += [f"gradient {_number(last['grad_norm'])}", f"rate {last['learning_rate']:.2e}"]
+    yield _line("  ".join(shown))
+    clocks = [record["clock"] for record in steps]
+    tokens = sum(sum(record["domain_tokens"]) for record in steps)
+    seconds = max(1e-9, sum(clock["step_s"] for clock in clocks))
+    parts = {word: sum(clock.get(key, 0.0) for clock in clocks) / seconds for key, word in _PARTS.items()}
+    told = "  ".join(f"{word} {share:.0%}" for word, share in parts.items() if share)
+    memory = clocks[-1].get("peak_memory_gb")
+    peak = "" if memory is None else f", peak memory {memory:.1f} GB"
+    yield _line(
+        f"{tokens / seconds:,.0f} tokens/s, {seconds / len(steps):.3g} s a step{peak} (last {_counted(len(steps), 'step')})"
+    )
+    yield _line(f"of a step: {told}")
+
+
+def _number(value: float | None) -> str:
+    return "not finite" if value is None else f"{value:.4g}"
+
+
+def _checkpoint(around: Surroundings) -> str:
+    free = f"disk free {around.disk_free_bytes / 1e9:,.1f} GB"
+    if around.checkpoint is None:
+        return f"no checkpoint yet; {free}"
+    step, written_s, num_bytes = around.checkpoint
+    age = duration(max(0.0, around.now_s - written_s))
+    return f"checkpoint of step {step:,}, {age} old, {num_bytes / 1e9:,.2f} GB; {free}"
+
+
+def _domains(
+    measurements: Sequence[dict[str, Any]], steps: Sequence[dict[str, Any]], max_domains: int | None
+) -> RenderableType:
+    last, before = measurements[-1], measurements[-2] if len(measurements) > 1 else None
+    key, heading = ("student_ppl", "perplexity") if last["ratio"] is None else ("ratio", "ratio")
+    planned = next((record["proportions"] for record in reversed(measurements) if record["proportions"]), {})
+    names = list(last[key])
+    largest = max([*planned.values(), 1e-9])
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1), show_edge=False)
+    table.add_column("domain", no_wrap=True, max_width=22)
+    table.add_column("mixture", no_wrap=True)
+    for title in ("share", heading, "change"):
+        table.add_column(title, justify="right", no_wrap=True)
+    shown = names
+    if max_domains is not None and len(names) > max_domains:
+        shown = sorted(names, key=lambda name: -last[key][name])[: max(1, max_domains - 1)]
+    for name in shown:
+        share = planned.get(name, 0.0)
+        bar = ProgressBar(total=largest, completed=share, width=_BAR, complete_style="cyan", finished_style="cyan")
+        change = "" if before is None else _change(last[key][name] - before[key][name])
+        table.add_row(escape(name), bar, f"{share:.1%}", f"{last[key][name]:.3f}", change)
+    if len(shown) < len(names):
+        table.add_row(f"and {len(names) - len(shown)} more, all lower", "", "", "", "")
+    table.add_section()
+    mean = sum(last[key].values()) / len(names)
+    moved = "" if before is None else _change(mean - sum(before[key].values()) / len(names))
+    table.add_row(f"mean, at step {last['step']:,}", "", "", f"{mean:.3f}", moved)
+    return table
+
+
+def _change(value: float) -> str:
+    colour = "green" if value < 0 else "yellow"
+    return f"[{colour}]{value:+.3f}[/]"
+
+
+def _alarms(events: Sequence[dict[str, Any]]) -> list[str]:
+    """The last things that went wrong."""
+    kinds = ("alarm", "warning", "checkpoint_failed", "roll_back", "skipped", "damaged")
+    found = [event for event in events if event["event"] in kinds][-_ALARMS:]
+    return [
+        f"{event['event']} at step {event.get('step', '?')}: "
+        f"{event.get('text') or event.get('reason') or event.get('path') or 'no finite gradient'}"
+        for event in found
+    ]

@@ -1,0 +1,79 @@
+"""Show on one screen where a run stands; any machine that sees its directory can.
+
+python tools/status.py runs/demo
+python tools/status.py runs/demo --watch 5
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console, RenderableType
+from rich.live import Live
+from rich.text import Text
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # where the project is not installed
+
+from ddk_ds.errors import UserError
+from ddk_ds.files import nearest_existing
+from ddk_ds.report.screen import OTHER_LINES, Surroundings, screen
+from ddk_ds.train.checkpoint_files import MANIFEST, newest_checkpoint
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Returns the exit code: 0, or 2 where the run has not begun or cannot be read."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("run", type=Path, metavar="RUN", help="directory of a run, finished or not")
+    parser.add_argument("--watch", type=float, metavar="SECONDS", help="show it anew so often, until Ctrl-C")
+    options = parser.parse_args(arguments)
+    console = Console(highlight=False)
+    if options.watch is not None:
+        return watch(options.run, max(0.2, options.watch), console)
+    try:
+        console.print(look(options.run, console))
+    except (UserError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def look(run_dir: Path, console: Console) -> RenderableType:
+    """The screen as it is now. UserError where the run has not begun or cannot be read."""
+    newest = newest_checkpoint(run_dir)
+    found = None
+    if newest is not None:
+        directory, manifest = newest
+        found = manifest.step, (directory / MANIFEST).stat().st_mtime, manifest.num_bytes
+    free = shutil.disk_usage(nearest_existing(run_dir)).free
+    # What is printed once, or to a file, can be of any height.
+    rows = max(3, console.height - OTHER_LINES) if console.is_terminal else None
+    return screen(run_dir, Surroundings(time.time(), found, free), rows)
+
+
+def watch(run_dir: Path, every_s: float, console: Console) -> int:
+    """Show the screen anew every so often; a run that has not begun yet is waited for."""
+
+    def now() -> RenderableType:
+        try:
+            return look(run_dir, console)
+        except (UserError, OSError) as error:  # a file may go or be half written while it is read
+            return Text(str(error))
+
+    try:
+        with Live(now(), console=console, screen=console.is_terminal, auto_refresh=False) as live:
+            while True:
+                time.sleep(every_s)
+                live.update(now(), refresh=True)
+    except KeyboardInterrupt:
+        return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
