@@ -8,12 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ddk_ds.report.style import bar_style, tidy
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-# Okabe and Ito's colours, which colour-blind readers tell apart; hatches do so in print.
-_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#999999")
-_HATCHES = ("", "//", "..", "xx", "\\\\", "++", "--", "oo")
 _DECADE = 10.0
 _SLANTED: dict[str, Any] = {"rotation": 30, "ha": "right", "rotation_mode": "anchor"}
 
@@ -156,7 +155,8 @@ def _draw_domains(axes: Axes, comparison: dict[str, Any]) -> None:
             [found["mean"] for found in spreads],
             width,
             yerr=None if spreads[0]["sd"] is None else [found["sd"] for found in spreads],
-            **_style(number),
+            **bar_style(number),
+            linewidth=0.6,
             label=f"{label} ({len(one['seeds'])})",
             capsize=2,
         )
@@ -177,7 +177,7 @@ def _draw_domains(axes: Axes, comparison: dict[str, Any]) -> None:
     axes.margins(x=0.01)
     columns = max(3, len(domains) * (len(methods) + 1) // 8)
     axes.legend(fontsize=8, ncols=columns, loc="lower left", bbox_to_anchor=(0, 1), frameon=False)
-    _tidy(axes)
+    tidy(axes)
 
 
 def _levels(comparison: dict[str, Any]) -> Iterable[float]:
@@ -193,7 +193,7 @@ def _draw_score(axes: Axes, comparison: dict[str, Any]) -> None:
         axes.errorbar(number, found["mean"], yerr=found["sd"], fmt="_", color="black", markersize=24, capsize=4)
         offsets = np.linspace(-0.15, 0.15, len(values)) if len(values) > 1 else [0.0]
         axes.scatter(
-            number + np.array(offsets), values, color=_style(number)["color"], edgecolor="black", zorder=3, s=36
+            number + np.array(offsets), values, color=bar_style(number)["color"], edgecolor="black", zorder=3, s=36
         )
     axes.set_xticks(range(len(comparison["methods"])), list(comparison["methods"]), **_SLANTED)
     axes.set_xlabel("method (a point for each seed)")
@@ -203,17 +203,4 @@ def _draw_score(axes: Axes, comparison: dict[str, Any]) -> None:
         else "geometric mean of perplexity over domains"
     )
     axes.margins(x=0.15)
-    _tidy(axes)
-
-
-def _style(number: int) -> dict[str, Any]:
-    # Beyond the number of colours the hatches move on, so that no two are the same.
-    colour = number % len(_COLOURS)
-    hatch = _HATCHES[(number + number // len(_COLOURS)) % len(_HATCHES)]
-    return {"color": _COLOURS[colour], "hatch": hatch, "edgecolor": "black", "linewidth": 0.6}
-
-
-def _tidy(axes: Axes) -> None:
-    axes.grid(axis="y", alpha=0.3)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
+    tidy(axes)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 from rich import box
 from rich.markup import escape
@@ -16,13 +15,9 @@ from ddk_ds.errors import ConfigError
 from ddk_ds.planner.known_points import Point
 from ddk_ds.planner.plan import Plan
 from ddk_ds.planner.scaling import Curve
+from ddk_ds.report.style import line_style, marker
 
-# Okabe and Ito's colours, which colour-blind readers tell apart; markers and dashes do so in print.
-_STYLES: tuple[dict[str, Any], ...] = (
-    {"color": "#0072B2", "marker": "o", "linestyle": "-"},
-    {"color": "#E69F00", "marker": "s", "linestyle": "--"},
-    {"color": "#009E73", "marker": "^", "linestyle": "-."},
-)
+_STYLES = tuple({**line_style(number), "marker": marker(number)} for number in range(3))
 
 
 def plan_tables(plan: Plan) -> Iterator[Table | Text]:

@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # where the projec
 from ddk_ds.errors import ConfigError, UserError
 from ddk_ds.files import write_text
 from ddk_ds.report.page import page, sections
-from ddk_ds.report.records import read_run
+from ddk_ds.report.records import read_runs
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -37,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def write_report(run_dirs: Sequence[Path], out: Path) -> Path:
     """Write report.html and its pictures to `out`; returns the page's path. UserError where a run cannot be read."""
-    runs = [read_run(run_dir) for run_dir in run_dirs]
+    runs = read_runs(run_dirs)
     parts = sections(runs)
     try:
         out.mkdir(parents=True, exist_ok=True)

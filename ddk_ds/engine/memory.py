@@ -2,7 +2,7 @@
 
 Assumed, and not measured:
 
-- A rank holds ceil(1 / world size) of everything that ZeRO-3 shards; tensors below `param_persistence_threshold`
+- A rank holds ceil(1 / n) of everything that ZeRO-3 shards over n ranks; tensors below `param_persistence_threshold`
   elements lie whole on every rank beside that.
 - Of the student up to `max_live_parameters` elements stay gathered between forward and backward, since a layer's
   next use is near; the teacher, which only goes forward, holds a layer (or its embedding) and what is prefetched.
@@ -17,7 +17,6 @@ Assumed, and not measured:
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Mapping
@@ -26,7 +25,8 @@ from pathlib import Path
 from typing import Any
 
 from ddk_ds.config import Config, Model
-from ddk_ds.engine.model_files import ModelFiles, StoredTensor
+from ddk_ds.config.models import Teacher
+from ddk_ds.engine.model_files import ModelFiles, configured_files
 from ddk_ds.kernels.options import GROUP_CHUNKS, default_chunk_tokens
 
 CONTEXT_BYTES = 1_500_000_000
@@ -126,18 +126,6 @@ def configured_shape(config: Path) -> ModelShape:
     return model_shape(configured_files(config))
 
 
-def configured_files(config: Path) -> ModelFiles:
-    """That model as if it lay beside its configuration: `file` of its tensors holds no weights."""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    values = json.loads(config.read_text())
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**values))
-    tensors = {name: StoredTensor(config, tuple(tensor.shape)) for name, tensor in model.named_parameters()}
-    return ModelFiles(config.parent, values, tensors)
-
-
 def _first(values: Mapping[str, Any], *keys: str) -> int:
     return next((int(values[key]) for key in keys if values.get(key)), 0)
 
@@ -183,8 +171,12 @@ def estimate_memory(
     vocab_size: int,
     world_size: int,
     device_type: str = "cuda",
+    ranks_per_node: int | None = None,
 ) -> MemoryEstimate:
-    """Memory of one of `world_size` ranks. A node holds as many times the host's bytes as it has ranks."""
+    """Memory of one of `world_size` ranks. A node holds as many times the host's bytes as it has ranks.
+
+    `ranks_per_node` None: all of them are on one node.
+    """
     raw = config.deepspeed.get("zero_optimization", {})  # of the student's engine; the teacher's has the defaults
     zero = {name: int(raw.get(f"stage3_{name}", raw.get(name, default))) for name, default in _DEFAULTS.items()}
     compute = COMPUTE_BYTES[config.train.precision]
@@ -196,7 +188,7 @@ def estimate_memory(
         weights["teacher shards"] = (config.teacher, teacher)
     for name, (model, shape) in weights.items():
         place = {"none": resident, "cpu": host, "nvme": {}}[model.offload_params]
-        place[name] = compute * shape.shard(world_size)
+        place[name] = compute * shape.shard(shard_ranks(model, world_size, ranks_per_node))
         if model.offload_params == "nvme":
             host[f"{name}: nvme buffers"] = compute * _NVME_PARAMETERS
     optimizer = {"none": resident, "cpu": host, "nvme": {}}[config.optimizer.offload]
@@ -218,8 +210,18 @@ def estimate_memory(
     if config.optimizer.offload != "none":
         host |= update
         update = {}
-    passes = _passes(config, student, teacher, vocab_size, zero, device_type)
+    together = 1  # micro-batches of a pass of the teacher
+    if config.teacher is not None:
+        micro_batches = config.train.global_batch_samples // (config.train.micro_batch_samples * world_size)
+        together = max(1, min(config.teacher.micro_batches_per_pass, micro_batches))
+    passes = _passes(config, student, teacher, vocab_size, zero, device_type, together)
     return MemoryEstimate(resident, passes, update, host)
+
+
+def shard_ranks(model: Model, world_size: int, ranks_per_node: int | None) -> int:
+    """Ranks that hold one copy of a model's weights between them."""
+    within = model.shard_within if isinstance(model, Teacher) else "world"
+    return {"world": world_size, "node": min(ranks_per_node or world_size, world_size), "gpu": 1}[within]
 
 
 def _passes(
@@ -229,8 +231,9 @@ def _passes(
     vocab_size: int,
     zero: dict[str, int],
     device_type: str,
+    together: int,
 ) -> dict[str, int]:
-    """Parts of a micro-batch's forward and backward."""
+    """Parts of a micro-batch's forward and backward; the teacher's passes take `together` micro-batches."""
     compute = COMPUTE_BYTES[config.train.precision]
     tokens = config.train.micro_batch_samples * config.data.sequence_length
     largest = max(student.largest_layer, student.head)
@@ -244,7 +247,8 @@ def _passes(
         "gradients joined for the reduction": compute * min(zero["reduce_bucket_size"], student.parameters),
         # A float32 sum and the same rounded to the parameter's dtype.
         "head's weight gradient": (4 + compute) * student.head,
-        "hidden states": tokens * (student.hidden * (compute + 4) + (teacher.hidden * compute if teacher else 0)),
+        "hidden states": tokens
+        * (student.hidden * (compute + 4) + (together * teacher.hidden * compute if teacher else 0)),
         "logits of a chunk": chunk * vocab_size * logits * models,
         "activations": _activations(config, student, tokens, compute),
     }
@@ -254,6 +258,8 @@ def _passes(
         prefetch = _DEFAULTS["prefetch_bucket_size"]
         layer = _layer_activations(config.teacher, teacher, tokens, config.data.sequence_length, compute)
         gathered = compute * min(teacher.parameters, max(teacher.largest_layer, teacher.head) + prefetch)
+        # Into a layer and out of it go all micro-batches of a pass, through it one at a time.
+        layer += 2 * (together - 1) * tokens * teacher.hidden * compute
         # Its layers are gone when its head is gathered, and its activations when the student's begin.
         parts["teacher gathered"] = max(gathered, compute * teacher.head)
         parts["activations"] = max(parts["activations"], layer)

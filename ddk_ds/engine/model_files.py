@@ -99,6 +99,24 @@ def read_model(directory: Path, key: str) -> ModelFiles:
     return ModelFiles(directory, config, _tensor_files(directory, key))
 
 
+def configured_files(config: Path) -> ModelFiles:
+    """The model that a Hugging Face configuration (JSON) describes, as if it lay there: `file` of a tensor holds none.
+
+    Nothing of it is built in memory.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from ddk_ds.engine.compat import no_init_weights
+
+    values = json.loads(config.read_text())
+    with no_init_weights(), torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**values))
+    model.tie_weights()
+    tensors = {name: StoredTensor(config, tuple(tensor.shape)) for name, tensor in model.named_parameters()}
+    return ModelFiles(config.parent, values, tensors)
+
+
 def check_code(files: ModelFiles, key: str, *, trusted: bool) -> None:
     """Raise ConfigError where the model needs Python code of its own directory, and the configuration trusts none."""
     from transformers import CONFIG_MAPPING

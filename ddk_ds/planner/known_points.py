@@ -14,7 +14,7 @@ from ddk_ds.engine.profile import FULL, Shape
 from ddk_ds.planner.gpus import GPUS, Cluster
 from ddk_ds.planner.memory import Models
 from ddk_ds.planner.models import PlannedModel
-from ddk_ds.planner.step import HOST_S_PER_LAYER, Options, simulate_step
+from ddk_ds.planner.step import HOST_S_PER_LAYER, simulate_step
 
 _GPUS_PER_NODE = 8
 # MPT's models: layers, width; a tied head of 50,368 rows, 2,048 learned positions, an MLP of 4 x width.
@@ -115,7 +115,7 @@ def _foundry(row: Published) -> Point:
         checkpointing=row.checkpointing,
     )
     # FSDP's hooks are one for a block.
-    found = _tokens_per_s_per_gpu(config, Models(model, None, 50368), row.gpu, row.gpus, Options(host_s_per_layer=0.0))
+    found = _tokens_per_s_per_gpu(config, Models(model, None, 50368), row.gpu, row.gpus, 0.0)
     what = f"MPT {row.model}, {row.gpu}, micro-batch {row.micro_batch} x {row.micro_batches}"
     if row.checkpointing:
         what += ", checkpointing"
@@ -136,7 +136,7 @@ def _deepspeed() -> list[Point]:
         config = _config(
             length=length, micro_batch=micro_batch, global_batch=micro_batch * gpus, checkpointing=True, offload="cpu"
         )
-        found = _tokens_per_s_per_gpu(config, Models(model, None, 51200), "a100-80g", gpus, Options())
+        found = _tokens_per_s_per_gpu(config, Models(model, None, 51200), "a100-80g", gpus, HOST_S_PER_LAYER)
         what = f"GPT {name}, a100-80g, micro-batch {micro_batch}, checkpointing"
         points.append(Point(what, gpus, flop_per_s / flops, found, DEEPSPEED))
     return points
@@ -150,18 +150,18 @@ def _here() -> list[Point]:
         length=FULL.length, micro_batch=FULL.samples, global_batch=FULL.samples, checkpointing=False, method="kd"
     )
     return [
-        Point(f"{what}, h100", 1, tokens / seconds, _tokens_per_s_per_gpu(config, models, "h100", 1, options), HERE)
-        for what, seconds, options in (
-            ("distillation step, plain torch", 0.19224, Options(host_s_per_layer=0.0)),
-            ("distillation step, ZeRO-3 engines", 0.70395, Options(host_s_per_layer=HOST_S_PER_LAYER)),
+        Point(f"{what}, h100", 1, tokens / seconds, _tokens_per_s_per_gpu(config, models, "h100", 1, host_s), HERE)
+        for what, seconds, host_s in (
+            ("distillation step, plain torch", 0.19224, 0.0),
+            ("distillation step, ZeRO-3 engines", 0.70395, HOST_S_PER_LAYER),
         )
     ]
 
 
-def _tokens_per_s_per_gpu(config: Config, models: Models, gpu: str, gpus: int, options: Options) -> float:
+def _tokens_per_s_per_gpu(config: Config, models: Models, gpu: str, gpus: int, host_s: float) -> float:
     per_node = min(gpus, _GPUS_PER_NODE)
     cluster = Cluster(GPUS[gpu], gpus // per_node, per_node)
-    step = simulate_step(config, models, cluster, domains=0, storage_bytes_per_s=1e9, options=options)
+    step = simulate_step(config, models, cluster, domains=0, storage_bytes_per_s=1e9, host_s_per_layer=host_s)
     return step.tokens_per_s / gpus
 
 

@@ -64,19 +64,19 @@ def with_micro_batch(config: Config, samples: int) -> Config:
     return changed(config, train={"micro_batch_samples": samples})
 
 
-def estimate(config: Config, models: Models, ranks: int) -> MemoryEstimate:
-    """`engine.memory`'s estimate on `ranks` GPUs."""
-    teacher = None if models.teacher is None else models.teacher.shape
-    return estimate_memory(config, models.student.shape, teacher, models.vocab_size, ranks)
+def estimate(config: Config, models: Models, cluster: Cluster) -> MemoryEstimate:
+    """`engine.memory`'s estimate of one GPU of the cluster."""
+    shapes = models.student.shape, None if models.teacher is None else models.teacher.shape
+    return estimate_memory(config, *shapes, models.vocab_size, cluster.ranks, ranks_per_node=cluster.gpus_per_node)
 
 
 def plan_memory(config: Config, models: Models, cluster: Cluster) -> MemoryPlan:
     """The memory of a run on that cluster."""
-    whole = estimate(config, models, cluster.ranks)
+    whole = estimate(config, models, cluster)
     usable = int(MEMORY_MARGIN * cluster.gpu.memory_bytes)
 
     def fits(samples: int) -> bool:
-        return estimate(with_micro_batch(config, samples), models, cluster.ranks).device_bytes <= usable
+        return estimate(with_micro_batch(config, samples), models, cluster).device_bytes <= usable
 
     largest = _largest(fits)
     per_rank, rest = divmod(config.train.global_batch_samples, cluster.ranks)
@@ -88,7 +88,7 @@ def plan_memory(config: Config, models: Models, cluster: Cluster) -> MemoryPlan:
         host_bytes=whole.host_bytes * cluster.gpus_per_node,
         usable_bytes=usable,
         activations={
-            name: estimate(changed(config, student={"gradient_checkpointing": on}), models, cluster.ranks).passes[
+            name: estimate(changed(config, student={"gradient_checkpointing": on}), models, cluster).passes[
                 "activations"
             ]
             for name, on in (("with checkpointing", True), ("without checkpointing", False))

@@ -12,7 +12,7 @@ from ddk_ds.planner.data import DataFacts
 from ddk_ds.planner.flops import RunFlops, run_flops, training_flops
 from ddk_ds.planner.gpus import LINK_EFFICIENCY, MEMORY_EFFICIENCY, Cluster
 from ddk_ds.planner.memory import MemoryPlan, Models, plan_memory
-from ddk_ds.planner.step import Options, Step, simulate_step
+from ddk_ds.planner.step import HOST_S_PER_LAYER, Step, simulate_step
 
 DEFAULT_MFU = 0.4
 DEFAULT_STORAGE_BYTES_PER_S = 5e9
@@ -84,12 +84,9 @@ class Plan:
         return self.tokens_per_s * self.data.token_bytes
 
 
-def make_plan(
-    config: Config, models: Models, data: DataFacts, cluster: Cluster, speed: Speed, options: Options | None = None
-) -> Plan:
+def make_plan(config: Config, models: Models, data: DataFacts, cluster: Cluster, speed: Speed) -> Plan:
     """Raises ConfigError where the batch does not divide by the cluster's GPUs."""
     config.micro_batches(cluster.ranks)
-    options = options or Options()
     teacher = None if models.teacher is None else models.teacher.forward_flops
     student = models.student.forward_flops
     flops = run_flops(config, student, teacher, steps=data.steps, measurements=data.measurements, domains=data.domains)
@@ -107,7 +104,6 @@ def make_plan(
         cluster,
         domains=data.domains,
         storage_bytes_per_s=speed.storage_bytes_per_s,
-        options=options,
     )
     step_s = config.train.global_batch_samples * config.data.sequence_length / tokens_per_s
     checkpoints = _checkpoints(config, models, speed, step, step_s)
@@ -125,7 +121,7 @@ def make_plan(
         step=step,
         checkpoints=checkpoints,
         advice=[] if memory.fits else advise(config, models, cluster),
-        assumptions=_assumptions(config, cluster, data, speed, options),
+        assumptions=_assumptions(config, cluster, data, speed),
     )
 
 
@@ -143,7 +139,7 @@ def _checkpoints(config: Config, models: Models, speed: Speed, step: Step, step_
     )
 
 
-def _assumptions(config: Config, cluster: Cluster, data: DataFacts, speed: Speed, options: Options) -> list[str]:
+def _assumptions(config: Config, cluster: Cluster, data: DataFacts, speed: Speed) -> list[str]:
     gpu = cluster.gpu
     measured = speed.mfu is None
     speed_text = (
@@ -162,7 +158,7 @@ def _assumptions(config: Config, cluster: Cluster, data: DataFacts, speed: Speed
         f"controller: {data.domains} domains x {config.data.validation_samples} samples; the student "
         f"{data.measurements} times, the teacher once ({data.source})",
         f"simulated step: matmuls at {gpu.compute_efficiency:.0%} of the peak, links at {LINK_EFFICIENCY:.0%} and HBM "
-        f"at {MEMORY_EFFICIENCY:.0%} of nominal, {options.host_s_per_layer * 1e3:g} ms of the host a layer's pass, "
+        f"at {MEMORY_EFFICIENCY:.0%} of nominal, {HOST_S_PER_LAYER * 1e3:g} ms of the host a layer's pass, "
         "data never waited for",
         f"disks: {data.token_bytes} bytes a token; checkpoints written at {speed.storage_bytes_per_s / 1e9:g} GB/s in "
         f"all, {'in the background' if config.checkpoint.in_background else 'while training waits'}",

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from ddk_ds.config import Config
 from ddk_ds.planner.gpus import Cluster
 from ddk_ds.planner.memory import Models, changed, plan_memory
-from ddk_ds.planner.step import Options, simulate_step
+from ddk_ds.planner.step import simulate_step
 
 MOST_GPUS = 1024
 
@@ -42,7 +42,6 @@ def scaling(
     *,
     domains: int,
     storage_bytes_per_s: float,
-    options: Options | None = None,
 ) -> list[Curve]:
     """Strong scaling with the configured batch; with one that reaches MOST_GPUS; weak scaling.
 
@@ -56,9 +55,7 @@ def scaling(
         most = min(config.train.micro_batch_samples, per_rank)
         micro = next(n for n in range(most, 0, -1) if per_rank % n == 0)
         here = changed(config, train={"global_batch_samples": samples, "micro_batch_samples": micro})
-        step = simulate_step(
-            here, models, at, domains=domains, storage_bytes_per_s=storage_bytes_per_s, options=options
-        )
+        step = simulate_step(here, models, at, domains=domains, storage_bytes_per_s=storage_bytes_per_s)
         fits = plan_memory(here, models, at).fits
         return ScalingPoint(at.ranks, samples, micro, step.seconds, step.tokens_per_s, step.mfu, fits)
 

@@ -9,7 +9,8 @@ The model, part by part:
   hop in a node, 14 us for each between nodes. NCCL 2.23 and later has faster algorithms for short messages.
 - Layers are gathered while the one before computes: a pass takes its first gather, and then the longest of
   computation, communication and the host's own time for ZeRO-3's hooks (DeepSpeed's are Python, for each module).
-- The teacher's head is gathered by hand around the loss (engine/head.py): nothing hides it.
+- The teacher's layers come once for `teacher.micro_batches_per_pass` micro-batches, from the ranks that
+  `teacher.shard_within` names. Its head is gathered by hand around the loss (engine/head.py): nothing hides it.
 - A student's backward gathers again what its forward released, and reduces bf16 gradients of every micro-batch.
 - What only moves bytes through the GPU's memory takes its bandwidth: the loss's row kernel 18 bytes a logit
   (docs/kernel.md), the optimizer 30 a parameter of the shard.
@@ -19,11 +20,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
 from ddk_ds.config import Config
 from ddk_ds.engine.memory import COMPUTE_BYTES, OPTIMIZER_BYTES
-from ddk_ds.errors import ConfigError
 from ddk_ds.planner.flops import teacher_runs
 from ddk_ds.planner.gpus import LINK_EFFICIENCY, MEMORY_EFFICIENCY, Cluster
 from ddk_ds.planner.memory import Models
@@ -39,24 +39,6 @@ PREFETCH_ELEMENTS, REUSE_ELEMENTS = 50_000_000, 1_000_000_000
 # optimizer, over its 76 passes of a layer (docs/planning.md).
 HOST_S_PER_LAYER = 8.8e-3
 ROW_KERNEL_BYTES, UPDATE_BYTES = 18, 30
-
-
-@dataclass(frozen=True)
-class Options:
-    """How the teacher is laid out, and what the host costs."""
-
-    teacher_within: Within = "world"
-    """Ranks that share the teacher's shards: all; those of a node (each node has a whole one); or none (each GPU)."""
-    teacher_micro_batches_per_pass: int = 1
-    """Micro-batches of the student whose tokens the teacher takes in one pass, for which its layers come once."""
-    host_s_per_layer: float = HOST_S_PER_LAYER
-
-    def check(self) -> None:
-        """Raise ConfigError for a value that is none."""
-        if self.teacher_within not in get_args(Within):
-            raise ConfigError(f"teacher_within {self.teacher_within!r}: give one of {', '.join(get_args(Within))}")
-        if self.teacher_micro_batches_per_pass < 1:
-            raise ConfigError(f"teacher_micro_batches_per_pass {self.teacher_micro_batches_per_pass}: give 1 or more")
 
 
 @dataclass(frozen=True)
@@ -124,9 +106,8 @@ class _Pass:
 
 
 class _Simulation:
-    def __init__(self, config: Config, models: Models, cluster: Cluster, options: Options) -> None:
-        options.check()
-        self.config, self.models, self.cluster, self.options = config, models, cluster, options
+    def __init__(self, config: Config, models: Models, cluster: Cluster, host_s_per_layer: float) -> None:
+        self.config, self.models, self.cluster, self.host_s_per_layer = config, models, cluster, host_s_per_layer
         self.compute = COMPUTE_BYTES[config.train.precision]
         self.rate = cluster.gpu.peak_flop_per_s * cluster.gpu.compute_efficiency
         self.memory_rate = cluster.gpu.hbm_bytes_per_s * MEMORY_EFFICIENCY
@@ -140,7 +121,7 @@ class _Simulation:
             compute_s=tokens * model.forward_flops / self.rate,
             communication_s=self.gather(elements, shape.layers, within),
             first_s=self.gather(elements / max(1, shape.layers), 1, within),
-            host_s=shape.layers * self.options.host_s_per_layer,
+            host_s=shape.layers * self.host_s_per_layer,
         )
 
     def gather(self, elements: float, layers: int, within: Within = "world") -> float:
@@ -158,21 +139,21 @@ class _Simulation:
             compute_s=self.tokens * (2 * model.forward_flops + again) / self.rate,
             communication_s=gathers + self.gather(shape.parameters, shape.layers),
             first_s=0.0,
-            host_s=shape.layers * self.options.host_s_per_layer * (2 if again else 1),
+            host_s=shape.layers * self.host_s_per_layer * (2 if again else 1),
         )
 
     def micro_batches(self, count: int, parts: dict[str, float]) -> None:
         """All of a rank's micro-batches of a step."""
         student, teacher = self.models.student, self.models.teacher
         num_models = 1
-        if teacher is not None and teacher_runs(self.config):
+        if teacher is not None and self.config.teacher is not None and teacher_runs(self.config):
             num_models = 2
-            within, together = self.options.teacher_within, self.options.teacher_micro_batches_per_pass
-            for taken in [together] * (count // together) + [count % together] * (count % together > 0):
+            within, together = self.config.teacher.shard_within, self.config.teacher.micro_batches_per_pass
+            passes = [together] * (count // together) + [count % together] * (count % together > 0)
+            for taken in passes:
                 one = self.forward(teacher, taken * self.tokens, within, skip_head=True)
                 one.spend("teacher", parts, 1)
-            name = "teacher: communication not hidden"
-            parts[name] += count * self.gather(teacher.shape.head, 1, within)
+            parts["teacher: communication not hidden"] += len(passes) * self.gather(teacher.shape.head, 1, within)
         self.forward(student, self.tokens, "world").spend("student", parts, count)
         self.backward(student).spend("student", parts, count)
         logits = num_models * self.tokens * self.models.vocab_size
@@ -212,13 +193,13 @@ def simulate_step(
     *,
     domains: int,
     storage_bytes_per_s: float,
-    options: Options | None = None,
+    host_s_per_layer: float = HOST_S_PER_LAYER,
 ) -> Step:
     """One step of the run on that cluster, with its share of a measurement and of a checkpoint.
 
-    Raises ConfigError where the batch does not divide, or an option has no such value.
+    Raises ConfigError where the batch does not divide.
     """
-    simulation = _Simulation(config, models, cluster, options or Options())
+    simulation = _Simulation(config, models, cluster, host_s_per_layer)
     parts: dict[str, float] = {}
     simulation.micro_batches(config.micro_batches(cluster.ranks), parts)
     parts["optimizer"] = simulation.update()

@@ -75,15 +75,15 @@ def time_unit(longest_s: float) -> tuple[float, str]:
     return next(((by, word) for least, by, word in _LONG_SPANS if longest_s >= least), (1.0, "seconds"))
 
 
-def log_if_wide(axes: Axes, values: Sequence[float] | Array, axis: str = "y") -> None:
-    """A logarithmic axis where the greatest of the values is more than ten times the least."""
+def log_if_wide(axes: Axes, values: Sequence[float] | Array, axis: str = "y") -> bool:
+    """A logarithmic axis where the greatest of the values is more than ten times the least; whether it is."""
     # Only here: a terminal's screen needs no matplotlib.
     from matplotlib.ticker import LogLocator, NullFormatter
 
     shown = np.asarray(values, np.float64)
     shown = shown[np.isfinite(shown) & (shown > 0)]
     if not len(shown) or shown.max() <= 10 * shown.min():
-        return
+        return False
     low, high = shown.min() / 1.3, shown.max() * 1.3
     if axis == "y":
         axes.set_yscale("log")
@@ -96,3 +96,4 @@ def log_if_wide(axes: Axes, values: Sequence[float] | Array, axis: str = "y") ->
     ticks.set_major_locator(LogLocator(subs=(1, 2, 5) if decades < 2.5 else (1,)))
     ticks.set_major_formatter("{x:g}")
     ticks.set_minor_formatter(NullFormatter())
+    return True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -46,8 +47,8 @@ def perplexity_bars(runs: Sequence[RunRecord]) -> Picture:
         axes.set_yticks(range(len(domains)), domains)
         axes.invert_yaxis()
         axes.margins(y=0.01)
-        axes.set_xlabel("perplexity on held-out text (per token)")
-        log_if_wide(axes, values.ravel(), "x")
+        wide = log_if_wide(axes, values.ravel(), "x")
+        axes.set_xlabel(f"perplexity on held-out text (per token){', logarithmic' if wide else ''}")
         legend_above(axes, columns=2)
         tidy(axes, "x")
 
@@ -73,7 +74,7 @@ def over_tokens(run: RunRecord, top: float | None, title: str = "") -> Picture:
     values = run.by_domain("ratio" if run.has_teacher else "student_ppl")
     tokens = run.by_domain("domain_tokens").sum(1)
     by, word = count_unit(float(tokens[-1]))
-    what = "student's perplexity / teacher's" if run.has_teacher else "student's perplexity (per token)"
+    what = "perplexity, student / teacher" if run.has_teacher else "perplexity (per token)"
 
     def draw(figure: Figure) -> None:
         axes = figure.subplots()
@@ -88,6 +89,7 @@ def over_tokens(run: RunRecord, top: float | None, title: str = "") -> Picture:
         log_if_wide(axes, np.append(shown, 1.0) if run.has_teacher else shown)
         if axes.get_yscale() == "linear" and top is not None:
             axes.set_ylim(top=top * 1.05)
+        axes.set_xlim(0, max(1.0, 1.02 * tokens[-1] / by))
         axes.set_xlabel(f"{word}tokens trained on")
         axes.set_ylabel(what)
         legend_above(axes)
@@ -146,7 +148,7 @@ def mixture(run: RunRecord, title: str = "") -> Picture:
 
 
 def _suffix(title: str) -> str:
-    return "".join(f"_{part}" for part in title.split()) if title else ""
+    return "_" + re.sub(r"[^\w.-]+", "_", title).strip("_") if title else ""
 
 
 def _step_axis(axes: Axes, run: RunRecord) -> None:

@@ -120,7 +120,10 @@ def progress(run: RunRecord) -> Picture | None:
 
     starts = len(pieces)
     alt = f"Optimizer step over time: {run.last_step:,} steps in {duration(end_s - began)}, {starts} starts."
-    caption = "Steps as the events tell them. A step back is a restart from a checkpoint; dotted: nothing ran."
+    caption = (
+        "Steps as the events tell them. Dotted: from the last that a start wrote to the next start; steps after the "
+        "checkpoint that this began with were done again."
+    )
     return Picture("progress", "Progress and restarts", to_svg(draw), alt, caption)
 
 

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from html import escape
 
 import numpy as np
 
+from ddk_ds.report.curves import Array
 from ddk_ds.report.domains import mixture, over_tokens, perplexity_bars, realised
 from ddk_ds.report.happenings import checkpoint_seconds, event_rows, progress
 from ddk_ds.report.page_style import STYLE
-from ddk_ds.report.records import RunRecord
+from ddk_ds.report.records import DomainResult, RunRecord
 from ddk_ds.report.state import duration
 from ddk_ds.report.style import Picture
 from ddk_ds.report.training import speed_pictures, spent, training_pictures
@@ -39,7 +40,7 @@ def sections(runs: Sequence[RunRecord]) -> list[Section]:
     titles = [one.name if beside else "" for one in runs]
     ratios = [one.by_domain("ratio") for one in runs if one.has_teacher]
     top = max(float(np.nanmax(values)) for values in ratios) if beside and ratios else None
-    results = _results(run) + (_side_by_side(runs) if beside else "")
+    results = f'<div class="tables">{_results(run)}{_side_by_side(runs) if beside else ""}</div>'
     curves = [
         over_tokens(one, top if one.has_teacher else None, title) for one, title in zip(runs, titles, strict=True)
     ]
@@ -114,7 +115,7 @@ def _numbers(run: RunRecord) -> str:
     return f'<dl class="numbers">{cells}</dl>'
 
 
-def _finite(values: np.ndarray) -> np.ndarray:
+def _finite(values: Array) -> Array:
     return values[np.isfinite(values)]
 
 
@@ -135,23 +136,18 @@ def table(headings: Sequence[str], rows: Rows, caption: str = "", css: str = "")
 
 def _results(run: RunRecord) -> str:
     after = "after" if run.summary is not None else f"at step {run.measurements[-1]['step']:,}"
-    headings = ["domain", "teacher", "before", after, "ratio before", f"ratio {after}", "tokens", "share"]
-    rows = [
-        [
-            one.name,
-            _number(one.teacher_ppl),
-            _number(one.before),
-            _number(one.after),
-            _number(one.ratio_before, 3),
-            _number(one.ratio_after, 3),
-            f"{one.tokens:,}",
-            f"{one.share:.1%}",
-        ]
-        for one in run.results
-    ]
+    columns: dict[str, Callable[[DomainResult], str]] = {"before": lambda one: _number(one.before)}
+    columns[after] = lambda one: _number(one.after)
+    means = []
     if run.has_teacher:
-        means = [np.mean([getattr(one, key) for one in run.results]) for key in ("ratio_before", "ratio_after")]
-        rows.append(["mean", "", "", "", *(_number(float(mean), 3) for mean in means), "", ""])
+        columns = {"teacher": lambda one: _number(one.teacher_ppl), **columns}
+        columns["ratio before"] = lambda one: _number(one.ratio_before, 3)
+        columns[f"ratio {after}"] = lambda one: _number(one.ratio_after, 3)
+        ratios = [np.mean([getattr(one, key) for one in run.results]) for key in ("ratio_before", "ratio_after")]
+        means = [["mean", "", "", "", *(_number(float(ratio), 3) for ratio in ratios), "", ""]]
+    columns |= {"tokens": lambda one: f"{one.tokens:,}", "share": lambda one: f"{one.share:.1%}"}
+    headings = ["domain", *columns]
+    rows = [[one.name, *(cell(one) for cell in columns.values())] for one in run.results] + means
     return table(headings, rows, f"{run.name}: perplexity on held-out text by domain", "domains")
 
 

@@ -20,12 +20,12 @@ a { color: var(--link); }
 .numbers dd { margin: 0; font-weight: 600; font-variant-numeric: tabular-nums; overflow-wrap: anywhere; }
 nav ul { display: flex; flex-wrap: wrap; gap: .2rem 1.2rem; padding: 0; margin: 1rem 0 0; list-style: none; }
 nav a { display: inline-block; padding: .35rem 0; }
-.pictures { display: grid; grid-template-columns: minmax(0, 1fr); gap: 1.2rem 2rem; margin-top: 1.2rem;
-  align-items: start; }
-figure { margin: 0; min-width: 0; break-inside: avoid; }
+.tables { display: flex; flex-wrap: wrap; gap: 0 4rem; }
+.pictures { column-gap: 2rem; margin-top: 1.2rem; }
+figure { margin: 0 0 1.4rem; break-inside: avoid; }
 figure img { display: block; width: 100%; height: auto; }
 figcaption { color: var(--soft); font-size: .85rem; margin-top: .2rem; }
-.scroll { overflow-x: auto; margin: .8rem 0; }
+.scroll { overflow-x: auto; max-width: 100%; margin: .8rem 0; }
 table { border-collapse: collapse; font-size: .92rem; font-variant-numeric: tabular-nums; }
 caption { text-align: left; color: var(--soft); font-size: .85rem; padding-bottom: .3rem; }
 th, td { padding: .25rem .7rem .25rem 0; border-bottom: 1px solid var(--line); text-align: right; vertical-align: top; }
@@ -39,12 +39,12 @@ tbody th { font-weight: 400; }
 summary { cursor: pointer; padding: .3rem 0; }
 pre { overflow-x: auto; background: #f5f5f5; padding: .8rem; margin: .3rem 0; font-size: .82rem; line-height: 1.35; }
 footer { margin-top: 2rem; border-top: 1px solid var(--line); color: var(--soft); font-size: .85rem; }
-@media (min-width: 62rem) { .pictures { grid-template-columns: repeat(2, minmax(0, 1fr)); } }
+@media (min-width: 62rem) { .pictures { columns: 2; } }
 @media (max-width: 40rem) { table { font-size: .82rem; } th, td { padding-right: .45rem; } }
 @media print {
   body { max-width: none; padding: 0; font-size: 10pt; }
   nav { display: none; }
-  .pictures { grid-template-columns: repeat(2, minmax(0, 1fr)); gap: .6rem 1rem; }
+  .pictures { columns: 2; column-gap: 1rem; }
   h2, h3 { break-after: avoid; }
   pre { white-space: pre-wrap; background: none; border: 1px solid var(--line); }
   .scroll { overflow: visible; }

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import re
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -120,9 +119,17 @@ class RunRecord:
         for place, name in enumerate(self.domains):
             teacher = None if last["teacher_ppl"] is None else last["teacher_ppl"][name]
             after = last["student_ppl"][name]
-            ratios = (None, None) if teacher is None else (before[name] / teacher, after / teacher)
-            share = float(tokens[place] / max(1.0, tokens.sum()))
-            found.append(DomainResult(name, teacher, before[name], after, *ratios, int(tokens[place]), share))
+            one = DomainResult(
+                name=name,
+                teacher_ppl=teacher,
+                before=before[name],
+                after=after,
+                ratio_before=None if teacher is None else before[name] / teacher,
+                ratio_after=None if teacher is None else after / teacher,
+                tokens=int(tokens[place]),
+                share=float(tokens[place] / max(1.0, tokens.sum())),
+            )
+            found.append(one)
         return found
 
 
@@ -131,11 +138,20 @@ def read_run(run_dir: Path) -> RunRecord:
     records, events = read_ledger(run_dir), read_events(run_dir)
     try:
         return _run_record(run_dir, records, events)
-    except (KeyError, TypeError, IndexError, json.JSONDecodeError) as error:
+    except UserError:
+        raise
+    except (KeyError, TypeError, IndexError, ValueError) as error:
         raise CheckpointError(
             f"{run_dir}: ledger.jsonl, events.jsonl or summary.json lacks what a run writes there "
             f"({type(error).__name__}: {error}); take them from a copy"
         ) from error
+
+
+def read_runs(run_dirs: Sequence[Path]) -> list[RunRecord]:
+    """Read several, with names that tell them apart: of two directories of one name, by their whole paths."""
+    runs = [read_run(run_dir) for run_dir in run_dirs]
+    names = [run.name for run in runs]
+    return [replace(run, name=str(run.run_dir)) if names.count(run.name) > 1 else run for run in runs]
 
 
 def _run_record(run_dir: Path, records: list[dict[str, Any]], events: list[dict[str, Any]]) -> RunRecord:

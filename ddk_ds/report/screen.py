@@ -55,10 +55,10 @@ def screen(run_dir: Path, around: Surroundings, max_domains: int | None = None) 
     records = []
     if (run_dir / "ledger.jsonl").is_file():
         records = read_ledger_end(run_dir, steps=_RECENT_STEPS, measurements=2)
-    state = run_state(run_dir, events, records, around.now_s)
-    if not records:
-        raise CheckpointError(f"{run_dir}: nothing is measured yet: {state.text}")
     try:
+        state = run_state(run_dir, events, records, around.now_s)
+        if not records:
+            raise CheckpointError(f"{run_dir}: nothing is measured yet: {state.text}")
         return Group(*_lines(run_dir, state, events, records, around, max_domains))
     except (KeyError, TypeError, IndexError, AttributeError) as error:
         raise CheckpointError(
@@ -78,9 +78,8 @@ def _lines(
     steps = [record for record in records if record["kind"] == "step"]
     colour = _COLOURS.get(state.kind, "red")
     yield _line(f"[bold]{escape(run_dir.resolve().name)}[/]  [{colour}]{escape(state.text)}[/]")
-    yield _line(
-        f"last sign of life {duration(state.age_s)} ago, {_counted(_starts(events), 'start')}, {_counted(_ranks(events), 'rank')}"
-    )
+    ranks = _counted(_ranks(events), "rank")
+    yield _line(f"last sign of life {duration(state.age_s)} ago, {_counted(_starts(events), 'start')}, {ranks}")
     yield _progress(run_dir, events, records, finished=state.kind == "finished")
     if steps:
         yield from _numbers(steps)
@@ -150,9 +149,8 @@ def _numbers(steps: Sequence[dict[str, Any]]) -> Iterator[Text]:
     told = "  ".join(f"{word} {share:.0%}" for word, share in parts.items() if share)
     memory = clocks[-1].get("peak_memory_gb")
     peak = "" if memory is None else f", peak memory {memory:.1f} GB"
-    yield _line(
-        f"{tokens / seconds:,.0f} tokens/s, {seconds / len(steps):.3g} s a step{peak} (last {_counted(len(steps), 'step')})"
-    )
+    pace = f"{tokens / seconds:,.0f} tokens/s, {seconds / len(steps):.3g} s a step"
+    yield _line(f"{pace} (last {_counted(len(steps), 'step')}){peak}")
     yield _line(f"of a step: {told}")
 
 
@@ -174,7 +172,9 @@ def _domains(
 ) -> RenderableType:
     last, before = measurements[-1], measurements[-2] if len(measurements) > 1 else None
     key, heading = ("student_ppl", "perplexity") if last["ratio"] is None else ("ratio", "ratio")
-    planned = next((record["proportions"] for record in reversed(measurements) if record["proportions"]), {})
+    planned: dict[str, float] = next(
+        (record["proportions"] for record in reversed(measurements) if record["proportions"]), {}
+    )
     names = list(last[key])
     largest = max([*planned.values(), 1e-9])
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1), show_edge=False)

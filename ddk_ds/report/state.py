@@ -50,19 +50,19 @@ def run_state(run_dir: Path, events: Sequence[dict[str, Any]], records: Sequence
         texts = (_stacks(path) for path in sorted(names) if path.stem.count("-") == 1)  # others are of earlier starts
         stacks = next((text for text in texts if _TIMED_OUT in text), stacks)
     phase = _PHASE.search(stacks)
-    where = f"in {phase[1]} after step {int(phase[2]):,}" if phase else "before its first step or measurement"
+    where = f", in {phase[1]} after step {int(phase[2]):,}" if phase else ""
     if _TIMED_OUT in stacks:
-        return State("timed out", f"timed out {where}: stacks/ has what each rank was doing", age_s)
+        return State("timed out", f"timed out{where}: stacks/ has what each rank was doing", age_s)
     if silent:
-        return State("silent", f"silent for {duration(age_s)}, {where}", age_s)
-    return State("running", f"running, {where}", age_s)
+        return State("silent", f"silent for {duration(age_s)}{where}", age_s)
+    return State("running", f"running{where}", age_s)
 
 
 def expected_steps(config: Config | None, events: Sequence[dict[str, Any]]) -> int | None:
     """Optimizer steps of the whole run; None where configuration or the domains' sizes are not known."""
     if config is None:
         return None
-    tokens = next((event["mixture"]["train_tokens"] for event in events if "mixture" in event), {})
+    tokens: dict[str, int] = next((event["mixture"]["train_tokens"] for event in events if "mixture" in event), {})
     if not tokens and config.stop.data_once:
         return None
     length = config.data.sequence_length
@@ -83,8 +83,9 @@ def duration(seconds: float) -> str:
 
 def _patience(records: Sequence[dict[str, Any]]) -> float:
     def last(kinds: tuple[str, ...], key: str) -> float:
-        clocks = (record.get("clock", {}) for record in reversed(records) if record["kind"] in kinds)
-        return float(next(clocks, {}).get(key, 0.0))
+        clocks = (record["clock"] for record in reversed(records) if record["kind"] in kinds)
+        clock: dict[str, float] = next(clocks, {})
+        return clock.get(key, 0.0)
 
     step_s, measure_s = last(("step",), "step_s"), last(("interval", "end"), "measure_s")
     return max(_PATIENCE_S, _STEPS * step_s, _MEASUREMENTS * measure_s)

@@ -85,7 +85,7 @@ def to_svg(draw: Callable[[Figure], None], height: float = 3.0) -> str:
     import matplotlib
     from matplotlib.figure import Figure
 
-    with matplotlib.rc_context(_SETTINGS):
+    with matplotlib.rc_context(_SETTINGS):  # type: ignore[arg-type]
         figure = Figure(figsize=(WIDTH, height), layout="constrained")
         draw(figure)
         stream = io.StringIO()

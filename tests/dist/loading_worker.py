@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import resource
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,7 @@ def _logits_error(root: Path, runtime: Runtime) -> float:
         with model.evaluating():
             worst = max(worst, float((model(ids, logits) - expected).abs().max()))
         if name == "student":
-            export_student(model, root / "export", runtime.comm, lambda: Companions(files, "", {}))
+            export_student(model, root / "export", runtime.comm, partial(Companions, files, "", {}))
             assert read_model(root / "export", "export").tensors.keys() == files.tensors.keys()
             worst = max(worst, float((plain(root / "export") - expected).abs().max()))
     return worst

@@ -151,7 +151,8 @@ def _of_models(config: Config, job: Job, paths: dict[str, Path]) -> list[Row]:
 def _memory(config: Config, job: Job, student: ModelShape, teacher: ModelShape | None, place: str) -> Row:
     # Not the tokenizer's size: a vocabulary that cannot be read is another row's affair, and the head is never less.
     vocab_size = student.head // max(1, student.hidden)
-    estimate = estimate_memory(config, student, teacher, vocab_size, job.ranks, job.device.type)
+    shapes = student, teacher, vocab_size
+    estimate = estimate_memory(config, *shapes, job.ranks, job.device.type, job.local_ranks)
     if place == "device":
         return machine.device_memory(estimate, job.device, job.ranks)
     return machine.host_memory(estimate, job.device, job.ranks, job.local_ranks)

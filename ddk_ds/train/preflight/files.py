@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 
 from ddk_ds.config import Config
 from ddk_ds.data.manifest import SPLITS, Manifest
-from ddk_ds.engine.memory import COMPUTE_BYTES, OPTIMIZER_BYTES, ModelShape
+from ddk_ds.engine.memory import COMPUTE_BYTES, OPTIMIZER_BYTES, ModelShape, shard_ranks
 from ddk_ds.engine.model_files import ModelFiles, read_model
 from ddk_ds.files import nearest_existing
 from ddk_ds.train.checkpoint_files import MANIFEST, complete_ones, newest_checkpoint
@@ -189,7 +189,7 @@ def nvme_space(config: Config, job: Job, student: ModelShape, teacher: ModelShap
     needed = OPTIMIZER_BYTES * student.shard(job.ranks) if config.optimizer.offload == "nvme" else 0
     for model, shape in ((config.student, student), (config.teacher, teacher)):
         if model is not None and shape is not None and model.offload_params == "nvme":
-            needed += compute * shape.shard(job.ranks)
+            needed += compute * shape.shard(shard_ranks(model, job.ranks, job.local_ranks))
     needed *= job.local_ranks
     try:
         tempfile.TemporaryFile(dir=directory).close()

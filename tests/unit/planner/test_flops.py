@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from ddk_ds.config import Config, make_config
-from ddk_ds.engine.memory import configured_files
+from ddk_ds.engine.model_files import configured_files
 from ddk_ds.planner.flops import model_flops, run_flops, training_flops
 
 CONFIGS = Path(__file__).parents[3] / "configs/models"

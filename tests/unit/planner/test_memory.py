@@ -76,17 +76,14 @@ def test_a_measured_gpu_step() -> None:
     teacher, student = (profiled_model(shape, FULL.length) for shape in (FULL.teacher, FULL.student))
     train = {"micro_batch_samples": FULL.samples, "global_batch_samples": FULL.samples}
     config = config_of(method="kd", data={"path": "d", "sequence_length": FULL.length}, train=train)
-    parts = estimate(config, Models(student, teacher, FULL.student.vocab_size), 1).parts
+    parts = estimate(config, Models(student, teacher, FULL.student.vocab_size), Cluster(GPUS["h100"], 1, 1)).parts
     weights = ("student shards", "teacher shards", "master weights and moments")
     passes = ("activations", "hidden states", "head's weight gradient", "logits of a chunk", "logits' gradients")
     assert sum(parts[name] for name in (*weights, *passes)) == pytest.approx(peak, rel=0.1)
 
 
-MODELS = Models(
-    dense_model(24, 2048, vocab_size=50000, length=LENGTH),
-    dense_model(40, 5120, vocab_size=50000, length=LENGTH),
-    50000,
-)
+STUDENT, TEACHER = (dense_model(*size, vocab_size=50000, length=LENGTH) for size in ((24, 2048), (40, 5120)))
+MODELS = Models(STUDENT, TEACHER, 50000)
 CLUSTER = Cluster(GPUS["a100-80g"], 2, 8)
 
 
@@ -97,14 +94,14 @@ def test_the_largest_micro_batch_is_the_last_that_fits(checkpointing: bool) -> N
     assert plan.max_micro_batch > 1
     usable = 0.9 * 80e9
     for samples, fits in ((plan.max_micro_batch, True), (plan.max_micro_batch + 1, False)):
-        assert (estimate(with_micro_batch(config, samples), MODELS, 16).device_bytes <= usable) is fits
+        assert (estimate(with_micro_batch(config, samples), MODELS, CLUSTER).device_bytes <= usable) is fits
     assert 256 // 16 % plan.max_dividing == 0
     assert plan.max_dividing <= plan.max_micro_batch
 
 
 def test_parts_add_up() -> None:
     plan = plan_memory(config_of(), MODELS, CLUSTER)
-    whole = estimate(config_of(), MODELS, 16)
+    whole = estimate(config_of(), MODELS, CLUSTER)
     assert sum(plan.device_parts.values()) + sum(plan.host_parts.values()) == sum(whole.parts.values())
     parts = {name: plan.device_parts[f"student shards: {name}"] for name in ("parameters", "float32 master", "moments")}
     assert parts["float32 master"] * 2 == pytest.approx(parts["moments"], abs=8)
@@ -117,3 +114,18 @@ def test_nothing_fits() -> None:
     small = Cluster(GPUS["a100-80g"].model_copy(update={"memory_bytes": 4e9}), 1, 1)
     plan = plan_memory(config_of(), MODELS, small)
     assert (plan.fits, plan.max_micro_batch, plan.max_dividing) == (False, 0, 0)
+
+
+def test_where_the_teacher_lies() -> None:
+    """A copy of its weights for each node or GPU, and hidden states of all micro-batches of a pass."""
+
+    def parts(**teacher: Any) -> dict[str, int]:
+        return plan_memory(changed(config_of(), teacher=teacher), MODELS, CLUSTER).device_parts
+
+    world = parts()
+    for within, ranks in (("world", 16), ("node", 8), ("gpu", 1)):
+        assert parts(shard_within=within)["teacher shards"] == 2 * TEACHER.shape.shard(ranks)
+    more = parts(micro_batches_per_pass=4)["hidden states"] - world["hidden states"]
+    assert more == 3 * LENGTH * TEACHER.shape.hidden * 2
+    # A step has 16 micro-batches of one sample on a rank.
+    assert parts(micro_batches_per_pass=16) == parts(micro_batches_per_pass=99)

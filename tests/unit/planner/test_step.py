@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,12 +12,11 @@ from ddk_ds.planner.gpus import GPUS, Cluster, Gpu
 from ddk_ds.planner.known_points import DEEPSPEED, FOUNDRY, HERE, dense_model, known_points
 from ddk_ds.planner.memory import Models, changed
 from ddk_ds.planner.scaling import MOST_GPUS, clusters, scaling
-from ddk_ds.planner.step import Options, Step, collective_s, simulate_step
+from ddk_ds.planner.step import HOST_S_PER_LAYER, Step, collective_s, simulate_step
 
 A100 = GPUS["a100-80g"]
 STUDENT, TEACHER = (dense_model(*size, vocab_size=50000, length=2048) for size in ((24, 2048), (40, 5120)))
 MODELS = Models(STUDENT, TEACHER, 50000)
-FAST_HOST = Options(host_s_per_layer=0.0)
 
 
 def config_of(**train: Any) -> Config:
@@ -33,8 +31,11 @@ def config_of(**train: Any) -> Config:
     return make_config(values, "test")
 
 
-def step_of(config: Config, nodes: int, gpu: Gpu = A100, options: Options = FAST_HOST) -> Step:
-    return simulate_step(config, MODELS, Cluster(gpu, nodes, 8), domains=10, storage_bytes_per_s=5e9, options=options)
+def step_of(config: Config, nodes: int, gpu: Gpu = A100, host_s_per_layer: float = 0.0) -> Step:
+    cluster = Cluster(gpu, nodes, 8)
+    return simulate_step(
+        config, MODELS, cluster, domains=10, storage_bytes_per_s=5e9, host_s_per_layer=host_s_per_layer
+    )
 
 
 def test_a_gather_takes_its_bandwidth() -> None:
@@ -79,28 +80,23 @@ def test_where_the_teacher_lies() -> None:
     """Within a node it is gathered over NVLink; on each GPU not at all; several micro-batches share one gather."""
     slow = A100.model_copy(update={"network_bytes_per_s": 0.5e9})
     name = "teacher: communication not hidden"
-    world, node, gpu = (
-        step_of(config_of(), 4, slow, replace(FAST_HOST, teacher_within=within)).parts[name]  # type: ignore[arg-type]
-        for within in ("world", "node", "gpu")
-    )
+
+    def parts(**teacher: Any) -> dict[str, float]:
+        return step_of(changed(config_of(), teacher=teacher), 4, slow).parts
+
+    world, node, gpu = (parts(shard_within=within)[name] for within in ("world", "node", "gpu"))
     assert world > node > gpu == 0.0
-    together = step_of(config_of(), 4, slow, replace(FAST_HOST, teacher_micro_batches_per_pass=4))
-    assert together.parts[name] < world / 3
-    assert together.parts["teacher: compute"] == pytest.approx(step_of(config_of(), 4).parts["teacher: compute"])
-    uneven = step_of(config_of(), 4, slow, replace(FAST_HOST, teacher_micro_batches_per_pass=3))
-    assert uneven.parts["teacher: compute"] == pytest.approx(together.parts["teacher: compute"])
-
-
-@pytest.mark.parametrize("options", [Options(teacher_within="rack"), Options(teacher_micro_batches_per_pass=0)])  # type: ignore[arg-type]
-def test_options_that_are_none(options: Options) -> None:
-    with pytest.raises(ConfigError, match="teacher_"):
-        step_of(config_of(), 1, options=options)
+    together, uneven = (parts(micro_batches_per_pass=count) for count in (4, 3))
+    assert together[name] < world / 3
+    assert together[name] < uneven[name] < world
+    for one in (together, uneven):
+        assert one["teacher: compute"] == pytest.approx(parts()["teacher: compute"])
 
 
 def test_the_hosts_time_shows_at_small_micro_batches() -> None:
     name = "host's hooks not hidden"
-    assert step_of(config_of(), 2, options=Options()).parts[name] > 0
-    assert step_of(config_of(micro_batch_samples=16), 2, options=Options()).parts[name] == 0
+    assert step_of(config_of(), 2, host_s_per_layer=HOST_S_PER_LAYER).parts[name] > 0
+    assert step_of(config_of(micro_batch_samples=16), 2, host_s_per_layer=HOST_S_PER_LAYER).parts[name] == 0
 
 
 def test_what_a_configuration_changes() -> None:
