@@ -26,7 +26,7 @@ TEACHER = {"hidden": 384, "vocab": VOCAB + 200, "intermediate_size": 400, "num_k
 
 
 def steps(runtime: Runtime, folder: str, cases: list[tuple[str, dict[str, Any]]]) -> list[dict[str, Any]]:
-    """Three steps of each case, a method and its section teacher: losses and norm, bytes gathered, what is left whole."""
+    """Three steps of each case, a method and its section teacher: losses, norm, bytes gathered, what is left whole."""
     root = Path(folder)
     if runtime.comm.rank == 0:
         save_model(root / "student", vocab=VOCAB + 6, tied=True, seed=1)
