@@ -5,6 +5,9 @@ from __future__ import annotations
 import io
 import json
 import os
+import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -17,6 +20,7 @@ from ddk_ds.run_files import read_events, read_ledger, read_ledger_end
 from tests.unit.report.made_run import make_run
 from tools.status import look, main
 
+ROOT = Path(__file__).parents[3]
 GB = 10**9
 
 
@@ -138,3 +142,16 @@ def test_the_newest_complete_checkpoint_is_shown(tmp_path: Path) -> None:
     (run_dir / "checkpoints" / "step-00000016" / "a.pt").write_bytes(b"1")  # cut: it is none
     console.print(look(run_dir, console))
     assert "checkpoint of step 8" in console.file.getvalue()
+
+
+def test_watching_waits_for_the_run_and_ends_by_ctrl_c(tmp_path: Path) -> None:
+    command = [sys.executable, "tools/status.py", str(tmp_path / "late"), "--watch", "0.2"]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+        time.sleep(2)
+        make_run(tmp_path, name="late", steps=20)
+        time.sleep(2)
+        assert process.poll() is None
+        process.send_signal(signal.SIGINT)
+        output, _ = process.communicate(timeout=30)
+    assert process.returncode == 0
+    assert "finished: 20 steps done" in output
