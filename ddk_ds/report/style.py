@@ -71,9 +71,12 @@ def tidy(axes: Axes, grid: str = "y") -> None:
 
 
 def legend_above(axes: Axes, columns: int = 3) -> None:
-    """The legend over the whole width at the picture's upper edge, where it hides nothing."""
+    """The legend over the whole width at the picture's upper edge, where it hides nothing; fewer columns of long names."""
     handles, labels = axes.get_legend_handles_labels()
     figure: Figure = axes.figure  # type: ignore[assignment]
+    # Inches: a handle with its gaps, and a letter of 9 points.
+    widest = 0.6 + 0.075 * max(map(len, labels), default=0)
+    columns = max(1, min(columns, int(figure.get_figwidth() / widest)))
     look: dict[str, Any] = {"frameon": False, "fontsize": 9, "handlelength": 2.6, "columnspacing": 1.2}
     if handles:
         figure.legend(handles, labels, loc="outside upper left", ncols=columns, borderaxespad=0.2, **look)
