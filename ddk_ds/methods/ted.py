@@ -27,12 +27,9 @@ Tapped = tuple[torch.Tensor, list[torch.Tensor]]  # last hidden states (n, Ht), 
 FILTERS_FILE = "filters.safetensors"
 
 
-class TedFilters(Stateless):
-    """Stage 1. The loss is the mean over all filters of the cross-entropy that each reaches."""
-
-    def __init__(self, teacher: Teacher, options: HeadOptions) -> None:
+class _Layerwise(Stateless):
+    def __init__(self, teacher: Teacher) -> None:
         self._teacher = teacher
-        self._options = options
 
     @contextmanager
     def taught(self, batches: Sequence[Batch]) -> Iterator[Sequence[Tapped]]:
@@ -40,6 +37,14 @@ class TedFilters(Stateless):
         tapped = self._teacher.tapped([batch.input_ids for batch in batches])
         with self._teacher.head_for(batches):
             yield tapped
+
+
+class TedFilters(_Layerwise):
+    """Stage 1. The loss is the mean over all filters of the cross-entropy that each reaches."""
+
+    def __init__(self, teacher: Teacher, options: HeadOptions) -> None:
+        super().__init__(teacher)
+        self._options = options
 
     def loss(self, student: Student, batch: Batch, taught: Tapped) -> KDLoss:
         """See `Method`."""
@@ -54,21 +59,14 @@ class TedFilters(Stateless):
         write_filters(student.filters, directory / FILTERS_FILE, comm)
 
 
-class Ted(Stateless):
+class Ted(_Layerwise):
     """Stage 2: CE + gamma * T^2 * D + weight * MSE, the last the mean over pairs, tokens and the teacher's width."""
 
     def __init__(self, distillation: Distillation, teacher: Teacher, weight: float) -> None:
+        super().__init__(teacher)
         self._distillation = distillation
-        self._teacher = teacher
         self._weight = weight
         self._mse: torch.Tensor | float = 0.0
-
-    @contextmanager
-    def taught(self, batches: Sequence[Batch]) -> Iterator[Sequence[Tapped]]:
-        """The teacher's hidden states: the last, and those of its matched layers."""
-        tapped = self._teacher.tapped([batch.input_ids for batch in batches])
-        with self._teacher.head_for(batches):
-            yield tapped
 
     def loss(self, student: Student, batch: Batch, taught: Tapped) -> KDLoss:
         """See `Method`."""

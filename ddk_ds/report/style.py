@@ -71,7 +71,7 @@ def tidy(axes: Axes, grid: str = "y") -> None:
 
 
 def legend_above(axes: Axes, columns: int = 3) -> None:
-    """The legend over the whole width at the picture's upper edge, where it hides nothing; fewer columns of long names."""
+    """The legend at the picture's upper edge, where it hides nothing; long names get fewer columns."""
     handles, labels = axes.get_legend_handles_labels()
     figure: Figure = axes.figure  # type: ignore[assignment]
     # Inches: a handle with its gaps, and a letter of 9 points.

@@ -111,7 +111,7 @@ def _check_monitor(config: Config) -> None:
     missing = [name for name in config.monitor.packages if importlib.util.find_spec(name) is None]
     if missing:
         raise ConfigError(
-            f"section monitor needs what is not installed: {', '.join(missing)}; pip install 'ddk_ds[monitor]', or "
+            f"section monitor needs what is not installed: {', '.join(missing)}; pip install -e '.[monitor]', or "
             "leave it out"
         )
 
