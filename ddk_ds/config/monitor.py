@@ -21,7 +21,7 @@ class Monitor(Section):
     prometheus_file: str | None = None
     """File <directory>/<name>.prom with the newest values, for node_exporter's textfile collector; null: none."""
     every_s: NonNegativeFloat = 5.0
-    """Seconds between two writes; what comes meanwhile is written together."""
+    """Seconds between two writes, which a thread does; what comes meanwhile is written together."""
 
     @model_validator(mode="after")
     def _fit(self) -> Monitor:
