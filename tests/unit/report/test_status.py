@@ -146,12 +146,17 @@ def test_the_newest_complete_checkpoint_is_shown(tmp_path: Path) -> None:
 
 def test_watching_waits_for_the_run_and_ends_by_ctrl_c(tmp_path: Path) -> None:
     command = [sys.executable, "tools/status.py", str(tmp_path / "late"), "--watch", "0.2"]
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+    # Where the tests run in a shell's background, SIGINT is ignored, and what they start inherits that.
+    heard = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, **heard)
+    try:
         time.sleep(2)
         make_run(tmp_path, name="late", steps=20)
         time.sleep(2)
         assert process.poll() is None
         process.send_signal(signal.SIGINT)
         output, _ = process.communicate(timeout=30)
+    finally:
+        process.kill()
     assert process.returncode == 0
     assert "finished: 20 steps done" in output
