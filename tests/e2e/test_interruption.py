@@ -10,6 +10,7 @@ from pathlib import Path
 
 import psutil
 
+from tests.e2e.conftest import WHOLE
 from tests.e2e.test_run import finish, start, wait_for_step
 from tools.small_run import without_clock, write_config
 
@@ -45,10 +46,8 @@ def interrupt(config: Path, ledger: Path, step: int, send: str) -> tuple[int, st
     return process.returncode, output
 
 
-def test_interrupted_twice_and_resumed(workspace: Path, tmp_path: Path) -> None:
-    options = {"stop": {"steps": 12}, "checkpoint": {"every_steps": 100}}
-    finish(write_config(workspace, tmp_path, name="whole", **options))
-    config = write_config(workspace, tmp_path, name="cut", **options)
+def test_interrupted_twice_and_resumed(workspace: Path, tmp_path: Path, whole: Path) -> None:
+    config = write_config(workspace, tmp_path, name="cut", **WHOLE)
     run_dir = tmp_path / "runs/cut"
     code, output = interrupt(config, run_dir / "ledger.jsonl", 2, "USR1 to one rank")
     assert code == 75, output[-3000:]
@@ -56,7 +55,7 @@ def test_interrupted_twice_and_resumed(workspace: Path, tmp_path: Path) -> None:
     code, output = interrupt(config, run_dir / "ledger.jsonl", 6, "TERM to the launcher")
     assert code != 0 and "interrupted by SIGTERM and saved at step" in output and "Traceback" not in output
     assert "resumed from" in finish(config)
-    assert without_clock(run_dir) == without_clock(tmp_path / "runs/whole")
+    assert without_clock(run_dir) == without_clock(whole)
     events = [json.loads(line) for line in (run_dir / "events.jsonl").read_text().splitlines()]
     assert [e["signal"] for e in events if e["event"] == "interrupted"] == ["SIGUSR1", "SIGTERM"]
     assert not list((run_dir / "checkpoints").glob(".partial-*"))

@@ -8,19 +8,21 @@ import signal
 import time
 from pathlib import Path
 
+from tests.e2e.conftest import WHOLE
 from tests.e2e.test_run import finish, start, wait_for_step
 from tests.s3_server import ENVIRONMENT, S3Server
 from tools.small_run import without_clock, write_config
 
 
-def test_s3_that_fails_every_tenth_request_gives_the_same_run(s3: S3Server, workspace: Path, tmp_path: Path) -> None:
-    finish(write_config(workspace, tmp_path, name="local"))
+def test_s3_that_fails_every_tenth_request_gives_the_same_run(
+    s3: S3Server, workspace: Path, tmp_path: Path, whole: Path
+) -> None:
     url = s3.upload(workspace / "shards", "shards")
     s3.fail_every = 10
     remote = {"path": url, "cache_dir": str(tmp_path / "cache"), "cache_limit_gb": 1.0, "num_workers": 1}
-    output = finish(write_config(workspace, tmp_path, name="remote", data=remote))
+    output = finish(write_config(workspace, tmp_path, name="remote", data=remote, **WHOLE))
     runs = tmp_path / "runs"
-    assert without_clock(runs / "remote") == without_clock(runs / "local")
+    assert without_clock(runs / "remote") == without_clock(whole)
     shards = {key: count for key, count in s3.got.items() if key.endswith("mds")}
     assert len(shards) == 6 and set(shards.values()) == {1}, shards
     everything = output + "".join(file.read_text() for file in runs.rglob("*.jsonl"))

@@ -19,10 +19,13 @@ def test_a_rank_that_hangs_ends_the_job_with_the_stacks_of_the_others(workspace:
     process = start(config)
     try:
         wait_for_step(process, run_dir / "ledger.jsonl", 3)
-        rank_of(process, 1).send_signal(signal.SIGSTOP)
+        waiting, hung = rank_of(process, 0), rank_of(process, 1)
+        hung.send_signal(signal.SIGSTOP)
         stopped = time.monotonic()
-        output, _ = process.communicate(timeout=90)
-        # Its limit, and the 30 s that DeepSpeed's launcher leaves a rank that ignores SIGTERM.
+        waiting.wait(timeout=30)  # its limit
+        # Else DeepSpeed's launcher, which has sent SIGTERM, would kill it after 30 s.
+        hung.send_signal(signal.SIGCONT)
+        output, _ = process.communicate(timeout=60)
         assert process.returncode != 0 and time.monotonic() - stopped < 60, output[-3000:]
     finally:
         if process.poll() is None:
