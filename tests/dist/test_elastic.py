@@ -155,7 +155,7 @@ def check_order(plan: Plan, topology: Topology, start: Callable[..., Start], fol
     assert one.read() == expected(plan), f"{topology}"
 
 
-@pytest.mark.parametrize(("world", "reader"), [(3, "no workers"), (2, "fork"), (1, "spawn"), (4, "persistent fork")])
+@pytest.mark.parametrize(("world", "reader"), [(3, "no workers"), (2, "fork"), (4, "persistent fork")])
 def test_the_order_is_the_same(
     plan: Plan, start: Callable[..., Start], tmp_path: Path, world: int, reader: str
 ) -> None:

@@ -70,6 +70,7 @@ def test_cpt_then_ddk_killed_and_resumed(workspace: Path, tmp_path: Path) -> Non
     kill_at_step(killed, runs / "killed" / "ledger.jsonl", 8)
     assert not (runs / "killed" / "summary.json").exists()
     assert "resumed from" in finish(killed)
+    assert "is finished" in finish(killed)
     assert without_clock(runs / "killed") == without_clock(runs / "whole")
     happened = [json.loads(line)["event"] for line in (runs / "killed" / "events.jsonl").read_text().splitlines()]
     assert [kind for kind in happened if kind != "checkpoint"] == ["start", "resume", "end"]
