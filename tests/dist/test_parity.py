@@ -14,7 +14,7 @@ CASES = [
     (2, 1, False, False, True, "ddk"),
     (1, 2, True, False, False, "ddk"),
     (2, 4, True, True, True, "ddk"),
-    (2, 4, False, True, False, "ddk"),
+    pytest.param(2, 4, False, True, False, "ddk", marks=pytest.mark.long),
     (2, 2, True, False, True, "cpt"),
 ]
 

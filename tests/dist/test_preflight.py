@@ -52,7 +52,7 @@ def test_a_rank_that_does_not_answer() -> None:
     assert "a rank failed" in text, text  # and not: not done after so many seconds
 
 
-@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+@pytest.mark.parametrize("precision", ["bf16", pytest.param("fp32", marks=pytest.mark.long)])
 def test_memory_estimate(workspace: Path, tmp_path: Path, precision: str) -> None:
     zero = {"reduce_bucket_size": 100_000, "stage3_param_persistence_threshold": 600}
     config = write_config(workspace, tmp_path, train={"precision": precision}, deepspeed={"zero_optimization": zero})

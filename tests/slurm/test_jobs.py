@@ -140,6 +140,7 @@ def test_time_limit(slurm: Cluster, whole: Path, workspace: Path, tmp_path: Path
     assert slurm.wait_for_end(job)[0] == "CANCELLED"
 
 
+@pytest.mark.long
 def test_a_job_that_gains_nothing_is_requeued_once(slurm: Cluster, tmp_path: Path) -> None:
     idle = tmp_path / "python"
     idle.write_text("#!/bin/bash\nexit 75\n")
