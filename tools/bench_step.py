@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import socket
 import subprocess
 import sys
 import tempfile
@@ -26,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # where the projec
 from ddk_ds.errors import UserError
 from ddk_ds.files import write_text
 from tools.gpu_suite import describe
+from tools.stages import free_port
 from tools.step_cases import Case
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -119,13 +119,10 @@ def _cases(options: argparse.Namespace, folder: Path) -> list[tuple[Case, int]]:
 
 def _measure(case: Case, ranks: int, threads: int) -> dict[str, Any]:
     """Start the ranks of a case, wait for them, and return what rank 0 found. Raises UserError where one fails."""
-    with tempfile.TemporaryDirectory() as folder, socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-        probe.close()
+    with tempfile.TemporaryDirectory() as folder:
         result = Path(folder) / "result.json"
         command = [sys.executable, str(ROOT / "tools/step_cases.py"), json.dumps(asdict(case)), str(result)]
-        place = {"WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "LOCAL_SIZE": ranks, "MASTER_PORT": port}
+        place = {"WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "LOCAL_SIZE": ranks, "MASTER_PORT": free_port()}
         workers = []
         for rank in range(ranks):
             ours = place | {"RANK": rank, "LOCAL_RANK": rank, "OMP_NUM_THREADS": threads, "MASTER_ADDR": "127.0.0.1"}

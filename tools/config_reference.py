@@ -77,6 +77,10 @@ def _table(prefix: str, fields: dict[str, FieldInfo]) -> str:
     for name, field in fields.items():
         kind = _kind(field.annotation, field.metadata)
         rows.append([f"`{prefix}{name}`", kind, _default(field), _one_line(field.description)])
+    return _markdown(rows)
+
+
+def _markdown(rows: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows) + "\n"
 
 
@@ -129,8 +133,9 @@ def _presets() -> str:
     for name, preset in METHODS.items():
         divergence, teacher = preset.divergence or "not computed", "yes" if preset.teacher else "no"
         rows.append([f"`{name}`", preset.controller, divergence, teacher])
-    table = "\n".join("| " + " | ".join(row) + " |" for row in rows)
-    return f"## What a method sets\n\nUnless the configuration sets the key itself (docs/methods.md).\n\n{table}\n"
+    return (
+        f"## What a method sets\n\nUnless the configuration sets the key itself (docs/methods.md).\n\n{_markdown(rows)}"
+    )
 
 
 def _one_line(text: str | None) -> str:

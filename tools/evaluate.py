@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,12 +22,12 @@ from ddk_ds.evaluation.results import ModelResult, as_json
 from ddk_ds.evaluation.suites import SUITES, Chosen, choose
 from ddk_ds.evaluation.table import benchmark_table, code_table, domain_table
 from ddk_ds.files import nearest_existing, write_text
+from ddk_ds.version import commit
 from tools.stages import positive
 
 if TYPE_CHECKING:
     from ddk_ds.evaluation.run import Prepared, Request
 
-ROOT = Path(__file__).resolve().parents[1]
 PIPE_WIDTH = 240
 """Columns of the table where no terminal says how many it has."""
 
@@ -159,16 +158,10 @@ def _save(
         "data": "hub" if request.data is None else str(request.data),
         "code_shut_in_by": None if prepared.walls is None else vars(prepared.walls),
         "versions": versions(),
-        "commit": _commit(),
+        "commit": commit(),
     }
     options.out.parent.mkdir(parents=True, exist_ok=True)
     write_text(options.out, json.dumps(content, indent=1) + "\n")
-
-
-def _commit() -> str | None:
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=40"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    return done.stdout.strip() or None
 
 
 if __name__ == "__main__":

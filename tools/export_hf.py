@@ -15,7 +15,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -26,6 +25,7 @@ from ddk_ds.config import Config, load_config
 from ddk_ds.engine.export import CheckpointExport
 from ddk_ds.engine.export_target import check_room, check_target
 from ddk_ds.engine.model_files import ModelFiles, check_code, model_directory, read_model
+from ddk_ds.engine.models import DTYPES
 from ddk_ds.engine.zero_shards import UniversalShards, ZeroShards
 from ddk_ds.errors import CheckpointError, ConfigError, UserError
 from ddk_ds.files import size_and_xxh64
@@ -33,7 +33,6 @@ from ddk_ds.train.checkpoint_files import TAG, Manifest, complete_ones, read_man
 from ddk_ds.train.model_card import companions
 from ddk_ds.train.state import RunState
 
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 _ROOM = 1.01  # of the weights: what lies beside them
 
 

@@ -34,6 +34,7 @@ from ddk_ds.engine.profile import FULL, QUICK, Setting, step_flops, utilisation
 from ddk_ds.errors import UserError
 from ddk_ds.files import write_text
 from ddk_ds.run_files import read_ledger
+from ddk_ds.version import commit
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("torch", "triton", "deepspeed", "transformers")
@@ -221,15 +222,12 @@ def run_part(work: Callable[[Bench], dict[str, Any]], bench: Bench, limit_s: flo
 
 def describe(device: str) -> dict[str, Any]:
     """The machine and the versions that the results hold for."""
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--abbrev=40"], cwd=ROOT, capture_output=True, text=True, check=False
-    )
     return {
         "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
         "python": sys.version.split()[0],
         **{name: version(name) if find_spec(name) else None for name in PACKAGES},
         "cuda": torch.version.cuda,
-        "commit": commit.stdout.strip() or None,
+        "commit": commit(),
     }
 
 

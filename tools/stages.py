@@ -194,7 +194,7 @@ def launch(config: Path, overrides: Sequence[str], ranks: int | None, log: Path)
     python = Path(sys.executable)
     script = python.with_name("deepspeed")
     command = [str(script)] if script.is_file() else [sys.executable, "-m", "deepspeed.launcher.runner"]
-    command += ["--quiet", "--master_port", str(_free_port())]
+    command += ["--quiet", "--master_port", str(free_port())]
     command += [] if ranks is None else ["--num_gpus", str(ranks)]
     command += [str(DISTIL), "--config", str(config), *overrides]
     # torch looks for ninja on PATH.
@@ -218,7 +218,8 @@ def launch(config: Path, overrides: Sequence[str], ranks: int | None, log: Path)
         raise
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port of the loopback that nobody listens on."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return int(free.getsockname()[1])

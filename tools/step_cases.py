@@ -119,7 +119,8 @@ def _config(case: Case, world_size: int, method: str) -> Config:
 
 def _ours(case: Case, runtime: Runtime) -> Step:
     """The step of a run: the same engines, method and loss."""
-    config, clock, comm = _config(case, runtime.comm.world_size, case.implementation), StageClock(), runtime.comm
+    comm, clock = runtime.comm, StageClock(runtime.device.type)
+    config = _config(case, comm.world_size, case.implementation)
     teacher = None
     if config.teacher is not None:
         files = read_model(Path(config.teacher.path), "teacher.path")

@@ -10,6 +10,7 @@ from typing import Any
 
 import deepspeed
 import torch
+from deepspeed.accelerator import get_accelerator
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
@@ -26,7 +27,7 @@ from ddk_ds.engine.stage_clock import StageClock
 from ddk_ds.engine.weights import load_weights, source_names
 from ddk_ds.errors import ConfigError
 
-_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 @dataclass
@@ -146,7 +147,7 @@ def load_student(
     engine, _, _, _ = deepspeed.initialize(model=root, optimizer=_adamw(root, config), config=ds_config)
     engine.checkpoint_engine = ShardWriter()
     engine.train()
-    return Student(engine, parameters, clock or StageClock())
+    return Student(engine, parameters, clock or StageClock(get_accelerator().device_name()))
 
 
 def names_on_disk(files: ModelFiles, *, trusted: bool) -> dict[str, str]:
@@ -182,7 +183,7 @@ def load_sharded(
     trusted = model.trust_remote_code
     hf_config = AutoConfig.from_pretrained(files.directory, trust_remote_code=trusted)
     hf_config.use_cache = False
-    dtype = _DTYPES[config.train.precision]
+    dtype = DTYPES[config.train.precision]
     try:
         # zero.Init takes its dtype from ds_config; its dtype argument gives bf16 on a CPU whatever is asked. By default
         # it also turns to that dtype what the model computes in fp32, such as rotary frequencies.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,8 +13,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from ddk_ds.config import Config
 from ddk_ds.engine.ds_config import student_ds_config, teacher_ds_config
+from ddk_ds.engine.models import DTYPES
+from ddk_ds.engine.stage_clock import StageClock
 
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 Step = Callable[[Sequence[torch.Tensor]], dict[str, float]]
 
 
@@ -28,20 +28,21 @@ def bare_passes(config: Config, device: torch.device) -> Step:
     teacher, student = _models(config, device)
     optimizer = torch.optim.AdamW(student.parameters(), lr=config.optimizer.learning_rate)
 
+    clock = StageClock(device.type)
+
     def step(batches: Sequence[torch.Tensor]) -> dict[str, float]:
-        marks = [_now(device)]
-        with torch.inference_mode():
+        with clock.stage("teacher"), torch.inference_mode():
             for ids in batches:
                 teacher(ids, use_cache=False)
-        marks.append(_now(device))
-        for ids in batches:
-            (student(ids, labels=ids, use_cache=False).loss / len(batches)).backward()
-        marks.append(_now(device))
-        optimizer.step()
-        optimizer.zero_grad()
-        marks.append(_now(device))
-        names = ("teacher", "student", "optimizer")
-        return {name: end - start for name, start, end in zip(names, marks[:-1], marks[1:], strict=True)}
+        with clock.stage("student"):
+            for ids in batches:
+                (student(ids, labels=ids, use_cache=False).loss / len(batches)).backward()
+        with clock.stage("optimizer"):
+            optimizer.step()
+            optimizer.zero_grad()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        return clock.take()
 
     return step
 
@@ -87,9 +88,3 @@ def _models(config: Config, device: torch.device) -> tuple[Any, Any]:
     ]
     teacher, student = (model.to(device) for model in models)
     return teacher.requires_grad_(False).eval(), student.train()
-
-
-def _now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter()

@@ -9,7 +9,6 @@ import argparse
 import json
 import math
 import statistics
-import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ddk_ds.engine.stage_clock import StageClock
 from ddk_ds.kernels import linear_kd_loss
 
 
@@ -86,29 +86,6 @@ def utilisation(flops: float, seconds: float, device_name: str) -> float | None:
     return flops / seconds / PEAK_FLOP_PER_S[names[-1]] if names else None
 
 
-class _Clock:
-    """Milliseconds between marks: of the device's own events on CUDA, else of the process."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._on_device = device.type == "cuda"
-        self._marks: list[tuple[str, Any]] = []
-
-    def mark(self, name: str) -> None:
-        """What ran since the last mark is `name`; the first mark only begins."""
-        mark: Any = time.perf_counter()
-        if self._on_device:
-            mark = torch.cuda.Event(enable_timing=True)
-            mark.record()
-        self._marks.append((name, mark))
-
-    def read(self) -> dict[str, float]:
-        """Milliseconds by name, in order. Waits for the device."""
-        if self._on_device:
-            torch.cuda.synchronize()
-        pairs = zip(self._marks[:-1], self._marks[1:], strict=True)
-        return {name: a.elapsed_time(b) if self._on_device else 1e3 * (b - a) for (_, a), (name, b) in pairs}
-
-
 class _Adam:
     """AdamW on float32 copies of the weights: the memory and the traffic that ZeRO-3's optimizer has on one rank."""
 
@@ -141,29 +118,27 @@ class _Step:
         self.labels = self.ids.roll(-1, 1).flatten()
         self.num_valid = torch.tensor(self.labels.numel(), device=device)
 
-    def run(self, clock: _Clock) -> torch.Tensor:
+    def run(self, clock: StageClock) -> torch.Tensor:
         """One step; the loss, a detached scalar."""
-        clock.mark("begin")
-        with torch.inference_mode():
+        with clock.stage("teacher_forward"), torch.inference_mode():
             teacher_hidden = self._hidden(self.teacher)
-        clock.mark("teacher_forward")
-        student_hidden = self._hidden(self.student)
-        clock.mark("student_forward")
-        loss = linear_kd_loss(
-            student_hidden,
-            self.student.get_output_embeddings().weight,
-            teacher_hidden,
-            self.teacher.get_output_embeddings().weight,
-            self.labels,
-            num_valid=self.num_valid,
-            vocab_size=self.vocab_size,
-            gamma=0.2,
-        ).loss
-        clock.mark("head")
-        loss.backward()
-        clock.mark("backward")
-        self.adam.step()
-        clock.mark("optimizer")
+        with clock.stage("student_forward"):
+            student_hidden = self._hidden(self.student)
+        with clock.stage("head"):
+            loss = linear_kd_loss(
+                student_hidden,
+                self.student.get_output_embeddings().weight,
+                teacher_hidden,
+                self.teacher.get_output_embeddings().weight,
+                self.labels,
+                num_valid=self.num_valid,
+                vocab_size=self.vocab_size,
+                gamma=0.2,
+            ).loss
+        with clock.stage("backward"):
+            loss.backward()
+        with clock.stage("optimizer"):
+            self.adam.step()
         return loss.detach()
 
     def _hidden(self, model: Any) -> torch.Tensor:
@@ -195,14 +170,16 @@ def profile_step(setting: Setting, device: torch.device) -> dict[str, Any]:
     for number in range(setting.warm_up_steps + setting.steps):
         if on_cuda and number == setting.warm_up_steps:
             torch.cuda.reset_peak_memory_stats()
-        clock = _Clock(device)
+        clock = StageClock(device.type)
         losses.append(step.run(clock))
         if number >= setting.warm_up_steps:
-            times.append(clock.read())
+            if on_cuda:
+                torch.cuda.synchronize()
+            times.append(clock.take())
     if not math.isfinite(sum(loss.item() for loss in losses)):
         raise ArithmeticError(f"the loss is not finite: {[loss.item() for loss in losses]}")
     tokens = setting.samples * setting.length
-    seconds = statistics.median(sum(parts.values()) for parts in times) / 1e3
+    seconds = statistics.median(sum(parts.values()) for parts in times)
     flops = step_flops(setting)
     name = torch.cuda.get_device_name() if on_cuda else "cpu"
     return {
@@ -210,7 +187,7 @@ def profile_step(setting: Setting, device: torch.device) -> dict[str, Any]:
         "dtype": str(dtype).removeprefix("torch."),
         "tokens": tokens,
         "parameters": {"teacher": step.teacher.num_parameters(), "student": step.student.num_parameters()},
-        "ms": {part: statistics.median(parts[part] for parts in times) for part in times[0]},
+        "ms": {part: 1e3 * statistics.median(parts[part] for parts in times) for part in times[0]},
         "step_ms": seconds * 1e3,
         "tokens_per_s": tokens / seconds,
         "flops": flops,

@@ -9,14 +9,13 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from deepspeed.accelerator import get_accelerator
 
 
 class StageClock:
     """Adds up the seconds of named stages; one within another counts for the outer one alone."""
 
-    def __init__(self) -> None:
-        self._on_gpu = get_accelerator().device_name() == "cuda"
+    def __init__(self, device_type: str) -> None:
+        self._on_gpu = device_type == "cuda"
         self._open = False
         self._spans: list[tuple[str, Any, Any]] = []
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import deepspeed
 import torch
+from deepspeed.accelerator import get_accelerator
 
 from ddk_ds.comm import Comm
 from ddk_ds.config import Config
@@ -108,4 +109,4 @@ def load_teacher(
     engine, _, _, _ = deepspeed.initialize(model=backbone, config=ds_config)
     engine.eval()
     assert not hasattr(engine.optimizer, "fp32_partitioned_groups_flat"), "the teacher's engine holds optimizer state"
-    return Teacher(engine, head, taps, layers, clock or StageClock())
+    return Teacher(engine, head, taps, layers, clock or StageClock(get_accelerator().device_name()))

@@ -6,13 +6,13 @@ from typing import Any
 
 from ddk_ds.config import Config
 from ddk_ds.engine.teacher import Teacher
-from ddk_ds.methods.base import IGNORE_INDEX, Batch, HeadOptions, Method
+from ddk_ds.methods.base import IGNORE_INDEX, Batch, HeadOptions, Method, token_losses
 from ddk_ds.methods.continued_pretraining import ContinuedPretraining
 from ddk_ds.methods.distillation import Distillation
 from ddk_ds.methods.doremi import DoremiProxy
 from ddk_ds.methods.ted import Ted, TedFilters
 
-__all__ = ["IGNORE_INDEX", "Batch", "HeadOptions", "Method", "make_method"]
+__all__ = ["IGNORE_INDEX", "Batch", "HeadOptions", "Method", "make_method", "token_losses"]
 
 
 def make_method(

@@ -13,7 +13,7 @@ import torch
 from ddk_ds.comm import Comm
 from ddk_ds.engine.head import OutputHead
 from ddk_ds.engine.models import Student
-from ddk_ds.kernels import KDLoss, LogitsDtype, linear_kd_loss
+from ddk_ds.kernels import KDLoss, LogitsDtype, linear_kd_loss, linear_nll
 
 IGNORE_INDEX = -100
 
@@ -93,3 +93,8 @@ def cross_entropy(hidden: torch.Tensor, head: OutputHead, batch: Batch, options:
         gamma=0.0,
         **asdict(options),
     )
+
+
+def token_losses(hidden: torch.Tensor, head: OutputHead, labels: torch.Tensor, options: HeadOptions) -> torch.Tensor:
+    """-log p of each label (n,) through a head, from hidden (n, H); 0 where it is IGNORE_INDEX. No gradient."""
+    return linear_nll(hidden, head.weight, labels, bias=head.bias, student_form=head.form, **asdict(options))

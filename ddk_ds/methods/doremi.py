@@ -24,8 +24,8 @@ from ddk_ds.engine.head import OutputHead
 from ddk_ds.engine.models import Student
 from ddk_ds.engine.teacher import Teacher
 from ddk_ds.files import write_text
-from ddk_ds.kernels import KDLoss, linear_kd_loss, linear_nll
-from ddk_ds.methods.base import IGNORE_INDEX, Batch, HeadOptions
+from ddk_ds.kernels import KDLoss, linear_kd_loss
+from ddk_ds.methods.base import IGNORE_INDEX, Batch, HeadOptions, token_losses
 
 WEIGHTS_FILE = "proportions.yaml"
 
@@ -49,14 +49,11 @@ class DoremiProxy:
         """The reference model's loss of each token, (B*L,)."""
         hidden = self._reference.hidden([batch.input_ids for batch in batches])
         with self._reference.head.gathered() as head:
-            losses = [self._nll(states, head, batch) for states, batch in zip(hidden, batches, strict=True)]
+            losses = [
+                token_losses(states, head, batch.labels.flatten(), self._options)
+                for states, batch in zip(hidden, batches, strict=True)
+            ]
         yield losses
-
-    def _nll(self, hidden: torch.Tensor, head: OutputHead, batch: Batch) -> torch.Tensor:
-        options = asdict(self._options)
-        return linear_nll(
-            hidden, head.weight, batch.labels.flatten(), bias=head.bias, student_form=head.form, **options
-        )
 
     def loss(self, student: Student, batch: Batch, taught: torch.Tensor) -> KDLoss:
         """See `Method`. `ce` is the plain mean over tokens."""

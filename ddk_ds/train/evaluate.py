@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +14,10 @@ import numpy.typing as npt
 import torch
 
 from ddk_ds.comm import Comm
-from ddk_ds.engine.head import OutputHead
 from ddk_ds.engine.models import Student
 from ddk_ds.engine.teacher import Teacher
 from ddk_ds.files import write_text
-from ddk_ds.kernels import linear_nll
-from ddk_ds.methods import IGNORE_INDEX, HeadOptions
+from ddk_ds.methods import IGNORE_INDEX, HeadOptions, token_losses
 
 # Per domain: micro-batches of (input_ids (B, L) int64, real (B,) bool); as many on every rank.
 ValidationBatches = Sequence[Sequence[tuple[torch.Tensor, torch.Tensor]]]
@@ -54,10 +52,7 @@ def perplexities(
                 labels[~real] = IGNORE_INDEX
                 flat = labels.flatten().to(device)
 
-                def nll(hidden: torch.Tensor, head: OutputHead, flat: torch.Tensor = flat) -> torch.Tensor:
-                    form = head.form
-                    return linear_nll(hidden, head.weight, flat, bias=head.bias, student_form=form, **asdict(options))
-
+                nll = partial(token_losses, labels=flat, options=options)
                 sums[0, domain] += model(input_ids.to(device), nll).sum(dtype=torch.float64)
                 sums[1, domain] += (flat != IGNORE_INDEX).sum()
     comm.all_reduce_sum(sums)

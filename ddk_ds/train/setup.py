@@ -98,7 +98,7 @@ def prepare_run(
         micro_batch=config.train.micro_batch_samples,
     )
     vocab_size = inputs.tokenizer.vocab_size
-    clock = StageClock()
+    clock = StageClock(runtime.device.type)
     teacher = None
     if inputs.teacher is not None:
         teacher = load_teacher(config, inputs.teacher, vocab_size, comm, inputs.filters, clock)

@@ -16,7 +16,6 @@ import json
 import multiprocessing
 import os
 import signal
-import socket
 import sys
 import tempfile
 import time
@@ -24,6 +23,8 @@ from collections.abc import Sequence
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
+
+from tools.stages import free_port
 
 _SERVER = multiprocessing.get_context("forkserver")
 _SERVER.set_forkserver_preload(["ddk_ds.train.setup"])
@@ -37,11 +38,8 @@ def run_ranks(
     `per_node`: ranks that are told to be on one node; None: all.
     """
     local = per_node or world
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     place = {"WORLD_SIZE": world, "LOCAL_WORLD_SIZE": local, "LOCAL_SIZE": local, "OMP_NUM_THREADS": 1}
-    place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
     with tempfile.TemporaryDirectory() as folder:
         workers: list[BaseProcess] = []
         for rank in range(world):
