@@ -10,9 +10,9 @@ from typing import Any
 
 from ddk_ds.comm import SingleProcess
 from ddk_ds.config import Config, load_config
+from ddk_ds.engine.flops import model_flops, training_flops
 from ddk_ds.engine.model_files import model_directory, read_model
 from ddk_ds.errors import UserError
-from ddk_ds.planner.flops import model_flops, training_flops
 from ddk_ds.run_files import read_ledger, read_summary
 
 

@@ -16,7 +16,11 @@ from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from torch import nn
 
 from ddk_ds.engine.filters import LayerFilters, LayerTaps
+from ddk_ds.engine.stage_clock import StageClock
 from ddk_ds.kernels import LogitForm
+
+TEACHER_GATHER = "teacher_gather"
+"""Stage of a step: waiting for the teacher's weights."""
 
 
 class OutputHead(NamedTuple):
@@ -89,8 +93,9 @@ class FrozenHead:
     without entering the student's parameter trace.
     """
 
-    def __init__(self, head: nn.Module, form: LogitForm) -> None:
+    def __init__(self, head: nn.Module, form: LogitForm, clock: StageClock) -> None:
         self._head = OutputHead(head.weight, getattr(head, "bias", None), form)  # type: ignore[arg-type]
+        self._clock = clock
 
     @contextmanager
     def gathered(self) -> Iterator[OutputHead]:
@@ -98,7 +103,8 @@ class FrozenHead:
         parts: list[Any] = [part for part in self._head[:2] if part is not None]
         away = [part for part in parts if part.ds_status == ZeroParamStatus.NOT_AVAILABLE]
         if away:
-            away[0].all_gather(param_list=away)
+            with self._clock.waiting(TEACHER_GATHER):
+                away[0].all_gather(param_list=away)
         try:
             yield self._head
         finally:

@@ -19,11 +19,12 @@ from ddk_ds.config import Config, Model
 from ddk_ds.engine.compat import no_init_weights
 from ddk_ds.engine.ds_config import student_ds_config
 from ddk_ds.engine.filters import FilterShape, LayerFilters, build_filters
-from ddk_ds.engine.head import HeadFunction, StudentRoot
+from ddk_ds.engine.head import HeadFunction, OutputHead, StudentRoot
 from ddk_ds.engine.host_memory import freed_at_once
 from ddk_ds.engine.model_files import ModelFiles
 from ddk_ds.engine.shard_files import ShardWriter
 from ddk_ds.engine.stage_clock import StageClock
+from ddk_ds.engine.waits import time_gathers, time_reductions
 from ddk_ds.engine.weights import load_weights, source_names
 from ddk_ds.errors import ConfigError
 
@@ -41,14 +42,21 @@ class Student:
     def __call__(self, input_ids: torch.Tensor, function: HeadFunction) -> Any:
         """input_ids (B, L) -> function(hidden (B*L, H), head), through the engine: also in evaluation."""
         with self.clock.stage("forward"):
-            return self.engine(input_ids, function)
+            return self.engine(input_ids, self._timed(function))
 
     def filtered(
         self, input_ids: torch.Tensor, function: HeadFunction | None, teacher_states: Sequence[torch.Tensor]
     ) -> tuple[Any, tuple[list[torch.Tensor], list[torch.Tensor]]]:
         """As a call, and beside it the matched layers' hidden states of both models through their filters."""
         with self.clock.stage("forward"):
-            return self.engine(input_ids, function, teacher_states)
+            return self.engine(input_ids, None if function is None else self._timed(function), teacher_states)
+
+    def _timed(self, function: HeadFunction) -> HeadFunction:
+        def timed(hidden: torch.Tensor, head: OutputHead) -> Any:
+            with self.clock.stage("head"):
+                return function(hidden, head)
+
+        return timed
 
     @property
     def filters(self) -> LayerFilters:
@@ -113,7 +121,7 @@ class Student:
         """Forward passes without gradients; releases what they gathered and prefetched."""
         self.engine.eval()
         try:
-            with torch.no_grad():
+            with torch.no_grad(), self.clock.paused():
                 yield
         finally:
             self.engine.train()
@@ -147,7 +155,10 @@ def load_student(
     engine, _, _, _ = deepspeed.initialize(model=root, optimizer=_adamw(root, config), config=ds_config)
     engine.checkpoint_engine = ShardWriter()
     engine.train()
-    return Student(engine, parameters, clock or StageClock(get_accelerator().device_name()))
+    clock = clock or StageClock(get_accelerator().device_name())
+    time_gathers(engine.optimizer.parameter_offload.get_param_coordinator(), clock, "gather")
+    time_reductions(engine.optimizer, clock, "reduce")
+    return Student(engine, parameters, clock)
 
 
 def names_on_disk(files: ModelFiles, *, trusted: bool) -> dict[str, str]:

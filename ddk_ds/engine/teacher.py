@@ -14,11 +14,12 @@ from ddk_ds.comm import Comm
 from ddk_ds.config import Config
 from ddk_ds.engine.ds_config import teacher_ds_config
 from ddk_ds.engine.filters import FilterShape, LayerTaps
-from ddk_ds.engine.head import FrozenHead, HeadFunction
+from ddk_ds.engine.head import TEACHER_GATHER, FrozenHead, HeadFunction
 from ddk_ds.engine.layers import LayerByLayer, layers_of
 from ddk_ds.engine.model_files import ModelFiles
 from ddk_ds.engine.models import backbone_of, check_vocabulary, load_sharded
 from ddk_ds.engine.stage_clock import StageClock
+from ddk_ds.engine.waits import time_gathers
 
 
 class Teacher:
@@ -31,12 +32,12 @@ class Teacher:
         self.head = head
         self._taps = taps
         self._layers = layers
-        self._clock = clock
+        self.clock = clock
 
     @torch.inference_mode()
     def hidden(self, batches: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """Token ids (B, L) of micro-batches -> the last hidden states (B*L, H) of each, by one pass; no graph."""
-        with self._clock.stage("teacher"), self._parts(len(batches)):
+        with self.clock.stage("teacher"), self._parts(len(batches)):
             ids = batches[0] if len(batches) == 1 else torch.cat(list(batches))
             states = self.engine(input_ids=ids, use_cache=False).last_hidden_state
             return [part.flatten(0, 1) for part in states.chunk(len(batches))]
@@ -52,7 +53,7 @@ class Teacher:
 
     def __call__(self, input_ids: torch.Tensor, function: HeadFunction) -> Any:
         """input_ids (B, L) -> function(hidden (B*L, H), head)."""
-        with self._clock.stage("teacher"):
+        with self.clock.stage("teacher"):
             hidden = self.hidden([input_ids])[0]
             with self.head.gathered() as head:
                 return function(hidden, head)
@@ -73,7 +74,7 @@ class Teacher:
     def evaluating(self) -> Iterator[None]:
         """Forward passes; releases what they gathered and prefetched."""
         try:
-            with torch.no_grad():
+            with torch.no_grad(), self.clock.paused():
                 yield
         finally:
             self.engine.optimizer.get_param_coordinator().release_and_reset_all(self.engine.module)
@@ -97,7 +98,8 @@ def load_teacher(
     model = load_sharded(config, config.teacher, "teacher.path", files, ds_config, comm, group)
     check_vocabulary(model, vocab_size, "teacher.path")
     model.requires_grad_(False).eval()
-    head = FrozenHead(model.get_output_embeddings(), files.logit_form)
+    clock = clock or StageClock(get_accelerator().device_name())
+    head = FrozenHead(model.get_output_embeddings(), files.logit_form, clock)
     backbone = backbone_of(model)
     taps = None if shape is None else LayerTaps(backbone, [pair[1] for pair in shape.pairs], files.num_layers)
     layers = None
@@ -109,4 +111,5 @@ def load_teacher(
     engine, _, _, _ = deepspeed.initialize(model=backbone, config=ds_config)
     engine.eval()
     assert not hasattr(engine.optimizer, "fp32_partitioned_groups_flat"), "the teacher's engine holds optimizer state"
-    return Teacher(engine, head, taps, layers, clock or StageClock(get_accelerator().device_name()))
+    time_gathers(engine.optimizer.get_param_coordinator(), clock, TEACHER_GATHER)
+    return Teacher(engine, head, taps, layers, clock)

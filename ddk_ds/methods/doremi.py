@@ -48,7 +48,7 @@ class DoremiProxy:
     def taught(self, batches: Sequence[Batch]) -> Iterator[Sequence[torch.Tensor]]:
         """The reference model's loss of each token, (B*L,)."""
         hidden = self._reference.hidden([batch.input_ids for batch in batches])
-        with self._reference.head.gathered() as head:
+        with self._reference.clock.stage("teacher"), self._reference.head.gathered() as head:
             losses = [
                 token_losses(states, head, batch.labels.flatten(), self._options)
                 for states, batch in zip(hidden, batches, strict=True)

@@ -6,10 +6,10 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from ddk_ds.engine.flops import model_flops
 from ddk_ds.engine.memory import ModelShape, model_shape
 from ddk_ds.engine.model_files import ModelFiles, configured_files, read_model
 from ddk_ds.errors import ConfigError
-from ddk_ds.planner.flops import model_flops
 
 
 @dataclass(frozen=True)

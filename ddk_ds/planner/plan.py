@@ -6,10 +6,11 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from ddk_ds.config import Config
+from ddk_ds.engine.flops import training_flops
 from ddk_ds.engine.memory import COMPUTE_BYTES, MEMORY_MARGIN, OPTIMIZER_BYTES
 from ddk_ds.planner.advice import Advice, advise
 from ddk_ds.planner.data import DataFacts
-from ddk_ds.planner.flops import RunFlops, run_flops, training_flops
+from ddk_ds.planner.flops import RunFlops, run_flops
 from ddk_ds.planner.gpus import LINK_EFFICIENCY, MEMORY_EFFICIENCY, Cluster
 from ddk_ds.planner.memory import MemoryPlan, Models, plan_memory
 from ddk_ds.planner.step import HOST_S_PER_LAYER, Step, simulate_step

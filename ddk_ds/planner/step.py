@@ -23,8 +23,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ddk_ds.config import Config
+from ddk_ds.engine.flops import teacher_runs
 from ddk_ds.engine.memory import COMPUTE_BYTES, OPTIMIZER_BYTES
-from ddk_ds.planner.flops import teacher_runs
 from ddk_ds.planner.gpus import LINK_EFFICIENCY, MEMORY_EFFICIENCY, Cluster
 from ddk_ds.planner.memory import Models
 from ddk_ds.planner.models import PlannedModel

@@ -96,12 +96,13 @@ def _numbers(run: RunRecord) -> str:
     total = run.expected_steps
     done = f"{run.last_step:,}" + (f" of {total:,}" if total is not None and run.summary is None else "")
     columns = run.steps.columns
-    speed, memory = _finite(columns["tokens_per_s"]), _finite(columns["peak_memory_gb"])
+    speed, mfu, memory = (_finite(columns[key]) for key in ("tokens_per_s", "mfu", "peak_memory_gb"))
     found = {
         "steps": done,
         "tokens": f"{int(run.domain_tokens.sum()):,}",
         "time": duration(sum(spent(run).values())),
         "tokens/s, median": f"{np.median(speed):,.0f}" if len(speed) else "-",
+        **({"MFU, median": f"{np.median(mfu):.1%}"} if len(mfu) else {}),
         "peak memory": f"{memory.max():.2f} GB" if len(memory) else "-",
         "ranks": str(next((e["world_size"] for e in reversed(run.events) if "world_size" in e), "-")),
         "checkpoints": str(checkpoint_seconds(run)[0]),

@@ -21,14 +21,19 @@ from ddk_ds.run_files import is_finished, read_events, read_ledger, read_summary
 # Of a step's seconds, in their order; what they leave of step_s is "other".
 PARTS = {
     "data_s": "waiting for data",
+    "sync_s": "waiting for ranks",
     "teacher_s": "teacher",
+    "teacher_gather_s": "teacher's gathers",
     "forward_s": "student forward",
+    "head_s": "heads and loss",
     "backward_s": "backward",
+    "gather_s": "student's gathers",
+    "reduce_s": "reduction",
     "optimizer_s": "optimizer",
 }
 _NUMBERS = ("loss", "ce", "kl", "grad_norm", "learning_rate")
 _NO_TEXT = re.compile(r"null|true|false|[-+.\de]+")
-_CLOCK = ("step_s", *PARTS, "monitor_s", "tokens_per_s", "peak_memory_gb")
+_CLOCK = ("step_s", *PARTS, "monitor_s", "tokens_per_s", "mfu", "peak_memory_gb")
 
 
 @dataclass(frozen=True)
@@ -43,6 +48,8 @@ class Steps:
     """(S, N) targets of the loss in this step, by domain."""
     columns: dict[str, Array]
     """(S,) each: loss, ce, kl, grad_norm, learning_rate and those of the clock."""
+    peaks_gb: dict[str, float]
+    """Most memory held in each part of a step, 10^9 bytes; empty where the ledger does not have it."""
 
 
 @dataclass(frozen=True)
@@ -182,7 +189,11 @@ def _steps(records: list[dict[str, Any]], num_domains: int) -> Steps:
     clocks = [record["clock"] for record in records]
     columns = {key: column(records, key) for key in _NUMBERS} | {key: column(clocks, key) for key in _CLOCK}
     tokens = np.array([record["domain_tokens"] for record in records], np.float64).reshape(len(records), num_domains)
-    return Steps(column(records, "step"), column(records, "interval"), tokens, columns)
+    peaks: dict[str, float] = {}
+    for clock in clocks:
+        for name, size in clock.get("peak_gb", {}).items():
+            peaks[name] = max(peaks.get(name, 0.0), size)
+    return Steps(column(records, "step"), column(records, "interval"), tokens, columns, peaks)
 
 
 def _read_config(run_dir: Path) -> tuple[Config | None, str]:

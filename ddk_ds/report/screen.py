@@ -24,12 +24,18 @@ _COLOURS = {"running": "green", "finished": "green", "silent": "yellow", "interr
 _BAR = 20
 _ALARMS = 2
 _PARTS = {
-    "data_s": "data",
-    "teacher_s": "teacher",
-    "forward_s": "forward",
-    "backward_s": "backward",
-    "optimizer_s": "optimizer",
+    "data": ("data_s",),
+    "ranks": ("sync_s",),
+    "teacher": ("teacher_s",),
+    "forward": ("forward_s",),
+    "head": ("head_s",),
+    "backward": ("backward_s",),
+    "gathers": ("teacher_gather_s", "gather_s"),
+    "reduce": ("reduce_s",),
+    "optimizer": ("optimizer_s",),
 }
+"""Keys of the ledger's clock by the word for them."""
+_SHOWN_PARTS = 6
 OTHER_LINES = 13
 """Lines of the screen that are no domain's."""
 
@@ -145,8 +151,11 @@ def _numbers(steps: Sequence[dict[str, Any]]) -> Iterator[Text]:
     clocks = [record["clock"] for record in steps]
     tokens = sum(sum(record["domain_tokens"]) for record in steps)
     seconds = max(1e-9, sum(clock["step_s"] for clock in clocks))
-    parts = {word: sum(clock.get(key, 0.0) for clock in clocks) / seconds for key, word in _PARTS.items()}
-    told = "  ".join(f"{word} {share:.0%}" for word, share in parts.items() if share)
+    parts = {
+        word: sum(clock.get(key, 0.0) for clock in clocks for key in keys) / seconds for word, keys in _PARTS.items()
+    }
+    largest = sorted(parts, key=lambda word: parts[word], reverse=True)[:_SHOWN_PARTS]
+    told = " ".join(f"{word} {parts[word]:.0%}" for word in largest if parts[word] >= 0.005)
     memory = clocks[-1].get("peak_memory_gb")
     peak = "" if memory is None else f", peak memory {memory:.1f} GB"
     pace = f"{tokens / seconds:,.0f} tokens/s, {seconds / len(steps):.3g} s a step"

@@ -57,7 +57,10 @@ def speed_pictures(run: RunRecord) -> list[Picture]:
     columns = run.steps.columns
     speed = {"tokens/s": columns["tokens_per_s"]}
     memory = {"peak": columns["peak_memory_gb"]}
-    said = "Most that rank 0 has held so far: of the GPU's memory, or of the host's where that computes."
+    said = "Most that rank 0 held in a step: of the GPU's memory, or of the host's where that computes."
+    by_part = {PARTS.get(f"{name}_s", name): size for name, size in run.steps.peaks_gb.items()}
+    if by_part:
+        said += " By part: " + ", ".join(f"{name} {size:.2f} GB" for name, size in by_part.items()) + "."
     return [
         _curve(run, "speed", "Throughput", speed, "tokens/s", "Targets of the loss, all ranks.", from_zero=True),
         step_parts(run),
@@ -143,7 +146,7 @@ def step_parts(run: RunRecord) -> Picture:
     caption = "Rank 0's. The axis ends at 1.25 times the 99th percentile." + describe_marks(run)
     if per_bin > 1:
         caption += f" Means over bins of {per_bin:,} steps; Throughput shows least and greatest."
-    return Picture("step_parts", "Parts of a step", to_svg(draw, 3.2), f"Stacked seconds a step: {shown}.", caption)
+    return Picture("step_parts", "Parts of a step", to_svg(draw, 4.0), f"Stacked seconds a step: {shown}.", caption)
 
 
 def spent(run: RunRecord) -> dict[str, float]:

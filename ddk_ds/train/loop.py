@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Iterator
-from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -14,7 +12,6 @@ import numpy.typing as npt
 from ddk_ds.config.lengths import interval_steps
 from ddk_ds.data.loader import MicroBatch, interval_loader
 from ddk_ds.engine.export import export_student
-from ddk_ds.engine.runtime import peak_memory
 from ddk_ds.mixture.decide import Decision
 from ddk_ds.mixture.exhaustion import Plan
 from ddk_ds.mixture.factors import one_hot_warning
@@ -29,6 +26,7 @@ from ddk_ds.train.read_ahead import read_steps
 from ddk_ds.train.roll_back import roll_back
 from ddk_ds.train.setup import Run
 from ddk_ds.train.step import StepMetrics, seed_step, train_step
+from ddk_ds.train.step_record import step_clock, step_numbers
 from ddk_ds.train.summary import make_summary, summary_table, write_summary
 from ddk_ds.train.versions import versions
 
@@ -169,25 +167,14 @@ def _record_step(run: Run, metrics: StepMetrics, rate: float, data_s: float, ste
     run.ahead.advance(state.data.consumed)
     state.domain_tokens = [a + b for a, b in zip(state.domain_tokens, metrics.domain_tokens, strict=True)]
     state.train_s += step_s
-    tokens_per_s = sum(metrics.domain_tokens) / step_s
-    numbers = {key: _finite(value) for key, value in asdict(metrics).items()}
-    if not metrics.method:
-        del numbers["method"]
-    parts = {"step": step_s, "data": data_s, **numbers.pop("seconds"), "monitor": run.monitor.take_seconds()}
-    clock = {f"{name}_s": round(seconds, 4) for name, seconds in parts.items()}
-    clock |= {"tokens_per_s": round(tokens_per_s, 1), "peak_memory_gb": round(peak_memory(run.runtime.device) / 1e9, 3)}
-    record = {"kind": "step", "step": state.step, "interval": state.data.interval, **numbers}
-    run.record({**record, "learning_rate": rate, "clock": clock})
-    run.progress.step(state.step, metrics, tokens_per_s)
+    clock = step_clock(metrics, {"step": step_s, "data": data_s, "monitor": run.monitor.take_seconds()}, run.step_flops)
+    record = {"kind": "step", "step": state.step, "interval": state.data.interval}
+    run.record({**record, **step_numbers(metrics), "learning_rate": rate, "clock": clock})
+    run.progress.step(state.step, metrics, clock["tokens_per_s"])
     check_step(state, metrics.loss, metrics.grad_norm, run.config.guard)
     if state.skipped_in_row:
         run.progress.say(f"warning: step {state.step} has no finite gradient: skipped, the weights are as before")
         run.ledger.event("skipped", step=state.step)
-
-
-def _finite(value: Any) -> Any:
-    """JSON has no NaN and no infinity."""
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _begin_checkpoint(run: Run) -> bool:

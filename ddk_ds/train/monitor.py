@@ -15,7 +15,7 @@ from ddk_ds.engine.monitors import Event, Writer, close_writers
 _STEP = {"loss": "loss/total", "ce": "loss/ce", "kl": "loss/kl"}
 _STEP |= {"grad_norm": "optimizer/grad_norm", "learning_rate": "optimizer/learning_rate"}
 _INTERVAL = {"student_ppl": "student_ppl", "teacher_ppl": "teacher_ppl", "ratio": "ratio", "proportions": "proportion"}
-_CLOCK = {"tokens_per_s": "speed/tokens_per_s", "peak_memory_gb": "memory/peak_gb"}
+_CLOCK = {"tokens_per_s": "speed/tokens_per_s", "mfu": "speed/mfu", "peak_memory_gb": "memory/peak_gb"}
 
 _LONGEST_CLOSE_S = 60.0
 
@@ -24,7 +24,9 @@ def events(record: Mapping[str, Any]) -> list[Event]:
     """The events of a line of the ledger; pure. A number that is missing or not finite has none."""
     step = record["kind"] == "step"
     group = "time" if step else "measurement"
-    found: dict[str, Any] = {_CLOCK.get(key, f"{group}/{key}"): value for key, value in record["clock"].items()}
+    clock = dict(record["clock"])
+    found: dict[str, Any] = {f"memory/{part}_gb": value for part, value in clock.pop("peak_gb", {}).items()}
+    found |= {_CLOCK.get(key, f"{group}/{key}"): value for key, value in clock.items()}
     if step:
         found |= {name: record.get(key) for key, name in _STEP.items()}
         method = record.get("method", {})

@@ -12,8 +12,10 @@ from ddk_ds.config import Config
 from ddk_ds.config.lengths import corpus_samples, total_steps
 from ddk_ds.data.loader import validation_batches
 from ddk_ds.data.mixture_dataset import MixtureDataset
+from ddk_ds.engine.flops import model_flops, training_flops
 from ddk_ds.engine.models import Student, load_student
 from ddk_ds.engine.monitors import open_writers
+from ddk_ds.engine.peak_memory import PeakMemory
 from ddk_ds.engine.runtime import Runtime
 from ddk_ds.engine.stage_clock import StageClock
 from ddk_ds.engine.teacher import Teacher, load_teacher
@@ -58,6 +60,8 @@ class Run:
     saver: Saver
     progress: RunProgress
     total_steps: int
+    step_flops: float
+    """Floating-point operations of a step on one rank."""
 
     def measure(self) -> Measurement:
         """Perplexities of the student now, beside the teacher's. Collective."""
@@ -98,7 +102,7 @@ def prepare_run(
         micro_batch=config.train.micro_batch_samples,
     )
     vocab_size = inputs.tokenizer.vocab_size
-    clock = StageClock(runtime.device.type)
+    clock = StageClock(runtime.device.type, PeakMemory(runtime.device.type))
     teacher = None
     if inputs.teacher is not None:
         teacher = load_teacher(config, inputs.teacher, vocab_size, comm, inputs.filters, clock)
@@ -137,10 +141,19 @@ def prepare_run(
         saver=Saver(config.run_dir, identity, comm, config.checkpoint),
         progress=RunProgress(comm.rank, steps, inputs.names),
         total_steps=steps,
+        step_flops=_step_flops(config, inputs, comm.world_size),
     )
     _restore(run, start)
     agreed(comm, lambda: _open_monitors(run) if comm.rank == 0 else None)
     return run
+
+
+def _step_flops(config: Config, inputs: Inputs, world_size: int) -> float:
+    length = config.data.sequence_length
+    student, teacher = (
+        0.0 if files is None else model_flops(files, length, causal=False) for files in (inputs.student, inputs.teacher)
+    )
+    return config.train.global_batch_samples * length * training_flops(config, student, teacher) / world_size
 
 
 def _open_monitors(run: Run) -> None:

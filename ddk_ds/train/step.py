@@ -29,6 +29,8 @@ class StepMetrics:
     """What the method has to say of the step."""
     seconds: dict[str, float] = field(default_factory=dict)
     """Of the parts of the step on this rank."""
+    peaks: dict[str, int] = field(default_factory=dict)
+    """Most bytes that this rank held in each of them."""
 
 
 def train_step(
@@ -49,12 +51,13 @@ def train_step(
     first backward. DeepSpeed averages gradients over ranks, so the loss is multiplied by the world size. `progress`
     is the share of the run's steps that are done, 0..1. The teacher's passes take `per_pass` micro-batches each.
     """
-    student.clock.take()  # what evaluation has left
+    clock = student.clock
     labels = [next_token_labels(batch["input_ids"]) for batch in micro_batches]
     domain_tokens = torch.zeros(num_domains, dtype=torch.float64)
     for batch, label in zip(micro_batches, labels, strict=True):
         domain_tokens.index_add_(0, batch["domain"], (label != IGNORE_INDEX).sum(1).double())
-    domain_tokens = comm.all_reduce_sum(domain_tokens.to(device))
+    with clock.waiting("sync"):
+        domain_tokens = comm.all_reduce_sum(domain_tokens.to(device))
     num_valid = domain_tokens.sum()
     sums = torch.zeros(3, dtype=torch.float64, device=device)
     batches = [
@@ -69,9 +72,12 @@ def train_step(
                 student.backward(result.loss * comm.world_size, last=number == len(batches))
                 sums += torch.stack([part.detach().double() for part in result[:3]])
     grad_norm = student.update(learning_rate)
-    loss, ce, kl = comm.all_reduce_sum(sums).tolist()
+    with clock.waiting("sync"):
+        sums = comm.all_reduce_sum(sums)
+    loss, ce, kl = sums.tolist()
     tokens = [int(count) for count in domain_tokens.tolist()]
-    return StepMetrics(loss, ce, kl, grad_norm, tokens, method.end_step(comm), student.clock.take())
+    said = method.end_step(comm)
+    return StepMetrics(loss, ce, kl, grad_norm, tokens, said, clock.take(), clock.take_peaks())
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:

@@ -19,6 +19,8 @@ from tools import replay
 from tools.small_run import write_config
 
 DOMAINS = ("cpp", "mathematics", "python")
+# The tiny student's tensors are never away, so that none is gathered.
+PARTS = ("data", "sync", "teacher", "teacher_gather", "forward", "head", "backward", "reduce", "optimizer")
 
 
 @pytest.fixture(scope="module")
@@ -50,6 +52,17 @@ def run(workspace: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def series(run: Path, key: str) -> dict[int, float]:
     """A key of the ledger's step lines by step."""
     return {line["step"]: line[key] for line in read_ledger(run) if line["kind"] == "step"}
+
+
+def test_the_parts_add_up_to_the_step(run: Path) -> None:
+    clocks = [line["clock"] for line in read_ledger(run) if line["kind"] == "step"]
+    for clock in clocks:
+        parts = {name: clock[f"{name}_s"] for name in PARTS}
+        assert all(seconds > 0 for seconds in parts.values()), parts
+        assert 0.8 * clock["step_s"] < sum(parts.values()) <= clock["step_s"], "tiny models: much is Python's"
+        assert clock["mfu"] is None, "a CPU has no peak to compare with"
+        assert clock["peak_memory_gb"] == max(clock["peak_gb"].values())
+        assert {"teacher", "forward", "head", "backward", "optimizer"} <= set(clock["peak_gb"])
 
 
 def test_tensorboard(run: Path) -> None:

@@ -12,8 +12,8 @@ import pytest
 import yaml
 
 from ddk_ds.config import load_config, to_yaml
+from ddk_ds.engine.flops import count_forward_flops, training_flops
 from ddk_ds.errors import ConfigError, DataError
-from ddk_ds.planner.flops import count_forward_flops, training_flops
 from tools import compare as command
 from tools import stages
 from tools.compare import make_jobs, read_grid

@@ -11,9 +11,9 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from ddk_ds.config import METHODS, load_config, make_config, to_yaml
+from ddk_ds.engine.flops import count_forward_flops, training_flops
 from ddk_ds.errors import ConfigError
 from ddk_ds.methods.distillation import scheduled
-from ddk_ds.planner.flops import count_forward_flops, training_flops
 
 ROOT = Path(__file__).parents[2]
 

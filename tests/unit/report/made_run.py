@@ -88,13 +88,19 @@ def _records(steps: int, interval_steps: int, domains: Sequence[str], *, teacher
             "clock": {
                 "step_s": round(step_s, 4),
                 "data_s": round(0.02 * step_s, 4),
-                **({"teacher_s": round(0.3 * step_s, 4)} if teacher else {}),
-                "forward_s": round(0.2 * step_s, 4),
-                "backward_s": round(0.4 * step_s, 4),
+                "sync_s": round(0.01 * step_s, 4),
+                **({key: round(0.15 * step_s, 4) for key in ("teacher_s", "teacher_gather_s")} if teacher else {}),
+                "forward_s": round(0.1 * step_s, 4),
+                "head_s": round(0.1 * step_s, 4),
+                "backward_s": round(0.3 * step_s, 4),
+                "gather_s": round(0.06 * step_s, 4),
+                "reduce_s": round(0.03 * step_s, 4),
                 "optimizer_s": round(0.05 * step_s, 4),
                 "monitor_s": 0.0001,
                 "tokens_per_s": round(TOKENS_A_STEP / step_s, 1),
+                "mfu": 0.41,
                 "peak_memory_gb": 11.5,
+                "peak_gb": {"forward": 9.0, "head": 11.5, "backward": 10.25},
             },
         }
 

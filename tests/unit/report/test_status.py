@@ -49,7 +49,7 @@ def test_ten_domains_fit_a_small_terminal(tmp_path: Path) -> None:
     assert max(map(len, text.splitlines())) <= 80
     for part in ("running, in step after step 55", "step 55 of 55", "interval 5", "tokens/s", "checkpoint of step 40"):
         assert part in text
-    assert "90 s old, 3.00 GB; disk free 5.0 GB" in text and "teacher 30%" in text
+    assert "90 s old, 3.00 GB; disk free 5.0 GB" in text and "backward 30% gathers 21% teacher 15%" in text
     assert text.count("alarm at step") == 2 and "mean, at step 50" in text
 
 

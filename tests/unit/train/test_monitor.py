@@ -23,7 +23,14 @@ STEP: dict[str, Any] = {
     "grad_norm": None,  # not finite
     "learning_rate": 1e-3,
     "method": {"mse": 0.25, "weights": [0.5, 0.5]},
-    "clock": {"step_s": 0.5, "teacher_s": 0.1, "tokens_per_s": 100.0, "peak_memory_gb": 1.5},
+    "clock": {
+        "step_s": 0.5,
+        "teacher_s": 0.1,
+        "tokens_per_s": 100.0,
+        "mfu": None,
+        "peak_memory_gb": 1.5,
+        "peak_gb": {"head": 1.5},
+    },
 }
 INTERVAL: dict[str, Any] = {
     "kind": "interval",
@@ -49,6 +56,7 @@ def test_a_step() -> None:
         ("time/teacher_s", 0.1, 7),
         ("speed/tokens_per_s", 100.0, 7),
         ("memory/peak_gb", 1.5, 7),
+        ("memory/head_gb", 1.5, 7),
     }
 
 
@@ -79,7 +87,7 @@ def test_events_are_written_together() -> None:
     assert written == [], "before the time"
     feed.add(INTERVAL)
     feed.close()
-    assert [len(batch) for batch in written] == [9 + 9 + 8]
+    assert [len(batch) for batch in written] == [10 + 10 + 8]
     assert feed.take_seconds() > 0
     assert feed.take_seconds() == 0
 
@@ -97,7 +105,7 @@ def test_a_monitor_that_fails_ends_nothing_but_itself() -> None:
         time.sleep(0.001)
     feed.add(STEP)
     feed.close()
-    assert written == [9, 9]
+    assert written == [10, 10]
     assert said == ["warning: monitor csv failed and is left out from here on: disk full"]
 
 

@@ -1,0 +1,60 @@
+"""Seconds and peaks of a step's parts."""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+import pytest
+
+from ddk_ds.engine.peak_memory import PeakMemory
+from ddk_ds.engine.stage_clock import OTHER, StageClock
+
+
+def test_a_stage_within_another_counts_for_itself() -> None:
+    clock = StageClock("cpu")
+    started = time.perf_counter()
+    with clock.stage("forward"):
+        time.sleep(0.02)
+        with clock.stage("head"):
+            time.sleep(0.04)
+            with clock.waiting("gather"):
+                time.sleep(0.06)
+        time.sleep(0.02)
+    took = time.perf_counter() - started
+    seconds = clock.take()
+    assert sum(seconds.values()) == pytest.approx(took, rel=0.02)
+    assert seconds == pytest.approx({"forward": 0.04, "head": 0.04, "gather": 0.06}, rel=0.5)
+    assert clock.take() == {}
+
+
+def test_a_stage_ends_with_an_exception_and_nothing_counts_while_paused() -> None:
+    clock = StageClock("cpu", PeakMemory("cpu"))
+    with pytest.raises(KeyError), clock.stage("forward"):
+        raise KeyError
+    with clock.paused(), clock.stage("teacher"):
+        pass
+    with clock.stage("forward"):
+        pass
+    assert set(clock.take()) == {"forward"}
+    assert set(clock.take_peaks()) == {OTHER, "forward"}
+
+
+def test_a_peak_belongs_to_the_stage_that_it_was_reached_in() -> None:
+    clock = StageClock("cpu", PeakMemory("cpu"))
+
+    def hold(megabytes: int) -> None:
+        np.ones(megabytes * 2**20, np.uint8).sum()  # freed at once: as large a block is given back
+
+    with clock.stage("forward"):
+        hold(64)
+        with clock.stage("head"):
+            hold(256)
+        with clock.waiting("gather"):  # too many and short for a look at the memory
+            hold(128)
+    peaks = clock.take_peaks()
+    assert set(peaks) == {OTHER, "forward", "head"}
+    assert peaks["head"] - peaks["forward"] == pytest.approx(128 * 2**20, rel=0.1)
+    with clock.stage("forward"):
+        pass
+    assert clock.take_peaks()["forward"] < peaks["forward"] - 100 * 2**20, "a peak begins anew with each step"
