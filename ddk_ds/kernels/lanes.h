@@ -10,6 +10,9 @@
 #include <immintrin.h>
 #endif
 
+// GCC calls what is marked inline alone: constants and packs would go through memory at each exp.
+#define INLINE inline __attribute__((always_inline))
+
 namespace {
 
 struct bfloat16 { uint16_t bits; };
@@ -29,19 +32,19 @@ using W = Lanes<double>::V;
 typedef uint32_t U __attribute__((vector_size(64)));
 typedef uint16_t Half __attribute__((vector_size(32)));
 
-template <typename P, typename F> inline P splat(F x) { return P{} + x; }
+template <typename P, typename F> INLINE P splat(F x) { return P{} + x; }
 
 // Whole packs from memory and back.
-inline V read(const float* x) { V v; std::memcpy(&v, x, sizeof v); return v; }
-inline W read(const double* x) { W v; std::memcpy(&v, x, sizeof v); return v; }
-inline V read(const bfloat16* x) {
+INLINE V read(const float* x) { V v; std::memcpy(&v, x, sizeof v); return v; }
+INLINE W read(const double* x) { W v; std::memcpy(&v, x, sizeof v); return v; }
+INLINE V read(const bfloat16* x) {
   Half h;
   std::memcpy(&h, x, sizeof h);
   return (V)(__builtin_convertvector(h, U) << 16);
 }
-inline void write(float* out, V v) { std::memcpy(out, &v, sizeof v); }
-inline void write(double* out, W v) { std::memcpy(out, &v, sizeof v); }
-inline void write(bfloat16* out, V v) {  // to nearest, ties to even; NaN stays NaN
+INLINE void write(float* out, V v) { std::memcpy(out, &v, sizeof v); }
+INLINE void write(double* out, W v) { std::memcpy(out, &v, sizeof v); }
+INLINE void write(bfloat16* out, V v) {  // to nearest, ties to even; NaN stays NaN
   const U bits = (U)v;
   const U rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
   const Half h = __builtin_convertvector(v == v ? rounded : splat<U>(0x7fc0u), Half);
@@ -49,8 +52,8 @@ inline void write(bfloat16* out, V v) {  // to nearest, ties to even; NaN stays 
 }
 
 // The larger one; b where either is NaN.
-inline W max_(W a, W b) { return a > b ? a : b; }
-inline V max_(V a, V b) {
+INLINE W max_(W a, W b) { return a > b ? a : b; }
+INLINE V max_(V a, V b) {
 #ifdef __AVX512F__
   return (V)_mm512_max_ps((__m512)a, (__m512)b);  // GCC finds this single instruction under finite mathematics only
 #else
@@ -59,7 +62,7 @@ inline V max_(V a, V b) {
 }
 
 // exp, log1p and expm1 of arguments up to 88, within 2 units in the last place where the results are used.
-inline V exp_(V x) {
+INLINE V exp_(V x) {
   x = max_(splat<V>(-87.f), x);  // NaN passes
   // 2^n * 2^f: adding 1.5 * 2^23 leaves the integer n, with the exponent's bias, in the low bits.
   constexpr float LOG2_E = 1.44269504f, SHIFT = 12582912.f + 127.f;
@@ -73,7 +76,7 @@ inline V exp_(V x) {
   y = y * f + 1.f;
   return y * (V)((I)shifted << 23);
 }
-inline V expm1_(V x) {
+INLINE V expm1_(V x) {
   V series = x * (1.f / 5040.f) + 1.f / 720.f;
   series = series * x + 1.f / 120.f;
   series = series * x + 1.f / 24.f;
@@ -83,7 +86,7 @@ inline V expm1_(V x) {
   const V plain = exp_(x) - 1.f;
   return (x > -0.35f) & (x < 0.35f) ? series : plain;
 }
-inline V log1p_(V y) {  // for y in (-1, 0]
+INLINE V log1p_(V y) {  // for y in (-1, 0]
   const I bits = (I)(y + 1.f);
   const I exponent = (bits - 0x3f3504f3) >> 23;  // 1 + y = m * 2^exponent, m in [sqrt(1/2), sqrt(2))
   const V m = (V)(bits - (exponent << 23));
@@ -97,7 +100,7 @@ inline V log1p_(V y) {  // for y in (-1, 0]
   return series + __builtin_convertvector(exponent, V) * 0.693147180f;
 }
 // exp(x) - 1 - x relative to x^2, for |x| < 0.25.
-inline V second_(V x) {
+INLINE V second_(V x) {
   V series = x * (1.f / 5040.f) + 1.f / 720.f;
   series = series * x + 1.f / 120.f;
   series = series * x + 1.f / 24.f;
@@ -106,24 +109,24 @@ inline V second_(V x) {
 }
 
 template <typename Function>
-inline W each(W x, Function function) {
+INLINE W each(W x, Function function) {
   for (int i = 0; i < 8; i++) x[i] = function(x[i]);
   return x;
 }
-inline W exp_(W x) { return each(x, [](double a) { return std::exp(a); }); }
-inline W expm1_(W x) { return each(x, [](double a) { return std::expm1(a); }); }
-inline W log1p_(W x) { return each(x, [](double a) { return std::log1p(a); }); }
-inline W second_(W x) { return x; }  // not used
+INLINE W exp_(W x) { return each(x, [](double a) { return std::exp(a); }); }
+INLINE W expm1_(W x) { return each(x, [](double a) { return std::expm1(a); }); }
+INLINE W log1p_(W x) { return each(x, [](double a) { return std::log1p(a); }); }
+INLINE W second_(W x) { return x; }  // not used
 
 template <typename P>
-inline P tanh_(P x) {
+INLINE P tanh_(P x) {
   const P e = expm1_((x < 0 ? x : -x) * 2);
   const P t = -e / (e + 2);
   return x < 0 ? -t : t;
 }
 
 template <typename P>
-inline double sum_of(P v) {
+INLINE double sum_of(P v) {
   double sum = 0;
   for (size_t i = 0; i < sizeof(P) / sizeof(v[0]); i++) sum += double(v[i]);
   return sum;
@@ -138,7 +141,7 @@ struct Logits {
   int64_t classes;
 
   // Lanes past the row's end are very low: their probabilities add nothing.
-  P operator()(int64_t at) const {
+  INLINE P operator()(int64_t at) const {
     if (at + N <= classes) return read(x + at);
     E last[N] = {};
     std::memcpy(last, x + at, sizeof(E) * size_t(classes - at));
@@ -149,7 +152,7 @@ struct Logits {
 };
 
 template <typename F, typename P, typename G>
-inline void store(G* out, int64_t at, int64_t classes, P v) {
+INLINE void store(G* out, int64_t at, int64_t classes, P v) {
   constexpr int N = sizeof(P) / sizeof(F);
   if (at + N <= classes) return write(out + at, v);
   G last[N];

@@ -5,6 +5,11 @@
 // the compute type F (float for float and bfloat16 logits, double for double) inside a block and in double across
 // blocks. Formulas and their sources: divergences.py.
 
+#include <cstdlib>
+#include <memory>
+#include <new>
+#include <vector>
+
 #include "lanes.h"
 
 namespace {
@@ -16,7 +21,7 @@ constexpr int BLOCK = 2048;  // elements between two additions to the double sum
 // One pack's share of the divergence, and h with gradient p * (h - sum p h), for the forward KL the gradient itself.
 // q and p are probabilities of teacher and student, r = log q - log p, b the weight of q in the mixture.
 template <Kind KIND, typename F, typename P>
-inline void compare(P q, P p, P r, F b, P& value, P& h) {
+INLINE void compare(P q, P p, P r, F b, P& value, P& h) {
   // p - q from r where they are close: their own rounding would be all that is left.
   const P distance = r < 0 ? -r : r;
   const auto close = distance < (sizeof(F) == 4 ? F(0.25) : F(0));
@@ -71,28 +76,56 @@ struct Form {
   }
 };
 
+// A row's softmax: its maximum, its sum, and exp(x * scale - maximum of the block) of every element, which the second
+// pass reads back, since an exp costs more. That memory is the thread's own and is kept.
 template <typename F>
-struct Softmax {  // running maximum and sum of exp(x * scale - maximum)
-  double max = -std::numeric_limits<double>::infinity();
-  double sum = 0;
+class Softmax {
+  using P = typename Lanes<F>::V;
+
+ public:
+  void start(int64_t classes) {
+    const size_t blocks = size_t(classes + BLOCK - 1) / BLOCK;
+    if (tops.size() < blocks) {
+      tops.resize(blocks);
+      powers.reset(static_cast<F*>(std::aligned_alloc(64, blocks * BLOCK * sizeof(F))));
+      if (!powers) throw std::bad_alloc();
+    }
+    max = -std::numeric_limits<double>::infinity();
+    sum = 0;
+  }
 
   template <typename Row>
   void add(const Row& row, int64_t begin, int64_t end, F scale) {
-    using P = typename Row::P;
     P top = splat<P>(-std::numeric_limits<F>::infinity());
     for (int64_t k = begin; k < end; k += Row::N) top = max_(row(k), top);
     F peak = top[0];
     for (int i = 1; i < Row::N; i++) peak = std::max(peak, F(top[i]));
-    if (double(peak * scale) > max) {
-      sum *= std::exp(max - double(peak * scale));
-      max = double(peak * scale);
-    }
-    const F shift = F(max);
+    const F shift = tops[size_t(begin / BLOCK)] = peak * scale;
     P part = splat<P>(F(0));
-    for (int64_t k = begin; k < end; k += Row::N) part += exp_(row(k) * scale - shift);
-    sum += sum_of(part);
+    F* const kept = powers.get();
+    for (int64_t k = begin; k < end; k += Row::N) {
+      const P power = exp_(row(k) * scale - shift);
+      write(kept + k, power);
+      part += power;
+    }
+    if (double(shift) > max) {
+      sum *= std::exp(max - double(shift));
+      max = double(shift);
+    }
+    sum += sum_of(part) * std::exp(double(shift) - max);
   }
   double log_sum() const { return max + std::log(sum); }
+  const F* kept() const { return powers.get(); }
+  // What the powers of the block at `begin` are multiplied by to be probabilities.
+  F factor(int64_t begin) const { return F(std::exp(double(tops[size_t(begin / BLOCK)]) - max) / sum); }
+
+ private:
+  struct Free {
+    void operator()(F* memory) const { std::free(memory); }
+  };
+  double max, sum;
+  std::vector<F> tops;
+  std::unique_ptr<F[], Free> powers;
 };
 
 }  // namespace
@@ -138,7 +171,10 @@ class RowKernel {
     if (!student_form.plain()) student_form.apply(own, a.classes);
     if (KIND != NONE && !teacher_form.plain()) teacher_form.apply(other, a.classes);
     const Row s{own, a.classes}, t{other, a.classes};
-    Softmax<F> hard, soft, target;
+    thread_local Softmax<F> hard, soft, target;
+    if (with_ce || one_softmax) hard.start(a.classes);
+    if (!one_softmax) soft.start(a.classes);
+    if (KIND != NONE) target.start(a.classes);
     for (int64_t k = 0; k < a.classes; k += BLOCK) {
       const int64_t end = std::min<int64_t>(k + BLOCK, a.classes);
       if (with_ce || one_softmax) hard.add(s, k, end, F(1));
@@ -155,36 +191,38 @@ class RowKernel {
 
  private:
   struct Pass {
-    Softmax<F> hard, student, teacher;
+    const Softmax<F>&hard, &student, &teacher;
     int64_t label;
   };
 
   // With CENTRING sum(p h), else the divergence; and the gradient where `out` is not null.
   template <bool CENTRING>
   double run(const Row& s, const Row& t, const Pass& pass, F centre, G* out) const {
-    const F ms = F(pass.student.max), mt = F(pass.teacher.max), mh = F(pass.hard.max);
-    const F is = F(1 / pass.student.sum), it = F(1 / pass.teacher.sum), ih = F(1 / pass.hard.sum);
     const F offset = KIND == NONE ? F(0) : F(pass.student.log_sum() - pass.teacher.log_sum());
     const F ce_weight = F(a.ce_weight), kd_weight = F(a.kd_weight);
     const F shared_weight = KIND != NONE && one_softmax ? ce_weight : F(0);
     const bool own_softmax = with_ce && (KIND == NONE || !one_softmax), plain = student_form.plain();
+    const F *es = pass.student.kept(), *et = pass.teacher.kept(), *eh = pass.hard.kept();
     double total = 0;
     for (int64_t begin = 0; begin < a.classes; begin += BLOCK) {
       const int64_t end = std::min<int64_t>(begin + BLOCK, a.classes);
+      const F fs = KIND == NONE ? F(0) : pass.student.factor(begin);
+      const F ft = KIND == NONE ? F(0) : pass.teacher.factor(begin);
+      const F fh = own_softmax ? pass.hard.factor(begin) : F(0);
       P part = splat<P>(F(0));
       for (int64_t k = begin; k < end; k += N) {
         const P x = s(k);
         P grad = splat<P>(F(0));
         if constexpr (KIND != NONE) {
           const P y = t(k);
-          const P p = exp_(x * inverse_t - ms) * is, q = exp_(y * inverse_t - mt) * it;
+          const P p = read(es + k) * fs, q = read(et + k) * ft;
           P value, h;
           compare<KIND>(q, p, (y - x) * inverse_t + offset, mix, value, h);
           part += CENTRING ? p * h : value;
           grad = kd_weight * (KIND == FORWARD_KL ? h : p * (h - centre)) + shared_weight * p;
         }
         if (CENTRING || !out) continue;
-        if (own_softmax) grad += ce_weight * (exp_(x - mh) * ih);
+        if (own_softmax) grad += ce_weight * (read(eh + k) * fh);
         if (pass.label >= k && pass.label < k + N) grad[pass.label - k] -= ce_weight;
         if (!plain) grad *= student_form.slope(x);
         store<F>(out, k, a.classes, grad);
