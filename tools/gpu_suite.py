@@ -16,7 +16,6 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -34,10 +33,9 @@ from ddk_ds.engine.profile import FULL, QUICK, Setting, step_flops, utilisation
 from ddk_ds.errors import UserError
 from ddk_ds.files import write_text
 from ddk_ds.run_files import read_ledger
-from ddk_ds.version import commit
+from tools.step_setting import describe, save_byte_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
-PACKAGES = ("torch", "triton", "deepspeed", "transformers")
 DOMAINS = {"parsers": ("json", "email", "html"), "network": ("asyncio", "http", "urllib")}  # of the standard library
 WARM_UP_STEPS, ENGINE_STEPS, VALIDATION_SAMPLES = 2, 6, 4
 
@@ -147,6 +145,19 @@ def engine_run(bench: Bench) -> dict[str, Any]:
     }
 
 
+def step_benchmark(bench: Bench) -> dict[str, Any]:
+    """tools/bench_step.py on one device: a teacher of 7 B and a student of 1 B parameters; its cases."""
+    results = bench.out / "bench_step.json"
+    options = ["--device", bench.device, "--ranks", "1", "--json", str(results)]
+    if find_spec("matplotlib"):
+        options += ["--picture", str(bench.out / "bench_step.png")]
+    size = ["--tokens", "16384", "--length", "2048", "--accumulation", "4"]
+    if bench.quick:
+        size = ["--tokens", "128", "--length", "32", "--steps", "2", "--quick"]
+    bench.run(sys.executable, "tools/bench_step.py", *options, *size)
+    return {"cases": json.loads(results.read_text(encoding="utf-8"))["cases"]}
+
+
 def write_run(folder: Path, setting: Setting, bench: Bench) -> Path:
     """Tokenizer, shards, random models and the configuration of a run over them; the configuration's path."""
     folder.mkdir()
@@ -182,27 +193,13 @@ def write_run(folder: Path, setting: Setting, bench: Bench) -> Path:
     return config
 
 
-def save_byte_tokenizer(vocab_size: int, directory: Path) -> None:
-    """A tokenizer of bytes whose other ids are tokens that no text has: a vocabulary of any size without training."""
-    # Only now: the other parts go without the data room's libraries.
-    from tokenizers import Tokenizer, models, pre_tokenizers
-
-    from ddk_ds.data.tokenizer import EOS_TOKEN, PAD_TOKEN, save_tokenizer
-
-    tokens = [EOS_TOKEN, PAD_TOKEN, *sorted(pre_tokenizers.ByteLevel.alphabet())]
-    tokens += [f"<|unused-{number}|>" for number in range(vocab_size - len(tokens))]
-    tokenizer = Tokenizer(models.BPE(vocab={token: number for number, token in enumerate(tokens)}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.add_special_tokens([EOS_TOKEN, PAD_TOKEN])
-    save_tokenizer(tokenizer, directory)
-
-
-# Seconds that each may take: 8 minutes in all.
+# Seconds that each may take: 13 minutes in all.
 PARTS: dict[str, tuple[Callable[[Bench], dict[str, Any]], float]] = {
     "kernel_tests": (kernel_tests, 180.0),
     "loss_benchmark": (loss_benchmark, 120.0),
     "step_profile": (step_profile, 50.0),
     "engine_run": (engine_run, 130.0),
+    "step_benchmark": (step_benchmark, 300.0),
 }
 
 
@@ -218,17 +215,6 @@ def run_part(work: Callable[[Bench], dict[str, Any]], bench: Bench, limit_s: flo
         text = str(error) if isinstance(error, PartFailed | UserError) else f"{type(error).__name__}: {error}"
         found = {"status": "failed", "error": text}
     return {**found, "seconds": round(time.monotonic() - started, 1)}
-
-
-def describe(device: str) -> dict[str, Any]:
-    """The machine and the versions that the results hold for."""
-    return {
-        "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
-        "python": sys.version.split()[0],
-        **{name: version(name) if find_spec(name) else None for name in PACKAGES},
-        "cuda": torch.version.cuda,
-        "commit": commit(),
-    }
 
 
 def table(parts: dict[str, dict[str, Any]]) -> Table:
@@ -249,6 +235,8 @@ def _found(part: dict[str, Any]) -> str:
         return str(part["error"])
     if "tests" in result:
         return f"{result['tests']} tests, {result['skipped']} of them skipped"
+    if "cases" in result:
+        return "\n".join(_found_of(case) for case in result["cases"])
     if "tokens_per_s" not in result:
         return "see bench_kd_loss.json and loss_benchmark.log"
     lines = [
@@ -262,6 +250,13 @@ def _found(part: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def _found_of(case: dict[str, Any]) -> str:
+    if case["error"]:
+        return f"{case['impl']}: {case['error']}"
+    over, mfu = (format(case[key], form) if case[key] else "-" for key, form in (("over_floor", ".2f"), ("mfu", ".1%")))
+    return f"{case['impl']}: {case['tokens_per_s']:,.0f} tokens/s, {over} x floor, MFU {mfu}"
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run every part; 0, or 1 if one failed. Exits with 2 where none can run."""
     parser = argparse.ArgumentParser(
@@ -270,6 +265,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path("runs/gpu-suite"), help="for results and logs (%(default)s)")
     parser.add_argument("--quick", action="store_true", help="tiny models and one case of the benchmark")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu tries the suite itself")
+    parser.add_argument("--part", nargs="+", choices=PARTS, default=list(PARTS), help="what to run (default: all)")
     options = parser.parse_args(arguments)
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("torch sees no CUDA device: run it where there is one, or give --device cpu --quick")
@@ -280,7 +276,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     console = Console()
     found: dict[str, Any] = {**describe(options.device), "quick": options.quick, "parts": {}}
     with tempfile.TemporaryDirectory(prefix="gpu-suite-") as scratch:
-        for name, (work, limit_s) in PARTS.items():
+        for name in options.part:
+            work, limit_s = PARTS[name]
             (out / f"{name}.log").unlink(missing_ok=True)
             with console.status(f"{name}, at most {limit_s:.0f} s"):
                 bench = Bench(name, out, Path(scratch), options.device, options.quick)

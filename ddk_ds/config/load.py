@@ -26,21 +26,26 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     path = Path(path)
     if not path.is_file():
         raise ConfigError(f"--config {path}: there is no such file")
+    try:
+        values = OmegaConf.load(path)
+    except (OmegaConfBaseException, YAMLError, ValueError, TypeError) as error:
+        raise ConfigError(f"{path}: cannot be read as YAML: {error}") from error
+    return make_config(values, str(path), overrides)
+
+
+def make_config(given: Any, source: str, overrides: Sequence[str] = ()) -> Config:
+    """Validate nested values after `key.path=value` overrides; `source` is named in errors."""
     for item in overrides:
         if not re.match(r"^[A-Za-z_][\w.]*=", item):
             raise ConfigError(f"override {item!r}: write it as key.path=value, for example train.micro_batch_samples=2")
     try:
-        merged = OmegaConf.merge(OmegaConf.load(path), OmegaConf.from_dotlist(list(overrides)))
-        values = OmegaConf.to_container(merged, resolve=True)
+        merged = OmegaConf.merge(given, OmegaConf.from_dotlist(list(overrides))) if overrides else given
+        values = OmegaConf.to_container(merged, resolve=True) if OmegaConf.is_config(merged) else merged
     except (OmegaConfBaseException, YAMLError, ValueError, TypeError) as error:
-        raise ConfigError(f"{path}: cannot be read as YAML with the overrides given: {error}") from error
+        raise ConfigError(f"{source}: cannot be read with the overrides given: {error}") from error
     if not isinstance(values, dict):
-        raise ConfigError(f"{path}: holds {type(values).__name__}, expected keys and values")
-    return make_config({str(key): value for key, value in values.items()}, str(path))
-
-
-def make_config(values: dict[str, Any], source: str) -> Config:
-    """Validate plain nested values; `source` is named in errors."""
+        raise ConfigError(f"{source}: holds {type(values).__name__}, expected keys and values")
+    values = {str(key): value for key, value in values.items()}
     _refuse_secrets(values, "", source)
     try:
         return Config.model_validate(_tuples(values))

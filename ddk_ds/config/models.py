@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Literal
 
+from pydantic import model_validator
+
 from ddk_ds.config.sections import Positive, Section
 
 
@@ -18,21 +20,49 @@ class Model(Section):
     """Where the sharded parameters rest between uses."""
     trust_remote_code: bool = False
     """Run the Python code that the model's directory brings along; only for code that you have read."""
+    whole_layers: bool = True
+    """Gather a layer's weights as one: a hook for each layer in place of one for each of its parts; false: as
+    DeepSpeed does by itself."""
     leaf_modules: tuple[str, ...] = ()
-    """Class names that ZeRO-3 gathers as one (mixture-of-experts blocks)."""
+    """Further class names that ZeRO-3 gathers as one (mixture-of-experts blocks, where layers are not)."""
+    compile_layers: bool = False
+    """torch.compile of each layer, which takes whole_layers; the first step takes minutes."""
+    liger_kernels: bool = False
+    """liger-kernel's norms, rotary positions and gated MLP, on CUDA: pip install 'ddk_ds[liger]'."""
+
+    @model_validator(mode="after")
+    def _layers_agree(self) -> Model:
+        if self.compile_layers and not self.whole_layers:
+            raise ValueError("compile_layers takes a layer's weights gathered as one: set whole_layers to true")
+        if self.compile_layers and self.liger_kernels:
+            raise ValueError("compile_layers and liger_kernels fuse the same operations: choose one")
+        return self
 
 
 class Student(Model):
     """The model in training."""
 
-    gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory, about a third more student compute."""
+    gradient_checkpointing: bool | Literal["selective"] = False
+    """Recompute activations in the backward pass: less memory, about a third more student compute; selective: all but
+    the results of matrix products and of attention, which costs little."""
 
 
 class Teacher(Model):
-    """The frozen model. None of its options changes a number of the run."""
+    """The frozen model. Where and how its weights are gathered changes no number of the run."""
 
     shard_within: Literal["world", "node", "gpu"] = "world"
     """Ranks that hold one copy of the weights between them: all; those of a node, so that gathers stay in it; each."""
-    micro_batches_per_pass: Positive = 1
-    """Micro-batches whose hidden states one pass computes, layer by layer: each gather of a weight serves them all."""
+    micro_batches_per_pass: Positive | Literal["auto"] = 1
+    """Micro-batches whose hidden states one pass computes, layer by layer: each gather of a weight serves them all;
+    auto: as many as memory holds by preflight's estimate."""
+
+    @model_validator(mode="after")
+    def _passes_agree(self) -> Teacher:
+        if self.micro_batches_per_pass != 1 and not self.whole_layers:
+            raise ValueError("micro_batches_per_pass goes layer by layer: set whole_layers to true")
+        return self
+
+    @property
+    def per_pass(self) -> int:
+        """Micro-batches of a pass; 1 while `auto` is not settled (train/teacher_passes.py)."""
+        return 1 if self.micro_batches_per_pass == "auto" else self.micro_batches_per_pass

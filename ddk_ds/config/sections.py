@@ -187,6 +187,8 @@ class Optimizer(Section):
     """Largest global gradient norm; 0: no clipping."""
     offload: Literal["none", "cpu", "nvme"] = "none"
     """Where the optimizer's states rest."""
+    fused: bool = True
+    """torch's AdamW in one pass over the states, on GPU and CPU; false: an operation at a time."""
 
     @model_validator(mode="after")
     def _floor_below_peak(self) -> Optimizer:

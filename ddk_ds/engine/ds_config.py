@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 from ddk_ds.config import Config, Model
 from ddk_ds.errors import ConfigError
 
+_DEEPSPEEDS: Mapping[str, int] = MappingProxyType({})
 # DeepSpeed keys that follow from our own (None: that are fixed); given raw, they may only repeat the value.
 _OURS: dict[str, str | None] = {
     "train_batch_size": "train.global_batch_samples",
@@ -26,8 +29,10 @@ _OURS: dict[str, str | None] = {
 }
 
 
-def student_ds_config(config: Config, world_size: int) -> dict[str, Any]:
+def student_ds_config(config: Config, world_size: int, buckets: Mapping[str, int] = _DEEPSPEEDS) -> dict[str, Any]:
     """DeepSpeed dictionary of the student's training engine on `world_size` ranks.
+
+    `buckets` are those of engine/buckets.py, or DeepSpeed's own defaults.
 
     Raises ConfigError where batch sizes do not divide or a raw `deepspeed:` key contradicts the configuration.
     """
@@ -43,19 +48,19 @@ def student_ds_config(config: Config, world_size: int) -> dict[str, Any]:
         "bf16": {"enabled": config.train.precision == "bf16"},
         # The default accumulates micro-batches in the model's dtype, which loses small gradients in bf16.
         "data_types": {"grad_accum_dtype": "fp32"},
-        "zero_optimization": _zero(config, config.student, config.optimizer.offload),
+        "zero_optimization": {**_zero(config, config.student, config.optimizer.offload), **buckets},
     }
     return _merge(ours, config.deepspeed, "")
 
 
-def teacher_ds_config(config: Config) -> dict[str, Any]:
-    """DeepSpeed dictionary of the frozen teacher: ZeRO-3 partitions and no optimizer."""
+def teacher_ds_config(config: Config, buckets: Mapping[str, int] = _DEEPSPEEDS) -> dict[str, Any]:
+    """DeepSpeed dictionary of the frozen teacher: ZeRO-3 partitions, no optimizer; `buckets` as for the student."""
     assert config.teacher is not None, "a run without a teacher asked for its engine"
     return {
         "train_micro_batch_size_per_gpu": config.train.micro_batch_samples,
         "steps_per_print": 2**31,
         "bf16": {"enabled": config.train.precision == "bf16"},
-        "zero_optimization": _zero(config, config.teacher, "none"),
+        "zero_optimization": {**_zero(config, config.teacher, "none"), **buckets},
     }
 
 

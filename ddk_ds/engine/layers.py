@@ -1,15 +1,83 @@
-"""A backbone's layers: where they are, and several micro-batches through each before the next."""
+"""A backbone's layers: where they are, how they are computed, several micro-batches through each before the next."""
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
+import deepspeed
 import torch
 from torch import nn
+from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
+from ddk_ds.config import Model
 from ddk_ds.errors import ConfigError
+
+_aten = torch.ops.aten
+# What takes most of a layer's time: matrix products, and attention in torch's kernels for CUDA and CPUs.
+_KEPT = {
+    packet.default
+    for packet in (
+        _aten.mm,
+        _aten.addmm,
+        _aten.bmm,
+        _aten._scaled_dot_product_flash_attention,
+        _aten._scaled_dot_product_efficient_attention,
+        _aten._scaled_dot_product_cudnn_attention,
+        _aten._scaled_dot_product_flash_attention_for_cpu,
+    )
+}
+
+
+def prepare_layers(model: nn.Module, backbone: nn.Module, depth: int, section: Model, key: str) -> None:
+    """How the backbone's layers are gathered and computed, by the model's section of the configuration.
+
+    Before DeepSpeed takes the model. Raises ConfigError where that is not possible.
+    """
+    if section.liger_kernels:
+        _use_liger(model, key)
+    if not section.whole_layers:
+        return
+    layers = layers_of(backbone, depth)
+    deepspeed.utils.set_z3_leaf_modules(backbone, list({type(layer) for layer in layers}))
+    if section.compile_layers:
+        for layer in layers:
+            # Within the hooks that gather the layer.
+            layer.forward = torch.compile(layer.forward)
+
+
+def checkpoint_layers(model: Any, how: bool | str) -> None:
+    """Have a transformers model compute its layers' activations again in the backward pass, by `gradient_checkpointing`
+    of section `student`."""
+    if not how:
+        return
+    options: dict[str, Any] = {"use_reentrant": False}
+    if how == "selective":
+        options["context_fn"] = partial(create_selective_checkpoint_contexts, _keep_products)
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+
+
+def _keep_products(_: Any, operator: Any, *__: Any, **___: Any) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if operator in _KEPT else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def _use_liger(model: Any, key: str) -> None:
+    """Replace norms, rotary positions and gated MLPs of this model by liger-kernel's. The loss stays this project's."""
+    if not torch.cuda.is_available():
+        raise ConfigError(
+            f"{key}.liger_kernels: true, and there is no CUDA device: its kernels are Triton's; set false"
+        )
+    try:
+        liger = importlib.import_module("liger_kernel.transformers.monkey_patch")
+    except ImportError as error:
+        raise ConfigError(f"{key}.liger_kernels: {error}: pip install 'ddk_ds[liger]', or set false") from error
+    kind = model.config.model_type
+    if kind not in liger.MODEL_TYPE_TO_APPLY_LIGER_FN:
+        raise ConfigError(f"{key}.liger_kernels: liger-kernel knows no {kind!r} model: set false")
+    liger._apply_liger_kernel_to_instance(model=model, cross_entropy=False, fused_linear_cross_entropy=False)
 
 
 def layers_of(backbone: nn.Module, depth: int) -> nn.ModuleList:
@@ -18,7 +86,8 @@ def layers_of(backbone: nn.Module, depth: int) -> nn.ModuleList:
         if isinstance(module, nn.ModuleList) and len(module) == depth:
             return module
     raise ConfigError(
-        f"{type(backbone).__name__} has no list of {depth} layers, which ted and several micro-batches per pass need"
+        f"{type(backbone).__name__} has no list of {depth} layers, which ted, several micro-batches per pass and "
+        "whole_layers need: set whole_layers to false"
     )
 
 

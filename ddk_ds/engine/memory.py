@@ -5,10 +5,11 @@ Assumed, and not measured:
 - A rank holds ceil(1 / n) of everything that ZeRO-3 shards over n ranks; tensors below `param_persistence_threshold`
   elements lie whole on every rank beside that.
 - Of the student up to `max_live_parameters` elements stay gathered between forward and backward, since a layer's
-  next use is near; the teacher, which only goes forward, holds a layer (or its embedding) and what is prefetched.
+  next use is near; the teacher, which only goes forward, holds a layer (or its embedding) and the next, gathered ahead
+  (engine/buckets.py).
 - Activations of a layer are those of a Llama-like block: two norms in float32, attention without stored scores unless
   it is `eager`, an MLP, gated unless its tensors' names are those of a plain one. With gradient checkpointing each
-  layer keeps its input, and one layer is whole.
+  layer keeps its input (selective: and the results of its matrix products and attention), and one layer is whole.
 - DeepSpeed allocates a bucket of `reduce_bucket_size` gradients whole, and joins what is in it once more. On a CPU only
   the pages that gradients reach are taken.
 - Libraries of a process take CONTEXT_BYTES of a GPU (CUDA's context, NCCL, cuBLAS) and PROCESS_BYTES of the host.
@@ -26,6 +27,7 @@ from typing import Any
 
 from ddk_ds.config import Config, Model
 from ddk_ds.config.models import Teacher
+from ddk_ds.engine.buckets import bucket_sizes
 from ddk_ds.engine.model_files import ModelFiles, configured_files
 from ddk_ds.kernels.options import GROUP_CHUNKS, default_chunk_tokens
 
@@ -39,8 +41,6 @@ MEMORY_MARGIN = 0.9
 
 # DeepSpeed's defaults for what a configuration leaves out, in elements.
 _DEFAULTS = {
-    "reduce_bucket_size": 500_000_000,
-    "prefetch_bucket_size": 50_000_000,
     "param_persistence_threshold": 100_000,
     "max_live_parameters": 1_000_000_000,
     "sub_group_size": 1_000_000_000,
@@ -178,7 +178,9 @@ def estimate_memory(
     `ranks_per_node` None: all of them are on one node.
     """
     raw = config.deepspeed.get("zero_optimization", {})  # of the student's engine; the teacher's has the defaults
-    zero = {name: int(raw.get(f"stage3_{name}", raw.get(name, default))) for name, default in _DEFAULTS.items()}
+    ours = {name.removeprefix("stage3_"): size for name, size in bucket_sizes(student.largest_layer).items()}
+    defaults = {**_DEFAULTS, **ours}
+    zero = {name: int(raw.get(f"stage3_{name}", raw.get(name, default))) for name, default in defaults.items()}
     compute = COMPUTE_BYTES[config.train.precision]
     shard = student.shard(world_size)
     resident: dict[str, int] = {"CUDA context and NCCL": CONTEXT_BYTES if device_type == "cuda" else 0}
@@ -213,7 +215,7 @@ def estimate_memory(
     together = 1  # micro-batches of a pass of the teacher
     if config.teacher is not None:
         micro_batches = config.train.global_batch_samples // (config.train.micro_batch_samples * world_size)
-        together = max(1, min(config.teacher.micro_batches_per_pass, micro_batches))
+        together = max(1, min(config.teacher.per_pass, micro_batches))
     passes = _passes(config, student, teacher, vocab_size, zero, device_type, together)
     return MemoryEstimate(resident, passes, update, host)
 
@@ -244,7 +246,8 @@ def _passes(
     parts = {
         "student gathered": compute * live,
         "gradients of a layer": compute * largest,
-        "gradients joined for the reduction": compute * min(zero["reduce_bucket_size"], student.parameters),
+        "gradients joined for the reduction": compute
+        * min(max(zero["reduce_bucket_size"], student.head), student.parameters),
         # A float32 sum and the same rounded to the parameter's dtype.
         "head's weight gradient": (4 + compute) * student.head,
         "hidden states": tokens
@@ -255,7 +258,7 @@ def _passes(
     if compute == 2:
         parts["logits' gradients"] = min(tokens, GROUP_CHUNKS * chunk) * vocab_size * compute
     if teacher is not None and config.teacher is not None:
-        prefetch = _DEFAULTS["prefetch_bucket_size"]
+        prefetch = bucket_sizes(teacher.largest_layer)["stage3_prefetch_bucket_size"]
         layer = _layer_activations(config.teacher, teacher, tokens, config.data.sequence_length, compute)
         gathered = compute * min(teacher.parameters, max(teacher.largest_layer, teacher.head) + prefetch)
         # Into a layer and out of it go all micro-batches of a pass, through it one at a time.
@@ -270,9 +273,19 @@ def _activations(config: Config, shape: ModelShape, tokens: int, compute: int) -
     layer = _layer_activations(config.student, shape, tokens, config.data.sequence_length, compute)
     # Gradients on their way back through an MLP, beside what it keeps.
     passing = 2 * tokens * shape.intermediate * compute
-    if config.student.gradient_checkpointing:
-        return shape.layers * tokens * shape.hidden * compute + layer + passing
-    return shape.layers * layer + passing
+    kept = {
+        False: layer,
+        True: tokens * shape.hidden * compute,
+        "selective": tokens * (_products(shape) * compute + 4 * shape.heads),
+    }[config.student.gradient_checkpointing]
+    # What is computed again is there for one layer at a time.
+    return shape.layers * kept + (layer if config.student.gradient_checkpointing else 0) + passing
+
+
+def _products(shape: ModelShape) -> int:
+    """Elements by token of a layer's matrix products and of its attention, and the layer's input."""
+    attention = 2 * shape.attention + 2 * shape.key_value
+    return attention + 3 * shape.hidden + (2 if shape.gated else 1) * shape.intermediate
 
 
 def _layer_activations(model: Model, shape: ModelShape, tokens: int, length: int, compute: int) -> int:

@@ -16,11 +16,15 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from ddk_ds.comm import Comm
 from ddk_ds.config import Config, Model
+from ddk_ds.engine.attention import use_causal_kernels
+from ddk_ds.engine.buckets import bucket_sizes
 from ddk_ds.engine.compat import no_init_weights
 from ddk_ds.engine.ds_config import student_ds_config
 from ddk_ds.engine.filters import FilterShape, LayerFilters, build_filters
 from ddk_ds.engine.head import HeadFunction, OutputHead, StudentRoot
 from ddk_ds.engine.host_memory import freed_at_once
+from ddk_ds.engine.layers import checkpoint_layers, prepare_layers
+from ddk_ds.engine.memory import model_shape
 from ddk_ds.engine.model_files import ModelFiles
 from ddk_ds.engine.shard_files import ShardWriter
 from ddk_ds.engine.stage_clock import StageClock
@@ -142,11 +146,12 @@ def load_student(
 
     Raises ConfigError where the files do not fit.
     """
-    ds_config = student_ds_config(config, comm.world_size)
+    buckets = bucket_sizes(model_shape(files).largest_layer)
+    ds_config = student_ds_config(config, comm.world_size, buckets)
     model = load_sharded(config, config.student, "student.path", files, ds_config, comm)
     check_vocabulary(model, vocab_size, "student.path")
-    if config.student.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    checkpoint_layers(model, config.student.gradient_checkpointing)
+    prepare_layers(model, backbone_of(model), files.num_layers, config.student, "student")
     parameters = _by_name_on_disk(model, files)
     filters = None if shape is None else build_filters(config, shape, ds_config, comm)
     if config.method == "ted_filters":
@@ -191,6 +196,7 @@ def load_sharded(
     config: Config, model: Model, key: str, files: ModelFiles, ds_config: dict[str, Any], comm: Comm, group: Any = None
 ) -> PreTrainedModel:
     """The model of these files, its parameters cut between the ranks of `group` (None: all). Collective."""
+    use_causal_kernels()
     trusted = model.trust_remote_code
     hf_config = AutoConfig.from_pretrained(files.directory, trust_remote_code=trusted)
     hf_config.use_cache = False
@@ -237,4 +243,6 @@ def _adamw(root: nn.Module, config: Config) -> torch.optim.Optimizer:
         {"params": decayed, "weight_decay": options.weight_decay},
         {"params": plain, "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=0.0, betas=options.betas, eps=options.eps)
+    return torch.optim.AdamW(
+        [g for g in groups if g["params"]], lr=0.0, betas=options.betas, eps=options.eps, fused=options.fused
+    )

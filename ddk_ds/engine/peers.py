@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import deepspeed
 import torch
 import torch.nn.functional as F
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
 from ddk_ds.config import Config
 from ddk_ds.engine.ds_config import student_ds_config, teacher_ds_config
@@ -67,16 +66,6 @@ def full_logits(config: Config, device: torch.device, world_size: int) -> Step:
         return {}
 
     return step
-
-
-def save_random(directory: Path, precision: str, device: torch.device) -> None:
-    """Write random weights of the model that config.json in `directory` describes, where there are none."""
-    if not list(directory.glob("*.safetensors")):
-        torch.manual_seed(0)
-        with device:
-            AutoModelForCausalLM.from_config(
-                AutoConfig.from_pretrained(directory), dtype=DTYPES[precision]
-            ).save_pretrained(directory)
 
 
 def _models(config: Config, device: torch.device) -> tuple[Any, Any]:

@@ -12,10 +12,12 @@ from deepspeed.accelerator import get_accelerator
 
 from ddk_ds.comm import Comm
 from ddk_ds.config import Config
+from ddk_ds.engine.buckets import bucket_sizes
 from ddk_ds.engine.ds_config import teacher_ds_config
 from ddk_ds.engine.filters import FilterShape, LayerTaps
 from ddk_ds.engine.head import TEACHER_GATHER, FrozenHead, HeadFunction
-from ddk_ds.engine.layers import LayerByLayer, layers_of
+from ddk_ds.engine.layers import LayerByLayer, layers_of, prepare_layers
+from ddk_ds.engine.memory import model_shape
 from ddk_ds.engine.model_files import ModelFiles
 from ddk_ds.engine.models import backbone_of, check_vocabulary, load_sharded
 from ddk_ds.engine.stage_clock import StageClock
@@ -93,7 +95,7 @@ def load_teacher(
     Collective. Raises ConfigError where the files do not fit.
     """
     assert config.teacher is not None, "a run without a teacher asked for one"
-    ds_config = teacher_ds_config(config)
+    ds_config = teacher_ds_config(config, bucket_sizes(model_shape(files).largest_layer))
     group = comm.group_within(config.teacher.shard_within)
     model = load_sharded(config, config.teacher, "teacher.path", files, ds_config, comm, group)
     check_vocabulary(model, vocab_size, "teacher.path")
@@ -102,12 +104,8 @@ def load_teacher(
     head = FrozenHead(model.get_output_embeddings(), files.logit_form, clock)
     backbone = backbone_of(model)
     taps = None if shape is None else LayerTaps(backbone, [pair[1] for pair in shape.pairs], files.num_layers)
-    layers = None
-    if config.teacher.micro_batches_per_pass > 1:
-        blocks = layers_of(backbone, files.num_layers)
-        layers = LayerByLayer(blocks)
-        # A layer as one: its parts would be gathered and released anew for each micro-batch.
-        deepspeed.utils.set_z3_leaf_modules(backbone, [type(blocks[0])])
+    prepare_layers(model, backbone, files.num_layers, config.teacher, "teacher")
+    layers = LayerByLayer(layers_of(backbone, files.num_layers)) if config.teacher.per_pass > 1 else None
     engine, _, _, _ = deepspeed.initialize(model=backbone, config=ds_config)
     engine.eval()
     assert not hasattr(engine.optimizer, "fp32_partitioned_groups_flat"), "the teacher's engine holds optimizer state"

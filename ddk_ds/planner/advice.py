@@ -50,7 +50,9 @@ def advise(config: Config, models: Models, cluster: Cluster) -> list[Advice]:
         return [*tried, *_more_nodes(config, models, cluster, [])]
     if config.train.micro_batch_samples > 1 and config.train.global_batch_samples % cluster.ranks == 0:
         # Dearer than to compute twice, cheaper than to offload.
-        singles.insert(0 if config.student.gradient_checkpointing else 1, _micro_batch(1))
+        singles.insert(
+            sum("gradient_checkpointing" in one.sections.get("student", {}) for one in singles), _micro_batch(1)
+        )
     together: list[_Change] = []
     for change in singles:
         together.append(change)
@@ -76,6 +78,9 @@ def _widened(config: Config, models: Models, cluster: Cluster, changes: list[_Ch
 
 def _changes(config: Config, cluster: Cluster, now: MemoryPlan) -> Iterator[_Change]:
     if not config.student.gradient_checkpointing:
+        price = "what is cheap in the student's layers is computed twice forward"
+        yield _Change({"student": {"gradient_checkpointing": "selective"}}, price)
+    if config.student.gradient_checkpointing is not True:
         yield _Change({"student": {"gradient_checkpointing": True}}, "the student's layers are computed twice forward")
     if 0 < now.max_dividing < config.train.micro_batch_samples:
         yield _micro_batch(now.max_dividing)

@@ -91,7 +91,11 @@ def plan_memory(config: Config, models: Models, cluster: Cluster) -> MemoryPlan:
             name: estimate(changed(config, student={"gradient_checkpointing": on}), models, cluster).passes[
                 "activations"
             ]
-            for name, on in (("with checkpointing", True), ("without checkpointing", False))
+            for name, on in (
+                ("with checkpointing", True),
+                ("with selective checkpointing", "selective"),
+                ("without checkpointing", False),
+            )
         },
         max_micro_batch=largest,
         max_dividing=max(dividing, default=0),

@@ -131,7 +131,8 @@ class _Simulation:
     def backward(self, model: PlannedModel) -> _Pass:
         """Two products for each of the forward pass's, and with gradient checkpointing its layers once more."""
         shape = model.shape
-        again = model.forward_flops - model.head_flops if self.config.student.gradient_checkpointing else 0.0
+        # Selectively, products and attention are not done again.
+        again = model.forward_flops - model.head_flops if self.config.student.gradient_checkpointing is True else 0.0
         # A layer at a distance d from the end is used again after 2 d elements.
         kept = min(shape.parameters, REUSE_ELEMENTS // 2)
         gathers = self.gather(shape.parameters - kept, shape.layers) if kept < shape.parameters else 0.0
@@ -139,7 +140,7 @@ class _Simulation:
             compute_s=self.tokens * (2 * model.forward_flops + again) / self.rate,
             communication_s=gathers + self.gather(shape.parameters, shape.layers),
             first_s=0.0,
-            host_s=shape.layers * self.host_s_per_layer * (2 if again else 1),
+            host_s=shape.layers * self.host_s_per_layer * (2 if self.config.student.gradient_checkpointing else 1),
         )
 
     def micro_batches(self, count: int, parts: dict[str, float]) -> None:
@@ -148,7 +149,7 @@ class _Simulation:
         num_models = 1
         if teacher is not None and self.config.teacher is not None and teacher_runs(self.config):
             num_models = 2
-            within, together = self.config.teacher.shard_within, self.config.teacher.micro_batches_per_pass
+            within, together = self.config.teacher.shard_within, self.config.teacher.per_pass
             passes = [together] * (count // together) + [count % together] * (count % together > 0)
             for taken in passes:
                 one = self.forward(teacher, taken * self.tokens, within, skip_head=True)

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from ddk_ds.comm import agreed
+from ddk_ds.comm import Comm, agreed
 from ddk_ds.config import Config
 from ddk_ds.config.lengths import corpus_samples, total_steps
 from ddk_ds.data.loader import validation_batches
@@ -33,6 +33,7 @@ from ddk_ds.train.progress import RunProgress
 from ddk_ds.train.read_ahead import ReadAhead
 from ddk_ds.train.restore import Start, find_start, read_roll_backs
 from ddk_ds.train.state import RunState
+from ddk_ds.train.teacher_passes import settle_passes
 from ddk_ds.train.versions import versions
 from ddk_ds.train.watchdog import Watchdog
 
@@ -91,16 +92,10 @@ def prepare_run(
 ) -> Run:
     """Load models and data, restore the checkpoint that the run goes on from. Collective."""
     comm = runtime.comm
+    config = settle_passes(config, inputs, runtime)
     start = find_start(config, comm)
     dataset = MixtureDataset(inputs.store, inputs.names)
-    validation = validation_batches(
-        inputs.store,
-        inputs.names,
-        num_samples=config.data.validation_samples,
-        rank=comm.rank,
-        world=comm.world_size,
-        micro_batch=config.train.micro_batch_samples,
-    )
+    validation = _validation(config, inputs, comm)
     vocab_size = inputs.tokenizer.vocab_size
     clock = StageClock(runtime.device.type, PeakMemory(runtime.device.type))
     teacher = None
@@ -148,6 +143,17 @@ def prepare_run(
     return run
 
 
+def _validation(config: Config, inputs: Inputs, comm: Comm) -> ValidationBatches:
+    return validation_batches(
+        inputs.store,
+        inputs.names,
+        num_samples=config.data.validation_samples,
+        rank=comm.rank,
+        world=comm.world_size,
+        micro_batch=config.train.micro_batch_samples,
+    )
+
+
 def _step_flops(config: Config, inputs: Inputs, world_size: int) -> float:
     length = config.data.sequence_length
     student, teacher = (
@@ -164,9 +170,12 @@ def _open_monitors(run: Run) -> None:
 
 def _restore(run: Run, start: Start | None) -> None:
     world_size = run.runtime.comm.world_size
+    where: dict[str, Any] = {"world_size": world_size, "mixture": run.inputs.mixture}
+    if run.config.teacher is not None:
+        where["micro_batches_per_pass"] = run.config.teacher.per_pass
     if start is None:
         run.ledger.rewind(0)
-        run.ledger.event("start", world_size=world_size, versions=versions(), mixture=run.inputs.mixture)
+        run.ledger.event("start", **where, versions=versions())
         return
     for path in start.damaged:
         run.progress.say(
@@ -176,14 +185,7 @@ def _restore(run: Run, start: Start | None) -> None:
     go_on_from(run, start)
     kind = "fork" if start.forked else "resume"
     changed = start.changed_versions
-    run.ledger.event(
-        kind,
-        step=run.state.step,
-        world_size=world_size,
-        path=str(start.directory),
-        changed_versions=changed,
-        mixture=run.inputs.mixture,
-    )
+    run.ledger.event(kind, step=run.state.step, **where, path=str(start.directory), changed_versions=changed)
     was = start.manifest.world_size
     ranks = "" if start.universal is None else f"; {was} ranks wrote it, {world_size} go on"
     run.progress.say(f"{'forked' if start.forked else 'resumed'} from {start.directory}, step {run.state.step}{ranks}")

@@ -25,8 +25,11 @@ MICRO_BATCHES, SAMPLES, LENGTH = 4, 2, 16
 TEACHER = {"hidden": 384, "vocab": VOCAB + 200, "intermediate_size": 400, "num_key_value_heads": 4}
 
 
-def steps(runtime: Runtime, folder: str, cases: list[tuple[str, dict[str, Any]]]) -> list[dict[str, Any]]:
-    """Three steps of each case, a method and its section teacher: losses, norm, bytes gathered, what is left whole."""
+def steps(runtime: Runtime, folder: str, cases: list[tuple[Any, ...]]) -> list[dict[str, Any]]:
+    """Three steps of each case: losses, norm, bytes gathered, what is left whole.
+
+    A case is a method, its section teacher, and ZeRO's own keys.
+    """
     root = Path(folder)
     if runtime.comm.rank == 0:
         save_model(root / "student", vocab=VOCAB + 6, tied=True, seed=1)
@@ -35,7 +38,9 @@ def steps(runtime: Runtime, folder: str, cases: list[tuple[str, dict[str, Any]]]
     return [_steps(runtime, root, *case) for case in cases]
 
 
-def _steps(runtime: Runtime, root: Path, method: str, section: dict[str, Any]) -> dict[str, Any]:
+def _steps(
+    runtime: Runtime, root: Path, method: str, section: dict[str, Any], zero: dict[str, int] | None = None
+) -> dict[str, Any]:
     comm = runtime.comm
     samples = MICRO_BATCHES * SAMPLES * comm.world_size
     config = tiny_config(
@@ -43,6 +48,7 @@ def _steps(runtime: Runtime, root: Path, method: str, section: dict[str, Any]) -
         method=method,
         teacher={"path": str(root / "teacher"), **section},
         train={"global_batch_samples": samples, "micro_batch_samples": SAMPLES},
+        deepspeed={"zero_optimization": {"stage3_param_persistence_threshold": 0, **(zero or {})}},
     )
     assert config.teacher is not None
     files, teacher_files = (read_model(root / name, name) for name in ("student", "teacher"))
@@ -62,7 +68,7 @@ def _steps(runtime: Runtime, root: Path, method: str, section: dict[str, Any]) -
             batches,
             learning_rate=1e-3,
             progress=0.0,
-            per_pass=config.teacher.micro_batches_per_pass,
+            per_pass=config.teacher.per_pass,
             num_domains=1,
             device=runtime.device,
             comm=comm,

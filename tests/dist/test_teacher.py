@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from ddk_ds.run_files import read_events
 from tests.dist.ranks import run_ranks
+from tests.dist.resume_worker import run_dir
+from tools.small_run import without_clock, write_config
 
-CASES: dict[str, tuple[str, dict[str, Any]]] = {
+SMALL_BUCKETS = {"reduce_bucket_size": 20_000, "stage3_prefetch_bucket_size": 10_000}
+CASES: dict[str, tuple[Any, ...]] = {
     "plain": ("kd", {}),
     "four a pass": ("kd", {"micro_batches_per_pass": 4}),
     "three a pass": ("kd", {"micro_batches_per_pass": 3}),
+    "small buckets": ("kd", {}, SMALL_BUCKETS),
     "node": ("kd", {"shard_within": "node"}),
     "gpu": ("kd", {"shard_within": "gpu"}),
     "node, four a pass": ("kd", {"shard_within": "node", "micro_batches_per_pass": 4}),
@@ -54,3 +60,14 @@ def test_sharded_within_a_node_nothing_goes_between_nodes(found: dict[str, dict[
     assert gathered(found, "node") == gathered(found, "plain")
     assert gathered(found, "node, four a pass") * 4 == gathered(found, "plain")
     assert gathered(found, "gpu") == 0
+
+
+def test_the_run_settles_how_many_a_pass_takes(workspace: Path, tmp_path: Path) -> None:
+    plain = write_config(workspace, tmp_path, name="plain", stop={"steps": 3})
+    auto = write_config(workspace, tmp_path, name="auto", stop={"steps": 3}, teacher={"micro_batches_per_pass": "auto"})
+    starts = [(str(config), name, None) for config, name in ((plain, "plain"), (auto, "auto"))]
+    run_ranks("tests.dist.resume_worker:run_all", 2, starts=starts)
+    settled, without = run_dir(str(auto), "auto"), run_dir(str(plain), "plain")
+    assert without_clock(settled) == without_clock(without)
+    told = [event["micro_batches_per_pass"] for run in (settled, without) for event in read_events(run)[:1]]
+    assert told == [2, 1]

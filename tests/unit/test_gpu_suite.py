@@ -14,7 +14,8 @@ import torch
 from ddk_ds.data.tokenizer import load_tokenizer
 from ddk_ds.engine.profile import FULL, QUICK, profile_step, step_flops, utilisation
 from tools import gpu_suite
-from tools.gpu_suite import Bench, PartFailed, PartSkipped, run_part, save_byte_tokenizer
+from tools.gpu_suite import Bench, PartFailed, PartSkipped, run_part
+from tools.step_setting import save_byte_tokenizer
 
 
 @pytest.fixture

@@ -88,8 +88,8 @@ def _memory(name: str, needed: int, free: int, what: str, estimate: MemoryEstima
     shown = ", ".join(f"{part} {size(taken)}" for part, taken in largest)
     found = f"estimated {size(needed)}, {size(free)} {what}; of {world_size} ranks each: {shown}, ..."
     fix = (
-        "more ranks, train.micro_batch_samples lower, student.gradient_checkpointing: true, optimizer.offload: cpu, or "
-        "deepspeed.zero_optimization.reduce_bucket_size lower (without a launcher, --ranks says how many there will be)"
+        "more ranks, train.micro_batch_samples lower, student.gradient_checkpointing: true, or "
+        "optimizer.offload: cpu (without a launcher, --ranks says how many there will be)"
     )
     return judged(name, found, fail=needed > free, warn=needed > MEMORY_MARGIN * free, fix=fix)
 

@@ -1,0 +1,69 @@
+"""How many micro-batches a pass of the teacher takes, where the configuration leaves that to the run."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from ddk_ds.config import Config
+from ddk_ds.engine.memory import MEMORY_MARGIN, ModelShape, estimate_memory, model_shape, shard_ranks
+from ddk_ds.engine.runtime import Runtime
+from ddk_ds.train.inputs import Inputs
+from ddk_ds.train.preflight.agreement import Job
+from ddk_ds.train.preflight.machine import available_bytes
+
+
+def settle_passes(config: Config, inputs: Inputs, runtime: Runtime) -> Config:
+    """`teacher.micro_batches_per_pass: auto` as the number that memory holds on every rank. Collective; before loading.
+
+    More of them never take longer: each divides the bytes that are gathered by one more, and costs hidden states. So as
+    few passes as the estimate of memory allows, of equal numbers. Where nothing is gathered, they take one each.
+    """
+    teacher = config.teacher
+    if teacher is None or teacher.micro_batches_per_pass != "auto" or inputs.teacher is None:
+        return config
+    comm = runtime.comm
+    job = Job.meet(comm, runtime.device, None)
+    free = torch.tensor(-float(_free_bytes(job)), dtype=torch.float64, device=runtime.device)
+    usable = -float(comm.all_reduce_max(free)) * MEMORY_MARGIN
+    shapes = model_shape(inputs.student), model_shape(inputs.teacher)
+    vocab_size, device = inputs.tokenizer.vocab_size, runtime.device.type
+    return largest_passes(config, shapes, vocab_size, comm.world_size, job.local_ranks, device, usable)
+
+
+def largest_passes(
+    config: Config,
+    shapes: tuple[ModelShape, ModelShape],
+    vocab_size: int,
+    world_size: int,
+    local_ranks: int,
+    device_type: str,
+    usable: float,
+) -> Config:
+    """The configuration with the fewest passes that a rank's `usable` bytes hold by the estimate. Pure.
+
+    `shapes` are the student's and the teacher's.
+    """
+    count, settled = config.micro_batches(world_size), _with(config, 1)
+    assert config.teacher is not None, "without a teacher there are no passes"
+    if shard_ranks(config.teacher, world_size, local_ranks) == 1:
+        return settled
+    for passes in range(1, count):
+        tried = _with(config, math.ceil(count / passes))
+        estimate = estimate_memory(tried, *shapes, vocab_size, world_size, device_type, local_ranks)
+        if (estimate.total if device_type == "cpu" else estimate.device_bytes) <= usable:
+            return tried
+    return settled
+
+
+def _free_bytes(job: Job) -> int:
+    """What this rank may take of its device, or its share of the host's memory where that is the device."""
+    if job.device.type == "cuda":
+        return int(torch.cuda.mem_get_info(job.device)[0])
+    return available_bytes() // job.local_ranks
+
+
+def _with(config: Config, count: int) -> Config:
+    assert config.teacher is not None, "asked for the passes of a teacher that is not there"
+    return config.model_copy(update={"teacher": config.teacher.model_copy(update={"micro_batches_per_pass": count})})

@@ -1,0 +1,89 @@
+"""tools/bench_step.py: a real run of every case that needs no other environment, and how it relates them."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tools.bench_step import main, relate, wait_for
+
+SMALL = ["--quick", "--tokens", "128", "--length", "32", "--steps", "2"]
+
+
+def test_every_case_is_measured(tmp_path: Path) -> None:
+    out, picture = tmp_path / "step.json", tmp_path / "step.png"
+    variant = ["--variant", "teacher.micro_batches_per_pass=2,student.gradient_checkpointing=selective"]
+    assert main([*SMALL, *variant, "--ranks", "1", "--json", str(out), "--picture", str(picture)]) == 0
+    found = json.loads(out.read_text())
+    cases = {(case["impl"], *case["options"]): case for case in found["cases"]}
+    changed = ("kd", "teacher.micro_batches_per_pass=2", "student.gradient_checkpointing=selective")
+    assert list(cases) == [("floor",), ("kd",), ("cpt",), ("full_logits",), changed]
+    for case in cases.values():
+        assert case["error"] is None and case["tokens"] == 128
+        assert case["tokens_per_s"] == pytest.approx(case["tokens"] / case["step_s"])
+        assert case["over_floor"] == pytest.approx(cases[("floor",)]["tokens_per_s"] / case["tokens_per_s"])
+        assert case["peak_bytes"] > 10**8 and case["mfu"] is None
+    assert {"teacher", "forward", "head", "backward", "optimizer"} <= cases[("kd",)]["parts_s"].keys()
+    assert "teacher" not in cases[("cpt",)]["parts_s"]
+    assert found["commit"] and found["torch"] and picture.stat().st_size > 10_000
+
+
+def row(impl: str, ranks: int, speed: float | None, **more: Any) -> dict[str, Any]:
+    return {"impl": impl, "options": [], "ranks": ranks, "accumulation": 2, "tokens_per_s": speed, **more}
+
+
+def test_relations() -> None:
+    cases = [row("floor", 1, 100.0), row("kd", 1, 80.0), row("kd", 2, 120.0), row("full_logits", 2, None)]
+    cases.append(row("kd", 2, 90.0, options=["a=1"]))
+    relate(cases)
+    assert [case["over_floor"] for case in cases] == [
+        1.0,
+        1.25,
+        pytest.approx(200 / 120),
+        None,
+        pytest.approx(200 / 90),
+    ]
+    assert [case["of_linear"] for case in cases] == [1.0, 1.0, 0.75, None, None]
+
+
+def test_a_rank_that_fails_ends_the_others() -> None:
+    commands = ("import time; time.sleep(600)", "raise SystemExit(3)")
+    workers = [subprocess.Popen([sys.executable, "-c", command]) for command in commands]
+    started = time.monotonic()
+    assert wait_for(workers) == {1: 3}
+    assert time.monotonic() - started < 60 and all(worker.poll() is not None for worker in workers)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--impl", "trl"], "--trl-python"),
+        (["--vocab", "100"], "--vocab 100"),
+        (["--ranks", "0"], "--ranks"),
+        (["--tokens", "100"], "--tokens 100"),
+    ],
+)
+def test_bad_arguments(arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main([*SMALL, *arguments])
+    assert ended.value.code == 2 and said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--variant", "student.leaf=1"], "student.leaf"),
+        (["--trl-python", "/nowhere/python"], "cannot be run"),
+        (["--trl-python", sys.executable], "cannot import what TRL's cases need"),
+    ],
+)
+def test_what_cannot_be_measured(arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Before any case."""
+    assert main([*SMALL, "--impl", "floor", *(["trl"] if "--trl-python" in arguments else []), *arguments]) == 2
+    assert said in capsys.readouterr().err

@@ -1,0 +1,53 @@
+"""As few passes of the teacher as memory allows."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ddk_ds.config import Config, make_config
+from ddk_ds.engine.memory import configured_shape, estimate_memory
+from ddk_ds.train.teacher_passes import largest_passes
+
+MODELS = Path(__file__).parents[3] / "configs/models"
+SHAPES = configured_shape(MODELS / "Qwen1.5-1.8B.json"), configured_shape(MODELS / "Qwen1.5-14B.json")
+VOCAB, RANKS, ON_NODE, MICRO_BATCHES = 151_646, 16, 8, 16
+
+
+def config_of(**teacher: Any) -> Config:
+    values = {"student": {"path": "s"}, "teacher": {"path": "t", **teacher}, "data": {"path": "d"}}
+    return make_config({"name": "run", "stop": {"steps": 4000}, **values}, "test")
+
+
+def needed(per_pass: int) -> int:
+    config = config_of(micro_batches_per_pass=per_pass)
+    return estimate_memory(config, *SHAPES, VOCAB, RANKS, "cuda", ON_NODE).device_bytes
+
+
+def settled(usable: float, **teacher: Any) -> int:
+    config = config_of(micro_batches_per_pass="auto", **teacher)
+    found = largest_passes(config, SHAPES, VOCAB, RANKS, ON_NODE, "cuda", usable)
+    assert found.teacher is not None and found.teacher.micro_batches_per_pass != "auto"
+    return found.teacher.per_pass
+
+
+@pytest.mark.parametrize(
+    ("holds", "per_pass"),
+    [(MICRO_BATCHES, 16), (15, 8), (8, 8), (7, 6), (5, 4), (2, 2), (1, 1)],
+)
+def test_the_most_that_memory_holds(holds: int, per_pass: int) -> None:
+    """Of 16: 16 in one pass, 8 in two, 6 in three (6, 6, 4), 4 in four, ..."""
+    assert settled(needed(holds)) == per_pass
+
+
+def test_one_each_where_no_more_fit_or_nothing_is_gathered() -> None:
+    assert settled(0.0) == 1
+    assert settled(1e15, shard_within="gpu") == 1
+    assert settled(1e15, shard_within="node") == MICRO_BATCHES
+
+
+def test_auto_counts_as_one_until_it_is_settled() -> None:
+    teacher = config_of(micro_batches_per_pass="auto").teacher
+    assert teacher is not None and teacher.per_pass == 1
