@@ -55,6 +55,9 @@ class Teacher(Model):
     micro_batches_per_pass: Positive | Literal["auto"] = 1
     """Micro-batches whose hidden states one pass computes, layer by layer: each gather of a weight serves them all;
     auto: as many as memory holds by preflight's estimate."""
+    quantize: Literal["none", "int8"] = "none"
+    """Weights of its layers in 8 bits, a scale by row: half the memory and half the bytes of a gather in bf16, and
+    other numbers, the perplexities that it is measured by too (docs/scale.md)."""
 
     @model_validator(mode="after")
     def _passes_agree(self) -> Teacher:

@@ -24,8 +24,8 @@ from ddk_ds.engine.filters import FilterShape, LayerFilters, build_filters
 from ddk_ds.engine.head import HeadFunction, OutputHead, StudentRoot
 from ddk_ds.engine.host_memory import freed_at_once
 from ddk_ds.engine.layers import checkpoint_layers, prepare_layers
-from ddk_ds.engine.memory import model_shape
 from ddk_ds.engine.model_files import ModelFiles
+from ddk_ds.engine.model_shape import model_shape
 from ddk_ds.engine.shard_files import ShardWriter
 from ddk_ds.engine.stage_clock import StageClock
 from ddk_ds.engine.waits import time_gathers, time_reductions

@@ -16,9 +16,10 @@ from ddk_ds.engine.buckets import bucket_sizes
 from ddk_ds.engine.ds_config import teacher_ds_config
 from ddk_ds.engine.filters import FilterShape, LayerTaps
 from ddk_ds.engine.head import TEACHER_GATHER, FrozenHead, HeadFunction
+from ddk_ds.engine.int8 import quantize_layers
 from ddk_ds.engine.layers import LayerByLayer, layers_of, prepare_layers
-from ddk_ds.engine.memory import model_shape
 from ddk_ds.engine.model_files import ModelFiles
+from ddk_ds.engine.model_shape import model_shape
 from ddk_ds.engine.models import backbone_of, check_vocabulary, load_sharded
 from ddk_ds.engine.stage_clock import StageClock
 from ddk_ds.engine.waits import time_gathers
@@ -95,7 +96,8 @@ def load_teacher(
     Collective. Raises ConfigError where the files do not fit.
     """
     assert config.teacher is not None, "a run without a teacher asked for one"
-    ds_config = teacher_ds_config(config, bucket_sizes(model_shape(files).largest_layer))
+    resting = model_shape(files).at_rest(config.teacher, config.train.precision)
+    ds_config = teacher_ds_config(config, bucket_sizes(resting.largest_layer))
     group = comm.group_within(config.teacher.shard_within)
     model = load_sharded(config, config.teacher, "teacher.path", files, ds_config, comm, group)
     check_vocabulary(model, vocab_size, "teacher.path")
@@ -104,6 +106,8 @@ def load_teacher(
     head = FrozenHead(model.get_output_embeddings(), files.logit_form, clock)
     backbone = backbone_of(model)
     taps = None if shape is None else LayerTaps(backbone, [pair[1] for pair in shape.pairs], files.num_layers)
+    if config.teacher.quantize == "int8":
+        quantize_layers(layers_of(backbone, files.num_layers), "teacher", ds_config, group)
     prepare_layers(model, backbone, files.num_layers, config.teacher, "teacher")
     layers = LayerByLayer(layers_of(backbone, files.num_layers)) if config.teacher.per_pass > 1 else None
     engine, _, _, _ = deepspeed.initialize(model=backbone, config=ds_config)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from ddk_ds.config import Config, make_config
-from ddk_ds.engine.memory import ModelShape
+from ddk_ds.engine.model_shape import ModelShape
 from ddk_ds.engine.profile import FULL, Shape
 from ddk_ds.planner.gpus import GPUS, Cluster
 from ddk_ds.planner.memory import Models

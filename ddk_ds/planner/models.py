@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ddk_ds.engine.flops import model_flops
-from ddk_ds.engine.memory import ModelShape, model_shape
 from ddk_ds.engine.model_files import ModelFiles, configured_files, read_model
+from ddk_ds.engine.model_shape import ModelShape, model_shape
 from ddk_ds.errors import ConfigError
 
 

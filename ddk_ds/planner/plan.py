@@ -7,7 +7,8 @@ from typing import Any
 
 from ddk_ds.config import Config
 from ddk_ds.engine.flops import training_flops
-from ddk_ds.engine.memory import COMPUTE_BYTES, MEMORY_MARGIN, OPTIMIZER_BYTES
+from ddk_ds.engine.memory import MEMORY_MARGIN, OPTIMIZER_BYTES
+from ddk_ds.engine.model_shape import COMPUTE_BYTES
 from ddk_ds.planner.advice import Advice, advise
 from ddk_ds.planner.data import DataFacts
 from ddk_ds.planner.flops import RunFlops, run_flops

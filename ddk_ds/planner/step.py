@@ -24,7 +24,8 @@ from typing import Literal
 
 from ddk_ds.config import Config
 from ddk_ds.engine.flops import teacher_runs
-from ddk_ds.engine.memory import COMPUTE_BYTES, OPTIMIZER_BYTES
+from ddk_ds.engine.memory import OPTIMIZER_BYTES
+from ddk_ds.engine.model_shape import COMPUTE_BYTES
 from ddk_ds.planner.gpus import LINK_EFFICIENCY, MEMORY_EFFICIENCY, Cluster
 from ddk_ds.planner.memory import Models
 from ddk_ds.planner.models import PlannedModel
@@ -32,9 +33,8 @@ from ddk_ds.planner.models import PlannedModel
 Within = Literal["world", "node", "gpu"]
 
 CALL_S, HOP_IN_NODE_S, HOP_BETWEEN_NODES_S = 8.4e-6, 3.4e-6, 14.0e-6
-# Elements of a gather that runs ahead of use, and how far ahead a parameter's next use may be for it to stay gathered:
-# DeepSpeed's defaults.
-PREFETCH_ELEMENTS, REUSE_ELEMENTS = 50_000_000, 1_000_000_000
+# How far ahead a parameter's next use may be for it to stay gathered, in elements: DeepSpeed's default.
+REUSE_ELEMENTS = 1_000_000_000
 # Host time of a layer's pass: of the 704 ms a step of engine_run in docs/results/gpu_suite_h100.json, all but head and
 # optimizer, over its 76 passes of a layer (docs/planning.md).
 HOST_S_PER_LAYER = 8.8e-3
@@ -116,6 +116,8 @@ class _Simulation:
     def forward(self, model: PlannedModel, tokens: int, within: Within, *, skip_head: bool = False) -> _Pass:
         """A forward pass of `tokens`; without the head where that is gathered by hand."""
         shape = model.shape
+        if self.config.teacher is not None and model is self.models.teacher:
+            shape = shape.at_rest(self.config.teacher, self.config.train.precision)
         elements = shape.parameters - (shape.head if skip_head else 0)
         return _Pass(
             compute_s=tokens * model.forward_flops / self.rate,
@@ -125,8 +127,8 @@ class _Simulation:
         )
 
     def gather(self, elements: float, layers: int, within: Within = "world") -> float:
-        calls = max(layers, math.ceil(elements / PREFETCH_ELEMENTS))
-        return collective_s(self.compute * elements, calls, self.cluster, within)
+        """A call for each layer (engine/buckets.py)."""
+        return collective_s(self.compute * elements, layers, self.cluster, within)
 
     def backward(self, model: PlannedModel) -> _Pass:
         """Two products for each of the forward pass's, and with gradient checkpointing its layers once more."""

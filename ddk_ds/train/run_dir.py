@@ -26,7 +26,7 @@ _FREE = {
     "limits": True,
     "monitor": True,
     "data": {"path", "num_workers", "cache_dir", "cache_limit_gb", "download_timeout_s", "download_retries"},
-    "student": {"path", "whole_layers"},
+    "student": {"path"},
     "teacher": {"path", "shard_within", "micro_batches_per_pass", "whole_layers"},
     "train": {"micro_batch_samples"},
     "ted": {"filters"},  # its content's hash is in the identity

@@ -7,7 +7,8 @@ import math
 import torch
 
 from ddk_ds.config import Config
-from ddk_ds.engine.memory import MEMORY_MARGIN, ModelShape, estimate_memory, model_shape, shard_ranks
+from ddk_ds.engine.memory import MEMORY_MARGIN, estimate_memory, shard_ranks
+from ddk_ds.engine.model_shape import ModelShape, model_shape
 from ddk_ds.engine.runtime import Runtime
 from ddk_ds.train.inputs import Inputs
 from ddk_ds.train.preflight.agreement import Job

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 
 from ddk_ds.config import load_config
-from ddk_ds.engine.memory import estimate_memory, model_shape
+from ddk_ds.engine.memory import estimate_memory
+from ddk_ds.engine.model_shape import model_shape
 from ddk_ds.engine.models import load_student
 from ddk_ds.engine.runtime import Runtime
 from ddk_ds.engine.teacher import load_teacher

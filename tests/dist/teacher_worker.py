@@ -26,10 +26,8 @@ TEACHER = {"hidden": 384, "vocab": VOCAB + 200, "intermediate_size": 400, "num_k
 
 
 def steps(runtime: Runtime, folder: str, cases: list[tuple[Any, ...]]) -> list[dict[str, Any]]:
-    """Three steps of each case: losses, norm, bytes gathered, what is left whole.
-
-    A case is a method, its section teacher, and ZeRO's own keys.
-    """
+    """Three steps of each case, a method and sections of its configuration: losses, norm, bytes gathered, what is left
+    whole."""
     root = Path(folder)
     if runtime.comm.rank == 0:
         save_model(root / "student", vocab=VOCAB + 6, tied=True, seed=1)
@@ -38,22 +36,17 @@ def steps(runtime: Runtime, folder: str, cases: list[tuple[Any, ...]]) -> list[d
     return [_steps(runtime, root, *case) for case in cases]
 
 
-def _steps(
-    runtime: Runtime, root: Path, method: str, section: dict[str, Any], zero: dict[str, int] | None = None
-) -> dict[str, Any]:
+def _steps(runtime: Runtime, root: Path, method: str, sections: dict[str, Any]) -> dict[str, Any]:
     comm = runtime.comm
     samples = MICRO_BATCHES * SAMPLES * comm.world_size
-    config = tiny_config(
-        root,
-        method=method,
-        teacher={"path": str(root / "teacher"), **section},
-        train={"global_batch_samples": samples, "micro_batch_samples": SAMPLES},
-        deepspeed={"zero_optimization": {"stage3_param_persistence_threshold": 0, **(zero or {})}},
-    )
+    train = {"global_batch_samples": samples, "micro_batch_samples": SAMPLES, **sections.get("train", {})}
+    config = tiny_config(root, **{**sections, "method": method, "train": train})
     assert config.teacher is not None
     files, teacher_files = (read_model(root / name, name) for name in ("student", "teacher"))
     shape = filter_shape(config, files, teacher_files) if method == "ted_filters" else None
     teacher = load_teacher(config, teacher_files, VOCAB, comm, shape)
+    for parameter in teacher.engine.module.parameters():
+        parameter.ds_persist = False  # tiny matrices would stay gathered
     gathers = Gathers(teacher)
     student = load_student(config, files, VOCAB, comm, shape)
     made = make_method(config, teacher, HeadOptions(VOCAB, chunk_tokens=16), 1, {})

@@ -13,8 +13,9 @@ from ddk_ds.config import Config
 from ddk_ds.data.cache import open_store
 from ddk_ds.data.manifest import load_manifest
 from ddk_ds.engine.ds_config import student_ds_config
-from ddk_ds.engine.memory import ModelShape, estimate_memory, model_shape
+from ddk_ds.engine.memory import estimate_memory
 from ddk_ds.engine.model_files import model_directory, read_model
+from ddk_ds.engine.model_shape import ModelShape, model_shape
 from ddk_ds.train.inputs import Inputs, check_inputs
 from ddk_ds.train.preflight import agreement, files, machine
 from ddk_ds.train.preflight.agreement import Job

@@ -16,8 +16,9 @@ from safetensors import SafetensorError, safe_open
 
 from ddk_ds.config import Config
 from ddk_ds.data.manifest import SPLITS, Manifest
-from ddk_ds.engine.memory import COMPUTE_BYTES, OPTIMIZER_BYTES, ModelShape, shard_ranks
+from ddk_ds.engine.memory import OPTIMIZER_BYTES, shard_ranks
 from ddk_ds.engine.model_files import ModelFiles, read_model
+from ddk_ds.engine.model_shape import COMPUTE_BYTES, ModelShape
 from ddk_ds.files import nearest_existing
 from ddk_ds.train.checkpoint_files import MANIFEST, complete_ones, newest_checkpoint
 from ddk_ds.train.preflight.agreement import Job

@@ -16,7 +16,8 @@ from torch.distributed._tools.mem_tracker import MemTracker
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from ddk_ds.config import Config, make_config
-from ddk_ds.engine.memory import configured_shape, estimate_memory
+from ddk_ds.engine.memory import estimate_memory
+from ddk_ds.engine.model_shape import configured_shape
 from ddk_ds.engine.profile import FULL
 from ddk_ds.planner.gpus import GPUS, Cluster
 from ddk_ds.planner.known_points import dense_model, profiled_model
