@@ -35,7 +35,7 @@ from ddk_ds.errors import ConfigError, UserError
 from ddk_ds.files import write_text
 from tools.stages import free_port, positive
 from tools.step_picture import draw
-from tools.step_setting import Case, case_config, case_flops, describe, make_models
+from tools.step_setting import SIZES, Case, case_config, case_flops, describe, make_models
 
 ROOT = Path(__file__).resolve().parents[1]
 OURS = ("floor", "kd", "cpt", "full_logits")
@@ -86,14 +86,17 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--tokens", type=positive, default=4096, help="of a step on one rank (%(default)s)")
     parser.add_argument("--length", type=positive, default=512, help="of a sample (%(default)s)")
-    parser.add_argument("--vocab", type=positive, help="tokens of the vocabulary (32000; with --quick 1000)")
+    parser.add_argument(
+        "--vocab", type=positive, help="tokens of the vocabulary (32000; 1000 of the sizes host and quick)"
+    )
     parser.add_argument("--steps", type=positive, default=5, help="timed, after two more (%(default)s)")
     parser.add_argument("--threads", type=positive, default=1, help="of each rank on a CPU (%(default)s)")
-    parser.add_argument("--quick", action="store_true", help="tiny models, to try the tool itself")
+    parser.add_argument("--size", choices=SIZES, help="of both models (default: the device's; tools/step_setting.py)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="file for the numbers")
     parser.add_argument("--picture", type=Path, metavar="FILE", help="file for a picture; needs matplotlib")
     options = parser.parse_args(arguments)
-    options.vocab = options.vocab or (1000 if options.quick else 32000)
+    options.size = options.size or options.device
+    options.vocab = options.vocab or (32000 if options.size == options.device else 1000)
     options.impl = options.impl or [*OURS, *(TRLS if options.trl_python else ())]
     if options.trl_python is None and set(options.impl) & set(TRLS):
         parser.error("TRL is timed in an environment of its own: name its interpreter by --trl-python")
@@ -117,10 +120,9 @@ def _run(options: argparse.Namespace, console: Console) -> Row:
     with tempfile.TemporaryDirectory(prefix="bench-step-") as folder:
         console.print("models of random weights")
         precision = "bf16" if options.device == "cuda" else "fp32"
-        size = "quick" if options.quick else options.device
         # In a process of its own: what that takes of a GPU or of the host is free again before anything is measured.
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-            pool.submit(make_models, Path(folder), size, options.vocab, precision, options.device).result()
+            pool.submit(make_models, Path(folder), options.size, options.vocab, precision, options.device).result()
         cases = _cases(options, folder, precision)
         for case in cases:
             case_config(case)  # a variant that is no configuration is known before anything is measured

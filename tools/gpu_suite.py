@@ -153,7 +153,7 @@ def step_benchmark(bench: Bench) -> dict[str, Any]:
         options += ["--picture", str(bench.out / "bench_step.png")]
     size = ["--tokens", "16384", "--length", "2048", "--accumulation", "4"]
     if bench.quick:
-        size = ["--tokens", "128", "--length", "32", "--steps", "2", "--quick"]
+        size = ["--tokens", "128", "--length", "32", "--steps", "2", "--size", "quick"]
     bench.run(sys.executable, "tools/bench_step.py", *options, *size)
     return {"cases": json.loads(results.read_text(encoding="utf-8"))["cases"]}
 

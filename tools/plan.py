@@ -21,16 +21,18 @@ from rich.console import Console
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # where the project is not installed
 
-from ddk_ds.config import Config, load_config
+from ddk_ds.config import load_config
 from ddk_ds.errors import ConfigError, UserError
 from ddk_ds.files import write_text
-from ddk_ds.planner.data import DataFacts, find_data
+from ddk_ds.planner.data import find_data
 from ddk_ds.planner.gpus import GPUS, Cluster, find_gpu
 from ddk_ds.planner.known_points import known_points
+from ddk_ds.planner.layouts import LayoutPoint, layouts
 from ddk_ds.planner.memory import Models
 from ddk_ds.planner.models import find_model
 from ddk_ds.planner.plan import DEFAULT_MFU, DEFAULT_STORAGE_BYTES_PER_S, Plan, Speed, make_plan, plan_json
 from ddk_ds.planner.scaling import Curve, scaling
+from tools.layouts_report import draw_layouts, layouts_table
 from tools.plan_report import draw, known_points_table, plan_tables, scaling_table
 
 MODELS = Path(__file__).resolve().parents[1] / "configs/models"
@@ -45,15 +47,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.known_points:
             console.print(known_points_table(known_points()))
             return 0
-        plan, curves = _plan(options)
+        plan, curves, points = _plan(options)
         for table in plan_tables(plan):
             console.print(table)
+        if points:
+            console.print(layouts_table(points))
+            draw_layouts(points, plan, options.layouts)
+            console.print(f"{options.layouts}", soft_wrap=True)
         if curves:
             console.print(scaling_table(curves))
             draw(curves, plan, options.scaling)
             console.print(f"{options.scaling}", soft_wrap=True)
         if options.json is not None:
-            _write_json(options.json, plan, curves)
+            _write_json(options.json, plan, curves, points)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -79,6 +85,9 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--models", type=Path, action="append", help="directory of <model>.json, before configs/models")
     parser.add_argument("--json", type=Path, help="write all of it to this file")
     parser.add_argument("--scaling", type=Path, help="simulate 2 to 1,024 GPUs and draw that (.png, .svg or .pdf)")
+    parser.add_argument(
+        "--layouts", type=Path, help="simulate every place of the teacher's weights on 8 to 1,024 GPUs and draw that"
+    )
     parser.add_argument("--known-points", action="store_true", help="the simulated step beside published throughputs")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="configuration values")
     options = parser.parse_intermixed_args(arguments)
@@ -87,7 +96,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return options
 
 
-def _plan(options: argparse.Namespace) -> tuple[Plan, list[Curve]]:
+def _plan(options: argparse.Namespace) -> tuple[Plan, list[Curve], list[LayoutPoint]]:
     config = load_config(options.config, options.overrides)
     cluster, speed = _cluster(options), _speed(options)
     directories = (*(options.models or ()), MODELS)
@@ -99,11 +108,13 @@ def _plan(options: argparse.Namespace) -> tuple[Plan, list[Curve]]:
     data = find_data(config, student.shape.head // max(1, student.shape.hidden))
     models = Models(student, teacher, data.vocab_size)
     plan = make_plan(config, models, data, cluster, speed)
-    return plan, _curves(config, models, cluster, data, speed) if options.scaling is not None else []
-
-
-def _curves(config: Config, models: Models, cluster: Cluster, data: DataFacts, speed: Speed) -> list[Curve]:
-    return scaling(config, models, cluster, domains=data.domains, storage_bytes_per_s=speed.storage_bytes_per_s)
+    domains, storage = data.domains, speed.storage_bytes_per_s
+    curves, points = [], []
+    if options.scaling is not None:
+        curves = scaling(config, models, cluster, domains=domains, storage_bytes_per_s=storage)
+    if options.layouts is not None:
+        points = layouts(config, models, cluster, domains=domains, storage_bytes_per_s=storage)
+    return plan, curves, points
 
 
 def _cluster(options: argparse.Namespace) -> Cluster:
@@ -134,8 +145,9 @@ def _positive(name: str, value: float) -> float:
     return value
 
 
-def _write_json(path: Path, plan: Plan, curves: list[Curve]) -> None:
+def _write_json(path: Path, plan: Plan, curves: list[Curve], points: list[LayoutPoint]) -> None:
     values: dict[str, Any] = {**plan_json(plan), "scaling": [asdict(curve) for curve in curves]}
+    values["layouts"] = [asdict(point) for point in points]
     try:
         write_text(path, json.dumps(values, indent=1) + "\n")
     except OSError as error:

@@ -32,7 +32,8 @@ def plan_tables(plan: Plan) -> Iterator[Table | Text]:
     yield Text("assumed:\n" + "\n".join(f"- {line}" for line in plan.assumptions))
 
 
-def _table(title: str, *columns: str) -> Table:
+def plain_table(title: str, *columns: str) -> Table:
+    """A table whose first column is words and whose others are numbers."""
     table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
     for place, column in enumerate(columns):
         table.add_column(column, justify="right" if place else "left")
@@ -46,7 +47,9 @@ def _gb(num_bytes: float) -> str:
 def _memory(plan: Plan) -> Table:
     cluster, memory = plan.cluster, plan.memory
     ranks = f"{cluster.ranks} x {cluster.gpu.name}"
-    table = _table(f"memory of a device ({ranks}, micro-batch {plan.config.train.micro_batch_samples})", "part", "GB")
+    table = plain_table(
+        f"memory of a device ({ranks}, micro-batch {plan.config.train.micro_batch_samples})", "part", "GB"
+    )
     for name, taken in memory.device_parts.items():
         table.add_row(escape(name), _gb(taken))
     table.add_section()
@@ -72,7 +75,9 @@ def _verdict(plan: Plan) -> str:
 
 
 def _advice(plan: Plan) -> Table:
-    table = _table("what would change it, by the same estimate", "change", "GB a device", "fits", "GB a host", "price")
+    table = plain_table(
+        "what would change it, by the same estimate", "change", "GB a device", "fits", "GB a host", "price"
+    )
     table.columns[-1].justify = "left"
     for one in plan.advice:
         fits = "[green]yes[/]" if one.fits else "no"
@@ -84,7 +89,9 @@ def _advice(plan: Plan) -> Table:
 
 def _flops(plan: Plan) -> Table:
     flops, tokens = plan.flops, plan.tokens
-    table = _table("floating-point operations", f"{tokens / 1e9:,.2f} B tokens, {plan.data.steps:,} steps", "TFLOP")
+    table = plain_table(
+        "floating-point operations", f"{tokens / 1e9:,.2f} B tokens, {plan.data.steps:,} steps", "TFLOP"
+    )
     for name, value in (
         ("CPT", flops.cpt),
         ("KD", flops.kd),
@@ -100,7 +107,7 @@ def _flops(plan: Plan) -> Table:
 
 
 def _time(plan: Plan) -> Table:
-    table = _table("time and disks", f"at an MFU of {plan.mfu:.1%}", "")
+    table = plain_table("time and disks", f"at an MFU of {plan.mfu:.1%}", "")
     rows: list[tuple[str, str]] = [
         ("tokens/s", f"{plan.tokens_per_s:,.0f}"),
         ("hours", f"{plan.hours:,.1f}"),
@@ -129,7 +136,7 @@ def _time(plan: Plan) -> Table:
 
 def _step(plan: Plan) -> Table:
     step = plan.step
-    table = _table("simulated step", "part", "s", "share")
+    table = plain_table("simulated step", "part", "s", "share")
     for name, seconds in step.parts.items():
         table.add_row(escape(name), f"{seconds:.4f}", f"{seconds / step.seconds:.1%}")
     table.add_section()
@@ -141,7 +148,7 @@ def _step(plan: Plan) -> Table:
 
 def scaling_table(curves: Sequence[Curve]) -> Table:
     """The points of every curve."""
-    table = _table("simulated scaling", "curve", "GPUs", "micro-batch", "step, s", "tokens/s", "MFU", "fits")
+    table = plain_table("simulated scaling", "curve", "GPUs", "micro-batch", "step, s", "tokens/s", "MFU", "fits")
     for curve in curves:
         for point in curve.points:
             numbers = (f"{point.step_s:.3f}", f"{point.tokens_per_s:,.0f}", f"{point.mfu:.1%}")
@@ -153,7 +160,7 @@ def scaling_table(curves: Sequence[Curve]) -> Table:
 
 def known_points_table(points: Sequence[Point]) -> Table:
     """Simulated beside measured throughputs, and where these are from."""
-    table = _table("tokens/s a GPU", "run", "GPUs", "measured", "simulated", "off by", "source")
+    table = plain_table("tokens/s a GPU", "run", "GPUs", "measured", "simulated", "off by", "source")
     sources = list(dict.fromkeys(point.source for point in points))
     for point in points:
         numbers = (f"{point.measured:,.1f}", f"{point.simulated:,.1f}", f"{point.error:+.0%}")

@@ -19,10 +19,12 @@ from ddk_ds.version import commit
 
 PACKAGES = ("torch", "triton", "deepspeed", "transformers")
 LLAMA = {"model_type": "llama", "max_position_embeddings": 4096, "tie_word_embeddings": True}
-# Layers, width, heads, MLP: a teacher of 21 M and a student of 5 M parameters beside their vocabularies; 7 B and 1 B.
+# Layers, width, heads, MLP: a teacher of 21 M and a student of 5 M parameters beside their vocabularies; 7 B and 1 B;
+# two that are nothing but the host's own work; two to try the tool with.
 SIZES = {
     "cpu": {"teacher": (12, 384, 6, 1024), "student": (6, 256, 4, 704)},
     "cuda": {"teacher": (32, 4096, 32, 11008), "student": (22, 2048, 32, 5632)},
+    "host": {"teacher": (24, 64, 4, 128), "student": (24, 64, 4, 128)},
     "quick": {"teacher": (2, 64, 4, 128), "student": (2, 32, 4, 64)},
 }
 GAMMA = 0.2

@@ -16,6 +16,7 @@ from ddk_ds.planner.memory import Models
 from ddk_ds.planner.models import PlannedModel
 from ddk_ds.planner.step import HOST_S_PER_LAYER, simulate_step
 
+_PREFETCH = 50_000_000  # elements: DeepSpeed's default, with which these ran
 _GPUS_PER_NODE = 8
 # MPT's models: layers, width; a tied head of 50,368 rows, 2,048 learned positions, an MLP of 4 x width.
 _MPT = {
@@ -171,12 +172,13 @@ def _config(
     values = {
         "name": "known-point",
         "method": method,
-        "student": {"path": "-", "gradient_checkpointing": checkpointing},
-        "teacher": None if method == "cpt" else {"path": "-"},
+        "student": {"path": "-", "gradient_checkpointing": checkpointing, "whole_layers": False},
+        "teacher": None if method == "cpt" else {"path": "-", "whole_layers": False},
         "data": {"path": "-", "sequence_length": length},
         "optimizer": {"offload": offload},
         "train": {"global_batch_samples": global_batch, "micro_batch_samples": micro_batch},
         "stop": {"steps": 10_000},
+        "deepspeed": {"zero_optimization": {"stage3_prefetch_bucket_size": _PREFETCH}},
     }
     return make_config(values, "known point")
 

@@ -51,27 +51,39 @@ def scaling(
     batch = config.train.global_batch_samples
 
     def point(at: Cluster, samples: int) -> ScalingPoint:
-        per_rank = samples // at.ranks
-        most = min(config.train.micro_batch_samples, per_rank)
-        micro = next(n for n in range(most, 0, -1) if per_rank % n == 0)
-        here = changed(config, train={"global_batch_samples": samples, "micro_batch_samples": micro})
+        here = with_batch(config, samples, at.ranks)
         step = simulate_step(here, models, at, domains=domains, storage_bytes_per_s=storage_bytes_per_s)
         fits = plan_memory(here, models, at).fits
+        micro = here.train.micro_batch_samples
         return ScalingPoint(at.ranks, samples, micro, step.seconds, step.tokens_per_s, step.mfu, fits)
 
     def strong(samples: int) -> Curve:
         points = [point(at, samples) for at in clusters(cluster) if samples % at.ranks == 0]
         return Curve(f"strong, {samples:,} samples a step", points)
 
-    larger = batch
-    while larger < MOST_GPUS:
-        larger *= 2
+    larger = batch_for_most(config)
     per_gpu = max(1, batch // cluster.ranks)
     weak = Curve(
         f"weak, {per_gpu:,} samples a GPU and step",
         [point(at, per_gpu * at.ranks) for at in clusters(cluster)],
     )
     return [strong(batch), *([strong(larger)] if larger > batch else []), weak]
+
+
+def batch_for_most(config: Config) -> int:
+    """The configured global batch, doubled until MOST_GPUS have a sample each."""
+    samples = config.train.global_batch_samples
+    while samples < MOST_GPUS:
+        samples *= 2
+    return samples
+
+
+def with_batch(config: Config, samples: int, ranks: int) -> Config:
+    """The run with that global batch: its micro-batch, or the largest below it that divides a rank's samples."""
+    per_rank = samples // ranks
+    most = min(config.train.micro_batch_samples, per_rank)
+    micro = next(n for n in range(most, 0, -1) if per_rank % n == 0)
+    return changed(config, train={"global_batch_samples": samples, "micro_batch_samples": micro})
 
 
 def clusters(cluster: Cluster) -> Iterator[Cluster]:

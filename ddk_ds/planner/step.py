@@ -38,6 +38,8 @@ REUSE_ELEMENTS = 1_000_000_000
 # Host time of a layer's pass: of the 704 ms a step of engine_run in docs/results/gpu_suite_h100.json, all but head and
 # optimizer, over its 76 passes of a layer (docs/planning.md).
 HOST_S_PER_LAYER = 8.8e-3
+# What is left of it where layers are gathered whole: by tools/bench_step.py --size host on a CPU, not on a GPU.
+WHOLE_LAYERS = 0.48
 ROW_KERNEL_BYTES, UPDATE_BYTES = 18, 30
 
 
@@ -123,12 +125,20 @@ class _Simulation:
             compute_s=tokens * model.forward_flops / self.rate,
             communication_s=self.gather(elements, shape.layers, within),
             first_s=self.gather(elements / max(1, shape.layers), 1, within),
-            host_s=shape.layers * self.host_s_per_layer,
+            host_s=self.hooks(model),
         )
 
+    def hooks(self, model: PlannedModel) -> float:
+        """The host's time for ZeRO-3's hooks in a pass over the layers."""
+        section = self.config.teacher if model is self.models.teacher else self.config.student
+        whole = section is not None and section.whole_layers
+        return model.shape.layers * self.host_s_per_layer * (WHOLE_LAYERS if whole else 1.0)
+
     def gather(self, elements: float, layers: int, within: Within = "world") -> float:
-        """A call for each layer (engine/buckets.py)."""
-        return collective_s(self.compute * elements, layers, self.cluster, within)
+        """A call for each layer (engine/buckets.py), or as `deepspeed:` has it."""
+        ahead = self.config.deepspeed.get("zero_optimization", {}).get("stage3_prefetch_bucket_size")
+        calls = layers if ahead is None else max(layers, math.ceil(elements / ahead))
+        return collective_s(self.compute * elements, calls, self.cluster, within)
 
     def backward(self, model: PlannedModel) -> _Pass:
         """Two products for each of the forward pass's, and with gradient checkpointing its layers once more."""
@@ -142,7 +152,7 @@ class _Simulation:
             compute_s=self.tokens * (2 * model.forward_flops + again) / self.rate,
             communication_s=gathers + self.gather(shape.parameters, shape.layers),
             first_s=0.0,
-            host_s=shape.layers * self.host_s_per_layer * (2 if self.config.student.gradient_checkpointing else 1),
+            host_s=self.hooks(model) * (2 if self.config.student.gradient_checkpointing else 1),
         )
 
     def micro_batches(self, count: int, parts: dict[str, float]) -> None:

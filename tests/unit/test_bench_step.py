@@ -13,7 +13,7 @@ import pytest
 
 from tools.bench_step import main, relate, wait_for
 
-SMALL = ["--quick", "--tokens", "128", "--length", "32", "--steps", "2"]
+SMALL = ["--size", "quick", "--tokens", "128", "--length", "32", "--steps", "2"]
 
 
 def test_every_case_is_measured(tmp_path: Path) -> None:
