@@ -26,16 +26,13 @@ class Model(Section):
     leaf_modules: tuple[str, ...] = ()
     """Further class names that ZeRO-3 gathers as one (mixture-of-experts blocks, where layers are not)."""
     compile_layers: bool = False
-    """torch.compile of each layer, which takes whole_layers; the first step takes minutes."""
-    liger_kernels: bool = False
-    """liger-kernel's norms, rotary positions and gated MLP, on CUDA: pip install 'ddk_ds[liger]'."""
+    """torch.compile of each layer: norms, rotary positions and gates become one kernel each; the first step takes
+    longer, once a model."""
 
     @model_validator(mode="after")
     def _layers_agree(self) -> Model:
         if self.compile_layers and not self.whole_layers:
             raise ValueError("compile_layers takes a layer's weights gathered as one: set whole_layers to true")
-        if self.compile_layers and self.liger_kernels:
-            raise ValueError("compile_layers and liger_kernels fuse the same operations: choose one")
         return self
 
 

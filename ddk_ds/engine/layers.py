@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -32,13 +31,11 @@ _KEPT = {
 }
 
 
-def prepare_layers(model: nn.Module, backbone: nn.Module, depth: int, section: Model, key: str) -> None:
+def prepare_layers(backbone: nn.Module, depth: int, section: Model) -> None:
     """How the backbone's layers are gathered and computed, by the model's section of the configuration.
 
     Before DeepSpeed takes the model. Raises ConfigError where that is not possible.
     """
-    if section.liger_kernels:
-        _use_liger(model, key)
     if not section.whole_layers:
         return
     layers = layers_of(backbone, depth)
@@ -62,22 +59,6 @@ def checkpoint_layers(model: Any, how: bool | str) -> None:
 
 def _keep_products(_: Any, operator: Any, *__: Any, **___: Any) -> CheckpointPolicy:
     return CheckpointPolicy.MUST_SAVE if operator in _KEPT else CheckpointPolicy.PREFER_RECOMPUTE
-
-
-def _use_liger(model: Any, key: str) -> None:
-    """Replace norms, rotary positions and gated MLPs of this model by liger-kernel's. The loss stays this project's."""
-    if not torch.cuda.is_available():
-        raise ConfigError(
-            f"{key}.liger_kernels: true, and there is no CUDA device: its kernels are Triton's; set false"
-        )
-    try:
-        liger = importlib.import_module("liger_kernel.transformers.monkey_patch")
-    except ImportError as error:
-        raise ConfigError(f"{key}.liger_kernels: {error}: pip install 'ddk_ds[liger]', or set false") from error
-    kind = model.config.model_type
-    if kind not in liger.MODEL_TYPE_TO_APPLY_LIGER_FN:
-        raise ConfigError(f"{key}.liger_kernels: liger-kernel knows no {kind!r} model: set false")
-    liger._apply_liger_kernel_to_instance(model=model, cross_entropy=False, fused_linear_cross_entropy=False)
 
 
 def layers_of(backbone: nn.Module, depth: int) -> nn.ModuleList:

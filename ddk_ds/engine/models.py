@@ -151,7 +151,7 @@ def load_student(
     model = load_sharded(config, config.student, "student.path", files, ds_config, comm)
     check_vocabulary(model, vocab_size, "student.path")
     checkpoint_layers(model, config.student.gradient_checkpointing)
-    prepare_layers(model, backbone_of(model), files.num_layers, config.student, "student")
+    prepare_layers(backbone_of(model), files.num_layers, config.student)
     parameters = _by_name_on_disk(model, files)
     filters = None if shape is None else build_filters(config, shape, ds_config, comm)
     if config.method == "ted_filters":

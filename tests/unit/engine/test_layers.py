@@ -11,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from ddk_ds.config.models import Student, Teacher
+from ddk_ds.engine.int8 import Int8Linear, quantize
 from ddk_ds.engine.layers import checkpoint_layers, layers_of, prepare_layers
 from ddk_ds.errors import ConfigError
 
@@ -50,7 +51,7 @@ def test_selective_checkpointing_multiplies_no_matrix_twice() -> None:
 
 def test_a_compiled_layer_computes_the_same() -> None:
     expected, model = gradients(make()), make()
-    prepare_layers(model, model.base_model, 3, Student(path="s", compile_layers=True), "student")
+    prepare_layers(model.base_model, 3, Student(path="s", compile_layers=True))
     assert all(hasattr(layer.forward, "_torchdynamo_orig_callable") for layer in model.base_model.layers)
     for name, gradient in gradients(model).items():
         assert (gradient - expected[name]).norm() < 1e-4 * expected[name].norm()
@@ -59,31 +60,41 @@ def test_a_compiled_layer_computes_the_same() -> None:
 def test_layers_are_gathered_whole_unless_told_otherwise() -> None:
     for whole in (True, False):
         model = make()
-        prepare_layers(model, model.base_model, 3, Teacher(path="t", whole_layers=whole), "teacher")
+        prepare_layers(model.base_model, 3, Teacher(path="t", whole_layers=whole))
         marked = [getattr(layer, "_z3_leaf", False) for layer in layers_of(model.base_model, 3)]
         assert marked == [whole] * 3
 
 
 def test_a_backbone_without_layers() -> None:
     with pytest.raises(ConfigError, match="whole_layers to false"):
-        prepare_layers(nn.Linear(2, 2), nn.Linear(2, 2), 3, Student(path="s"), "student")
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="what is said where there is no CUDA device")
-def test_liger_without_cuda() -> None:
-    model = make()
-    with pytest.raises(ConfigError, match=r"teacher\.liger_kernels: true, and there is no CUDA device"):
-        prepare_layers(model, model.base_model, 3, Teacher(path="t", liger_kernels=True), "teacher")
+        prepare_layers(nn.Linear(2, 2), 3, Student(path="s"))
 
 
 @pytest.mark.parametrize(
     ("values", "said"),
     [
         ({"compile_layers": True, "whole_layers": False}, "whole_layers to true"),
-        ({"compile_layers": True, "liger_kernels": True}, "choose one"),
         ({"micro_batches_per_pass": 2, "whole_layers": False}, "layer by layer"),
     ],
 )
 def test_options_that_do_not_go_together(values: dict[str, Any], said: str) -> None:
     with pytest.raises(ValueError, match=said):
         Teacher(path="t", **values)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_eight_bits_are_near(dtype: torch.dtype) -> None:
+    """Half a level at the most; the integers come back out of the dtype that carries them."""
+    torch.manual_seed(0)
+    weight, bias, x = torch.randn(24, 64).to(dtype), torch.randn(24).to(dtype), torch.randn(5, 64).to(dtype)
+    weight[3] = 0
+    integers, scale = quantize(weight)
+    error = (integers.float() * scale.float()[:, None] - weight.float()).abs()
+    rounding = 0.0 if dtype == torch.float32 else 2**-8 * 127  # of the scale itself
+    assert (error <= scale.float()[:, None] * (0.5 + rounding) + 1e-7).all() and integers.abs().max() <= 127
+    layer = Int8Linear(weight, bias)
+    assert torch.equal(layer.packed.view(torch.int8), integers) and layer.packed.dtype == dtype
+    assert layer.packed.numel() * layer.packed.itemsize == weight.numel()
+    exact = nn.functional.linear(x.float(), integers.float() * scale.float()[:, None], bias.float())
+    torch.testing.assert_close(layer(x).float(), exact, rtol=2e-2 if dtype == torch.bfloat16 else 1e-5, atol=5e-2)
+    assert not any(parameter.requires_grad for parameter in layer.parameters())
