@@ -32,6 +32,12 @@ _FREE = {
     "ted": {"filters"},  # its content's hash is in the identity
 }
 _INIT_FROM = "content.init_from"
+# What steps were before there were options for it.
+_WAS = {
+    "student": {"whole_layers": False, "compile_layers": False},
+    "teacher": {"compile_layers": False, "quantize": "none"},
+    "optimizer": {"fused": False},
+}
 
 
 def run_identity(config: Config, fingerprints: dict[str, Any]) -> dict[str, Any]:
@@ -111,11 +117,13 @@ def _lock(run_dir: Path) -> None:
 
 
 def _later_options(stored: dict[str, Any]) -> dict[str, Any]:
-    """The options that there were not yet when the directory was made, as they are where nobody sets them: off."""
+    """The options that there were not yet when the directory was made, as the run is without them."""
     sections = {"mixture": Mixture(), "loss": Loss(), "ted": Ted(), "doremi": Doremi()}
     defaults = _flatten({name: section.model_dump(mode="json") for name, section in sections.items()})
     # A mapping that holds anything is stored by its parts.
     there = {".".join(key.split(".")[:2]) for key in stored}
+    parts = {key.split(".")[0] for key, value in stored.items() if value is not None}
+    defaults |= _flatten({name: section for name, section in _WAS.items() if name in parts})
     return {key: value for key, value in defaults.items() if key not in there}
 
 

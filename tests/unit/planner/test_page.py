@@ -1,4 +1,4 @@
-"""docs/planning.md shows what its commands print."""
+"""docs/planning.md and docs/scale.md show what their commands print."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ import pytest
 
 from ddk_ds.planner.gpus import GPUS, Gpu, find_gpu
 from ddk_ds.planner.known_points import known_points
+from ddk_ds.planner.layouts import LAYOUTS, LayoutPoint, advised
 from tools import plan
 
 ROOT = Path(__file__).parents[3]
-PAGE = (ROOT / "docs/planning.md").read_text()
+PAGE, SCALE = ((ROOT / f"docs/{name}.md").read_text() for name in ("planning", "scale"))
 EXAMPLE = ["--config", "configs/paper/qwen1.5_14b_to_1.8b.yaml", "--nodes", "2", "--gpus-per-node", "8"]
 
 
@@ -61,25 +62,60 @@ def test_the_advice(tmp_path: Path) -> None:
         assert f"| `{one['change']}` | {one['device_bytes'] / 1e9:.2f} | {fits} |" in PAGE
 
 
-def test_the_layouts_of_the_teacher() -> None:
-    found = re.search(r"python - <<'END'\n(.*?)\n    END", PAGE, re.DOTALL)
-    assert found is not None
+def printed_by(page: str, number: int = 0) -> list[str]:
+    """Lines that the page's `number`-th Python command prints."""
+    found = re.findall(r"python - <<'END'\n(.*?)\n    END", page, re.DOTALL)
     printed = io.StringIO()
     with redirect_stdout(printed):
-        exec(compile(re.sub(r"(?m)^    ", "", found[1]), "docs/planning.md", "exec"), {})
-    lines = printed.getvalue().splitlines()
+        exec(compile(re.sub(r"(?m)^    ", "", found[number]), "docs", "exec"), {})
+    return printed.getvalue().splitlines()
+
+
+def test_the_layouts_of_the_teacher() -> None:
+    lines = printed_by(PAGE)
     assert len(lines) == 6
     for line in lines:
         assert line in PAGE
 
 
-def test_the_gpus(tmp_path: Path) -> None:
-    for name, gpu in GPUS.items():
-        numbers = (gpu.memory_bytes, gpu.hbm_bytes_per_s, gpu.nvlink_bytes_per_s, gpu.network_bytes_per_s)
-        cells = " | ".join(f"{number / 1e9:,.0f}" for number in numbers)
-        assert f"| `{name}` | {gpu.peak_flop_per_s / 1e12:.0f} | {cells} |" in PAGE
-    example = re.search(r"(?m)^    name: .*\n(?:    .*\n)+", PAGE)
-    assert example is not None
-    (tmp_path / "gpu.yaml").write_text(re.sub(r"(?m)^    ", "", example[0]))
-    given = find_gpu(str(tmp_path / "gpu.yaml")).model_fields_set
-    assert given == set(Gpu.model_fields) - {"source"}
+def test_what_nothing_hides() -> None:
+    lines = printed_by(SCALE)
+    assert len(lines) == 6
+    for line in lines:
+        assert line in SCALE
+
+
+def test_layouts_by_size_and_network(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    picture, out = tmp_path / "layouts.png", tmp_path / "plan.json"
+    command = [*EXAMPLE, "--gpu", "a100-80g", "--layouts", str(picture), "--json", str(out)]
+    assert plan.main(command) == 0 and picture.stat().st_size > 10_000
+    points = [LayoutPoint(**point) for point in json.loads(out.read_text())["layouts"]]
+    assert {(point.link_bytes_per_s, point.gpus) for point in points} == {
+        (link, 2**power) for link in (3e9, 25e9, 100e9) for power in range(3, 11)
+    }
+    printed = capsys.readouterr().out
+    for start in range(0, len(points), len(LAYOUTS)):
+        row = points[start : start + len(LAYOUTS)]
+        cells = [f"{one.tokens_per_s_per_gpu:,.0f}{'' if one.fits else ' (no)'}" for one in row]
+        best = advised(row)
+        assert best is not None
+        several = f", {best.micro_batches_per_pass} a pass" if best.micro_batches_per_pass > 1 else ""
+        known = [f"{row[0].link_bytes_per_s / 1e9:g}", f"{row[0].gpus:,}", *cells, f"{best.shard_within}{several}"]
+        assert f"| {' | '.join(known)} |" in SCALE
+        assert all(cell in printed for cell in known)
+
+
+def test_no_layouts_without_a_teacher(capsys: pytest.CaptureFixture[str]) -> None:
+    changes = ["method=cpt", "teacher=null", "mixture.controller=equal"]
+    assert plan.main([*EXAMPLE, "--gpu", "a100-80g", "--layouts", "none.png", *changes]) == 2
+    assert "--layouts: method cpt has no teacher" in capsys.readouterr().err
+
+
+def test_advice_is_the_fastest_that_fits_and_of_equals_the_smallest() -> None:
+    def point(speed: float, device_bytes: int, *, fits: bool = True) -> LayoutPoint:
+        return LayoutPoint(3e9, 8, "node", 1, speed, device_bytes, fits, False)
+
+    small, fast, large = point(100.0, 10), point(110.0, 30), point(109.5, 20)
+    assert advised([small, fast, large]) == large
+    assert advised([small, point(200.0, 5, fits=False)]) == small
+    assert advised([point(1.0, 1, fits=False)]) is None
