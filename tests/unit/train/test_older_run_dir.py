@@ -12,7 +12,13 @@ from ddk_ds.config import Config, make_config
 from ddk_ds.errors import CheckpointError
 from ddk_ds.train.run_dir import check_run_dir, run_identity
 
-NEW = ("student.whole_layers", "student.compile_layers", "teacher.compile_layers", "teacher.quantize", "optimizer.fused")
+NEW = (
+    "student.whole_layers",
+    "student.compile_layers",
+    "teacher.compile_layers",
+    "teacher.quantize",
+    "optimizer.fused",
+)
 
 
 def config_of(folder: Path, **sections: Any) -> Config:
