@@ -119,3 +119,15 @@ def test_advice_is_the_fastest_that_fits_and_of_equals_the_smallest() -> None:
     assert advised([small, fast, large]) == large
     assert advised([small, point(200.0, 5, fits=False)]) == small
     assert advised([point(1.0, 1, fits=False)]) is None
+
+
+def test_the_gpus(tmp_path: Path) -> None:
+    for name, gpu in GPUS.items():
+        numbers = (gpu.memory_bytes, gpu.hbm_bytes_per_s, gpu.nvlink_bytes_per_s, gpu.network_bytes_per_s)
+        cells = " | ".join(f"{number / 1e9:,.0f}" for number in numbers)
+        assert f"| `{name}` | {gpu.peak_flop_per_s / 1e12:.0f} | {cells} |" in PAGE
+    example = re.search(r"(?m)^    name: .*\n(?:    .*\n)+", PAGE)
+    assert example is not None
+    (tmp_path / "gpu.yaml").write_text(re.sub(r"(?m)^    ", "", example[0]))
+    given = find_gpu(str(tmp_path / "gpu.yaml")).model_fields_set
+    assert given == set(Gpu.model_fields) - {"source"}
