@@ -45,7 +45,7 @@ def test_as_it_was(older: Path) -> None:
 
 def test_under_todays_defaults(older: Path) -> None:
     config = config_of(older)
-    with pytest.raises(CheckpointError, match="optimizer.fused was False, is True; student.whole_layers was False"):
+    with pytest.raises(CheckpointError, match=r"optimizer\.fused was False, is True; student\.whole_layers was False"):
         check_run_dir(config, run_identity(config, {}))
 
 
