@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # where the projec
 from ddk_ds.engine.model_files import read_model
 from ddk_ds.engine.models import load_student
 from ddk_ds.engine.peers import Step, bare_passes, full_logits
-from ddk_ds.engine.runtime import Runtime, peak_memory, start_runtime
+from ddk_ds.engine.runtime import Runtime, most_memory, start_runtime, wait_for_all
 from ddk_ds.engine.stage_clock import StageClock
 from ddk_ds.engine.teacher import load_teacher
 from ddk_ds.kernels import default_chunk_tokens
@@ -36,15 +36,14 @@ def run_case(case: Case, runtime: Runtime) -> dict[str, Any]:
     step = _make_step(case, runtime)
     seconds, parts = [], []
     for number in range(case.warm_up + case.steps):
-        _wait(runtime)
+        wait_for_all(runtime)
         started = time.perf_counter()
         found = step(batches)
-        _wait(runtime)
+        wait_for_all(runtime)
         if number >= case.warm_up:
             seconds.append(time.perf_counter() - started)
             parts.append(found)
-    peak = torch.tensor(float(peak_memory(runtime.device)), device=runtime.device)
-    return {"steps_s": seconds, "parts_s": parts, "peak_bytes": int(runtime.comm.all_reduce_max(peak))}
+    return {"steps_s": seconds, "parts_s": parts, "peak_bytes": most_memory(runtime)}
 
 
 def _make_step(case: Case, runtime: Runtime) -> Step:
@@ -53,12 +52,6 @@ def _make_step(case: Case, runtime: Runtime) -> Step:
     if case.impl == "full_logits":
         return full_logits(case_config(case), runtime.device, case.ranks)
     return _ours(case, runtime)
-
-
-def _wait(runtime: Runtime) -> None:
-    if runtime.device.type == "cuda":
-        torch.cuda.synchronize()
-    runtime.comm.barrier()
 
 
 def _batches(case: Case, runtime: Runtime) -> list[torch.Tensor]:
@@ -89,7 +82,7 @@ def _ours(case: Case, runtime: Runtime) -> Step:
             [{"input_ids": ids, "domain": domain, "sample_id": domain} for ids in batches],
             learning_rate=RATE,
             progress=0.0,
-            per_pass=1 if config.teacher is None else config.teacher.per_pass,
+            per_pass=config.per_pass,
             num_domains=1,
             device=runtime.device,
             comm=comm,

@@ -58,6 +58,11 @@ class Config(MethodSections):
         """Directory of this run."""
         return Path(self.output_dir) / self.name
 
+    @property
+    def per_pass(self) -> int:
+        """Micro-batches of one pass of the teacher."""
+        return 1 if self.teacher is None else self.teacher.per_pass
+
     @model_validator(mode="after")
     def _parts_agree(self) -> Config:
         self._check_teacher()

@@ -44,7 +44,7 @@ def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def quantize_layers(layers: nn.ModuleList, key: str, ds_config: dict[str, Any], group: Any) -> None:
+def quantize_layers(layers: nn.ModuleList, ds_config: dict[str, Any], group: Any) -> None:
     """Replace every linear layer in the sharded `layers`, one layer of the model after the other. Collective.
 
     Raises ConfigError where there is none, or one whose rows do not fill whole elements.
@@ -56,14 +56,13 @@ def quantize_layers(layers: nn.ModuleList, key: str, ds_config: dict[str, Any], 
         for name, module in found.items():
             parts = [part for part in (module.weight, module.bias) if part is not None]
             with deepspeed.zero.GatheredParameters(parts):
-                if module.weight.shape[1] % module.weight.itemsize:
-                    raise ConfigError(
-                        f"{key}.quantize: {name} has rows of {module.weight.shape[1]}, which do not fill whole elements"
-                    )
+                width = module.weight.shape[1]
+                if width % module.weight.itemsize:
+                    raise ConfigError(f"teacher.quantize: {name} has rows of {width}, which do not fill whole elements")
                 new[name.replace(".", "/")] = Int8Linear(module.weight.data, module.bias)
         deepspeed.zero.Init(module=new, config_dict_or_path=ds_config, data_parallel_group=group)
         for name in found:
             layer.set_submodule(name, new[name.replace(".", "/")])
         replaced += len(found)
     if not replaced:
-        raise ConfigError(f"{key}.quantize: int8, and its layers have no torch.nn.Linear: set none")
+        raise ConfigError("teacher.quantize: int8, and its layers have no torch.nn.Linear: set none")

@@ -18,6 +18,8 @@ Assumed, and not measured:
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from ddk_ds.config import Config, Model
@@ -133,6 +135,21 @@ def estimate_memory(
         together = max(1, min(config.teacher.per_pass, micro_batches))
     passes = _passes(config, student, teacher, vocab_size, zero, device_type, together)
     return MemoryEstimate(resident, passes, update, host)
+
+
+def fewest_passes(config: Config, micro_batches: int, fits: Callable[[Config], bool]) -> Config:
+    """The configuration with as few passes of the teacher over a step's `micro_batches` as fit, of equal numbers; where
+    nothing fits, one micro-batch a pass."""
+    for passes in range(1, micro_batches):
+        tried = _with_passes(config, math.ceil(micro_batches / passes))
+        if fits(tried):
+            return tried
+    return _with_passes(config, 1)
+
+
+def _with_passes(config: Config, count: int) -> Config:
+    assert config.teacher is not None, "asked for the passes of a teacher that is not there"
+    return config.model_copy(update={"teacher": config.teacher.model_copy(update={"micro_batches_per_pass": count})})
 
 
 def shard_ranks(model: Model, world_size: int, ranks_per_node: int | None) -> int:

@@ -108,6 +108,19 @@ def peak_memory(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
+def most_memory(runtime: Runtime) -> int:
+    """`peak_memory` of the rank that has held the most. Collective."""
+    peak = torch.tensor(float(peak_memory(runtime.device)), device=runtime.device)
+    return int(runtime.comm.all_reduce_max(peak))
+
+
+def wait_for_all(runtime: Runtime) -> None:
+    """Until all ranks, and their devices, have done what they were asked for: where a time is taken. Collective."""
+    if runtime.device.type == "cuda":
+        torch.cuda.synchronize()
+    runtime.comm.barrier()
+
+
 def quieten() -> None:
     """Leave the terminal to what the user must see: warnings of libraries about themselves go."""
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)

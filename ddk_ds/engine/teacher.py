@@ -107,7 +107,7 @@ def load_teacher(
     backbone = backbone_of(model)
     taps = None if shape is None else LayerTaps(backbone, [pair[1] for pair in shape.pairs], files.num_layers)
     if config.teacher.quantize == "int8":
-        quantize_layers(layers_of(backbone, files.num_layers), "teacher", ds_config, group)
+        quantize_layers(layers_of(backbone, files.num_layers), ds_config, group)
     prepare_layers(backbone, files.num_layers, config.teacher)
     layers = LayerByLayer(layers_of(backbone, files.num_layers)) if config.teacher.per_pass > 1 else None
     engine, _, _, _ = deepspeed.initialize(model=backbone, config=ds_config)

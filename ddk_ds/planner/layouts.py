@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from ddk_ds.config import Config
+from ddk_ds.engine.memory import fewest_passes
 from ddk_ds.errors import ConfigError
 from ddk_ds.planner.gpus import Cluster
 from ddk_ds.planner.memory import Models, changed, plan_memory
@@ -53,37 +53,35 @@ def layouts(
     if config.teacher is None or models.teacher is None:
         raise ConfigError(f"--layouts: method {config.method} has no teacher whose weights could lie anywhere")
     samples = batch_for_most(config)
+
+    def point(at: Cluster, within: str, several: bool) -> LayoutPoint:
+        placed = changed(
+            with_batch(config, samples, at.ranks), teacher={"shard_within": within, "micro_batches_per_pass": 1}
+        )
+        most = placed.micro_batches(at.ranks) if several else 1
+        chosen = fewest_passes(placed, most, lambda tried: plan_memory(tried, models, at).fits)
+        step = simulate_step(chosen, models, at, domains=domains, storage_bytes_per_s=storage_bytes_per_s)
+        memory = plan_memory(chosen, models, at)
+        return LayoutPoint(
+            link_bytes_per_s=at.gpu.network_bytes_per_s,
+            gpus=at.ranks,
+            shard_within=within,
+            micro_batches_per_pass=chosen.per_pass,
+            tokens_per_s_per_gpu=step.tokens_per_s / at.ranks,
+            device_bytes=memory.device_bytes,
+            fits=memory.fits,
+            several=several,
+        )
+
     found = []
     for link in LINKS_BYTES_PER_S:
         gpu = cluster.gpu.model_copy(update={"network_bytes_per_s": link})
         nodes = 1
         while nodes * cluster.gpus_per_node <= MOST_GPUS:
             at = replace(cluster, gpu=gpu, nodes=nodes)
-            here = with_batch(config, samples, at.ranks)
-            for within, several in LAYOUTS:
-                chosen = _settled(changed(here, teacher={"shard_within": within}), models, at, several=several)
-                step = simulate_step(chosen, models, at, domains=domains, storage_bytes_per_s=storage_bytes_per_s)
-                memory = plan_memory(chosen, models, at)
-                per_pass = 1 if chosen.teacher is None else chosen.teacher.per_pass
-                speed = step.tokens_per_s / at.ranks
-                found.append(
-                    LayoutPoint(link, at.ranks, within, per_pass, speed, memory.device_bytes, memory.fits, several)
-                )
+            found += [point(at, within, several) for within, several in LAYOUTS]
             nodes *= 2
     return found
-
-
-def _settled(config: Config, models: Models, cluster: Cluster, *, several: bool) -> Config:
-    """As few passes as fit, of equal numbers of micro-batches, as train/teacher_passes.py settles `auto`."""
-    one = changed(config, teacher={"micro_batches_per_pass": 1})
-    if not several:
-        return one
-    count = config.micro_batches(cluster.ranks)
-    for passes in range(1, count):
-        tried = changed(config, teacher={"micro_batches_per_pass": math.ceil(count / passes)})
-        if plan_memory(tried, models, cluster).fits:
-            return tried
-    return one
 
 
 def advised(points: Sequence[LayoutPoint]) -> LayoutPoint | None:

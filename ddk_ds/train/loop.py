@@ -100,7 +100,7 @@ def _train_interval(run: Run, ids: npt.NDArray[np.int64]) -> None:
             micro_batches,
             learning_rate=rate,
             progress=state.step / run.total_steps,
-            per_pass=1 if config.teacher is None else config.teacher.per_pass,
+            per_pass=config.per_pass,
             num_domains=len(run.inputs.names),
             device=run.runtime.device,
             comm=comm,

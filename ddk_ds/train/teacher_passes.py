@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 
 from ddk_ds.config import Config
-from ddk_ds.engine.memory import MEMORY_MARGIN, estimate_memory, shard_ranks
+from ddk_ds.engine.memory import MEMORY_MARGIN, estimate_memory, fewest_passes, shard_ranks
 from ddk_ds.engine.model_shape import ModelShape, model_shape
 from ddk_ds.engine.runtime import Runtime
 from ddk_ds.train.inputs import Inputs
@@ -46,16 +44,14 @@ def largest_passes(
 
     `shapes` are the student's and the teacher's.
     """
-    count, settled = config.micro_batches(world_size), _with(config, 1)
     assert config.teacher is not None, "without a teacher there are no passes"
-    if shard_ranks(config.teacher, world_size, local_ranks) == 1:
-        return settled
-    for passes in range(1, count):
-        tried = _with(config, math.ceil(count / passes))
+
+    def fits(tried: Config) -> bool:
         estimate = estimate_memory(tried, *shapes, vocab_size, world_size, device_type, local_ranks)
-        if (estimate.total if device_type == "cpu" else estimate.device_bytes) <= usable:
-            return tried
-    return settled
+        return (estimate.total if device_type == "cpu" else estimate.device_bytes) <= usable
+
+    gathers = shard_ranks(config.teacher, world_size, local_ranks) > 1
+    return fewest_passes(config, config.micro_batches(world_size) if gathers else 1, fits)
 
 
 def _free_bytes(job: Job) -> int:
@@ -63,8 +59,3 @@ def _free_bytes(job: Job) -> int:
     if job.device.type == "cuda":
         return int(torch.cuda.mem_get_info(job.device)[0])
     return available_bytes() // job.local_ranks
-
-
-def _with(config: Config, count: int) -> Config:
-    assert config.teacher is not None, "asked for the passes of a teacher that is not there"
-    return config.model_copy(update={"teacher": config.teacher.model_copy(update={"micro_batches_per_pass": count})})

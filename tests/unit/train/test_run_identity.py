@@ -67,6 +67,45 @@ def test_a_directory_from_before_the_policies(tmp_path: Path) -> None:
         check_run_dir(capped, run_identity(capped, {}))
 
 
+OPTIONS_OF_THE_STEP = (
+    "student.whole_layers",
+    "student.compile_layers",
+    "teacher.compile_layers",
+    "teacher.quantize",
+    "optimizer.fused",
+)
+AS_IT_WAS: dict[str, Any] = {
+    "student": {"path": "student", "whole_layers": False},
+    "optimizer": {"fused": False},
+}
+
+
+@pytest.fixture
+def older(tmp_path: Path) -> Path:
+    """Of a run from before the options of its step: its identity has none of them."""
+    config = config_of(tmp_path)
+    identity = run_identity(config, {})
+    assert set(OPTIONS_OF_THE_STEP) <= identity.keys()
+    claim_run_dir(config, {key: identity[key] for key in identity if key not in OPTIONS_OF_THE_STEP})
+    return tmp_path
+
+
+def test_a_directory_from_before_the_steps_options(older: Path) -> None:
+    """It is gone on with as it was, wherever the teacher's weights lie, and refused by name under today's defaults."""
+    moved = {"path": "teacher", "shard_within": "node", "micro_batches_per_pass": 4}
+    for config in (config_of(older, **AS_IT_WAS), config_of(older, **AS_IT_WAS, teacher=moved)):
+        check_run_dir(config, run_identity(config, {}))
+    today = config_of(older)
+    with pytest.raises(CheckpointError, match=r"optimizer\.fused was False, is True; student\.whole_layers was False"):
+        check_run_dir(today, run_identity(today, {}))
+
+
+def test_a_run_without_a_teacher_goes_on(tmp_path: Path) -> None:
+    config = config_of(tmp_path, method="cpt", teacher=None, mixture={"controller": "equal"})
+    resume(config, config)
+    assert json.loads((config.run_dir / "run.json").read_text()) == run_identity(config, {})
+
+
 def test_the_topology_is_free(tmp_path: Path) -> None:
     moved = config_of(tmp_path, train={"micro_batch_samples": 4}, data={"path": "elsewhere", "num_workers": 3})
     resume(config_of(tmp_path), moved)
