@@ -2,7 +2,7 @@
 # make test   set up, then lint, types and tests
 # make test-full   that, then the long tests and 50 real faults; results go to docs/results/
 # make docs-check  every command, key and link that the documentation shows; docs/configuration.md is made anew by
-#                  python tools/config_reference.py
+#                  python -m tools.bench.config_reference
 # Set-up is done once, in .venv; PYTHON=python3.12 names another interpreter for it.
 
 PYTHON ?= python3
@@ -69,7 +69,7 @@ test: lint
 
 test-full: test
 	$(BIN)/python -m pytest -m long --result=docs/results/test_full.md
-	$(BIN)/python tools/fault_campaign.py --runs 50 --seed 5 --json docs/results/fault_campaign.json
+	$(BIN)/python -m tools.bench.fault_campaign --runs 50 --seed 5 --json docs/results/fault_campaign.json
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -77,5 +77,5 @@ lint: $(READY)
 	$(BIN)/mypy
 
 docs-check: $(READY)
-	$(BIN)/python tools/docs_check.py
-	$(BIN)/python tools/config_reference.py --check
+	$(BIN)/python -m tools.bench.docs_check
+	$(BIN)/python -m tools.bench.config_reference --check

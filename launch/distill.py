@@ -89,8 +89,9 @@ def _run(config: Config, *, dry_run: bool, preflight: bool) -> int:
     if preflight:
         _check_machines(config, inputs, runtime)
     agreed(comm, lambda: claim_run_dir(config, identity) if comm.rank == 0 else None)
+    from ddk_ds.command_line import EXIT_INTERRUPTED
     from ddk_ds.train.guard import EXIT_WRONG_NUMBERS, NumbersGoneWrong
-    from ddk_ds.train.interruption import EXIT_INTERRUPTED, Interrupted, Interruption
+    from ddk_ds.train.interruption import Interrupted, Interruption
     from ddk_ds.train.loop import train
     from ddk_ds.train.setup import prepare_run
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from tests.result_file import ResultFile
-from tools.small_run import make_workspace
+from tools.bench.small_run import make_workspace
 
 if TYPE_CHECKING:
     from tests.s3_server import S3Server

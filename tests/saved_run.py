@@ -13,10 +13,10 @@ from safetensors import safe_open
 
 from ddk_ds.config import to_yaml
 from ddk_ds.engine.model_files import read_model
-from ddk_ds.engine.models import names_on_disk
+from ddk_ds.engine.student import names_on_disk
 from ddk_ds.engine.zero_shards import MODEL_FILE
 from ddk_ds.mixture.schedule import IntervalState
-from ddk_ds.train.checkpoint_files import FORMAT, TAG, Manifest, complete, partial_directory
+from ddk_ds.train.checkpoint.checkpoint_files import FORMAT, TAG, Manifest, complete, partial_directory
 from ddk_ds.train.state import RunState
 from tests.dist.tiny import tiny_config
 

@@ -23,13 +23,12 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `python tools/...` puts tools/ there, not its parent
-
+from ddk_ds.command_line import EXIT_INTERRUPTED, positive
+from ddk_ds.comparison.comparison_report import draw, markdown
+from ddk_ds.comparison.method_stages import Job, RunInterrupted, run_job
+from ddk_ds.comparison.results_table import about, compare, read_results
 from ddk_ds.errors import ConfigError, DataError, UserError
 from ddk_ds.files import write_text
-from tools.comparison import about, compare, read_results
-from tools.comparison_report import draw, markdown
-from tools.stages import EXIT_INTERRUPTED, Job, RunInterrupted, positive, run_job
 
 METHODS = ("cpt", "kd", "ddk_equal", "ddk_no_smoothing", "ddk")
 OWN_KEYS = ("name", "output_dir", "seed", "method")

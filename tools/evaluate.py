@@ -15,18 +15,15 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # where the project is not installed
-
+from ddk_ds.command_line import positive
 from ddk_ds.errors import ConfigError, UserError
-from ddk_ds.evaluation.results import ModelResult, as_json
+from ddk_ds.evaluation.results import ModelResult, as_json, benchmark_table, code_table, domain_table
 from ddk_ds.evaluation.suites import SUITES, Chosen, choose
-from ddk_ds.evaluation.table import benchmark_table, code_table, domain_table
 from ddk_ds.files import nearest_existing, write_text
 from ddk_ds.version import commit
-from tools.stages import positive
 
 if TYPE_CHECKING:
-    from ddk_ds.evaluation.run import Prepared, Request
+    from ddk_ds.evaluation.benchmark_run import Prepared, Request
 
 PIPE_WIDTH = 240
 """Columns of the table where no terminal says how many it has."""
@@ -35,7 +32,10 @@ PIPE_WIDTH = 240
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit code: 0, or 2 after an error that the user can mend."""
     options = parse_arguments(arguments)
-    from ddk_ds.evaluation.run import measure, prepare  # torch and transformers: seconds that --help need not wait
+    from ddk_ds.evaluation.benchmark_run import (  # torch and transformers: seconds that --help need not wait
+        measure,
+        prepare,
+    )
 
     console = Console(width=None if sys.stdout.isatty() else PIPE_WIDTH)
     try:
@@ -105,7 +105,7 @@ def left_out_code(options: argparse.Namespace, wanted: Sequence[Chosen]) -> list
 
 
 def _request(options: argparse.Namespace, benchmarks: list[Chosen]) -> Request:
-    from ddk_ds.evaluation.run import Request, default_device
+    from ddk_ds.evaluation.benchmark_run import Request, default_device
 
     return Request(
         models=options.models,
@@ -143,7 +143,7 @@ def _save(
 ) -> None:
     if options.out is None:
         return
-    from ddk_ds.evaluation.run import versions
+    from ddk_ds.evaluation.benchmark_run import versions
 
     request = prepared.request
     content: dict[str, Any] = {

@@ -18,19 +18,16 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # where the project is not installed
-
 from ddk_ds.comm import SingleProcess
 from ddk_ds.config import Config, load_config
-from ddk_ds.engine.export import CheckpointExport
-from ddk_ds.engine.export_target import check_room, check_target
+from ddk_ds.engine.export import CheckpointExport, check_room, check_target
 from ddk_ds.engine.model_files import ModelFiles, check_code, model_directory, read_model
-from ddk_ds.engine.models import DTYPES
+from ddk_ds.engine.student import DTYPES
 from ddk_ds.engine.zero_shards import UniversalShards, ZeroShards
 from ddk_ds.errors import CheckpointError, ConfigError, UserError
 from ddk_ds.files import size_and_xxh64
-from ddk_ds.train.checkpoint_files import TAG, Manifest, complete_ones, read_manifest
-from ddk_ds.train.model_card import companions
+from ddk_ds.train.checkpoint.checkpoint_files import TAG, Manifest, complete_ones, read_manifest
+from ddk_ds.train.run_end import companions
 from ddk_ds.train.state import RunState
 
 _ROOM = 1.01  # of the weights: what lies beside them

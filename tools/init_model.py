@@ -9,7 +9,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from ddk_ds.engine.scratch import make_random_model
+from ddk_ds.engine.whole_models import make_random_model
 from ddk_ds.errors import UserError
 
 

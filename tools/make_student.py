@@ -24,18 +24,18 @@ from rich.console import Console
 from rich.table import Table
 
 from ddk_ds.comm import SingleProcess
-from ddk_ds.data.formats import Dropped, read_texts
+from ddk_ds.data.documents import Dropped, read_texts
 from ddk_ds.data.manifest import load_manifest
 from ddk_ds.data.mds import open_split
 from ddk_ds.data.recipe import Source, SourceFile
 from ddk_ds.data.store import LocalStore
 from ddk_ds.data.tokenizer import TokenizerInfo, load_tokenizer
+from ddk_ds.engine import pruning
 from ddk_ds.engine.model_files import ModelFiles, read_model
-from ddk_ds.engine.plain import load_model
 from ddk_ds.engine.weights import save_weights
+from ddk_ds.engine.whole_models import load_model
 from ddk_ds.errors import ConfigError, DataError, UserError
 from ddk_ds.files import write_text
-from tools import pruning
 
 BATCH_TOKENS = 1024  # bounds the logits in memory: 0.6 GB for a vocabulary of 152,000
 COPIED = ("*.json", "*.jinja", "*.model", "*.txt")  # tokenizer and generation settings

@@ -19,21 +19,16 @@ from typing import Any
 
 from rich.console import Console
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # where the project is not installed
-
 from ddk_ds.config import load_config
 from ddk_ds.errors import ConfigError, UserError
 from ddk_ds.files import write_text
 from ddk_ds.planner.data import find_data
+from ddk_ds.planner.gpu_memory import Models, find_model
 from ddk_ds.planner.gpus import GPUS, Cluster, find_gpu
 from ddk_ds.planner.known_points import known_points
-from ddk_ds.planner.layouts import LayoutPoint, layouts
-from ddk_ds.planner.memory import Models
-from ddk_ds.planner.models import find_model
-from ddk_ds.planner.plan import DEFAULT_MFU, DEFAULT_STORAGE_BYTES_PER_S, Plan, Speed, make_plan, plan_json
-from ddk_ds.planner.scaling import Curve, scaling
-from tools.layouts_report import draw_layouts, layouts_table
-from tools.plan_report import draw, known_points_table, plan_tables, scaling_table
+from ddk_ds.planner.plan_page import draw, draw_layouts, known_points_table, layouts_table, plan_tables, scaling_table
+from ddk_ds.planner.run_plan import DEFAULT_MFU, DEFAULT_STORAGE_BYTES_PER_S, Plan, Speed, make_plan, plan_json
+from ddk_ds.planner.scaling import Curve, LayoutPoint, layouts, scaling
 
 MODELS = Path(__file__).resolve().parents[1] / "configs/models"
 

@@ -23,7 +23,7 @@ from ddk_ds.errors import CheckpointError, DataError, UserError
 from ddk_ds.files import write_text
 from ddk_ds.mixture import Controller, Decision, decide, largest_remainder
 from ddk_ds.run_files import read_events, read_ledger
-from ddk_ds.train.controller import controller_of, read_schedule
+from ddk_ds.train.interval import controller_of, read_schedule
 
 Array = npt.NDArray[np.float64]
 

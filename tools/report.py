@@ -11,8 +11,6 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # where the project is not installed
-
 from ddk_ds.errors import ConfigError, UserError
 from ddk_ds.files import write_text
 from ddk_ds.report.page import page, sections

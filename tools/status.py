@@ -17,12 +17,10 @@ from rich.console import Console, RenderableType
 from rich.live import Live
 from rich.text import Text
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # where the project is not installed
-
 from ddk_ds.errors import UserError
 from ddk_ds.files import nearest_existing
 from ddk_ds.report.screen import OTHER_LINES, Surroundings, screen
-from ddk_ds.train.checkpoint_files import MANIFEST, newest_checkpoint
+from ddk_ds.train.checkpoint.checkpoint_files import MANIFEST, newest_checkpoint
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -15,7 +15,7 @@ from rich.table import Table
 
 from ddk_ds.errors import UserError
 from ddk_ds.run_files import read_summary
-from ddk_ds.train.summary import summary_table
+from ddk_ds.train.run_end import summary_table
 
 
 def main() -> int:

@@ -11,13 +11,10 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from pathlib import Path
 
 from pydantic import ValidationError
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # where the project is not installed
 
 from ddk_ds.config import Data
 from ddk_ds.data.cache import open_store

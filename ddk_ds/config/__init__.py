@@ -8,10 +8,20 @@ from __future__ import annotations
 
 from ddk_ds.config.load import load_config, make_config, to_yaml
 from ddk_ds.config.methods import METHODS, Doremi, Ted
-from ddk_ds.config.models import Model
-from ddk_ds.config.monitor import Monitor
-from ddk_ds.config.run import Config
-from ddk_ds.config.sections import Checkpoint, Data, Guard, Limits, Loss, Mixture, Optimizer, Positive, Section
+from ddk_ds.config.run_config import Config
+from ddk_ds.config.sections import (
+    Checkpoint,
+    Data,
+    Guard,
+    Limits,
+    Loss,
+    Mixture,
+    Model,
+    Monitor,
+    Optimizer,
+    Positive,
+    Section,
+)
 
 __all__ = [
     "METHODS",

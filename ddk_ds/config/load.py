@@ -13,7 +13,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
 from yaml import YAMLError
 
-from ddk_ds.config.run import Config
+from ddk_ds.config.run_config import Config
 from ddk_ds.errors import ConfigError
 from ddk_ds.redact import names_a_secret, redact
 

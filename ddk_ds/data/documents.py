@@ -1,15 +1,275 @@
-"""The documents of a domain: its texts, limited, without exact duplicates."""
+"""The texts of one file: every format and compression, with errors that name the file.
+
+The documents of a domain: its texts, limited, without exact duplicates.
+"""
 
 from __future__ import annotations
 
+import gzip
 import hashlib
-from collections.abc import Iterator, Sequence
+import html
+import io
+import json
+import re
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, BinaryIO, Protocol, cast
 
-from ddk_ds.data.formats import Dropped, Meter, read_texts
-from ddk_ds.data.recipe import Domain, SourceFile
+import pyarrow
+import zstandard
+from pyarrow import parquet
+
+from ddk_ds.data.recipe import Domain, Format, SourceFile
+from ddk_ds.data.remote import downloaded
+from ddk_ds.errors import DataError
+
+_DAMAGE = (OSError, EOFError, zlib.error, zstandard.ZstdError, pyarrow.ArrowException)
+_BLOCK_END = re.compile(r"<\s*(?:/(?:p|li|ul|ol|dl|dd|dt|h\d|div|tr|table|note)|br\s*/?)\s*>", re.IGNORECASE)
+_TAG = re.compile(r"<[^<>]+>")
+_BLANK_LINES = re.compile(r"\s*\n\s*")
+_READ_BYTES = 1 << 17
+_PARQUET_ROWS = 128
+
+
+@dataclass
+class Dropped:
+    """What did not come through, counted: documents, except `tail_tokens` (tokens that fill no sample).
+
+    `missing` texts are null, `undecodable` ones no UTF-8; those that are `cut` at max_chars are kept.
+    """
+
+    duplicates: int = 0
+    undecodable: int = 0
+    too_short: int = 0
+    cut: int = 0
+    tail_tokens: int = 0
+    missing: int = 0
+
+
+@dataclass
+class Meter:
+    """Bytes read from files, as they lie on the disk."""
+
+    disk_bytes: int = 0
+
+
+def read_texts(
+    file: SourceFile, dropped: Dropped, *, meter: Meter | None = None, scratch: Path | None = None
+) -> Iterator[str]:
+    """Every text of one file, whole; undecodable files (jsonl: lines) and nulls are skipped and counted.
+
+    Formats: `text`, the file is one document; `jsonl`, one object a line, text in `text_field`;
+    `json_strings`, one JSON value, each string under the key `text_field` at any depth is a document;
+    `parquet`, one row one document, text in the column `text_field`. All but parquet may be compressed
+    (.gz, .zst).
+
+    Args:
+        meter: counts the bytes read.
+        scratch: where a remote file lies while it is read; None: in the system's temporary directory.
+
+    Raises:
+        DataError: names the file, and the line where there is one.
+    """
+    meter = meter or Meter()
+    if file.remote is not None:
+        with downloaded(file.remote, scratch) as path:
+            yield from _read(path, file, dropped, meter)
+    else:
+        yield from _read(file.path, file, dropped, meter)
+
+
+def _read(path: Path, file: SourceFile, dropped: Dropped, meter: Meter) -> Iterator[str]:
+    reader = _READERS[file.source.format or _format_of(path)]
+    try:
+        for text in reader(path, file, dropped, meter):
+            yield _strip_html(text) if file.source.strip_html else text
+    except _DAMAGE as error:
+        raise DataError(f"{file.where} cannot be read: {error}; repair or exclude it in the recipe") from error
+
+
+def _format_of(path: Path) -> Format:
+    name = path.name.lower().removesuffix(".gz").removesuffix(".zst")
+    if name.endswith(".parquet"):
+        return "parquet"
+    # Corpora publish .json.gz files of one object a line (C4); a plain .json file is one text like any other.
+    lines = (".jsonl", ".ndjson") if name == path.name.lower() else (".jsonl", ".ndjson", ".json")
+    return "jsonl" if name.endswith(lines) else "text"
+
+
+@contextmanager
+def _opened(path: Path, meter: Meter) -> Iterator[BinaryIO]:
+    """The uncompressed bytes of a file; what is read of it is counted."""
+    with io.BufferedReader(_Metered(path, meter), _READ_BYTES) as stream:
+        if path.suffix.lower() == ".gz":
+            with gzip.GzipFile(fileobj=stream) as uncompressed:
+                yield cast(BinaryIO, uncompressed)
+        elif path.suffix.lower() == ".zst":
+            yield io.BufferedReader(_ZstdFrames(stream), _READ_BYTES)
+        else:
+            yield stream
+
+
+class _Metered(io.RawIOBase):
+    """A file that counts what is read of it."""
+
+    def __init__(self, path: Path, meter: Meter) -> None:
+        self._stream = path.open("rb", buffering=0)
+        self._meter = meter
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        count = self._stream.readinto(buffer)
+        self._meter.disk_bytes += count
+        return count
+
+    def close(self) -> None:
+        self._stream.close()
+        super().close()
+
+
+class _ZstdFrames(io.RawIOBase):
+    """A .zst file of any number of frames (parallel compressors and appending make several), of long windows.
+
+    zstandard's own stream_reader takes a file that ends inside a frame for a whole one: this raises EOFError.
+    """
+
+    def __init__(self, stream: BinaryIO) -> None:
+        self._chunks = _decompress(stream)
+        self._ready = memoryview(b"")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._ready:
+            chunk = next(self._chunks, None)
+            if chunk is None:
+                return 0
+            self._ready = memoryview(chunk)
+        count = min(len(buffer), len(self._ready))
+        buffer[:count] = self._ready[:count]
+        self._ready = self._ready[count:]
+        return count
+
+
+def _decompress(stream: BinaryIO) -> Iterator[bytes]:
+    decompressor = zstandard.ZstdDecompressor(max_window_size=2**31)
+    frame = None
+    while data := stream.read(_READ_BYTES):
+        while data:
+            frame = frame or decompressor.decompressobj()
+            yield frame.decompress(data)
+            data = frame.unused_data if frame.eof else b""
+            frame = None if frame.eof else frame
+    if frame is not None:
+        raise EOFError("it ends inside a compressed frame")
+
+
+def _decode(data: bytes, dropped: Dropped) -> str | None:
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        dropped.undecodable += 1
+        return None
+
+
+def _read_text(path: Path, file: SourceFile, dropped: Dropped, meter: Meter) -> Iterator[str]:
+    with _opened(path, meter) as stream:
+        text = _decode(stream.read(), dropped)
+    if text is not None:
+        yield text
+
+
+def _read_jsonl(path: Path, file: SourceFile, dropped: Dropped, meter: Meter) -> Iterator[str]:
+    with _opened(path, meter) as stream:
+        for number, data in enumerate(stream, 1):
+            line = _decode(data, dropped)
+            if line is None or line.isspace():
+                continue
+            where = f"{file.where}, line {number}"
+            text = _field(_parse_json(line, where, "jsonl"), file, where)
+            if text is None:
+                dropped.missing += 1
+            else:
+                yield text
+
+
+def _read_json_strings(path: Path, file: SourceFile, dropped: Dropped, meter: Meter) -> Iterator[str]:
+    with _opened(path, meter) as stream:
+        text = _decode(stream.read(), dropped)
+    if text is not None:
+        yield from _strings(_parse_json(text, file.where, "json_strings"), file.source.text_field)
+
+
+def _read_parquet(path: Path, file: SourceFile, dropped: Dropped, meter: Meter) -> Iterator[str]:
+    column = file.source.text_field
+    size, start, rows = path.stat().st_size, meter.disk_bytes, 0
+    with parquet.ParquetFile(path) as table:
+        names = table.schema_arrow.names
+        if column not in names:
+            raise DataError(f"{file.where} has no column {column!r}; set text_field to one of {', '.join(names)}")
+        kind = table.schema_arrow.field(column).type
+        if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
+            raise DataError(f"{file.where}: column {column!r} holds {kind}, no text; set text_field to another")
+        for batch in table.iter_batches(batch_size=_PARQUET_ROWS, columns=[column]):
+            rows += batch.num_rows
+            meter.disk_bytes = start + size * rows // table.metadata.num_rows
+            # As bytes: pyarrow does not check the UTF-8 that a writer promised.
+            for data in batch.column(0).cast(pyarrow.large_binary()).to_pylist():
+                text = None if data is None else _decode(data, dropped)
+                dropped.missing += data is None
+                if text is not None:
+                    yield text
+    meter.disk_bytes = start + size
+
+
+_READERS: dict[Format, Callable[[Path, SourceFile, Dropped, Meter], Iterator[str]]] = {
+    "text": _read_text,
+    "jsonl": _read_jsonl,
+    "json_strings": _read_json_strings,
+    "parquet": _read_parquet,
+}
+
+
+def _parse_json(text: str, where: str, kind: Format) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise DataError(f"{where} is not JSON ({error}); it is read as {kind}: set format in the recipe") from None
+
+
+def _field(record: Any, file: SourceFile, where: str) -> str | None:
+    name = file.source.text_field
+    text = record.get(name) if isinstance(record, dict) else None
+    if not isinstance(text, str) and not (isinstance(record, dict) and name in record and text is None):
+        has = f"has the fields {', '.join(record)}" if isinstance(record, dict) else "is not an object"
+        raise DataError(f"{where} has no text in field {name!r} (it {has}); set text_field")
+    return text
+
+
+def _strings(value: Any, key: str) -> Iterator[str]:
+    """Each string under `key` at any depth, in the document's order."""
+    if isinstance(value, dict):
+        for name, item in value.items():
+            if name == key and isinstance(item, str):
+                yield item
+            else:
+                yield from _strings(item, key)
+    elif isinstance(value, list):
+        for item in value:
+            yield from _strings(item, key)
+
+
+def _strip_html(text: str) -> str:
+    """The readable text of an HTML fragment: a line for each block, no tags, entities resolved."""
+    text = html.unescape(_TAG.sub("", _BLOCK_END.sub("\n", text)))
+    return _BLANK_LINES.sub("\n", text).strip()
+
 
 __all__ = ["Document", "Dropped", "Position", "Seen", "read_documents", "read_texts"]
 

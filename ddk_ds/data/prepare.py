@@ -15,15 +15,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ddk_ds.data.encode import BatchEncoder, batch_encoder
-from ddk_ds.data.formats import Dropped
+from ddk_ds.data.documents import Dropped
 from ddk_ds.data.manifest import FILE_NAME, DomainInfo, Manifest, SplitInfo, load_manifest, write_manifest
-from ddk_ds.data.mds import token_dtype, write_split
-from ddk_ds.data.packing import HeldOut, choose_validation, pack
-from ddk_ds.data.reading import DomainText, Progress
+from ddk_ds.data.mds import HeldOut, choose_validation, pack, token_dtype, write_split
+from ddk_ds.data.reading import DomainText, Progress, Spool
 from ddk_ds.data.recipe import Recipe, list_files
-from ddk_ds.data.spool import Spool
-from ddk_ds.data.tokenizer import TokenizerInfo, load_tokenizer
+from ddk_ds.data.tokenizer import BatchEncoder, TokenizerInfo, batch_encoder, load_tokenizer
 from ddk_ds.data.workdir import Reading, WorkDir, open_work
 from ddk_ds.errors import DataError
 

@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from ddk_ds.data.documents import Dropped, Position
-from ddk_ds.data.fetch import DISK_FULL
 from ddk_ds.data.recipe import Domain, SourceFile
+from ddk_ds.data.remote import DISK_FULL
 from ddk_ds.errors import DataError
 
 _SCHEMA = """

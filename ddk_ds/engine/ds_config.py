@@ -1,4 +1,13 @@
-"""Config -> the dictionaries that DeepSpeed takes. Pure: no torch, no DeepSpeed, no files."""
+"""Config -> the dictionaries that DeepSpeed takes. Pure: no torch, no DeepSpeed, no files.
+
+Sizes of what ZeRO-3 gathers ahead and reduces together. Pure.
+
+DeepSpeed's own defaults know no model: 5e8 gradients a bucket, 1 GB of bf16 that is allocated whole beside 1 GB in
+which what is in it is joined, and 5e7 weights gathered ahead, which is less than a matrix of a 14 B model's MLP. A
+layer is what computes while communication goes on, so a layer's weights are gathered while the one before computes, and
+a layer's gradients are reduced while the one below computes. A tensor larger than a bucket is reduced by itself. No
+number of the run depends on either.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +41,7 @@ _OURS: dict[str, str | None] = {
 def student_ds_config(config: Config, world_size: int, buckets: Mapping[str, int] = _DEEPSPEEDS) -> dict[str, Any]:
     """DeepSpeed dictionary of the student's training engine on `world_size` ranks.
 
-    `buckets` are those of engine/buckets.py, or DeepSpeed's own defaults.
+    `buckets` are those of engine/ds_config.py, or DeepSpeed's own defaults.
 
     Raises ConfigError where batch sizes do not divide or a raw `deepspeed:` key contradicts the configuration.
     """
@@ -99,3 +108,13 @@ def _ours(path: str) -> str | None:
     """The key of ours that a dotted DeepSpeed key is or lies in."""
     parts = path.split(".")
     return next((p for n in range(len(parts), 0, -1) if (p := ".".join(parts[:n])) in _OURS), None)
+
+
+LEAST_BUCKET = 16_000_000
+"""Elements: a collective of fewer takes mostly latency."""
+
+
+def bucket_sizes(largest_layer: int) -> dict[str, int]:
+    """DeepSpeed's keys by a model's largest layer, in elements."""
+    size = max(LEAST_BUCKET, largest_layer)
+    return {"reduce_bucket_size": size, "stage3_prefetch_bucket_size": size}

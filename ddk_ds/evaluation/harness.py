@@ -19,10 +19,9 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
 from ddk_ds.errors import ConfigError, DataError
-from ddk_ds.evaluation.programs import score_programs
 from ddk_ds.evaluation.results import Score
-from ddk_ds.evaluation.sources import find_files, read_rows
-from ddk_ds.evaluation.suites import SUBJECT, Benchmark, Chosen
+from ddk_ds.evaluation.sandbox import score_programs
+from ddk_ds.evaluation.suites import SUBJECT, Benchmark, Chosen, find_files, read_rows
 
 EXAMPLES_SEED = 1234
 """Of the examples before a question, where they are drawn; the harness' own default."""

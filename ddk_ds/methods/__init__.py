@@ -7,8 +7,7 @@ from typing import Any
 from ddk_ds.config import Config
 from ddk_ds.engine.teacher import Teacher
 from ddk_ds.methods.base import IGNORE_INDEX, Batch, HeadOptions, Method, token_losses
-from ddk_ds.methods.continued_pretraining import ContinuedPretraining
-from ddk_ds.methods.distillation import Distillation
+from ddk_ds.methods.distillation import ContinuedPretraining, Distillation
 from ddk_ds.methods.doremi import DoremiProxy
 from ddk_ds.methods.ted import Ted, TedFilters
 

@@ -12,7 +12,7 @@ import torch
 
 from ddk_ds.comm import Comm
 from ddk_ds.engine.head import OutputHead
-from ddk_ds.engine.models import Student
+from ddk_ds.engine.student import Student
 from ddk_ds.kernels import KDLoss, LogitsDtype, linear_kd_loss, linear_nll
 
 IGNORE_INDEX = -100

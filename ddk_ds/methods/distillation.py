@@ -1,19 +1,37 @@
-"""Eq. 3: cross-entropy plus gamma times the divergence from a frozen teacher."""
+"""Continued pre-training (the paper's CPT): cross-entropy alone.
+
+Eq. 3: cross-entropy plus gamma times the divergence from a frozen teacher.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict
 
 import torch
 
 from ddk_ds.config import Loss
 from ddk_ds.engine.head import OutputHead
-from ddk_ds.engine.models import Student
+from ddk_ds.engine.student import Student
 from ddk_ds.engine.teacher import Teacher
 from ddk_ds.kernels import KDLoss, linear_kd_loss
 from ddk_ds.methods.base import Batch, HeadOptions, Stateless, cross_entropy
+
+
+class ContinuedPretraining(Stateless):
+    """Next-token cross-entropy of the student; no teacher."""
+
+    def __init__(self, options: HeadOptions) -> None:
+        self._options = options
+
+    def taught(self, batches: Sequence[Batch]) -> AbstractContextManager[Sequence[None]]:
+        """Nothing."""
+        return nullcontext([None] * len(batches))
+
+    def loss(self, student: Student, batch: Batch, taught: None) -> KDLoss:
+        """See `Method`."""
+        return student(batch.input_ids, lambda hidden, head: cross_entropy(hidden, head, batch, self._options))
 
 
 class Distillation(Stateless):

@@ -21,7 +21,7 @@ import yaml
 from ddk_ds.comm import Comm
 from ddk_ds.config import Doremi
 from ddk_ds.engine.head import OutputHead
-from ddk_ds.engine.models import Student
+from ddk_ds.engine.student import Student
 from ddk_ds.engine.teacher import Teacher
 from ddk_ds.files import write_text
 from ddk_ds.kernels import KDLoss, linear_kd_loss

@@ -16,7 +16,7 @@ import torch
 
 from ddk_ds.comm import Comm
 from ddk_ds.engine.filters import write_filters
-from ddk_ds.engine.models import Student
+from ddk_ds.engine.student import Student
 from ddk_ds.engine.teacher import Teacher
 from ddk_ds.kernels import KDLoss
 from ddk_ds.methods.base import IGNORE_INDEX, Batch, HeadOptions, Stateless, cross_entropy

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from ddk_ds.mixture.bounds import Bounded
 from ddk_ds.mixture.controllers import CONTROLLER_KINDS, Controller, ControllerOptions, make_controller
-from ddk_ds.mixture.counts import largest_remainder
 from ddk_ds.mixture.ddk import DDK, DDKNoSmoothing
 from ddk_ds.mixture.decide import Decision, decide
 from ddk_ds.mixture.excess_loss import DoReMiOnline, ShearedLlama
@@ -18,7 +17,7 @@ from ddk_ds.mixture.factors import (
     smooth_update,
 )
 from ddk_ds.mixture.fixed import Scheduled, Static
-from ddk_ds.mixture.order import DomainOrder
+from ddk_ds.mixture.order import DomainOrder, largest_remainder
 from ddk_ds.mixture.schedule import DomainEntry, IntervalState, ids_sha, interval_ids
 
 __all__ = [

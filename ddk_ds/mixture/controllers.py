@@ -11,12 +11,11 @@ from typing import Any
 import numpy as np
 
 from ddk_ds.errors import ConfigError
-from ddk_ds.mixture.bounds import Bounded
+from ddk_ds.mixture.bounds import Bounded, given_proportions, in_order, proportions_by_size, taking_part
 from ddk_ds.mixture.ddk import DDK, DDKNoSmoothing
-from ddk_ds.mixture.domains import given_proportions, in_order, proportions_by_size, taking_part
+from ddk_ds.mixture.decide import Controller
 from ddk_ds.mixture.excess_loss import DoReMiOnline, ShearedLlama
 from ddk_ds.mixture.fixed import Scheduled, Static, parse_stages
-from ddk_ds.mixture.protocol import Controller
 
 CONTROLLER_KINDS = (
     "ddk",

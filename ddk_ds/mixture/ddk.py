@@ -7,8 +7,8 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from ddk_ds.mixture.decide import options_of
 from ddk_ds.mixture.factors import Values, Vector, initial_factors, smooth_update
-from ddk_ds.mixture.protocol import options_of
 
 
 @dataclass(frozen=True)

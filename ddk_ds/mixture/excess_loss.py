@@ -7,8 +7,8 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from ddk_ds.mixture.decide import options_of
 from ddk_ds.mixture.factors import Values, Vector, check_perplexities, check_proportions, reweighted
-from ddk_ds.mixture.protocol import options_of
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ from fractions import Fraction
 import numpy as np
 
 from ddk_ds.errors import ConfigError
-from ddk_ds.mixture.counts import Ids, largest_remainder
 from ddk_ds.mixture.factors import Vector
+from ddk_ds.mixture.order import Ids, largest_remainder
 
 EXHAUSTION_POLICIES = ("cycle", "cap", "stop")
 

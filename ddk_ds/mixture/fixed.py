@@ -9,9 +9,9 @@ from typing import Any, ClassVar
 import numpy as np
 
 from ddk_ds.errors import ConfigError
-from ddk_ds.mixture.domains import given_proportions
+from ddk_ds.mixture.bounds import given_proportions
+from ddk_ds.mixture.decide import options_of
 from ddk_ds.mixture.factors import Values, Vector
-from ddk_ds.mixture.protocol import options_of
 
 Stage = tuple[int, tuple[float, ...]]  # first interval, proportions (N,)
 

@@ -15,9 +15,8 @@ from typing import Any, TypedDict
 import numpy as np
 
 from ddk_ds.errors import CheckpointError, ConfigError
-from ddk_ds.mixture.counts import Ids, largest_remainder
 from ddk_ds.mixture.factors import Vector
-from ddk_ds.mixture.order import BLOCK_SAMPLES, MIX, DomainOrder, check_seed, philox
+from ddk_ds.mixture.order import BLOCK_SAMPLES, MIX, DomainOrder, Ids, check_seed, largest_remainder, philox
 
 ALGORITHM = "ddk-interval/1"
 HISTORY_INTERVALS = 4  # kept in full; a hash stands for all of them

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from ddk_ds.config import Config
-from ddk_ds.config.lengths import corpus_samples, interval_steps, total_steps
+from ddk_ds.config.run_config import corpus_samples, interval_steps, total_steps
 from ddk_ds.data.manifest import FILE_NAME, load_manifest
 from ddk_ds.data.mds import token_dtype
 from ddk_ds.data.store import LocalStore

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from ddk_ds.config import Section
 from ddk_ds.config.sections import OpenFraction, PositiveFloat
-from ddk_ds.engine.profile import PEAK_FLOP_PER_S
+from ddk_ds.engine.flops import PEAK_FLOP_PER_S
 from ddk_ds.errors import ConfigError
 
 # Of a link's nominal bandwidth, what large collectives get.

@@ -9,12 +9,10 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from ddk_ds.config import Config, make_config
-from ddk_ds.engine.model_shape import ModelShape
-from ddk_ds.engine.profile import FULL, Shape
+from ddk_ds.engine.model_files import ModelShape
+from ddk_ds.planner.gpu_memory import Models, PlannedModel
 from ddk_ds.planner.gpus import GPUS, Cluster
-from ddk_ds.planner.memory import Models
-from ddk_ds.planner.models import PlannedModel
-from ddk_ds.planner.step import HOST_S_PER_LAYER, simulate_step
+from ddk_ds.planner.step_time import HOST_S_PER_LAYER, simulate_step
 
 _PREFETCH = 50_000_000  # elements: DeepSpeed's default, with which these ran
 _GPUS_PER_NODE = 8
@@ -39,6 +37,38 @@ DEEPSPEED = (
     "DeepSpeed' (ZeRO-3, optimizer and activations offloaded, A100 80 GB with 8 x 200 Gb/s a node)"
 )
 HERE = "docs/results/gpu_suite_h100.json (Qwen2.5 1.5 B to 0.5 B, 8,192 tokens, transformers' own layers)"
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A model's Hugging Face configuration, as far as time and FLOPs depend on it; its head is its embedding."""
+
+    model_type: str
+    hidden_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    intermediate_size: int
+    vocab_size: int
+    tie_word_embeddings: bool = True
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is timed: two models and the tokens of a step, samples x length."""
+
+    teacher: Shape
+    student: Shape
+    samples: int
+    length: int
+    steps: int
+    warm_up_steps: int = 2
+
+
+# Qwen2.5's 1.5 B and 0.5 B, 8,192 tokens a step.
+FULL = Setting(
+    Shape("qwen2", 1536, 28, 12, 2, 8960, 151936), Shape("qwen2", 896, 24, 14, 2, 4864, 151936), 4, 2048, steps=6
+)
 
 
 class Published(NamedTuple):

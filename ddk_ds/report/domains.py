@@ -8,10 +8,23 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ddk_ds.report.curves import Array, count_unit, draw_curve, envelope, log_if_wide, thinned
+from ddk_ds.drawing import (
+    Array,
+    Picture,
+    bar_style,
+    count_unit,
+    draw_curve,
+    envelope,
+    legend_above,
+    line_style,
+    log_if_wide,
+    marker,
+    thinned,
+    tidy,
+    to_svg,
+)
 from ddk_ds.report.happenings import describe_marks, draw_marks, step_axis
 from ddk_ds.report.records import RunRecord
-from ddk_ds.report.style import Picture, bar_style, legend_above, line_style, marker, tidy, to_svg
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

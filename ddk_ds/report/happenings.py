@@ -10,10 +10,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from matplotlib.ticker import MaxNLocator
 
-from ddk_ds.report.curves import time_unit
+from ddk_ds.drawing import Picture, legend_above, tidy, time_unit, to_svg
 from ddk_ds.report.records import RunRecord
-from ddk_ds.report.state import duration
-from ddk_ds.report.style import Picture, legend_above, tidy, to_svg
+from ddk_ds.report.run_progress import duration
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 
 from ddk_ds.config import Config, load_config
+from ddk_ds.drawing import Array
 from ddk_ds.errors import CheckpointError, UserError
 from ddk_ds.redact import names_a_secret, redact
-from ddk_ds.report.curves import Array
-from ddk_ds.report.state import State, expected_steps, run_state
+from ddk_ds.report.run_progress import State, expected_steps, run_state
 from ddk_ds.run_files import is_finished, read_events, read_ledger, read_summary
 
 # Of a step's seconds, in their order; what they leave of step_s is "other".

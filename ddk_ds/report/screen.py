@@ -16,7 +16,7 @@ from rich.text import Text
 
 from ddk_ds.config import Config, load_config
 from ddk_ds.errors import CheckpointError, UserError
-from ddk_ds.report.state import State, duration, expected_steps, run_state
+from ddk_ds.report.run_progress import State, duration, expected_steps, run_state
 from ddk_ds.run_files import read_events, read_ledger_end
 
 _RECENT_STEPS = 30

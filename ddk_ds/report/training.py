@@ -6,11 +6,23 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ddk_ds.report.curves import Array, draw_curve, envelope, log_if_wide, thinned, time_unit
+from ddk_ds.drawing import (
+    Array,
+    Picture,
+    bar_style,
+    draw_curve,
+    envelope,
+    legend_above,
+    line_style,
+    log_if_wide,
+    thinned,
+    tidy,
+    time_unit,
+    to_svg,
+)
 from ddk_ds.report.happenings import checkpoint_seconds, describe_marks, draw_marks, step_axis
 from ddk_ds.report.records import PARTS, RunRecord
-from ddk_ds.report.state import duration
-from ddk_ds.report.style import Picture, bar_style, legend_above, line_style, tidy, to_svg
+from ddk_ds.report.run_progress import duration
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

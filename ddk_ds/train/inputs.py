@@ -9,7 +9,7 @@ from typing import Any
 
 from ddk_ds.comm import Comm, agreed
 from ddk_ds.config import Config, Model
-from ddk_ds.config.lengths import corpus_samples, interval_steps, total_steps
+from ddk_ds.config.run_config import corpus_samples, interval_steps, total_steps
 from ddk_ds.data.cache import open_store
 from ddk_ds.data.manifest import Manifest, load_manifest
 from ddk_ds.data.store import Store
@@ -20,7 +20,7 @@ from ddk_ds.engine.model_files import ModelFiles, check_code, model_directory, r
 from ddk_ds.errors import ConfigError, DataError
 from ddk_ds.mixture.controllers import Controller
 from ddk_ds.mixture.exhaustion import Exhaustion, make_exhaustion
-from ddk_ds.train.controller import controller_of, read_schedule
+from ddk_ds.train.interval import controller_of, read_schedule
 
 
 @dataclass(frozen=True)

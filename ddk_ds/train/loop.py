@@ -9,26 +9,23 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ddk_ds.config.lengths import interval_steps
+from ddk_ds.config.run_config import interval_steps
 from ddk_ds.data.loader import MicroBatch, interval_loader
 from ddk_ds.engine.export import export_student
 from ddk_ds.mixture.decide import Decision
 from ddk_ds.mixture.exhaustion import Plan
 from ddk_ds.mixture.factors import one_hot_warning
-from ddk_ds.train.checkpoint import SaveFailed
-from ddk_ds.train.checkpoint_files import newest_checkpoint
+from ddk_ds.train.checkpoint.checkpoint_files import newest_checkpoint
+from ddk_ds.train.checkpoint.restore import roll_back
+from ddk_ds.train.checkpoint.saver import SaveFailed
 from ddk_ds.train.guard import NumbersGoneWrong, check_interval, check_step
 from ddk_ds.train.interruption import Interrupted
 from ddk_ds.train.interval import Measurement, interval_record, stop_reason
-from ddk_ds.train.learning_rate import learning_rate
-from ddk_ds.train.model_card import companions
 from ddk_ds.train.read_ahead import read_steps
-from ddk_ds.train.roll_back import roll_back
-from ddk_ds.train.setup import Run
-from ddk_ds.train.step import StepMetrics, seed_step, train_step
-from ddk_ds.train.step_record import step_clock, step_numbers
-from ddk_ds.train.summary import make_summary, summary_table, write_summary
-from ddk_ds.train.versions import versions
+from ddk_ds.train.run import Run
+from ddk_ds.train.run_end import companions, make_summary, summary_table, write_summary
+from ddk_ds.train.step import StepMetrics, learning_rate, seed_step, step_clock, step_numbers, train_step
+from ddk_ds.version import versions
 
 
 def train(run: Run) -> dict[str, Any]:

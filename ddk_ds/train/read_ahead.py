@@ -9,10 +9,8 @@ import numpy as np
 import numpy.typing as npt
 
 from ddk_ds.comm import Comm, agree
-from ddk_ds.data.cache import CachedStore
-from ddk_ds.data.loader import MicroBatch
-from ddk_ds.data.mixture_dataset import MixtureDataset
-from ddk_ds.data.prefetch import Prefetcher
+from ddk_ds.data.cache import CachedStore, Prefetcher
+from ddk_ds.data.loader import MicroBatch, MixtureDataset
 from ddk_ds.data.store import Store
 from ddk_ds.errors import UserError
 from ddk_ds.mixture.schedule import DomainOrder, IntervalState

@@ -13,8 +13,8 @@ from typing import IO, Any
 from ddk_ds.config import Config, Doremi, Loss, Mixture, Ted, to_yaml
 from ddk_ds.errors import CheckpointError
 from ddk_ds.files import nearest_existing, write_text
-from ddk_ds.train.checkpoint_files import newest_checkpoint
-from ddk_ds.train.restore import check_fork
+from ddk_ds.train.checkpoint.checkpoint_files import newest_checkpoint
+from ddk_ds.train.checkpoint.restore import check_fork
 
 # What may differ between two starts of one run: where things lie and how fast they go, not what is computed.
 _FREE = {

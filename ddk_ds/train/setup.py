@@ -2,89 +2,35 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from ddk_ds.comm import Comm, agreed
 from ddk_ds.config import Config
-from ddk_ds.config.lengths import corpus_samples, total_steps
-from ddk_ds.data.loader import validation_batches
-from ddk_ds.data.mixture_dataset import MixtureDataset
+from ddk_ds.config.run_config import corpus_samples, total_steps
+from ddk_ds.data.loader import MixtureDataset, validation_batches
 from ddk_ds.engine.flops import model_flops, training_flops
-from ddk_ds.engine.models import Student, load_student
 from ddk_ds.engine.monitors import open_writers
-from ddk_ds.engine.peak_memory import PeakMemory
 from ddk_ds.engine.runtime import Runtime
-from ddk_ds.engine.stage_clock import StageClock
+from ddk_ds.engine.stage_clock import PeakMemory, StageClock
+from ddk_ds.engine.student import load_student
 from ddk_ds.engine.teacher import Teacher, load_teacher
 from ddk_ds.kernels import default_chunk_tokens
-from ddk_ds.methods import HeadOptions, Method, make_method
+from ddk_ds.methods import HeadOptions
 from ddk_ds.mixture.schedule import DomainEntry, DomainOrder, IntervalState
-from ddk_ds.train.checkpoint import Saver
-from ddk_ds.train.evaluate import PerplexityCache, ValidationBatches, perplexities
+from ddk_ds.train.checkpoint.restore import Start, find_start, go_on_from
+from ddk_ds.train.checkpoint.saver import Saver
 from ddk_ds.train.inputs import Inputs
-from ddk_ds.train.interruption import Interruption
-from ddk_ds.train.interval import Array, Measurement, Mixer
-from ddk_ds.train.ledger import Ledger
-from ddk_ds.train.monitor import MonitorFeed
-from ddk_ds.train.progress import RunProgress
+from ddk_ds.train.interruption import Interruption, Watchdog
+from ddk_ds.train.interval import Array, Mixer
+from ddk_ds.train.ledger import Ledger, MonitorFeed, RunProgress
 from ddk_ds.train.read_ahead import ReadAhead
-from ddk_ds.train.restore import Start, find_start, read_roll_backs
+from ddk_ds.train.run import Run
 from ddk_ds.train.state import RunState
 from ddk_ds.train.teacher_passes import settle_passes
-from ddk_ds.train.versions import versions
-from ddk_ds.train.watchdog import Watchdog
-
-
-@dataclass
-class Run:
-    """Everything that the loop works with."""
-
-    config: Config
-    inputs: Inputs
-    runtime: Runtime
-    student: Student
-    teacher: Teacher | None
-    head: HeadOptions
-    dataset: MixtureDataset
-    validation: ValidationBatches
-    teacher_ppl: Array | None
-    mixer: Mixer
-    ahead: ReadAhead
-    interruption: Interruption
-    watchdog: Watchdog
-    state: RunState
-    ledger: Ledger
-    monitor: MonitorFeed
-    saver: Saver
-    progress: RunProgress
-    total_steps: int
-    step_flops: float
-    """Floating-point operations of a step on one rank."""
-
-    def measure(self) -> Measurement:
-        """Perplexities of the student now, beside the teacher's. Collective."""
-        runtime = self.runtime
-        student = perplexities(
-            self.student,
-            self.validation,
-            options=self.head,
-            device=runtime.device,
-            comm=runtime.comm,
-            poll=self.interruption.check,
-        )
-        return Measurement(student, self.teacher_ppl)
-
-    def record(self, record: dict[str, Any]) -> None:
-        """Write what was computed to the ledger and to the monitors."""
-        self.ledger.write(record)
-        self.monitor.add(record)
-
-    def make_method(self) -> Method:
-        """What a step minimises."""
-        return make_method(self.config, self.teacher, self.head, len(self.inputs.names), self.state.method)
+from ddk_ds.train.validation import PerplexityCache, ValidationBatches, perplexities
+from ddk_ds.version import versions
 
 
 def prepare_run(
@@ -192,20 +138,6 @@ def _restore(run: Run, start: Start | None) -> None:
     if changed:
         shown = ", ".join(f"{name} {change}" for name, change in changed.items())
         run.progress.say(f"warning: other versions than before, so the last digits may differ: {shown}")
-
-
-def go_on_from(run: Run, start: Start) -> None:
-    """Restore weights, optimizer, state and ledger from a checkpoint. Collective."""
-    fresh = run.state
-    run.state = start.load(run.student)
-    run.state.data.check_fits(fresh.data)
-    if start.forked and run.config.loss.chunk_tokens is not None:
-        run.state.chunk_tokens = fresh.chunk_tokens
-    run.head = replace(run.head, chunk_tokens=run.state.chunk_tokens)
-    run.ledger.rewind(0 if start.forked else start.manifest.ledger_bytes)
-    passed = read_roll_backs(run.config.run_dir, run.runtime.comm)
-    positions = [entry["skip_until"] for entry in passed if entry["step"] == run.state.step]
-    run.state.skip_until = max([run.state.skip_until, *positions])
 
 
 def _domain_entries(dataset: MixtureDataset) -> list[DomainEntry]:

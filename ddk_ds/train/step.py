@@ -1,19 +1,37 @@
-"""One optimizer step: micro-batches in, one update and its metrics out."""
+"""The learning rate as a pure function of the step: nothing to save, nothing to restore.
+
+One optimizer step: micro-batches in, one update and its metrics out.
+
+A step's line of the ledger.
+"""
 
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 
 from ddk_ds.comm import Comm
+from ddk_ds.config import Optimizer
 from ddk_ds.data.loader import MicroBatch
-from ddk_ds.engine.models import Student
+from ddk_ds.engine.flops import utilisation
+from ddk_ds.engine.student import Student
 from ddk_ds.methods import IGNORE_INDEX, Batch, Method
-from ddk_ds.train.evaluate import next_token_labels
+from ddk_ds.train.validation import next_token_labels
+
+
+def learning_rate(step: int, total_steps: int, options: Optimizer) -> float:
+    """Rate of optimizer step `step` (from 0): linear warm-up from 0, then cosine to the floor at `total_steps`."""
+    if step < options.warmup_steps:
+        return options.learning_rate * (step + 1) / options.warmup_steps
+    decay_steps = max(1, total_steps - options.warmup_steps)
+    progress = min(1.0, (step - options.warmup_steps) / decay_steps)
+    span = options.learning_rate - options.min_learning_rate
+    return options.min_learning_rate + span * 0.5 * (1.0 + math.cos(math.pi * progress))
 
 
 @dataclass(frozen=True)
@@ -84,3 +102,34 @@ def seed_step(seed: int, step: int, rank: int) -> None:
     """Seed dropout anew for each step: a resumed run needs no generator state, and its draws are the same."""
     digest = hashlib.sha256(f"{seed}/{step}/{rank}".encode()).digest()
     torch.manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+
+
+def step_numbers(metrics: StepMetrics) -> dict[str, Any]:
+    """What was computed: the same again under the same seed. What is not finite is null, which JSON has."""
+    numbers = asdict(metrics)
+    for name in ("seconds", "peaks", *(() if metrics.method else ("method",))):
+        del numbers[name]
+    return {name: _finite(value) for name, value in numbers.items()}
+
+
+def step_clock(metrics: StepMetrics, seconds: dict[str, float], flops: float) -> dict[str, Any]:
+    """What depends on the machine: seconds by part, tokens/s, memory in 10^9 bytes, and the MFU.
+
+    `seconds` are those of the step and of what stands outside of its parts; `flops` those of a rank's step. The MFU is
+    their share of what the GPU can do at its peak in that time, and null where the peak is not known.
+    """
+    seconds = {**seconds, **metrics.seconds}
+    peaks = {name: round(size / 1e9, 3) for name, size in metrics.peaks.items()}
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    mfu = utilisation(flops, seconds["step"], name)
+    return {
+        **{f"{name}_s": round(value, 4) for name, value in seconds.items()},
+        "tokens_per_s": round(sum(metrics.domain_tokens) / seconds["step"], 1),
+        "mfu": None if mfu is None else round(mfu, 4),
+        "peak_memory_gb": max(peaks.values()),
+        "peak_gb": peaks,
+    }
+
+
+def _finite(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value

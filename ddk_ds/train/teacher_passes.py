@@ -6,7 +6,7 @@ import torch
 
 from ddk_ds.config import Config
 from ddk_ds.engine.memory import MEMORY_MARGIN, estimate_memory, fewest_passes, shard_ranks
-from ddk_ds.engine.model_shape import ModelShape, model_shape
+from ddk_ds.engine.model_files import ModelShape, model_shape
 from ddk_ds.engine.runtime import Runtime
 from ddk_ds.train.inputs import Inputs
 from ddk_ds.train.preflight.agreement import Job

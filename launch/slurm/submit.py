@@ -13,12 +13,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # where the project is not installed
-
 from ddk_ds.config import Config, load_config
 from ddk_ds.errors import UserError
-from launch.slurm.script import ROOT, Container, Job, render
-from launch.slurm.snapshot import next_snapshot, write_snapshot
+from ddk_ds.slurm.batch_script import ROOT, Container, Job, next_snapshot, render, write_snapshot
 
 _TIME = re.compile(r"(?:(?P<days>\d+)-)?(?P<fields>\d+(?::\d+){0,2})")
 _ARRAY = re.compile(r"\d+(-\d+(:\d+)?)?(,\d+(-\d+(:\d+)?)?)*(%\d+)?")

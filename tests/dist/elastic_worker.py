@@ -17,8 +17,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
-from ddk_ds.data.loader import interval_loader
-from ddk_ds.data.mixture_dataset import MixtureDataset
+from ddk_ds.data.loader import MixtureDataset, interval_loader
 from ddk_ds.files import write_text
 from ddk_ds.mixture.order import DomainOrder
 from ddk_ds.mixture.schedule import IntervalState, interval_ids

@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM
 from ddk_ds.engine.export import Companions, export_student
 from ddk_ds.engine.head import OutputHead
 from ddk_ds.engine.model_files import read_model
-from ddk_ds.engine.models import load_student
 from ddk_ds.engine.runtime import Runtime
+from ddk_ds.engine.student import load_student
 from ddk_ds.engine.teacher import load_teacher
 from ddk_ds.kernels.reference import reference_logits
 from tests.dist.tiny import ARCHITECTURES, VOCAB, save_model, tiny_config

@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM
 from ddk_ds.config import Config
 from ddk_ds.engine.filters import filter_shape
 from ddk_ds.engine.model_files import read_model
-from ddk_ds.engine.models import Student, load_student
 from ddk_ds.engine.runtime import Runtime
+from ddk_ds.engine.student import Student, load_student
 from ddk_ds.engine.teacher import load_teacher
 from ddk_ds.methods import HeadOptions, Method, make_method
 from ddk_ds.train.step import StepMetrics, train_step

@@ -13,13 +13,12 @@ from transformers import AutoModelForCausalLM
 
 from ddk_ds.config import Config
 from ddk_ds.engine.model_files import read_model
-from ddk_ds.engine.models import Student, load_student
 from ddk_ds.engine.runtime import Runtime
+from ddk_ds.engine.student import Student, load_student
 from ddk_ds.engine.teacher import Teacher, load_teacher
 from ddk_ds.methods import HeadOptions, make_method
-from ddk_ds.train.evaluate import next_token_labels, perplexities
-from ddk_ds.train.learning_rate import learning_rate
-from ddk_ds.train.step import train_step
+from ddk_ds.train.step import learning_rate, train_step
+from ddk_ds.train.validation import next_token_labels, perplexities
 from tests.dist.tiny import VOCAB, save_model, tiny_config
 
 STEPS, SAMPLES, LENGTH = 5, 8, 24

@@ -14,9 +14,9 @@ import torch
 
 from ddk_ds.config import load_config
 from ddk_ds.engine.memory import estimate_memory
-from ddk_ds.engine.model_shape import model_shape
-from ddk_ds.engine.models import load_student
+from ddk_ds.engine.model_files import model_shape
 from ddk_ds.engine.runtime import Runtime
+from ddk_ds.engine.student import load_student
 from ddk_ds.engine.teacher import load_teacher
 from ddk_ds.train.inputs import check_inputs
 from ddk_ds.train.preflight import agreement, measure_collectives, preflight

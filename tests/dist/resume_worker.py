@@ -12,8 +12,9 @@ from ddk_ds.engine.runtime import Runtime
 from ddk_ds.train.inputs import check_inputs
 from ddk_ds.train.interruption import Interruption
 from ddk_ds.train.loop import train
+from ddk_ds.train.run import Run
 from ddk_ds.train.run_dir import claim_run_dir, run_identity
-from ddk_ds.train.setup import Run, prepare_run
+from ddk_ds.train.setup import prepare_run
 
 
 class BreakOff(Exception):

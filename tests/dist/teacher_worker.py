@@ -13,8 +13,8 @@ from deepspeed.runtime.zero import partition_parameters
 
 from ddk_ds.engine.filters import filter_shape
 from ddk_ds.engine.model_files import read_model
-from ddk_ds.engine.models import load_student
 from ddk_ds.engine.runtime import Runtime
+from ddk_ds.engine.student import load_student
 from ddk_ds.engine.teacher import Teacher, load_teacher
 from ddk_ds.methods import HeadOptions, make_method
 from ddk_ds.train.step import train_step

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ddk_ds.data.mixture_dataset import MixtureDataset
+from ddk_ds.data.loader import MixtureDataset
 from ddk_ds.mixture.schedule import IntervalState
 from tests.dist.elastic_worker import Plan, Topology, begin, first_state, order_of, run_rank
 

@@ -11,7 +11,7 @@ import pytest
 
 from launch.distill import main
 from tests.dist.ranks import run_ranks
-from tools.small_run import without_clock, write_config
+from tools.bench.small_run import without_clock, write_config
 
 SHARES = {"python": 0.25, "cpp": 0.25, "mathematics": 0.5}
 

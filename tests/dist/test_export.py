@@ -10,14 +10,14 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from ddk_ds.engine.universal import write_universal
-from ddk_ds.train.checkpoint_files import TAG, complete, partial_directory, read_manifest
+from ddk_ds.engine.zero_shards import write_universal
+from ddk_ds.train.checkpoint.checkpoint_files import TAG, complete, partial_directory, read_manifest
 from tests.dist.export_worker import IDS
 from tests.dist.ranks import run_ranks
 from tests.dist.tiny import VOCAB, save_model
 from tests.saved_run import save_run
+from tools.bench.small_run import write_config
 from tools.export_hf import main
-from tools.small_run import write_config
 
 SLACK_BYTES = 48 * 2**20  # what is mapped at a time, one tensor, and the allocator's; seen: 39 MB
 SHORT: dict[str, Any] = {

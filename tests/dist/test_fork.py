@@ -15,7 +15,7 @@ from ddk_ds.errors import CheckpointError
 from ddk_ds.train.inputs import check_inputs
 from ddk_ds.train.run_dir import run_identity
 from tests.dist.ranks import run_ranks
-from tools.small_run import without_clock, write_config
+from tools.bench.small_run import without_clock, write_config
 
 WORKER = "tests.dist.resume_worker:"
 

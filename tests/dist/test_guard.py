@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.dist.ranks import run_ranks
-from tools.small_run import without_clock, write_config
+from tools.bench.small_run import without_clock, write_config
 
 
 @pytest.mark.parametrize(("poisoned", "outcome"), [([3], "finished"), ([3, 4, 5], "not finite in 3 steps in a row")])

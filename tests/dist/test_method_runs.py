@@ -16,7 +16,7 @@ from ddk_ds.engine.model_files import read_model
 from ddk_ds.errors import ConfigError
 from tests.dist.ranks import run_ranks
 from tests.dist.resume_worker import run_dir
-from tools.small_run import without_clock, write_config
+from tools.bench.small_run import without_clock, write_config
 
 MIXTURE: dict[str, Any] = {"interval_steps": 2, "ratio_cap": None, "initial_floor": 0.0}
 SHORT: dict[str, Any] = {"mixture": MIXTURE, "stop": {"steps": 4}, "checkpoint": {"every_steps": 2}}

@@ -16,7 +16,7 @@ from ddk_ds.run_files import read_ledger
 from tests.dist.ranks import run_ranks
 from tests.dist.resume_worker import run_dir
 from tools import replay
-from tools.small_run import write_config
+from tools.bench.small_run import write_config
 
 DOMAINS = ("cpp", "mathematics", "python")
 # The tiny student's tensors are never away, so that none is gathered.

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.dist.ranks import run_ranks
-from tools.small_run import ROOT, write_config
+from tools.bench.small_run import ROOT, write_config
 
 DEEPSPEED = str(Path(sys.executable).with_name("deepspeed"))
 # fault on rank 1 -> the row that finds it, its result, what it says

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from tests.dist.ranks import run_ranks
 from tests.dist.resume_worker import run_dir
-from tools.small_run import without_clock, write_config
+from tools.bench.small_run import without_clock, write_config
 
 
 def test_interrupted_anywhere(workspace: Path, tmp_path: Path) -> None:

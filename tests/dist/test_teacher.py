@@ -11,7 +11,7 @@ from ddk_ds.run_files import read_events
 from tests.dist.ranks import run_ranks
 from tests.dist.resume_worker import run_dir
 from tests.dist.teacher_worker import TEACHER
-from tools.small_run import without_clock, write_config
+from tools.bench.small_run import without_clock, write_config
 
 ZERO = {"stage3_param_persistence_threshold": 0}
 SMALL_BUCKETS = {"zero_optimization": {**ZERO, "reduce_bucket_size": 20_000, "stage3_prefetch_bucket_size": 10_000}}

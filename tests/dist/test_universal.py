@@ -16,7 +16,7 @@ import torch
 
 from tests.dist.ranks import run_ranks
 from tests.dist.resume_worker import run_dir
-from tools.small_run import without_clock, write_config
+from tools.bench.small_run import without_clock, write_config
 
 WORKER = "tests.dist.resume_worker:"
 # Two groups of parameters with different weight decay; the break falls into an interval. Under AdamW's usual epsilon
@@ -65,7 +65,7 @@ def test_two_ranks_then_others(whole: Path, ranks: int) -> None:
 
 
 def test_equal_to_deepspeeds_own(whole: Path, tmp_path: Path) -> None:
-    from ddk_ds.engine.universal import write_universal
+    from ddk_ds.engine.zero_shards import write_universal
 
     source = max((run_dir(str(whole), "whole") / "checkpoints").glob("step-*")) / "state"
     for rank in range(3):

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from tests.e2e.test_run import finish
-from tools.small_run import write_config
+from tools.bench.small_run import write_config
 
 WHOLE: dict[str, Any] = {"stop": {"steps": 12}, "checkpoint": {"every_steps": 100}}
 

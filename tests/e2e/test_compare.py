@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tools.small_run import ROOT, write_config
+from tools.bench.small_run import ROOT, write_config
 
 METHODS = ("cpt", "ddk")
 

@@ -12,7 +12,7 @@ import psutil
 
 from tests.e2e.conftest import WHOLE
 from tests.e2e.test_run import finish, start, wait_for_step
-from tools.small_run import without_clock, write_config
+from tools.bench.small_run import without_clock, write_config
 
 
 def launcher_of(process: subprocess.Popen[str]) -> psutil.Process:

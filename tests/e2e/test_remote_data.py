@@ -11,7 +11,7 @@ from pathlib import Path
 from tests.e2e.conftest import WHOLE
 from tests.e2e.test_run import finish, start, wait_for_step
 from tests.s3_server import ENVIRONMENT, S3Server
-from tools.small_run import without_clock, write_config
+from tools.bench.small_run import without_clock, write_config
 
 
 def test_s3_that_fails_every_tenth_request_gives_the_same_run(

@@ -15,7 +15,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ddk_ds.data.loader import validation_batches
-from tools.small_run import ROOT, without_clock, write_config
+from tools.bench.small_run import ROOT, without_clock, write_config
 
 DEEPSPEED = str(Path(sys.executable).with_name("deepspeed"))
 

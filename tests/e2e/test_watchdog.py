@@ -9,7 +9,7 @@ from pathlib import Path
 
 from tests.e2e.test_interruption import rank_of
 from tests.e2e.test_run import start, wait_for_step
-from tools.small_run import write_config
+from tools.bench.small_run import write_config
 
 
 def test_a_rank_that_hangs_ends_the_job_with_the_stacks_of_the_others(workspace: Path, tmp_path: Path) -> None:

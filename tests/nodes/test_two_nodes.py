@@ -15,7 +15,7 @@ import pytest
 
 from tests.e2e.test_run import wait_for_step
 from tests.nodes.hosts import INTERFACE, Host, hosts, need
-from tools.small_run import ROOT, without_clock, write_config
+from tools.bench.small_run import ROOT, without_clock, write_config
 
 PORT = 29411
 OPTIONS = {"stop": {"steps": 40}, "mixture": {"interval_steps": 8}, "checkpoint": {"every_steps": 4}}

@@ -13,7 +13,7 @@ from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 
 from tests.nodes.hosts import Host, need
-from tools.small_run import ROOT
+from tools.bench.small_run import ROOT
 
 _CONF = """\
 ClusterName=test

@@ -9,7 +9,7 @@ import pytest
 
 from tests.nodes.hosts import INTERFACE, hosts
 from tests.slurm.cluster import Cluster, cluster
-from tools.small_run import without_clock, write_config
+from tools.bench.small_run import without_clock, write_config
 
 # Enough steps that a signal finds the run at work.
 OPTIONS = {"stop": {"steps": 60}, "mixture": {"interval_steps": 30}, "checkpoint": {"every_steps": 100}}

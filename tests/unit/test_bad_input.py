@@ -15,7 +15,7 @@ import pytest
 from ddk_ds.config import load_config
 from ddk_ds.train.run_dir import claim_run_dir
 from launch.distill import main
-from tools.small_run import write_config
+from tools.bench.small_run import write_config
 
 CASES: list[tuple[str, dict[str, Any], tuple[str, ...]]] = [
     ("unknown key", {"data": {"sequence_lenght": 64}}, ("data.sequence_lenght", "sequence_length")),

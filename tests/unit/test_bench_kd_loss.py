@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from ddk_ds.kernels.reference import reference_kd_loss
-from tools import bench_kd_loss, kd_peers
-from tools.kd_peers import IMPLEMENTATIONS, Case, Problem
+from tools.bench import bench_kd_loss, kd_peers
+from tools.bench.kd_peers import IMPLEMENTATIONS, Case, Problem
 
 CASE_KEYS = {
     *("impl", "device", "dtype", "n", "vocab", "hidden", "time_s", "wall_s", "peak_bytes"),

@@ -1,4 +1,4 @@
-"""tools/bench_step.py: a real run of every case that needs no other environment, and how it relates them."""
+"""tools/bench/bench_step.py: a real run of every case that needs no other environment, and how it relates them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tools.bench_step import main, relate, wait_for
+from tools.bench.bench_step import main, relate, wait_for
 
 SMALL = ["--size", "quick", "--tokens", "128", "--length", "32", "--steps", "2"]
 

@@ -11,16 +11,24 @@ from typing import Any
 import pytest
 import yaml
 
+from ddk_ds.comparison import method_stages as stages
+from ddk_ds.comparison.comparison_report import draw, markdown
+from ddk_ds.comparison.method_stages import STAGES, Job, run_job
+from ddk_ds.comparison.results_table import (
+    Result,
+    RunCost,
+    compare,
+    paired_difference,
+    read_results,
+    run_cost,
+    spread,
+    t_quantile,
+)
 from ddk_ds.config import load_config, to_yaml
 from ddk_ds.engine.flops import count_forward_flops, training_flops
 from ddk_ds.errors import ConfigError, DataError
 from tools import compare as command
-from tools import stages
 from tools.compare import make_jobs, read_grid
-from tools.comparison import Result, compare, paired_difference, read_results, spread, t_quantile
-from tools.comparison_report import draw, markdown
-from tools.run_cost import RunCost, run_cost
-from tools.stages import STAGES, Job, run_job
 
 CONFIG = {
     "name": "base",
@@ -196,8 +204,10 @@ def write_run(directory: Path, config: Path, after: list[float], *overrides: str
 
 def test_cost_of_a_run(tmp_path: Path, config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = write_run(tmp_path / "out/kd-s0", config, [5.0, 20.0], "method=kd")
-    monkeypatch.setattr("tools.run_cost.model_directory", lambda path, key, comm: Path(path))
-    monkeypatch.setattr("tools.run_cost.forward_flops", lambda path, length: 100.0 if path.name == "big" else 10.0)
+    monkeypatch.setattr("ddk_ds.comparison.results_table.model_directory", lambda path, key, comm: Path(path))
+    monkeypatch.setattr(
+        "ddk_ds.comparison.results_table.forward_flops", lambda path, length: 100.0 if path.name == "big" else 10.0
+    )
     cost = run_cost(run)
     assert cost.evaluation_time_share == 3 / 12
     # 3 measurements of the student and 1 of the teacher, of 2 domains x 5 samples x 8 tokens; 10 steps of 4 x 8 tokens.

@@ -9,8 +9,8 @@ import pytest
 from pydantic import Field
 
 from ddk_ds.config import METHODS, Config
-from tools import config_reference
-from tools.config_reference import _kind, main, reference, section_of
+from tools.bench import config_reference
+from tools.bench.config_reference import _kind, main, reference, section_of
 
 
 def test_the_page_is_up_to_date(capsys: pytest.CaptureFixture[str]) -> None:
@@ -45,4 +45,4 @@ def test_an_old_page_is_told(
     assert main([]) == 0 and main(["--check"]) == 0
     page.write_text(page.read_text().replace("0.5", "0.6"))
     assert main(["--check"]) == 1
-    assert "run python tools/config_reference.py" in capsys.readouterr().err
+    assert "run python -m tools.bench.config_reference" in capsys.readouterr().err

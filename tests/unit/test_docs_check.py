@@ -1,4 +1,4 @@
-"""tools/docs_check.py: the pages are right, and a page that is not is told."""
+"""tools/bench/docs_check.py: the pages are right, and a page that is not is told."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from tools import docs_check
-from tools.docs_commands import Command, commands, help_faults, parser_of, scripts
+from tools.bench import docs_check
+from tools.bench.docs_check import Command, commands, help_faults, parser_of, scripts
 
 
 def test_the_pages_are_right(capsys: pytest.CaptureFixture[str]) -> None:
@@ -18,8 +18,8 @@ def test_the_pages_are_right(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_every_tool_is_looked_at() -> None:
     names = {path.as_posix() for path in scripts()}
-    assert {"launch/distill.py", "launch/slurm/submit.py", "tools/export_hf.py", "tools/docs_check.py"} <= names
-    assert "tools/docs_commands.py" not in names
+    assert {"launch/distill.py", "launch/slurm/submit.py", "tools/export_hf.py", "tools/bench/docs_check.py"} <= names
+    assert "tools/bench/docs_check.py" not in names
 
 
 def test_commands_of_a_page() -> None:
@@ -36,7 +36,7 @@ def test_commands_of_a_page() -> None:
     import sys
     END
 
-Text with `make demo` and `python tools/bench_loader.py
+Text with `make demo` and `python -m tools.bench.bench_loader
 --json FILE`, but `python` alone is no command.
 """
     found = list(commands(text))
@@ -50,7 +50,7 @@ Text with `make demo` and `python tools/bench_loader.py
     ]
     assert found[0].words == ["python", "tools/summary.py", "runs/demo"]
     assert found[3].script == "import sys"
-    assert found[5].words == ["python", "tools/bench_loader.py", "--json", "1"]
+    assert found[5].words == ["python", "tools/bench/bench_loader.py", "--json", "1"]
 
 
 def test_what_is_optional_is_parsed_too() -> None:
@@ -104,7 +104,7 @@ def test_wrong_files_links_and_keys_are_found(tmp_path: Path, capsys: pytest.Cap
 
 
 def test_a_help_out_of_style_is_found() -> None:
-    parser = parser_of(Path("tools/docs_check.py"))
+    parser = parser_of(Path("tools/bench/docs_check.py"))
     assert parser is not None and help_faults(parser) == []
     parser.description = "Checks"
     parser.add_argument("--bare")

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from ddk_ds.files import size_and_xxh64
-from tools.fault_campaign import Outcome, compare, resumed_from, summary
-from tools.faults import KINDS, MOMENTS, whole_checkpoints
+from tools.bench.fault_campaign import Outcome, compare, resumed_from, summary
+from tools.bench.faults import KINDS, MOMENTS, whole_checkpoints
 
 
 def write_ledger(run_dir: Path, *losses: float, tokens: int = 7) -> Path:

@@ -14,9 +14,9 @@ from tokenizers import pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from ddk_ds.data.tokenizer import load_tokenizer
-from ddk_ds.engine import gguf as conversion
 from ddk_ds.errors import ConfigError, DataError
-from tools import fetch_smollm2
+from tools.bench import fetch_smollm2
+from tools.bench import gguf_model as conversion
 
 needs_gguf = pytest.mark.skipif(find_spec("gguf") is None, reason="gguf is not installed: pip install -e '.[gguf]'")
 

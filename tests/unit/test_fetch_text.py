@@ -16,12 +16,12 @@ from typing import Any
 import pytest
 import yaml
 
-from ddk_ds.data.formats import Dropped, read_texts
+from ddk_ds.data.documents import Dropped, read_texts
 from ddk_ds.data.recipe import list_files, load_recipe
 from ddk_ds.errors import ConfigError, DataError
-from tools import fetch_text, packages
-from tools.package_text import cjk_lines, read_text, split_documents, strip_html
-from tools.packages import Package, PackageStore, parse_package
+from tools.bench import fetch_text, packages
+from tools.bench.package_text import cjk_lines, read_text, split_documents, strip_html
+from tools.bench.packages import Package, PackageStore, parse_package
 
 ROOT = Path(__file__).parents[2]
 

@@ -12,10 +12,11 @@ import pytest
 import torch
 
 from ddk_ds.data.tokenizer import load_tokenizer
-from ddk_ds.engine.profile import FULL, QUICK, profile_step, step_flops, utilisation
-from tools import gpu_suite
-from tools.gpu_suite import Bench, PartFailed, PartSkipped, run_part
-from tools.step_setting import save_byte_tokenizer
+from ddk_ds.engine.flops import utilisation
+from tools.bench import gpu_suite
+from tools.bench.gpu_suite import Bench, PartFailed, PartSkipped, run_part
+from tools.bench.step_profile import FULL, QUICK, profile_step, step_flops
+from tools.bench.step_setting import save_byte_tokenizer
 
 
 @pytest.fixture

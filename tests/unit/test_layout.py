@@ -14,18 +14,18 @@ from ddk_ds.config import load_config
 
 ROOT = Path(__file__).parents[2]
 TREES = ("ddk_ds", "launch", "tools")
-MAX_FILE_LINES = 300
+MAX_FILE_LINES = 500
 MAX_FUNCTION_LINES = 60
 
 # From the top down. A room imports from the floors below it, never from its own floor.
 FLOORS = (
     ("launch", "tools"),
-    ("train", "report", "planner", "evaluation"),
+    ("train", "report", "planner", "evaluation", "comparison", "slurm"),
     ("methods",),
     ("engine",),
     ("data", "kernels", "mixture"),
     ("comm", "config", "run_files"),
-    ("errors", "files", "redact", "version"),
+    ("command_line", "drawing", "errors", "files", "redact", "version"),
 )
 FLOOR = {room: floor for floor, rooms in enumerate(reversed(FLOORS)) for room in rooms}
 
@@ -117,6 +117,31 @@ def project_files() -> dict[Path, str]:
 def test_imports_point_down() -> None:
     faults = [fault for path, source in project_files().items() for fault in import_faults(path, source)]
     assert not faults, "\n".join(faults)
+
+
+def test_a_tool_is_started_and_never_imported() -> None:
+    """tools/ holds commands, one a file; tools/bench/ is the workshop, of which only the workshop imports."""
+    for path, source in project_files().items():
+        in_bench = path.parts[:2] == ("tools", "bench")
+        if path.parts[0] == "tools" and not in_bench:
+            assert "\ndef main(" in source, f"{path} has no main(): it is no command; move it to the package"
+        for name in imported_names(path, source):
+            if name.split(".")[0] in ("tools", "launch"):
+                assert in_bench and within(name, "tools.bench"), f"{path} imports {name}: move what it needs below both"
+
+
+def test_no_file_changes_the_import_path() -> None:
+    faults = [str(path) for path, source in project_files().items() if "sys.path" in source]
+    assert not faults, f"{faults}: `make setup` installs the package; start the workshop by python -m tools.bench.X"
+
+
+def test_file_names_are_unique() -> None:
+    """A name in a traceback, a search or an editor's tab says which file it is."""
+    by_name: dict[str, list[str]] = {}
+    for path in project_files():
+        if path.name != "__init__.py":
+            by_name.setdefault(path.name, []).append(str(path))
+    assert not {name: paths for name, paths in by_name.items() if len(paths) > 1}
 
 
 def test_no_import_cycle() -> None:

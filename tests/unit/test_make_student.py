@@ -17,11 +17,11 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from ddk_ds.data.tokenizer import EOS_TOKEN, PAD_TOKEN, save_tokenizer
-from ddk_ds.engine.plain import load_model
+from ddk_ds.engine import pruning
+from ddk_ds.engine.whole_models import load_model
 from launch import distill
-from tools import pruning
+from tools.bench.small_run import write_config
 from tools.make_student import main
-from tools.small_run import write_config
 
 LAYERS = 6
 SIZES = {"hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 48, "num_hidden_layers": LAYERS}

@@ -19,9 +19,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from ddk_ds.config import Config, Model, load_config
 from ddk_ds.engine.memory import MemoryEstimate, estimate_memory
 from ddk_ds.engine.memory import _layer_activations as layer_activations
-from ddk_ds.engine.model_shape import ModelShape, configured_shape
+from ddk_ds.engine.model_files import ModelShape, configured_shape
 from ddk_ds.errors import ConfigError
-from ddk_ds.kernels.checks import check_head
+from ddk_ds.kernels.linear_kd import check_head
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 PAGE = Path(__file__).parents[2] / "docs/paper.md"

@@ -25,7 +25,7 @@ from ddk_ds.train.preflight.machine import available_bytes, shared_memory
 from ddk_ds.train.preflight.rows import merge
 from launch.preflight import main
 from tests.unit.test_bad_input import swap_two_tokens
-from tools.small_run import write_config
+from tools.bench.small_run import write_config
 
 FORMAT = 3
 

@@ -18,7 +18,7 @@ from ddk_ds.redact import redact
 from ddk_ds.train.inputs import check_inputs
 from ddk_ds.train.ledger import Ledger
 from launch.distill import main
-from tools.small_run import write_config
+from tools.bench.small_run import write_config
 
 ROOT = Path(__file__).parents[2]
 

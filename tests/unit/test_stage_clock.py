@@ -7,8 +7,7 @@ import time
 import numpy as np
 import pytest
 
-from ddk_ds.engine.peak_memory import PeakMemory
-from ddk_ds.engine.stage_clock import OTHER, StageClock
+from ddk_ds.engine.stage_clock import OTHER, PeakMemory, StageClock
 
 
 def test_a_stage_within_another_counts_for_itself() -> None:

@@ -18,9 +18,9 @@ from pathlib import Path
 import pytest
 
 from ddk_ds.errors import UserError
-from launch.slurm.script import ROOT
+from ddk_ds.slurm.batch_script import ROOT
 from launch.slurm.submit import main, time_limit_s
-from tools.small_run import write_config
+from tools.bench.small_run import write_config
 
 STAND_INS = {
     # Numbers jobs from 7 on.

@@ -58,7 +58,7 @@ def test_a_quote_that_is_no_message_is_found(known: list[str]) -> None:
 
 
 def test_every_key_named_there_is_one() -> None:
-    from tools.config_reference import reference
+    from tools.bench.config_reference import reference
 
     text = PAGE.read_text(encoding="utf-8")
     keys = set(re.findall(r"`([a-z]+\.[a-z_]+)(?:=\w+|: [\w.]+)?`", text)) - {"ledger.jsonl", "manifest.json"}

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from ddk_ds.errors import ConfigError
-from tools import wheelhouse
+from tools.bench import wheelhouse
 
 
 class Pip:

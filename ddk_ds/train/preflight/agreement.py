@@ -22,7 +22,7 @@ from ddk_ds.comm import Comm, collectives
 from ddk_ds.config import Config, to_yaml
 from ddk_ds.files import nearest_existing
 from ddk_ds.train.preflight.rows import Row, deadline, judged
-from ddk_ds.train.versions import versions
+from ddk_ds.version import versions
 
 # Rows of the ledger and files of several nodes are compared by their times; certificates and leases fail by minutes.
 SKEW_WARN_S, SKEW_FAIL_S = 2.0, 60.0

@@ -14,10 +14,9 @@ from ddk_ds.data.cache import open_store
 from ddk_ds.data.manifest import load_manifest
 from ddk_ds.engine.ds_config import student_ds_config
 from ddk_ds.engine.memory import estimate_memory
-from ddk_ds.engine.model_files import model_directory, read_model
-from ddk_ds.engine.model_shape import ModelShape, model_shape
+from ddk_ds.engine.model_files import ModelShape, model_directory, model_shape, read_model
 from ddk_ds.train.inputs import Inputs, check_inputs
-from ddk_ds.train.preflight import agreement, files, machine
+from ddk_ds.train.preflight import agreement, machine, path_checks
 from ddk_ds.train.preflight.agreement import Job
 from ddk_ds.train.preflight.rows import Row, attempt, deadline, failed, merge
 
@@ -97,13 +96,13 @@ def _inputs(config: Config, job: Job, known: Inputs | None) -> list[Row]:
             together.append(attempt("tokenizers and data", _fit, _found(config, paths), known, checked))
         if all(job.comm.gather_objects(bool(checked))):
             together += _with_inputs(config, job, checked[0])
-        together.append(_on_first(job, "newest checkpoint", files.checkpoints, config, job.ranks))
+        together.append(_on_first(job, "newest checkpoint", path_checks.checkpoints, config, job.ranks))
     return [*rows, *_of_models(config, job, paths), *together]
 
 
 def _model(key: str, path: str, job: Job, paths: dict[str, Path]) -> Row:
     directory = model_directory(path, f"{key}.path", job.comm)
-    row = files.model_files(directory, key)
+    row = path_checks.model_files(directory, key)
     if row.status == "pass":
         paths[key] = directory
     return row
@@ -134,7 +133,8 @@ def _of_models(config: Config, job: Job, paths: dict[str, Path]) -> list[Row]:
     """Precision, memory and disks: what needs the models alone, whatever else failed. No collective."""
     models = {key: read_model(directory, f"{key}.path") for key, directory in paths.items()}
     rows = [
-        attempt(f"{key} precision", files.precision, config, model, key, job.device) for key, model in models.items()
+        attempt(f"{key} precision", path_checks.precision, config, model, key, job.device)
+        for key, model in models.items()
     ]
     if "student" not in models or (config.teacher is not None and "teacher" not in models):
         return rows
@@ -143,9 +143,9 @@ def _of_models(config: Config, job: Job, paths: dict[str, Path]) -> list[Row]:
     rows.append(attempt("host memory", _memory, config, job, student, teacher, "host"))
     if job.device.type == "cuda":
         rows.append(attempt("device memory", _memory, config, job, student, teacher, "device"))
-    rows.append(attempt("disk for checkpoints", files.checkpoint_space, config, student))
+    rows.append(attempt("disk for checkpoints", path_checks.checkpoint_space, config, student))
     if config.train.nvme_path is not None:
-        rows.append(attempt("disk for offloading", files.nvme_space, config, job, student, teacher))
+        rows.append(attempt("disk for offloading", path_checks.nvme_space, config, job, student, teacher))
     return rows
 
 
@@ -163,10 +163,10 @@ def _with_inputs(config: Config, job: Job, inputs: Inputs) -> list[Row]:
     """The run's directory, which rank 0 looks at for all, and what the ranks' inputs have in common."""
     rows = [
         attempt("same files on all ranks", agreement.same_files, job, inputs.fingerprints),
-        _on_first(job, "run directory", files.run_directory, config, inputs.fingerprints),
+        _on_first(job, "run directory", path_checks.run_directory, config, inputs.fingerprints),
     ]
     if config.data.cache_dir is not None:
-        rows.append(attempt("disk for the data cache", files.cache_space, config, inputs.manifest, inputs.names))
+        rows.append(attempt("disk for the data cache", path_checks.cache_space, config, inputs.manifest, inputs.names))
     return rows
 
 

@@ -19,12 +19,11 @@ import pytest
 
 from ddk_ds.config import Data
 from ddk_ds.data import cache as cache_module
-from ddk_ds.data import fetch as fetch_module
-from ddk_ds.data.cache import CachedStore, CacheOptions, open_store
+from ddk_ds.data import remote as fetch_module
+from ddk_ds.data.cache import CachedStore, CacheOptions, Prefetcher, open_store
+from ddk_ds.data.loader import MixtureDataset
 from ddk_ds.data.manifest import FILE_NAME, load_manifest
 from ddk_ds.data.mds import write_split
-from ddk_ds.data.mixture_dataset import MixtureDataset
-from ddk_ds.data.prefetch import Prefetcher
 from ddk_ds.data.store import LocalStore, Shard
 from ddk_ds.errors import ConfigError, DataError
 
@@ -188,7 +187,7 @@ def test_attempts_that_fail_are_made_again(remote: Path, tmp_path: Path, monkeyp
         original(self, *arguments)  # type: ignore[arg-type]
 
     monkeypatch.setattr(LocalDownloader, "_download_file_impl", flaky)
-    monkeypatch.setattr("ddk_ds.data.fetch._FIRST_WAIT_S", 0.01)
+    monkeypatch.setattr("ddk_ds.data.remote._FIRST_WAIT_S", 0.01)
     there = MixtureDataset(remote, NAMES)
     here = MixtureDataset(cached(remote, tmp_path, retries=2), NAMES)
     assert all((here[i]["input_ids"] == there[i]["input_ids"]).all() for i in range(0, len(there), 7))

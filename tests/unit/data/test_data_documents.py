@@ -12,8 +12,7 @@ import pytest
 import zstandard
 from pyarrow import parquet
 
-from ddk_ds.data.documents import Document, Dropped, Position, read_documents, read_texts
-from ddk_ds.data.formats import Meter
+from ddk_ds.data.documents import Document, Dropped, Meter, Position, read_documents, read_texts
 from ddk_ds.data.recipe import Domain, Source, SourceFile
 from ddk_ds.errors import DataError
 

@@ -10,9 +10,8 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from ddk_ds.data.loader import interval_loader, validation_batches
+from ddk_ds.data.loader import MixtureDataset, interval_loader, validation_batches
 from ddk_ds.data.mds import open_split
-from ddk_ds.data.mixture_dataset import MixtureDataset
 from ddk_ds.data.store import LocalStore
 from ddk_ds.errors import DataError
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from ddk_ds.data.packing import HeldOut, choose_validation, pack
+from ddk_ds.data.mds import HeldOut, choose_validation, pack
 
 
 @pytest.mark.parametrize("sequence_length", [1, 4, 7, 100, 101])

@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 
 from ddk_ds.data.cache import CachedStore, CacheOptions
-from ddk_ds.data.mixture_dataset import MixtureDataset
+from ddk_ds.data.loader import MixtureDataset
 from ddk_ds.data.store import LocalStore
 from ddk_ds.mixture.schedule import DomainOrder, IntervalState, interval_ids
 from ddk_ds.train.read_ahead import ReadAhead

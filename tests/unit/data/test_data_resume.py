@@ -18,10 +18,10 @@ import pytest
 
 from ddk_ds.data import prepare as prepare_module
 from ddk_ds.data import reading as reading_module
-from ddk_ds.data.encode import TextEncoder
 from ddk_ds.data.prepare import prepare
+from ddk_ds.data.reading import Spool
 from ddk_ds.data.recipe import load_recipe
-from ddk_ds.data.spool import Spool
+from ddk_ds.data.tokenizer import TextEncoder
 from ddk_ds.data.workdir import WorkDir, open_work
 from ddk_ds.errors import DataError
 from tests.unit.data.corpus import PLAN, make_texts, write_recipe

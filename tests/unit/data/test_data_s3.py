@@ -7,11 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ddk_ds.data import fetch as fetch_module
+from ddk_ds.data import remote as fetch_module
 from ddk_ds.data.cache import CachedStore, CacheOptions
-from ddk_ds.data.loader import interval_loader
+from ddk_ds.data.loader import MixtureDataset, interval_loader
 from ddk_ds.data.manifest import load_manifest
-from ddk_ds.data.mixture_dataset import MixtureDataset
 from ddk_ds.errors import DataError
 from tests.s3_server import ENVIRONMENT, S3Server
 

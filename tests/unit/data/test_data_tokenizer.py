@@ -8,9 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from ddk_ds.data.encode import TextEncoder
 from ddk_ds.data.recipe import load_recipe
-from ddk_ds.data.tokenizer import EOS_TOKEN, fingerprint, load_tokenizer, save_tokenizer, train_tokenizer
+from ddk_ds.data.tokenizer import EOS_TOKEN, TextEncoder, fingerprint, load_tokenizer, save_tokenizer, train_tokenizer
 from ddk_ds.errors import DataError
 
 TEXT = "  def f(x):\n\treturn x  # naïve 新 \U0001f600\r\n"

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
-from ddk_ds.engine.attention import use_causal_kernels
+from ddk_ds.engine.layers import use_causal_kernels
 
 LENGTH = 24
 SMALL: dict[str, Any] = {

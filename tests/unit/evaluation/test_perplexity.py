@@ -12,7 +12,7 @@ import torch
 
 from ddk_ds.comm import SingleProcess
 from ddk_ds.engine.model_files import ModelFiles, read_model
-from ddk_ds.engine.plain import load_model
+from ddk_ds.engine.whole_models import load_model
 from ddk_ds.errors import DataError
 from ddk_ds.evaluation.perplexity import domain_score, open_held_out, score_domains
 from ddk_ds.kernels import LogitForm
@@ -112,7 +112,7 @@ def test_it_is_the_perplexity_of_a_run(tiny: Path, files: ModelFiles) -> None:
 
     from ddk_ds.engine.head import OutputHead
     from ddk_ds.methods import HeadOptions
-    from ddk_ds.train.evaluate import perplexities
+    from ddk_ds.train.validation import perplexities
 
     model, held_out = load_model(files.directory), open_held_out(tiny / "shards")
 

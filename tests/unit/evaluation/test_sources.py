@@ -10,8 +10,7 @@ import pytest
 from pyarrow import parquet
 
 from ddk_ds.errors import DataError
-from ddk_ds.evaluation.sources import check_files, find_files, read_rows
-from ddk_ds.evaluation.suites import BENCHMARKS, Chosen, choose
+from ddk_ds.evaluation.suites import BENCHMARKS, Chosen, check_files, choose, find_files, read_rows
 
 ARC = Chosen(BENCHMARKS["arc_easy"], 0)
 ARC_FIVE = Chosen(BENCHMARKS["arc_easy"], 5)

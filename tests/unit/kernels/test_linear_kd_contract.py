@@ -127,7 +127,7 @@ def test_only_what_needs_a_gradient_gets_one(monkeypatch: pytest.MonkeyPatch) ->
         needs.append([grad is not None for grad in grads])
         return sums
 
-    monkeypatch.setattr("ddk_ds.kernels.operator.run_chunks", spy)
+    monkeypatch.setattr("ddk_ds.kernels.linear_kd.run_chunks", spy)
     names = ("student_hidden", "student_weight", "student_bias")
     for kept in range(3):
         frozen = {name: getattr(case, name).detach() for i, name in enumerate(names) if i != kept}

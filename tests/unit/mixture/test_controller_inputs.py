@@ -10,7 +10,7 @@ import pytest
 from ddk_ds.config import Config, make_config
 from ddk_ds.errors import ConfigError
 from ddk_ds.mixture.controllers import Controller
-from ddk_ds.train.controller import controller_of, read_schedule
+from ddk_ds.train.interval import controller_of, read_schedule
 
 NAMES = ["code", "prose"]
 STAGES = """\

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ddk_ds.errors import ConfigError
-from ddk_ds.mixture.counts import largest_remainder
 from ddk_ds.mixture.exhaustion import Plan, make_exhaustion
+from ddk_ds.mixture.order import largest_remainder
 
 NAMES = ("code", "maths", "prose")
 

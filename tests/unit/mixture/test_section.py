@@ -13,8 +13,8 @@ import pytest
 
 from ddk_ds.comm import SingleProcess
 from ddk_ds.config import Config, make_config, to_yaml
-from ddk_ds.config.lengths import corpus_samples, interval_steps, total_steps
 from ddk_ds.config.load import load_config
+from ddk_ds.config.run_config import corpus_samples, interval_steps, total_steps
 from ddk_ds.config.sections import Mixture
 from ddk_ds.errors import ConfigError
 from ddk_ds.mixture.controllers import CONTROLLER_KINDS, Controller, ControllerOptions, make_controller

@@ -14,9 +14,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from ddk_ds.config import Config, make_config
-from ddk_ds.engine.flops import model_flops, training_flops
+from ddk_ds.engine.flops import model_flops, run_flops, training_flops
 from ddk_ds.engine.model_files import configured_files
-from ddk_ds.planner.flops import run_flops
 
 CONFIGS = Path(__file__).parents[3] / "configs/models"
 WIDTH: dict[str, Any] = {"hidden_size": 128, "num_hidden_layers": 3, "num_attention_heads": 4}

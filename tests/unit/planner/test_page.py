@@ -12,7 +12,7 @@ import pytest
 
 from ddk_ds.planner.gpus import GPUS, Gpu, find_gpu
 from ddk_ds.planner.known_points import known_points
-from ddk_ds.planner.layouts import LAYOUTS, LayoutPoint, advised
+from ddk_ds.planner.scaling import LAYOUTS, LayoutPoint, advised
 from tools import plan
 
 ROOT = Path(__file__).parents[3]

@@ -8,11 +8,11 @@ import pytest
 
 from ddk_ds.config import Config, make_config
 from ddk_ds.errors import ConfigError
+from ddk_ds.planner.gpu_memory import Models, changed
 from ddk_ds.planner.gpus import GPUS, Cluster, Gpu
 from ddk_ds.planner.known_points import DEEPSPEED, FOUNDRY, HERE, dense_model, known_points
-from ddk_ds.planner.memory import Models, changed
 from ddk_ds.planner.scaling import MOST_GPUS, clusters, scaling
-from ddk_ds.planner.step import HOST_S_PER_LAYER, Step, collective_s, simulate_step
+from ddk_ds.planner.step_time import HOST_S_PER_LAYER, Step, collective_s, simulate_step
 
 A100 = GPUS["a100-80g"]
 STUDENT, TEACHER = (dense_model(*size, vocab_size=50000, length=2048) for size in ((24, 2048), (40, 5120)))

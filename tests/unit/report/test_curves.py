@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from ddk_ds.report.curves import BINS, count_unit, envelope, time_unit
-from ddk_ds.report.style import bar_style, line_style
+from ddk_ds.drawing import BINS, bar_style, count_unit, envelope, line_style, time_unit
 
 
 def test_no_spike_is_lost() -> None:

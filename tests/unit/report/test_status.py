@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from ddk_ds.report.run_progress import run_state
 from ddk_ds.report.screen import Surroundings, screen
-from ddk_ds.report.state import run_state
 from ddk_ds.run_files import read_events, read_ledger, read_ledger_end
 from tests.unit.report.made_run import make_run
 from tools.status import look, main

@@ -12,7 +12,7 @@ import pytest
 from ddk_ds.config import make_config
 from ddk_ds.engine.monitors import Event
 from ddk_ds.errors import ConfigError
-from ddk_ds.train.monitor import MonitorFeed, events
+from ddk_ds.train.ledger import MonitorFeed, events
 
 STEP: dict[str, Any] = {
     "kind": "step",
@@ -110,7 +110,7 @@ def test_a_monitor_that_fails_ends_nothing_but_itself() -> None:
 
 
 def test_a_monitor_that_hangs_does_not_hold_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ddk_ds.train.monitor._LONGEST_CLOSE_S", 0.05)
+    monkeypatch.setattr("ddk_ds.train.ledger._LONGEST_CLOSE_S", 0.05)
     said: list[str] = []
     answer = threading.Event()
     feed = MonitorFeed({"far": lambda batch: answer.wait() and None}, 0, said.append)

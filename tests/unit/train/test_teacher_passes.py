@@ -9,7 +9,7 @@ import pytest
 
 from ddk_ds.config import Config, make_config
 from ddk_ds.engine.memory import estimate_memory
-from ddk_ds.engine.model_shape import configured_shape
+from ddk_ds.engine.model_files import configured_shape
 from ddk_ds.train.teacher_passes import largest_passes
 
 MODELS = Path(__file__).parents[3] / "configs/models"

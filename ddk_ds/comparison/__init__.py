@@ -1,0 +1,1 @@
+"""Methods side by side: their stages, runs, differences and costs."""

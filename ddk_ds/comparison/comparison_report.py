@@ -1,0 +1,206 @@
+"""The table and the picture of a comparison."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ddk_ds.drawing import bar_style, tidy
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+_DECADE = 10.0
+_SLANTED: dict[str, Any] = {"rotation": 30, "ha": "right", "rotation_mode": "anchor"}
+
+
+def markdown(comparison: dict[str, Any]) -> str:
+    """What comparison.md holds."""
+    methods = comparison["methods"]
+    parts = [
+        "# Comparison",
+        "Mean ± sample standard deviation over seeds; the number of seeds is in brackets.",
+        "## Perplexity on held-out text, by domain",
+        _perplexities(comparison, methods),
+        "## Cost, means over seeds",
+        _costs(methods),
+        "Training FLOPs: 3 student forwards a token + 1 teacher forward; a forward is 2 P + 2 L H T (P: weights with "
+        "the head and without the embedding's lookup; L layers of width H; T positions, attention causal). Evaluation: "
+        "its share of FLOPs and of time. Earlier stages (TED's filters, DoReMi's two models) come on top.",
+    ]
+    if comparison["differences"]:
+        parts += [f"## Difference to {comparison['baseline']}, paired by seed", *_differences(comparison)]
+    if comparison["remarks"]:
+        parts += ["## Remarks", "\n".join(f"- {remark}" for remark in comparison["remarks"])]
+    versions = ", ".join(f"{name} {'/'.join(found)}" for name, found in comparison["versions"].items())
+    parts.append(f"Ranks: {', '.join(map(str, comparison['ranks']))}. Versions: {versions}.")
+    return "\n\n".join(parts) + "\n"
+
+
+def _perplexities(comparison: dict[str, Any], methods: dict[str, Any]) -> str:
+    teacher, start = comparison["teacher_ppl"], comparison["start_ppl"]
+    rows = [
+        [
+            name,
+            "-" if teacher is None else _number(teacher[name]),
+            _number(start[name]),
+            *(_spread(one["ppl"][name]) for one in methods.values()),
+        ]
+        for name in comparison["domains"]
+    ]
+    last = ["" if teacher is None else "1.000", _number(comparison["start_score"], 3)]
+    rows.append([comparison["score"], *last, *(_spread(one["score"], 3) for one in methods.values())])
+    headings = [f"{label} ({len(one['seeds'])})" for label, one in methods.items()]
+    return _table(["domain", "teacher", "before", *headings], rows)
+
+
+def _costs(methods: dict[str, Any]) -> str:
+    headings = ["method", "tokens", "time, s", "FLOPs", "evaluation, FLOPs", "evaluation, time"]
+    earlier = any(one["earlier_tokens"] for one in methods.values())
+    rows = []
+    for label, one in methods.items():
+        row = [label, _number(one["tokens"], 0), _number(one["wall_s"], 1), _flops(one["flops"])]
+        row += [_percent(one["evaluation_flops_share"]), _percent(one["evaluation_time_share"])]
+        if earlier:
+            # None of them but for methods of several stages.
+            tokens, wall_s, flops = (one[f"earlier_{key}"] or None for key in ("tokens", "wall_s", "flops"))
+            row += [_number(tokens, 0), _number(wall_s, 1), _flops(flops)]
+        rows.append(row)
+    return _table([*headings, *(["earlier tokens", "earlier time, s", "earlier FLOPs"] if earlier else [])], rows)
+
+
+def _differences(comparison: dict[str, Any]) -> list[str]:
+    score = comparison["score"]
+    rows = []
+    for label, found in comparison["differences"].items():
+        one = found["score"]
+        interval = "-" if one["low"] is None else f"{one['low']:+.4f} to {one['high']:+.4f}"
+        mean, error = (_signed(one[key], 4) for key in ("mean", "standard_error"))
+        rows.append([label, str(one["seeds"]), mean, error.lstrip("+"), interval, one["verdict"]])
+    headings = ["method", "seeds", f"{score}, difference", "standard error", "95 % interval", "against the spread"]
+    labels = list(comparison["differences"])
+    by_domain = [
+        [name, *(_difference(comparison["differences"][label][name]) for label in labels)]
+        for name in comparison["domains"]
+    ]
+    return [
+        "Less than 0 is better than the baseline. The interval is that of a paired t-test over seeds; a difference "
+        "exceeds the spread where it leaves 0 out.",
+        _table(headings, rows),
+        "By domain, in perplexity: mean difference ± standard error; * exceeds the spread. One of twenty does so by "
+        "chance.",
+        _table(["domain", *labels], by_domain),
+    ]
+
+
+def _difference(one: dict[str, Any]) -> str:
+    if one["mean"] is None:
+        return "-"
+    error = "" if one["standard_error"] is None else f" ± {one['standard_error']:.2f}"
+    return f"{one['mean']:+.2f}{error}{' *' if one['verdict'] == 'exceeds the spread' else ''}"
+
+
+def _table(headings: list[str], rows: list[list[str]]) -> str:
+    lines = [headings, ["---", *["---:"] * (len(headings) - 1)], *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _number(value: float | None, digits: int = 2) -> str:
+    return "-" if value is None else f"{value:,.{digits}f}"
+
+
+def _signed(value: float | None, digits: int) -> str:
+    return "-" if value is None else f"{value:+,.{digits}f}"
+
+
+def _flops(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3e}"
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1%}"
+
+
+def _spread(one: dict[str, Any], digits: int = 2) -> str:
+    return _number(one["mean"], digits) + ("" if one["sd"] is None else f" ± {_number(one['sd'], digits)}")
+
+
+def draw(comparison: dict[str, Any], path: Path) -> None:
+    """Perplexity by domain, and the score of each run by method. Needs matplotlib."""
+    # Only here: the report's text needs no matplotlib, which not every machine has.
+    from matplotlib.figure import Figure
+
+    methods, domains = comparison["methods"], comparison["domains"]
+    width = min(20.0, max(5.0, 0.22 * len(domains) * (len(methods) + 1)))
+    figure = Figure(figsize=(width + max(3.0, 0.7 * len(methods)), 4.8), layout="constrained")
+    bars, points = figure.subplots(1, 2, width_ratios=[width, max(3.0, 0.7 * len(methods))])
+    _draw_domains(bars, comparison)
+    _draw_score(points, comparison)
+    figure.supxlabel("bars and lines: means over seeds; error bars: sample standard deviation", fontsize=8)
+    figure.savefig(path, dpi=150)
+
+
+def _draw_domains(axes: Axes, comparison: dict[str, Any]) -> None:
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    methods, domains = comparison["methods"], comparison["domains"]
+    places, width = np.arange(len(domains)), 0.8 / len(methods)
+    for number, (label, one) in enumerate(methods.items()):
+        spreads = [one["ppl"][name] for name in domains]
+        axes.bar(
+            places - 0.4 + width * (number + 0.5),
+            [found["mean"] for found in spreads],
+            width,
+            yerr=None if spreads[0]["sd"] is None else [found["sd"] for found in spreads],
+            **bar_style(number),
+            linewidth=0.6,
+            label=f"{label} ({len(one['seeds'])})",
+            capsize=2,
+        )
+    for key, colour, label in (("start_ppl", "0.5", "before training"), ("teacher_ppl", "black", "teacher")):
+        if comparison[key] is not None:
+            levels = [comparison[key][name] for name in domains]
+            axes.hlines(levels, places - 0.45, places + 0.45, colors=colour, linewidth=2, label=label)
+    shown = list(_levels(comparison))
+    if max(shown) > _DECADE * min(shown):
+        axes.set_yscale("log")
+        axes.set_ylim(min(shown) / 1.5, max(shown) * 1.3)
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.set_ylabel("perplexity on held-out text (per token)")
+    axes.set_xlabel("domain")
+    axes.set_xticks(places, domains, **_SLANTED)
+    axes.margins(x=0.01)
+    columns = max(3, len(domains) * (len(methods) + 1) // 8)
+    axes.legend(fontsize=8, ncols=columns, loc="lower left", bbox_to_anchor=(0, 1), frameon=False)
+    tidy(axes)
+
+
+def _levels(comparison: dict[str, Any]) -> Iterable[float]:
+    for key in ("start_ppl", "teacher_ppl"):
+        yield from (comparison[key] or {}).values()
+    for one in comparison["methods"].values():
+        yield from (found["mean"] for found in one["ppl"].values())
+
+
+def _draw_score(axes: Axes, comparison: dict[str, Any]) -> None:
+    for number, one in enumerate(comparison["methods"].values()):
+        found, values = one["score"], one["score"]["values"]
+        axes.errorbar(number, found["mean"], yerr=found["sd"], fmt="_", color="black", markersize=24, capsize=4)
+        offsets = np.linspace(-0.15, 0.15, len(values)) if len(values) > 1 else [0.0]
+        axes.scatter(
+            number + np.array(offsets), values, color=bar_style(number)["color"], edgecolor="black", zorder=3, s=36
+        )
+    axes.set_xticks(range(len(comparison["methods"])), list(comparison["methods"]), **_SLANTED)
+    axes.set_xlabel("method (a point for each seed)")
+    axes.set_ylabel(
+        "mean ratio to the teacher's perplexity"
+        if comparison["teacher_ppl"] is not None
+        else "geometric mean of perplexity over domains"
+    )
+    axes.margins(x=0.15)
+    tidy(axes)

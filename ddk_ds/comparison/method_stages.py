@@ -1,0 +1,214 @@
+"""The stages of a method, each a run of launch/distill.py of its own, and how they are run one after the other."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import yaml
+
+from ddk_ds.command_line import EXIT_INTERRUPTED
+from ddk_ds.config import Config, load_config
+from ddk_ds.config.methods import METHODS as SINGLE_STAGE
+from ddk_ds.errors import CheckpointError, ConfigError, UserError
+from ddk_ds.run_files import is_finished
+
+DISTIL = Path(__file__).resolve().parents[2] / "launch/distill.py"
+FILTERS, REFERENCE, PROXY = "filters", "reference", "proxy"
+SUFFIXES = (FILTERS, REFERENCE, PROXY)
+_CPT = ("method=cpt", "teacher=null")
+# Where a run lies and how it saves changes none of its numbers.
+_FREE = ("output_dir", "checkpoint", "limits")
+
+RunDir = Callable[[str], Path]
+"""Directory of a method's stage, by its suffix."""
+
+
+def _filters(run_dir: RunDir) -> list[str]:
+    return [f"ted.filters={run_dir(FILTERS) / 'export/filters.safetensors'}"]
+
+
+def _reference(run_dir: RunDir) -> list[str]:
+    return [f"teacher.path={run_dir(REFERENCE) / 'export'}"]
+
+
+def _proportions(run_dir: RunDir) -> list[str]:
+    path = run_dir(PROXY) / "export/proportions.yaml"
+    if not path.is_file():
+        raise CheckpointError(f"{path}: there is no such file; did the run of the proxy model come to its end?")
+    return [f"mixture.proportions={json.dumps(yaml.safe_load(path.read_text()), separators=(',', ':'))}"]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One run of a method."""
+
+    suffix: str
+    """What its name has beside the method's; empty: it is the last stage, whose student is the method's result."""
+    overrides: tuple[str, ...]
+    takes: Callable[[RunDir], list[str]] | None = None
+    """Overrides that an earlier stage's results give. Raises CheckpointError where they are missing."""
+
+
+STAGES: dict[str, tuple[Stage, ...]] = {
+    name: (Stage("", (f"method={name}", *(() if preset.teacher else ("teacher=null",)))),)
+    for name, preset in SINGLE_STAGE.items()
+    if name not in ("ted_filters", "doremi_proxy")
+} | {
+    # TED (arXiv 2210.01351): the filters, with both models frozen; then the student and its filters.
+    "ted": (Stage(FILTERS, ("method=ted_filters",)), Stage("", ("method=ted",), _filters)),
+    # DoReMi (arXiv 2305.10429): a reference model; a proxy model by group DRO against it, the reference in the
+    # teacher's place; then continued pre-training by the proxy's mean proportions.
+    "doremi": (
+        Stage(REFERENCE, _CPT),
+        Stage(PROXY, ("method=doremi_proxy",), _reference),
+        Stage("", (*_CPT, "mixture.controller=static"), _proportions),
+    ),
+}
+
+
+class StageFailed(UserError):
+    """A stage's run did not come to its end."""
+
+
+class RunInterrupted(Exception):
+    """A stage's run was ended by a signal; the same command goes on with it."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One method from one start to its result: its stages, one after the other."""
+
+    config: Path
+    method: str
+    name: str
+    output_dir: Path
+    overrides: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.method not in STAGES:
+            raise ConfigError(f"method {self.method!r} is unknown: give one of {', '.join(STAGES)}")
+
+    @property
+    def stages(self) -> tuple[Stage, ...]:
+        """In their order; the last one's run has the job's name."""
+        return STAGES[self.method]
+
+    def run_name(self, suffix: str) -> str:
+        """Of the stage with this suffix."""
+        return f"{self.name}-{suffix}" if suffix else self.name
+
+    def run_dir(self, suffix: str) -> Path:
+        """Of the stage with this suffix."""
+        return self.output_dir / self.run_name(suffix)
+
+    def arguments(self, stage: Stage) -> list[str]:
+        """All overrides of a stage's run; those of the stage win over the job's."""
+        taken = stage.takes(self.run_dir) if stage.takes else []
+        place = [f"name={self.run_name(stage.suffix)}", f"output_dir={self.output_dir}"]
+        return [*self.overrides, *stage.overrides, *taken, *place]
+
+    def check(self) -> None:
+        """Raise ConfigError where a stage's configuration is wrong, or a finished run of its name is another one.
+
+        A stage that takes an earlier one's results is looked at once that one is finished.
+        """
+        for stage in self.stages:
+            if not self.is_done(stage):
+                return
+
+    def is_done(self, stage: Stage) -> bool:
+        """Whether the stage's run is finished. Raises ConfigError where that run had another configuration."""
+        wanted, run_dir = load_config(self.config, self.arguments(stage)), self.run_dir(stage.suffix)
+        if not is_finished(run_dir):
+            return False
+        found = load_config(run_dir / "config.yaml")
+        changed = [f"{key} was {old!r}, is {new!r}" for key, old, new in differences(found, wanted)]
+        if changed:
+            raise ConfigError(
+                f"{run_dir} holds a finished run of another configuration: {'; '.join(changed[:4])}. Give another "
+                "directory, or the values it had"
+            )
+        return True
+
+
+def differences(found: Config, wanted: Config) -> list[tuple[str, Any, Any]]:
+    """Keys whose values differ, but for where a run lies and how it saves."""
+    old, new = (_flat(config.model_dump(mode="json", exclude=set(_FREE))) for config in (found, wanted))
+    return [(key, old.get(key), new.get(key)) for key in sorted({*old, *new}) if old.get(key) != new.get(key)]
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {f"{prefix}{key}": value}
+    return flat
+
+
+def run_job(job: Job, ranks: int | None) -> Iterator[str]:
+    """Run the stages that are not finished; yields a line for each.
+
+    Raises StageFailed naming the log, RunInterrupted, and UserError where a stage cannot begin.
+    """
+    for stage in job.stages:
+        run = job.run_name(stage.suffix)
+        if job.is_done(stage):
+            yield f"{run}: finished before, skipped"
+            continue
+        log, began = job.output_dir / f"{run}.log", time.monotonic()
+        code = launch(job.config, job.arguments(stage), ranks, log)
+        if code == EXIT_INTERRUPTED:
+            raise RunInterrupted(f"{run} was interrupted by a signal")
+        # The launcher exits with 0 when a signal ends what it started: only the summary says that the run is done.
+        if code != 0 or not is_finished(job.run_dir(stage.suffix)):
+            raise StageFailed(f"{run} failed with exit code {code}: see {log}")
+        yield f"{run}: finished in {time.monotonic() - began:.0f} s"
+
+
+def launch(config: Path, overrides: Sequence[str], ranks: int | None, log: Path) -> int:
+    """Start a run by the `deepspeed` launcher, its output appended to `log`, and wait; returns the exit code.
+
+    `ranks` None: as many as the machine has accelerators. On KeyboardInterrupt the run is ended first; it saves.
+    """
+    python = Path(sys.executable)
+    script = python.with_name("deepspeed")
+    command = [str(script)] if script.is_file() else [sys.executable, "-m", "deepspeed.launcher.runner"]
+    command += ["--quiet", "--master_port", str(free_port())]
+    command += [] if ranks is None else ["--num_gpus", str(ranks)]
+    command += [str(DISTIL), "--config", str(config), *overrides]
+    # torch looks for ninja on PATH.
+    environment = {**os.environ, "PATH": os.pathsep.join([str(python.parent), os.environ.get("PATH", "")])}
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("a") as output:
+        output.write(f"$ {shlex.join(command)}\n")
+        output.flush()
+        # In a session of its own, so that Ctrl-C reaches it once, from here.
+        process = subprocess.Popen(
+            command, stdout=output, stderr=subprocess.STDOUT, env=environment, start_new_session=True
+        )
+    try:
+        return process.wait()
+    except KeyboardInterrupt:
+        # The outer launcher would die of a signal and leave its child; that one passes it on to the ranks.
+        launcher = psutil.Process(process.pid)
+        for one in launcher.children() or [launcher]:
+            one.terminate()
+        process.wait()
+        raise
+
+
+def free_port() -> int:
+    """A port of the loopback that nobody listens on."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])

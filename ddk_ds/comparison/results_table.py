@@ -1,0 +1,306 @@
+"""What a finished run has cost: tokens, time, and an estimate of its floating-point operations.
+
+Finished runs of several methods and seeds, side by side: means, spreads, and whether a difference exceeds them.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ddk_ds.comm import SingleProcess
+from ddk_ds.comparison.method_stages import SUFFIXES
+from ddk_ds.config import Config, load_config
+from ddk_ds.engine.flops import model_flops, training_flops
+from ddk_ds.engine.model_files import model_directory, read_model
+from ddk_ds.errors import DataError, UserError
+from ddk_ds.run_files import is_finished, read_ledger, read_summary
+
+
+@dataclass(frozen=True)
+class RunCost:
+    """Of one run."""
+
+    tokens: int
+    """Trained on: targets of the loss."""
+    wall_s: float
+    """Of steps and measurements."""
+    evaluation_time_share: float
+    """Of wall time in measurements (at the start, between intervals, at the end) and the controller's decisions."""
+    flops: float | None
+    """Training and evaluation; None where the models' files are gone."""
+    evaluation_flops: float | None
+
+
+def run_cost(run_dir: Path) -> RunCost:
+    """Read a finished run's directory. Raises CheckpointError where it holds none."""
+    summary, records = read_summary(run_dir), read_ledger(run_dir)
+    config = load_config(run_dir / "config.yaml")
+    measurements = [record for record in records if record["kind"] in ("interval", "end")]
+    evaluation_s = _clock(measurements, "measure_s") + _clock(measurements, "controller_s")
+    steps_s = _clock(records, "step_s")
+    length = config.data.sequence_length
+    training_tokens = summary["steps"] * config.train.global_batch_samples * length
+    measured_tokens = len(summary["domains"]) * config.data.validation_samples * length
+    try:
+        student = forward_flops(run_dir / "export", length)
+        teacher = _teacher_flops(config, length)
+    except UserError:
+        training = evaluation = None
+    else:
+        training = training_flops(config, student, teacher) * training_tokens
+        evaluation = float((len(measurements) * student + teacher) * measured_tokens)
+    return RunCost(
+        tokens=summary["tokens"],
+        wall_s=summary["wall_s"],
+        evaluation_time_share=evaluation_s / max(evaluation_s + steps_s, 1e-9),
+        flops=None if training is None or evaluation is None else training + evaluation,
+        evaluation_flops=evaluation,
+    )
+
+
+def forward_flops(directory: Path, sequence_length: int) -> float:
+    """Of one token's forward pass through the model in this directory. Raises ConfigError where it is not one."""
+    return model_flops(read_model(directory, "model"), sequence_length)
+
+
+def _teacher_flops(config: Config, length: int) -> float:
+    if config.teacher is None:
+        return 0.0
+    return forward_flops(model_directory(config.teacher.path, "teacher.path", SingleProcess()), length)
+
+
+def _clock(records: list[dict[str, Any]], key: str) -> float:
+    return math.fsum(record["clock"].get(key, 0.0) for record in records)
+
+
+def start_event(run_dir: Path) -> dict[str, Any]:
+    """What the run's first start noted: number of ranks and versions."""
+    with (run_dir / "events.jsonl").open() as stream:
+        return dict(json.loads(stream.readline()))
+
+
+# Two-sided 95 % quantiles of Student's t for 1 to 10 degrees of freedom.
+_T95 = (12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622, 2.2281)
+_Z95 = 1.959964
+_SAME = 1e-4
+"""Relative difference under which two measurements of one model are equal: other ranks round differently."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """One finished run of a method, with its earlier stages."""
+
+    label: str
+    seed: int
+    summary: dict[str, Any]
+    cost: RunCost
+    earlier: tuple[RunCost, ...] = ()
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Of one quantity over seeds."""
+
+    mean: float
+    sd: float | None
+    """Sample standard deviation (n - 1); None with one value."""
+    values: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Of one quantity between a method and the baseline, paired by seed."""
+
+    seeds: int
+    mean: float | None
+    """Method less baseline."""
+    standard_error: float | None
+    low: float | None
+    """Of the 95 % t interval of the mean."""
+    high: float | None
+    verdict: str
+
+
+def spread(values: Iterable[float]) -> Spread:
+    """Mean and sample standard deviation."""
+    array = np.array(list(values), np.float64)
+    return Spread(float(array.mean()), float(array.std(ddof=1)) if len(array) > 1 else None, tuple(array.tolist()))
+
+
+def t_quantile(degrees: int) -> float:
+    """Two-sided 95 % quantile of Student's t; beyond 10 degrees of freedom by its expansion around the normal's.
+
+    Abramowitz and Stegun, 26.7.5; off by less than 2e-4 there.
+    """
+    if degrees <= len(_T95):
+        return _T95[degrees - 1]
+    z, n = _Z95, degrees
+    terms = (
+        (z**3 + z) / (4 * n),
+        (5 * z**5 + 16 * z**3 + 3 * z) / (96 * n**2),
+        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * n**3),
+    )
+    return z + math.fsum(terms)
+
+
+def paired_difference(method: Mapping[int, float], baseline: Mapping[int, float]) -> Difference:
+    """Method less baseline over the seeds that both have (values by seed), with a paired t interval."""
+    seeds = sorted(method.keys() & baseline.keys())
+    if not seeds:
+        return Difference(0, None, None, None, None, "no seed in common")
+    found = spread(method[seed] - baseline[seed] for seed in seeds)
+    if found.sd is None:
+        return Difference(1, found.mean, None, None, None, "one seed: no spread is known")
+    error = found.sd / math.sqrt(len(seeds))
+    half = t_quantile(len(seeds) - 1) * error
+    low, high = found.mean - half, found.mean + half
+    verdict = "exceeds the spread" if low > 0 or high < 0 else "does not exceed the spread"
+    return Difference(len(seeds), found.mean, error, low, high, verdict)
+
+
+def read_results(
+    directory: Path, labels: Sequence[str] | None = None, seeds: Iterable[int] | None = None
+) -> list[Result]:
+    """The finished runs <label>-s<seed> in a directory, by label and seed; None: all that are there."""
+    results = []
+    for path in directory.glob("*-s*"):
+        named = re.fullmatch(r"(.+)-s(\d+)", path.name)
+        if named is None or not is_finished(path):
+            continue
+        label, seed = named[1], int(named[2])
+        if (labels is None or label in labels) and (seeds is None or seed in seeds):
+            stages = [directory / f"{path.name}-{suffix}" for suffix in SUFFIXES]
+            earlier = tuple(run_cost(stage) for stage in stages if is_finished(stage))
+            results.append(Result(label, seed, read_summary(path), run_cost(path), earlier))
+    order = list(labels or sorted({result.label for result in results}))
+    return sorted(results, key=lambda result: (order.index(result.label), result.seed))
+
+
+def about(directory: Path, results: Sequence[Result]) -> dict[str, Any]:
+    """Versions and numbers of ranks that the runs noted at their start."""
+    events = [start_event(directory / f"{result.label}-s{result.seed}") for result in results]
+    versions: dict[str, set[str]] = {}
+    for event in events:
+        for name, version in event.get("versions", {}).items():
+            versions.setdefault(name, set()).add(version)
+    ranks = sorted({event["world_size"] for event in events if "world_size" in event})
+    return {"ranks": ranks, "versions": {name: sorted(found) for name, found in versions.items()}}
+
+
+def compare(results: Sequence[Result], baseline: str) -> dict[str, Any]:
+    """Everything that comparison.json holds. Raises DataError where the runs have not the same domains."""
+    labels = list(dict.fromkeys(result.label for result in results))
+    names = [domain["name"] for domain in results[0].summary["domains"]]
+    for result in results:
+        if [domain["name"] for domain in result.summary["domains"]] != names:
+            raise DataError(f"{result.label}-s{result.seed} has other domains than {labels[0]}: nothing to compare")
+    teachers = [result for result in results if result.summary["domains"][0]["teacher_ppl"] is not None]
+    teacher = _by_domain(teachers[0], "teacher_ppl") if teachers else None
+    start = _by_domain(results[0], "student_ppl_before")
+    after = {(r.label, r.seed): _by_domain(r, "student_ppl_after") for r in results}
+    # Without any teacher there is no ratio: the geometric mean says how well a model does over all domains.
+    score = {key: _mean_ratio(ppl, teacher) if teacher else _geometric_mean(ppl) for key, ppl in after.items()}
+
+    def values(label: str, domain: str | None) -> dict[int, float]:
+        by_run = score if domain is None else {key: ppl[domain] for key, ppl in after.items()}
+        return {seed: value for (one, seed), value in by_run.items() if one == label}
+
+    quantities = {"score": None, **{name: name for name in names}}
+    return {
+        "score": "mean ratio to the teacher" if teacher else "geometric mean perplexity",
+        "baseline": baseline,
+        "domains": names,
+        "teacher_ppl": teacher,
+        "start_ppl": start,
+        "start_score": _mean_ratio(start, teacher) if teacher else _geometric_mean(start),
+        "methods": {
+            label: {
+                "seeds": list(values(label, None)),
+                "score": asdict(spread(values(label, None).values())),
+                "ppl": {name: asdict(spread(values(label, name).values())) for name in names},
+                **_costs([result for result in results if result.label == label]),
+            }
+            for label in labels
+        },
+        "differences": {
+            label: {
+                key: asdict(paired_difference(values(label, name), values(baseline, name)))
+                for key, name in quantities.items()
+            }
+            for label in labels
+            if label != baseline and baseline in labels
+        },
+        "remarks": _remarks(results, start, teacher)
+        + ([] if baseline in labels else [f"no run of the baseline {baseline} is finished"]),
+    }
+
+
+def _by_domain(result: Result, key: str) -> dict[str, float]:
+    return {domain["name"]: domain[key] for domain in result.summary["domains"]}
+
+
+def _mean_ratio(ppl: Mapping[str, float], teacher: Mapping[str, float]) -> float:
+    return math.fsum(ppl[name] / teacher[name] for name in ppl) / len(ppl)
+
+
+def _geometric_mean(ppl: Mapping[str, float]) -> float:
+    return math.exp(math.fsum(math.log(value) for value in ppl.values()) / len(ppl))
+
+
+def _costs(results: Sequence[Result]) -> dict[str, Any]:
+    """Means over seeds; `earlier_*` are the sums over the method's stages before its last."""
+
+    def mean(values: Iterable[float | None]) -> float | None:
+        known = list(values)
+        return None if None in known else math.fsum(v for v in known if v is not None) / len(known)
+
+    flops, evaluation = mean(r.cost.flops for r in results), mean(r.cost.evaluation_flops for r in results)
+    return {
+        "tokens": mean(r.cost.tokens for r in results),
+        "wall_s": mean(r.cost.wall_s for r in results),
+        "flops": flops,
+        "evaluation_flops_share": None if not flops or evaluation is None else evaluation / flops,
+        "evaluation_time_share": mean(r.cost.evaluation_time_share for r in results),
+        "earlier_tokens": mean(sum(cost.tokens for cost in r.earlier) for r in results),
+        "earlier_wall_s": mean(math.fsum(cost.wall_s for cost in r.earlier) for r in results),
+        "earlier_flops": mean(_total(cost.flops for cost in r.earlier) for r in results),
+    }
+
+
+def _total(values: Iterable[float | None]) -> float | None:
+    known = list(values)
+    return None if None in known else math.fsum(v for v in known if v is not None)
+
+
+def _remarks(results: Sequence[Result], start: Mapping[str, float], teacher: Mapping[str, float] | None) -> list[str]:
+    """What makes the comparison less than fair, or incomplete."""
+
+    def differ(key: str, expected: Mapping[str, float]) -> list[str]:
+        found = [(f"{r.label}-s{r.seed}", _by_domain(r, key)) for r in results]
+        return [
+            run
+            for run, ppl in found
+            if any(ppl[name] is not None and abs(ppl[name] / expected[name] - 1) > _SAME for name in expected)
+        ]
+
+    seeds: dict[str, list[int]] = {}
+    for result in results:
+        seeds.setdefault(result.label, []).append(result.seed)
+    most = max(map(len, seeds.values()))
+    remarks = [f"{label} has {len(own)} of {most} seeds" for label, own in seeds.items() if len(own) < most]
+    if others := differ("student_ppl_before", start):
+        remarks.append(f"another starting student or other validation samples: {', '.join(others)}")
+    if teacher and (others := differ("teacher_ppl", teacher)):
+        remarks.append(f"another teacher or other validation samples: {', '.join(others)}")
+    tokens = [result.cost.tokens for result in results]
+    if max(tokens) > 1.01 * min(tokens):
+        remarks.append(f"the runs trained on {min(tokens):,} to {max(tokens):,} tokens, so not on the same number")
+    return remarks

@@ -1,0 +1,157 @@
+"""One run's configuration, and the rules between its sections.
+
+The lengths of intervals and run, in optimizer steps, as pure functions of the configuration.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import Field, model_validator
+
+from ddk_ds.config.methods import METHODS, MethodSections
+from ddk_ds.config.sections import (
+    Checkpoint,
+    Data,
+    Guard,
+    Limits,
+    Loss,
+    Mixture,
+    Monitor,
+    Natural,
+    Optimizer,
+    Stop,
+    Student,
+    Teacher,
+    Train,
+)
+from ddk_ds.errors import ConfigError
+
+
+class Config(MethodSections):
+    """One run."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    """Name of the run, and of its directory."""
+    output_dir: str = "runs"
+    """Directory that holds the runs' directories."""
+    init_from: str | None = None
+    """A checkpoint, or a run's directory, whose weights, optimizer, step and place in the data this run begins with."""
+    seed: Natural = 0
+    """Seed of the data order and of dropout."""
+    student: Student
+    """The model in training."""
+    teacher: Teacher | None = None
+    """The frozen model that a method compares with; for doremi_proxy its reference model. cpt has none."""
+    data: Data
+    mixture: Mixture = Mixture()
+    loss: Loss = Loss()
+    optimizer: Optimizer = Optimizer()
+    train: Train = Train()
+    stop: Stop
+    checkpoint: Checkpoint = Checkpoint()
+    guard: Guard = Guard()
+    limits: Limits = Limits()
+    monitor: Monitor = Monitor()
+    deepspeed: dict[str, Any] = Field(default_factory=dict)
+    """Raw DeepSpeed keys, merged into the dictionary made from the rest; contradictions are errors."""
+
+    @property
+    def run_dir(self) -> Path:
+        """Directory of this run."""
+        return Path(self.output_dir) / self.name
+
+    @property
+    def per_pass(self) -> int:
+        """Micro-batches of one pass of the teacher."""
+        return 1 if self.teacher is None else self.teacher.per_pass
+
+    @model_validator(mode="after")
+    def _parts_agree(self) -> Config:
+        self._check_teacher()
+        if (self.mixture.controller == "static") != (self.mixture.proportions is not None):
+            raise ValueError("mixture.proportions goes with mixture.controller: static, and only with it")
+        if self.stop.steps is not None and self.optimizer.warmup_steps >= self.stop.steps:
+            raise ValueError(
+                f"optimizer.warmup_steps is {self.optimizer.warmup_steps}, stop.steps {self.stop.steps}: the learning "
+                "rate would never reach its peak; lower the first"
+            )
+        uses_nvme = "nvme" in (self.optimizer.offload, self.student.offload_params) or (
+            self.teacher is not None and self.teacher.offload_params == "nvme"
+        )
+        if uses_nvme and self.train.nvme_path is None:
+            raise ValueError("something is offloaded to nvme: set train.nvme_path to a directory on a local disk")
+        if self.data.domains is not None and len(set(self.data.domains)) != len(self.data.domains):
+            raise ValueError(f"data.domains names a domain twice: {', '.join(self.data.domains)}")
+        return self
+
+    def _check_teacher(self) -> None:
+        """Raise ValueError where the method, the mixture or the stop needs a teacher that is not there, or has one."""
+        needed = METHODS[self.method].teacher
+        if needed and self.teacher is None:
+            raise ValueError(f"method: {self.method} needs a teacher: set teacher.path, or method: cpt")
+        if not needed and self.teacher is not None:
+            raise ValueError(f"method: {self.method} takes no teacher: remove teacher, or set method: ddk")
+        if self.method == "ted" and self.ted.filters is None:
+            raise ValueError("method: ted needs ted.filters: run the same with method: ted_filters first")
+        if needed:
+            return
+        mixture = self.mixture
+        excess_loss = mixture.controller in ("sheared_llama", "doremi_online")
+        if mixture.controller.startswith("ddk") or (excess_loss and mixture.reference_losses is None):
+            raise ValueError(
+                f"mixture.controller: {mixture.controller} compares with a teacher, which method: {self.method} "
+                "has not: set mixture.controller to by_size, equal or static"
+            )
+        if self.stop.discrepancy is not None:
+            raise ValueError(
+                f"stop.discrepancy compares with a teacher, which method: {self.method} has not: remove it"
+            )
+
+    def micro_batches(self, world_size: int) -> int:
+        """Micro-batches a rank runs in one optimizer step on `world_size` ranks; ConfigError if they do not divide."""
+        per_pass = self.train.micro_batch_samples * world_size
+        count, rest = divmod(self.train.global_batch_samples, per_pass)
+        if rest or not count:
+            raise ConfigError(
+                f"train.global_batch_samples {self.train.global_batch_samples} is not a multiple of "
+                f"train.micro_batch_samples {self.train.micro_batch_samples} x {world_size} ranks = {per_pass}: "
+                "change one of the three"
+            )
+        return count
+
+
+_MAX_INTERVAL_STEPS = 2**40
+
+
+def interval_steps(mixture: Mixture, interval: int) -> int:
+    """K_t, the optimizer steps of interval t (from 0): max(1, round(interval_steps * interval_growth^t))."""
+    try:
+        exact = mixture.interval_steps * mixture.interval_growth**interval
+    except OverflowError:
+        exact = math.inf
+    return max(1, round(min(exact, _MAX_INTERVAL_STEPS)))
+
+
+def corpus_samples(mixture: Mixture, sizes: Mapping[str, int]) -> int:
+    """Training samples of the domains that take part; `sizes` by domain."""
+    return sum(int(size) for name, size in sizes.items() if name not in mixture.exclude)
+
+
+def total_steps(config: Config, corpus_samples: int) -> int:
+    """Optimizer steps after which the run ends at the latest; the cosine reaches its floor there."""
+    ends = []
+    if config.stop.steps is not None:
+        ends.append(config.stop.steps)
+    if config.stop.intervals is not None:
+        ends.append(sum(interval_steps(config.mixture, t) for t in range(config.stop.intervals)))
+    if config.stop.data_once:
+        steps = interval = 0
+        while steps * config.train.global_batch_samples < corpus_samples:
+            steps += interval_steps(config.mixture, interval)
+            interval += 1
+        ends.append(steps)
+    return min(ends)

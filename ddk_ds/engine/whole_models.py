@@ -1,0 +1,72 @@
+"""A causal LM as plain transformers loads it: whole, on the CPU, for tools that look at its weights or run it.
+
+A model with random weights from a Hugging Face configuration: where training from scratch begins.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
+
+from ddk_ds.data.tokenizer import load_tokenizer
+from ddk_ds.errors import ConfigError
+
+
+def load_model(directory: Path, dtype: torch.dtype | Literal["auto"] = torch.float32) -> Any:
+    """The causal LM on the CPU; "auto" keeps the dtype of its files.
+
+    Raises ConfigError where transformers cannot build or fill it.
+    """
+    only = {"use_safetensors": True, "local_files_only": True, "trust_remote_code": False}
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, output_loading_info=True, **only)
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ConfigError(f"{directory} cannot be loaded: {reason}") from error
+    model, info = loaded
+    if info["missing_keys"]:
+        raise ConfigError(f"{directory}: its weights lack {min(info['missing_keys'])}; is config.json that of these?")
+    return model.eval().requires_grad_(False)
+
+
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+
+
+def make_random_model(config: Path, tokenizer: Path, out: Path, seed: int, device: str = "cpu") -> int:
+    """Write a model of `config` (JSON) for the vocabulary of `tokenizer`, with that tokenizer, to `out`.
+
+    `device` draws the numbers: a seed gives others on a GPU than on a CPU, which takes a minute for 1.5 B of them.
+    Returns the number of parameters. `out` appears whole or not at all. Raises ConfigError where it exists already,
+    where `config` is missing or names no known model_type.
+    """
+    if out.exists():
+        raise ConfigError(f"--out {out} exists already; remove it or name another")
+    if not config.is_file():
+        raise ConfigError(f"--config {config}: there is no such file")
+    info = load_tokenizer(tokenizer)
+    try:
+        values = json.loads(config.read_text())
+    except ValueError as error:
+        raise ConfigError(f"--config {config}: is not JSON: {error}") from error
+    if values.get("model_type") not in CONFIG_MAPPING:
+        raise ConfigError(f"--config {config}: model_type is {values.get('model_type')!r}, which transformers lacks")
+    values |= {"vocab_size": info.vocab_size, "eos_token_id": info.eos_token_id, "bos_token_id": info.eos_token_id}
+    torch.manual_seed(seed)
+    try:
+        with torch.device(device):
+            model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**values))
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"--config {config}: not the configuration of a causal language model: {error}") from error
+    partial = out.with_name(f".partial-{out.name}")
+    shutil.rmtree(partial, ignore_errors=True)
+    model.save_pretrained(partial)
+    for name in _TOKENIZER_FILES:
+        if (tokenizer / name).is_file():
+            shutil.copyfile(tokenizer / name, partial / name)
+    partial.rename(out)
+    return int(model.num_parameters())

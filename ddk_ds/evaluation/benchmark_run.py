@@ -1,0 +1,156 @@
+"""Everything that can be wrong is looked at first; then model after model is loaded once and measured."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ddk_ds.comm import SingleProcess
+from ddk_ds.engine.model_files import ModelFiles, check_code, model_directory, read_model
+from ddk_ds.engine.whole_models import load_model
+from ddk_ds.errors import ConfigError
+from ddk_ds.evaluation.cross_code import Completion, read_languages, score_languages
+from ddk_ds.evaluation.perplexity import HeldOut, open_held_out, score_domains
+from ddk_ds.evaluation.results import ModelResult, score_line
+from ddk_ds.evaluation.sandbox import Walls, check_sandbox
+from ddk_ds.evaluation.suites import QUICK_LIMIT, Chosen, check_files
+from ddk_ds.version import VERSION
+
+Tell = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is to be measured, and how."""
+
+    models: Sequence[str]
+    """Directories or hub names."""
+    benchmarks: Sequence[Chosen] = ()
+    data: Path | None = None
+    shards: Path | None = None
+    cross_code_eval: Path | None = None
+    limit: int | None = None
+    """Most documents of a benchmark (of each of its subjects), of a language or samples of a domain."""
+    quick: bool = False
+    """Without a limit benchmarks have one all the same: QUICK_LIMIT."""
+    batch_size: int = 8
+    device: str = "cpu"
+    """`cpu` (in float32) or `cuda` (in the dtype of the model's files)."""
+
+    @property
+    def benchmark_limit(self) -> int | None:
+        """That of the benchmarks."""
+        return QUICK_LIMIT if self.quick and self.limit is None else self.limit
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A request whose models' files, documents and shards are there and fit."""
+
+    request: Request
+    files: list[ModelFiles]
+    loaded: list[Any]
+    """harness.Loaded of each benchmark."""
+    held_out: HeldOut | None
+    languages: dict[str, list[Completion]]
+    walls: Walls | None
+    """Of generated code; None where none is run."""
+
+
+def default_device() -> str:
+    """`cuda` where torch sees a GPU."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def prepare(request: Request) -> Prepared:
+    """Check all that a request needs; no model is loaded.
+
+    Raises:
+        ConfigError: a model, package or device is missing, or no code can be run here.
+        DataError: documents or shards are missing or do not fit.
+    """
+    if not (request.benchmarks or request.shards or request.cross_code_eval):
+        raise ConfigError("nothing to measure: give --suite, --shards or --cross-code-eval")
+    if request.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("--device cuda: torch sees no GPU here; use --device cpu")
+    if (request.benchmarks or request.cross_code_eval) and find_spec("lm_eval") is None:
+        raise ConfigError("the benchmarks need lm-evaluation-harness: pip install -c constraints.txt -e '.[eval]'")
+    walls = check_sandbox() if any(chosen.benchmark.runs_code for chosen in request.benchmarks) else None
+    files = [_model_files(path) for path in request.models]
+    held_out = None if request.shards is None else open_held_out(request.shards)
+    if held_out is not None:
+        for model in files:
+            held_out.check_model(model.directory)
+    languages = {} if request.cross_code_eval is None else read_languages(request.cross_code_eval)
+    return Prepared(request, files, _load_benchmarks(request), held_out, languages, walls)
+
+
+def _model_files(path: str) -> ModelFiles:
+    files = read_model(model_directory(path, "MODEL", SingleProcess()), "MODEL")
+    check_code(files, "MODEL", trusted=False)
+    return files
+
+
+def _load_benchmarks(request: Request) -> list[Any]:
+    if not request.benchmarks:
+        return []
+    from ddk_ds.evaluation import harness  # takes seconds, and is an extra
+
+    if request.data is not None:
+        subjects = {chosen.benchmark.name: harness.subjects_of(chosen.benchmark) for chosen in request.benchmarks}
+        check_files(request.data, request.benchmarks, subjects)
+    return [harness.load_tasks(chosen, request.data) for chosen in request.benchmarks]
+
+
+def measure(prepared: Prepared, tell: Tell, save: Callable[[Sequence[ModelResult]], None]) -> list[ModelResult]:
+    """Measure the models one after the other. `tell` gets a line for each result, `save` all there are after each.
+
+    Raises ConfigError where a model cannot be loaded or its window is too short for a benchmark.
+    """
+    results: list[ModelResult] = []
+    for name, files in zip(prepared.request.models, prepared.files, strict=True):
+        results.append(ModelResult(name))
+        tell(f"{name}: measuring")
+        _measure_model(prepared, files, results[-1], tell, lambda: save(results))
+    return results
+
+
+def _measure_model(
+    prepared: Prepared, files: ModelFiles, result: ModelResult, tell: Tell, save: Callable[[], None]
+) -> None:
+    request = prepared.request
+    on_cpu = request.device == "cpu"
+    model = load_model(files.directory, torch.float32 if on_cpu else "auto").to(request.device)
+    if prepared.held_out is not None:
+        result.domains += score_domains(
+            model, files, prepared.held_out, batch_size=request.batch_size, limit=request.limit
+        )
+        tell(f"{len(result.domains)} domains")
+        save()
+    if not (prepared.loaded or prepared.languages):
+        return
+    from ddk_ds.evaluation import harness
+
+    lm = harness.load_lm(model, files.directory, request.batch_size)
+    harness.check_window(lm, prepared.loaded)
+    for loaded in prepared.loaded:
+        result.scores.append(harness.run_benchmark(lm, loaded, request.benchmark_limit))
+        tell(score_line(result.scores[-1]))
+        save()
+    if prepared.languages:
+        result.code += score_languages(lm, prepared.languages, harness.generate, limit=request.limit)
+        for score in result.code:
+            tell(score_line(score))
+        save()
+
+
+def versions() -> dict[str, str]:
+    """Of this package and of those that the numbers depend on and that are installed."""
+    names = ("torch", "transformers", "tokenizers", "lm_eval", "datasets")
+    return {"ddk_ds": VERSION, **{name: version(name) for name in names if find_spec(name) is not None}}

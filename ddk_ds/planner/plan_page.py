@@ -1,0 +1,279 @@
+"""The tables and the picture of a plan.
+
+The table and the picture of `tools/plan.py --layouts`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from importlib.util import find_spec
+from itertools import groupby
+from pathlib import Path
+
+from rich import box
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
+
+from ddk_ds.drawing import line_style, marker, tidy
+from ddk_ds.errors import ConfigError
+from ddk_ds.planner.known_points import Point
+from ddk_ds.planner.run_plan import Plan
+from ddk_ds.planner.scaling import Curve, LayoutPoint, advised
+
+_STYLES = tuple({**line_style(number), "marker": marker(number)} for number in range(3))
+
+
+def plan_tables(plan: Plan) -> Iterator[Table | Text]:
+    """All that is printed of a plan, in its order."""
+    yield _memory(plan)
+    yield Text.from_markup(_verdict(plan))
+    if plan.advice:
+        yield _advice(plan)
+    yield _flops(plan)
+    yield _time(plan)
+    yield _step(plan)
+    yield Text("assumed:\n" + "\n".join(f"- {line}" for line in plan.assumptions))
+
+
+def plain_table(title: str, *columns: str) -> Table:
+    """A table whose first column is words and whose others are numbers."""
+    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
+    for place, column in enumerate(columns):
+        table.add_column(column, justify="right" if place else "left")
+    return table
+
+
+def _gb(num_bytes: float) -> str:
+    return f"{num_bytes / 1e9:,.2f}"
+
+
+def _memory(plan: Plan) -> Table:
+    cluster, memory = plan.cluster, plan.memory
+    ranks = f"{cluster.ranks} x {cluster.gpu.name}"
+    table = plain_table(
+        f"memory of a device ({ranks}, micro-batch {plan.config.train.micro_batch_samples})", "part", "GB"
+    )
+    for name, taken in memory.device_parts.items():
+        table.add_row(escape(name), _gb(taken))
+    table.add_section()
+    table.add_row("most at a time (the update's part comes when those of a pass are gone)", _gb(memory.device_bytes))
+    for name, taken in memory.activations.items():
+        table.add_row(f"activations {name}", _gb(taken))
+    table.add_section()
+    for name, taken in memory.host_parts.items():
+        table.add_row(f"host, for each device: {escape(name)}", _gb(taken))
+    table.add_row("host of a node, in all", _gb(memory.host_bytes))
+    return table
+
+
+def _verdict(plan: Plan) -> str:
+    memory = plan.memory
+    word = "[green]fits[/]" if memory.fits else "[bold red]does NOT fit[/]"
+    largest = memory.max_micro_batch
+    divides = "" if largest == memory.max_dividing else f", of those that divide a GPU's samples {memory.max_dividing}"
+    return (
+        f"{word}: {_gb(memory.device_bytes)} of {_gb(memory.usable_bytes)} GB that may be planned with; largest "
+        f"micro-batch that fits: {largest}{divides}\n"
+    )
+
+
+def _advice(plan: Plan) -> Table:
+    table = plain_table(
+        "what would change it, by the same estimate", "change", "GB a device", "fits", "GB a host", "price"
+    )
+    table.columns[-1].justify = "left"
+    for one in plan.advice:
+        fits = "[green]yes[/]" if one.fits else "no"
+        table.add_row(escape(one.change), _gb(one.device_bytes), fits, _gb(one.host_bytes), one.price)
+    if not any(one.fits for one in plan.advice):
+        table.caption = "none of them fits: another GPU, a smaller model, or data.sequence_length lower"
+    return table
+
+
+def _flops(plan: Plan) -> Table:
+    flops, tokens = plan.flops, plan.tokens
+    table = plain_table(
+        "floating-point operations", f"{tokens / 1e9:,.2f} B tokens, {plan.data.steps:,} steps", "TFLOP"
+    )
+    for name, value in (
+        ("CPT", flops.cpt),
+        ("KD", flops.kd),
+        ("DDK", flops.ddk),
+        ("of which the controller measures", flops.controller),
+        (f"this run ({plan.config.method}, measurements included)", flops.own),
+    ):
+        table.add_row(name, "-" if value is None else f"{value / 1e12:,.4g}")
+    if flops.kd_over_cpt is not None and flops.ddk_over_kd is not None:
+        table.add_row("KD over CPT", f"{flops.kd_over_cpt:.3f}")
+        table.add_row("DDK over KD", f"{flops.ddk_over_kd:.4f}")
+    return table
+
+
+def _time(plan: Plan) -> Table:
+    table = plain_table("time and disks", f"at an MFU of {plan.mfu:.1%}", "")
+    rows: list[tuple[str, str]] = [
+        ("tokens/s", f"{plan.tokens_per_s:,.0f}"),
+        ("hours", f"{plan.hours:,.1f}"),
+        ("GPU-hours", f"{plan.gpu_hours:,.0f}"),
+    ]
+    for name, value in (("CPT", plan.flops.cpt), ("KD", plan.flops.kd), ("DDK", plan.flops.ddk)):
+        if value is not None:
+            rows.append((f"hours of {name} at the same MFU", f"{value / plan.flop_per_s / 3600:,.1f}"))
+    saved = plan.checkpoints
+    rows += [
+        ("shards, GB", _gb(plan.data.shard_bytes)),
+        ("read of the shards, MB/s, all nodes", f"{plan.read_bytes_per_s / 1e6:,.3f}"),
+        ("a checkpoint, GB", _gb(saved.num_bytes)),
+        (f"{plan.config.checkpoint.keep_last} kept and one more, GB", _gb(saved.kept_bytes)),
+        ("writing one, s", f"{saved.write_s:,.1f}"),
+        ("training waits for one, s", f"{saved.pause_s:,.2f}"),
+        ("from one to the next, s", f"{saved.apart_s:,.0f}"),
+        ("exported student, GB", _gb(saved.export_bytes)),
+    ]
+    for row in rows:
+        table.add_row(*row)
+    if saved.write_s > saved.apart_s:
+        table.caption = "a checkpoint takes longer to write than the next one is away: raise checkpoint.every_steps"
+    return table
+
+
+def _step(plan: Plan) -> Table:
+    step = plan.step
+    table = plain_table("simulated step", "part", "s", "share")
+    for name, seconds in step.parts.items():
+        table.add_row(escape(name), f"{seconds:.4f}", f"{seconds / step.seconds:.1%}")
+    table.add_section()
+    table.add_row("step", f"{step.seconds:.4f}", "")
+    table.add_row("tokens/s", f"{step.tokens_per_s:,.0f}", "")
+    table.add_row("MFU, which is a ceiling", f"{step.mfu:.1%}", "")
+    return table
+
+
+def scaling_table(curves: Sequence[Curve]) -> Table:
+    """The points of every curve."""
+    table = plain_table("simulated scaling", "curve", "GPUs", "micro-batch", "step, s", "tokens/s", "MFU", "fits")
+    for curve in curves:
+        for point in curve.points:
+            numbers = (f"{point.step_s:.3f}", f"{point.tokens_per_s:,.0f}", f"{point.mfu:.1%}")
+            fits = "yes" if point.fits else "no"
+            table.add_row(curve.name, f"{point.gpus:,}", f"{point.micro_batch_samples:,}", *numbers, fits)
+        table.add_section()
+    return table
+
+
+def known_points_table(points: Sequence[Point]) -> Table:
+    """Simulated beside measured throughputs, and where these are from."""
+    table = plain_table("tokens/s a GPU", "run", "GPUs", "measured", "simulated", "off by", "source")
+    sources = list(dict.fromkeys(point.source for point in points))
+    for point in points:
+        numbers = (f"{point.measured:,.1f}", f"{point.simulated:,.1f}", f"{point.error:+.0%}")
+        table.add_row(point.what, f"{point.gpus:,}", *numbers, f"{sources.index(point.source) + 1}")
+    table.caption = "\n".join(f"{number}: {escape(source)}" for number, source in enumerate(sources, 1))
+    table.caption_justify = "left"
+    return table
+
+
+def draw(curves: Sequence[Curve], plan: Plan, path: Path) -> None:
+    """Throughput and MFU over the number of GPUs. Hollow points do not fit the devices' memory. Needs matplotlib."""
+    if find_spec("matplotlib") is None:
+        raise ConfigError(f"--scaling {path}: it needs matplotlib (pip install matplotlib), or leave it out")
+    # Only here: all else needs no matplotlib, which not every machine has.
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 4.6), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for style, curve in zip(_STYLES, curves, strict=False):
+        gpus = [point.gpus for point in curve.points]
+        for axes, values in (
+            (left, [point.tokens_per_s / 1e3 for point in curve.points]),
+            (right, [100 * point.mfu for point in curve.points]),
+        ):
+            axes.plot(gpus, values, label=curve.name, linewidth=1.6, markersize=6, **style)
+            for x, y, point in zip(gpus, values, curve.points, strict=True):
+                if not point.fits:
+                    axes.plot(x, y, marker=style["marker"], color=style["color"], markerfacecolor="white", zorder=3)
+    first = curves[-1].points[0]
+    ideal = [first.tokens_per_s / 1e3 * point.gpus / first.gpus for point in curves[-1].points]
+    left.plot([point.gpus for point in curves[-1].points], ideal, color="#666666", linestyle=":", label="in proportion")
+    left.set_yscale("log")
+    left.set_ylabel("throughput, thousand tokens/s")
+    right.set_ylim(bottom=0)
+    right.set_ylabel("model FLOPs utilisation, % of the peak")
+    ticks = sorted({point.gpus for curve in curves for point in curve.points})
+    for axes in (left, right):
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(ticks, [str(tick) for tick in ticks])
+        axes.set_xlabel("number of GPUs")
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+    left.legend(frameon=False, fontsize=9)
+    config, cluster = plan.config, plan.cluster
+    figure.suptitle(
+        f"{config.name}: simulated step, {cluster.gpu.name}, {cluster.gpus_per_node} a node (hollow: does not fit)"
+    )
+    try:
+        figure.savefig(path, dpi=150)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"--scaling {path}: cannot be written: {error}") from error
+
+
+def layouts_table(points: Sequence[LayoutPoint]) -> Table:
+    """A row for each network and size, tokens/s a GPU of each layout, and what is advised."""
+    names = list(dict.fromkeys(point.name for point in points))
+    table = plain_table("teacher's weights: tokens/s a GPU, simulated", "GB/s", "GPUs", *names, "advised")
+    for (link, gpus), row in _clusters(points):
+        cells = [f"{point.tokens_per_s_per_gpu:,.0f}{'' if point.fits else ' (no)'}" for point in row]
+        best = advised(row)
+        chosen = "none fits" if best is None else best.shard_within
+        if best is not None and best.micro_batches_per_pass > 1:
+            chosen += f", {best.micro_batches_per_pass} a pass"
+        table.add_row(f"{link / 1e9:g}", f"{gpus:,}", *cells, chosen)
+    table.caption = "(no): does not fit the devices' memory"
+    return table
+
+
+def _clusters(points: Sequence[LayoutPoint]) -> Iterator[tuple[tuple[float, int], list[LayoutPoint]]]:
+    for cluster, row in groupby(points, lambda point: (point.link_bytes_per_s, point.gpus)):
+        yield cluster, list(row)
+
+
+def draw_layouts(points: Sequence[LayoutPoint], plan: Plan, path: Path) -> None:
+    """Tokens/s a GPU over the number of GPUs, a panel for each network. Hollow points do not fit. Needs matplotlib."""
+    if find_spec("matplotlib") is None:
+        raise ConfigError(f"--layouts {path}: it needs matplotlib (pip install matplotlib), or leave it out")
+    # Only here: all else needs no matplotlib, which not every machine has.
+    from matplotlib.figure import Figure
+
+    links = list(dict.fromkeys(point.link_bytes_per_s for point in points))
+    names = list(dict.fromkeys(point.name for point in points))
+    figure = Figure(figsize=(12, 4.6), layout="constrained")
+    panels = figure.subplots(1, len(links), sharey=True)
+    for axes, link in zip(panels, links, strict=True):
+        for number, name in enumerate(names):
+            line = [point for point in points if point.name == name and point.link_bytes_per_s == link]
+            gpus, speeds = [point.gpus for point in line], [point.tokens_per_s_per_gpu for point in line]
+            style = line_style(number)
+            axes.plot(gpus, speeds, marker=marker(number), markersize=6, linewidth=1.6, label=name, **style)
+            for x, y, point in zip(gpus, speeds, line, strict=True):
+                if not point.fits:
+                    axes.plot(x, y, marker=marker(number), color=style["color"], markerfacecolor="white", zorder=3)
+        axes.set_xscale("log", base=2)
+        ticks = sorted({point.gpus for point in points})
+        axes.set_xticks(ticks, [str(tick) for tick in ticks], rotation=45)
+        axes.set_xlabel("number of GPUs")
+        axes.set_title(f"network of {link / 1e9:g} GB/s a GPU", fontsize=10)
+        tidy(axes)
+    panels[0].set_ylim(bottom=0)
+    panels[0].set_ylabel("tokens/s a GPU")
+    handles, labels = panels[0].get_legend_handles_labels()
+    config, cluster = plan.config, plan.cluster
+    title = (
+        f"{config.name}: simulated step, {cluster.gpu.name}, {cluster.gpus_per_node} a node; "
+        "teacher.shard_within and micro_batches_per_pass (hollow: does not fit)"
+    )
+    figure.legend(handles, labels, loc="outside upper left", ncols=5, title=title, frameon=False, alignment="left")
+    try:
+        figure.savefig(path, dpi=150)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"--layouts {path}: cannot be written: {error}") from error

@@ -1,0 +1,221 @@
+"""All of a plan, put together; and as JSON. Pure."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from ddk_ds.config import Config
+from ddk_ds.engine.flops import RunFlops, run_flops, training_flops
+from ddk_ds.engine.memory import MEMORY_MARGIN, OPTIMIZER_BYTES
+from ddk_ds.engine.model_files import COMPUTE_BYTES
+from ddk_ds.planner.advice import Advice, advise
+from ddk_ds.planner.data import DataFacts
+from ddk_ds.planner.gpu_memory import MemoryPlan, Models, plan_memory
+from ddk_ds.planner.gpus import LINK_EFFICIENCY, MEMORY_EFFICIENCY, Cluster
+from ddk_ds.planner.step_time import HOST_S_PER_LAYER, Step, simulate_step
+
+DEFAULT_MFU = 0.4
+DEFAULT_STORAGE_BYTES_PER_S = 5e9
+
+
+@dataclass(frozen=True)
+class Speed:
+    """How fast the cluster is taken to be."""
+
+    mfu: float | None = DEFAULT_MFU
+    """Share of the peak that a step's model FLOPs reach; None: by `tokens_per_s_per_gpu`."""
+    tokens_per_s_per_gpu: float | None = None
+    """Measured, of the configured method."""
+    storage_bytes_per_s: float = DEFAULT_STORAGE_BYTES_PER_S
+    """What the checkpoints' file system takes from all ranks together."""
+
+
+@dataclass(frozen=True)
+class Checkpoints:
+    """Sizes in bytes, times in seconds."""
+
+    num_bytes: int
+    kept_bytes: int
+    """Of all that lie there at a time: those that are kept, and one that is being written."""
+    write_s: float
+    pause_s: float
+    """What training waits for one."""
+    apart_s: float
+    """From one to the next."""
+    export_bytes: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run will take."""
+
+    config: Config
+    cluster: Cluster
+    models: Models
+    data: DataFacts
+    memory: MemoryPlan
+    flops: RunFlops
+    mfu: float
+    tokens_per_s: float
+    hours: float
+    step: Step
+    checkpoints: Checkpoints
+    advice: list[Advice]
+    assumptions: list[str]
+
+    @property
+    def gpu_hours(self) -> float:
+        """Of all GPUs."""
+        return self.hours * self.cluster.ranks
+
+    @property
+    def flop_per_s(self) -> float:
+        """That the cluster computes."""
+        return self.mfu * self.cluster.gpu.peak_flop_per_s * self.cluster.ranks
+
+    @property
+    def tokens(self) -> int:
+        """Drawn by the whole run."""
+        return self.data.steps * self.config.train.global_batch_samples * self.config.data.sequence_length
+
+    @property
+    def read_bytes_per_s(self) -> float:
+        """Of the shards, by all nodes together."""
+        return self.tokens_per_s * self.data.token_bytes
+
+
+def make_plan(config: Config, models: Models, data: DataFacts, cluster: Cluster, speed: Speed) -> Plan:
+    """Raises ConfigError where the batch does not divide by the cluster's GPUs."""
+    config.micro_batches(cluster.ranks)
+    teacher = None if models.teacher is None else models.teacher.forward_flops
+    student = models.student.forward_flops
+    flops = run_flops(config, student, teacher, steps=data.steps, measurements=data.measurements, domains=data.domains)
+    of_a_token = training_flops(config, student, teacher or 0.0)
+    peak = cluster.gpu.peak_flop_per_s
+    mfu = speed.mfu
+    if mfu is None:
+        assert speed.tokens_per_s_per_gpu is not None, "neither of the two speeds is given"
+        mfu = speed.tokens_per_s_per_gpu * of_a_token / peak
+    tokens_per_s = mfu * peak * cluster.ranks / of_a_token
+    memory = plan_memory(config, models, cluster)
+    step = simulate_step(
+        config,
+        models,
+        cluster,
+        domains=data.domains,
+        storage_bytes_per_s=speed.storage_bytes_per_s,
+    )
+    step_s = config.train.global_batch_samples * config.data.sequence_length / tokens_per_s
+    checkpoints = _checkpoints(config, models, speed, step, step_s)
+    waits_s = data.steps // config.checkpoint.every_steps * checkpoints.pause_s
+    return Plan(
+        config=config,
+        cluster=cluster,
+        models=models,
+        data=data,
+        memory=memory,
+        flops=flops,
+        mfu=mfu,
+        tokens_per_s=tokens_per_s,
+        hours=(flops.own / (mfu * peak * cluster.ranks) + waits_s) / 3600,
+        step=step,
+        checkpoints=checkpoints,
+        advice=[] if memory.fits else advise(config, models, cluster),
+        assumptions=_assumptions(config, cluster, data, speed),
+    )
+
+
+def _checkpoints(config: Config, models: Models, speed: Speed, step: Step, step_s: float) -> Checkpoints:
+    parameters, compute = models.student.shape.parameters, COMPUTE_BYTES[config.train.precision]
+    num_bytes = (OPTIMIZER_BYTES + compute) * parameters
+    every = config.checkpoint.every_steps
+    return Checkpoints(
+        num_bytes=num_bytes,
+        kept_bytes=(config.checkpoint.keep_last + 1) * num_bytes,
+        write_s=num_bytes / speed.storage_bytes_per_s,
+        pause_s=step.parts["checkpoint"] * every,
+        apart_s=every * step_s,
+        export_bytes=compute * parameters,
+    )
+
+
+def _assumptions(config: Config, cluster: Cluster, data: DataFacts, speed: Speed) -> list[str]:
+    gpu = cluster.gpu
+    measured = speed.mfu is None
+    speed_text = (
+        f"speed: {speed.tokens_per_s_per_gpu:,.0f} tokens/s a GPU, as measured"
+        if measured
+        else f"speed: MFU {speed.mfu:.0%} of the peak (not measured; recomputation and waiting lower what to give)"
+    )
+    found = [
+        f"GPU: {gpu.peak_flop_per_s / 1e12:,.0f} TFLOP/s dense bf16, {gpu.memory_bytes / 1e9:,.0f} GB; one way, GB/s: "
+        f"HBM {gpu.hbm_bytes_per_s / 1e9:,.0f}, NVLink {gpu.nvlink_bytes_per_s / 1e9:,.0f}, network "
+        f"{gpu.network_bytes_per_s / 1e9:,.0f}, host {gpu.host_bytes_per_s / 1e9:,.0f} ({gpu.source})",
+        f"memory: engine/memory.py's estimate; {1 - MEMORY_MARGIN:.0%} of a device is left to the allocator's holes",
+        "FLOPs: 2 a weight and token, embeddings looked up, heads and the whole square of attention counted; backward "
+        "twice forward; nothing recomputed; of a mixture of experts all experts",
+        speed_text,
+        f"controller: {data.domains} domains x {config.data.validation_samples} samples; the student "
+        f"{data.measurements} times, the teacher once ({data.source})",
+        f"simulated step: matmuls at {gpu.compute_efficiency:.0%} of the peak, links at {LINK_EFFICIENCY:.0%} and HBM "
+        f"at {MEMORY_EFFICIENCY:.0%} of nominal, {HOST_S_PER_LAYER * 1e3:g} ms of the host a layer's pass, "
+        "data never waited for",
+        f"disks: {data.token_bytes} bytes a token; checkpoints written at {speed.storage_bytes_per_s / 1e9:g} GB/s in "
+        f"all, {'in the background' if config.checkpoint.in_background else 'while training waits'}",
+    ]
+    if config.train.precision == "fp32":
+        found.append("train.precision is fp32: the peak is bf16's, and an fp32 run reaches a fraction of it")
+    if config.stop.discrepancy is not None:
+        found.append("stop.discrepancy may end the run earlier")
+    if config.method in ("ted", "ted_filters", "doremi_proxy"):
+        found.append(f"method {config.method}: one stage alone; its filters or weights of domains are left out")
+    return found
+
+
+def plan_json(plan: Plan) -> dict[str, Any]:
+    """What `--json` writes: bytes, seconds and FLOPs, unless a key names another unit."""
+    flops = {"cpt": plan.flops.cpt, "kd": plan.flops.kd, "ddk": plan.flops.ddk}
+    memory, step = plan.memory, plan.step
+    return {
+        "config": plan.config.name,
+        "method": plan.config.method,
+        "cluster": {"nodes": plan.cluster.nodes, "gpus_per_node": plan.cluster.gpus_per_node},
+        "gpu": plan.cluster.gpu.model_dump(),
+        "parameters": {
+            "student": plan.models.student.shape.parameters,
+            "teacher": None if plan.models.teacher is None else plan.models.teacher.shape.parameters,
+        },
+        "flops": flops,
+        "tflops": {name: None if value is None else value / 1e12 for name, value in flops.items()},
+        "flops_of_this_run": plan.flops.own,
+        "controller_flops": plan.flops.controller,
+        "kd_over_cpt": plan.flops.kd_over_cpt,
+        "ddk_over_kd": plan.flops.ddk_over_kd,
+        "memory_bytes": {**memory.device_parts, **memory.host_parts},
+        "device_bytes": memory.device_bytes,
+        "usable_bytes": memory.usable_bytes,
+        "host_bytes_per_node": memory.host_bytes,
+        "activation_bytes": memory.activations,
+        "fits": memory.fits,
+        "max_micro_batch": memory.max_micro_batch,
+        "max_micro_batch_that_divides": memory.max_dividing,
+        "steps": plan.data.steps,
+        "tokens": plan.tokens,
+        "measurements": plan.data.measurements,
+        "mfu": plan.mfu,
+        "tokens_per_s": plan.tokens_per_s,
+        "hours": plan.hours,
+        "gpu_hours": plan.gpu_hours,
+        "simulated_step": {
+            "parts_s": step.parts,
+            "seconds": step.seconds,
+            "tokens_per_s": step.tokens_per_s,
+            "mfu": step.mfu,
+        },
+        "shard_bytes": plan.data.shard_bytes,
+        "read_bytes_per_s": plan.read_bytes_per_s,
+        "checkpoint": asdict(plan.checkpoints),
+        "advice": [asdict(one) for one in plan.advice],
+        "assumptions": plan.assumptions,
+    }

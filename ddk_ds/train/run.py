@@ -1,0 +1,70 @@
+"""A run: everything that its loop works with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from ddk_ds.config import Config
+from ddk_ds.data.loader import MixtureDataset
+from ddk_ds.engine.runtime import Runtime
+from ddk_ds.engine.student import Student
+from ddk_ds.engine.teacher import Teacher
+from ddk_ds.methods import HeadOptions, Method, make_method
+from ddk_ds.train.checkpoint.saver import Saver
+from ddk_ds.train.inputs import Inputs
+from ddk_ds.train.interruption import Interruption, Watchdog
+from ddk_ds.train.interval import Array, Measurement, Mixer
+from ddk_ds.train.ledger import Ledger, MonitorFeed, RunProgress
+from ddk_ds.train.read_ahead import ReadAhead
+from ddk_ds.train.state import RunState
+from ddk_ds.train.validation import ValidationBatches, perplexities
+
+
+@dataclass
+class Run:
+    """Everything that the loop works with."""
+
+    config: Config
+    inputs: Inputs
+    runtime: Runtime
+    student: Student
+    teacher: Teacher | None
+    head: HeadOptions
+    dataset: MixtureDataset
+    validation: ValidationBatches
+    teacher_ppl: Array | None
+    mixer: Mixer
+    ahead: ReadAhead
+    interruption: Interruption
+    watchdog: Watchdog
+    state: RunState
+    ledger: Ledger
+    monitor: MonitorFeed
+    saver: Saver
+    progress: RunProgress
+    total_steps: int
+    step_flops: float
+    """Floating-point operations of a step on one rank."""
+
+    def measure(self) -> Measurement:
+        """Perplexities of the student now, beside the teacher's. Collective."""
+        runtime = self.runtime
+        student = perplexities(
+            self.student,
+            self.validation,
+            options=self.head,
+            device=runtime.device,
+            comm=runtime.comm,
+            poll=self.interruption.check,
+        )
+        return Measurement(student, self.teacher_ppl)
+
+    def record(self, record: dict[str, Any]) -> None:
+        """Write what was computed to the ledger and to the monitors."""
+        self.ledger.write(record)
+        self.monitor.add(record)
+
+    def make_method(self) -> Method:
+        """What a step minimises."""
+        return make_method(self.config, self.teacher, self.head, len(self.inputs.names), self.state.method)

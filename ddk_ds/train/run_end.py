@@ -1,0 +1,272 @@
+"""What a finished run leaves to read: summary.json and the table of domains.
+
+What an exported student says of itself: README.md, in the Hugging Face hub's form.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+from rich import box
+from rich.table import Table
+
+from ddk_ds.config import Config
+from ddk_ds.engine.export import Companions
+from ddk_ds.engine.model_files import ModelFiles
+from ddk_ds.files import write_text
+from ddk_ds.redact import redact
+from ddk_ds.run_files import read_ledger
+from ddk_ds.train.interval import Measurement
+from ddk_ds.train.state import RunState
+
+
+def make_summary(
+    names: Sequence[str], state: RunState, final: Measurement, *, run: str, controller: str, reason: str
+) -> dict[str, Any]:
+    """The run's result by domain: perplexities, ratios to the teacher (null without one), tokens trained on."""
+    before = np.array(state.student_before)
+    tokens = np.array(state.domain_tokens)
+    teacher = final.teacher
+    ratios = None if teacher is None else (before / teacher, final.student / teacher)
+    domains = [
+        {
+            "name": name,
+            "teacher_ppl": None if teacher is None else float(teacher[i]),
+            "student_ppl_before": float(before[i]),
+            "student_ppl_after": float(final.student[i]),
+            "ratio_before": None if ratios is None else float(ratios[0][i]),
+            "ratio_after": None if ratios is None else float(ratios[1][i]),
+            "tokens": int(tokens[i]),
+            "token_share": float(tokens[i] / max(1, tokens.sum())),
+        }
+        for i, name in enumerate(names)
+    ]
+    return {
+        "run": run,
+        "controller": controller,
+        "domains": domains,
+        "mean_ratio_before": None if ratios is None else float(ratios[0].mean()),
+        "mean_ratio_after": None if ratios is None else float(ratios[1].mean()),
+        "steps": state.step,
+        "tokens": int(tokens.sum()),
+        "wall_s": round(state.train_s, 1),
+        "reason": reason,
+    }
+
+
+def write_summary(run_dir: Path, summary: dict[str, Any]) -> None:
+    """Write <run>/summary.json; its presence says that the run is finished."""
+    write_text(run_dir / "summary.json", json.dumps(summary, indent=2) + "\n")
+
+
+def summary_table(summary: dict[str, Any]) -> Table:
+    """Perplexity of teacher and of student before and after, ratio before and after, share of tokens, by domain."""
+    work = f"{summary['steps']:,} steps, {summary['tokens']:,} tokens, {summary['wall_s']:.0f} s"
+    table = Table(
+        title=f"{summary['run']}: {summary['controller']}, {work}",
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+    )
+    table.add_column("domain", no_wrap=True)
+    headings = ("teacher\nppl", "student\nbefore", "student\nafter", "ratio\nbefore", "ratio\nafter", "token\nshare")
+    for heading in headings:
+        table.add_column(heading, justify="right", no_wrap=True)
+    for domain in summary["domains"]:
+        table.add_row(
+            domain["name"],
+            _number(domain["teacher_ppl"]),
+            _number(domain["student_ppl_before"]),
+            _number(domain["student_ppl_after"]),
+            _number(domain["ratio_before"], 3),
+            _number(domain["ratio_after"], 3),
+            f"{domain['token_share']:.1%}",
+        )
+    if summary["mean_ratio_after"] is not None:
+        table.add_section()
+        before, after = summary["mean_ratio_before"], summary["mean_ratio_after"]
+        table.add_row("mean", "", "", "", _number(before, 3), _number(after, 3), "")
+    return table
+
+
+def _number(value: float | None, digits: int = 2) -> str:
+    return "-" if value is None else f"{value:,.{digits}f}"
+
+
+PAPER = "https://arxiv.org/abs/2407.16154"
+_MAX_MIXTURE_ROWS = 12
+_LICENCE_KEYS = ("license", "license_name", "license_link")
+_SECTIONS = {"method", "seed", "mixture", "loss", "optimizer", "train", "stop"}
+_METHODS = {
+    "cpt": "continued pretraining on next-token cross-entropy, without a teacher",
+    "kd": "distillation (cross-entropy and a divergence from the teacher) on domains drawn by their size",
+    "ddk": "DDK: distillation with domains drawn more often the further the student is behind its teacher there",
+    "ddk_no_smoothing": "DDK without the smoothing of its domain factors",
+    "ddk_equal": "distillation on domains drawn equally often",
+    "minillm": "distillation by the reverse divergence",
+    "ted": "task-aware layer-wise distillation (TED)",
+    "ted_filters": "the first stage of TED, which trains filters and leaves the student as it was",
+    "doremi_proxy": "the proxy model of DoReMi, trained by group DRO",
+}
+
+
+def companions(
+    run_dir: Path, config: Config, files: ModelFiles, state: RunState, versions: dict[str, str]
+) -> Companions:
+    """What goes beside the weights of the run's student at `state`; the ledger in `run_dir` is read."""
+    card = model_card(config, files, state, read_ledger(run_dir), versions)
+    return Companions(files, card, {"run": config.name, "step": state.step})
+
+
+def model_card(
+    config: Config, files: ModelFiles, state: RunState, records: Sequence[dict[str, Any]], versions: dict[str, str]
+) -> str:
+    """README.md of the student at `state`: method, results by domain, mixture over time, settings, versions, licence.
+
+    `records` is the run's ledger; what it has after this step is left out. No path of a machine is named.
+    """
+    measured = [line for line in records if line["kind"] in ("interval", "end") and line["step"] <= state.step]
+    student = _model_name(config.student.path, files)
+    teacher = None if config.teacher is None else _model_name(config.teacher.path)
+    licence = _licence(files)
+    front = {
+        "base_model": student,
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["ddk", "distillation"],
+        **(licence or {"license": "other"}),
+    }
+    parts = [
+        f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n",
+        f"# {config.name}, step {state.step:,}",
+        _introduction(config, student, teacher, sum(state.domain_tokens)),
+        "## Domains",
+        _domains(state, measured, teacher is not None),
+        "## Mixture",
+        _mixture(measured),
+        "## Settings",
+        f"```yaml\n{_settings(config)}```",
+        "## Versions",
+        ", ".join(f"{name} {version}" for name, version in versions.items()),
+        "## Licence",
+        _licence_text(student, teacher, licence),
+    ]
+    return redact("\n\n".join(parts) + "\n")
+
+
+def _introduction(config: Config, student: str, teacher: str | None, tokens: int) -> str:
+    source = "" if teacher is None else f", teacher {teacher}"
+    return (
+        f"{student} after {tokens:,} tokens{source}. Method `{config.method}`: {_METHODS[config.method]} "
+        f"(the settings and baselines of [DDK]({PAPER}))."
+    )
+
+
+def _domains(state: RunState, measured: Sequence[dict[str, Any]], has_teacher: bool) -> str:
+    """Table by domain: perplexities before, last measured and the teacher's; tokens trained on."""
+    names = [domain["name"] for domain in state.data.domains]
+    last = measured[-1] if measured else {"step": 0, "student_ppl": {}, "teacher_ppl": None}
+    total = max(1, sum(state.domain_tokens))
+    before = dict(zip(names, state.student_before, strict=False))
+    rows = []
+    for name, tokens in zip(names, state.domain_tokens, strict=True):
+        now = last["student_ppl"].get(name)
+        row = [name, _number_model_card(before.get(name)), _number_model_card(now)]
+        if has_teacher:
+            teacher = (last["teacher_ppl"] or {}).get(name)
+            row += [
+                _number_model_card(teacher),
+                _number_model_card(None if not teacher or now is None else now / teacher, 3),
+            ]
+        rows.append([*row, f"{tokens:,}", f"{tokens / total:.1%}"])
+    headings = [
+        "domain",
+        "before",
+        "after",
+        *(["teacher", "after / teacher"] if has_teacher else []),
+        "tokens",
+        "share",
+    ]
+    measure = f"Perplexity of held-out text: before the run, after step {last['step']:,}, the last that was measured."
+    return f"{measure}\n\n{_table(headings, rows)}"
+
+
+def _mixture(measured: Sequence[dict[str, Any]]) -> str:
+    """Proportions by the interval's first step; of many intervals some."""
+    intervals = [line for line in measured if line["kind"] == "interval"]
+    if not intervals:
+        return "No interval was begun."
+    count = min(len(intervals), _MAX_MIXTURE_ROWS)
+    places = sorted({round(i * (len(intervals) - 1) / max(1, count - 1)) for i in range(count)})
+    names = list(intervals[0]["proportions"])
+    rows = [
+        [f"{intervals[i]['step']:,}", *(f"{intervals[i]['proportions'][name]:.3f}" for name in names)] for i in places
+    ]
+    which = "all" if len(places) == len(intervals) else f"{len(places)} of the {len(intervals)}"
+    return f"Proportions of the domains from a step on ({which} intervals).\n\n{_table(['step', *names], rows)}"
+
+
+def _settings(config: Config) -> str:
+    """The sections that the numbers depend on, as YAML; of files only the names."""
+    values = config.model_dump(mode="json", include=_SECTIONS, exclude={"train": {"nvme_path"}})
+    values["data"] = config.data.model_dump(mode="json", include={"sequence_length", "validation_samples"})
+    if config.mixture.schedule_file is not None:
+        values["mixture"]["schedule_file"] = Path(config.mixture.schedule_file).name
+    return yaml.safe_dump(values, sort_keys=False, default_flow_style=None, width=100)
+
+
+def _model_name(path: str, files: ModelFiles | None = None) -> str:
+    """The hub's name of a model; of one that lies in a directory that which its files remember, or its own name."""
+    remembered = "" if files is None else str(files.config.get("_name_or_path") or "")
+    if Path(path).is_dir() and _is_hub_name(remembered):
+        return remembered
+    return path if _is_hub_name(path) and not Path(path).is_dir() else Path(path).name
+
+
+def _is_hub_name(name: str) -> bool:
+    return name.count("/") == 1 and not name.startswith((".", "/", "~")) and not name.endswith("/")
+
+
+def _licence(files: ModelFiles) -> dict[str, str]:
+    """The licence fields of the student's own card, or of its configuration; empty where neither names one."""
+    card = files.directory / "README.md"
+    front: Any = None
+    if card.is_file():
+        begin, _, rest = card.read_text(encoding="utf-8", errors="replace").partition("---\n")
+        if not begin.strip():
+            try:
+                front = yaml.safe_load(rest.partition("\n---")[0])
+            except yaml.YAMLError:
+                front = None
+    for values in (front, files.config):
+        named = values.get("license") if isinstance(values, dict) else None
+        if isinstance(named, str) and named:
+            return {key: values[key] for key in _LICENCE_KEYS if isinstance(values.get(key), str)}
+    return {}
+
+
+def _licence_text(student: str, teacher: str | None, licence: dict[str, str]) -> str:
+    if licence:
+        text = f"{licence.get('license_name', licence['license'])}, as {student} names it."
+    else:
+        text = (
+            f"**To be filled in:** {student} names no licence. Write its licence as `license` at the head of this file "
+            "(with `license_name` and `license_link` where it is none that the hub knows)."
+        )
+    if teacher is None:
+        return text
+    return f"{text} {teacher}'s licence may have terms for models that are trained on its outputs: read it."
+
+
+def _table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [list(headings), ["---", *["---:"] * (len(headings) - 1)], *rows]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+
+
+def _number_model_card(value: float | None, digits: int = 2) -> str:
+    return "-" if value is None else f"{value:,.{digits}f}"

@@ -1,0 +1,86 @@
+"""Perplexity by domain: exp of the exact token-weighted mean over the held-out samples (l_S and l_T of the paper)."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from ddk_ds.comm import Comm
+from ddk_ds.engine.student import Student
+from ddk_ds.engine.teacher import Teacher
+from ddk_ds.files import write_text
+from ddk_ds.methods import IGNORE_INDEX, HeadOptions, token_losses
+
+# Per domain: micro-batches of (input_ids (B, L) int64, real (B,) bool); as many on every rank.
+ValidationBatches = Sequence[Sequence[tuple[torch.Tensor, torch.Tensor]]]
+
+
+def next_token_labels(input_ids: torch.Tensor) -> torch.Tensor:
+    """input_ids (B, L) -> labels (B, L): the token that follows; the last position has none and is ignored."""
+    labels = torch.full_like(input_ids, IGNORE_INDEX)
+    labels[:, :-1] = input_ids[:, 1:]
+    return labels
+
+
+def perplexities(
+    model: Student | Teacher,
+    batches: ValidationBatches,
+    *,
+    options: HeadOptions,
+    device: torch.device,
+    comm: Comm,
+    poll: Callable[[], None] = lambda: None,
+) -> npt.NDArray[np.float64]:
+    """Perplexity (N,) float64 of the model on each domain. Collective: every rank runs as many forward passes.
+
+    `poll` is called before each domain; what it raises on all ranks ends the evaluation.
+    """
+    sums = torch.zeros(2, len(batches), dtype=torch.float64, device=device)
+    with model.evaluating():
+        for domain, domain_batches in enumerate(batches):
+            poll()
+            for input_ids, real in domain_batches:
+                labels = next_token_labels(input_ids)
+                labels[~real] = IGNORE_INDEX
+                flat = labels.flatten().to(device)
+
+                nll = partial(token_losses, labels=flat, options=options)
+                sums[0, domain] += model(input_ids.to(device), nll).sum(dtype=torch.float64)
+                sums[1, domain] += (flat != IGNORE_INDEX).sum()
+    comm.all_reduce_sum(sums)
+    return np.exp((sums[0] / sums[1]).cpu().numpy())
+
+
+class PerplexityCache:
+    """A frozen model's perplexities, kept on disk under everything they depend on."""
+
+    def __init__(self, directory: Path, key: dict[str, Any]) -> None:
+        self._directory = directory
+        self._key = key
+
+    def read(self, domain_keys: Sequence[str]) -> list[float | None]:
+        """Cached perplexity of each domain, None where there is none."""
+        values: list[float | None] = []
+        for domain_key in domain_keys:
+            path = self._path(domain_key)
+            values.append(json.loads(path.read_text())["perplexity"] if path.is_file() else None)
+        return values
+
+    def write(self, domain_keys: Sequence[str], values: Sequence[float]) -> None:
+        """Keep the domains' perplexities; each file names what its value depends on."""
+        self._directory.mkdir(parents=True, exist_ok=True)
+        for domain_key, value in zip(domain_keys, values, strict=True):
+            record = {**self._key, "validation": domain_key, "perplexity": value}
+            write_text(self._path(domain_key), json.dumps(record, indent=2))
+
+    def _path(self, domain_key: str) -> Path:
+        text = json.dumps({**self._key, "validation": domain_key}, sort_keys=True)
+        return self._directory / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.json"

@@ -1,0 +1,298 @@
+"""Time, memory and error of the distillation head, beside other projects' losses and the bare matmuls.
+
+    python -m tools.bench.bench_kd_loss [--case 4096,50257,768,1600] --json bench.json --picture bench.png
+    python -m tools.bench.bench_kd_loss --near-teacher --json near.json --picture near.png
+
+What is computed: CE + gamma * T^2 * KL(teacher || student) from hidden states, and its gradients to the student's
+hidden states and head weight. Projects that are not installed are listed with the reason: liger-kernel, trl, torchtune.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import gc
+import importlib
+import json
+import multiprocessing
+import sys
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from importlib.metadata import distributions
+from importlib.util import find_spec
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Column, Table
+
+from ddk_ds.errors import ConfigError, UserError
+from ddk_ds.files import write_text
+from tools.bench import kd_peers
+from tools.bench.kd_peers import IMPLEMENTATIONS, Case, Problem, Result
+
+Row = dict[str, Any]
+FLOORS = ("floor_whole", "floor_chunked")
+NAMES = ("floor", *(name for name in IMPLEMENTATIONS if name not in FLOORS))
+NEAR_NAMES = ("ours", "ours_model_dtype", "naive", "liger", "trl")
+NEAR_KL = [10 ** (1 - 5 * i / 8) for i in range(9)]  # 10 to 1e-4 nats per token
+# Relative errors of the loss and of its gradients that "ours" must keep to at every KL.
+BOUNDS = {"loss_error": 1e-4, "grad_error": 5e-3}
+COLOURS = ("#0072B2", "#56B4E9", "#E69F00", "#D55E00", "#009E73")  # Okabe and Ito's
+CPU_FLAGS = ("avx2", "avx512f", "avx512_bf16", "avx512_fp16", "amx_tile", "amx_bf16")
+# Titles of a table of cases: key of the JSON, unit, format.
+COLUMNS = {
+    "time s": ("time_s", 1, ".3f"),
+    "wall s": ("wall_s", 1, ".3f"),
+    "x floor": ("time_over_floor", 1, ".2f"),
+    "x naive": ("time_over_naive", 1, ".2f"),
+    "peak MB": ("peak_bytes", 1e6, ".0f"),
+    "loss error": ("loss_error", 1, ".0e"),
+    "grad error": ("grad_error", 1, ".0e"),
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Returns the exit code: 0, 1 where this project's own loss fails, 2 for an error that the user can mend."""
+    options = _parse(arguments)
+    torch.set_num_threads(options.threads)
+    try:
+        return _run(options)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--case", action="append", default=[], metavar="n,V,Hs,Ht[,dtype]", help="sizes; repeatable")
+    parser.add_argument("--only", action="append", choices=NAMES, help="this loss; repeatable (default: all)")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", choices=("cpu", "cuda"), default=device, help="default: %(default)s")
+    parser.add_argument("--repeats", type=int, default=5, choices=range(1, 100), metavar="N", help="timed calls each")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of the CPU")
+    parser.add_argument("--gamma", type=float, default=0.5, help="weight of the KL (default: %(default)s)")
+    parser.add_argument("--temperature", type=float, default=1.0, help="of both softmaxes (default: %(default)s)")
+    parser.add_argument("--near-teacher", action="store_true", help="errors of the KL alone, from 10 to 1e-4 nats")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="file for the numbers")
+    parser.add_argument("--picture", type=Path, metavar="FILE.png", help="file for a picture; needs matplotlib")
+    return parser.parse_args(arguments)
+
+
+def _run(options: argparse.Namespace) -> int:
+    if options.picture and find_spec("matplotlib") is None:
+        raise ConfigError("--picture needs matplotlib: pip install matplotlib, or leave it out")
+    cases = [kd_peers.parse_case(text, options.device) for text in options.case]
+    if options.near_teacher:
+        key, rows = "near_teacher", near_teacher(cases[0] if cases else kd_peers.NEAR_CASE, options)
+    else:
+        key, rows = "cases", [row for case in cases or kd_peers.CASES[options.device] for row in measure(case, options)]
+    if options.json:
+        write_text(options.json, json.dumps({**_about(options), key: rows}, indent=1) + "\n")
+    if options.picture:
+        draw = _draw_near if options.near_teacher else _draw_cases
+        draw(rows, importlib.import_module("matplotlib.pyplot")).savefig(options.picture, dpi=150)
+    faults = [fault for row in rows if row["impl"].startswith("ours") for fault in _faults(row)]
+    print("".join(f"error: {fault}\n" for fault in faults), end="", file=sys.stderr)
+    return 1 if faults else 0
+
+
+def _faults(row: Row) -> list[str]:
+    if row["grad_error"] is None:
+        return [f"{row['impl']}: {row['note']}"]
+    exact = "kl" not in row or row["impl"] != "ours" or all(row[key] <= bound for key, bound in BOUNDS.items())
+    return [] if exact else [f"ours is not exact at {row['kl']:.1e} nats: {[(key, row[key]) for key in BOUNDS]}"]
+
+
+def _about(options: argparse.Namespace) -> Row:
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    cpu = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    installed = {found.name.replace("_", "-").lower(): found.version for found in distributions()}
+    return {
+        "device": torch.cuda.get_device_name() if options.device == "cuda" else cpu.get("model name", "CPU"),
+        "threads": options.threads,
+        "cpu_flags": [flag for flag in CPU_FLAGS if flag in cpu.get("flags", "").split()],
+        "versions": {name: installed.get(name) for name in kd_peers.PACKAGES},
+    }
+
+
+def measure(case: Case, options: argparse.Namespace) -> list[Row]:
+    """One row for each implementation, printed as a table too."""
+    torch.compiler.reset()  # a second shape would make what is compiled general, and slower
+    problem = kd_peers.make_problem(case, options.device, options.gamma, options.temperature)
+    rows = _compare(_wanted(NAMES, case, options), problem, case, options)
+    ready = [row for row in rows if row["grad_error"] is not None]
+    # Rounds, so that a change of the machine's speed hits all alike.
+    rounds = [[_seconds(IMPLEMENTATIONS[row["impl"]].run, problem) for row in ready] for _ in range(options.repeats)]
+    for row, *pairs in zip(ready, *rounds, strict=True):
+        row["time_s"], row["wall_s"] = (median(part) for part in zip(*pairs, strict=True))
+    floors = sorted((row for row in ready if row["impl"] in FLOORS), key=lambda row: row["time_s"])
+    rows = [row for row in rows if row not in floors[1:]]
+    peak = _peak_bytes if options.device == "cuda" else _peak_in_child
+    for row in (row for row in ready if row in rows):
+        row["peak_bytes"], fault = _attempt(peak, row["impl"], case, options)
+        row["note"] += f"; peak memory: {fault}" if fault else ""
+    for row in floors[:1]:
+        row |= {"impl": "floor", "loss_error": None, "grad_error": None}
+    bases = {row["impl"]: row["time_s"] for row in rows if row["impl"] in ("floor", "naive") and row["time_s"]}
+    for row in (row for row in rows if row["time_s"]):
+        row |= {f"time_over_{base}": row["time_s"] / seconds for base, seconds in bases.items()}
+    table = Table(Column(no_wrap=True), *COLUMNS)
+    for row in rows:
+        cells = (_text(row[key] and row[key] / unit, form) for key, unit, form in COLUMNS.values())
+        table.add_row(row["impl"], *cells)
+    _print(table, rows, "time is the GPU's" if options.device == "cuda" else f"CPU time of {options.threads} threads")
+    return rows
+
+
+def near_teacher(case: Case, options: argparse.Namespace) -> list[Row]:
+    """Errors of the KL alone (ce_weight 0) while the student nears the teacher: rows by KL and implementation."""
+    if case.student != case.teacher:
+        raise ConfigError(f"--case has sizes {case.student} and {case.teacher}: near the teacher both share one head")
+    names, rows = _wanted(NEAR_NAMES, case, options), []
+    table = Table("KL [nats]", *names, pad_edge=False)
+    for kl in NEAR_KL:
+        part = _compare(names, kd_peers.make_near_problem(case, options.device, kl), case, options)
+        rows += part
+        cells = [f"{_text(row['loss_error'], '.0e')}/{_text(row['grad_error'], '.0e')}" for row in part]
+        table.add_row(f"{part[0]['kl']:.1e}", *cells)
+    _print(table, rows, "relative errors of the KL/of its gradients")
+    return rows
+
+
+def _wanted(names: Sequence[str], case: Case, options: argparse.Namespace) -> list[str]:
+    chosen = [name for name in names if name in (options.only or names)]
+    chosen = [part for name in chosen for part in (FLOORS if name == "floor" else (name,))]
+    chosen = [name for name in chosen if case.dtype != "float32" or not IMPLEMENTATIONS[name].half_only]
+    if not chosen:
+        raise ConfigError(f"--only {', '.join(options.only)} leaves nothing: give some of {', '.join(names)}")
+    return chosen
+
+
+def _compare(names: list[str], problem: Problem, case: Case, options: argparse.Namespace) -> list[Row]:
+    """Rows without times: each implementation is called once, and held against float64."""
+    target, rows = kd_peers.truth(problem), []
+    shape: Row = {"device": options.device, "dtype": case.dtype, "n": case.n, "vocab": case.vocab}
+    shape["hidden"] = [case.student, case.teacher]
+    empty = dict.fromkeys(key for key, *_ in COLUMNS.values()) if problem.ce_weight else {"kl": target.kl}
+    for name in names:
+        one = IMPLEMENTATIONS[name]
+        result, fault = _attempt(one.run, problem)
+        loss, grad = (None, None) if result is None else kd_peers.errors(result, target, one, problem.kd_weight)
+        rows.append({"impl": name, **shape, **empty, "loss_error": loss, "grad_error": grad, "note": fault or one.note})
+    return rows
+
+
+def _attempt(function: Callable[..., Any], *arguments: Any) -> tuple[Any, str]:
+    """(value, "") or (None, why not): a peer that fails is a line of the table, not the end."""
+    try:
+        return function(*arguments), ""
+    except Exception as error:
+        what = "not installed" if isinstance(error, ImportError) else f"failed: {type(error).__name__}"
+        return None, f"{what}: {' '.join(str(error).split())[:160]}"
+
+
+def _seconds(run: Callable[[Problem], Result], problem: Problem) -> tuple[float, float]:
+    """(CPU time of all threads; wall time) of one call; on a GPU its own time, twice."""
+    if not problem.labels.is_cuda:
+        wall, cpu = time.perf_counter(), time.process_time()
+        run(problem)
+        return time.process_time() - cpu, time.perf_counter() - wall
+    torch.cuda.synchronize()
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda._sleep(5_000_000)  # it works on, as in training, while Python prepares the call
+    start.record()
+    run(problem)
+    end.record()
+    end.synchronize()
+    return (start.elapsed_time(end) / 1e3,) * 2
+
+
+def _peak_in_child(name: str, case: Case, options: argparse.Namespace) -> int:
+    """In a process of its own: what others leave in this one's heap would hide a part."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(_peak_bytes, name, case, options).result()
+
+
+def _peak_bytes(name: str, case: Case, options: argparse.Namespace) -> int:
+    """Peak memory of a second call over inputs and the two gradients; what the first one kept for it counts."""
+    torch.set_num_threads(options.threads)
+    run, cuda = IMPLEMENTATIONS[name].run, options.device == "cuda"
+    shapes = (case._replace(n=16, vocab=min(case.vocab, 256)), case)
+    small, problem = (kd_peers.make_problem(s, options.device, options.gamma, options.temperature) for s in shapes)
+    run(small)  # loads libraries, which are not the call's memory
+    torch.compiler.reset()
+    before = _settled_bytes(cuda)
+    run(problem)
+    _settled_bytes(cuda)
+    result = run(problem)
+    peak = torch.cuda.max_memory_allocated() if cuda else _resident_bytes("VmHWM")
+    return peak - before - result.hidden_grad.nbytes - result.weight_grad.nbytes
+
+
+def _settled_bytes(cuda: bool) -> int:
+    """Memory in use; the peak starts anew from here."""
+    gc.collect()
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.memory_allocated()
+    ctypes.CDLL(None).malloc_trim(0)  # what was freed is there to be used again, and would not be seen
+    Path("/proc/self/clear_refs").write_text("5")
+    return _resident_bytes("VmRSS")
+
+
+def _resident_bytes(key: str) -> int:
+    return 1024 * int(Path("/proc/self/status").read_text().partition(f"{key}:")[2].split()[0])
+
+
+def _text(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
+
+
+def _title(row: Row) -> str:
+    return "n {n}, V {vocab}, hidden sizes {hidden}, {dtype}".format(**row)
+
+
+def _print(table: Table, rows: list[Row], what: str) -> None:
+    table.title, table.title_justify = f"{_title(rows[0])}: {what}", "left"
+    for column in table.columns[1:]:
+        column.justify, column.overflow = "right", "fold"
+    notes = dict.fromkeys(f"{row['impl']}: {row['note']}" for row in rows)
+    Console().print(table, *notes, sep="\n", highlight=False, markup=False)
+
+
+def _draw_near(rows: list[Row], plt: Any) -> Any:
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
+    for axis, (key, bound), what in zip(axes, BOUNDS.items(), ("KL", "its gradients"), strict=True):
+        for name, colour, style in zip(NEAR_NAMES, COLOURS, ("o-", "s:", "D--", "^-", "v-"), strict=True):
+            part = [row for row in rows if row["impl"] == name and row[key] is not None]
+            x, y = [row["kl"] for row in part], [row[key] for row in part]
+            axis.loglog(x, y, style, color=colour, fillstyle="none", label=name if part else f"{name}: no result")
+        axis.axhline(bound, color="black", linestyle="--", label=f"bound of ours: {bound:g}")
+        axis.set(xlabel="KL(teacher || student) [nats per token]", ylabel=f"relative error of {what}")
+        axis.legend(fontsize="small")
+    return figure
+
+
+def _draw_cases(rows: list[Row], plt: Any) -> Any:
+    cases = list(dict.fromkeys(_title(row) for row in rows))
+    figure, axes = plt.subplots(len(cases), 2, figsize=(12, 3 * len(cases)), squeeze=False, layout="constrained")
+    for pair, case in zip(axes, cases, strict=True):
+        part = [row for row in reversed(rows) if _title(row) == case]
+        colours = [COLOURS[0] if row["impl"].startswith("ours") else "#999999" for row in part]
+        for axis, title in zip(pair, ("time s", "peak MB"), strict=True):
+            key, unit, form = COLUMNS[title]
+            numbers = [row[key] and row[key] / unit for row in part]
+            bars = axis.barh([row["impl"] for row in part], [number or 0 for number in numbers], color=colours)
+            axis.bar_label(bars, [_text(number, form) for number in numbers], padding=3)
+            axis.margins(x=0.15)
+        pair[0].set(title=case, xlabel="time [s]")
+        pair[1].set_xlabel("peak memory beside inputs and gradients [MB]")
+    return figure
+
+
+if __name__ == "__main__":
+    sys.exit(main())

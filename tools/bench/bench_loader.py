@@ -1,0 +1,276 @@
+"""How fast samples come: this project's loader, mosaicml-streaming's own, and a bare memory map as the floor.
+
+    python -m tools.bench.bench_loader [--samples 20000] --json FILE
+
+Random shards of uint16 tokens are written to a temporary directory; all three read the same samples in the same order
+in one run. Then: the first batch of an interval, and the seconds that planning an interval takes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import shutil
+import sys
+import tempfile
+import time
+import tracemalloc
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch.utils.data import DataLoader, Dataset
+
+from ddk_ds.data.cache import CachedStore, CacheOptions
+from ddk_ds.data.loader import MixtureDataset, interval_loader
+from ddk_ds.data.manifest import DomainInfo, Manifest, SplitInfo, write_manifest
+from ddk_ds.data.mds import write_split
+from ddk_ds.files import write_text
+from ddk_ds.mixture.schedule import DomainOrder, IntervalState, interval_ids
+
+Row = dict[str, Any]
+Ids = npt.NDArray[np.int64]
+MICRO_BATCH = 8
+SHARD_BYTES = 1 << 22
+NUM_DOMAINS = 4
+PLANNED_SAMPLES = 1000 * 1024
+
+
+def make_data(root: Path, num_samples: int, length: int) -> None:
+    """Domains of random tokens."""
+    generator = np.random.default_rng(0)
+    domains = {}
+    for number in range(NUM_DOMAINS):
+        infos = {}
+        for split, count in (("train", num_samples // NUM_DOMAINS), ("validation", 2)):
+            samples = (generator.integers(0, 50_000, length, np.uint16) for _ in range(count))
+            directory = root / f"domain{number}" / split
+            written = write_split(directory, samples, sequence_length=length, dtype="uint16", shard_bytes=SHARD_BYTES)
+            infos[split] = SplitInfo(documents=count, tokens=count * length, bytes=count * length, **written)
+        domains[f"domain{number}"] = DomainInfo(infos["train"], infos["validation"])
+    write_manifest(Manifest(root, length, "uint16", "none", 50_000, 0, domains))
+
+
+def order_of(dataset: MixtureDataset, num_samples: int) -> Ids:
+    """An interval over all domains alike, as training has it."""
+    orders = [DomainOrder(name, sizes, seed=0) for name, sizes in zip(dataset.names, dataset.shard_sizes, strict=True)]
+    entries = [{"name": n, "num_samples": int(s), "sha": ""} for n, s in zip(dataset.names, dataset.sizes, strict=True)]
+    state = IntervalState.new(entries, seed=0).advance([1 / len(orders)] * len(orders), num_samples)  # type: ignore[arg-type]
+    return interval_ids(orders, dataset.sample_offsets, state)
+
+
+def read_ours(root: Path, ids: Ids, workers: int, cache: Path | None, limit_gb: float | None) -> tuple[float, float]:
+    """(seconds to the first batch, seconds in all)."""
+    store = None if cache is None else CachedStore(str(root), CacheOptions(cache, limit_gb, 60.0, 2))
+    names = [f"domain{number}" for number in range(NUM_DOMAINS)]
+    dataset = MixtureDataset(root if store is None else store, names)
+    started = time.perf_counter()
+    return _drain(started, interval_loader(dataset, ids, rank=0, world=1, micro_batch=MICRO_BATCH, num_workers=workers))
+
+
+def read_streaming(
+    root: Path, ids: Ids, workers: int, cache: Path | None, limit_gb: float | None
+) -> tuple[float, float]:
+    """mosaicml-streaming's StreamingDataset and StreamingDataLoader over the same domains, its own order."""
+    from streaming import Stream, StreamingDataLoader, StreamingDataset
+    from streaming.base.util import clean_stale_shared_memory
+
+    clean_stale_shared_memory()
+    streams = [
+        Stream(local=str(root / f"domain{number}" / "train"))
+        if cache is None
+        else Stream(remote=str(root / f"domain{number}" / "train"), local=str(cache / f"domain{number}"))
+        for number in range(NUM_DOMAINS)
+    ]
+    limit = None if limit_gb is None else int(limit_gb * 1e9)
+    dataset = StreamingDataset(streams=streams, shuffle=True, batch_size=MICRO_BATCH, cache_limit=limit)
+    started = time.perf_counter()
+    return _drain(started, StreamingDataLoader(dataset, batch_size=MICRO_BATCH, num_workers=workers))
+
+
+class _Mapped(Dataset[torch.Tensor]):
+    """The samples as one memory-mapped matrix, without any check: what no reader can be faster than."""
+
+    def __init__(self, path: Path, length: int) -> None:
+        self._path, self._length = path, length
+        self._tokens: Any = None
+
+    def __getitem__(self, sample_id: int) -> torch.Tensor:
+        if self._tokens is None:
+            self._tokens = np.memmap(self._path, np.uint16, mode="r").reshape(-1, self._length)
+        return torch.from_numpy(self._tokens[sample_id].astype(np.int64))
+
+
+def read_mapped(root: Path, ids: Ids, workers: int, length: int) -> tuple[float, float]:
+    """A DataLoader over a memory map."""
+    started = time.perf_counter()
+    batches = ids.reshape(-1, MICRO_BATCH).tolist()
+    return _drain(started, DataLoader(_Mapped(root / "flat.bin", length), batch_sampler=batches, num_workers=workers))
+
+
+def _drain(started: float, batches: Any) -> tuple[float, float]:
+    iterator: Iterator[Any] = iter(batches)
+    next(iterator)
+    first = time.perf_counter() - started
+    for _ in iterator:
+        pass
+    return first, time.perf_counter() - started
+
+
+def in_child(read: Callable[..., tuple[float, float]], *arguments: Any) -> tuple[float, float]:
+    """In a process of its own: no reader has the other's shared memory, workers or caches."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), _fork_workers) as pool:
+        return pool.submit(read, *arguments).result()
+
+
+def _fork_workers() -> None:
+    """A spawned process would spawn its workers too, as a training process does not."""
+    multiprocessing.set_start_method("fork", force=True)
+    warnings.filterwarnings("ignore", message="The given NumPy array is not writable")  # of streaming's loader
+
+
+@contextmanager
+def scratch(wanted: bool) -> Iterator[Path | None]:
+    """A new cache directory, or none."""
+    if not wanted:
+        yield None
+        return
+    with tempfile.TemporaryDirectory(prefix="bench-cache-") as directory:
+        yield Path(directory)
+
+
+def measure(root: Path, ids: Ids, length: int, options: argparse.Namespace) -> list[Row]:
+    """One row for each reader, number of workers and way to hold the data; medians of the repeats."""
+    rows: list[Row] = []
+    total_bytes = len(ids) * length * 2
+    ways = (("local", None), ("cache", None), ("cache with a limit", max(total_bytes / 4, 8.0 * SHARD_BYTES) / 1e9))
+    for workers in (0, 2):
+        for way, limit in ways:
+            readers: dict[str, Callable[..., tuple[float, float]]] = {"ours": read_ours, "streaming": read_streaming}
+            found: dict[str, list[tuple[float, float]]] = {name: [] for name in readers}
+            for _ in range(options.repeats):  # in turn, so that a change of the machine's speed hits all
+                for name, read in readers.items():
+                    with scratch(way != "local") as cache:
+                        found[name].append(in_child(read, root, ids, workers, cache, limit))
+                if way == "local":
+                    mapped = in_child(read_mapped, root, ids, workers, length)
+                    found.setdefault("memory map", []).append(mapped)
+            for name, times in found.items():
+                seconds = median(total - first for first, total in times)  # workers' start is first_batch_s
+                num_samples = len(ids) - MICRO_BATCH
+                rows.append(
+                    {
+                        "reader": name,
+                        "workers": workers,
+                        "data": way,
+                        "samples_per_s": num_samples / seconds,
+                        "tokens_per_s": num_samples * length / seconds,
+                        "first_batch_s": median(first for first, _ in times),
+                    }
+                )
+    return rows
+
+
+def planning(num_domains: int) -> tuple[float, float]:
+    """(seconds, peak bytes) of planning an interval of 1,000 steps x 1,024 samples."""
+    orders = [DomainOrder(f"d{number}", [16_384] * 8, seed=0) for number in range(num_domains)]
+    entries: Any = [{"name": order.name, "num_samples": order.num_samples, "sha": ""} for order in orders]
+    offsets = np.arange(num_domains) * orders[0].num_samples
+    fresh = IntervalState.new(entries, seed=0)
+    proportions = np.random.default_rng(0).dirichlet(np.ones(num_domains)).tolist()
+    started = time.perf_counter()
+    state = fresh.advance(proportions, PLANNED_SAMPLES)
+    state.seal(interval_ids(orders, offsets, state))
+    seconds = time.perf_counter() - started
+    for order in orders:
+        order._pass = None  # planned anew, to see what it holds
+    tracemalloc.start()
+    interval_ids(orders, offsets, state)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    return seconds, peak
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure, print tables, write the JSON."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--samples", type=int, default=16_384, help="of an interval (default: %(default)s)")
+    parser.add_argument("--sequence-length", type=int, default=2048, help="tokens of a sample (default: %(default)s)")
+    parser.add_argument("--repeats", type=int, default=3, help="of each reading (default: %(default)s)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="file for the numbers")
+    options = parser.parse_args(arguments)
+    unit = MICRO_BATCH * NUM_DOMAINS
+    if options.samples < 64 * unit or options.samples % unit:
+        parser.error(f"--samples is {options.samples}: give a multiple of {unit}, {64 * unit} or more")
+    directory = Path(tempfile.mkdtemp(prefix="bench-loader-"))
+    try:
+        make_data(directory, options.samples, options.sequence_length)
+        dataset = MixtureDataset(directory, [f"domain{number}" for number in range(NUM_DOMAINS)])
+        np.stack([dataset[i]["input_ids"].numpy().astype(np.uint16) for i in range(len(dataset))]).tofile(
+            directory / "flat.bin"
+        )
+        rows = measure(directory, order_of(dataset, options.samples), options.sequence_length, options)
+    finally:
+        shutil.rmtree(directory)
+    plans = {number: planning(number) for number in (10, 100, 1000)}
+    result = summarise(rows, plans)
+    show(result, Console())
+    if options.json:
+        write_text(options.json, json.dumps(result, indent=1) + "\n")
+    return 0
+
+
+def summarise(rows: list[Row], plans: dict[int, tuple[float, float]]) -> Row:
+    """What goes to the JSON file."""
+    speed = {(row["reader"], row["workers"], row["data"]): row["samples_per_s"] for row in rows}
+    return {
+        "cores": len(os.sched_getaffinity(0)),
+        "versions": {name: version(name) for name in ("torch", "numpy", "mosaicml-streaming")},
+        "ours_over_streaming": {
+            str(workers): speed["ours", workers, "local"] / speed["streaming", workers, "local"] for workers in (0, 2)
+        },
+        "first_batch_s": {
+            str(row["workers"]): row["first_batch_s"]
+            for row in rows
+            if (row["reader"], row["data"]) == ("ours", "local")
+        },
+        "planning_s": {str(number): seconds for number, (seconds, _) in plans.items()},
+        "planning_peak_bytes": {str(number): peak for number, (_, peak) in plans.items()},
+        "cases": rows,
+    }
+
+
+def show(result: Row, console: Console) -> None:
+    """The same as tables."""
+    table = Table("reader", "workers", "data", "samples/s", "tokens/s", "first batch ms")
+    for row in result["cases"]:
+        table.add_row(
+            row["reader"],
+            str(row["workers"]),
+            row["data"],
+            f"{row['samples_per_s']:,.0f}",
+            f"{row['tokens_per_s']:,.0f}",
+            f"{1e3 * row['first_batch_s']:.1f}",
+        )
+    console.print(table)
+    for number, seconds in result["planning_s"].items():
+        peak = result["planning_peak_bytes"][number] / 1e6
+        console.print(f"planning {PLANNED_SAMPLES:,} samples over {number} domains: {seconds:.2f} s, {peak:.0f} MB")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

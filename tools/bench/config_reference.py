@@ -1,0 +1,147 @@
+"""Write docs/configuration.md from the configuration's own descriptions, defaults and limits.
+
+python -m tools.bench.config_reference [--check]
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import types
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+
+from ddk_ds.config import METHODS, Config
+from ddk_ds.files import write_text
+
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "configuration.md"
+_HEAD = """# Configuration
+
+Every key of a run's YAML file, made from `ddk_ds/config/` by `python -m tools.bench.config_reference`.
+Defaults are the paper's settings. A key of a section is overridden on the command line as `section.key=value`, for
+example `mixture.alpha=0.3`, or `data.domains=[code,text]` for a list. An unknown key, a wrong type or a combination
+that does not fit ends the start with an error that names the fix. `--print-config` shows what a run resolves to:
+
+    python launch/distill.py --config configs/demo.yaml --print-config mixture.alpha=0.3
+
+`configs/demo.yaml` is a whole example.
+"""
+_KINDS = {str: "text", int: "integer", float: "number", bool: "true or false", Any: "anything", type(None): "null"}
+_BOUNDS = {"ge": ">= {}", "gt": "> {}", "le": "<= {}", "lt": "< {}", "min_length": "at least {}"}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Returns 0; with --check 1 where the page is not what the configuration says."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--check", action="store_true", help="write nothing, say whether the page is up to date")
+    options = parser.parse_args(arguments)
+    text = reference()
+    if not options.check:
+        write_text(PAGE, text)
+        return 0
+    if not PAGE.is_file() or PAGE.read_text(encoding="utf-8") != text:
+        print(
+            f"{PAGE.name} is not what the configuration says: run python -m tools.bench.config_reference",
+            file=sys.stderr,
+        )
+        return 1
+    return 0
+
+
+def reference() -> str:
+    """The page."""
+    top = {name: field for name, field in Config.model_fields.items() if section_of(field) is None}
+    parts = [_HEAD, "## The run\n", _table("", top)]
+    for name, field in Config.model_fields.items():
+        section = section_of(field)
+        if section is not None:
+            title = f"## {name}" + ("" if not field.is_required() else " (required)")
+            parts += [f"{title}\n", f"{_one_line(field.description or section.__doc__)}\n"]
+            parts.append(_table(f"{name}.", section.model_fields))
+    return "\n".join([*parts, _presets()])
+
+
+def section_of(field: FieldInfo) -> type[BaseModel] | None:
+    """The section that a key of the run's holds, or None."""
+    options = (field.annotation, *get_args(field.annotation))
+    return next((one for one in options if isinstance(one, type) and issubclass(one, BaseModel)), None)
+
+
+def _table(prefix: str, fields: dict[str, FieldInfo]) -> str:
+    rows = [["key", "type", "default", "description"], ["---"] * 4]
+    for name, field in fields.items():
+        kind = _kind(field.annotation, field.metadata)
+        rows.append([f"`{prefix}{name}`", kind, _default(field), _one_line(field.description)])
+    return _markdown(rows)
+
+
+def _markdown(rows: Sequence[Sequence[str]]) -> str:
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows) + "\n"
+
+
+def _kind(annotation: Any, metadata: Sequence[Any] = ()) -> str:
+    """A type in words: `Annotated[int, Field(ge=1)] | None` -> "integer >= 1, or null"."""
+    bounds = ", ".join(_bounds(metadata))
+    if get_origin(annotation) is Annotated:
+        inner, *more = get_args(annotation)
+        return _kind(inner, [item for field in more for item in getattr(field, "metadata", [field])])
+    arguments = get_args(annotation)
+    match get_origin(annotation):
+        case origin if origin is Literal:
+            return ", ".join(f"`{value}`" for value in arguments)
+        case origin if origin in (Union, types.UnionType):
+            return ", or ".join(_kind(one, metadata) if one is not type(None) else "null" for one in arguments)
+        case origin if origin is dict:
+            return f"mapping of {_kind(arguments[1])}"
+        case origin if origin is tuple and arguments[-1] is Ellipsis:
+            return f"list of {_kind(arguments[0])}"
+        case origin if origin is tuple:
+            return f"[{', '.join(_kind(one) for one in arguments)}]"
+    return f"{_KINDS[annotation]} {bounds}".rstrip()
+
+
+def _bounds(metadata: Sequence[Any]) -> Iterator[str]:
+    for item in metadata:
+        for name, text in _BOUNDS.items():
+            if getattr(item, name, None) is not None:
+                yield text.format(f"{getattr(item, name):g}")
+
+
+def _default(field: FieldInfo) -> str:
+    if field.is_required():
+        return "required"
+    value = field.get_default(call_default_factory=True)
+    match value:
+        case None:
+            return "null"
+        case bool():
+            return str(value).lower()
+        case float():
+            return f"{value:g}"
+        case tuple():
+            return f"[{', '.join(map(str, value))}]"
+    return str(value)
+
+
+def _presets() -> str:
+    rows = [["method", "mixture.controller", "loss.divergence", "teacher"], ["---"] * 4]
+    for name, preset in METHODS.items():
+        divergence, teacher = preset.divergence or "not computed", "yes" if preset.teacher else "no"
+        rows.append([f"`{name}`", preset.controller, divergence, teacher])
+    return (
+        f"## What a method sets\n\nUnless the configuration sets the key itself (docs/methods.md).\n\n{_markdown(rows)}"
+    )
+
+
+def _one_line(text: str | None) -> str:
+    return " ".join((text or "").split()).replace("<", "\\<")
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

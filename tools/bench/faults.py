@@ -1,0 +1,235 @@
+"""Faults that happen to runs on clusters, done to real processes and files."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import psutil
+
+from ddk_ds.files import size_and_xxh64
+from tools.bench.small_run import ROOT
+
+LIMIT_S = 60.0
+"""A harmed job that is not gone after this is a hang."""
+DISK = "disk full"
+DAMAGE = "checkpoint damaged"
+_ALL = ("training", "evaluation", "controller", "checkpoint", "export")
+MOMENTS = {
+    "rank killed": _ALL,
+    "all killed": _ALL,
+    "launcher killed": _ALL,
+    "preempted": _ALL,
+    DISK: ("training", "evaluation", "checkpoint"),
+    DAMAGE: ("training", "checkpoint", "export"),
+}
+KINDS = tuple(MOMENTS)
+_TWO_CHECKPOINTS = 5  # steps after which the campaign's runs have them
+_PHASES = {"step": "training"}
+
+
+class Job:
+    """A run under the real launcher, in a session of its own."""
+
+    def __init__(self, config: Path, run_dir: Path, ranks: int) -> None:
+        self.run_dir = run_dir
+        self.killed = False
+        """Whether it had to be, because it did not end."""
+        self._config = config
+        self._ranks = ranks
+        self._output = config.with_suffix(".txt")
+        self._session: list[psutil.Process] = []
+
+    def start(self) -> None:
+        """Start the launcher."""
+        port = str(20000 + int.from_bytes(os.urandom(2), "big") % 20000)
+        command = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(self._ranks)]
+        command += ["--master_port", port, "launch/distill.py", "--config", str(self._config)]
+        with self._output.open("a") as output:
+            self._process = subprocess.Popen(
+                command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+            )
+
+    def finish(self, limit_s: float = 240.0) -> None:
+        """Run to the end. Raises AssertionError with the output where it fails, TimeoutError where it hangs."""
+        self.start()
+        try:
+            code = self._process.wait(limit_s)
+        except subprocess.TimeoutExpired:
+            self._kill()
+            self.killed = True
+            raise TimeoutError(f"not done after {limit_s} s\n{self._output.read_text()[-6000:]}") from None
+        assert code == 0, self._output.read_text()[-6000:]
+
+    def end_by_itself(self) -> int | None:
+        """Wait until every process is gone: the launcher's exit code, or None if they had to be killed."""
+        end = time.monotonic() + LIMIT_S
+        while self.processes():
+            if time.monotonic() > end:
+                self._kill()
+                self.killed = True
+                return None
+            self._process.poll()
+            time.sleep(0.02)
+        return self._process.wait()
+
+    def processes(self) -> list[psutil.Process]:
+        """All that live of its session, orphans too."""
+        with contextlib.suppress(psutil.NoSuchProcess):
+            known = psutil.Process(self._process.pid)
+            self._session = list({*self._session, known, *known.children(recursive=True)})
+        return [p for p in self._session if p.is_running() and _status(p) != psutil.STATUS_ZOMBIE]
+
+    def ranks(self) -> list[psutil.Process]:
+        """The training processes. What a rank has forked looks like it, but for its parent."""
+        launchers = {process.pid for process in self.launchers()}
+        return [p for p in self.processes() if "--local_rank" in _command(p) and p.ppid() in launchers]
+
+    def launchers(self) -> list[psutil.Process]:
+        """DeepSpeed's runner and the node's launcher."""
+        return [p for p in self.processes() if "--local_rank" not in _command(p)]
+
+    @property
+    def ended(self) -> bool:
+        """Whether the launcher is gone."""
+        return self._process.poll() is not None
+
+    def phase(self) -> tuple[str, int]:
+        """What rank 0 says that it does, and after which step; ("", 0) before it says anything."""
+        path = self.run_dir / "stacks/rank-0.txt"
+        found = re.match(r"(\w+) after step (\d+)", path.read_text() if path.is_file() else "")
+        return (_PHASES.get(found[1], found[1]), int(found[2])) if found else ("", 0)
+
+    def _kill(self) -> None:
+        for process in self.processes():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        self._process.wait()
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One fault."""
+
+    kind: str
+    moment: str
+    step: int
+    """The first step after which it may happen."""
+    delay_s: float
+    """From the moment on."""
+    rng: np.random.Generator
+
+    def strike(self, job: Job) -> tuple[str, float]:
+        """Start the job and harm it; the phase that it was in, and when that was (monotonic seconds)."""
+        job.start()
+        self._wait(job)
+        time.sleep(self.delay_s)
+        job.processes()
+        phase, step = job.phase()
+        began = time.monotonic()
+        if self.kind == "rank killed":
+            ranks = job.ranks()
+            _send(ranks[int(self.rng.integers(len(ranks)))] if ranks else None, signal.SIGKILL)
+        elif self.kind == "launcher killed":
+            for process in job.launchers():
+                _send(process, signal.SIGKILL)
+        elif self.kind == "preempted":
+            ranks = job.ranks()
+            _send(ranks[int(self.rng.integers(len(ranks)))] if ranks else None, signal.SIGUSR1)
+        elif self.kind == DISK:
+            _fill(job.run_dir.parent)
+        else:
+            for process in job.processes():
+                _send(process, signal.SIGKILL)
+        return f"{phase} after step {step}" if phase else "", began
+
+    def clear_up(self, job: Job) -> None:
+        """What happens between the fault and the next start."""
+        if self.kind == DISK:
+            (job.run_dir.parent / "ballast").unlink(missing_ok=True)
+        whole = sorted(whole_checkpoints(job.run_dir))
+        # With none to fall back to, a run refuses to start, rather than begin anew unasked: no fault to come through.
+        if self.kind == DAMAGE and len(whole) > 1:
+            files = sorted(path for path in whole[-1].rglob("*") if path.is_file())
+            _damage(files[int(self.rng.integers(len(files)))], self.rng)
+
+    def _wait(self, job: Job) -> None:
+        # An export happens once, at the end; a run that ends sooner than the moment comes is harmed after its end.
+        first = 0 if self.moment == "export" else max(self.step, _TWO_CHECKPOINTS) if self.kind == DAMAGE else self.step
+        while not job.ended:
+            phase, step = job.phase()
+            writing = self.moment == "checkpoint" and any((job.run_dir / "checkpoints").glob(".partial-step-*"))
+            if (step >= first and (writing or phase == self.moment)) or phase == "export":
+                return
+            time.sleep(0.001)
+
+
+def whole_checkpoints(run_dir: Path) -> set[Path]:
+    """Checkpoints with a manifest whose files are what it says: looked at here, without the code under test."""
+    whole = set()
+    for directory in (run_dir / "checkpoints").glob("step-*"):
+        with contextlib.suppress(OSError, ValueError):
+            files = json.loads((directory / "manifest.json").read_text())["files"]
+            if all(size_and_xxh64(directory / name) == tuple(entry) for name, entry in files.items()):
+                whole.add(directory)
+    return whole
+
+
+@contextlib.contextmanager
+def small_disk(folder: Path) -> Iterator[Path]:
+    """A file system of 64 MB (needs root)."""
+    folder.mkdir(parents=True)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(folder)], check=True)
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+def _fill(folder: Path) -> None:
+    with contextlib.suppress(OSError), (folder / "ballast").open("wb", buffering=0) as stream:
+        while True:
+            stream.write(bytes(4096))
+
+
+def _damage(path: Path, rng: np.random.Generator) -> None:
+    """Turn one byte over, or cut the file."""
+    content = bytearray(path.read_bytes())
+    if rng.integers(2) or not content:
+        content = content[: len(content) // 2]
+    else:
+        content[int(rng.integers(len(content)))] ^= 0xFF
+    with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as stream:
+        stream.write(content)
+    Path(stream.name).replace(path)
+
+
+def _send(process: psutil.Process | None, number: signal.Signals) -> None:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        if process is not None:
+            process.send_signal(number)
+
+
+def _command(process: psutil.Process) -> str:
+    try:
+        return " ".join(process.cmdline())
+    except (psutil.NoSuchProcess, psutil.ZombieProcess):
+        return ""
+
+
+def _status(process: psutil.Process) -> str:
+    try:
+        return process.status()
+    except psutil.NoSuchProcess:
+        return psutil.STATUS_ZOMBIE

@@ -1,0 +1,298 @@
+"""Everything that only a GPU can show, in one command without network: tests, benchmark, where a step's time goes.
+
+    python -m tools.bench.gpu_suite --out runs/gpu-suite
+    python -m tools.bench.gpu_suite --out runs/gpu-suite --part step_benchmark
+
+The first takes at most 8 minutes on an H100, the second 5.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import torch
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from ddk_ds.engine.flops import utilisation
+from ddk_ds.errors import UserError
+from ddk_ds.files import write_text
+from ddk_ds.run_files import read_ledger
+from tools.bench.step_profile import FULL, QUICK, Setting, step_flops
+from tools.bench.step_setting import describe, save_byte_tokenizer
+
+ROOT = Path(__file__).resolve().parents[1]
+DOMAINS = {"parsers": ("json", "email", "html"), "network": ("asyncio", "http", "urllib")}  # of the standard library
+WARM_UP_STEPS, ENGINE_STEPS, VALIDATION_SAMPLES = 2, 6, 4
+
+
+class PartFailed(Exception):
+    """A part did not do what it is for."""
+
+
+class PartSkipped(Exception):
+    """This machine lacks what a part is about."""
+
+
+@dataclass
+class Bench:
+    """Where a part works, and what it has been asked for."""
+
+    name: str
+    out: Path
+    scratch: Path
+    device: str
+    quick: bool
+    deadline: float = 0.0
+    """time.monotonic() at which the part must have ended."""
+
+    def run(self, *command: str) -> None:
+        """Run a command from the project's root, its output appended to <out>/<name>.log.
+
+        Raises PartFailed where it fails or runs past the deadline; its processes are ended then.
+        """
+        log_path = self.out / f"{self.name}.log"
+        paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+        with log_path.open("ab") as log:
+            process = subprocess.Popen(
+                command, cwd=ROOT, env=environment, stdout=log, stderr=log, start_new_session=True
+            )
+            try:
+                code = process.wait(max(0.0, self.deadline - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                raise PartFailed(f"{command[1]} {command[2]} ran past the part's time limit, see {log_path}") from None
+            finally:
+                # What it started is in the session that it leads.
+                if process.poll() is None:
+                    os.killpg(process.pid, signal.SIGKILL)
+                    process.wait()
+        if code:
+            raise PartFailed(f"{' '.join(command[1:4])} ended with {code}: {_last_line(log_path)}; see {log_path}")
+
+
+def _last_line(log_path: Path) -> str:
+    lines = [line.strip() for line in log_path.read_text(errors="replace").splitlines() if line.strip()]
+    return lines[-1][:300] if lines else "it printed nothing"
+
+
+def kernel_tests(bench: Bench) -> dict[str, Any]:
+    """tests/gpu: how many tests, and how many of them were skipped. Names of failed ones are in the log."""
+    report = bench.scratch / "kernel_tests.xml"
+    bench.run(*(sys.executable, "-m", "pytest", "tests/gpu", "-q", "-p", "no:cacheprovider", f"--junitxml={report}"))
+    suite = next(ElementTree.parse(report).iter("testsuite"))
+    counts = {name: int(suite.get(name, 0)) for name in ("tests", "skipped")}
+    if counts["skipped"] == counts["tests"]:
+        nothing_ran = PartFailed if bench.device == "cuda" else PartSkipped
+        raise nothing_ran(f"all of {counts['tests']} tests were skipped: see {bench.name}.log")
+    return counts
+
+
+def loss_benchmark(bench: Bench) -> dict[str, Any]:
+    """tools/bench/bench_kd_loss.py: its own results."""
+    results = bench.out / "bench_kd_loss.json"
+    options = ["--device", bench.device, "--json", str(results)]
+    if find_spec("matplotlib"):
+        options += ["--picture", str(bench.out / "bench_kd_loss.png")]
+    if bench.quick:
+        options += ["--case", "256,1000,64,96", "--repeats", "2"]
+    bench.run(sys.executable, "tools/bench/bench_kd_loss.py", *options)
+    return {"results": json.loads(results.read_text(encoding="utf-8"))}
+
+
+def step_profile(bench: Bench) -> dict[str, Any]:
+    """Parts of one distillation step on plain torch."""
+    result = bench.scratch / "step.json"
+    options = ["--device", bench.device, "--out", str(result), *(["--quick"] if bench.quick else [])]
+    bench.run(sys.executable, "-m", "tools.bench.step_profile", *options)
+    return json.loads(result.read_text(encoding="utf-8"))
+
+
+def engine_run(bench: Bench) -> dict[str, Any]:
+    """The same models on the project's own engines: a short run of launch/distill.py on one rank."""
+    if find_spec("deepspeed") is None:
+        raise PartSkipped("deepspeed is not installed")
+    setting = QUICK if bench.quick else FULL
+    config = write_run(bench.scratch / "run", setting, bench)
+    port = str(20000 + os.getpid() % 20000)
+    launcher = ["-m", "deepspeed.launcher.runner", "--num_gpus", "1", "--master_port", port]
+    bench.run(sys.executable, *launcher, "launch/distill.py", "--config", str(config))
+    records = read_ledger(config.parent / "runs" / "engines")
+    steps = [record for record in records if record["kind"] == "step"][WARM_UP_STEPS:]
+    tokens_per_s = statistics.median(record["clock"]["tokens_per_s"] for record in steps)
+    seconds = statistics.median(record["clock"]["step_s"] for record in steps)
+    name = torch.cuda.get_device_name() if bench.device == "cuda" else "cpu"
+    return {
+        "tokens": setting.samples * setting.length,
+        "step_ms": seconds * 1e3,
+        "tokens_per_s": tokens_per_s,
+        "mfu": utilisation(sum(step_flops(setting).values()), seconds, name),
+        "loss": [record["loss"] for record in records if record["kind"] == "step"],
+    }
+
+
+def step_benchmark(bench: Bench) -> dict[str, Any]:
+    """tools/bench/bench_step.py on one device: a teacher of 7 B and a student of 1 B parameters; its cases."""
+    results = bench.out / "bench_step.json"
+    options = ["--device", bench.device, "--ranks", "1", "--json", str(results)]
+    if find_spec("matplotlib"):
+        options += ["--picture", str(bench.out / "bench_step.png")]
+    size = ["--tokens", "16384", "--length", "2048", "--accumulation", "4"]
+    if bench.quick:
+        size = ["--tokens", "128", "--length", "32", "--steps", "2", "--size", "quick"]
+    bench.run(sys.executable, "tools/bench/bench_step.py", *options, *size)
+    return {"cases": json.loads(results.read_text(encoding="utf-8"))["cases"]}
+
+
+def write_run(folder: Path, setting: Setting, bench: Bench) -> Path:
+    """Tokenizer, shards, random models and the configuration of a run over them; the configuration's path."""
+    folder.mkdir()
+    save_byte_tokenizer(setting.student.vocab_size, folder / "tokenizer")
+    domains = {name: {"sources": [f"stdlib:{part}/*.py" for part in parts]} for name, parts in DOMAINS.items()}
+    # JSON is YAML too.
+    (folder / "recipe.yaml").write_text(json.dumps({"domains": domains}))
+    tokenizer = ("--tokenizer", str(folder / "tokenizer"))
+    shards = ("--out", str(folder / "shards"), "--sequence-length", str(setting.length), "--workers", "1")
+    held_out = ("--validation-samples", str(VALIDATION_SAMPLES))
+    prepare = ("tools/prepare_data.py", "--recipe", str(folder / "recipe.yaml"))
+    bench.run(sys.executable, *prepare, *tokenizer, *shards, *held_out)
+    for name, shape in (("teacher", setting.teacher), ("student", setting.student)):
+        path = folder / f"{name}.json"
+        path.write_text(json.dumps(asdict(shape) | {"dtype": "bfloat16"}))
+        options = ("--config", str(path), *tokenizer, "--out", str(folder / name), "--device", bench.device)
+        bench.run(sys.executable, "tools/init_model.py", *options)
+    samples, precision = setting.samples, "bf16" if bench.device == "cuda" else "fp32"
+    data = {"sequence_length": setting.length, "validation_samples": VALIDATION_SAMPLES}
+    values = {
+        "name": "engines",
+        "output_dir": str(folder / "runs"),
+        "student": {"path": str(folder / "student")},
+        "teacher": {"path": str(folder / "teacher")},
+        "data": {"path": str(folder / "shards"), **data},
+        "mixture": {"controller": "equal", "interval_steps": ENGINE_STEPS},
+        "optimizer": {"warmup_steps": 1},
+        "train": {"global_batch_samples": samples, "micro_batch_samples": samples, "precision": precision},
+        "stop": {"steps": ENGINE_STEPS},
+    }
+    config = folder / "run.yaml"
+    config.write_text(json.dumps(values))
+    return config
+
+
+# Seconds that each may take: 8 minutes in all, and 5 more for the last, which runs only where it is named.
+PARTS: dict[str, tuple[Callable[[Bench], dict[str, Any]], float]] = {
+    "kernel_tests": (kernel_tests, 180.0),
+    "loss_benchmark": (loss_benchmark, 120.0),
+    "step_profile": (step_profile, 50.0),
+    "engine_run": (engine_run, 130.0),
+    "step_benchmark": (step_benchmark, 300.0),
+}
+
+
+def run_part(work: Callable[[Bench], dict[str, Any]], bench: Bench, limit_s: float) -> dict[str, Any]:
+    """What a part found, its seconds and its status: passed, skipped, or failed with the error."""
+    started = time.monotonic()
+    bench.deadline = started + limit_s
+    try:
+        found: dict[str, Any] = {"status": "passed", "result": work(bench)}
+    except PartSkipped as reason:
+        found = {"status": "skipped", "error": str(reason)}
+    except Exception as error:  # whatever it is: the other parts are still to run
+        text = str(error) if isinstance(error, PartFailed | UserError) else f"{type(error).__name__}: {error}"
+        found = {"status": "failed", "error": text}
+    return {**found, "seconds": round(time.monotonic() - started, 1)}
+
+
+def table(parts: dict[str, dict[str, Any]]) -> Table:
+    """Each part's status, seconds and what it found."""
+    result = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for head in ("part", "status", "seconds", "found"):
+        result.add_column(head, justify="right" if head == "seconds" else "left")
+    colours = {"passed": "green", "skipped": "yellow", "failed": "bold red"}
+    for name, part in parts.items():
+        status = f"[{colours[part['status']]}]{part['status']}[/]"
+        result.add_row(name, status, f"{part['seconds']:.1f}", escape(_found(part)))
+    return result
+
+
+def _found(part: dict[str, Any]) -> str:
+    result = part.get("result")
+    if result is None:
+        return str(part["error"])
+    if "tests" in result:
+        return f"{result['tests']} tests, {result['skipped']} of them skipped"
+    if "cases" in result:
+        return "\n".join(_found_of(case) for case in result["cases"])
+    if "tokens_per_s" not in result:
+        return "see bench_kd_loss.json and loss_benchmark.log"
+    lines = [
+        f"{result['tokens_per_s']:,.0f} tokens/s, {result['step_ms']:.1f} ms a step of {result['tokens']:,} tokens"
+    ]
+    if result["mfu"] is not None:
+        lines.append(f"MFU {result['mfu']:.1%}")
+    if result.get("peak_memory_bytes"):
+        lines.append(f"peak memory {result['peak_memory_bytes'] / 1e9:.1f} GB")
+    lines += [f"{name} {milliseconds:.1f} ms" for name, milliseconds in result.get("ms", {}).items()]
+    return "\n".join(lines)
+
+
+def _found_of(case: dict[str, Any]) -> str:
+    if case["error"]:
+        return f"{case['impl']}: {case['error']}"
+    over, mfu = (format(case[key], form) if case[key] else "-" for key, form in (("over_floor", ".2f"), ("mfu", ".1%")))
+    return f"{case['impl']}: {case['tokens_per_s']:,.0f} tokens/s, {over} x floor, MFU {mfu}"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run every part; 0, or 1 if one failed. Exits with 2 where none can run."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--out", type=Path, default=Path("runs/gpu-suite"), help="for results and logs (%(default)s)")
+    parser.add_argument("--quick", action="store_true", help="tiny models and one case of the benchmark")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu tries the suite itself")
+    usual = [name for name in PARTS if name != "step_benchmark"]
+    parser.add_argument(
+        "--part", nargs="+", choices=PARTS, default=usual, help="what to run (default: all but step_benchmark)"
+    )
+    options = parser.parse_args(arguments)
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("torch sees no CUDA device: run it where there is one, or give --device cpu --quick")
+    if options.device == "cpu" and not options.quick:
+        parser.error("--device cpu would take hours at full size: add --quick")
+    out = options.out.resolve()
+    out.mkdir(parents=True, exist_ok=True)
+    console = Console()
+    found: dict[str, Any] = {**describe(options.device), "quick": options.quick, "parts": {}}
+    with tempfile.TemporaryDirectory(prefix="gpu-suite-") as scratch:
+        for name in options.part:
+            work, limit_s = PARTS[name]
+            (out / f"{name}.log").unlink(missing_ok=True)
+            with console.status(f"{name}, at most {limit_s:.0f} s"):
+                bench = Bench(name, out, Path(scratch), options.device, options.quick)
+                found["parts"][name] = run_part(work, bench, limit_s)
+            write_text(out / "gpu_suite.json", json.dumps(found, indent=1))
+    console.print(", ".join(f"{key} {value}" for key, value in found.items() if key != "parts"), highlight=False)
+    console.print(table(found["parts"]))
+    console.print(f"{out / 'gpu_suite.json'}", highlight=False, soft_wrap=True)
+    return int(any(part["status"] == "failed" for part in found["parts"].values()))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

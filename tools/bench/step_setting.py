@@ -1,0 +1,138 @@
+"""What benchmarks of a step share: the machine's description, a case and its configuration, random models."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import dataclass
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ddk_ds.config import Config, make_config
+from ddk_ds.engine.flops import model_flops, training_flops
+from ddk_ds.engine.model_files import read_model
+from ddk_ds.version import commit
+
+PACKAGES = ("torch", "triton", "deepspeed", "transformers")
+LLAMA = {"model_type": "llama", "max_position_embeddings": 4096, "tie_word_embeddings": True}
+# Layers, width, heads, MLP: a teacher of 21 M and a student of 5 M parameters beside their vocabularies; 7 B and 1 B;
+# two that are nothing but the host's own work; two to try the tool with.
+SIZES = {
+    "cpu": {"teacher": (12, 384, 6, 1024), "student": (6, 256, 4, 704)},
+    "cuda": {"teacher": (32, 4096, 32, 11008), "student": (22, 2048, 32, 5632)},
+    "host": {"teacher": (24, 64, 4, 128), "student": (24, 64, 4, 128)},
+    "quick": {"teacher": (2, 64, 4, 128), "student": (2, 32, 4, 64)},
+}
+GAMMA = 0.2
+
+
+@dataclass(frozen=True)
+class Case:
+    """What one process group measures."""
+
+    impl: str
+    """kd or cpt: this project's; floor: bare passes of both models; full_logits: engines as one writes them.
+
+    trl or trl_gkd: TRL's trainers.
+    """
+    folder: str
+    """Holds the models: teacher/ and student/."""
+    ranks: int
+    accumulation: int
+    """Micro-batches of one step on one rank."""
+    samples: int
+    """Of one micro-batch."""
+    length: int
+    vocab_size: int
+    precision: str
+    steps: int
+    """That are timed."""
+    warm_up: int = 2
+    """Steps before them."""
+    options: tuple[str, ...] = ()
+    """key=value: what this case's configuration has otherwise."""
+
+    @property
+    def tokens(self) -> int:
+        """Of a step, over all ranks."""
+        return self.ranks * self.accumulation * self.samples * self.length
+
+
+def case_config(case: Case) -> Config:
+    """The run that the case is a step of."""
+    root = Path(case.folder)
+    values: dict[str, Any] = {
+        "name": "bench",
+        "method": "cpt" if case.impl == "cpt" else "kd",
+        "student": {"path": str(root / "student")},
+        "data": {"path": "none", "sequence_length": case.length},
+        "loss": {"gamma": GAMMA},
+        "optimizer": {"warmup_steps": 1},
+        "train": {
+            "global_batch_samples": case.ranks * case.accumulation * case.samples,
+            "micro_batch_samples": case.samples,
+            "precision": case.precision,
+        },
+        "stop": {"steps": 1000},
+    }
+    if case.impl != "cpt":
+        values["teacher"] = {"path": str(root / "teacher")}
+    return make_config(values, "bench_step", case.options)
+
+
+def case_flops(case: Case) -> float:
+    """Floating-point operations of a step on one rank, counted as the ledger's MFU counts them."""
+    student, teacher = (
+        model_flops(read_model(Path(case.folder) / name, name), case.length, causal=False)
+        for name in ("student", "teacher")
+    )
+    return training_flops(case_config(case), student, teacher) * case.tokens / case.ranks
+
+
+def describe(device: str) -> dict[str, Any]:
+    """The machine and the versions that the results hold for."""
+    return {
+        "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
+        "python": sys.version.split()[0],
+        **{name: version(name) if find_spec(name) else None for name in PACKAGES},
+        "cuda": torch.version.cuda,
+        "commit": commit(),
+    }
+
+
+def make_models(folder: Path, size: str, vocab_size: int, precision: str, device: str) -> None:
+    """Write teacher/ and student/ of one of SIZES, with a tokenizer, to `folder`."""
+    # Only here: the process that measures nothing itself goes without DeepSpeed and transformers.
+    from ddk_ds.engine.whole_models import make_random_model
+
+    save_byte_tokenizer(vocab_size, folder / "tokenizer")
+    for name, (layers, width, heads, mlp) in SIZES[size].items():
+        shape = {
+            "num_hidden_layers": layers,
+            "hidden_size": width,
+            "num_attention_heads": heads,
+            "intermediate_size": mlp,
+            "dtype": "bfloat16" if precision == "bf16" else "float32",
+        }
+        config = folder / f"{name}.json"
+        config.write_text(json.dumps(LLAMA | shape))
+        make_random_model(config, folder / "tokenizer", folder / name, 0, device)
+
+
+def save_byte_tokenizer(vocab_size: int, directory: Path) -> None:
+    """A tokenizer of bytes whose other ids are tokens that no text has: a vocabulary of any size without training."""
+    # Only now: the other parts go without the data room's libraries.
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    from ddk_ds.data.tokenizer import EOS_TOKEN, PAD_TOKEN, save_tokenizer
+
+    tokens = [EOS_TOKEN, PAD_TOKEN, *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    tokens += [f"<|unused-{number}|>" for number in range(vocab_size - len(tokens))]
+    tokenizer = Tokenizer(models.BPE(vocab={token: number for number, token in enumerate(tokens)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.add_special_tokens([EOS_TOKEN, PAD_TOKEN])
+    save_tokenizer(tokenizer, directory)
