@@ -28,6 +28,7 @@ from ddk_ds.config import load_config, to_yaml
 from ddk_ds.engine.flops import count_forward_flops, training_flops
 from ddk_ds.errors import ConfigError, DataError
 from tools import compare as command
+from tools import stages as stages_command
 from tools.compare import make_jobs, read_grid
 
 CONFIG = {
@@ -415,10 +416,10 @@ def test_an_interrupted_run_ends_the_comparison(
 def test_one_method_as_one_command(tmp_path: Path, config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     launches = Launches(monkeypatch)
     arguments = ["--config", str(config), "--method", "ted", f"output_dir={tmp_path / 'runs'}"]
-    assert stages.main(arguments) == 0
+    assert stages_command.main(arguments) == 0
     assert launches.names == ["base-filters", "base"]
     monkeypatch.setattr(stages, "launch", lambda *_: 3)
-    assert stages.main([*arguments, "name=other"]) == 1
+    assert stages_command.main([*arguments, "name=other"]) == 1
 
 
 def test_the_launcher_is_started_without_a_shell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

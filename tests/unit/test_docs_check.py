@@ -50,7 +50,7 @@ Text with `make demo` and `python -m tools.bench.bench_loader
     ]
     assert found[0].words == ["python", "tools/summary.py", "runs/demo"]
     assert found[3].script == "import sys"
-    assert found[5].words == ["python", "tools/bench/bench_loader.py", "--json", "1"]
+    assert found[5].words == ["python", "-m", "tools.bench.bench_loader", "--json", "1"]
 
 
 def test_what_is_optional_is_parsed_too() -> None:

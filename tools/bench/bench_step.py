@@ -36,7 +36,7 @@ from ddk_ds.files import write_text
 from tools.bench.step_picture import draw
 from tools.bench.step_setting import SIZES, Case, case_config, case_flops, describe, make_models
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 OURS = ("floor", "kd", "cpt", "full_logits")
 TRLS = ("trl", "trl_gkd")
 # What it needs there beside TRL: this project's ddk_ds/engine/runtime.py, which starts its ranks too.
@@ -205,7 +205,7 @@ def _measure(case: Case, options: argparse.Namespace, device_name: str) -> Row:
 
 def _start(case: Case, options: argparse.Namespace) -> Row:
     """Start the ranks of a case, wait for them, and return what rank 0 found. Raises RankFailed where one fails."""
-    ours: list[str | Path] = [sys.executable, ROOT / "tools/bench/step_cases.py"]
+    ours: list[str | Path] = [sys.executable, "-m", "tools.bench.step_cases"]
     trls: list[str | Path] = [options.trl_python, "-m", "tools.bench.trl_peer"]
     place: Row = {"WORLD_SIZE": case.ranks, "LOCAL_WORLD_SIZE": case.ranks, "MASTER_PORT": free_port()}
     place |= {"OMP_NUM_THREADS": options.threads, "MASTER_ADDR": "127.0.0.1", "PYTHONPATH": ROOT}

@@ -18,7 +18,7 @@ from pydantic.fields import FieldInfo
 from ddk_ds.config import METHODS, Config
 from ddk_ds.files import write_text
 
-PAGE = Path(__file__).resolve().parents[1] / "docs" / "configuration.md"
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "configuration.md"
 _HEAD = """# Configuration
 
 Every key of a run's YAML file, made from `ddk_ds/config/` by `python -m tools.bench.config_reference`.

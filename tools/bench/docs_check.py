@@ -29,7 +29,7 @@ from ddk_ds.data.recipe import Recipe
 from ddk_ds.errors import UserError
 from tools.bench.config_reference import section_of
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 PROGRAMS = ("python", "deepspeed", "make", "pip", "bash")
 _PROPER = ("Hugging Face", "Python", "Slurm")
 _BLOCK = re.compile(r"^(?: {4,}|\t)\S")
@@ -235,6 +235,9 @@ def command_faults(command: Command) -> list[str]:
 
 
 def _python_faults(words: Sequence[str], script: str) -> list[str]:
+    if words[:1] == ["-m"] and words[1].startswith("tools."):
+        path = f"{words[1].replace('.', '/')}.py"
+        return _missing([path]) or _tool_faults(Path(path), words[2:])
     if words[:1] == ["-m"]:
         if importlib.util.find_spec(words[1].partition(".")[0]) is None:
             return [f"there is no module {words[1]}"]

@@ -31,7 +31,7 @@ from ddk_ds.files import write_text
 from tools.bench.package_text import Format, cjk_lines, read_text, split_documents
 from tools.bench.packages import PackageStore, parse_package
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 LIST = ROOT / "configs/packages/ten_domains.yaml"
 SOURCES = "SOURCES.json"
 

@@ -37,7 +37,7 @@ from ddk_ds.run_files import read_ledger
 from tools.bench.step_profile import FULL, QUICK, Setting, step_flops
 from tools.bench.step_setting import describe, save_byte_tokenizer
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 DOMAINS = {"parsers": ("json", "email", "html"), "network": ("asyncio", "http", "urllib")}  # of the standard library
 WARM_UP_STEPS, ENGINE_STEPS, VALIDATION_SAMPLES = 2, 6, 4
 
@@ -112,7 +112,7 @@ def loss_benchmark(bench: Bench) -> dict[str, Any]:
         options += ["--picture", str(bench.out / "bench_kd_loss.png")]
     if bench.quick:
         options += ["--case", "256,1000,64,96", "--repeats", "2"]
-    bench.run(sys.executable, "tools/bench/bench_kd_loss.py", *options)
+    bench.run(sys.executable, "-m", "tools.bench.bench_kd_loss", *options)
     return {"results": json.loads(results.read_text(encoding="utf-8"))}
 
 
@@ -156,7 +156,7 @@ def step_benchmark(bench: Bench) -> dict[str, Any]:
     size = ["--tokens", "16384", "--length", "2048", "--accumulation", "4"]
     if bench.quick:
         size = ["--tokens", "128", "--length", "32", "--steps", "2", "--size", "quick"]
-    bench.run(sys.executable, "tools/bench/bench_step.py", *options, *size)
+    bench.run(sys.executable, "-m", "tools.bench.bench_step", *options, *size)
     return {"cases": json.loads(results.read_text(encoding="utf-8"))["cases"]}
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 RECIPE = {
     "domains": {
         "python": {"sources": ["stdlib:json/*.py", "stdlib:email/*.py"], "max_bytes": 150_000},

@@ -24,7 +24,7 @@ from rich.table import Table
 
 from ddk_ds.errors import ConfigError, UserError
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 # Taken to be there with a CUDA build of torch and the Hugging Face stack: large, or bound to the machine's CUDA.
 HAVE = (
     *("torch", "torchvision", "triton", "numpy", "transformers", "tokenizers", "safetensors", "huggingface-hub"),
