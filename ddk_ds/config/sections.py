@@ -84,7 +84,7 @@ class Mixture(Section):
 
     controller: Controller = "ddk"
     """ddk (Eq. 1, 2); ddk_no_smoothing (Eq. 1 each interval); equal; by_size (tokens of the domain); static; schedule;
-    sheared_llama; doremi_online. docs/mixture.md has their formulas and sources."""
+    sheared_llama; doremi_online. docs/methods.md has their formulas and sources."""
     alpha: Fraction = 0.5
     """Smoothing coefficient of Eq. 2; every domain keeps at least (1 - alpha) / N from the second interval on."""
     interval_steps: Positive = 1000
@@ -328,7 +328,7 @@ class Teacher(Model):
     auto: as many as memory holds by preflight's estimate."""
     quantize: Literal["none", "int8"] = "none"
     """Weights of its layers in 8 bits, a scale by row: half the memory and half the bytes of a gather in bf16, and
-    other numbers, the perplexities that it is measured by too (docs/scale.md)."""
+    other numbers, the perplexities that it is measured by too (docs/planning.md)."""
 
     @model_validator(mode="after")
     def _passes_agree(self) -> Teacher:

@@ -1,4 +1,4 @@
-"""The controller of a run, made from its options. docs/mixture.md has every kind's formula and source."""
+"""The controller of a run, made from its options. docs/methods.md has every kind's formula and source."""
 
 from __future__ import annotations
 

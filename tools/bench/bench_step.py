@@ -3,7 +3,7 @@
     python -m tools.bench.bench_step --json step.json --picture step.png
     python -m tools.bench.bench_step --trl-python trl-env/bin/python --json step.json --picture step.png
 
-docs/step_benchmark.md says what is compared, and how to make an environment for TRL.
+docs/benchmarks.md says what is compared, and how to make an environment for TRL.
 """
 
 from __future__ import annotations
@@ -151,7 +151,7 @@ def _check_trl(python: Path) -> Row:
         last = (found.stderr.strip().splitlines() or ["it printed nothing"])[-1]
         raise ConfigError(
             f"--trl-python {python}: cannot import what TRL's cases need ({last}): "
-            "pip install trl deepspeed datasets there (docs/step_benchmark.md)"
+            "pip install trl deepspeed datasets there (docs/benchmarks.md)"
         )
     versions: Row = json.loads(found.stdout.strip().splitlines()[-1])
     return versions

@@ -1,4 +1,4 @@
-"""docs/planning.md and docs/scale.md show what their commands print."""
+"""docs/planning.md shows what its commands print."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ddk_ds.planner.scaling import LAYOUTS, LayoutPoint, advised
 from tools import plan
 
 ROOT = Path(__file__).parents[3]
-PAGE, SCALE = ((ROOT / f"docs/{name}.md").read_text() for name in ("planning", "scale"))
+PAGE = (ROOT / "docs/planning.md").read_text()
 EXAMPLE = ["--config", "configs/paper/qwen1.5_14b_to_1.8b.yaml", "--nodes", "2", "--gpus-per-node", "8"]
 
 
@@ -79,10 +79,10 @@ def test_the_layouts_of_the_teacher() -> None:
 
 
 def test_what_nothing_hides() -> None:
-    lines = printed_by(SCALE, 1)  # the first needs a model
+    lines = printed_by(PAGE, 2)  # the second needs a model
     assert len(lines) == 6
     for line in lines:
-        assert line in SCALE
+        assert line in PAGE
 
 
 def test_layouts_by_size_and_network(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -101,7 +101,7 @@ def test_layouts_by_size_and_network(tmp_path: Path, capsys: pytest.CaptureFixtu
         assert best is not None
         several = f", {best.micro_batches_per_pass} a pass" if best.micro_batches_per_pass > 1 else ""
         known = [f"{row[0].link_bytes_per_s / 1e9:g}", f"{row[0].gpus:,}", *cells, f"{best.shard_within}{several}"]
-        assert f"| {' | '.join(known)} |" in SCALE
+        assert f"| {' | '.join(known)} |" in PAGE
         assert all(cell in printed for cell in known)
 
 
