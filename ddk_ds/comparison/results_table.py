@@ -17,8 +17,8 @@ import numpy as np
 
 from ddk_ds.comm import SingleProcess
 from ddk_ds.comparison.method_stages import SUFFIXES
-from ddk_ds.config import Config, load_config
-from ddk_ds.engine.flops import model_flops, training_flops
+from ddk_ds.config import load_config
+from ddk_ds.engine.flops import model_flops, run_flops
 from ddk_ds.engine.model_files import model_directory, read_model
 from ddk_ds.errors import DataError, UserError
 from ddk_ds.run_files import is_finished, read_ledger, read_summary
@@ -46,35 +46,30 @@ def run_cost(run_dir: Path) -> RunCost:
     measurements = [record for record in records if record["kind"] in ("interval", "end")]
     evaluation_s = _clock(measurements, "measure_s") + _clock(measurements, "controller_s")
     steps_s = _clock(records, "step_s")
-    length = config.data.sequence_length
-    training_tokens = summary["steps"] * config.train.global_batch_samples * length
-    measured_tokens = len(summary["domains"]) * config.data.validation_samples * length
     try:
-        student = forward_flops(run_dir / "export", length)
-        teacher = _teacher_flops(config, length)
+        student = forward_flops(run_dir / "export", config.data.sequence_length)
+        teacher = None if config.teacher is None else _teacher_flops(config.teacher.path, config.data.sequence_length)
     except UserError:
-        training = evaluation = None
+        flops = None
     else:
-        training = training_flops(config, student, teacher) * training_tokens
-        evaluation = float((len(measurements) * student + teacher) * measured_tokens)
+        times, domains = len(measurements), len(summary["domains"])
+        flops = run_flops(config, student, teacher, steps=summary["steps"], measurements=times, domains=domains)
     return RunCost(
         tokens=summary["tokens"],
         wall_s=summary["wall_s"],
         evaluation_time_share=evaluation_s / max(evaluation_s + steps_s, 1e-9),
-        flops=None if training is None or evaluation is None else training + evaluation,
-        evaluation_flops=evaluation,
+        flops=None if flops is None else flops.own,
+        evaluation_flops=None if flops is None else flops.evaluation,
     )
 
 
 def forward_flops(directory: Path, sequence_length: int) -> float:
-    """Of one token's forward pass through the model in this directory. Raises ConfigError where it is not one."""
+    """Return the FLOPs of one token's forward pass through a model's directory. Raises ConfigError if it is not one."""
     return model_flops(read_model(directory, "model"), sequence_length)
 
 
-def _teacher_flops(config: Config, length: int) -> float:
-    if config.teacher is None:
-        return 0.0
-    return forward_flops(model_directory(config.teacher.path, "teacher.path", SingleProcess()), length)
+def _teacher_flops(path: str, length: int) -> float:
+    return forward_flops(model_directory(path, "teacher.path", SingleProcess()), length)
 
 
 def _clock(records: list[dict[str, Any]], key: str) -> float:

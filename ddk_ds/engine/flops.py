@@ -1,10 +1,6 @@
-"""Floating-point operations of a token, counted from the shapes of weights. Pure.
+"""Floating-point operations (FLOPs) of models, of training steps and of runs, counted from shapes of weights. Pure.
 
-Two counts of attention are in use. A position sees half of the sequence on average: that is what a causal kernel
-computes, and what finished runs are charged with. The whole square is what MFU is defined by (arXiv 2204.02311), what
-torch's FlopCounterMode counts, and what reproduces the paper's Table 12: plans and the ledger's MFU take it.
-
-Floating-point operations of whole runs. Pure.
+`forward_flops` defines the count; everything else here applies it to a model's files, to a step or to a run.
 """
 
 from __future__ import annotations
@@ -24,14 +20,30 @@ PEAK_FLOP_PER_S = {"H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H20
 _LOOKED_UP = re.compile(r"(\.wpe|\.embed_positions|\.position_embeddings)\.weight$")
 
 
+def forward_flops(
+    num_weights: int, num_layers: int, attention_width: int, sequence_length: int, *, causal: bool
+) -> float:
+    """Return the FLOPs of one token's forward pass: 2 P + 4 L H T, or 2 P + 2 L H T if `causal`.
+
+    A multiplication and an addition count as two. P = `num_weights` is the number of weights that a token is multiplied
+    by: every weight of the layers, and the output head; looking up an embedding computes nothing. In each of the
+    L layers a token's attention scores and the weighted sum of values take 2 H each for every position attended to,
+    where H = `attention_width` is heads x size of a head.
+
+    There are two counts of attention. Without `causal` a token attends to all T positions: MFU is defined by this count
+    (arXiv 2204.02311), torch's FlopCounterMode uses it, and it reproduces the paper's Table 12; plans and the ledger's
+    MFU take it. With `causal` a token attends to T / 2 positions on average, which is what a causal kernel computes;
+    the costs of finished runs are counted like this.
+    """
+    return 2.0 * num_weights + (2.0 if causal else 4.0) * num_layers * attention_width * sequence_length
+
+
 def count_forward_flops(
     shapes: Iterable[tuple[int, ...]], config: dict[str, Any], sequence_length: int, *, causal: bool = True
 ) -> float:
-    """2 P + 2 L H T a token (4 L H T if not `causal`): a multiply and an add for every weight, and attention.
+    """Return `forward_flops` of the model with weights of these `shapes` and this `config` (its config.json).
 
-    P: all weights, the vocabulary's matrix once, for the head (looking up an embedding computes nothing). Attention: L
-    layers of width H (heads x size of a head), whose scores and weighted sums each take 2 H a position, of T positions
-    or on average of half of them. `shapes` are those of the weights, `config` is the model's config.json.
+    Of the matrices with one row per word of the vocabulary only the largest counts, as the output head: it may be tied.
     """
     sizes = {True: 0, False: 0}
     vocab_size, largest = config.get("vocab_size"), 0
@@ -44,77 +56,94 @@ def count_forward_flops(
         for keys in (("num_hidden_layers", "n_layer"), ("hidden_size", "n_embd"), ("num_attention_heads", "n_head"))
     )
     width = heads * config["head_dim"] if config.get("head_dim") else hidden
-    return 2.0 * (sizes[False] + largest) + (2.0 if causal else 4.0) * layers * width * sequence_length
+    return forward_flops(sizes[False] + largest, layers, width, sequence_length, causal=causal)
 
 
 def model_flops(files: ModelFiles, sequence_length: int, *, causal: bool = True) -> float:
-    """`count_forward_flops` of a model's tensors, without those that are only looked up."""
+    """Return `forward_flops` of a model on disk, without the tensors that are only looked up."""
     shapes = [tensor.shape for name, tensor in files.tensors.items() if not _LOOKED_UP.search(f".{name}")]
     return count_forward_flops(shapes, files.config, sequence_length, causal=causal)
 
 
 def training_flops(config: Config, student: float, teacher: float) -> float:
-    """Of one token's training: 3 student forwards (its backward is two) + 1 teacher forward.
+    """Return the FLOPs of training on one token, given `forward_flops` of `student` and `teacher`.
 
-    The filters of `ted_filters` learn from their layer's output and the head: two frozen forwards. With gamma 0 the
-    teacher does not run. Activations that are computed again (gradient checkpointing) are not counted.
+    They are 3 forward passes of the student (its backward pass counts as two) and 1 of the teacher. With gamma 0 the
+    teacher does not run. In a run of `ted_filters` both models are frozen: one forward pass each, and the filters
+    themselves are not counted. Activations that gradient checkpointing computes again are not counted.
     """
     if config.method == "ted_filters":
         return student + teacher
     return 3 * student + (teacher if teacher_runs(config) else 0.0)
 
 
+def step_flops(config: Config, student: ModelFiles, teacher: ModelFiles | None, world_size: int) -> float:
+    """Return the FLOPs of one optimizer step on one of `world_size` ranks, with attention counted as for MFU."""
+    length = config.data.sequence_length
+    models = (0.0 if files is None else model_flops(files, length, causal=False) for files in (student, teacher))
+    return config.train.global_batch_samples * length * training_flops(config, *models) / world_size
+
+
 def teacher_runs(config: Config) -> bool:
-    """Whether a step of this run has a forward pass of the teacher."""
+    """Return True if a step of this run has a forward pass of the teacher."""
     distils = config.loss.gamma > 0 or bool(config.loss.gamma_end)
     return config.teacher is not None and (distils or config.method in ("ted", "ted_filters", "doremi_proxy"))
 
 
 @dataclass(frozen=True)
 class RunFlops:
-    """Floating-point operations of whole runs on the same tokens."""
+    """FLOPs of complete runs of several methods on the same tokens."""
 
     cpt: float
-    """Continued pre-training: 3 student forwards a token."""
+    """Continued pre-training: 3 forward passes of the student for each token."""
     kd: float | None
-    """And 1 teacher forward; None without a teacher."""
-    controller: float | None
-    """DDK's own: the student measured before each interval and at the end, the teacher once (it never changes)."""
+    """Distillation: `cpt` and 1 forward pass of the teacher for each token; None without a teacher."""
+    evaluation: float
+    """Measurements of the student before each interval and at the end, and one of the teacher, which never changes."""
     own: float
-    """The configured run, its measurements included: every method measures at the same times."""
+    """The configured run, with `evaluation`: every method measures at the same times."""
+
+    @property
+    def controller(self) -> float | None:
+        """FLOPs that DDK's controller needs in addition to `kd`: `evaluation`; None without a teacher."""
+        return None if self.kd is None else self.evaluation
 
     @property
     def ddk(self) -> float | None:
-        """KD and the controller."""
-        return None if self.kd is None or self.controller is None else self.kd + self.controller
+        """FLOPs of a run of DDK: `kd` plus `controller`; None without a teacher."""
+        return None if self.kd is None else self.kd + self.evaluation
 
     @property
     def kd_over_cpt(self) -> float | None:
-        """Table 12 of the paper has 3.68 for Qwen1.5 14B to 1.8B."""
+        """FLOPs of `kd` divided by those of `cpt`: 3.68 in the paper's Table 12 (Qwen1.5 14B to 1.8B)."""
         return None if self.kd is None else self.kd / self.cpt
 
     @property
     def ddk_over_kd(self) -> float | None:
-        """Table 12 of the paper has 1.0069, with the teacher measured at every interval."""
+        """FLOPs of `ddk` divided by those of `kd`: 1.0069 in the paper's Table 12, which measures the teacher anew at
+        every interval."""
         return None if self.kd is None or self.ddk is None else self.ddk / self.kd
 
 
 def run_flops(
     config: Config, student: float, teacher: float | None, *, steps: int, measurements: int, domains: int
 ) -> RunFlops:
-    """`student` and `teacher` are FLOPs of a token's forward pass; `measurements` are those of the student's."""
+    """Count the FLOPs of a run of `steps` steps that measures the student `measurements` times on `domains` domains.
+
+    `student` and `teacher` are `forward_flops` of the two models; `teacher` is None in a run without one.
+    """
     tokens = steps * config.train.global_batch_samples * config.data.sequence_length
     measured = domains * config.data.validation_samples * config.data.sequence_length
-    measuring = measurements * student * measured + (teacher or 0.0) * measured
+    evaluation = measurements * student * measured + (teacher or 0.0) * measured
     return RunFlops(
         cpt=3 * student * tokens,
         kd=None if teacher is None else (3 * student + teacher) * tokens,
-        controller=None if teacher is None else measuring,
-        own=training_flops(config, student, teacher or 0.0) * tokens + measuring,
+        evaluation=evaluation,
+        own=training_flops(config, student, teacher or 0.0) * tokens + evaluation,
     )
 
 
 def utilisation(flops: float, seconds: float, device_name: str) -> float | None:
-    """FLOPs over seconds as a share of the device's peak (MFU); None where the peak is not known."""
+    """Return MFU: `flops` done in `seconds`, divided by the device's peak; None if its peak is not known."""
     names = sorted((name for name in PEAK_FLOP_PER_S if name in device_name), key=len)
     return flops / seconds / PEAK_FLOP_PER_S[names[-1]] if names else None

@@ -1,6 +1,6 @@
 """A plan's models: what is known of them from config.json, or from the headers of their weights, alone.
 
-Whether a run fits its devices: the estimate of `engine.memory` by parts, and the largest micro-batch. Pure.
+Whether a run fits its devices: the estimate of `engine.memory_estimate` by parts, and the largest micro-batch. Pure.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 
 from ddk_ds.config import Config
 from ddk_ds.engine.flops import model_flops
-from ddk_ds.engine.memory import MEMORY_MARGIN, MemoryEstimate, estimate_memory
+from ddk_ds.engine.memory_estimate import MEMORY_MARGIN, MemoryEstimate, estimate_memory
 from ddk_ds.engine.model_files import ModelFiles, ModelShape, configured_files, model_shape, read_model
 from ddk_ds.errors import ConfigError
 from ddk_ds.planner.gpus import Cluster
@@ -129,7 +129,7 @@ def with_micro_batch(config: Config, samples: int) -> Config:
 
 
 def estimate(config: Config, models: Models, cluster: Cluster) -> MemoryEstimate:
-    """`engine.memory`'s estimate of one GPU of the cluster."""
+    """`engine.memory_estimate`'s estimate of one GPU of the cluster."""
     shapes = models.student.shape, None if models.teacher is None else models.teacher.shape
     return estimate_memory(config, *shapes, models.vocab_size, cluster.ranks, ranks_per_node=cluster.gpus_per_node)
 

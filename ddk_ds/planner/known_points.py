@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from ddk_ds.config import Config, make_config
+from ddk_ds.engine.flops import forward_flops
 from ddk_ds.engine.model_files import ModelShape
 from ddk_ds.planner.gpu_memory import Models, PlannedModel
 from ddk_ds.planner.gpus import GPUS, Cluster
@@ -228,7 +229,7 @@ def dense_model(layers: int, hidden: int, *, vocab_size: int, length: int) -> Pl
         gated=False,
         heads=max(1, hidden // 128),
     )
-    flops = 2.0 * (sum(layer) * layers + shape.head) + 4.0 * layers * hidden * length
+    flops = forward_flops(sum(layer) * layers + shape.head, layers, hidden, length, causal=False)
     return PlannedModel(shape, flops, "known point")
 
 
@@ -250,5 +251,5 @@ def profiled_model(shape: Shape, length: int) -> PlannedModel:
         gated=True,
         heads=shape.num_attention_heads,
     )
-    flops = 2.0 * (sum(layer) * shape.num_hidden_layers + head)
-    return PlannedModel(model, flops + 4.0 * shape.num_hidden_layers * shape.hidden_size * length, "known point")
+    flops = forward_flops(sum(layer) * model.layers + head, model.layers, shape.hidden_size, length, causal=False)
+    return PlannedModel(model, flops, "known point")

@@ -7,7 +7,7 @@ from typing import Any
 
 from ddk_ds.config import Config
 from ddk_ds.engine.flops import RunFlops, run_flops, training_flops
-from ddk_ds.engine.memory import MEMORY_MARGIN, OPTIMIZER_BYTES
+from ddk_ds.engine.memory_estimate import MEMORY_MARGIN, OPTIMIZER_BYTES
 from ddk_ds.engine.model_files import COMPUTE_BYTES
 from ddk_ds.planner.advice import Advice, advise
 from ddk_ds.planner.data import DataFacts
@@ -152,7 +152,7 @@ def _assumptions(config: Config, cluster: Cluster, data: DataFacts, speed: Speed
         f"GPU: {gpu.peak_flop_per_s / 1e12:,.0f} TFLOP/s dense bf16, {gpu.memory_bytes / 1e9:,.0f} GB; one way, GB/s: "
         f"HBM {gpu.hbm_bytes_per_s / 1e9:,.0f}, NVLink {gpu.nvlink_bytes_per_s / 1e9:,.0f}, network "
         f"{gpu.network_bytes_per_s / 1e9:,.0f}, host {gpu.host_bytes_per_s / 1e9:,.0f} ({gpu.source})",
-        f"memory: engine/memory.py's estimate; {1 - MEMORY_MARGIN:.0%} of a device is left to the allocator's holes",
+        f"memory: by engine/memory_estimate.py; {1 - MEMORY_MARGIN:.0%} of a device is left to the allocator's holes",
         "FLOPs: 2 a weight and token, embeddings looked up, heads and the whole square of attention counted; backward "
         "twice forward; nothing recomputed; of a mixture of experts all experts",
         speed_text,

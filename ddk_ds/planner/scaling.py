@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from ddk_ds.config import Config
-from ddk_ds.engine.memory import fewest_passes
+from ddk_ds.engine.memory_estimate import fewest_passes
 from ddk_ds.errors import ConfigError
 from ddk_ds.planner.gpu_memory import Models, changed, plan_memory
 from ddk_ds.planner.gpus import Cluster

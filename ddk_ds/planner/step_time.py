@@ -24,7 +24,7 @@ from typing import Literal
 
 from ddk_ds.config import Config
 from ddk_ds.engine.flops import teacher_runs
-from ddk_ds.engine.memory import OPTIMIZER_BYTES
+from ddk_ds.engine.memory_estimate import OPTIMIZER_BYTES
 from ddk_ds.engine.model_files import COMPUTE_BYTES
 from ddk_ds.planner.gpu_memory import Models, PlannedModel
 from ddk_ds.planner.gpus import LINK_EFFICIENCY, MEMORY_EFFICIENCY, Cluster

@@ -10,7 +10,7 @@ from ddk_ds.comm import Comm, agreed
 from ddk_ds.config import Config
 from ddk_ds.config.run_config import corpus_samples, total_steps
 from ddk_ds.data.loader import MixtureDataset, validation_batches
-from ddk_ds.engine.flops import model_flops, training_flops
+from ddk_ds.engine.flops import step_flops
 from ddk_ds.engine.monitors import open_writers
 from ddk_ds.engine.runtime import Runtime
 from ddk_ds.engine.stage_clock import PeakMemory, StageClock
@@ -82,7 +82,7 @@ def prepare_run(
         saver=Saver(config.run_dir, identity, comm, config.checkpoint),
         progress=RunProgress(comm.rank, steps, inputs.names),
         total_steps=steps,
-        step_flops=_step_flops(config, inputs, comm.world_size),
+        step_flops=step_flops(config, inputs.student, inputs.teacher, comm.world_size),
     )
     _restore(run, start)
     agreed(comm, lambda: _open_monitors(run) if comm.rank == 0 else None)
@@ -98,14 +98,6 @@ def _validation(config: Config, inputs: Inputs, comm: Comm) -> ValidationBatches
         world=comm.world_size,
         micro_batch=config.train.micro_batch_samples,
     )
-
-
-def _step_flops(config: Config, inputs: Inputs, world_size: int) -> float:
-    length = config.data.sequence_length
-    student, teacher = (
-        0.0 if files is None else model_flops(files, length, causal=False) for files in (inputs.student, inputs.teacher)
-    )
-    return config.train.global_batch_samples * length * training_flops(config, student, teacher) / world_size
 
 
 def _open_monitors(run: Run) -> None:

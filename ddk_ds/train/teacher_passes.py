@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from ddk_ds.config import Config
-from ddk_ds.engine.memory import MEMORY_MARGIN, estimate_memory, fewest_passes, shard_ranks
+from ddk_ds.engine.memory_estimate import MEMORY_MARGIN, estimate_memory, fewest_passes, shard_ranks
 from ddk_ds.engine.model_files import ModelShape, model_shape
 from ddk_ds.engine.runtime import Runtime
 from ddk_ds.train.inputs import Inputs

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from ddk_ds.config import load_config
-from ddk_ds.engine.memory import estimate_memory
+from ddk_ds.engine.memory_estimate import estimate_memory
 from ddk_ds.engine.model_files import model_shape
 from ddk_ds.engine.runtime import Runtime
 from ddk_ds.engine.student import load_student

@@ -17,8 +17,8 @@ import yaml
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from ddk_ds.config import Config, Model, load_config
-from ddk_ds.engine.memory import MemoryEstimate, estimate_memory
-from ddk_ds.engine.memory import _layer_activations as layer_activations
+from ddk_ds.engine.memory_estimate import MemoryEstimate, estimate_memory
+from ddk_ds.engine.memory_estimate import _layer_activations as layer_activations
 from ddk_ds.engine.model_files import ModelShape, configured_shape
 from ddk_ds.errors import ConfigError
 from ddk_ds.kernels.linear_kd import check_head

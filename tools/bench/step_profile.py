@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ddk_ds.engine.flops import utilisation
+from ddk_ds.engine.flops import forward_flops, utilisation
 from ddk_ds.engine.stage_clock import StageClock
 from ddk_ds.kernels import linear_kd_loss
 from ddk_ds.planner.known_points import FULL, Setting, Shape
@@ -42,11 +42,12 @@ def step_flops(setting: Setting) -> dict[str, float]:
 
 
 def _layer_flops(shape: Shape, length: int) -> float:
-    """FLOPs a token of all layers' forward pass."""
+    """Return the FLOPs of one token's forward pass through all layers, without the head."""
     head_size = shape.hidden_size // shape.num_attention_heads
     projections = 2 * shape.hidden_size * head_size * (shape.num_attention_heads + shape.num_key_value_heads)
     weights = projections + 3 * shape.hidden_size * shape.intermediate_size
-    return shape.num_hidden_layers * (2.0 * weights + 2.0 * shape.hidden_size * length)
+    layers = shape.num_hidden_layers
+    return forward_flops(layers * weights, layers, shape.hidden_size, length, causal=True)
 
 
 class _Adam:

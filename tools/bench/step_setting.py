@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from ddk_ds.config import Config, make_config
-from ddk_ds.engine.flops import model_flops, training_flops
+from ddk_ds.engine.flops import step_flops
 from ddk_ds.engine.model_files import read_model
 from ddk_ds.version import commit
 
@@ -85,12 +85,9 @@ def case_config(case: Case) -> Config:
 
 
 def case_flops(case: Case) -> float:
-    """Floating-point operations of a step on one rank, counted as the ledger's MFU counts them."""
-    student, teacher = (
-        model_flops(read_model(Path(case.folder) / name, name), case.length, causal=False)
-        for name in ("student", "teacher")
-    )
-    return training_flops(case_config(case), student, teacher) * case.tokens / case.ranks
+    """Return the FLOPs of a step on one rank, counted as the ledger's MFU counts them."""
+    student, teacher = (read_model(Path(case.folder) / name, name) for name in ("student", "teacher"))
+    return step_flops(case_config(case), student, teacher, case.ranks)
 
 
 def describe(device: str) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from ddk_ds.config import Config
 from ddk_ds.data.cache import open_store
 from ddk_ds.data.manifest import load_manifest
 from ddk_ds.engine.ds_config import student_ds_config
-from ddk_ds.engine.memory import estimate_memory
+from ddk_ds.engine.memory_estimate import estimate_memory
 from ddk_ds.engine.model_files import ModelShape, model_directory, model_shape, read_model
 from ddk_ds.train.inputs import Inputs, check_inputs
 from ddk_ds.train.preflight import agreement, machine, path_checks

@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 
 from ddk_ds.config import Config
 from ddk_ds.data.manifest import SPLITS, Manifest
-from ddk_ds.engine.memory import OPTIMIZER_BYTES, shard_ranks
+from ddk_ds.engine.memory_estimate import OPTIMIZER_BYTES, shard_ranks
 from ddk_ds.engine.model_files import COMPUTE_BYTES, ModelFiles, ModelShape, read_model
 from ddk_ds.files import nearest_existing
 from ddk_ds.train.checkpoint.checkpoint_files import MANIFEST, complete_ones, newest_checkpoint

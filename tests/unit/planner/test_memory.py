@@ -16,7 +16,7 @@ from torch.distributed._tools.mem_tracker import MemTracker
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from ddk_ds.config import Config, make_config
-from ddk_ds.engine.memory import estimate_memory
+from ddk_ds.engine.memory_estimate import estimate_memory
 from ddk_ds.engine.model_files import configured_shape
 from ddk_ds.planner.gpu_memory import Models, changed, estimate, plan_memory, with_micro_batch
 from ddk_ds.planner.gpus import GPUS, Cluster

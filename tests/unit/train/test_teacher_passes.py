@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from ddk_ds.config import Config, make_config
-from ddk_ds.engine.memory import estimate_memory
+from ddk_ds.engine.memory_estimate import estimate_memory
 from ddk_ds.engine.model_files import configured_shape
 from ddk_ds.train.teacher_passes import largest_passes
 
