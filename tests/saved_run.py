@@ -15,8 +15,9 @@ from ddk_ds.config import to_yaml
 from ddk_ds.engine.model_files import read_model
 from ddk_ds.engine.student import names_on_disk
 from ddk_ds.engine.zero_shards import MODEL_FILE
+from ddk_ds.files import partial_path
 from ddk_ds.mixture.schedule import IntervalState
-from ddk_ds.train.checkpoint.checkpoint_files import FORMAT, TAG, Manifest, complete, partial_directory
+from ddk_ds.train.checkpoint.checkpoint_files import FORMAT, TAG, Manifest, complete
 from ddk_ds.train.state import RunState
 from tests.dist.tiny import tiny_config
 
@@ -44,7 +45,7 @@ def save_run(folder: Path, steps: Sequence[int] = (2, 4), **sections: Any) -> Pa
             student_before=[40.0, 50.0],
         )
         manifest = Manifest(FORMAT, step, RANKS, 0, {"content.student": files.fingerprint}, {"torch": "2.9"}, {})
-        partial = partial_directory(root, f"step-{step:08d}")
+        partial = partial_path(root / f"step-{step:08d}")
         (partial / TAG).mkdir(parents=True)
         _write_shards(partial / TAG, Path(config.student.path), step, state)
         assert not complete(partial, root / f"step-{step:08d}", manifest)

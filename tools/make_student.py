@@ -35,7 +35,7 @@ from ddk_ds.engine.model_files import ModelFiles, read_model
 from ddk_ds.engine.weights import save_weights
 from ddk_ds.engine.whole_models import load_model
 from ddk_ds.errors import ConfigError, DataError, UserError
-from ddk_ds.files import write_text
+from ddk_ds.files import new_directory, write_text
 
 BATCH_TOKENS = 1024  # bounds the logits in memory: 0.6 GB for a vocabulary of 152,000
 COPIED = ("*.json", "*.jinja", "*.model", "*.txt")  # tokenizer and generation settings
@@ -144,23 +144,18 @@ def make_student(options: argparse.Namespace, files: ModelFiles, batches: prunin
         changes |= pruning.narrow_hidden(model, batches, options.hidden)
     after = model.num_parameters()
     model.to(DTYPES[stored_dtype(files)])
-    partial = options.out.with_name(f".partial-{options.out.name}")
-    shutil.rmtree(partial, ignore_errors=True)
     try:
-        write_model(model, files, changes, partial)
-        result = Result(ranking, _loss_as_written(model.float(), partial, batches), (before, after))
-        write_text(partial / "pruning.json", report(options, result))
-        partial.rename(options.out)  # also over an empty directory
+        with new_directory(options.out) as partial:
+            write_model(model, files, changes, partial)
+            result = Result(ranking, _loss_as_written(model.float(), partial, batches), (before, after))
+            write_text(partial / "pruning.json", report(options, result))
     except OSError as error:
         raise ConfigError(f"--out {options.out} cannot be written: {error.strerror or error}") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return result
 
 
 def write_model(model: Any, files: ModelFiles, changes: pruning.Changes, directory: Path) -> None:
-    """Weights, config.json and the teacher's tokenizer, in a new directory."""
-    directory.mkdir(parents=True)
+    """Weights, config.json and the teacher's tokenizer, in an empty directory."""
     for pattern in COPIED:
         for source in files.directory.glob(pattern):
             if source.name not in NOT_COPIED:

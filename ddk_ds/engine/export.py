@@ -7,7 +7,6 @@ The student as a Hugging Face directory that plain transformers loads: from a ru
 
 from __future__ import annotations
 
-import fcntl
 import json
 import shutil
 from collections.abc import Callable, Iterator
@@ -26,10 +25,9 @@ from ddk_ds.engine.student import Student, names_on_disk
 from ddk_ds.engine.weights import TensorSpec, save_weights, write_tensors
 from ddk_ds.engine.zero_shards import UniversalShards, ZeroShards
 from ddk_ds.errors import CheckpointError
-from ddk_ds.files import nearest_existing, size_and_xxh64
+from ddk_ds.files import nearest_existing, new_directory, size_and_xxh64
 
 NOTE = "ddk_ds_export.json"
-_LOCK = ".lock"
 
 
 def check_target(directory: Path, *, overwrite: bool) -> None:
@@ -60,49 +58,21 @@ def check_room(directory: Path, needed_bytes: int) -> None:
 
 
 @contextmanager
-def whole(directory: Path, about: dict[str, Any]) -> Iterator[Path]:
-    """A directory to write to, which becomes `directory` at the end, and is gone after an error.
+def new_export(directory: Path, about: dict[str, Any]) -> Iterator[Path]:
+    """Yield an empty directory that becomes `directory` when the block ends, and is removed after an error.
 
-    `about` goes into the note beside the files. Raises CheckpointError where another process writes the same.
+    `about` goes into the note next to the files. Raises UserError where another process writes the same directory.
     """
-    partial = directory.with_name(f".partial-{directory.name}")
-    partial.mkdir(parents=True, exist_ok=True)
-    with (partial / _LOCK).open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise CheckpointError(f"{directory} is being written by another process: wait for it") from None
-        except OSError:  # a file system without locks
-            pass
-        try:
-            for left in partial.iterdir():  # by one that was killed
-                if left.name != _LOCK:
-                    shutil.rmtree(left) if left.is_dir() else left.unlink()
-            yield partial
-            (partial / NOTE).write_text(json.dumps({**about, "files": _files(partial)}, indent=1))
-            (partial / _LOCK).unlink()
-            _put(partial, directory)
-        except BaseException:
-            shutil.rmtree(partial, ignore_errors=True)
-            raise
-
-
-def _put(partial: Path, directory: Path) -> None:
-    if not directory.exists():
-        partial.rename(directory)
-        return
-    old = directory.with_name(f".replaced-{directory.name}")
-    shutil.rmtree(old, ignore_errors=True)
-    directory.rename(old)
-    partial.rename(directory)
-    shutil.rmtree(old)
+    with new_directory(directory, replace=True) as partial:
+        yield partial
+        (partial / NOTE).write_text(json.dumps({**about, "files": _files(partial)}, indent=1))
 
 
 def _files(directory: Path) -> dict[str, list[int | str]]:
     """Bytes of every file, and the xxh64 of those that are not weights: whoever changes weights changes others too."""
     found: dict[str, list[int | str]] = {}
     for path in sorted(directory.iterdir()):
-        if path.name not in (NOTE, _LOCK):
+        if path.name != NOTE:
             weights = path.suffix == ".safetensors"
             found[path.name] = [path.stat().st_size] if weights else list(size_and_xxh64(path))
     return found
@@ -168,7 +138,7 @@ def export_student(
         partial = directory
         if comm.rank == 0:
             beside = companions()
-            partial = stack.enter_context(whole(directory, beside.about))
+            partial = stack.enter_context(new_export(directory, beside.about))
             beside.write(partial, next(iter(student.parameters.values())).dtype)
         save_weights(student.parameters, partial, comm, poll)
     comm.barrier()
@@ -207,7 +177,7 @@ class CheckpointExport:
 
     def write(self, directory: Path, companions: Companions, max_shard_bytes: int, done: Callable[[int], None]) -> None:
         """Write `directory`, which appears whole or not at all. `done` gets the bytes of each tensor."""
-        with whole(directory, companions.about) as partial, freed_at_once():
+        with new_export(directory, companions.about) as partial, freed_at_once():
             companions.write(partial, self._dtype)
             write_tensors(partial, self.specs, self._tensors(done), max_shard_bytes)
 

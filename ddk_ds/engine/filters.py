@@ -21,7 +21,7 @@ from ddk_ds.config import Config
 from ddk_ds.engine.layers import layers_of
 from ddk_ds.engine.model_files import ModelFiles
 from ddk_ds.errors import ConfigError
-from ddk_ds.files import size_and_xxh64
+from ddk_ds.files import new_file, size_and_xxh64
 
 DEFAULT_PAIRS = 4
 
@@ -168,7 +168,6 @@ def write_filters(filters: LayerFilters, path: Path, comm: Comm) -> None:
             if comm.rank == 0:
                 values[name] = parameter.detach().float().cpu().clone()
     if comm.rank == 0:
-        partial = path.with_name(path.name + ".partial")
-        save_file(values, partial)
-        partial.replace(path)
+        with new_file(path) as partial:
+            save_file(values, partial)
     comm.barrier()

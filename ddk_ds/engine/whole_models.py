@@ -15,6 +15,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
 
 from ddk_ds.data.tokenizer import load_tokenizer
 from ddk_ds.errors import ConfigError
+from ddk_ds.files import new_directory
 
 
 def load_model(directory: Path, dtype: torch.dtype | Literal["auto"] = torch.float32) -> Any:
@@ -62,11 +63,9 @@ def make_random_model(config: Path, tokenizer: Path, out: Path, seed: int, devic
             model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**values))
     except (ValueError, TypeError) as error:
         raise ConfigError(f"--config {config}: not the configuration of a causal language model: {error}") from error
-    partial = out.with_name(f".partial-{out.name}")
-    shutil.rmtree(partial, ignore_errors=True)
-    model.save_pretrained(partial)
-    for name in _TOKENIZER_FILES:
-        if (tokenizer / name).is_file():
-            shutil.copyfile(tokenizer / name, partial / name)
-    partial.rename(out)
+    with new_directory(out) as partial:
+        model.save_pretrained(partial)
+        for name in _TOKENIZER_FILES:
+            if (tokenizer / name).is_file():
+                shutil.copyfile(tokenizer / name, partial / name)
     return int(model.num_parameters())

@@ -11,7 +11,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ddk_ds.engine.zero_shards import write_universal
-from ddk_ds.train.checkpoint.checkpoint_files import TAG, complete, partial_directory, read_manifest
+from ddk_ds.files import partial_path
+from ddk_ds.train.checkpoint.checkpoint_files import TAG, complete, read_manifest
 from tests.dist.export_worker import IDS
 from tests.dist.ranks import run_ranks
 from tests.dist.tiny import VOCAB, save_model
@@ -93,7 +94,7 @@ def test_an_earlier_step_and_the_universal_form(runs: dict[str, Path]) -> None:
     step = run / "checkpoints/step-00000002"
     manifest = read_manifest(step)
     assert manifest is not None
-    partial = partial_directory(step.parent, "universal-00000002")
+    partial = partial_path(step.with_name("universal-00000002"))
     written, _ = write_universal(step / TAG, partial / TAG, source_ranks=2, rank=0, world_size=1)
     manifest.files.clear()
     manifest.files.update({str(path.relative_to(partial)): entry for path, entry in written.items()})

@@ -9,7 +9,6 @@ import re
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 
-from ddk_ds.files import size_and_xxh64
+from ddk_ds.files import new_file, size_and_xxh64
 from tools.bench.small_run import ROOT
 
 LIMIT_S = 60.0
@@ -210,9 +209,8 @@ def _damage(path: Path, rng: np.random.Generator) -> None:
         content = content[: len(content) // 2]
     else:
         content[int(rng.integers(len(content)))] ^= 0xFF
-    with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as stream:
-        stream.write(content)
-    Path(stream.name).replace(path)
+    with new_file(path) as partial:
+        partial.write_bytes(content)
 
 
 def _send(process: psutil.Process | None, number: signal.Signals) -> None:

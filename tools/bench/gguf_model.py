@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTr
 
 from ddk_ds.engine.whole_models import load_model
 from ddk_ds.errors import ConfigError, DataError
+from ddk_ds.files import new_directory
 
 _CONTROL = 3  # a token's type in `tokenizer.ggml.token_type`
 
@@ -41,32 +41,36 @@ def check_convertible(out: Path) -> None:
 
 
 def convert_gguf(path: Path, out: Path) -> Converted:
-    """Write the model and tokenizer of a GGUF file to `out`, which appears whole or not at all.
-
-    What was written is loaded again: its logits must be those of the model in memory, bit for bit, and text must come
-    back out of the tokenizer as it went in.
+    """Write the model and tokenizer of a GGUF file to `out`, which appears complete or not at all.
 
     Raises:
         ConfigError: `out` exists, or the package `gguf` is missing.
-        DataError: the file is damaged, of another kind than a byte-level BPE model, or was not written faithfully.
+        DataError: as `write_converted`.
     """
     check_convertible(out)
+    with new_directory(out) as partial:
+        return write_converted(path, partial)
+
+
+def write_converted(path: Path, directory: Path) -> Converted:
+    """Write the model and tokenizer of a GGUF file to an empty directory and load them again.
+
+    The logits must be those of the model in memory, bit for bit, and text must come back out of the tokenizer as it
+    went in.
+
+    Raises:
+        DataError: the file is damaged, of another kind than a byte-level BPE model, or was not written faithfully.
+    """
     try:
         fields = importlib.import_module("gguf").GGUFReader(path).fields
     except (OSError, ValueError, KeyError, IndexError) as error:
         raise DataError(f"{path} cannot be read as GGUF: {error}") from error
     tokenizer = _tokenizer(path, {name: field.contents() for name, field in fields.items()})
     model = _model(path)
-    partial = out.with_name(f".partial-{out.name}")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        _adopt_special_tokens(model, tokenizer)
-        model.save_pretrained(partial)
-        tokenizer.save_pretrained(partial)
-        _check(model, tokenizer, partial)
-        partial.rename(out)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    _adopt_special_tokens(model, tokenizer)
+    model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    _check(model, tokenizer, directory)
     return Converted(int(model.num_parameters()), len(tokenizer), str(tokenizer.eos_token))
 
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from urllib.parse import unquote
 
 from ddk_ds.errors import ConfigError, DataError
+from ddk_ds.files import new_directory
 
 CLIENT_SECONDS = 1800.0
 CLIENTS = {
@@ -79,17 +80,15 @@ class PackageStore:
             if package.version in (None, version):
                 return Unpacked(found, version)
         place.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".partial-", dir=place) as partial:
-            archive = _download(package, Path(partial))
+        with tempfile.TemporaryDirectory(prefix=".download-", dir=place) as download:
+            archive = _download(package, Path(download))
             version = package.version or unquote(archive.name.split("_")[1])
-            tree = Path(partial) / "tree"
-            tree.mkdir()
-            try:
-                _unpack(package, archive, tree)
-            except (OSError, tarfile.TarError, zipfile.BadZipFile) as error:
-                raise DataError(f"{package}: {archive.name} cannot be unpacked: {error}") from error
             final = place / f"{package.name}@{version}"
-            tree.rename(final)
+            with new_directory(final) as tree:
+                try:
+                    _unpack(package, archive, tree)
+                except (OSError, tarfile.TarError, zipfile.BadZipFile) as error:
+                    raise DataError(f"{package}: {archive.name} cannot be unpacked: {error}") from error
         return Unpacked(final, version)
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import os
 import re
-import shutil
 import subprocess
 import sys
 import tomllib
@@ -23,6 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ddk_ds.errors import ConfigError, UserError
+from ddk_ds.files import new_directory
 
 ROOT = Path(__file__).resolve().parents[2]
 # Taken to be there with a CUDA build of torch and the Hugging Face stack: large, or bound to the machine's CUDA.
@@ -132,10 +132,7 @@ def collect(out: Path, packages: Sequence[str], python: str, tags: Sequence[str]
     Raises:
         ConfigError: pip failed, or a wheel was built that runs on this machine only.
     """
-    partial = out.with_name(f".partial-{out.name}")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
+    with new_directory(out) as partial:
         built = [package for package in packages if package.partition("==")[0] in SOURCE_ONLY]
         ready = [package for package in packages if package not in built]
         target = ["--python-version", python, "--implementation", "cp"]
@@ -148,10 +145,6 @@ def collect(out: Path, packages: Sequence[str], python: str, tags: Sequence[str]
             _check_runs_anywhere(partial, package)
         readme = f"Wheels for Python {python} on {tags[0]}; to install them without network:\n"
         (partial / "README").write_text(f"{readme}{install_line(Path(out.name))}\n", encoding="utf-8")
-        partial.rename(out)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
     return sorted(out.glob("*.whl"))
 
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from ddk_ds.config import Checkpoint
 from ddk_ds.errors import CheckpointError
-from ddk_ds.files import size_and_xxh64, write_text
+from ddk_ds.files import PARTIAL, partial_path, size_and_xxh64, write_text
 
 if TYPE_CHECKING:  # it brings torch, which tools/status.py need not wait for
     from ddk_ds.comm import Comm
@@ -27,7 +27,6 @@ if TYPE_CHECKING:  # it brings torch, which tools/status.py need not wait for
 FORMAT = 3
 MANIFEST = "manifest.json"
 TAG = "state"
-_PARTIAL = ".partial-"
 _BROKEN = "broken-"
 
 Files = dict[str, tuple[int, str]]
@@ -58,11 +57,6 @@ class Manifest:
         return sum(size for size, _ in self.files.values())
 
 
-def partial_directory(root: Path, name: str) -> Path:
-    """Where checkpoint `name` is written."""
-    return root / f"{_PARTIAL}{name}"
-
-
 def complete(partial: Path, final: Path, manifest: Manifest) -> str:
     """Write the manifest and rename; why that is not possible, or "". Something incomplete in its place is kept."""
     try:
@@ -91,14 +85,14 @@ def delete_old(root: Path, keep: Checkpoint) -> None:
 
 def _delete(directory: Path) -> None:
     # Under a name that is no checkpoint's first: a kill must not leave half of one.
-    gone = directory.with_name(f"{_PARTIAL}old-{directory.name}")
+    gone = partial_path(directory.with_name(f"old-{directory.name}"))
     directory.rename(gone)
     shutil.rmtree(gone, ignore_errors=True)
 
 
 def remove_partial(run_dir: Path) -> None:
     """Delete what writers that were killed left behind; complete checkpoints are not touched."""
-    for partial in (run_dir / "checkpoints").glob(_PARTIAL + "*"):
+    for partial in (run_dir / "checkpoints").glob(PARTIAL + "*"):
         shutil.rmtree(partial)
 
 

@@ -17,14 +17,13 @@ from ddk_ds.config import Config
 from ddk_ds.engine.student import Student
 from ddk_ds.engine.zero_shards import write_universal
 from ddk_ds.errors import CheckpointError
-from ddk_ds.files import size_and_xxh64, write_text
+from ddk_ds.files import partial_path, size_and_xxh64, write_text
 from ddk_ds.train.checkpoint.checkpoint_files import (
     MANIFEST,
     TAG,
     Manifest,
     complete_ones,
     is_whole,
-    partial_directory,
     read_manifest,
     remove_partial,
     usable_checkpoint,
@@ -152,7 +151,7 @@ def _universal(config: Config, start: Start, comm: Comm) -> Path:
     there = comm.broadcast_object(read_manifest(final) if comm.rank == 0 else None)
     if there is not None and there.source == source and is_whole(final, there, comm):
         return final
-    partial = partial_directory(root, final.name)
+    partial = partial_path(final)
     manifest = replace(start.manifest, files={}, source=source)
     try:
         agree_on_failure(comm, make_room(config.run_dir, partial) if comm.rank == 0 else "")

@@ -17,6 +17,7 @@ import torch
 from ddk_ds.comm import Comm
 from ddk_ds.config import Checkpoint
 from ddk_ds.engine.student import Student
+from ddk_ds.files import partial_path
 from ddk_ds.train.checkpoint.checkpoint_files import (
     FORMAT,
     TAG,
@@ -25,7 +26,6 @@ from ddk_ds.train.checkpoint.checkpoint_files import (
     complete,
     delete_old,
     newest_checkpoint,
-    partial_directory,
     read_manifest,
     remove_partial,
 )
@@ -112,7 +112,7 @@ class Saver:
         return self._run_dir / "checkpoints" / f"step-{manifest.step:08d}"
 
     def _partial(self, manifest: Manifest) -> Path:
-        return partial_directory(self._run_dir / "checkpoints", f"step-{manifest.step:08d}")
+        return partial_path(self._final(manifest))
 
 
 def finish_directory(
