@@ -25,7 +25,8 @@ FLOORS = (
     ("engine",),
     ("data", "kernels", "mixture"),
     ("comm", "config", "run_files"),
-    ("command_line", "drawing", "errors", "files", "redact", "version"),
+    ("command_line", "drawing", "files", "redact", "version"),
+    ("errors",),
 )
 FLOOR = {room: floor for floor, rooms in enumerate(reversed(FLOORS)) for room in rooms}
 
