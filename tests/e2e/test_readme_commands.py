@@ -167,7 +167,7 @@ def make_world(workspace: Path, folder: Path, page: str) -> None:
 
 
 def write_text(folder: Path) -> None:
-    """Write the two domains of the guide's recipe, in its formats: the project's code, and its pages of documentation."""
+    """Write the two domains of the guide's recipe, in its formats: the project's code and pages."""
     for name in ("code", "math"):
         (folder / name).mkdir(parents=True)
     lines = "".join(json.dumps({"text": path.read_text()}) + "\n" for path in sorted(ROOT.glob("ddk_ds/*/*.py")))
