@@ -153,8 +153,13 @@ def make_world(workspace: Path, folder: Path, page: str) -> None:
         (folder / name).symlink_to(ROOT / name)
     readme = page == "README.md"
     (folder / "models").mkdir()
-    for model, name in (("student", "Qwen1.5-1.8B"), ("teacher", "Qwen1.5-14B")):
-        (folder / "models" / (model if readme else name)).symlink_to(workspace / model)
+    for name, model in {"student": "student", "teacher": "teacher", "Qwen1.5-1.8B": "student"}.items():
+        (folder / "models" / name).symlink_to(workspace / model)
+    if not readme:  # a teacher with a layer to lose: make_student.py keeps the first two and the last
+        shape = json.loads((workspace / "teacher.json").read_text()) | {"num_hidden_layers": 4}
+        (folder / "teacher.json").write_text(json.dumps(shape))
+        options = ("--tokenizer", "models/student", "--out", "models/Qwen1.5-14B")
+        run(shlex.join(["python", "tools/init_model.py", "--config", "teacher.json", *options]), (), folder)
     recipe, config = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs/guide.md").read_text(), flags=re.DOTALL)
     (folder / "my_domains.yaml").write_text(recipe)
     values = OmegaConf.merge(OmegaConf.create(config), SMALL)
