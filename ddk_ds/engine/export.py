@@ -20,7 +20,7 @@ from safetensors import safe_open
 
 from ddk_ds.comm import Comm
 from ddk_ds.engine.model_files import ModelFiles
-from ddk_ds.engine.runtime import freed_at_once
+from ddk_ds.engine.process_memory import freed_at_once
 from ddk_ds.engine.student import Student, names_on_disk
 from ddk_ds.engine.weights import TensorSpec, save_weights, write_tensors
 from ddk_ds.engine.zero_shards import UniversalShards, ZeroShards

@@ -1,65 +1,36 @@
-"""The most memory that this process holds: of its GPU, or of the host where that computes.
+"""Seconds and peak memory of the stages of a training step, and the waits of ZeRO-3 engines for other ranks.
 
-Seconds and peak memory of the parts of a step: CUDA events, which make nobody wait, or a CPU's monotonic clock.
-
-What of a step a ZeRO-3 engine waits for the other ranks.
+On a GPU seconds are measured by CUDA events, which make nothing wait; on a CPU by the monotonic clock.
 """
 
 from __future__ import annotations
 
-import resource
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from deepspeed.utils.z3_leaf_module import z3_leaf_module
 
-_STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
-_RESET_PEAK = "5"  # proc(5): VmHWM begins anew at what is resident now
-
-
-class PeakMemory:
-    """Peaks in bytes, one after the other. Nobody else in the process may reset them."""
-
-    def __init__(self, device_type: str) -> None:
-        self._on_gpu = device_type == "cuda"
-        self.most = 0
-        """Of all that `take` has returned."""
-
-    def take(self) -> int:
-        """The most since the last call. Where the host's kernel cannot say that: the most so far."""
-        if self._on_gpu:
-            peak = torch.cuda.max_memory_allocated()
-            torch.cuda.reset_peak_memory_stats()
-        else:
-            peak = _resident_peak()
-        self.most = max(self.most, peak)
-        return peak
-
-
-def _resident_peak() -> int:
-    try:
-        line = next(line for line in _STATUS.read_text().splitlines() if line.startswith("VmHWM"))
-        _CLEAR.write_text(_RESET_PEAK)
-    except (OSError, StopIteration):  # no Linux, or a sandbox
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return int(line.split()[1]) * 1024
-
+from ddk_ds.engine.process_memory import take_peak
 
 OTHER = "other"
+"""Name of the time outside of all stages."""
 
 
 class StageClock:
-    """Adds up the seconds of named stages; one within another counts for itself, and not for the outer one."""
+    """Sums of seconds by stage. Time in an inner stage counts for the inner stage alone, not for the outer one too.
 
-    def __init__(self, device_type: str, memory: PeakMemory | None = None) -> None:
+    With `measure_memory` the clock also keeps each stage's peak memory; nothing else in the process may then reset it.
+    """
+
+    def __init__(self, device_type: str, *, measure_memory: bool = False) -> None:
+        self._device_type = device_type
         self._on_gpu = device_type == "cuda"
-        self._memory = memory
+        self._measure_memory = measure_memory
         self._open: list[str] = []
         self._since: Any = None
         self._spans: list[tuple[str, Any, Any]] = []
@@ -68,7 +39,7 @@ class StageClock:
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Count what is computed inside, on this rank's current stream, and the most memory held meanwhile."""
+        """Count the time of this rank's current stream while inside, and the peak memory."""
         self._note_peak()
         with self.waiting(name):
             try:
@@ -78,7 +49,7 @@ class StageClock:
 
     @contextmanager
     def waiting(self, name: str) -> Iterator[None]:
-        """Count the time inside alone: of the many short waits for other ranks."""
+        """Count the time while inside, but no memory: for the many short waits for other ranks."""
         if self._paused:
             yield
             return
@@ -92,15 +63,15 @@ class StageClock:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Count nothing inside: what is no step."""
+        """Count nothing while inside, for work that is not part of a training step."""
         self._paused = True
         try:
             yield
         finally:
             self._paused = False
 
-    def take(self) -> dict[str, float]:
-        """Seconds by stage since the last call. On a GPU the caller has waited for the device."""
+    def take_seconds(self) -> dict[str, float]:
+        """Return the seconds by stage since the last call. On a GPU the caller must have synchronized the device."""
         seconds: dict[str, float] = defaultdict(float)
         for name, start, end in self._spans:
             seconds[name] += start.elapsed_time(end) / 1e3 if self._on_gpu else end - start
@@ -108,15 +79,15 @@ class StageClock:
         return dict(seconds)
 
     def take_peaks(self) -> dict[str, int]:
-        """Most bytes held in each stage since the last call, and outside of all (`other`)."""
+        """Return the most bytes held in each stage, and outside of all (`OTHER`), since the last call."""
         self._note_peak()
         peaks, self._peaks = self._peaks, {}
         return peaks
 
     def _note_peak(self) -> None:
-        if self._memory is not None and not self._paused:
+        if self._measure_memory and not self._paused:
             name = self._open[-1] if self._open else OTHER
-            self._peaks[name] = max(self._peaks.get(name, 0), self._memory.take())
+            self._peaks[name] = max(self._peaks.get(name, 0), take_peak(self._device_type))
 
     def _end_span(self) -> None:
         now = self._now()
@@ -133,12 +104,15 @@ class StageClock:
 
 
 def time_gathers(coordinator: Any, clock: StageClock, name: str) -> None:
-    """Count the waits of a ZeRO-3 engine for weights that are not there yet. On a GPU a gather that ran ahead, beside
-    computation, costs its stream nothing and counts nothing."""
+    """Make a ZeRO-3 engine's coordinator count its waits for weights under `name`.
+
+    On a GPU a gather that was prefetched and runs during computation costs its stream nothing and counts nothing.
+    """
     fetch = coordinator.fetch_sub_module
 
     def timed(module: Any, forward: bool) -> None:
-        if all(one.ds_status == ZeroParamStatus.AVAILABLE for one in module.parameters(recurse=z3_leaf_module(module))):
+        parameters = module.parameters(recurse=z3_leaf_module(module))
+        if all(parameter.ds_status == ZeroParamStatus.AVAILABLE for parameter in parameters):
             fetch(module, forward)
             return
         with clock.waiting(name):
@@ -148,13 +122,15 @@ def time_gathers(coordinator: Any, clock: StageClock, name: str) -> None:
 
 
 def time_reductions(optimizer: Any, clock: StageClock, name: str) -> None:
-    """Count what a ZeRO-3 optimizer's reductions of gradients take of the backward pass: on a GPU what is left of them
-    when it has ended, on a CPU all."""
+    """Make a ZeRO-3 optimizer count its reductions of gradients under `name`.
+
+    On a GPU only the part that is left when the backward pass has ended takes time of its stream; on a CPU all of it.
+    """
     for method in ("reduce_independent_p_g_buckets_and_remove_grads", "independent_gradient_partition_epilogue"):
-        setattr(optimizer, method, _waited_for(getattr(optimizer, method), clock, name))
+        setattr(optimizer, method, _timed(getattr(optimizer, method), clock, name))
 
 
-def _waited_for(function: Callable[..., Any], clock: StageClock, name: str) -> Callable[..., Any]:
+def _timed(function: Callable[..., Any], clock: StageClock, name: str) -> Callable[..., Any]:
     def timed(*arguments: Any) -> Any:
         with clock.waiting(name):
             return function(*arguments)

@@ -13,7 +13,7 @@ from ddk_ds.data.loader import MixtureDataset, validation_batches
 from ddk_ds.engine.flops import step_flops
 from ddk_ds.engine.monitors import open_writers
 from ddk_ds.engine.runtime import Runtime
-from ddk_ds.engine.stage_clock import PeakMemory, StageClock
+from ddk_ds.engine.stage_clock import StageClock
 from ddk_ds.engine.student import load_student
 from ddk_ds.engine.teacher import Teacher, load_teacher
 from ddk_ds.kernels import default_chunk_tokens
@@ -43,7 +43,7 @@ def prepare_run(
     dataset = MixtureDataset(inputs.store, inputs.names)
     validation = _validation(config, inputs, comm)
     vocab_size = inputs.tokenizer.vocab_size
-    clock = StageClock(runtime.device.type, PeakMemory(runtime.device.type))
+    clock = StageClock(runtime.device.type, measure_memory=True)
     teacher = None
     if inputs.teacher is not None:
         teacher = load_teacher(config, inputs.teacher, vocab_size, comm, inputs.filters, clock)

@@ -95,7 +95,7 @@ def train_step(
     loss, ce, kl = sums.tolist()
     tokens = [int(count) for count in domain_tokens.tolist()]
     said = method.end_step(comm)
-    return StepMetrics(loss, ce, kl, grad_norm, tokens, said, clock.take(), clock.take_peaks())
+    return StepMetrics(loss, ce, kl, grad_norm, tokens, said, clock.take_seconds(), clock.take_peaks())
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:

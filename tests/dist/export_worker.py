@@ -1,4 +1,4 @@
-"""Runs on the ranks of test_export.py."""
+"""Functions that every rank of test_export.py runs."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from deepspeed.utils import safe_get_full_fp32_param
 from safetensors.torch import save_file
 
 from ddk_ds.engine.head import OutputHead
+from ddk_ds.engine.process_memory import held_bytes, peak_bytes, reset_peak
 from ddk_ds.engine.runtime import Runtime
 from ddk_ds.kernels.reference import reference_logits
 from ddk_ds.train.loop import train
-from tests.dist.loading_worker import peak_bytes, reset_peak, rss_bytes
 from tests.dist.resume_worker import prepare
 from tools.export_hf import main
 
@@ -20,7 +20,10 @@ IDS = torch.arange(40).reshape(2, 20) * 7 % 600
 
 
 def run_and_look(runtime: Runtime, configs: list[str]) -> list[str]:
-    """Train each; what its student is at the end lies in <run>/seen.safetensors: logits, and the masters by name."""
+    """Train each configuration; write the final student's logits and master weights to <run>/seen.safetensors.
+
+    Returns the directories of the runs.
+    """
     directories = []
     for config_path in configs:
         run = prepare(runtime, config_path, "whole")
@@ -43,10 +46,17 @@ def run_and_look(runtime: Runtime, configs: list[str]) -> list[str]:
 
 
 def peak_of_export(runtime: Runtime, run: str, small: str) -> dict[str, int]:
-    """Bytes by which the peak grew while `run` was exported, after one of `small`."""
+    """Return by how many bytes the peak grew while `run` was exported, and the size and number of its files.
+
+    `small` is exported first, because memory that libraries take on their first use is not the export's.
+    """
     assert main([small]) == 0
-    before = rss_bytes()
-    reset_peak()
+    before = held_bytes("cpu")
+    reset_peak("cpu")
     assert main([run, "--max-shard-gb", "0.1"]) == 0
     files = list((Path(run) / "exports").glob("*/*.safetensors"))
-    return {"grown": peak_bytes() - before, "total": sum(file.stat().st_size for file in files), "files": len(files)}
+    return {
+        "grown": peak_bytes("cpu") - before,
+        "total": sum(file.stat().st_size for file in files),
+        "files": len(files),
+    }

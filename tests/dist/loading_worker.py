@@ -1,8 +1,7 @@
-"""Runs on every rank of test_loading.py."""
+"""Functions that every rank of test_loading.py runs."""
 
 from __future__ import annotations
 
-import resource
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from transformers import AutoModelForCausalLM
 from ddk_ds.engine.export import Companions, export_student
 from ddk_ds.engine.head import OutputHead
 from ddk_ds.engine.model_files import read_model
+from ddk_ds.engine.process_memory import held_bytes, peak_bytes, reset_peak
 from ddk_ds.engine.runtime import Runtime
 from ddk_ds.engine.student import load_student
 from ddk_ds.engine.teacher import load_teacher
@@ -21,7 +21,8 @@ from tests.dist.tiny import ARCHITECTURES, VOCAB, save_model, tiny_config
 
 
 def logits_of_architectures(runtime: Runtime, folder: str) -> dict[str, float]:
-    """Largest difference of teacher's, student's and export's logits from plain transformers', by architecture."""
+    """Return by architecture the largest difference between logits of teacher, student or export and those of plain
+    transformers."""
     errors = {}
     for model_type in ARCHITECTURES:
         for tied in (False, True):
@@ -63,7 +64,7 @@ def _logits_error(root: Path, runtime: Runtime) -> float:
 
 
 def differing_buffers(runtime: Runtime, folder: str) -> list[str]:
-    """Names of the buffers of a bf16 model, in folder/teacher, that are not those of plain transformers."""
+    """Return the names of buffers of the model in folder/teacher that differ from plain transformers' in bf16."""
     directory = Path(folder) / "teacher"
     config = tiny_config(Path(folder), train={"precision": "bf16"})
     teacher = load_teacher(config, read_model(directory, "teacher.path"), VOCAB, runtime.comm)
@@ -73,34 +74,18 @@ def differing_buffers(runtime: Runtime, folder: str) -> list[str]:
     return [name for name in ours if ours[name].dtype != expected[name].dtype or (ours[name] != expected[name]).any()]
 
 
-def peak_memory(runtime: Runtime, folder: str) -> list[dict[str, int]]:
-    """Bytes by which each rank's peak grew while folder/teacher was loaded after folder/small, and what bounds it."""
+def growth_while_loading(runtime: Runtime, folder: str) -> list[dict[str, int]]:
+    """Return for each rank by how many bytes its peak grew while folder/teacher was loaded, and the model's sizes."""
     root = Path(folder)
     config = tiny_config(root)
-    # Once with a small model: what libraries take on their first use is not the loader's.
+    # A small model goes first, because memory that libraries take on their first use is not the loader's.
     load_teacher(config, read_model(root / "small", "teacher.path"), VOCAB, runtime.comm)
     files = read_model(root / "teacher", "teacher.path")
     total = 4 * sum(torch.Size(tensor.shape).numel() for tensor in files.tensors.values())
-    before = rss_bytes()
-    reset_peak()
+    before = held_bytes("cpu")
+    reset_peak("cpu")
     load_teacher(config, files, VOCAB, runtime.comm)
-    grown = peak_bytes() - before
+    grown = peak_bytes("cpu") - before
     largest = 4 * max(torch.Size(tensor.shape).numel() for tensor in files.tensors.values())
     mine = {"grown": grown, "total": total, "largest": largest, "rank": runtime.comm.rank}
     return runtime.comm.gather_objects(mine)
-
-
-def rss_bytes() -> int:
-    """Memory of this process now."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
-
-
-def reset_peak() -> None:
-    """From now on `peak_bytes` counts."""
-    Path("/proc/self/clear_refs").write_text("5")
-
-
-def peak_bytes() -> int:
-    """The most memory that this process has had since `reset_peak`."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))

@@ -29,6 +29,7 @@ import torch
 from rich.console import Console
 from rich.table import Column, Table
 
+from ddk_ds.engine.process_memory import held_bytes, peak_bytes, reset_peak
 from ddk_ds.errors import ConfigError, UserError
 from ddk_ds.files import write_text
 from tools.bench import kd_peers
@@ -220,32 +221,25 @@ def _peak_in_child(name: str, case: Case, options: argparse.Namespace) -> int:
 def _peak_bytes(name: str, case: Case, options: argparse.Namespace) -> int:
     """Peak memory of a second call over inputs and the two gradients; what the first one kept for it counts."""
     torch.set_num_threads(options.threads)
-    run, cuda = IMPLEMENTATIONS[name].run, options.device == "cuda"
+    run = IMPLEMENTATIONS[name].run
     shapes = (case._replace(n=16, vocab=min(case.vocab, 256)), case)
     small, problem = (kd_peers.make_problem(s, options.device, options.gamma, options.temperature) for s in shapes)
     run(small)  # loads libraries, which are not the call's memory
     torch.compiler.reset()
-    before = _settled_bytes(cuda)
+    before = _settled_bytes(options.device)
     run(problem)
-    _settled_bytes(cuda)
+    _settled_bytes(options.device)
     result = run(problem)
-    peak = torch.cuda.max_memory_allocated() if cuda else _resident_bytes("VmHWM")
-    return peak - before - result.hidden_grad.nbytes - result.weight_grad.nbytes
+    return peak_bytes(options.device) - before - result.hidden_grad.nbytes - result.weight_grad.nbytes
 
 
-def _settled_bytes(cuda: bool) -> int:
-    """Memory in use; the peak starts anew from here."""
+def _settled_bytes(device: str) -> int:
+    """Return the bytes in use after freed memory was given back, and begin a new peak there."""
     gc.collect()
-    if cuda:
-        torch.cuda.reset_peak_memory_stats()
-        return torch.cuda.memory_allocated()
-    ctypes.CDLL(None).malloc_trim(0)  # what was freed is there to be used again, and would not be seen
-    Path("/proc/self/clear_refs").write_text("5")
-    return _resident_bytes("VmRSS")
-
-
-def _resident_bytes(key: str) -> int:
-    return 1024 * int(Path("/proc/self/status").read_text().partition(f"{key}:")[2].split()[0])
+    if device == "cpu":
+        ctypes.CDLL(None).malloc_trim(0)  # freed blocks would be used again, and the peak would not show it
+    reset_peak(device)
+    return held_bytes(device)
 
 
 def _text(value: float | None, form: str) -> str:

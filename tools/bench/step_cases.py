@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from ddk_ds.engine.model_files import read_model
-from ddk_ds.engine.runtime import Runtime, most_memory, start_runtime, wait_for_all
+from ddk_ds.engine.runtime import Runtime, max_peak_bytes, start_runtime, synchronize
 from ddk_ds.engine.stage_clock import StageClock
 from ddk_ds.engine.student import load_student
 from ddk_ds.engine.teacher import load_teacher
@@ -34,14 +34,14 @@ def run_case(case: Case, runtime: Runtime) -> dict[str, Any]:
     step = _make_step(case, runtime)
     seconds, parts = [], []
     for number in range(case.warm_up + case.steps):
-        wait_for_all(runtime)
+        synchronize(runtime)
         started = time.perf_counter()
         found = step(batches)
-        wait_for_all(runtime)
+        synchronize(runtime)
         if number >= case.warm_up:
             seconds.append(time.perf_counter() - started)
             parts.append(found)
-    return {"steps_s": seconds, "parts_s": parts, "peak_bytes": most_memory(runtime)}
+    return {"steps_s": seconds, "parts_s": parts, "peak_bytes": max_peak_bytes(runtime)}
 
 
 def _make_step(case: Case, runtime: Runtime) -> Step:

@@ -41,7 +41,7 @@ def bare_passes(config: Config, device: torch.device) -> Step:
             optimizer.zero_grad()
         if device.type == "cuda":
             torch.cuda.synchronize()
-        return clock.take()
+        return clock.take_seconds()
 
     return step
 

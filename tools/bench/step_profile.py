@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from ddk_ds.engine.flops import forward_flops, utilisation
+from ddk_ds.engine.process_memory import peak_bytes, reset_peak
 from ddk_ds.engine.stage_clock import StageClock
 from ddk_ds.kernels import linear_kd_loss
 from ddk_ds.planner.known_points import FULL, Setting, Shape
@@ -133,13 +134,13 @@ def profile_step(setting: Setting, device: torch.device) -> dict[str, Any]:
     losses, times = [], []
     for number in range(setting.warm_up_steps + setting.steps):
         if on_cuda and number == setting.warm_up_steps:
-            torch.cuda.reset_peak_memory_stats()
+            reset_peak(device.type)
         clock = StageClock(device.type)
         losses.append(step.run(clock))
         if number >= setting.warm_up_steps:
             if on_cuda:
                 torch.cuda.synchronize()
-            times.append(clock.take())
+            times.append(clock.take_seconds())
     if not math.isfinite(sum(loss.item() for loss in losses)):
         raise ArithmeticError(f"the loss is not finite: {[loss.item() for loss in losses]}")
     tokens = setting.samples * setting.length
@@ -157,7 +158,7 @@ def profile_step(setting: Setting, device: torch.device) -> dict[str, Any]:
         "flops": flops,
         "flops_counted": FLOPS_COUNTED,
         "mfu": utilisation(sum(flops.values()), seconds, name),
-        "peak_memory_bytes": torch.cuda.max_memory_allocated() if on_cuda else None,
+        "peak_memory_bytes": peak_bytes(device.type) if on_cuda else None,
         "loss": [loss.item() for loss in losses],
     }
 

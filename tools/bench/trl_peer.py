@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
-from ddk_ds.engine.runtime import Runtime, most_memory, start_runtime, wait_for_all
+from ddk_ds.engine.runtime import Runtime, max_peak_bytes, start_runtime, synchronize
 
 # What the student's and the teacher's engine of this project have too (engine/ds_config.py); TRL makes the teacher's.
 ZERO = {"stage": 3, "contiguous_gradients": True, "overlap_comm": True}
@@ -48,12 +48,12 @@ class StepTimer(TrainerCallback):
 
     def on_step_begin(self, *_: Any, **__: Any) -> None:
         """All ranks begin together, as in tools/bench/step_cases.py."""
-        wait_for_all(self._runtime)
+        synchronize(self._runtime)
         self._started = time.perf_counter()
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
         """The optimizer has made its step."""
-        wait_for_all(self._runtime)
+        synchronize(self._runtime)
         self.seconds.append(time.perf_counter() - self._started)
 
 
@@ -153,7 +153,7 @@ def main() -> None:
     runtime = start_runtime()
     with tempfile.TemporaryDirectory() as output:
         seconds = train(case, runtime, output)
-    most = most_memory(runtime)
+    most = max_peak_bytes(runtime)
     if runtime.comm.rank == 0:
         result = {"steps_s": seconds[case["warm_up"] :], "parts_s": [], "peak_bytes": most}
         Path(sys.argv[2]).write_text(json.dumps(result))
