@@ -19,7 +19,7 @@ from ddk_ds.data.tokenizer import load_tokenizer
 from ddk_ds.engine.model_files import ModelFiles
 from ddk_ds.errors import DataError
 from ddk_ds.evaluation.results import DomainScore
-from ddk_ds.kernels import linear_nll
+from ddk_ds.kernels import Options, linear_nll
 
 
 @dataclass(frozen=True)
@@ -84,10 +84,8 @@ def sample_losses(
         hidden.flatten(0, 1),
         head.weight,
         ids[:, 1:].flatten(),
+        options=Options(vocab_size, gamma=0.0, student_form=files.logit_form),
         bias=head.bias,
-        student_form=files.logit_form,
-        vocab_size=vocab_size,
-        chunk_tokens=0,
     )
     total: npt.NDArray[np.float64] = losses.view(len(ids), -1).sum(1, dtype=torch.float64).cpu().numpy()
     return total

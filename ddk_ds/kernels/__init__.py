@@ -1,4 +1,4 @@
-"""The distillation head: linear layer, cross-entropy and divergence in one; plain tensors in and out."""
+"""The distillation head: linear layer, cross-entropy and divergence in one, on plain tensors."""
 
 from __future__ import annotations
 

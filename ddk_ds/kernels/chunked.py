@@ -1,6 +1,4 @@
-"""One model's output head: its three matmuls, whatever the dtypes of weights, logits and gradients.
-
-The loop over chunks of tokens: logits of both models into reused buffers, the row kernel, the two gradient matmuls.
+"""The loop over chunks of tokens: logits of both models into reused buffers, the row kernel, two gradient matmuls.
 
 Gradients are computed in the forward pass, so nothing of size tokens x vocabulary is ever kept and nothing is computed
 twice. They are kept as sums over valid tokens in the compute dtype (float32, or float64 for float64 inputs): the
@@ -24,126 +22,57 @@ from ddk_ds.kernels.options import GROUP_CHUNKS, Options, Rows, TeacherTopK
 from ddk_ds.kernels.rows_eager import eager_rows
 from ddk_ds.kernels.rows_native import add_half
 
-# Weight rows at a time where a tensor of the weight's size must not be made: a cast tile stays in cache.
-TILE_ROWS = 2048
-
-# On CUDA the tensor cores multiply bf16 and fp16 exactly and give float32 sums.
-_HAS_MIXED_MM = "dtype_out" in torch.ops.aten.mm.overloads()
-_HAS_MIXED_ADDMM = "dtype_out" in torch.ops.aten.addmm.overloads()
-
-
-class Head:
-    """An output head cut to `vocab_size` rows."""
-
-    def __init__(self, weight: Tensor, bias: Tensor | None, vocab_size: int, logits_dtype: torch.dtype) -> None:
-        """`logits_dtype`: the weight's own, or wider."""
-        self.weight = weight.detach()[:vocab_size]
-        self.logits_dtype = logits_dtype
-        self.bias = None if bias is None else bias.detach()[:vocab_size].to(logits_dtype)
-        mixed = weight.is_cuda and _HAS_MIXED_MM and logits_dtype == torch.float32
-        # A CPU has no matmul of half-precision inputs with float32 output: tiles of the weight are cast.
-        self._factor_dtype = weight.dtype if mixed else logits_dtype
-        self.grad_dtype = weight.dtype if mixed or has_fast_half(weight) else logits_dtype
-        """Dtype in which gradients of the logits enter the two matmuls."""
-        self._memory: dict[torch.dtype, Tensor] = {}
-
-    def _tiles(self, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-        """(rows of the vocabulary, the weight's rows in `dtype`); one where none is cast."""
-        if dtype == self.weight.dtype:
-            yield slice(0, len(self.weight)), self.weight
-            return
-        tile = self._scratch(min(TILE_ROWS, len(self.weight)), dtype)
-        for start in range(0, len(self.weight), len(tile)):
-            rows = slice(start, min(start + len(tile), len(self.weight)))
-            yield rows, tile[: rows.stop - start].copy_(self.weight[rows])
-
-    def _scratch(self, rows: int, dtype: torch.dtype) -> Tensor:
-        """(rows, H), the same memory at every call: a new tensor's pages cost more than the work on them."""
-        if dtype not in self._memory:
-            self._memory[dtype] = self.weight.new_empty(rows, self.weight.shape[1], dtype=dtype)
-        return self._memory[dtype]
-
-    def logits(self, hidden: Tensor, out: Tensor) -> None:
-        """out (m, V) = hidden (m, H) @ weight.T + bias."""
-        hidden = hidden.to(self._factor_dtype)
-        for rows, weight in self._tiles(self._factor_dtype):
-            if self.bias is not None and weight.dtype == out.dtype:
-                torch.addmm(self.bias[rows], hidden, weight.t(), out=out[:, rows])
-                continue
-            _matmul(hidden, weight.t(), out[:, rows])
-            if self.bias is not None:
-                out[:, rows].add_(self.bias[rows])
-
-    def hidden_grad(self, grad: Tensor, out: Tensor) -> None:
-        """out (m, H) = grad (m, V) @ weight; `grad` in grad_dtype."""
-        if grad.dtype == self.weight.dtype:
-            _matmul(grad, self.weight, out)
-            return
-        out.zero_()
-        for rows, weight in self._tiles(grad.dtype):
-            out.addmm_(grad[:, rows], weight)
-
-    def add_weight_grad(self, grad: Tensor, hidden: Tensor, total: Tensor, *, keep: bool) -> None:
-        """total (V, H) = grad (m, V).T @ hidden (m, H) + (total if keep), in the dtype of `total`."""
-        hidden = hidden.to(grad.dtype)
-        if grad.dtype == total.dtype:
-            total.addmm_(grad.t(), hidden, beta=int(keep))
-        elif grad.is_cuda and _HAS_MIXED_ADDMM:
-            torch.addmm(total, grad.t(), hidden, beta=int(keep), out_dtype=total.dtype, out=total)
-        else:
-            product = self._scratch(min(TILE_ROWS, len(total)), grad.dtype)
-            for start in range(0, len(total), TILE_ROWS):
-                rows = slice(start, min(start + TILE_ROWS, len(total)))
-                part = product[: rows.stop - start]
-                torch.mm(grad[:, rows].t(), hidden, out=part)
-                add_half(total[rows], part, keep=keep)
-
-
-def has_fast_half(weight: Tensor) -> bool:
-    """Whether this CPU multiplies the weight's dtype, bfloat16, in hardware."""
-    if weight.is_cuda or weight.dtype != torch.bfloat16:
-        return False
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-
-
-def _matmul(a: Tensor, b: Tensor, out: Tensor) -> None:
-    if a.dtype == out.dtype:
-        torch.mm(a, b, out=out)
-    elif a.is_cuda and _HAS_MIXED_MM and out.dtype == torch.float32:
-        torch.mm(a, b, out_dtype=out.dtype, out=out)
-    else:
-        out.copy_(a @ b)
-
-
 try:
     from ddk_ds.kernels.rows_triton import triton_rows, triton_scaled
 except ImportError:  # Triton comes with CUDA builds of torch only
     triton_rows = triton_scaled = None  # type: ignore[assignment]
 
+# Weight rows at a time where a tensor of the weight's size must not be made: a cast tile stays in cache.
+TILE_ROWS = 2048
 # Columns of a logits buffer are a multiple of this, so that every row begins on a cache line and matmuls stay aligned.
 _ALIGN = 64
-
+# On CUDA the tensor cores multiply bf16 and fp16 exactly and give float32 sums.
+_HAS_MIXED_MM = "dtype_out" in torch.ops.aten.mm.overloads()
+_HAS_MIXED_ADDMM = "dtype_out" in torch.ops.aten.addmm.overloads()
 
 RowKernel = Callable[[Rows, Options], None]
 
 
-class Call(NamedTuple):
-    """The tensors of one call, and which gradients of (hidden, weight, bias) are wanted."""
+class HeadInput(NamedTuple):
+    """One model's hidden states (n, H), and its output head: weight (V, H) and bias (V,) or None."""
 
-    student_hidden: Tensor
-    student_weight: Tensor
-    student_bias: Tensor | None
-    teacher_hidden: Tensor | None
-    teacher_weight: Tensor | None
-    teacher_bias: Tensor | None
-    topk: TeacherTopK | None
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None = None
+
+
+class Wanted(NamedTuple):
+    """Flags of the gradients that are computed."""
+
+    hidden: bool = False
+    weight: bool = False
+    bias: bool = False
+
+
+class Call(NamedTuple):
+    """The tensors of one call."""
+
+    student: HeadInput
+    teacher: HeadInput | TeacherTopK | None
+    """None for cross-entropy alone."""
     labels: Tensor
-    valid_rows: Tensor | None
-    needs: tuple[bool, bool, bool]
+    """(n,) int64."""
+    valid_rows: Tensor | None = None
+    """(m,) int64, the rows that are computed; None for all."""
+    wanted: Wanted = Wanted()
+    """Gradients of the student's tensors to compute."""
 
 
 class Sums(NamedTuple):
-    """Sums over valid tokens: scalars and (n,) by token in float64, gradients in the compute dtype (None: unwanted)."""
+    """Sums over valid tokens: scalars and (n,) by token in float64, gradients in the compute dtype.
+
+    A gradient that is not wanted is None.
+    """
 
     total: Tensor
     ce: Tensor
@@ -156,17 +85,17 @@ class Sums(NamedTuple):
 
 
 def compute_dtype(hidden: Tensor) -> torch.dtype:
-    """Dtype of statistics and gradient sums: float64 for float64 inputs, else float32."""
+    """Return the dtype of statistics and gradient sums: float64 for float64 inputs, else float32."""
     return torch.float64 if hidden.dtype == torch.float64 else torch.float32
 
 
 def logits_dtype(hidden: Tensor, options: Options) -> torch.dtype:
-    """Dtype of the logits: that of statistics, or the model's own where asked for."""
+    """Return the dtype of the logits: that of the statistics, or the model's own if the options say so."""
     return hidden.dtype if options.logits_dtype == "model" else compute_dtype(hidden)
 
 
 def row_kernel(device: torch.device, dtype: torch.dtype, options: Options) -> RowKernel:
-    """The kernel for logits of `dtype` on `device`, by `options.engine`."""
+    """Return the kernel that `options.engine` names for logits of `dtype` on `device`; ConfigError if it has none."""
     engine = options.engine
     if engine == "auto" and device.type == "cuda" and triton_rows is not None and dtype != torch.float64:
         engine = "triton"
@@ -182,10 +111,11 @@ def row_kernel(device: torch.device, dtype: torch.dtype, options: Options) -> Ro
 
 
 def run_chunks(call: Call, options: Options) -> Sums:
-    """Losses and wanted gradients. No branch depends on a value on the device.
+    """Compute losses and wanted gradients. No branch depends on a value on the device.
 
     An ignored row is computed on zeros instead of its own hidden state, so that nothing in it, NaN included, reaches a
-    sum. With `valid_rows` other rows are left out before the matmuls.
+    sum. With `valid_rows` other rows are left out before the matmuls. A label outside the vocabulary is a RuntimeError,
+    on a GPU a device assertion.
     """
     sums = _zeros(call, options)
     targets = torch.where(call.labels == options.ignore_index, -1, call.labels)
@@ -201,112 +131,79 @@ def run_chunks(call: Call, options: Options) -> Sums:
 
 
 def _zeros(call: Call, options: Options) -> Sums:
-    hidden, weight = call.student_hidden, call.student_weight
+    (hidden, weight, _), wanted = call.student, call.wanted
     dtype = compute_dtype(hidden)
-    scalar, token = (hidden.new_zeros(shape, dtype=torch.float64) for shape in ((), (len(hidden),)))
+    scalar, by_token = (hidden.new_zeros(shape, dtype=torch.float64) for shape in ((), (len(hidden),)))
     return Sums(
-        scalar,
-        scalar,
-        scalar,
-        torch.zeros_like(hidden, dtype=dtype) if call.needs[0] else None,
-        torch.empty_like(weight, dtype=dtype) if call.needs[1] else None,  # `_Loop` writes it
-        weight.new_zeros(len(weight), dtype=dtype) if call.needs[2] else None,
-        token,
-        token.clone(),
+        total=scalar,
+        ce=scalar,
+        kl=scalar,
+        hidden_grad=torch.zeros_like(hidden, dtype=dtype) if wanted.hidden else None,
+        weight_grad=torch.empty_like(weight, dtype=dtype) if wanted.weight else None,  # `_Loop` writes it
+        bias_grad=weight.new_zeros(len(weight), dtype=dtype) if wanted.bias else None,
+        token_ce=by_token,
+        token_kl=by_token.clone(),
     )
 
 
-_kept = threading.local()
-
-
-def _workspace(use: str, shape: tuple[int, ...], dtype: torch.dtype, like: Tensor) -> Tensor:
-    """Uninitialised memory; on a CPU the same at the thread's next call, while it is large enough.
-
-    torch's allocator for CUDA does so by itself. On a CPU memory of this size is mapped anew at every call, and the
-    page faults of a float32 chunk cost more than its row kernel.
-    """
-    if like.device.type != "cpu":
-        return like.new_empty(shape, dtype=dtype)
-    num_bytes = math.prod(shape) * dtype.itemsize
-    memory = getattr(_kept, use, None)
-    if memory is None or len(memory) < num_bytes:
-        memory = None  # the old one goes before the new one comes
-        setattr(_kept, use, None)
-        memory = torch.empty(num_bytes, dtype=torch.uint8)
-        setattr(_kept, use, memory)
-    return memory[:num_bytes].view(dtype).view(shape)
-
-
 class _Loop:
-    """What the chunks share: heads, buffers, the row kernel, and the sums they add to."""
+    """Heads, buffers and the row kernel that all chunks use, and the sums to which they add."""
 
     def __init__(self, call: Call, options: Options, sums: Sums, targets: Tensor) -> None:
         self.call, self.options, self.sums, self.targets = call, options, sums, targets
-        vocab_size, hidden = options.vocab_size, call.student_hidden
+        vocab_size, hidden = options.vocab_size, call.student.hidden
         dtype = logits_dtype(hidden, options)
-        self.student = Head(call.student_weight, call.student_bias, vocab_size, dtype)
-        self.teacher = None
-        if call.teacher_weight is not None:
-            self.teacher = Head(call.teacher_weight, call.teacher_bias, vocab_size, dtype)
-        self.kernel = row_kernel(hidden.device, dtype, options) if call.topk is None else eager_rows
+        self.student = Head(call.student.weight, call.student.bias, vocab_size, dtype)
+        topk = isinstance(call.teacher, TeacherTopK)
+        self.kernel = eager_rows if topk else row_kernel(hidden.device, dtype, options)
         self.num_rows = len(hidden) if call.valid_rows is None else len(call.valid_rows)
-        columns = -(-vocab_size // _ALIGN) * _ALIGN
         chunk = max(1, min(options.chunk_tokens, self.num_rows))
-        # Chunks whose gradients go through one matmul; what is in the logits' dtype lies over the student's logits.
-        wanted, grad_dtype = any(call.needs), self.student.grad_dtype
+        # Chunks whose gradients go through one matmul; gradients in the logits' dtype lie over the student's logits.
+        wanted, grad_dtype = any(call.wanted), self.student.grad_dtype
         self.in_place = grad_dtype == dtype
         grouped = wanted and grad_dtype.itemsize == 2 and (hidden.is_cuda or not self.in_place)
         group = max(1, min(GROUP_CHUNKS * chunk, self.num_rows)) if grouped else chunk
-        self.logits = _workspace("logits", (group if self.in_place else chunk, columns), dtype, hidden)
-        self.teacher_logits = None if self.teacher is None else _workspace("teacher", (chunk, columns), dtype, hidden)
+        self.logits = _row_buffer("logits", group if self.in_place else chunk, vocab_size, dtype, hidden)
+        self.teacher: _Teacher | TeacherTopK | None = None
+        if isinstance(call.teacher, HeadInput):
+            self.teacher = _Teacher(call.teacher, chunk, vocab_size, dtype)
+        else:
+            self.teacher = call.teacher
         self.grads = self.logits if wanted else None
         if wanted and not self.in_place:
-            self.grads = _workspace("grads", (group, columns), grad_dtype, hidden)
-        for buffer in (self.logits, self.teacher_logits, self.grads):
-            if buffer is not None:
-                # torch's bf16 matmul on a CPU reads past a row's end and multiplies by zero: no NaN may lie there.
-                buffer[:, vocab_size:] = 0
+            self.grads = _row_buffer("grads", group, vocab_size, grad_dtype, hidden)
         self.has_weight_grad = False
         if sums.weight_grad is not None:
             sums.weight_grad[vocab_size if self.num_rows else 0 :] = 0
         self.student_hidden = hidden.new_empty(group, hidden.shape[1])
-        self.teacher_hidden = None
-        if call.teacher_hidden is not None:
-            self.teacher_hidden = hidden.new_empty(chunk, call.teacher_hidden.shape[1], dtype=call.teacher_hidden.dtype)
 
     def chunk(self, start: int, stop: int) -> None:
-        """Rows start..stop-1 of the tokens, or of `valid_rows`."""
+        """Compute rows start..stop-1 of the tokens, or of `valid_rows`."""
         rows = self._rows(start, stop)
         targets = self.targets[rows]
-        first = start // len(self.student_hidden) * len(self.student_hidden)  # of the group
-        place = slice(start - first, stop - first)
-        classes = self.options.vocab_size
-        hidden = _take(self.call.student_hidden, rows, targets, self.student_hidden[place])
-        logits = self.logits[place if self.in_place else slice(0, stop - start), :classes]
+        group_start = start // len(self.student_hidden) * len(self.student_hidden)
+        place = slice(start - group_start, stop - group_start)  # of the chunk in its group
+        hidden = _take(self.call.student.hidden, rows, targets, self.student_hidden[place])
+        logits = self.logits[place if self.in_place else slice(0, stop - start)]
         self.student.logits(hidden, logits)
-        grads = None if self.grads is None else self.grads[:, :classes]
         ce, kl = self.sums.token_ce[rows], self.sums.token_kl[rows]
-        teacher = self._teacher(rows, targets)
-        self.kernel(Rows(logits, teacher, targets, ce, kl, None if grads is None else grads[place]), self.options)
+        grads = None if self.grads is None else self.grads[place]
+        self.kernel(Rows(logits, self._teacher_rows(rows, targets), targets, ce, kl, grads), self.options)
         if self.call.valid_rows is not None:  # indexing copied
             self.sums.token_ce[rows], self.sums.token_kl[rows] = ce, kl
-        if grads is not None and (place.stop == len(self.student_hidden) or stop == self.num_rows):
-            self._add_grads(grads[: place.stop], self.student_hidden[: place.stop], self._rows(first, stop))
+        if self.grads is not None and (place.stop == len(self.student_hidden) or stop == self.num_rows):
+            group = slice(0, place.stop)
+            self._add_grads(self.grads[group], self.student_hidden[group], self._rows(group_start, stop))
 
     def _rows(self, start: int, stop: int) -> slice | Tensor:
         valid = self.call.valid_rows
         return slice(start, stop) if valid is None else valid[start:stop]
 
-    def _teacher(self, rows: slice | Tensor, targets: Tensor) -> Tensor | TeacherTopK | None:
-        call = self.call
-        if call.topk is not None:
-            return TeacherTopK(call.topk.ids[rows], call.topk.log_probs[rows])
-        if self.teacher is None or call.teacher_hidden is None or self.teacher_hidden is None:
-            return None
-        assert self.teacher_logits is not None
-        logits = self.teacher_logits[: len(targets), : self.options.vocab_size]
-        self.teacher.logits(_take(call.teacher_hidden, rows, targets, self.teacher_hidden[: len(targets)]), logits)
-        return logits
+    def _teacher_rows(self, rows: slice | Tensor, targets: Tensor) -> Tensor | TeacherTopK | None:
+        teacher = self.teacher
+        if isinstance(teacher, TeacherTopK):
+            return TeacherTopK(teacher.ids[rows], teacher.log_probs[rows])
+        return None if teacher is None else teacher.logits(rows, targets)
 
     def _add_grads(self, grad: Tensor, hidden: Tensor, rows: slice | Tensor) -> None:
         sums, classes = self.sums, self.options.vocab_size
@@ -324,6 +221,134 @@ class _Loop:
             sums.bias_grad[:classes].add_(grad.sum(0, dtype=sums.bias_grad.dtype))
 
 
+class _Teacher:
+    """The teacher's head and its buffers for one chunk."""
+
+    def __init__(self, given: HeadInput, chunk: int, vocab_size: int, dtype: torch.dtype) -> None:
+        self._hidden = given.hidden
+        self._head = Head(given.weight, given.bias, vocab_size, dtype)
+        self._logits = _row_buffer("teacher", chunk, vocab_size, dtype, given.hidden)
+        self._chunk_hidden = given.hidden.new_empty(chunk, given.hidden.shape[1])
+
+    def logits(self, rows: slice | Tensor, targets: Tensor) -> Tensor:
+        """Compute the logits (m, V) of these rows, in memory that the next call overwrites."""
+        logits = self._logits[: len(targets)]
+        self._head.logits(_take(self._hidden, rows, targets, self._chunk_hidden[: len(targets)]), logits)
+        return logits
+
+
 def _take(hidden: Tensor, rows: slice | Tensor, targets: Tensor, out: Tensor) -> Tensor:
-    """out <- hidden[rows], zeros where ignored."""
+    """Copy hidden[rows] to `out`, with zeros in place of ignored rows."""
     return out.copy_(hidden[rows]).masked_fill_((targets < 0)[:, None], 0)
+
+
+def _row_buffer(use: str, rows: int, vocab_size: int, dtype: torch.dtype, like: Tensor) -> Tensor:
+    """Make an uninitialised buffer (rows, vocab_size) whose rows are aligned."""
+    buffer = _workspace(use, (rows, -(-vocab_size // _ALIGN) * _ALIGN), dtype, like)
+    # torch's bf16 matmul on a CPU reads past a row's end and multiplies by zero: no NaN may lie there.
+    buffer[:, vocab_size:] = 0
+    return buffer[:, :vocab_size]
+
+
+_kept = threading.local()
+
+
+def _workspace(use: str, shape: tuple[int, ...], dtype: torch.dtype, like: Tensor) -> Tensor:
+    """Return uninitialised memory; on a CPU the same at the thread's next call, while it is large enough.
+
+    torch's allocator for CUDA does this itself. On a CPU memory of this size is mapped anew at every call, and the
+    page faults of a float32 chunk cost more than its row kernel.
+    """
+    if like.device.type != "cpu":
+        return like.new_empty(shape, dtype=dtype)
+    num_bytes = math.prod(shape) * dtype.itemsize
+    memory = getattr(_kept, use, None)
+    if memory is None or len(memory) < num_bytes:
+        memory = None  # the old one goes before the new one comes
+        setattr(_kept, use, None)
+        memory = torch.empty(num_bytes, dtype=torch.uint8)
+        setattr(_kept, use, memory)
+    return memory[:num_bytes].view(dtype).view(shape)
+
+
+class Head:
+    """One model's output head cut to `vocab_size` rows: its three matmuls in any dtypes of weight, logits and sums."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, vocab_size: int, logits_dtype: torch.dtype) -> None:
+        """Keep views of weight and bias; `logits_dtype` is the weight's own, or wider."""
+        self.weight = weight.detach()[:vocab_size]
+        self.logits_dtype = logits_dtype
+        self.bias = None if bias is None else bias.detach()[:vocab_size].to(logits_dtype)
+        mixed = weight.is_cuda and _HAS_MIXED_MM and logits_dtype == torch.float32
+        # A CPU has no matmul of half-precision inputs with float32 output: tiles of the weight are cast.
+        self._factor_dtype = weight.dtype if mixed else logits_dtype
+        self.grad_dtype = weight.dtype if mixed or has_fast_half(weight) else logits_dtype
+        """Dtype in which gradients of the logits enter the two matmuls."""
+        self._memory: dict[torch.dtype, Tensor] = {}
+
+    def _tiles(self, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+        """Yield (rows of the vocabulary, the weight's rows in `dtype`): one tile unless the weight must be cast."""
+        if dtype == self.weight.dtype:
+            yield slice(0, len(self.weight)), self.weight
+            return
+        tile = self._scratch(min(TILE_ROWS, len(self.weight)), dtype)
+        for start in range(0, len(self.weight), len(tile)):
+            rows = slice(start, min(start + len(tile), len(self.weight)))
+            yield rows, tile[: rows.stop - start].copy_(self.weight[rows])
+
+    def _scratch(self, rows: int, dtype: torch.dtype) -> Tensor:
+        """Return (rows, H), the same memory at every call: a new tensor's pages cost more than the work on them."""
+        if dtype not in self._memory:
+            self._memory[dtype] = self.weight.new_empty(rows, self.weight.shape[1], dtype=dtype)
+        return self._memory[dtype]
+
+    def logits(self, hidden: Tensor, out: Tensor) -> None:
+        """Compute out (m, V) = hidden (m, H) @ weight.T + bias."""
+        hidden = hidden.to(self._factor_dtype)
+        for rows, weight in self._tiles(self._factor_dtype):
+            if self.bias is not None and weight.dtype == out.dtype:
+                torch.addmm(self.bias[rows], hidden, weight.t(), out=out[:, rows])
+                continue
+            _matmul(hidden, weight.t(), out[:, rows])
+            if self.bias is not None:
+                out[:, rows].add_(self.bias[rows])
+
+    def hidden_grad(self, grad: Tensor, out: Tensor) -> None:
+        """Compute out (m, H) = grad (m, V) @ weight; `grad` in grad_dtype."""
+        if grad.dtype == self.weight.dtype:
+            _matmul(grad, self.weight, out)
+            return
+        out.zero_()
+        for rows, weight in self._tiles(grad.dtype):
+            out.addmm_(grad[:, rows], weight)
+
+    def add_weight_grad(self, grad: Tensor, hidden: Tensor, total: Tensor, *, keep: bool) -> None:
+        """Compute total (V, H) = grad (m, V).T @ hidden (m, H) + (total if keep), in the dtype of `total`."""
+        hidden = hidden.to(grad.dtype)
+        if grad.dtype == total.dtype:
+            total.addmm_(grad.t(), hidden, beta=int(keep))
+        elif grad.is_cuda and _HAS_MIXED_ADDMM:
+            torch.addmm(total, grad.t(), hidden, beta=int(keep), out_dtype=total.dtype, out=total)
+        else:
+            product = self._scratch(min(TILE_ROWS, len(total)), grad.dtype)
+            for start in range(0, len(total), TILE_ROWS):
+                rows = slice(start, min(start + TILE_ROWS, len(total)))
+                part = product[: rows.stop - start]
+                torch.mm(grad[:, rows].t(), hidden, out=part)
+                add_half(total[rows], part, keep=keep)
+
+
+def has_fast_half(weight: Tensor) -> bool:
+    """Return True if the weight is bfloat16 on a CPU that multiplies that in hardware."""
+    if weight.is_cuda or weight.dtype != torch.bfloat16:
+        return False
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def _matmul(a: Tensor, b: Tensor, out: Tensor) -> None:
+    if a.dtype == out.dtype:
+        torch.mm(a, b, out=out)
+    elif a.is_cuda and _HAS_MIXED_MM and out.dtype == torch.float32:
+        torch.mm(a, b, out_dtype=out.dtype, out=out)
+    else:
+        out.copy_(a @ b)

@@ -29,20 +29,20 @@ Divergence = Literal[
     "forward_kl", "reverse_kl", "jensen_shannon", "skew_forward_kl", "skew_reverse_kl", "total_variation"
 ]
 DIVERGENCES: tuple[Divergence, ...] = get_args(Divergence)
-# The numbers that the compiled kernels know the divergences by; 0 is none.
+# Numbers of the divergences in the compiled kernels, in which 0 is none.
 KIND = {name: number for number, name in enumerate(DIVERGENCES, 1)}
 WITH_COEFFICIENT = ("jensen_shannon", "skew_forward_kl", "skew_reverse_kl")
 
 
 def teacher_weight(divergence: Divergence, coefficient: float) -> float:
-    """b, the teacher's weight in the mixture m."""
+    """Return b, the teacher's weight in the mixture m."""
     return 1.0 - coefficient if divergence == "skew_reverse_kl" else coefficient
 
 
 def divergence_terms(
     divergence: Divergence, q: Tensor, p: Tensor, log_ratio: Tensor, b: float
 ) -> tuple[Tensor, Tensor]:
-    """Terms (m, V) whose row sums are the divergences, and the gradient (m, V) to the student's logits over T."""
+    """Return terms (m, V) whose row sums are the divergences, and the gradient (m, V) to the student's logits / T."""
     close = log_ratio.abs() < 0.35
     difference = torch.where(close, q * torch.expm1(-log_ratio), p - q)  # p - q
     if divergence == "forward_kl":

@@ -1,10 +1,10 @@
-"""What the distillation head computes and with what: options as values, and the tuples that its parts pass on."""
+"""Options of the distillation head, its result, and the tuples that its parts pass to each other."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, cast
+from typing import Literal, NamedTuple
 
 from torch import Tensor
 
@@ -14,11 +14,11 @@ from ddk_ds.kernels.divergences import DIVERGENCES, WITH_COEFFICIENT, Divergence
 Engine = Literal["auto", "eager", "native", "triton"]
 LogitsDtype = Literal["float32", "model"]
 
-# Half-precision gradients wait for so many chunks: adding up the weight's gradient in float32 costs a read and a write
-# of it each time. (On a CPU only where they do not lie over the logits.)
+# Half-precision gradients of this many chunks go through one matmul: each addition to the weight's float32 gradient
+# reads and writes all of it. (On a CPU only where they do not lie over the logits.)
 GROUP_CHUNKS = 4
-# Bytes of a chunk's float32 logits of both models, and on a GPU of those gradients, where chunk_tokens is not given.
-# Fewer tokens than MIN_CHUNK would make the matmuls thin.
+# Where chunk_tokens is not given: bytes for both models' float32 logits of a chunk, on a GPU also for those gradients.
+# Matmuls of fewer tokens than MIN_CHUNK are slow.
 CHUNK_BYTES = {"cpu": 128 << 20, "cuda": 1_250_000_000}
 MIN_CHUNK, MAX_CHUNK = 512, 8192
 
@@ -34,9 +34,9 @@ _PLAIN = LogitForm()
 
 
 class TeacherTopK(NamedTuple):
-    """A teacher known by its k likeliest tokens: ids (n, k) int64, log-probabilities (n, k) at the loss's temperature.
+    """A teacher's k likeliest tokens: ids (n, k) int64, and their log-probabilities (n, k) at the loss's temperature.
 
-    The rest of its mass is one bucket, compared with the rest of the student's.
+    The rest of its probability is one bucket, which is compared with the rest of the student's.
     """
 
     ids: Tensor
@@ -44,12 +44,12 @@ class TeacherTopK(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """What a row kernel reads and writes: the element-wise part of m tokens."""
+    """Tensors that a row kernel reads and writes for m tokens."""
 
     student: Tensor
     """(m, V) logits before their `LogitForm`; a kernel may overwrite them."""
     teacher: Tensor | TeacherTopK | None
-    """The same of the teacher, or its top k; None: cross-entropy alone."""
+    """The teacher's logits (m, V) or its top k; None for cross-entropy alone."""
     labels: Tensor
     """(m,) int64, negative where ignored."""
     ce: Tensor
@@ -57,14 +57,14 @@ class Rows(NamedTuple):
     divergence: Tensor
     """(m,) float64, written; 0 where ignored."""
     grad: Tensor | None
-    """(m, V), written: ce_weight dCE + gamma T^2 dD by row. It may lie in the student's memory. None: not wanted."""
+    """(m, V), written: ce_weight dCE + gamma T^2 dD by row; it can lie in the student's memory. None if not wanted."""
 
 
 class KDLoss(NamedTuple):
     """A distillation loss and its parts: sums over valid tokens divided by `num_valid`.
 
     `loss = ce_weight * ce + gamma * T^2 * kl` is differentiable; `ce` and `kl` (the divergence at temperature T, in
-    nats, without T^2) are detached scalars; the last two are (n,) by token, 0 where ignored, where they were asked for.
+    nats, without T^2) are detached scalars. The last two are (n,), by token, 0 where ignored; None unless requested.
     """
 
     loss: Tensor
@@ -76,26 +76,26 @@ class KDLoss(NamedTuple):
 
 @dataclass(frozen=True)
 class Options:
-    """Everything of a call that is not a tensor."""
+    """Everything of a call that is not a tensor. A forgotten gamma would train without the teacher: no default."""
 
     vocab_size: int
-    """Tokens of the tokenizer; rows of the heads from here on are padding and take no part."""
+    """Tokens of the tokenizer; further rows of the heads are padding and take no part."""
     gamma: float
-    """Weight of the divergence, >= 0. With 0 the teacher is not touched."""
+    """Weight of the divergence, >= 0. With 0 the teacher is not read."""
     temperature: float = 1.0
-    """T > 0, of both softmaxes in the divergence."""
+    """Temperature T > 0 of both softmaxes in the divergence."""
     divergence: Divergence = "forward_kl"
-    """See `divergences`."""
+    """Name of the divergence; `divergences.py` has the formulas."""
     coefficient: float = 0.5
-    """beta or alpha of the divergences that have one, in (0, 1)."""
+    """beta or alpha in (0, 1), for the divergences that have one."""
     ce_weight: float = 1.0
     """Weight of the cross-entropy, >= 0. With 0 it is not computed and reported as 0."""
     scale_by_temperature: bool = True
     """Multiply the divergence by T^2, which keeps its gradient's scale (Hinton et al. 2015)."""
     ignore_index: int = -100
-    """Label of the tokens that take no part."""
+    """Label of tokens that take no part in the loss."""
     chunk_tokens: int = 0
-    """Tokens whose logits are held at a time; 0: `default_chunk_tokens`. They take 2 * chunk_tokens * vocab_size."""
+    """Tokens whose logits are held at a time: 2 * chunk_tokens * vocab_size numbers; 0 for `default_chunk_tokens`."""
     logits_dtype: LogitsDtype = "float32"
     """"model" rounds the logits of a half-precision model: faster on some CPUs, useless near the teacher."""
     student_form: LogitForm = _PLAIN
@@ -103,11 +103,11 @@ class Options:
     teacher_form: LogitForm = _PLAIN
     """Scale and softcap of the teacher's logits."""
     engine: Engine = "auto"
-    """The row kernel; for tests and benchmarks."""
+    """Row kernel to use; tests and benchmarks set it."""
 
     @property
     def kd_weight(self) -> float:
-        """What the divergence's value is multiplied by."""
+        """Factor of the divergence in the loss: gamma, times T^2 if it is scaled by the temperature."""
         return self.gamma * (self.temperature**2 if self.scale_by_temperature else 1.0)
 
     def check(self) -> None:
@@ -129,38 +129,9 @@ class Options:
             if not (math.isfinite(form.scale) and math.isfinite(form.softcap) and form.softcap >= 0):
                 raise ConfigError(f"{name} is {form}: give finite numbers, softcap >= 0")
 
-    def pack(self) -> tuple[list[float], list[int], list[str]]:
-        """As lists of plain values: custom operators take no objects."""
-        numbers = [self.gamma, self.temperature, self.coefficient, self.ce_weight]
-        sizes = [self.vocab_size, self.ignore_index, self.chunk_tokens, int(self.scale_by_temperature)]
-        names: list[str] = [self.divergence, self.logits_dtype, self.engine]
-        return [float(x) for x in (*numbers, *self.student_form, *self.teacher_form)], sizes, names
-
-    @classmethod
-    def unpack(cls, numbers: list[float], sizes: list[int], names: list[str]) -> Options:
-        """Inverse of `pack`."""
-        gamma, temperature, coefficient, ce_weight = numbers[:4]
-        vocab_size, ignore_index, chunk_tokens, scale_by_temperature = sizes
-        divergence, logits_dtype, engine = names
-        return cls(
-            vocab_size=vocab_size,
-            gamma=gamma,
-            temperature=temperature,
-            divergence=cast(Divergence, divergence),
-            coefficient=coefficient,
-            ce_weight=ce_weight,
-            scale_by_temperature=bool(scale_by_temperature),
-            ignore_index=ignore_index,
-            chunk_tokens=chunk_tokens,
-            logits_dtype=cast(LogitsDtype, logits_dtype),
-            student_form=LogitForm(*numbers[4:6]),
-            teacher_form=LogitForm(*numbers[6:8]),
-            engine=cast(Engine, engine),
-        )
-
 
 def default_chunk_tokens(vocab_size: int, device_type: str) -> int:
-    """Tokens of a chunk, a function of vocabulary and device alone: a resume adds up in the same order."""
+    """Return the tokens of a chunk, by vocabulary and kind of device alone: a resumed run adds in the same order."""
     budget = CHUNK_BYTES.get(device_type, CHUNK_BYTES["cuda"])
     per_element = 2 * 4 if device_type == "cpu" else 2 * 4 + GROUP_CHUNKS * 2
     fitting = budget // (per_element * vocab_size) // 128 * 128

@@ -1,9 +1,8 @@
-"""The truth that tests and benchmarks share: the loss by its definition on full float64 logits, by autograd."""
+"""The loss by its definition, on full float64 logits and by autograd: the truth for tests and benchmarks."""
 
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,7 +18,7 @@ def reference_logits(
     vocab_size: int,
     form: LogitForm = LogitForm(),  # noqa: B008
 ) -> Tensor:
-    """Float64 logits (n, vocab_size) of `hidden` (n, H) under the head `weight` (V, H), `bias` (V,)."""
+    """Compute float64 logits (n, vocab_size) of `hidden` (n, H) under the head `weight` (V, H), `bias` (V,)."""
     bias64 = None if bias is None else bias[:vocab_size].double()
     logits = functional.linear(hidden.double(), weight[:vocab_size].double(), bias64) * form.scale
     return form.softcap * torch.tanh(logits / form.softcap) if form.softcap else logits
@@ -34,7 +33,7 @@ def reference_nll(
     ignore_index: int = -100,
     bias: Tensor | None = None,
 ) -> Tensor:
-    """Per-token negative log likelihood (n,) in float64, 0 where the label is ignored."""
+    """Compute the negative log likelihood (n,) of each label in float64, 0 where it is ignored."""
     logits = reference_logits(hidden, weight, bias, vocab_size)
     return functional.cross_entropy(logits, labels, ignore_index=ignore_index, reduction="none")
 
@@ -47,39 +46,38 @@ def reference_kd_loss(
     labels: Tensor,
     *,
     num_valid: Tensor,
+    options: Options,
     student_bias: Tensor | None = None,
     teacher_bias: Tensor | None = None,
     teacher_topk: TeacherTopK | None = None,
-    **options: Any,
 ) -> KDLoss:
-    """As `linear_kd.linear_kd_loss`, from all logits at once in float64; differentiable in the student's tensors."""
-    chosen = Options(**options)
-    size = chosen.vocab_size
+    """Compute `linear_kd_loss` from all logits at once in float64; differentiable in the student's tensors."""
+    size = options.vocab_size
     count = torch.where(num_valid > 0, num_valid, torch.ones_like(num_valid)).double()
-    valid = labels != chosen.ignore_index
-    # Not masked rows but absent rows: whatever an ignored row holds, it is no part of this computation.
-    student = reference_logits(student_hidden[valid], student_weight, student_bias, size, chosen.student_form)
+    valid = labels != options.ignore_index
+    # Ignored rows are left out, not masked: whatever they hold is no part of this computation.
+    student = reference_logits(student_hidden[valid], student_weight, student_bias, size, options.student_form)
     token_ce = student.new_zeros(len(student))
-    if chosen.ce_weight:
+    if options.ce_weight:
         token_ce = functional.cross_entropy(student, labels[valid], reduction="none")
     token_kl = torch.zeros_like(token_ce)
-    log_p = functional.log_softmax(student / chosen.temperature, dim=-1)
+    log_p = functional.log_softmax(student / options.temperature, dim=-1)
     log_q = None
-    if chosen.gamma and teacher_topk is not None:
+    if options.gamma and teacher_topk is not None:
         log_q, log_p = _buckets(TeacherTopK(*(t[valid] for t in teacher_topk)), log_p)
-    elif chosen.gamma and teacher_hidden is not None and teacher_weight is not None:
+    elif options.gamma and teacher_hidden is not None and teacher_weight is not None:
         with torch.no_grad():
-            teacher = reference_logits(teacher_hidden[valid], teacher_weight, teacher_bias, size, chosen.teacher_form)
-            log_q = functional.log_softmax(teacher / chosen.temperature, dim=-1)
+            teacher = reference_logits(teacher_hidden[valid], teacher_weight, teacher_bias, size, options.teacher_form)
+            log_q = functional.log_softmax(teacher / options.temperature, dim=-1)
     if log_q is not None:
-        token_kl = _definition(chosen, log_q, log_p)
+        token_kl = _definition(options, log_q, log_p)
     ce, kl = token_ce.sum() / count, token_kl.sum() / count
     by_token = [student.new_zeros(len(labels)).masked_scatter(valid, t.detach() / count) for t in (token_ce, token_kl)]
-    return KDLoss(chosen.ce_weight * ce + chosen.kd_weight * kl, ce.detach(), kl.detach(), *by_token)
+    return KDLoss(options.ce_weight * ce + options.kd_weight * kl, ce.detach(), kl.detach(), *by_token)
 
 
 def _definition(options: Options, log_q: Tensor, log_p: Tensor) -> Tensor:
-    """The divergence (n,) as its paper writes it."""
+    """Compute the divergence (n,) as its paper defines it."""
 
     def kl(log_a: Tensor, log_b: Tensor) -> Tensor:
         return (log_a.exp() * (log_a - log_b)).sum(-1)
@@ -102,7 +100,7 @@ def _definition(options: Options, log_q: Tensor, log_p: Tensor) -> Tensor:
 
 
 def _buckets(topk: TeacherTopK, log_p: Tensor) -> tuple[Tensor, Tensor]:
-    """Log-probabilities of both models over the k tokens and the rest."""
+    """Return log-probabilities (n, k + 1) of teacher and student over the k tokens and the rest."""
 
     def with_tail(log_probs: Tensor) -> Tensor:
         return torch.cat([log_probs, torch.log(1 - log_probs.exp().sum(-1, keepdim=True))], -1)

@@ -1,7 +1,7 @@
 """The element-wise part of the distillation head in plain torch: any device, any divergence, top-k teachers.
 
-It is what runs where neither a C++ compiler nor Triton is at hand, and what the compiled row kernels are tested
-against beside the float64 reference.
+It runs where neither a C++ compiler nor Triton is available; the compiled row kernels are tested against it and
+against the float64 reference.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from torch import Tensor
 from ddk_ds.kernels.divergences import divergence_terms, teacher_weight
 from ddk_ds.kernels.options import LogitForm, Options, Rows, TeacherTopK
 
-# Elements worked on at a time: a MiB or two on a CPU, so that passes hit the cache; on a GPU enough to fill it.
+# Elements of a block of rows: a MiB or two on a CPU, so that passes hit the cache; on a GPU enough to fill it.
 _BLOCK_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 23}
 
 
 def eager_rows(given: Rows, options: Options) -> None:
-    """Loss terms of each row and the gradient to the student's logits, as `Rows` says."""
+    """Write the loss terms of each row and the gradient to the student's logits into `given`."""
     student, teacher, labels, ce, divergence, grad = given
     step = max(1, _BLOCK_ELEMENTS.get(student.device.type, 1 << 23) // student.shape[1])
     for start in range(0, len(student), step):
@@ -56,7 +56,7 @@ def _block(
 
 
 def apply_form(raw: Tensor, form: LogitForm) -> tuple[Tensor, Tensor | None]:
-    """Logits of raw products, and their derivative where it is not 1. Half precision becomes float32."""
+    """Return logits of raw products, and their derivative, None where it is 1. Half precision becomes float32."""
     logits = raw if raw.dtype == torch.float64 else raw.float()
     if form == LogitForm():
         return logits, None
@@ -67,7 +67,7 @@ def apply_form(raw: Tensor, form: LogitForm) -> tuple[Tensor, Tensor | None]:
 
 
 def softmax_rows(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Softmax (m, V) of each row, and L (m,) float64 with softmax = exp(logits - L).
+    """Return the softmax (m, V) of each row, and L (m,) float64 with softmax = exp(logits - L).
 
     L is that of the probabilities as computed, the rounding of their sum included: at the largest logit softmax gives
     exp(0) / sum, so L follows from the two maxima.
@@ -87,8 +87,8 @@ def _full_terms(student: Tensor, teacher: Tensor, options: Options) -> tuple[Ten
 
 
 def _topk_terms(scaled: Tensor, teacher: TeacherTopK, options: Options) -> tuple[Tensor, Tensor]:
-    """Terms over k + 1 buckets, and the gradient (m, V): within the tail every token shares by its probability."""
-    if teacher.ids.shape[1] == scaled.shape[1]:  # no tail: the teacher is known whole
+    """Return terms (m, k + 1) by bucket, and the gradient (m, V): tokens of the tail share theirs by probability."""
+    if teacher.ids.shape[1] == scaled.shape[1]:  # no tail: every token of the teacher is known
         logits = torch.empty_like(scaled).scatter_(1, teacher.ids, teacher.log_probs.to(scaled.dtype))
         return _full_terms(scaled, logits, replace(options, temperature=1.0))
     log_norm = scaled.logsumexp(-1, keepdim=True)
@@ -107,5 +107,5 @@ def _topk_terms(scaled: Tensor, teacher: TeacherTopK, options: Options) -> tuple
 
 
 def _log_tail(scaled: Tensor, ids: Tensor) -> Tensor:
-    """log of the sum of exp over the tokens outside `ids` (m, 1)."""
+    """Compute the log of the sum of exp (m, 1) over the tokens outside `ids`."""
     return scaled.scatter(1, ids, -torch.inf).logsumexp(-1, keepdim=True)

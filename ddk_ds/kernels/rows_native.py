@@ -1,6 +1,6 @@
 """The element-wise part on a CPU: rows.cpp, compiled once for this machine's processor and called through ctypes.
 
-DeepSpeed needs a C++ compiler already. Where there is none, `load` says so once and the eager rows serve.
+DeepSpeed needs a C++ compiler anyway. Where there is none, `load` warns once and the eager rows are used.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _ENTRY = {
 
 
 class _Arguments(ctypes.Structure):
-    """RowArguments of rows.cpp."""
+    """The struct RowArguments of rows.cpp."""
 
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("student", "teacher", "grad", "labels", "ce", "divergence")),
@@ -44,12 +44,12 @@ class _Arguments(ctypes.Structure):
 
 
 def supports(dtype: torch.dtype) -> bool:
-    """Whether rows of this dtype can be computed here (compiles the kernel at the first call)."""
+    """Return True if rows of this dtype can be computed here; the first call compiles the kernel."""
     return dtype in _ENTRY and load() is not None
 
 
 def native_rows(given: Rows, options: Options) -> None:
-    """As `rows_eager.eager_rows`, on a CPU; `grad` has the logits' dtype, or bfloat16 for float32 logits."""
+    """Do what `rows_eager.eager_rows` does, on a CPU; `grad` has the logits' dtype, or bfloat16 for float32 logits."""
     student, teacher, labels, ce, divergence, grad = given
     assert not isinstance(teacher, TeacherTopK), "a teacher's top k is for the eager rows"
     library = load()
@@ -83,7 +83,7 @@ def native_rows(given: Rows, options: Options) -> None:
 
 
 def add_half(total: Tensor, part: Tensor, *, keep: bool) -> None:
-    """total = part + (total if keep), float32 and half precision, contiguous, on a CPU."""
+    """Compute total = part + (total if keep), float32 and half precision, contiguous, on a CPU."""
     library = load() if part.dtype == torch.bfloat16 and total.dtype == torch.float32 else None
     if library is None:
         total.add_(part) if keep else total.copy_(part)
@@ -93,7 +93,7 @@ def add_half(total: Tensor, part: Tensor, *, keep: bool) -> None:
 
 
 def scaled_half(grad: Tensor, scale: Tensor) -> Tensor | None:
-    """grad * scale rounded to bfloat16, or None where this CPU has no kernel for it."""
+    """Return grad * scale rounded to bfloat16, or None if this machine has no kernel for it."""
     if grad.device.type != "cpu" or grad.dtype != torch.float32 or (library := load()) is None:
         return None
     out = torch.empty_like(grad, dtype=torch.bfloat16)
@@ -112,7 +112,7 @@ def _threads() -> ctypes.c_int64:
 
 @lru_cache(maxsize=1)
 def load() -> ctypes.CDLL | None:
-    """The compiled kernel, from the cache if it is there; None, with one warning, where it cannot be compiled."""
+    """Load the kernel, compiling it unless the cache has it; None, after one warning, where it cannot be compiled."""
     compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
     try:
         if compiler is None:
@@ -133,7 +133,7 @@ def load() -> ctypes.CDLL | None:
 
 def _compile(compiler: str, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Every rank may come here at once: each writes its own file, and the rename is atomic.
+    # All ranks can be here at once: each writes its own file, and the rename is atomic.
     partial = path.with_suffix(f".{platform.node()}.{os.getpid()}.partial")
     command = [compiler, *_FLAGS, "-shared", "-fPIC", str(_SOURCES[0]), "-o", str(partial)]
     subprocess.run(command, check=True, capture_output=True, text=True, timeout=300)
@@ -141,7 +141,7 @@ def _compile(compiler: str, path: Path) -> None:
 
 
 def _key(compiler: str) -> str:
-    """What the binary depends on: source, flags, compiler, processor (a home directory may serve several kinds)."""
+    """Hash what the binary depends on: source, flags, compiler, processor (machines of a home directory can differ)."""
     version = subprocess.run([compiler, "--version"], check=True, capture_output=True, text=True, timeout=60).stdout
     digest = hashlib.sha256("\n".join([*_FLAGS, compiler, version, platform.machine(), _processor()]).encode())
     for source in _SOURCES:
@@ -158,5 +158,5 @@ def _processor() -> str:
 
 
 def _cache_directory() -> Path:
-    """Beside the extensions that torch and DeepSpeed compile."""
+    """Return the directory in which torch and DeepSpeed keep the extensions that they compile."""
     return Path(os.environ.get("TORCH_EXTENSIONS_DIR", Path.home() / ".cache" / "torch_extensions"))

@@ -1,8 +1,8 @@
 """The element-wise part on a GPU: one Triton program a row reads both models' logits and writes the gradient.
 
-Formulas: divergences.py; rows.cpp is its twin. Each pass over a row reads 4 bytes of each model an element; the last
-one writes the gradient, of half precision into the first half of the student's own row. Cross-entropy with forward KL
-takes two passes: 18 bytes an element. Other divergences need sum(p h) first, a pass more.
+The formulas are those of divergences.py, and rows.cpp computes the same on a CPU. Each pass over a row reads 4 bytes an
+element of each model; the last one writes the gradient, in half precision into the first half of the student's own row.
+Cross-entropy with forward KL takes two passes: 18 bytes an element. Other divergences need sum(p h) first: one more.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def _logits(pointers, mask, scale, cap, FORM: tl.constexpr):
 
 @triton.jit
 def _element(q, p, r, b, KIND: tl.constexpr):
-    """Value, and h with gradient p * (h - sum p h); for the forward KL h is the gradient."""
+    """Return the value, and h with gradient p * (h - sum p h); for the forward KL h is the gradient."""
     # p - q from r where they are close: their own rounding would be all that is left.
     close = tl.abs(r) < 0.35
     x = -r
@@ -105,7 +105,7 @@ def _element(q, p, r, b, KIND: tl.constexpr):
 
 @triton.jit
 def _online(x, top, total):
-    """Running maximum and sum of exp(x - maximum)."""
+    """Update the running maximum and the sum of exp(x - maximum)."""
     new = tl.maximum(top, tl.max(x, 0))
     return new, total * tl.exp(top - new) + tl.sum(tl.exp(x - new), 0)
 
@@ -116,7 +116,7 @@ def _softmaxes(
     KIND: tl.constexpr, ONE_SOFTMAX: tl.constexpr, WITH_CE: tl.constexpr,
     S_FORM: tl.constexpr, T_FORM: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """First pass: maximum and sum of the student for the cross-entropy, of the student at T, of the teacher at T."""
+    """Make the first pass: maximum and sum of the student for the CE, of the student at T, of the teacher at T."""
     h_top = LOW
     h_sum = 0.0
     s_top = LOW
@@ -142,7 +142,7 @@ def _softmaxes(
 
 @triton.jit
 def _compare(s, t, ok, inv_t, s_top, s_inverse, t_top, t_inverse, offset, mix, KIND: tl.constexpr):
-    """Student's probabilities p, value and h of a block of logits; zeros outside the row."""
+    """Return the student's probabilities p, value and h of a block of logits; zeros outside the row."""
     p = tl.where(ok, tl.exp(s * inv_t - s_top) * s_inverse, 0.0)
     q = tl.where(ok, tl.exp(t * inv_t - t_top) * t_inverse, 0.0)
     value, h = _element(q, p, tl.where(ok, (t - s) * inv_t + offset, 0.0), mix, KIND)
@@ -161,7 +161,7 @@ def _skip_row(G, CE, D, V, WRITE: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def _slope(s, s_scale, s_cap, S_FORM: tl.constexpr):
-    """Derivative of a logit to the raw product."""
+    """Return the derivative of a logit to the raw product."""
     slope = 1.0
     if S_FORM == 1:
         slope = s_scale
@@ -234,12 +234,12 @@ def row_kernel(
 
 
 def form_number(form: LogitForm) -> int:
-    """0: the plain product; 1: scaled; 2: capped."""
+    """Return 0 for the plain product, 1 if it is scaled, 2 if it is capped."""
     return 2 if form.softcap else int(form.scale != 1)
 
 
 def triton_rows(given: Rows, options: Options) -> None:
-    """As `rows_eager.eager_rows`, on a GPU (or on a CPU under Triton's interpreter)."""
+    """Do what `rows_eager.eager_rows` does, on a GPU (or on a CPU under Triton's interpreter)."""
     student, teacher, labels, ce, divergence, grad = given
     assert not isinstance(teacher, TeacherTopK), "a teacher's top k is for the eager rows"
     rows, classes = student.shape
@@ -272,7 +272,7 @@ def _scale_kernel(X, scale, OUT, size, BLOCK: tl.constexpr):
 
 
 def triton_scaled(given: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """given * scale (a scalar on the same GPU), rounded to `dtype`, in one pass: torch makes two."""
+    """Return given * scale (a scalar on the same GPU) rounded to `dtype`, in one pass: torch makes two."""
     out = torch.empty_like(given, dtype=dtype)
     with torch.cuda.device(given.device):
         _scale_kernel[(triton.cdiv(given.numel(), BLOCK),)](

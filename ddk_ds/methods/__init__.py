@@ -6,16 +6,17 @@ from typing import Any
 
 from ddk_ds.config import Config
 from ddk_ds.engine.teacher import Teacher
-from ddk_ds.methods.base import IGNORE_INDEX, Batch, HeadOptions, Method, token_losses
+from ddk_ds.kernels import Options
+from ddk_ds.methods.base import IGNORE_INDEX, Batch, Method, token_losses
 from ddk_ds.methods.distillation import ContinuedPretraining, Distillation
 from ddk_ds.methods.doremi import DoremiProxy
 from ddk_ds.methods.ted import Ted, TedFilters
 
-__all__ = ["IGNORE_INDEX", "Batch", "HeadOptions", "Method", "make_method", "token_losses"]
+__all__ = ["IGNORE_INDEX", "Batch", "Method", "make_method", "token_losses"]
 
 
 def make_method(
-    config: Config, teacher: Teacher | None, options: HeadOptions, num_domains: int, state: dict[str, Any]
+    config: Config, teacher: Teacher | None, options: Options, num_domains: int, state: dict[str, Any]
 ) -> Method:
     """The method that `config.method` names, going on from the `state` that one like it returned ({}: afresh)."""
     if teacher is None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -13,18 +13,9 @@ import torch
 from ddk_ds.comm import Comm
 from ddk_ds.engine.head import OutputHead
 from ddk_ds.engine.student import Student
-from ddk_ds.kernels import KDLoss, LogitsDtype, linear_kd_loss, linear_nll
+from ddk_ds.kernels import KDLoss, Options, linear_kd_loss, linear_nll
 
 IGNORE_INDEX = -100
-
-
-@dataclass(frozen=True)
-class HeadOptions:
-    """What every use of the output heads in a run has in common; the names are those of `kernels.Options`."""
-
-    vocab_size: int
-    chunk_tokens: int
-    logits_dtype: LogitsDtype = "float32"
 
 
 @dataclass(frozen=True)
@@ -79,7 +70,7 @@ class Stateless:
         """Nothing to write."""
 
 
-def cross_entropy(hidden: torch.Tensor, head: OutputHead, batch: Batch, options: HeadOptions) -> KDLoss:
+def cross_entropy(hidden: torch.Tensor, head: OutputHead, batch: Batch, options: Options) -> KDLoss:
     """Cross-entropy of hidden (B*L, H) through a head against the batch's labels, its share of the step's mean."""
     return linear_kd_loss(
         hidden,
@@ -88,13 +79,11 @@ def cross_entropy(hidden: torch.Tensor, head: OutputHead, batch: Batch, options:
         None,
         batch.labels.flatten(),
         num_valid=batch.num_valid,
+        options=replace(options, gamma=0.0, student_form=head.form),
         student_bias=head.bias,
-        student_form=head.form,
-        gamma=0.0,
-        **asdict(options),
     )
 
 
-def token_losses(hidden: torch.Tensor, head: OutputHead, labels: torch.Tensor, options: HeadOptions) -> torch.Tensor:
+def token_losses(hidden: torch.Tensor, head: OutputHead, labels: torch.Tensor, options: Options) -> torch.Tensor:
     """-log p of each label (n,) through a head, from hidden (n, H); 0 where it is IGNORE_INDEX. No gradient."""
-    return linear_nll(hidden, head.weight, labels, bias=head.bias, student_form=head.form, **asdict(options))
+    return linear_nll(hidden, head.weight, labels, options=replace(options, student_form=head.form), bias=head.bias)

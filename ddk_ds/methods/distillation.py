@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import asdict
+from dataclasses import replace
 
 import torch
 
@@ -15,14 +15,14 @@ from ddk_ds.config import Loss
 from ddk_ds.engine.head import OutputHead
 from ddk_ds.engine.student import Student
 from ddk_ds.engine.teacher import Teacher
-from ddk_ds.kernels import KDLoss, linear_kd_loss
-from ddk_ds.methods.base import Batch, HeadOptions, Stateless, cross_entropy
+from ddk_ds.kernels import KDLoss, Options, linear_kd_loss
+from ddk_ds.methods.base import Batch, Stateless, cross_entropy
 
 
 class ContinuedPretraining(Stateless):
     """Next-token cross-entropy of the student; no teacher."""
 
-    def __init__(self, options: HeadOptions) -> None:
+    def __init__(self, options: Options) -> None:
         self._options = options
 
     def taught(self, batches: Sequence[Batch]) -> AbstractContextManager[Sequence[None]]:
@@ -37,10 +37,10 @@ class ContinuedPretraining(Stateless):
 class Distillation(Stateless):
     """CE + gamma * T^2 * D(teacher, student); which domains it sees is the mixture's affair."""
 
-    def __init__(self, teacher: Teacher, loss: Loss, options: HeadOptions) -> None:
+    def __init__(self, teacher: Teacher, loss: Loss, options: Options) -> None:
         self._teacher = teacher
         self._loss = loss
-        self._options = options
+        self._options = replace(options, divergence=loss.divergence, coefficient=loss.coefficient)
 
     @contextmanager
     def taught(self, batches: Sequence[Batch]) -> Iterator[Sequence[torch.Tensor | None]]:
@@ -60,8 +60,14 @@ class Distillation(Stateless):
 
     def distil(self, hidden: torch.Tensor, head: OutputHead, teacher_hidden: torch.Tensor, batch: Batch) -> KDLoss:
         """Eq. 3 of hidden (n, Hs) and teacher_hidden (n, Ht)."""
-        loss, progress = self._loss, batch.progress
         with self._teacher.head.gathered() as teacher_head:
+            options = replace(
+                self._options,
+                gamma=self._gamma(batch),
+                temperature=scheduled(self._loss.temperature, self._loss.temperature_end, batch.progress),
+                student_form=head.form,
+                teacher_form=teacher_head.form,
+            )
             return linear_kd_loss(
                 hidden,
                 head.weight,
@@ -69,15 +75,9 @@ class Distillation(Stateless):
                 teacher_head.weight,
                 batch.labels.flatten(),
                 num_valid=batch.num_valid,
+                options=options,
                 student_bias=head.bias,
                 teacher_bias=teacher_head.bias,
-                student_form=head.form,
-                teacher_form=teacher_head.form,
-                gamma=self._gamma(batch),
-                temperature=scheduled(loss.temperature, loss.temperature_end, progress),
-                divergence=loss.divergence,
-                coefficient=loss.coefficient,
-                **asdict(self._options),
             )
 
     def _gamma(self, batch: Batch) -> float:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +24,8 @@ from ddk_ds.engine.head import OutputHead
 from ddk_ds.engine.student import Student
 from ddk_ds.engine.teacher import Teacher
 from ddk_ds.files import write_text
-from ddk_ds.kernels import KDLoss, linear_kd_loss
-from ddk_ds.methods.base import IGNORE_INDEX, Batch, HeadOptions, token_losses
+from ddk_ds.kernels import KDLoss, Options, linear_kd_loss
+from ddk_ds.methods.base import IGNORE_INDEX, Batch, token_losses
 
 WEIGHTS_FILE = "proportions.yaml"
 
@@ -34,7 +34,7 @@ class DoremiProxy:
     """Group DRO over domains; leaves the weights' mean over all steps in `proportions.yaml`."""
 
     def __init__(
-        self, reference: Teacher, options: HeadOptions, doremi: Doremi, num_domains: int, state: dict[str, Any]
+        self, reference: Teacher, options: Options, doremi: Doremi, num_domains: int, state: dict[str, Any]
     ) -> None:
         self._reference = reference
         self._options = options
@@ -75,11 +75,9 @@ class DoremiProxy:
                 None,
                 labels[rows],
                 num_valid=batch.domain_tokens[domain],
+                options=replace(self._options, gamma=0.0, student_form=head.form),
                 student_bias=head.bias,
-                student_form=head.form,
-                gamma=0.0,
                 per_token=True,
-                **asdict(self._options),
             )
             assert result.token_ce is not None, "asked for"
             token_ce = result.token_ce.double() * batch.domain_tokens[domain]

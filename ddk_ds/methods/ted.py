@@ -18,8 +18,8 @@ from ddk_ds.comm import Comm
 from ddk_ds.engine.filters import write_filters
 from ddk_ds.engine.student import Student
 from ddk_ds.engine.teacher import Teacher
-from ddk_ds.kernels import KDLoss
-from ddk_ds.methods.base import IGNORE_INDEX, Batch, HeadOptions, Stateless, cross_entropy
+from ddk_ds.kernels import KDLoss, Options
+from ddk_ds.methods.base import IGNORE_INDEX, Batch, Stateless, cross_entropy
 from ddk_ds.methods.distillation import Distillation
 
 Tapped = tuple[torch.Tensor, list[torch.Tensor]]  # last hidden states (n, Ht), those of the matched layers
@@ -42,7 +42,7 @@ class _Layerwise(Stateless):
 class TedFilters(_Layerwise):
     """Stage 1. The loss is the mean over all filters of the cross-entropy that each reaches."""
 
-    def __init__(self, teacher: Teacher, options: HeadOptions) -> None:
+    def __init__(self, teacher: Teacher, options: Options) -> None:
         super().__init__(teacher)
         self._options = options
 

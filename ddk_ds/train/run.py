@@ -10,7 +10,8 @@ from ddk_ds.data.loader import MixtureDataset
 from ddk_ds.engine.runtime import Runtime
 from ddk_ds.engine.student import Student
 from ddk_ds.engine.teacher import Teacher
-from ddk_ds.methods import HeadOptions, Method, make_method
+from ddk_ds.kernels import Options
+from ddk_ds.methods import Method, make_method
 from ddk_ds.train.checkpoint.saver import Saver
 from ddk_ds.train.inputs import Inputs
 from ddk_ds.train.interruption import Interruption, Watchdog
@@ -30,7 +31,7 @@ class Run:
     runtime: Runtime
     student: Student
     teacher: Teacher | None
-    head: HeadOptions
+    head_options: Options
     dataset: MixtureDataset
     validation: ValidationBatches
     teacher_ppl: Array | None
@@ -53,7 +54,7 @@ class Run:
         student = perplexities(
             self.student,
             self.validation,
-            options=self.head,
+            options=self.head_options,
             device=runtime.device,
             comm=runtime.comm,
             poll=self.interruption.check,
@@ -67,4 +68,4 @@ class Run:
 
     def make_method(self) -> Method:
         """What a step minimises."""
-        return make_method(self.config, self.teacher, self.head, len(self.inputs.names), self.state.method)
+        return make_method(self.config, self.teacher, self.head_options, len(self.inputs.names), self.state.method)

@@ -16,8 +16,7 @@ from ddk_ds.engine.runtime import Runtime
 from ddk_ds.engine.stage_clock import StageClock
 from ddk_ds.engine.student import load_student
 from ddk_ds.engine.teacher import Teacher, load_teacher
-from ddk_ds.kernels import default_chunk_tokens
-from ddk_ds.methods import HeadOptions
+from ddk_ds.kernels import Options, default_chunk_tokens
 from ddk_ds.mixture.schedule import DomainEntry, DomainOrder, IntervalState
 from ddk_ds.train.checkpoint.restore import Start, find_start, go_on_from
 from ddk_ds.train.checkpoint.saver import Saver
@@ -48,10 +47,10 @@ def prepare_run(
     if inputs.teacher is not None:
         teacher = load_teacher(config, inputs.teacher, vocab_size, comm, inputs.filters, clock)
     chunk_tokens = config.loss.chunk_tokens or default_chunk_tokens(vocab_size, runtime.device.type)
-    head = HeadOptions(vocab_size, chunk_tokens, config.loss.logits_dtype)
+    options = Options(vocab_size, gamma=0.0, chunk_tokens=chunk_tokens, logits_dtype=config.loss.logits_dtype)
     teacher_ppl = None
     if teacher is not None:
-        teacher_ppl = _teacher_perplexities(config, inputs, teacher, validation, head, runtime, interruption)
+        teacher_ppl = _teacher_perplexities(config, inputs, teacher, validation, options, runtime, interruption)
     student = load_student(config, inputs.student, vocab_size, comm, inputs.filters, clock)
     orders = [
         DomainOrder(name, sizes, config.seed) for name, sizes in zip(inputs.names, dataset.shard_sizes, strict=True)
@@ -64,7 +63,7 @@ def prepare_run(
         runtime=runtime,
         student=student,
         teacher=teacher,
-        head=head,
+        head_options=options,
         dataset=dataset,
         validation=validation,
         teacher_ppl=teacher_ppl,
@@ -144,7 +143,7 @@ def _teacher_perplexities(
     inputs: Inputs,
     teacher: Teacher,
     validation: ValidationBatches,
-    head: HeadOptions,
+    options: Options,
     runtime: Runtime,
     interruption: Interruption,
 ) -> Array:
@@ -166,7 +165,7 @@ def _teacher_perplexities(
     if unknown:
         unmeasured = [validation[i] for i in unknown]
         poll = interruption.check
-        measured = perplexities(teacher, unmeasured, options=head, device=runtime.device, comm=comm, poll=poll)
+        measured = perplexities(teacher, unmeasured, options=options, device=runtime.device, comm=comm, poll=poll)
         for i, value in zip(unknown, measured.tolist(), strict=True):
             values[i] = value
         if comm.rank == 0:

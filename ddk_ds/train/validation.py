@@ -17,7 +17,8 @@ from ddk_ds.comm import Comm
 from ddk_ds.engine.student import Student
 from ddk_ds.engine.teacher import Teacher
 from ddk_ds.files import write_text
-from ddk_ds.methods import IGNORE_INDEX, HeadOptions, token_losses
+from ddk_ds.kernels import Options
+from ddk_ds.methods import IGNORE_INDEX, token_losses
 
 # Per domain: micro-batches of (input_ids (B, L) int64, real (B,) bool); as many on every rank.
 ValidationBatches = Sequence[Sequence[tuple[torch.Tensor, torch.Tensor]]]
@@ -34,7 +35,7 @@ def perplexities(
     model: Student | Teacher,
     batches: ValidationBatches,
     *,
-    options: HeadOptions,
+    options: Options,
     device: torch.device,
     comm: Comm,
     poll: Callable[[], None] = lambda: None,

@@ -16,7 +16,8 @@ from ddk_ds.engine.model_files import read_model
 from ddk_ds.engine.runtime import Runtime
 from ddk_ds.engine.student import Student, load_student
 from ddk_ds.engine.teacher import load_teacher
-from ddk_ds.methods import HeadOptions, Method, make_method
+from ddk_ds.kernels import Options
+from ddk_ds.methods import Method, make_method
 from ddk_ds.train.step import StepMetrics, train_step
 from tests.dist.tiny import VOCAB, save_model, tiny_config
 
@@ -40,7 +41,7 @@ def first_step(runtime: Runtime, folder: str, method: str, divergence: str | Non
     teacher = None if teacher_files is None else load_teacher(config, teacher_files, VOCAB, comm, shape)
     student = load_student(config, files, VOCAB, comm, shape)
     start = {"weights": WEIGHTS, "sum": [0.0] * DOMAINS, "steps": 0} if method == "doremi_proxy" else {}
-    made = make_method(config, teacher, HeadOptions(VOCAB, chunk_tokens=16), DOMAINS, start)
+    made = make_method(config, teacher, Options(VOCAB, gamma=0.0, chunk_tokens=16), DOMAINS, start)
     metrics, gradients = _step(student, made, runtime, progress)
     frozen = [name for name, p in student.engine.module.named_parameters() if not p.requires_grad]
     if comm.rank:

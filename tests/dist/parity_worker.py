@@ -16,7 +16,8 @@ from ddk_ds.engine.model_files import read_model
 from ddk_ds.engine.runtime import Runtime
 from ddk_ds.engine.student import Student, load_student
 from ddk_ds.engine.teacher import Teacher, load_teacher
-from ddk_ds.methods import HeadOptions, make_method
+from ddk_ds.kernels import Options
+from ddk_ds.methods import make_method
 from ddk_ds.train.step import learning_rate, train_step
 from ddk_ds.train.validation import next_token_labels, perplexities
 from tests.dist.tiny import VOCAB, save_model, tiny_config
@@ -38,7 +39,7 @@ def compare(
     teacher = None
     if config.teacher is not None:
         teacher = load_teacher(config, read_model(root / "teacher", "teacher.path"), VOCAB, comm)
-    head = HeadOptions(VOCAB, chunk_tokens=16)
+    head = Options(VOCAB, gamma=0.0, chunk_tokens=16)
     loop = make_method(config, teacher, head, 1, {})
     held_out = [[(batch[:2], torch.tensor([True, comm.rank == 0]))] for batch in _batches(7, 2)]
     options = {"options": head, "device": runtime.device, "comm": comm}

@@ -16,7 +16,8 @@ from ddk_ds.engine.model_files import read_model
 from ddk_ds.engine.runtime import Runtime
 from ddk_ds.engine.student import load_student
 from ddk_ds.engine.teacher import Teacher, load_teacher
-from ddk_ds.methods import HeadOptions, make_method
+from ddk_ds.kernels import Options
+from ddk_ds.methods import make_method
 from ddk_ds.train.step import train_step
 from tests.dist.tiny import VOCAB, save_model, tiny_config
 
@@ -49,7 +50,7 @@ def _steps(runtime: Runtime, root: Path, method: str, sections: dict[str, Any]) 
         parameter.ds_persist = False  # tiny matrices would stay gathered
     gathers = Gathers(teacher)
     student = load_student(config, files, VOCAB, comm, shape)
-    made = make_method(config, teacher, HeadOptions(VOCAB, chunk_tokens=16), 1, {})
+    made = make_method(config, teacher, Options(VOCAB, gamma=0.0, chunk_tokens=16), 1, {})
     rows = torch.randint(0, VOCAB, (3, samples, LENGTH), generator=torch.Generator().manual_seed(0))
     found: dict[str, Any] = {"losses": [], "bytes": [], "left": 0}
     for step in rows:

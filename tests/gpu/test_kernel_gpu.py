@@ -10,9 +10,18 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ddk_ds.kernels import DIVERGENCES, Divergence, KDLoss, LogitForm, TeacherTopK, linear_kd_loss, linear_nll, top_k_of
+from ddk_ds.kernels import (
+    DIVERGENCES,
+    Divergence,
+    KDLoss,
+    LogitForm,
+    Options,
+    TeacherTopK,
+    linear_kd_loss,
+    linear_nll,
+    top_k_of,
+)
 from ddk_ds.kernels.chunked import row_kernel
-from ddk_ds.kernels.options import Options
 from ddk_ds.kernels.reference import reference_nll
 from tests.unit.kernels.kd_case import PLAIN, Case, error, make, near, parts, truth
 
@@ -148,8 +157,9 @@ def test_a_teacher_known_by_its_top_k(divergence: Divergence, dtype: torch.dtype
     assert case.teacher_hidden is not None
     assert case.teacher_weight is not None
     head = (case.teacher_hidden, case.teacher_weight)
-    topk = top_k_of(*head, 20, vocab_size=211, temperature=2.0)
-    found = top_k_of(*(tensor.to(GPU) for tensor in head), 20, vocab_size=211, temperature=2.0)
+    options = Options(211, gamma=0.0, temperature=2.0)
+    topk = top_k_of(*head, 20, options=options)
+    found = top_k_of(*(tensor.to(GPU) for tensor in head), 20, options=options)
     torch.testing.assert_close(found.log_probs.cpu(), topk.log_probs, rtol=1e-5, atol=1e-5)
     known = replace(case, teacher_hidden=None, teacher_weight=None, teacher_topk=topk)
     assert_gpu_agrees(known, LOSS_BOUND, GRAD_BOUND[dtype])
@@ -160,7 +170,7 @@ def test_linear_nll(dtype: torch.dtype) -> None:
     case = make(dtype=dtype, std=3.0)
     expected = reference_nll(case.student_hidden, case.student_weight, case.labels, vocab_size=211)
     moved = on_gpu(case)
-    found = linear_nll(moved.student_hidden, moved.student_weight, moved.labels, vocab_size=211)
+    found = linear_nll(moved.student_hidden, moved.student_weight, moved.labels, options=Options(211, gamma=0.0))
     torch.testing.assert_close(found.double().cpu(), expected.detach(), rtol=1e-5, atol=1e-5)
 
 
@@ -238,8 +248,8 @@ class Small(nn.Module):
     def forward(self, case: Case) -> Tensor:
         teacher = (case.teacher_hidden, case.teacher_weight)
         hidden = torch.tanh(self.body(case.student_hidden))
-        options = {"num_valid": case.num_valid, "vocab_size": case.vocab_size, "gamma": 0.5, "temperature": 2.0}
-        return linear_kd_loss(hidden, self.head, *teacher, case.labels, **options).loss
+        options = Options(case.vocab_size, gamma=0.5, temperature=2.0)
+        return linear_kd_loss(hidden, self.head, *teacher, case.labels, num_valid=case.num_valid, options=options).loss
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

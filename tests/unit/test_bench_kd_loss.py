@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from ddk_ds.kernels import Options
 from ddk_ds.kernels.reference import reference_kd_loss
 from tools.bench import bench_kd_loss, kd_peers
 from tools.bench.kd_peers import IMPLEMENTATIONS, Case, Problem
@@ -39,10 +40,7 @@ def test_truth_is_the_reference(
         given.teacher_weight,
         given.labels,
         num_valid=torch.tensor(40),
-        vocab_size=300,
-        gamma=gamma,
-        temperature=temperature,
-        ce_weight=ce_weight,
+        options=Options(300, gamma, temperature, ce_weight=ce_weight),
     )
     target = kd_peers.truth(given)
     assert target.loss == pytest.approx(expected.loss.item(), rel=1e-12)

@@ -21,6 +21,7 @@ from ddk_ds.engine.memory_estimate import MemoryEstimate, estimate_memory
 from ddk_ds.engine.memory_estimate import _layer_activations as layer_activations
 from ddk_ds.engine.model_files import ModelShape, configured_shape
 from ddk_ds.errors import ConfigError
+from ddk_ds.kernels.chunked import HeadInput
 from ddk_ds.kernels.linear_kd import check_head
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -157,9 +158,9 @@ def test_the_loss_takes_both_heads_cut_to_the_tokenizer(name: str) -> None:
     for shape in shapes:
         rows = shape.head // shape.hidden
         hidden, weight = (torch.empty(n, shape.hidden, dtype=torch.bfloat16, device="meta") for n in (4, rows))
-        check_head("", hidden, weight, None, vocab_size)
+        check_head("", HeadInput(hidden, weight), vocab_size)
         with pytest.raises(ConfigError, match="vocab_size"):
-            check_head("", hidden, weight, None, rows + 1)
+            check_head("", HeadInput(hidden, weight), rows + 1)
 
 
 def test_the_14b_head_is_longer_than_its_students() -> None:

@@ -18,7 +18,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from ddk_ds.errors import ConfigError
-from ddk_ds.kernels import default_chunk_tokens, linear_kd_loss
+from ddk_ds.kernels import Options, default_chunk_tokens, linear_kd_loss
+from ddk_ds.kernels.options import Engine, LogitsDtype
 from ddk_ds.kernels.reference import reference_logits
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -227,19 +228,23 @@ def _naive(problem: Problem) -> Result:
     return _differentiated(loss, leaves)
 
 
-def _ours(problem: Problem, **options: Any) -> Result:
+def _ours(problem: Problem, *, logits_dtype: LogitsDtype = "float32", engine: Engine = "auto") -> Result:
     leaves = problem.leaves()
+    options = Options(
+        len(problem.student_weight),
+        problem.gamma,
+        problem.temperature,
+        ce_weight=problem.ce_weight,
+        logits_dtype=logits_dtype,
+        engine=engine,
+    )
     loss = linear_kd_loss(
         *leaves,
         problem.teacher_hidden,
         problem.teacher_weight,
         problem.labels,
         num_valid=torch.full((), len(problem.labels), device=problem.labels.device),
-        vocab_size=len(problem.student_weight),
-        gamma=problem.gamma,
-        temperature=problem.temperature,
-        ce_weight=problem.ce_weight,
-        **options,
+        options=options,
     ).loss
     return _differentiated(loss, leaves)
 

@@ -19,8 +19,8 @@ from ddk_ds.engine.runtime import Runtime, max_peak_bytes, start_runtime, synchr
 from ddk_ds.engine.stage_clock import StageClock
 from ddk_ds.engine.student import load_student
 from ddk_ds.engine.teacher import load_teacher
-from ddk_ds.kernels import default_chunk_tokens
-from ddk_ds.methods import HeadOptions, make_method
+from ddk_ds.kernels import Options
+from ddk_ds.methods import make_method
 from ddk_ds.train.step import train_step
 from tools.bench.step_peers import Step, bare_passes, full_logits
 from tools.bench.step_setting import Case, case_config
@@ -69,8 +69,7 @@ def _ours(case: Case, runtime: Runtime) -> Step:
     student = load_student(
         config, read_model(Path(config.student.path), "student.path"), case.vocab_size, comm, None, clock
     )
-    options = HeadOptions(case.vocab_size, default_chunk_tokens(case.vocab_size, runtime.device.type))
-    method = make_method(config, teacher, options, 1, {})
+    method = make_method(config, teacher, Options(case.vocab_size, gamma=0.0), 1, {})
     domain = torch.zeros(case.samples, dtype=torch.int64)
 
     def step(batches: Sequence[torch.Tensor]) -> dict[str, float]:

@@ -20,7 +20,7 @@ from torch import nn
 from ddk_ds.engine.flops import forward_flops, utilisation
 from ddk_ds.engine.process_memory import peak_bytes, reset_peak
 from ddk_ds.engine.stage_clock import StageClock
-from ddk_ds.kernels import linear_kd_loss
+from ddk_ds.kernels import Options, linear_kd_loss
 from ddk_ds.planner.known_points import FULL, Setting, Shape
 
 # A size that a CPU runs in seconds.
@@ -97,8 +97,7 @@ class _Step:
                 self.teacher.get_output_embeddings().weight,
                 self.labels,
                 num_valid=self.num_valid,
-                vocab_size=self.vocab_size,
-                gamma=0.2,
+                options=Options(self.vocab_size, gamma=0.2),
             ).loss
         with clock.stage("backward"):
             loss.backward()

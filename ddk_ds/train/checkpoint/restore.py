@@ -175,7 +175,7 @@ def go_on_from(run: Run, start: Start) -> None:
     run.state.data.check_fits(fresh.data)
     if start.forked and run.config.loss.chunk_tokens is not None:
         run.state.chunk_tokens = fresh.chunk_tokens
-    run.head = replace(run.head, chunk_tokens=run.state.chunk_tokens)
+    run.head_options = replace(run.head_options, chunk_tokens=run.state.chunk_tokens)
     run.ledger.rewind(0 if start.forked else start.manifest.ledger_bytes)
     passed = read_roll_backs(run.config.run_dir, run.runtime.comm)
     positions = [entry["skip_until"] for entry in passed if entry["step"] == run.state.step]

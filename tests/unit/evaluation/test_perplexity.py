@@ -15,7 +15,7 @@ from ddk_ds.engine.model_files import ModelFiles, read_model
 from ddk_ds.engine.whole_models import load_model
 from ddk_ds.errors import DataError
 from ddk_ds.evaluation.perplexity import domain_score, open_held_out, score_domains
-from ddk_ds.kernels import LogitForm
+from ddk_ds.kernels import LogitForm, Options
 
 
 @pytest.fixture
@@ -111,7 +111,6 @@ def test_it_is_the_perplexity_of_a_run(tiny: Path, files: ModelFiles) -> None:
     from contextlib import nullcontext
 
     from ddk_ds.engine.head import OutputHead
-    from ddk_ds.methods import HeadOptions
     from ddk_ds.train.validation import perplexities
 
     model, held_out = load_model(files.directory), open_held_out(tiny / "shards")
@@ -130,7 +129,7 @@ def test_it_is_the_perplexity_of_a_run(tiny: Path, files: ModelFiles) -> None:
         [(torch.from_numpy(sample)[None], torch.tensor([True])) for sample in held_out.samples(domain, None)]
         for domain in held_out.manifest.domains
     ]
-    options = HeadOptions(held_out.manifest.vocab_size, 64)
+    options = Options(held_out.manifest.vocab_size, gamma=0.0, chunk_tokens=64)
     of_run = perplexities(Plain(), batches, options=options, device=torch.device("cpu"), comm=SingleProcess())  # type: ignore[arg-type]
     scores = score_domains(model, files, held_out, batch_size=4, limit=None)
     np.testing.assert_allclose([score.perplexity for score in scores], of_run, rtol=1e-5)

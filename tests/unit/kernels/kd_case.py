@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ddk_ds.kernels import Divergence, KDLoss, LogitForm, TeacherTopK, linear_kd_loss
+from ddk_ds.kernels import Divergence, KDLoss, LogitForm, Options, TeacherTopK, linear_kd_loss
 from ddk_ds.kernels.options import Engine
 from ddk_ds.kernels.reference import reference_kd_loss
 
 # The Triton kernel runs under its interpreter where there is no GPU (tests/conftest.py).
 PLAIN = LogitForm()
+OPTIONS = tuple(field.name for field in fields(Options))
 ENGINES: tuple[Engine, ...] = ("native", "eager", "triton")
 
 
 @dataclass
 class Case:
-    """Arguments of the loss, in the order and under the names of its signature."""
+    """Arguments of the loss under the names of its signature, and options under those of `Options`."""
 
     student_hidden: Tensor
     student_weight: Tensor
@@ -40,8 +41,11 @@ class Case:
     student_form: LogitForm = PLAIN
     teacher_form: LogitForm = PLAIN
 
-    def run(self, loss: Callable[..., KDLoss] = linear_kd_loss, **options: Any) -> KDLoss:
-        return loss(**vars(self), **options)
+    def run(self, loss: Callable[..., KDLoss] = linear_kd_loss, **changes: Any) -> KDLoss:
+        """Call `loss` with these values, except those in `changes`: any argument of the loss or field of `Options`."""
+        values = {**vars(self), **changes}
+        options = Options(**{name: values.pop(name) for name in OPTIONS if name in values})
+        return loss(**values, options=options)
 
     def leaves(self) -> list[Tensor]:
         tensors = (self.student_hidden, self.student_weight, self.student_bias)
@@ -61,7 +65,7 @@ def make(
     seed: int = 0,
     **options: Any,
 ) -> Case:
-    """Random logits of standard deviation `std`; `padded` extra rows in the student's and teacher's head."""
+    """Make random logits of standard deviation `std`; `padded` extra rows in the student's and teacher's head."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:
@@ -85,7 +89,7 @@ def make(
 
 
 def near(num_tokens: int, step: float, dtype: torch.dtype) -> Case:
-    """A student that is its teacher but for a step in its hidden states; the gradient is the KL's alone."""
+    """Make a student that differs from its teacher by a step in its hidden states; the gradient is the KL's alone."""
     case = make(num_tokens, 1024, (64, 64), std=3.0, dtype=dtype, gamma=1e4)
     hidden = case.student_hidden.detach().double()
     generator = torch.Generator().manual_seed(1)
@@ -94,7 +98,7 @@ def near(num_tokens: int, step: float, dtype: torch.dtype) -> Case:
 
 
 def truth(case: Case) -> tuple[KDLoss, list[Tensor]]:
-    """Loss and gradients from float64 copies, so that the gradients too are free of rounding."""
+    """Compute loss and gradients from float64 copies, so that the gradients too are free of rounding."""
     copies = {
         name: value.detach().double().requires_grad_(value.requires_grad)
         for name, value in vars(case).items()
@@ -106,12 +110,12 @@ def truth(case: Case) -> tuple[KDLoss, list[Tensor]]:
 
 
 def parts(found: KDLoss) -> tuple[Tensor, Tensor, Tensor]:
-    """The three scalars."""
+    """Return loss, CE and divergence."""
     return found.loss, found.ce, found.kl
 
 
 def error(found: Tensor, expected: Tensor) -> float:
-    """Relative error in norm."""
+    """Return the relative error in norm."""
     return ((found.double() - expected).norm() / expected.norm()).item()
 
 

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ddk_ds.config import sections
-from ddk_ds.kernels import DIVERGENCES, Divergence, LogitForm, TeacherTopK, top_k_of
+from ddk_ds.kernels import DIVERGENCES, Divergence, LogitForm, Options, TeacherTopK, top_k_of
 from ddk_ds.kernels.options import Engine
 from tests.unit.kernels.kd_case import ENGINES, Case, assert_agrees, error, make, near, truth
 
@@ -25,16 +25,16 @@ def naive_grad_error(case: Case, expected: list[torch.Tensor]) -> float:
     return max(error(grad, want) for grad, want in zip(grads, expected, strict=True))
 
 
-def naive_loss(student_hidden, student_weight, teacher_hidden, teacher_weight, labels, **options):  # type: ignore[no-untyped-def]
+def naive_loss(student_hidden, student_weight, teacher_hidden, teacher_weight, labels, *, num_valid, options, **_):  # type: ignore[no-untyped-def]
     """The loss as one writes it, in the dtype of the inputs, softmaxes in float32 (forward KL)."""
     valid = labels != -100
     student = (student_hidden @ student_weight.T)[valid].float()
     teacher = (teacher_hidden @ teacher_weight.T)[valid].float()
-    t = options["temperature"]
+    t = options.temperature
     log_p, log_q = torch.log_softmax(student / t, -1), torch.log_softmax(teacher / t, -1)
     kl = torch.nn.functional.kl_div(log_p, log_q, log_target=True, reduction="sum")
     ce = torch.nn.functional.cross_entropy(student, labels[valid], reduction="sum")
-    return (ce + options["gamma"] * t**2 * kl) / options["num_valid"]
+    return (ce + options.gamma * t**2 * kl) / num_valid
 
 
 def test_the_configuration_knows_the_same_divergences() -> None:
@@ -151,16 +151,16 @@ def test_any_shape_and_value(
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 def test_a_teachers_top_k(divergence: Divergence, temperature: float) -> None:
     case = make(40, 211, dtype=torch.float64, divergence=divergence, temperature=temperature, bias=True)
-    topk = top_k_of(
-        case.teacher_hidden, case.teacher_weight, 8, vocab_size=211, temperature=temperature, bias=case.teacher_bias
-    )
+    options = Options(211, gamma=0.0, temperature=temperature)
+    topk = top_k_of(case.teacher_hidden, case.teacher_weight, 8, options=options, bias=case.teacher_bias)
     known = replace(case, teacher_hidden=None, teacher_weight=None, teacher_bias=None, teacher_topk=topk)
     assert_agrees(known, 1e-9, 1e-9)
 
 
 def test_a_top_k_of_all_tokens_is_the_teacher() -> None:
     case = make(40, 31, dtype=torch.float64)
-    topk = top_k_of(case.teacher_hidden, case.teacher_weight, 31, vocab_size=31, chunk_tokens=7)
+    options = Options(31, gamma=0.0, chunk_tokens=7)
+    topk = top_k_of(case.teacher_hidden, case.teacher_weight, 31, options=options)
     known = replace(case, teacher_hidden=None, teacher_weight=None, teacher_topk=TeacherTopK(*topk))
     assert error(known.run().kl, case.run().kl) < 1e-5  # log-probabilities are kept in float32
     grads = [torch.autograd.grad(c.run().loss, c.leaves())[1] for c in (known, case)]

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ddk_ds.kernels import Options, heads, linear_nll, rows_eager
+from ddk_ds.kernels import Options, chunked, linear_nll, rows_eager
 from ddk_ds.kernels.chunked import row_kernel
 from ddk_ds.kernels.options import Engine, Rows
 from ddk_ds.kernels.reference import reference_nll
@@ -45,7 +45,7 @@ def test_blocks_of_rows_join(monkeypatch: pytest.MonkeyPatch, temperature: float
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 def test_half_precision(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, temperature: float) -> None:
-    monkeypatch.setattr(heads, "TILE_ROWS", 512)  # the vocabulary is no multiple of it
+    monkeypatch.setattr(chunked, "TILE_ROWS", 512)  # the vocabulary is no multiple of it
     case = make(150, 1003, (64, 96), std=3.0, dtype=dtype, temperature=temperature, bias=True)
     # Logits and statistics are float32: the loss is exact for the inputs; the gradient is rounded once.
     assert_agrees(case, 5e-7, 5e-3)
@@ -149,9 +149,8 @@ def test_linear_nll(dtype: torch.dtype, chunk_tokens: int) -> None:
         case.student_hidden,
         case.student_weight,
         case.labels,
-        vocab_size=211,
+        options=Options(211, gamma=0.0, chunk_tokens=chunk_tokens),
         bias=case.student_bias,
-        chunk_tokens=chunk_tokens,
     )
     assert found.dtype == torch.float32
     assert not found.requires_grad
@@ -161,5 +160,5 @@ def test_linear_nll(dtype: torch.dtype, chunk_tokens: int) -> None:
 
 def test_linear_nll_sums_to_the_losss_ce() -> None:
     case = make()
-    nll = linear_nll(case.student_hidden, case.student_weight, case.labels, vocab_size=211)
+    nll = linear_nll(case.student_hidden, case.student_weight, case.labels, options=Options(211, gamma=0.0))
     assert error(nll.sum() / case.num_valid, case.run().ce.double()) < 1e-6

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from ddk_ds.errors import ConfigError
-from ddk_ds.kernels import Options, chunked, linear_kd_loss, linear_nll
-from ddk_ds.kernels.chunked import Call, run_chunks
+from ddk_ds.kernels import Options, chunked, linear_nll
+from ddk_ds.kernels.chunked import Call, HeadInput, Wanted, run_chunks
 from ddk_ds.kernels.options import Engine
 from tests.unit.kernels.kd_case import assert_agrees, error, make, parts, truth
 
@@ -127,7 +127,7 @@ def test_only_what_needs_a_gradient_gets_one(monkeypatch: pytest.MonkeyPatch) ->
         needs.append([grad is not None for grad in grads])
         return sums
 
-    monkeypatch.setattr("ddk_ds.kernels.linear_kd.run_chunks", spy)
+    monkeypatch.setattr("ddk_ds.kernels.custom_op.run_chunks", spy)
     names = ("student_hidden", "student_weight", "student_bias")
     for kept in range(3):
         frozen = {name: getattr(case, name).detach() for i, name in enumerate(names) if i != kept}
@@ -195,10 +195,10 @@ def test_no_tensor_of_all_tokens_by_vocabulary(engine: Engine) -> None:
 
     case = make(160, 1000, (8, 8), temperature=2.0)
     options = Options(vocab_size=1000, gamma=0.5, temperature=2.0, chunk_tokens=32, engine=engine)
-    student = (case.student_hidden.detach(), case.student_weight.detach(), None)
-    teacher = (case.teacher_hidden, case.teacher_weight, None)
+    student = HeadInput(case.student_hidden.detach(), case.student_weight.detach())
+    teacher = HeadInput(case.teacher_hidden, case.teacher_weight)
     with Watch():
-        run_chunks(Call(*student, *teacher, None, case.labels, None, (True, True, False)), options)
+        run_chunks(Call(student, teacher, case.labels, None, Wanted(hidden=True, weight=True)), options)
     assert max(sizes) == 32 * 1024 * 4  # one model's float32 logits of one chunk
 
 
@@ -228,14 +228,14 @@ def test_no_tensor_of_all_tokens_by_vocabulary(engine: Engine) -> None:
     ],
 )
 def test_bad_arguments_are_refused(changes: dict[str, Any], message: str) -> None:
-    arguments = {**vars(make()), **changes}
     with pytest.raises(ConfigError, match=message):
-        linear_kd_loss(**arguments)
+        make().run(**changes)
 
 
 def test_linear_nll_refuses_bad_arguments() -> None:
     case = make()
     with pytest.raises(ConfigError, match="vocab_size is 999, weight has 211 rows"):
-        linear_nll(case.student_hidden, case.student_weight, case.labels, vocab_size=999)
+        linear_nll(case.student_hidden, case.student_weight, case.labels, options=Options(999, gamma=0.0))
     with pytest.raises(ConfigError, match="chunk_tokens is -1"):
-        linear_nll(case.student_hidden, case.student_weight, case.labels, vocab_size=211, chunk_tokens=-1)
+        options = Options(211, gamma=0.0, chunk_tokens=-1)
+        linear_nll(case.student_hidden, case.student_weight, case.labels, options=options)

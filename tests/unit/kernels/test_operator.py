@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from ddk_ds.errors import ConfigError
-from ddk_ds.kernels import LogitForm, TeacherTopK, chunked, default_chunk_tokens, heads, linear_kd_loss, rows_native
-from ddk_ds.kernels.options import Engine
-from tests.unit.kernels.kd_case import assert_agrees, error, make, truth
+from ddk_ds.kernels import LogitForm, Options, TeacherTopK, chunked, default_chunk_tokens, rows_native
+from ddk_ds.kernels.options import Engine, Rows
+from ddk_ds.kernels.rows_eager import eager_rows
+from tests.unit.kernels.kd_case import OPTIONS, assert_agrees, error, make, truth
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -31,19 +32,47 @@ def test_torch_compile_sees_one_operator(dtype: torch.dtype) -> None:
 
 def test_the_operator_keeps_its_promises() -> None:
     case = make(20, 50, (8, 8), bias=True)
-    arguments: list[tuple[object, ...]] = []
+    calls: list[tuple[tuple[object, ...], dict[str, object]]] = []
     operator = torch.ops.ddk_ds.linear_kd.default
 
     class Spy(torch.utils._python_dispatch.TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
             if func is operator:
-                arguments.append(tuple(a.detach() if isinstance(a, Tensor) else a for a in args))
+                calls.append((tuple(a.detach() if isinstance(a, Tensor) else a for a in args), kwargs))
             return func(*args, **(kwargs or {}))
 
     with Spy():
         case.run()
     # Schema, shapes without data, and that nothing given is changed.
-    torch.library.opcheck(operator, arguments[0], test_utils=("test_schema", "test_faketensor"))
+    torch.library.opcheck(operator, *calls[0], test_utils=("test_schema", "test_faketensor"))
+
+
+def test_every_option_reaches_the_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    options = {
+        "vocab_size": 211,
+        "gamma": 0.7,
+        "temperature": 1.5,
+        "divergence": "skew_reverse_kl",
+        "coefficient": 0.2,
+        "ce_weight": 0.9,
+        "scale_by_temperature": False,
+        "ignore_index": -7,
+        "chunk_tokens": 16,
+        "logits_dtype": "model",
+        "student_form": LogitForm(0.5, 30.0),
+        "teacher_form": LogitForm(1.5, 20.0),
+        "engine": "eager",
+    }
+    assert set(options) == set(OPTIONS)
+    seen = []
+
+    def spy(given: Rows, options: Options) -> None:
+        seen.append(options)
+        eager_rows(given, options)
+
+    monkeypatch.setattr(chunked, "eager_rows", spy)
+    make(ignored=0.0).run(**options)
+    assert set(seen) == {Options(**options)}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -123,7 +152,7 @@ def test_half_precision_gradients_of_several_chunks(
     monkeypatch: pytest.MonkeyPatch, engine: Engine, rows: bool
 ) -> None:
     """As on a GPU, or a CPU that multiplies bfloat16: float32 logits, the gradients of 4 chunks in one matmul."""
-    monkeypatch.setattr(heads, "has_fast_half", lambda weight: weight.dtype == torch.bfloat16)
+    monkeypatch.setattr(chunked, "has_fast_half", lambda weight: weight.dtype == torch.bfloat16)
     case = make(150, 507, (64, 96), std=3.0, dtype=torch.bfloat16, bias=True, padded=(5, 0))
     valid = (case.labels != -100).nonzero().squeeze(1) if rows else None
     assert_agrees(case, 5e-7, 5e-3, engine=engine, chunk_tokens=16, valid_rows=valid)
@@ -160,7 +189,7 @@ def test_no_compiler_is_said_once(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_bad_options_are_refused(changes: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        linear_kd_loss(**{**vars(make()), **changes})
+        make().run(**changes)
 
 
 def test_a_teachers_top_k_must_fit() -> None:
