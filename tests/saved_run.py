@@ -16,7 +16,7 @@ from ddk_ds.engine.model_files import read_model
 from ddk_ds.engine.student import names_on_disk
 from ddk_ds.engine.zero_shards import MODEL_FILE
 from ddk_ds.files import partial_path
-from ddk_ds.mixture.schedule import IntervalState
+from ddk_ds.mixture.interval_state import IntervalState
 from ddk_ds.train.checkpoint.checkpoint_files import FORMAT, TAG, Manifest, complete
 from ddk_ds.train.state import RunState
 from tests.dist.tiny import tiny_config

@@ -21,9 +21,11 @@ from rich.table import Table
 from ddk_ds.config import Config, load_config
 from ddk_ds.errors import CheckpointError, DataError, UserError
 from ddk_ds.files import write_text
-from ddk_ds.mixture import Controller, Decision, decide, largest_remainder
+from ddk_ds.mixture.controllers import make_controller
+from ddk_ds.mixture.decide import Controller, Decision, decide
+from ddk_ds.mixture.exhaustion import largest_remainder
 from ddk_ds.run_files import read_events, read_ledger
-from ddk_ds.train.interval import controller_of, read_schedule
+from ddk_ds.train.interval import read_schedule
 
 Array = npt.NDArray[np.float64]
 
@@ -63,7 +65,7 @@ def _replay(options: argparse.Namespace, console: Console) -> int:
     names, intervals = read_intervals(options.run)
     config = load_config(options.run / "config.yaml")
     known = _known(options.run)
-    ours = controller_of(config.mixture, known["train_tokens"], known["schedule"])
+    ours = make_controller(config.mixture, known["train_tokens"], known["schedule"])
     again = [_again(ours, intervals, place) for place in range(len(intervals))]
     unequal = [
         one.number for one, taken in zip(intervals, again, strict=True) if taken is not None and not _equal(one, taken)
@@ -139,7 +141,7 @@ def _other_controller(options: argparse.Namespace, config: Config, known: dict[s
     schedule = known["schedule"]
     if mixture.schedule_file != config.mixture.schedule_file:
         schedule = read_schedule(mixture.schedule_file)
-    return controller_of(mixture, known["train_tokens"], schedule)
+    return make_controller(mixture, known["train_tokens"], schedule)
 
 
 def _decided_otherwise(controller: Controller, intervals: list[Interval]) -> list[Decision]:

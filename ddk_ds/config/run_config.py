@@ -72,8 +72,6 @@ class Config(MethodSections):
     @model_validator(mode="after")
     def _parts_agree(self) -> Config:
         self._check_teacher()
-        if (self.mixture.controller == "static") != (self.mixture.proportions is not None):
-            raise ValueError("mixture.proportions goes with mixture.controller: static, and only with it")
         if self.stop.steps is not None and self.optimizer.warmup_steps >= self.stop.steps:
             raise ValueError(
                 f"optimizer.warmup_steps is {self.optimizer.warmup_steps}, stop.steps {self.stop.steps}: the learning "

@@ -20,14 +20,15 @@ OpenFraction = Annotated[float, Field(gt=0.0, lt=1.0, allow_inf_nan=False)]
 Divergence = Literal[
     "forward_kl", "reverse_kl", "jensen_shannon", "skew_forward_kl", "skew_reverse_kl", "total_variation"
 ]
-Exhaustion = Literal["cycle", "cap", "stop"]
-Controller = Literal[
+ExhaustionPolicy = Literal["cycle", "cap", "stop"]
+ControllerKind = Literal[
     "ddk", "ddk_no_smoothing", "equal", "by_size", "static", "schedule", "sheared_llama", "doremi_online"
 ]
 _MEASURING = ("ddk", "ddk_no_smoothing", "sheared_llama", "doremi_online")
-# The controllers that have an option. alpha, ratio_cap and initial_floor are not here: an ablation of a DDK run is
-# one override of the controller, and they stay where they are.
+# The controllers that use an option. alpha, ratio_cap and initial_floor are not here: they can stay in a configuration
+# of DDK whose controller is overridden, so that an ablation is one override.
 _CONTROLLERS_WITH: dict[str, tuple[str, ...]] = {
+    "proportions": ("static",),
     "schedule_file": ("schedule",),
     "initial": ("ddk",),
     "prior": ("ddk", "sheared_llama", "doremi_online"),
@@ -82,7 +83,7 @@ class Data(Section):
 class Mixture(Section):
     """How the proportions of the domains are decided."""
 
-    controller: Controller = "ddk"
+    controller: ControllerKind = "ddk"
     """ddk (Eq. 1, 2); ddk_no_smoothing (Eq. 1 each interval); equal; by_size (tokens of the domain); static; schedule;
     sheared_llama; doremi_online. docs/methods.md has their formulas and sources."""
     alpha: Fraction = 0.5
@@ -115,9 +116,9 @@ class Mixture(Section):
     """eta of doremi_online."""
     smoothing: Fraction = 1e-3
     """c of doremi_online: share of equal proportions in every update."""
-    exhaustion: Exhaustion = "cycle"
+    exhaustion: ExhaustionPolicy = "cycle"
     """cycle (pass after pass); cap (at its limit the others get a domain's share); stop (there the run ends)."""
-    exhaustion_by_domain: dict[str, Exhaustion] = Field(default_factory=dict)
+    exhaustion_by_domain: dict[str, ExhaustionPolicy] = Field(default_factory=dict)
     """Policy of single domains in place of `exhaustion`."""
     max_passes: PositiveFloat | None = None
     """Limit of each domain with cap or stop, in passes over its samples; null: one pass, with stop alone."""
@@ -133,6 +134,8 @@ class Mixture(Section):
                     f"{option} is {value}, which controller: {self.controller} does not use: remove it, or set "
                     f"mixture.controller to {' or '.join(controllers)}"
                 )
+        if self.controller == "static" and self.proportions is None:
+            raise ValueError("controller: static needs proportions: give one for each domain, with the sum 1")
         if self.controller == "schedule" and self.schedule_file is None:
             raise ValueError("controller: schedule needs schedule_file: set it to a YAML file of proportions")
         if self.initial == "equal" and self.initial_floor:

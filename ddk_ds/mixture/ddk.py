@@ -1,87 +1,171 @@
-"""The paper's controller and its ablation without smoothing (arXiv 2407.16154)."""
+"""The paper's controller (DDK, arXiv 2407.16154): Eq. 1 and Eq. 2, and the ablation without smoothing.
+
+The paper calls the proportions r_t domain discrepancy factors. Both equations are computed in the log domain.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
 
-from ddk_ds.mixture.decide import options_of
-from ddk_ds.mixture.factors import Values, Vector, initial_factors, smooth_update
+from ddk_ds.errors import ConfigError, DataError
+from ddk_ds.mixture.decide import state_of
+from ddk_ds.mixture.domain_vectors import (
+    Values,
+    Vector,
+    check_perplexities,
+    check_proportions,
+    domain_label,
+    reweighted,
+    softmax,
+)
+
+
+def perplexity_ratios(
+    student_ppl: Values, teacher_ppl: Values, *, cap: float | None, names: Sequence[str] | None = None
+) -> Vector:
+    """Compute l_S / l_T, the ratio of the student's to the teacher's perplexity, (N,).
+
+    Args:
+        student_ppl, teacher_ppl: (N,) perplexities l_S, l_T.
+        cap: upper bound on the ratio; None, as in the paper, for no bound.
+        names: the domains' names, for messages.
+
+    Raises:
+        DataError: a perplexity is missing or not a positive finite number, or a ratio overflows.
+    """
+    student = check_perplexities(student_ppl, model="student", names=names)
+    teacher = check_perplexities(teacher_ppl, model="teacher", names=names)
+    if len(student) != len(teacher):
+        raise DataError(f"{len(student)} perplexities of the student, {len(teacher)} of the teacher")
+    with np.errstate(over="ignore"):
+        ratios = student / teacher
+    if not np.isfinite(ratios).all():
+        i = int(np.flatnonzero(~np.isfinite(ratios))[0])
+        label = domain_label(names, i)
+        raise DataError(f"student {student[i]} / teacher {teacher[i]} perplexity of {label} overflows")
+    return ratios if cap is None else np.minimum(ratios, cap)
+
+
+def discrepancy(student_ppl: Values, teacher_ppl: Values, *, names: Sequence[str] | None = None) -> float:
+    """Return the largest l_S / l_T - 1 over the domains: Algorithm 1 can stop when it falls under a threshold."""
+    return float(perplexity_ratios(student_ppl, teacher_ppl, cap=None, names=names).max() - 1)
+
+
+def initial_proportions(ratios: Vector, *, floor: float) -> Vector:
+    """Compute Eq. 1 of arXiv 2407.16154: r_0 = softmax(l_S / l_T), (N,), sums to 1.
+
+    Args:
+        ratios: (N,) l_S / l_T.
+        floor: lower bound on every proportion, r = floor + (1 - N floor) softmax; 0 is the paper.
+
+    Raises:
+        ConfigError: floor is not between 0 and 1/N.
+    """
+    num_domains = len(ratios)
+    if not (floor >= 0 and floor * num_domains <= 1 + 1e-12):  # 1/N times N can round up
+        raise ConfigError(
+            f"mixture.initial_floor is {floor} for {num_domains} domains: give a number between 0 and 1/{num_domains}"
+        )
+    return floor + max(0.0, 1 - num_domains * floor) * softmax(ratios)
+
+
+def updated_proportions(
+    proportions: Sequence[float] | Vector, ratios: Vector, *, alpha: float, prior: Sequence[float] | None
+) -> Vector:
+    """Compute Eq. 2 of arXiv 2407.16154.
+
+    psi = r_t exp(l_S / l_T); r_{t+1} = alpha psi / sum(psi) + (1 - alpha) / N, (N,), sums to 1.
+
+    Args:
+        proportions: (N,) r_t, non-negative, sums to 1; zeros are legal (their psi is 0).
+        ratios: (N,) l_S / l_T.
+        alpha: smoothing coefficient, 0..1; every domain keeps at least (1 - alpha) / N.
+        prior: (N,) proportions in place of 1/N; None is the paper.
+
+    Raises:
+        ConfigError: `proportions` or `prior` are not proportions of N domains.
+    """
+    current = check_proportions(proportions, num_domains=len(ratios), label="the interval's proportions r_t")
+    smoothed = alpha * reweighted(current, ratios - ratios.max())
+    if prior is None:
+        return smoothed + (1 - alpha) / len(ratios)
+    return smoothed + (1 - alpha) * check_proportions(prior, num_domains=len(ratios), label="mixture.prior")
 
 
 @dataclass(frozen=True)
 class DDK:
-    """Eq. 1 at the start, Eq. 2 from then on (arXiv 2407.16154):
-
-    r_0 = softmax(l_S / l_T); r_{t+1} = alpha psi / sum(psi) + (1 - alpha) / N, psi = r_t exp(l_S / l_T).
-    """
+    """DDK as published: Eq. 1 for the first interval, Eq. 2 for every later one."""
 
     names: tuple[str, ...]
-    alpha: float = 0.5
-    ratio_cap: float | None = None
-    initial_floor: float = 0.0
-    initial: str = "eq1"
-    """eq1, or equal: the first interval's proportions are 1/N."""
-    prior: tuple[float, ...] | None = None
+    alpha: float
+    ratio_cap: float | None
+    initial_floor: float
+    initial: str
+    """Rule of the first interval: "eq1", or "equal" for proportions of 1/N."""
+    prior: tuple[float, ...] | None
     """(N,) proportions in place of Eq. 2's 1/N; None is the paper."""
-    ppl_smoothing: float = 0.0
+    ppl_smoothing: float
     name: ClassVar[str] = "ddk"
     uses_teacher: ClassVar[bool] = True
 
     def start(self, student_ppl: Values, teacher_ppl: Values) -> Vector:
-        """Eq. 1, under the options' cap and floor; or equal proportions."""
+        """Compute Eq. 1 with the configured cap and floor, or return equal proportions."""
         if self.initial == "equal":
             return np.full(len(self.names), 1 / len(self.names))
-        return _eq1(self, student_ppl, teacher_ppl)
+        ratios = perplexity_ratios(student_ppl, teacher_ppl, cap=self.ratio_cap, names=self.names)
+        return initial_proportions(ratios, floor=self.initial_floor)
 
     def update(self, proportions: Vector, student_ppl: Values, teacher_ppl: Values, *, interval: int) -> Vector:
-        """Eq. 2, under the options' cap."""
-        return smooth_update(
-            proportions,
-            student_ppl,
-            teacher_ppl,
-            alpha=self.alpha,
-            ratio_cap=self.ratio_cap,
-            prior=self.prior,
-            names=self.names,
-        )
+        """Compute Eq. 2 with the configured cap and prior."""
+        ratios = perplexity_ratios(student_ppl, teacher_ppl, cap=self.ratio_cap, names=self.names)
+        return updated_proportions(proportions, ratios, alpha=self.alpha, prior=self.prior)
 
     def state_dict(self) -> dict[str, Any]:
-        """Kind and options."""
-        return options_of(self)
+        """Return the kind and the options."""
+        return state_of(self)
 
 
 @dataclass(frozen=True)
 class DDKNoSmoothing:
-    """The ablation "w/o FS" (arXiv 2407.16154, Table 5): Eq. 1 afresh at every interval, cap and floor included."""
+    """The ablation "w/o FS" (arXiv 2407.16154, Table 5): Eq. 1 at every interval, with its cap and floor."""
 
     names: tuple[str, ...]
-    ratio_cap: float | None = None
-    initial_floor: float = 0.0
-    ppl_smoothing: float = 0.0
+    ratio_cap: float | None
+    initial_floor: float
+    ppl_smoothing: float
     name: ClassVar[str] = "ddk_no_smoothing"
     uses_teacher: ClassVar[bool] = True
 
     def start(self, student_ppl: Values, teacher_ppl: Values) -> Vector:
-        """Eq. 1, under the options' cap and floor."""
-        return _eq1(self, student_ppl, teacher_ppl)
+        """Compute Eq. 1 with the configured cap and floor."""
+        ratios = perplexity_ratios(student_ppl, teacher_ppl, cap=self.ratio_cap, names=self.names)
+        return initial_proportions(ratios, floor=self.initial_floor)
 
     def update(self, proportions: Vector, student_ppl: Values, teacher_ppl: Values, *, interval: int) -> Vector:
-        """Eq. 1 again; the past proportions take no part."""
-        return _eq1(self, student_ppl, teacher_ppl)
+        """Compute Eq. 1 again; the past proportions are not used."""
+        return self.start(student_ppl, teacher_ppl)
 
     def state_dict(self) -> dict[str, Any]:
-        """Kind and options."""
-        return options_of(self)
+        """Return the kind and the options."""
+        return state_of(self)
 
 
-def _eq1(options: DDK | DDKNoSmoothing, student_ppl: Values, teacher_ppl: Values) -> Vector:
-    return initial_factors(
-        student_ppl,
-        teacher_ppl,
-        ratio_cap=options.ratio_cap,
-        floor=options.initial_floor,
-        names=options.names,
+def one_hot_warning(proportions: Sequence[float] | Vector, names: Sequence[str], threshold: float = 0.9) -> str | None:
+    """Return a warning if one of several domains takes more than `threshold` of the first interval, else None.
+
+    Eq. 1 exponentiates the ratio of perplexities and has no floor: with a weak student whose ratios are 5 and 40, the
+    first interval has almost no samples of the other domains.
+    """
+    top = int(np.argmax(proportions))
+    if len(proportions) == 1 or not float(proportions[top]) > threshold:
+        return None
+    return (
+        f"the first interval takes {float(proportions[top]):.1%} of its samples from domain '{names[top]}': "
+        "Eq. 1 exponentiates the ratio of perplexities, and this student's ratios are far apart. To spread "
+        "the samples, set mixture.ratio_cap (a bound on the ratio before exp) or mixture.initial_floor (a "
+        "least proportion of every domain)"
     )

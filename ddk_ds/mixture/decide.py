@@ -1,6 +1,6 @@
-"""What a controller is: the proportions that it continues from are handed to it, it holds nothing but its options.
+"""A controller and its decision between two intervals, as a run takes it and as a replay of its ledger repeats it.
 
-One decision between two intervals, as a run takes it and as a replay of its ledger takes it again.
+A controller holds nothing but its options: it is given the proportions that it continues from.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from ddk_ds.mixture.factors import Values, Vector
+from ddk_ds.mixture.domain_vectors import Values, Vector
 
 
 class Controller(Protocol):
-    """Decides the proportions (N,) of the next interval from perplexities; pure."""
+    """Decides the proportions (N,) of the next interval from perplexities; every method is pure."""
 
     @property
     def name(self) -> str:
@@ -23,50 +23,50 @@ class Controller(Protocol):
 
     @property
     def uses_teacher(self) -> bool:
-        """Whether the teacher's perplexities are needed; else None may be handed in for them."""
+        """True if the teacher's perplexities are needed; otherwise they can be None."""
 
     @property
     def ppl_smoothing(self) -> float:
-        """Weight of the past in the student's perplexity that is to be handed in (see `decide`); 0: none."""
+        """Weight of the past in the student's perplexities that `decide` passes to the controller; 0: no smoothing."""
 
     def start(self, student_ppl: Values, teacher_ppl: Values) -> Vector:
-        """Proportions of interval 0."""
+        """Return the proportions of interval 0."""
 
     def update(self, proportions: Vector, student_ppl: Values, teacher_ppl: Values, *, interval: int) -> Vector:
-        """Proportions of `interval` (from 1), the one after that which had `proportions`."""
+        """Return the proportions of `interval` (from 1); `proportions` are those of the interval before."""
 
     def state_dict(self) -> dict[str, Any]:
-        """All that decides what it returns, as plain JSON."""
+        """Return everything that the decisions depend on, except perplexities, as plain JSON."""
 
 
-def options_of(controller: Any) -> dict[str, Any]:
-    """The `state_dict` of a controller that is a dataclass: its kind and options."""
-    options = {key: _plain(value) for key, value in asdict(controller).items()}
+def state_of(controller: Any) -> dict[str, Any]:
+    """Return the `state_dict` of a controller that is a dataclass: its kind and options."""
+    options = {key: _as_lists(value) for key, value in asdict(controller).items()}
     return {**options, "name": controller.name}
 
 
-def _plain(value: Any) -> Any:
-    return [_plain(item) for item in value] if isinstance(value, tuple) else value
+def _as_lists(value: Any) -> Any:
+    return [_as_lists(item) for item in value] if isinstance(value, tuple) else value
 
 
 @dataclass(frozen=True)
 class Decision:
-    """What the next decision continues from."""
+    """The decision on one interval, which the next decision continues from."""
 
     proportions: list[float]
-    """(N,) of the interval."""
+    """(N,) proportions of the interval."""
     smoothed_ppl: list[float]
-    """(N,) the student's perplexities as the controller was given them; empty where it smooths none."""
+    """(N,) the student's perplexities as the controller received them; empty if it smooths none."""
 
 
 def decide(
     controller: Controller, last: Decision | None, student_ppl: Vector, teacher_ppl: Values, *, interval: int
 ) -> Decision:
-    """The decision on `interval` (from 0); pure.
+    """Return the decision on `interval` (from 0); pure.
 
     Args:
         last: the decision on the interval before; None for the first.
-        student_ppl, teacher_ppl: (N,) as measured at the interval's beginning.
+        student_ppl, teacher_ppl: (N,) as measured at the beginning of the interval.
 
     Raises:
         DataError: a perplexity that the controller needs is missing or not a positive finite number.
@@ -84,11 +84,11 @@ def decide(
 
 
 def smoothed_perplexities(last: Sequence[float], measured: Vector, weight: float) -> Vector:
-    """The exponential moving average of log perplexities: exp(weight log last + (1 - weight) log measured), (N,).
+    """Compute the moving average of log perplexities: exp(weight log last + (1 - weight) log measured), (N,).
 
-    `last` is empty at the first measurement, which is taken as it is.
+    `last` is empty at the first measurement, which is returned unchanged.
     """
     if not len(last):
         return measured.copy()
-    with np.errstate(divide="ignore", invalid="ignore"):  # the controller refuses what is no perplexity
+    with np.errstate(divide="ignore", invalid="ignore"):  # the controller refuses values that are no perplexities
         return np.exp(weight * np.log(np.asarray(last, np.float64)) + (1 - weight) * np.log(measured))

@@ -1,4 +1,4 @@
-"""Controllers that follow the excess loss over a reference: Sheared LLaMA's and DoReMi's updates."""
+"""Controllers that follow the excess of the student's loss over a reference: Sheared LLaMA and DoReMi."""
 
 from __future__ import annotations
 
@@ -7,39 +7,39 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from ddk_ds.mixture.decide import options_of
-from ddk_ds.mixture.factors import Values, Vector, check_perplexities, check_proportions, reweighted
+from ddk_ds.mixture.decide import state_of
+from ddk_ds.mixture.domain_vectors import Values, Vector, check_perplexities, check_proportions, reweighted
 
 
 @dataclass(frozen=True)
 class _ExcessLoss:
-    """What both have: where they begin, and what a loss is held against."""
+    """The part that both controllers share: prior, reference losses and the exponential step."""
 
     names: tuple[str, ...]
-    prior: tuple[float, ...] | None = None
-    """(N,) proportions to begin with; None: equal."""
-    reference: tuple[float, ...] | None = None
-    """(N,) reference losses, nats a token; None: the teacher's."""
-    ppl_smoothing: float = 0.0
+    prior: tuple[float, ...] | None
+    """(N,) proportions of the first interval; None: equal."""
+    reference: tuple[float, ...] | None
+    """(N,) reference losses in nats a token; None: the teacher's losses."""
+    ppl_smoothing: float
     name: ClassVar[str]
 
     @property
     def uses_teacher(self) -> bool:
-        """Whether the references are the teacher's losses."""
+        """True if the references are the teacher's losses."""
         return self.reference is None
 
     def start(self, student_ppl: Values, teacher_ppl: Values) -> Vector:
-        """The prior; perplexities are not looked at."""
+        """Return the prior; perplexities are not used."""
         num_domains = len(self.names)
         return np.full(num_domains, 1 / num_domains) if self.prior is None else np.array(self.prior, np.float64)
 
     def state_dict(self) -> dict[str, Any]:
-        """Kind and options."""
-        return options_of(self)
+        """Return the kind and the options."""
+        return state_of(self)
 
-    def _moved(self, proportions: Vector, student_ppl: Values, teacher_ppl: Values, step_size: float) -> Vector:
-        """The proportions times exp(step_size max(loss_S - reference, 0)), divided by their sum, (N,)."""
-        current = check_proportions(proportions, num_domains=len(self.names), what="the interval's proportions")
+    def _reweighted(self, proportions: Vector, student_ppl: Values, teacher_ppl: Values, step_size: float) -> Vector:
+        """Multiply the proportions by exp(step_size max(loss_S - reference, 0)) and divide them by their sum, (N,)."""
+        current = check_proportions(proportions, num_domains=len(self.names), label="the interval's proportions")
         losses = np.log(check_perplexities(student_ppl, model="student", names=self.names))
         if self.reference is None:
             references = np.log(check_perplexities(teacher_ppl, model="teacher", names=self.names))
@@ -50,37 +50,37 @@ class _ExcessLoss:
 
 @dataclass(frozen=True)
 class ShearedLlama(_ExcessLoss):
-    """Dynamic batch loading of Sheared LLaMA (arXiv 2310.06694, Algorithm 1):
+    """Dynamic batch loading of Sheared LLaMA (arXiv 2310.06694, Algorithm 1).
 
-    w_0 = prior; w_{t+1} = w_t exp(max(loss_S - reference, 0)) / sum. Losses are log perplexities, in nats a token.
-    The paper's references are predicted by scaling laws; here they are the teacher's losses, or given.
+    r_0 = prior; r_{t+1} = r_t exp(max(loss_S - reference, 0)) / sum. Losses are log perplexities, in nats a token.
+    Scaling laws predict the paper's references; here they are the teacher's losses or losses from the configuration.
     """
 
     name: ClassVar[str] = "sheared_llama"
 
     def update(self, proportions: Vector, student_ppl: Values, teacher_ppl: Values, *, interval: int) -> Vector:
-        """The proportions times exp(excess loss), divided by their sum."""
-        return self._moved(proportions, student_ppl, teacher_ppl, 1.0)
+        """Multiply the proportions by exp(excess loss) and divide them by their sum."""
+        return self._reweighted(proportions, student_ppl, teacher_ppl, 1.0)
 
 
 @dataclass(frozen=True)
 class DoReMiOnline(_ExcessLoss):
-    """DoReMi's update of the domain weights (arXiv 2305.10429, Algorithm 1), applied to the student's own mixture:
+    """DoReMi's update of the domain weights (arXiv 2305.10429, Algorithm 1), applied to the student's own mixture.
 
-    alpha_0 = prior; alpha' = alpha_{t-1} exp(eta max(loss_S - reference, 0)); alpha_t = (1 - c) alpha' / sum + c / N.
+    r_0 = prior; r' = r_t exp(eta max(loss_S - reference, 0)); r_{t+1} = (1 - c) r' / sum + c / N.
 
-    The paper weighs a proxy model's losses by alpha at every step, clips the excess of each token, and samples by
-    alpha's mean over the steps; here alpha is the sampling proportion of an interval, and the excess is that of the
-    domain's mean loss. The paper's prior is the default, equal proportions.
+    The paper weights a proxy model's losses by r at every step, clips the excess of each token, and samples by the mean
+    of r over the steps. Here r are the sampling proportions of an interval, and the excess is that of the domain's mean
+    loss.
     """
 
-    step_size: float = 1.0
-    """eta."""
-    smoothing: float = 1e-3
-    """c, 0..1: share of equal proportions in every update."""
+    step_size: float
+    """eta, the factor of the excess loss."""
+    smoothing: float
+    """c, 0..1: weight of equal proportions in every update."""
     name: ClassVar[str] = "doremi_online"
 
     def update(self, proportions: Vector, student_ppl: Values, teacher_ppl: Values, *, interval: int) -> Vector:
-        """The proportions times exp(eta excess loss), divided by their sum and smoothed."""
-        sharp = self._moved(proportions, student_ppl, teacher_ppl, self.step_size)
+        """Multiply the proportions by exp(eta excess loss), divide them by their sum, and mix in equal proportions."""
+        sharp = self._reweighted(proportions, student_ppl, teacher_ppl, self.step_size)
         return (1 - self.smoothing) * sharp + self.smoothing / len(self.names)

@@ -1,8 +1,8 @@
-"""What happens when a domain has been drawn as often as it may be: go on, give its share away, or end the run."""
+"""From proportions to each domain's number of samples, with the limits on how often a domain is drawn."""
 
 from __future__ import annotations
 
-import difflib
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -10,45 +10,59 @@ from fractions import Fraction
 import numpy as np
 
 from ddk_ds.errors import ConfigError
-from ddk_ds.mixture.factors import Vector
-from ddk_ds.mixture.order import Ids, largest_remainder
+from ddk_ds.mixture.domain_vectors import Vector, check_domains, check_proportions
+from ddk_ds.mixture.order import Ids
 
-EXHAUSTION_POLICIES = ("cycle", "cap", "stop")
+
+def largest_remainder(proportions: Sequence[float] | Vector, total: int) -> Ids:
+    """Return integer counts (N,) with sum `total` and |count - proportion * total| < 1; ties go to the lower index.
+
+    Raises:
+        ConfigError: proportions that are negative, not finite, or do not sum to 1 within 1e-6; total < 0.
+    """
+    if total < 0:
+        raise ConfigError(f"{total} samples an interval: give 0 or more")
+    checked = check_proportions(proportions, num_domains=len(proportions), label="proportions")
+    # math.fsum is exact: the counts are the same on every machine.
+    exact = checked / math.fsum(checked) * total
+    counts: Ids = np.floor(exact).astype(np.int64)
+    largest_first = np.argsort(counts - exact, kind="stable")
+    counts[largest_first[: total - int(counts.sum())]] += 1
+    return counts
 
 
 @dataclass(frozen=True)
 class Plan:
-    """An interval as the proportions ask for it, and as the domains can give it."""
+    """The numbers of samples of one interval, before and after the domains' limits."""
 
     asked: tuple[int, ...]
     """(N,) samples by the proportions alone."""
     counts: tuple[int, ...]
-    """(N,) samples to draw; `asked` unless a domain is at its cap. Empty where the run ends instead."""
+    """(N,) samples to draw; differs from `asked` if a domain reaches its cap. Empty if the run ends instead."""
     end: str | None = None
-    """Why the run ends before this interval; None where it goes on."""
+    """Reason why the run ends before this interval; None if it continues."""
 
 
 @dataclass(frozen=True)
 class Exhaustion:
-    """The policy of each domain; a value, and `plan` is a pure function.
+    """The exhaustion policy and the limit of each domain.
 
-    cycle: the domain is drawn for ever, pass after pass (the paper).
-    cap: never more draws in the whole run than its limit. An interval takes what is left of it; the rest of what was
-    asked goes to the domains that are not at their cap, by their proportions. The run ends before an interval that
-    they cannot fill: where all domains with a proportion are at their cap.
-    stop: the run ends before the interval that would draw the domain (what it was asked for and what capped domains
-    gave away) beyond its limit. So no sample is drawn more often than the limit says, and less than an interval's
-    share of the domain may be left over.
+    cycle: the domain is drawn without limit, pass after pass (the paper).
+    cap: the domain is never drawn beyond its limit. An interval takes the draws that are left; the other domains get
+    the rest of its samples, by their proportions. The run ends before an interval that the other domains cannot fill,
+    because each domain with a proportion is at its cap.
+    stop: the run ends before the interval that would draw the domain beyond its limit, counting the samples that capped
+    domains gave to it. Less than an interval's samples of the domain can be left over.
     """
 
     names: tuple[str, ...]
     policies: tuple[str, ...]
-    """One of EXHAUSTION_POLICIES a domain."""
+    """(N,) "cycle", "cap" or "stop"."""
     limits: tuple[int | None, ...]
-    """Draws of each domain in the whole run; None, for ever, with cycle."""
+    """(N,) limits on the draws in the complete run; None for a domain that cycles."""
 
     def plan(self, proportions: Sequence[float] | Vector, total: int, drawn: Sequence[int]) -> Plan:
-        """The next interval: `total` samples by `proportions` (N,) after `drawn` (N,) draws since the run began.
+        """Return the next interval of `total` samples by `proportions` (N,), after `drawn` (N,) draws of each domain.
 
         Raises:
             ConfigError: proportions that are negative, not finite, or do not sum to 1 within 1e-6.
@@ -64,15 +78,15 @@ class Exhaustion:
         return Plan(_tuple(asked), _tuple(counts))
 
     def check_first(self, total: int, exclude: Sequence[str] = ()) -> None:
-        """Raise ConfigError where not even one interval of `total` samples can be drawn, whatever the proportions.
+        """Raise ConfigError if no proportions allow even one interval of `total` samples.
 
-        `exclude`: domains that are never drawn.
+        `exclude` names the domains that are never drawn.
         """
         limits = [limit for name, limit in zip(self.names, self.limits, strict=True) if name not in exclude]
-        known = [limit for limit in limits if limit is not None]
-        if len(known) == len(limits) and sum(known) < total:
+        finite = [limit for limit in limits if limit is not None]
+        if len(finite) == len(limits) and sum(finite) < total:
             raise ConfigError(
-                f"mixture.max_passes leaves {sum(known):,} samples of all domains together, the first interval needs "
+                f"mixture.max_passes leaves {sum(finite):,} samples of all domains together, the first interval needs "
                 f"{total:,}: raise it, lower mixture.interval_steps, or let a domain cycle"
             )
 
@@ -98,27 +112,20 @@ def make_exhaustion(
     by_domain: Mapping[str, str] | None = None,
     max_passes: float | None = None,
 ) -> Exhaustion:
-    """The policies of a run.
+    """Return the policies of a run.
 
     Args:
         names, sizes: the domains and their numbers of samples.
-        default: policy of the domains that `by_domain` does not name; one of EXHAUSTION_POLICIES.
-        max_passes: a domain's limit is this times its samples, rounded down; None is one pass.
+        default: policy ("cycle", "cap" or "stop") of the domains that `by_domain` does not name.
+        max_passes: a domain's limit is this number times its samples, rounded down; None is one pass.
 
     Raises:
-        ConfigError: an unknown domain or policy, or a limit of not one sample.
+        ConfigError: `by_domain` names an unknown domain, or a limit is less than one sample.
     """
     by_domain = by_domain or {}
-    for name in by_domain:
-        if name not in names:
-            near = difflib.get_close_matches(name, names, n=1)
-            hint = f"did you mean '{near[0]}'?" if near else f"this run's domains are {', '.join(names)}"
-            raise ConfigError(f"mixture.exhaustion_by_domain names '{name}', which is not a domain of this run: {hint}")
+    check_domains(by_domain, names, label="mixture.exhaustion_by_domain")
     policies = tuple(by_domain.get(name, default) for name in names)
-    for policy in policies:
-        if policy not in EXHAUSTION_POLICIES:
-            raise ConfigError(f"mixture.exhaustion is '{policy}': give one of {', '.join(EXHAUSTION_POLICIES)}")
-    # As written: 0.29 x 100 samples are 29, which floats would round down to 28.
+    # Exact, as in the configuration: 0.29 x 100 samples are 29, and floats would give 28.
     passes = Fraction(1 if max_passes is None else str(max_passes))
     limits: list[int | None] = []
     for name, size, policy in zip(names, sizes, policies, strict=True):
@@ -131,20 +138,20 @@ def make_exhaustion(
 
 
 def _under_caps(proportions: Vector, asked: Ids, caps: Ids) -> Ids | None:
-    """Counts (N,) <= caps with the sum of `asked`: what is over a cap goes to the others by their proportions.
+    """Return counts (N,) <= caps with the sum of `asked`; the others take the samples over a cap by their proportions.
 
-    None where the others have no proportion, or there are none.
+    None if no other domain has a proportion.
     """
     counts = asked.copy()
     full = np.zeros(len(counts), bool)
     while (over := counts > caps).any():
         full |= over
         rest = int(asked.sum() - caps[full].sum())
-        weights = proportions[~full]
-        if rest and not weights.sum():
+        others = proportions[~full]
+        if rest and not others.sum():
             return None
         counts[full] = caps[full]
-        counts[~full] = largest_remainder(weights / weights.sum(), rest) if rest else 0
+        counts[~full] = largest_remainder(others / others.sum(), rest) if rest else 0
     return counts
 
 

@@ -1,4 +1,4 @@
-"""Controllers that look at no perplexity: fixed proportions, and proportions by interval from a file."""
+"""Controllers that use no perplexities: fixed proportions, and proportions by interval from a file."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from typing import Any, ClassVar
 import numpy as np
 
 from ddk_ds.errors import ConfigError
-from ddk_ds.mixture.bounds import given_proportions
-from ddk_ds.mixture.decide import options_of
-from ddk_ds.mixture.factors import Values, Vector
+from ddk_ds.mixture.decide import state_of
+from ddk_ds.mixture.domain_vectors import Values, Vector, proportions_in_order
 
-Stage = tuple[int, tuple[float, ...]]  # first interval, proportions (N,)
+Stage = tuple[int, tuple[float, ...]]
+"""First interval, and proportions (N,) from that interval on."""
 
 
 @dataclass(frozen=True)
@@ -22,21 +22,22 @@ class Static:
 
     names: tuple[str, ...]
     proportions: tuple[float, ...]
-    name: str = "static"
+    name: str
+    """The kind: static, equal or by_size."""
     uses_teacher: ClassVar[bool] = False
     ppl_smoothing: ClassVar[float] = 0.0
 
     def start(self, student_ppl: Values, teacher_ppl: Values) -> Vector:
-        """The fixed proportions; perplexities are not looked at."""
+        """Return the fixed proportions; perplexities are not used."""
         return np.array(self.proportions, np.float64)
 
     def update(self, proportions: Vector, student_ppl: Values, teacher_ppl: Values, *, interval: int) -> Vector:
-        """The fixed proportions again."""
+        """Return the fixed proportions again."""
         return np.array(self.proportions, np.float64)
 
     def state_dict(self) -> dict[str, Any]:
-        """Kind and proportions."""
-        return options_of(self)
+        """Return the kind and the proportions."""
+        return state_of(self)
 
 
 @dataclass(frozen=True)
@@ -45,36 +46,36 @@ class Scheduled:
 
     names: tuple[str, ...]
     stages: tuple[Stage, ...]
-    """In ascending order of their first intervals; the first is 0."""
+    """Stages in ascending order of their first intervals; the first stage begins with interval 0."""
     name: ClassVar[str] = "schedule"
     uses_teacher: ClassVar[bool] = False
     ppl_smoothing: ClassVar[float] = 0.0
 
     def start(self, student_ppl: Values, teacher_ppl: Values) -> Vector:
-        """The first stage's proportions; perplexities are not looked at."""
+        """Return the first stage's proportions; perplexities are not used."""
         return self._at(0)
 
     def update(self, proportions: Vector, student_ppl: Values, teacher_ppl: Values, *, interval: int) -> Vector:
-        """The proportions of the stage that `interval` lies in."""
+        """Return the proportions of the stage that contains `interval`."""
         return self._at(interval)
 
     def state_dict(self) -> dict[str, Any]:
-        """Kind and stages."""
-        return options_of(self)
+        """Return the kind and the stages."""
+        return state_of(self)
 
     def _at(self, interval: int) -> Vector:
-        return np.array([shares for first, shares in self.stages if first <= interval][-1], np.float64)
+        return np.array([stage for first, stage in self.stages if first <= interval][-1], np.float64)
 
 
 def parse_stages(content: Any, names: Sequence[str], exclude: Sequence[str], *, source: str) -> tuple[Stage, ...]:
-    """The stages in a schedule's content: a list of {from_interval: int, proportions: {domain: proportion}}.
+    """Return the stages of a schedule, a list of {from_interval: int, proportions: {domain: proportion}}.
 
     Args:
-        content: plain values, as YAML gives them.
+        content: plain values, as read from YAML.
         source: the file's name, for messages.
 
     Raises:
-        ConfigError: naming the file, the entry (from 1), and the domain or value that is wrong.
+        ConfigError: names the file, the entry (from 1), and the domain or value that is wrong.
     """
     if not isinstance(content, list) or not content:
         raise ConfigError(
@@ -87,27 +88,30 @@ def parse_stages(content: Any, names: Sequence[str], exclude: Sequence[str], *, 
         if not isinstance(entry, Mapping) or set(entry) != {"from_interval", "proportions"}:
             keys = ", ".join(map(str, entry)) if isinstance(entry, Mapping) else repr(entry)
             raise ConfigError(f"{where}: has {keys or 'no keys'}, expected from_interval and proportions")
-        stages.append((_first_interval(entry["from_interval"], stages, where), _shares(entry, names, exclude, where)))
+        first_interval = _first_interval(entry["from_interval"], stages, where)
+        stages.append((first_interval, _stage_proportions(entry, names, exclude, where)))
     return tuple(stages)
 
 
-def _first_interval(value: Any, before: Sequence[Stage], where: str) -> int:
+def _first_interval(value: Any, stages_before: Sequence[Stage], where: str) -> int:
     if isinstance(value, bool) or not isinstance(value, int):
         raise ConfigError(f"{where}: from_interval is {value!r}: give a whole number")
-    if not before and value != 0:
+    if not stages_before and value != 0:
         raise ConfigError(f"{where}: from_interval is {value}: the first entry begins with interval 0")
-    if before and value <= before[-1][0]:
+    if stages_before and value <= stages_before[-1][0]:
         raise ConfigError(
-            f"{where}: from_interval is {value}, that of the entry before {before[-1][0]}: put them in order"
+            f"{where}: from_interval is {value}, that of the entry before {stages_before[-1][0]}: put them in order"
         )
     return value
 
 
-def _shares(entry: Mapping[str, Any], names: Sequence[str], exclude: Sequence[str], where: str) -> tuple[float, ...]:
-    shares = entry["proportions"]
-    if not isinstance(shares, Mapping):
-        raise ConfigError(f"{where}: proportions are {shares!r}: give one by domain")
-    for domain, share in shares.items():
-        if isinstance(share, bool) or not isinstance(share, int | float):
-            raise ConfigError(f"{where}: the proportion of '{domain}' is {share!r}: give a number")
-    return given_proportions(shares, names, exclude, what=f"{where}: proportions")
+def _stage_proportions(
+    entry: Mapping[str, Any], names: Sequence[str], exclude: Sequence[str], where: str
+) -> tuple[float, ...]:
+    proportions = entry["proportions"]
+    if not isinstance(proportions, Mapping):
+        raise ConfigError(f"{where}: proportions are {proportions!r}: give one by domain")
+    for domain, value in proportions.items():
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise ConfigError(f"{where}: the proportion of '{domain}' is {value!r}: give a number")
+    return proportions_in_order(proportions, names, exclude, label=f"{where}: proportions")

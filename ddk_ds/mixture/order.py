@@ -1,62 +1,43 @@
-"""From proportions to whole numbers of samples.
+"""The order in which one domain's samples are drawn: an endless sequence of shard-aware permutations.
 
-One domain's draws: an endless lazy sequence of shard-aware permutations.
-
-It depends on the seed, the domain's name and its shards alone, so that adding a domain or changing the proportions
-leaves what a domain yields, draw by draw, as it was.
+It depends only on the seed, the domain's name and its shards: another domain or other proportions do not change it.
 """
 
 from __future__ import annotations
 
 import hashlib
 import itertools
-import math
 from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ddk_ds.errors import ConfigError, DataError
-from ddk_ds.mixture.factors import Vector, check_proportions
 
 Ids = NDArray[np.int64]
 
-
-def largest_remainder(proportions: Sequence[float] | Vector, total: int) -> Ids:
-    """Integer counts (N,) with sum `total` and |count - proportion * total| < 1; ties go to the lower index.
-
-    Raises:
-        ConfigError: proportions that are negative, not finite, or do not sum to 1 within 1e-6; total < 0.
-    """
-    if total < 0:
-        raise ConfigError(f"{total} samples an interval: give 0 or more")
-    checked = check_proportions(proportions, num_domains=len(proportions), what="proportions")
-    # math.fsum is exact: the counts are the same on every machine.
-    exact = checked / math.fsum(checked) * total
-    counts: Ids = np.floor(exact).astype(np.int64)
-    largest_first = np.argsort(counts - exact, kind="stable")
-    counts[largest_first[: total - int(counts.sum())]] += 1
-    return counts
-
-
 BLOCK_SAMPLES = 65536
-SHARDS, SAMPLES, MIX = range(3)  # what a random stream is for
+SHARDS, SAMPLES, MIX = range(3)  # purposes of the random streams
 
 
 class DomainOrder:
-    """The endless sequence of one domain's draws. Pass p is a permutation of its samples.
+    """The endless sequence of one domain's draws; each pass is a permutation of all its samples.
 
-    Shard-aware and lazy: each pass permutes the shards, cuts them into blocks of at least `block` samples and
-    permutes the samples inside a block. take(a, b) costs O(b - a + block), and at any cursor the shards of at
-    most two blocks are in use, which bounds a cache.
+    Every pass permutes the shards, cuts them into blocks of at least `block` samples, and permutes the samples inside
+    each block. take(a, b) costs O(b - a + block). At any draw, the shards of at most two blocks are in use: this bounds
+    the size of a cache.
     """
 
     def __init__(self, name: str, shard_sizes: Sequence[int] | Ids, seed: int, block: int = BLOCK_SAMPLES) -> None:
-        """`shard_sizes`: samples of each shard; `block`: samples, >= 1.
+        """Prepare the sequence; nothing is drawn yet.
+
+        Args:
+            shard_sizes: number of samples of each shard.
+            block: number of samples, >= 1.
 
         Raises:
-            DataError: the domain has no samples, or a shard a negative number.
-            ConfigError: seed or block out of range.
+            DataError: the domain has no samples, or a shard has a negative number of samples.
+            ConfigError: seed or block is out of range.
         """
         check_seed(seed, block)
         self.name, self.seed, self.block = name, seed, block
@@ -70,25 +51,25 @@ class DomainOrder:
         self._pass: tuple[int, Ids, list[Ids]] | None = None
 
     def take(self, start: int, stop: int) -> Ids:
-        """Domain-local ids (stop - start,) of the draws start..stop-1, counted from the start of training."""
+        """Return the domain-local ids (stop - start,) of draws start..stop-1, counted from the start of training."""
         assert 0 <= start <= stop, f"draws {start}..{stop} of domain '{self.name}'"
         parts = [np.zeros(0, np.int64)]
         while start < stop:
-            number, first = divmod(start, self.num_samples)
+            pass_number, first = divmod(start, self.num_samples)
             last = min(self.num_samples, first + stop - start)
-            parts.append(self._take_in_pass(number, first, last))
+            parts.append(self._take_in_pass(pass_number, first, last))
             start += last - first
         return np.concatenate(parts)
 
     def shards_of(self, start: int, stop: int) -> Ids:
-        """The shards that the draws start..stop-1 touch, each once, in the order of first use."""
+        """Return the shards of draws start..stop-1, each once, in the order of their first use."""
         shards = np.searchsorted(self._offsets, self.take(start, stop), "right") - 1
         _, first_use = np.unique(shards, return_index=True)
         in_order: Ids = shards[np.sort(first_use)]
         return in_order
 
-    def _take_in_pass(self, number: int, first: int, last: int) -> Ids:
-        ends, groups = self._blocks(number)
+    def _take_in_pass(self, pass_number: int, first: int, last: int) -> Ids:
+        ends, groups = self._blocks(pass_number)
         parts = []
         first_block, last_block = np.searchsorted(ends, [first, last - 1], "right").tolist()
         for k in range(first_block, last_block + 1):
@@ -96,14 +77,14 @@ class DomainOrder:
             begins = np.cumsum(sizes) - sizes  # where each shard begins in the block
             ids = np.repeat(self._offsets[groups[k]] - begins, sizes) + np.arange(sizes.sum())
             begin = int(ends[k]) - len(ids)
-            ids = philox(self.seed, _name_key(self.name), SAMPLES, number, k).permutation(ids)
+            ids = philox(self.seed, _name_key(self.name), SAMPLES, pass_number, k).permutation(ids)
             parts.append(ids[max(0, first - begin) : last - begin])
         return np.concatenate(parts)
 
-    def _blocks(self, number: int) -> tuple[Ids, list[Ids]]:
-        """Of pass `number`: the draws before each block's end, and each block's shards."""
-        if self._pass is None or self._pass[0] != number:
-            generator = philox(self.seed, _name_key(self.name), SHARDS, number)
+    def _blocks(self, pass_number: int) -> tuple[Ids, list[Ids]]:
+        """Return the draws up to each block's end in the pass, and each block's shards."""
+        if self._pass is None or self._pass[0] != pass_number:
+            generator = philox(self.seed, _name_key(self.name), SHARDS, pass_number)
             shards = generator.permutation(np.flatnonzero(self.shard_sizes))
             ends = np.cumsum(self.shard_sizes[shards])
             cuts = [0]
@@ -111,12 +92,12 @@ class DomainOrder:
                 filled = int(ends[cuts[-1] - 1]) if cuts[-1] else 0
                 cuts.append(min(int(np.searchsorted(ends, filled + self.block)) + 1, len(shards)))
             groups = [shards[a:b] for a, b in itertools.pairwise(cuts)]
-            self._pass = (number, ends[np.array(cuts[1:]) - 1], groups)
+            self._pass = (pass_number, ends[np.array(cuts[1:]) - 1], groups)
         return self._pass[1], self._pass[2]
 
 
 def check_seed(seed: int, block: int) -> None:
-    """Raise ConfigError where seed or block is out of range."""
+    """Raise ConfigError if seed or block is out of range."""
     if not 0 <= seed < 1 << 64:
         raise ConfigError(f"seed is {seed}: give an integer from 0 to 2^64 - 1")
     if block < 1:
@@ -128,7 +109,7 @@ def _name_key(name: str) -> int:
 
 
 def philox(seed: int, name_key: int, purpose: int, number: int, block: int = 0) -> np.random.Generator:
-    """A Philox generator for each key."""
-    # Each part has its fixed number of 32-bit words: SeedSequence joins and pads, so others could meet.
+    """Return a random generator that these five values alone determine."""
+    # SeedSequence joins and pads its words: with a fixed number of 32-bit words for each value, no two keys are equal.
     words = [seed & 0xFFFFFFFF, seed >> 32, name_key & 0xFFFFFFFF, name_key >> 32, purpose, number, block]
     return np.random.Generator(np.random.Philox(np.random.SeedSequence(words)))

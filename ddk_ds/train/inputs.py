@@ -18,9 +18,10 @@ from ddk_ds.engine.ds_config import student_ds_config
 from ddk_ds.engine.filters import FilterShape, check_filters, filter_shape
 from ddk_ds.engine.model_files import ModelFiles, check_code, model_directory, read_model
 from ddk_ds.errors import ConfigError, DataError
-from ddk_ds.mixture.controllers import Controller
+from ddk_ds.mixture.controllers import make_controller
+from ddk_ds.mixture.decide import Controller
 from ddk_ds.mixture.exhaustion import Exhaustion, make_exhaustion
-from ddk_ds.train.interval import controller_of, read_schedule
+from ddk_ds.train.interval import read_schedule
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,7 @@ def _check_files(config: Config, student_path: Path, teacher_path: Path | None, 
         _check_same_vocabulary(tokenizer, load_tokenizer(teacher.directory), student, teacher)
     schedule = read_schedule(config.mixture.schedule_file)
     train_tokens = {name: manifest.domains[name].train.tokens for name in names}
-    controller = controller_of(config.mixture, train_tokens, schedule)
+    controller = make_controller(config.mixture, train_tokens, schedule)
     filters, filters_hash = None, None
     if teacher is not None and config.method.startswith("ted"):
         filters = filter_shape(config, student, teacher)

@@ -1,12 +1,9 @@
-"""The controller of a configuration.
-
-Between two intervals: measure, decide on rank 0, broadcast, agree. The only place where mixture meets comm.
-"""
+"""Between two intervals: measure, decide on rank 0, broadcast, agree. The only place where mixture meets comm."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,25 +12,15 @@ import numpy.typing as npt
 import yaml
 
 from ddk_ds.comm import Comm
-from ddk_ds.config import Config, Mixture
+from ddk_ds.config import Config
 from ddk_ds.config.run_config import corpus_samples
 from ddk_ds.errors import ConfigError
-from ddk_ds.mixture import Controller, ControllerOptions, make_controller
-from ddk_ds.mixture.decide import Decision, decide
+from ddk_ds.mixture.ddk import discrepancy
+from ddk_ds.mixture.decide import Controller, Decision, decide
 from ddk_ds.mixture.exhaustion import Exhaustion, Plan
-from ddk_ds.mixture.factors import discrepancy
-from ddk_ds.mixture.schedule import DomainOrder, interval_ids
+from ddk_ds.mixture.interval_state import interval_ids
+from ddk_ds.mixture.order import DomainOrder
 from ddk_ds.train.state import RunState
-
-
-def controller_of(mixture: Mixture, train_tokens: Mapping[str, int], schedule: Any) -> Controller:
-    """The controller that the section asks for, over domains with their training tokens.
-
-    `schedule`: content of `mixture.schedule_file`. Raises ConfigError where an option does not fit.
-    """
-    options = ControllerOptions(**mixture.model_dump(include={option.name for option in fields(ControllerOptions)}))
-    names, sizes = list(train_tokens), list(train_tokens.values())
-    return make_controller(mixture.controller, names, options, sizes=sizes, schedule=schedule)
 
 
 def read_schedule(path: str | None) -> Any:

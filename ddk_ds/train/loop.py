@@ -12,9 +12,9 @@ import numpy.typing as npt
 from ddk_ds.config.run_config import interval_steps
 from ddk_ds.data.loader import MicroBatch, interval_loader
 from ddk_ds.engine.export import export_student
+from ddk_ds.mixture.ddk import one_hot_warning
 from ddk_ds.mixture.decide import Decision
 from ddk_ds.mixture.exhaustion import Plan
-from ddk_ds.mixture.factors import one_hot_warning
 from ddk_ds.train.checkpoint.checkpoint_files import newest_checkpoint
 from ddk_ds.train.checkpoint.restore import roll_back
 from ddk_ds.train.checkpoint.saver import SaveFailed

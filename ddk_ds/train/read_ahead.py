@@ -13,7 +13,8 @@ from ddk_ds.data.cache import CachedStore, Prefetcher
 from ddk_ds.data.loader import MicroBatch, MixtureDataset
 from ddk_ds.data.store import Store
 from ddk_ds.errors import UserError
-from ddk_ds.mixture.schedule import DomainOrder, IntervalState
+from ddk_ds.mixture.interval_state import IntervalState
+from ddk_ds.mixture.order import DomainOrder
 from ddk_ds.train.interruption import Interruption, raise_for
 
 

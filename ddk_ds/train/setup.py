@@ -17,7 +17,8 @@ from ddk_ds.engine.stage_clock import StageClock
 from ddk_ds.engine.student import load_student
 from ddk_ds.engine.teacher import Teacher, load_teacher
 from ddk_ds.kernels import Options, default_chunk_tokens
-from ddk_ds.mixture.schedule import DomainEntry, DomainOrder, IntervalState
+from ddk_ds.mixture.interval_state import DomainEntry, IntervalState
+from ddk_ds.mixture.order import DomainOrder
 from ddk_ds.train.checkpoint.restore import Start, find_start, go_on_from
 from ddk_ds.train.checkpoint.saver import Saver
 from ddk_ds.train.inputs import Inputs

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from ddk_ds.mixture.schedule import IntervalState
+from ddk_ds.mixture.interval_state import IntervalState
 
 
 @dataclass

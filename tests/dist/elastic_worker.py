@@ -19,8 +19,8 @@ from torch.utils.data import DataLoader
 
 from ddk_ds.data.loader import MixtureDataset, interval_loader
 from ddk_ds.files import write_text
+from ddk_ds.mixture.interval_state import IntervalState, interval_ids
 from ddk_ds.mixture.order import DomainOrder
-from ddk_ds.mixture.schedule import IntervalState, interval_ids
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ import numpy as np
 import pytest
 
 from ddk_ds.data.loader import MixtureDataset
-from ddk_ds.mixture.schedule import IntervalState
+from ddk_ds.mixture.interval_state import IntervalState
 from tests.dist.elastic_worker import Plan, Topology, begin, first_state, order_of, run_rank
 
 NAMES = ("python", "cpp", "mathematics")

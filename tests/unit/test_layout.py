@@ -182,7 +182,7 @@ def test_shipped_run_configurations_load() -> None:
     ("path", "source", "fault"),
     [
         ("ddk_ds/engine/x.py", "from ddk_ds.train.step import run_step", "train is not below engine"),
-        ("ddk_ds/data/x.py", "from ddk_ds.mixture import schedule", "mixture is not below data"),
+        ("ddk_ds/data/x.py", "from ddk_ds.mixture import order", "mixture is not below data"),
         ("ddk_ds/data/x.py", "from ..kernels.chunked import y", "kernels is not below data"),
         ("ddk_ds/data/x.py", "from .. import engine", "engine is not below data"),
         ("ddk_ds/train/x.py", "from ddk_ds import report", "report is not below train"),
@@ -224,7 +224,7 @@ def test_a_forbidden_import_is_found(path: str, source: str, fault: str) -> None
             "ddk_ds/mixture/x.py",
             "import math\nimport numpy as np\nfrom ddk_ds.errors import DataError\nfrom . import y",
         ),
-        ("ddk_ds/mixture/x.py", "from ddk_ds.mixture.factors import initial_factors"),
+        ("ddk_ds/mixture/x.py", "from ddk_ds.mixture.ddk import initial_proportions"),
         ("ddk_ds/comm.py", "import torch.distributed as dist\nfrom ddk_ds.errors import UserError"),
         ("launch/x.py", "from ddk_ds.train import loop"),
     ],

@@ -38,7 +38,8 @@ from ddk_ds.data.loader import MixtureDataset, interval_loader
 from ddk_ds.data.manifest import DomainInfo, Manifest, SplitInfo, write_manifest
 from ddk_ds.data.mds import write_split
 from ddk_ds.files import write_text
-from ddk_ds.mixture.schedule import DomainOrder, IntervalState, interval_ids
+from ddk_ds.mixture.interval_state import IntervalState, interval_ids
+from ddk_ds.mixture.order import DomainOrder
 
 Row = dict[str, Any]
 Ids = npt.NDArray[np.int64]

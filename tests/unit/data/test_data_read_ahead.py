@@ -8,7 +8,8 @@ from pathlib import Path
 from ddk_ds.data.cache import CachedStore, CacheOptions
 from ddk_ds.data.loader import MixtureDataset
 from ddk_ds.data.store import LocalStore
-from ddk_ds.mixture.schedule import DomainOrder, IntervalState, interval_ids
+from ddk_ds.mixture.interval_state import IntervalState, interval_ids
+from ddk_ds.mixture.order import DomainOrder
 from ddk_ds.train.read_ahead import ReadAhead
 
 NAMES = ["large", "small", "tree"]

@@ -1,20 +1,23 @@
-"""The options that make DDK safe: each does what it says, and with all of them off the numbers are the paper's."""
+"""The options that make DDK safe: each has its effect, and with all of them off the numbers are the paper's."""
 
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ddk_ds.config.sections import ControllerKind
 from ddk_ds.errors import ConfigError
-from ddk_ds.mixture import DomainEntry, DomainOrder, IntervalState, interval_ids
 from ddk_ds.mixture.bounds import Bounded, raised_to
-from ddk_ds.mixture.controllers import CONTROLLER_KINDS, Controller, ControllerOptions, make_controller
-from ddk_ds.mixture.decide import Decision, decide
+from ddk_ds.mixture.controllers import make_controller
+from ddk_ds.mixture.decide import Controller, Decision, decide
+from ddk_ds.mixture.interval_state import DomainEntry, IntervalState, interval_ids
+from ddk_ds.mixture.order import DomainOrder
+from tests.unit.mixture.mixture_section import section
 
 NAMES = ("code", "law", "maths", "prose")
 SIZES = [100, 200, 300, 400]
@@ -29,65 +32,65 @@ def build(kind: str, names: tuple[str, ...] = NAMES, sizes: list[int] = SIZES, *
         options = {"proportions": {"code": 0.5, "maths": 0.25, "prose": 0.25}, **options}
     if kind == "schedule":
         options = {"schedule_file": "stages.yaml", **options}
-    return make_controller(kind, names, ControllerOptions(**options), sizes=sizes, schedule=SCHEDULE)
+    return make_controller(section(kind, **options), dict(zip(names, sizes, strict=True)), SCHEDULE)
 
 
 def decisions(controller: Controller, students: Any = STUDENTS, teacher: Any = TEACHER) -> list[Decision]:
-    """Those of a run whose student is measured as `students`, (intervals, N)."""
+    """Return the decisions of a run whose student has the perplexities `students`, (intervals, N)."""
     made: list[Decision] = []
     for t, student in enumerate(np.asarray(students)):
         made.append(decide(controller, made[-1] if made else None, student, teacher, interval=t))
     return made
 
 
-def shares(controller: Controller, students: Any = STUDENTS, teacher: Any = TEACHER) -> np.ndarray:
+def proportions_of(controller: Controller, students: Any = STUDENTS, teacher: Any = TEACHER) -> np.ndarray:
     return np.array([decision.proportions for decision in decisions(controller, students, teacher)])
 
 
 def test_with_every_option_off_the_numbers_are_the_papers_bit_by_bit() -> None:
-    """Eq. 1 and 2 of arXiv 2407.16154 as they were before there were options: written down again, in their order."""
-    found = shares(build("ddk"))
+    """Eq. 1 and 2 of arXiv 2407.16154, written down again without options and in the same order of operations."""
+    proportions = proportions_of(build("ddk"))
     weights = np.exp(STUDENTS[0] / TEACHER - (STUDENTS[0] / TEACHER).max())
     current = weights / math.fsum(weights)
-    np.testing.assert_array_equal(found[0], current)
-    for student, factors in zip(STUDENTS[1:], found[1:], strict=True):
+    np.testing.assert_array_equal(proportions[0], current)
+    for student, updated in zip(STUDENTS[1:], proportions[1:], strict=True):
         exponents = np.log(current) + (student / TEACHER - (student / TEACHER).max())
         weights = np.exp(exponents - exponents.max())
         current = 0.5 * (weights / math.fsum(weights)) + (1 - 0.5) / 4
-        np.testing.assert_array_equal(factors, current)
+        np.testing.assert_array_equal(updated, current)
     off = build("ddk", exclude=(), floors={}, ppl_smoothing=0.0, prior="equal", initial="eq1", ratio_cap=None)
     assert off == build("ddk") and not isinstance(off, Bounded)
     assert [decision.smoothed_ppl for decision in decisions(off)] == [[]] * 4
 
 
-@pytest.mark.parametrize("kind", CONTROLLER_KINDS)
+@pytest.mark.parametrize("kind", get_args(ControllerKind))
 def test_a_run_with_an_excluded_domain_is_the_run_without_it(kind: str) -> None:
-    """Its share is 0, the others' are bit by bit those of a run that never had it: N counts those that take part."""
+    """Its proportion is 0, and the others are bit by bit those of a run that never had it: N counts drawn domains."""
     students, teacher = STUDENTS.copy(), TEACHER.copy()
-    students[:, 1], teacher[1] = np.nan, np.nan  # whatever is measured there
-    found = shares(build(kind, exclude=("law",)), students, teacher)
+    students[:, 1], teacher[1] = np.nan, np.nan  # its perplexities are not used
+    proportions = proportions_of(build(kind, exclude=("law",)), students, teacher)
     left = [0, 2, 3]
     alone = build(kind, names=("code", "maths", "prose"), sizes=[100, 300, 400])
-    np.testing.assert_array_equal(found[:, 1], 0.0)
-    np.testing.assert_array_equal(found[:, left], shares(alone, STUDENTS[:, left], TEACHER[left]))
+    np.testing.assert_array_equal(proportions[:, 1], 0.0)
+    np.testing.assert_array_equal(proportions[:, left], proportions_of(alone, STUDENTS[:, left], TEACHER[left]))
 
 
-def test_a_run_that_goes_on_without_a_domain_shares_its_part_out() -> None:
+def test_a_fork_that_excludes_a_domain_divides_its_proportion() -> None:
     controller = build("sheared_llama", exclude=("law",))
     last = Decision([0.1, 0.6, 0.1, 0.2], [])
-    found = decide(controller, last, TEACHER, TEACHER, interval=5)
-    np.testing.assert_allclose(found.proportions, [0.25, 0, 0.25, 0.5], rtol=1e-14)
-    found = decide(controller, Decision([0, 1.0, 0, 0], []), TEACHER, TEACHER, interval=5)
-    np.testing.assert_allclose(found.proportions, [1 / 3, 0, 1 / 3, 1 / 3], rtol=1e-14)
+    decision = decide(controller, last, TEACHER, TEACHER, interval=5)
+    np.testing.assert_allclose(decision.proportions, [0.25, 0, 0.25, 0.5], rtol=1e-14)
+    decision = decide(controller, Decision([0, 1.0, 0, 0], []), TEACHER, TEACHER, interval=5)
+    np.testing.assert_allclose(decision.proportions, [1 / 3, 0, 1 / 3, 1 / 3], rtol=1e-14)
 
 
 @given(perplexities, perplexities, st.lists(st.floats(0, 0.25), min_size=4, max_size=4))
 def test_floors_hold_in_every_interval(first: Any, second: Any, least: list[float]) -> None:
     floors = dict(zip(NAMES, least, strict=True))
     for kind in ("ddk", "ddk_no_smoothing", "sheared_llama", "doremi_online", "by_size"):
-        found = shares(build(kind, floors=floors), [first, second], TEACHER)
-        assert (found >= least).all()
-        np.testing.assert_allclose(found.sum(1), 1, rtol=1e-12)
+        proportions = proportions_of(build(kind, floors=floors), [first, second], TEACHER)
+        assert (proportions >= least).all()
+        np.testing.assert_allclose(proportions.sum(1), 1, rtol=1e-12)
 
 
 @given(st.lists(st.integers(0, 1000), min_size=4, max_size=4).filter(any), st.lists(st.floats(0, 0.25), min_size=4))
@@ -115,12 +118,14 @@ def test_floors_by_hand() -> None:
 
 def test_a_prior_takes_the_place_of_one_over_n() -> None:
     prior = {"code": 0.1, "law": 0.2, "maths": 0.3, "prose": 0.4}
-    found = shares(build("ddk", prior=prior, alpha=0.25))
-    np.testing.assert_array_equal(found, shares(build("ddk", prior="by_size", alpha=0.25)))
-    psi = found[0] * np.exp(STUDENTS[1] / TEACHER)
-    np.testing.assert_allclose(found[1], 0.25 * psi / psi.sum() + 0.75 * np.array([0.1, 0.2, 0.3, 0.4]), rtol=1e-12)
-    np.testing.assert_allclose(shares(build("ddk", prior=prior, alpha=0.0))[1:], [[0.1, 0.2, 0.3, 0.4]] * 3)
-    by_size = shares(build("ddk", prior="by_size", alpha=0.0, exclude=("law",)))
+    proportions = proportions_of(build("ddk", prior=prior, alpha=0.25))
+    np.testing.assert_array_equal(proportions, proportions_of(build("ddk", prior="by_size", alpha=0.25)))
+    psi = proportions[0] * np.exp(STUDENTS[1] / TEACHER)
+    np.testing.assert_allclose(
+        proportions[1], 0.25 * psi / psi.sum() + 0.75 * np.array([0.1, 0.2, 0.3, 0.4]), rtol=1e-12
+    )
+    np.testing.assert_allclose(proportions_of(build("ddk", prior=prior, alpha=0.0))[1:], [[0.1, 0.2, 0.3, 0.4]] * 3)
+    by_size = proportions_of(build("ddk", prior="by_size", alpha=0.0, exclude=("law",)))
     np.testing.assert_allclose(by_size[1:], [[0.125, 0, 0.375, 0.5]] * 3)
 
 
@@ -132,7 +137,9 @@ def test_smoothed_perplexities_are_a_moving_average_of_their_logs() -> None:
         average = 0.75 * average + 0.25 * np.log(student)
         expected.append(np.exp(average))
     np.testing.assert_allclose([decision.smoothed_ppl for decision in made], expected, rtol=1e-12)
-    np.testing.assert_allclose([decision.proportions for decision in made], shares(build("ddk"), expected), rtol=1e-10)
+    np.testing.assert_allclose(
+        [decision.proportions for decision in made], proportions_of(build("ddk"), expected), rtol=1e-10
+    )
 
 
 def test_smoothing_begins_with_the_first_measurement() -> None:
@@ -140,7 +147,7 @@ def test_smoothing_begins_with_the_first_measurement() -> None:
 
 
 def ids_of_a_run(controller: Controller, intervals: int) -> list[list[int]]:
-    """Global sample ids of each interval of 103 samples, over domains of 60 to 150 samples."""
+    """Return the global sample ids of each interval of 103 samples, over domains of 60 to 150 samples."""
     sizes = [60, 90, 120, 150]
     state = IntervalState.new(
         [DomainEntry(name=name, num_samples=size, sha="0") for name, size in zip(NAMES, sizes, strict=True)], seed=5
@@ -155,14 +162,16 @@ def ids_of_a_run(controller: Controller, intervals: int) -> list[list[int]]:
 
 
 def test_without_discrepancies_ddk_is_equal_sampling() -> None:
-    """alpha = 0: equal proportions, to the bit, from the second interval on; with initial: equal from the start, and
-    then every sample of every interval is that of controller equal."""
-    equal = shares(build("equal"))
-    found = shares(build("ddk", alpha=0.0))
-    np.testing.assert_array_equal(found[1:], equal[1:])
-    assert not np.array_equal(found[0], equal[0])
+    """With alpha = 0 proportions are exactly equal from the second interval on.
+
+    With initial: equal they are equal from the first, and every sample of every interval is that of controller equal.
+    """
+    equal = proportions_of(build("equal"))
+    proportions = proportions_of(build("ddk", alpha=0.0))
+    np.testing.assert_array_equal(proportions[1:], equal[1:])
+    assert not np.array_equal(proportions[0], equal[0])
     from_the_start = build("ddk", alpha=0.0, initial="equal")
-    np.testing.assert_array_equal(shares(from_the_start), equal)
+    np.testing.assert_array_equal(proportions_of(from_the_start), equal)
     assert ids_of_a_run(from_the_start, 4) == ids_of_a_run(build("equal"), 4)
     assert ids_of_a_run(build("ddk", alpha=0.5, initial="equal"), 4) != ids_of_a_run(build("equal"), 4)
     bounded = {"exclude": ("law",)}
@@ -177,13 +186,13 @@ def test_without_discrepancies_ddk_is_equal_sampling() -> None:
         ("ddk", {"exclude": NAMES}, "names every domain"),
         ("ddk", {"floors": {"lawe": 0.1}}, "mixture.floors: 'lawe' is not a domain of this run: did you mean 'law'"),
         ("ddk", {"floors": {"law": 0.6, "code": 0.5}}, r"mixture.floors are .* \(sum 1.1\)"),
-        ("ddk", {"floors": {"law": -0.1}}, "mixture.floors are"),
+        ("ddk", {"floors": {"law": -0.1}}, "mixture.floors.law: .* got -0.1"),
         ("ddk", {"floors": {"law": 0.1}, "exclude": ("law",)}, "'law' is in mixture.exclude too"),
-        ("ddk", {"prior": "sizes"}, "mixture.prior is 'sizes'"),
+        ("ddk", {"prior": "sizes"}, "mixture.prior.* got 'sizes'"),
         ("ddk", {"prior": {"code": 1.0}}, "mixture.prior: 'law' has no proportion"),
         ("ddk", {"prior": dict.fromkeys(NAMES, 0.5)}, r"mixture.prior are .* \(sum 2.0\)"),
         ("ddk", {"prior": dict.fromkeys(NAMES, 0.25), "exclude": ("law",)}, "'law' has 0.25, and mixture.exclude"),
-        ("ddk", {"ppl_smoothing": 1.0}, "mixture.ppl_smoothing is 1.0"),
+        ("ddk", {"ppl_smoothing": 1.0}, "mixture.ppl_smoothing: .* got 1.0"),
         ("static", {"proportions": dict.fromkeys(NAMES, 0.25), "exclude": ("law",)}, "mixture.proportions: 'law'"),
     ],
 )

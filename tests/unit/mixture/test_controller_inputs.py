@@ -1,4 +1,4 @@
-"""The controller is made from files and section before any model is loaded: what is wrong there is one clear error."""
+"""The controller is made before any model is loaded: a mistake in the section or its file is one clear error."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 
-from ddk_ds.config import Config, make_config
 from ddk_ds.errors import ConfigError
-from ddk_ds.mixture.controllers import Controller
-from ddk_ds.train.interval import controller_of, read_schedule
+from ddk_ds.mixture.controllers import make_controller
+from ddk_ds.mixture.decide import Controller
+from ddk_ds.train.interval import read_schedule
+from tests.unit.mixture.mixture_section import section
 
 NAMES = ["code", "prose"]
 STAGES = """\
@@ -21,24 +22,15 @@ STAGES = """\
 """
 
 
-def checked(mixture: dict[str, Any], **sections: Any) -> Controller:
-    values: dict[str, Any] = {
-        "name": "run",
-        "student": {"path": "student"},
-        "teacher": {"path": "teacher"},
-        "data": {"path": "data"},
-        "optimizer": {"warmup_steps": 0},
-        "stop": {"steps": 10},
-    }
-    config: Config = make_config({**values, "mixture": mixture, **sections}, "run.yaml")
-    path = config.mixture.schedule_file
-    return controller_of(config.mixture, dict.fromkeys(NAMES, 100), read_schedule(path))
+def controller_of(**options: Any) -> Controller:
+    mixture = section(**options)
+    return make_controller(mixture, dict.fromkeys(NAMES, 100), read_schedule(mixture.schedule_file))
 
 
 def test_a_schedule_comes_from_its_file(tmp_path: Path) -> None:
     path = tmp_path / "stages.yaml"
     path.write_text(STAGES)
-    controller = checked({"controller": "schedule", "schedule_file": str(path)})
+    controller = controller_of(controller="schedule", schedule_file=str(path))
     assert controller.state_dict()["stages"] == [[0, [0.25, 0.75]], [2, [1.0, 0.0]]]
 
 
@@ -56,23 +48,25 @@ def test_a_wrong_file_is_named(tmp_path: Path, text: str | None, parts: list[str
     if text is not None:
         path.write_text(text)
     with pytest.raises(ConfigError) as caught:
-        checked({"controller": "schedule", "schedule_file": str(path)})
+        controller_of(controller="schedule", schedule_file=str(path))
     for part in (f"mixture.schedule_file {path}", *parts):
         assert part in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
 def test_every_option_of_the_section_reaches_the_controller() -> None:
-    controller = checked(
-        {
-            **{"controller": "doremi_online", "prior": {"code": 0.5, "prose": 0.5}, "step_size": 2.0},
-            **{"smoothing": 0.5, "ppl_smoothing": 0.25, "floors": {"code": 0.125}},
-            "reference_losses": {"code": 1.0, "prose": 2.0},
-        }
+    controller = controller_of(
+        controller="doremi_online",
+        prior={"code": 0.5, "prose": 0.5},
+        step_size=2.0,
+        smoothing=0.5,
+        ppl_smoothing=0.25,
+        floors={"code": 0.125},
+        reference_losses={"code": 1.0, "prose": 2.0},
     )
     assert controller.state_dict() == {
         **{"name": "doremi_online", "names": NAMES, "prior": [0.5, 0.5], "reference": [1.0, 2.0]},
         **{"step_size": 2.0, "smoothing": 0.5, "ppl_smoothing": 0.25, "exclude": [], "floors": [0.125, 0.0]},
     }
-    state = checked({"initial": "equal", "ratio_cap": 3.0, "alpha": 0.25, "exclude": ["code"]}).state_dict()
+    state = controller_of(initial="equal", ratio_cap=3.0, alpha=0.25, exclude=["code"]).state_dict()
     assert (state["initial"], state["ratio_cap"], state["alpha"], state["exclude"]) == ("equal", 3.0, 0.25, ["code"])

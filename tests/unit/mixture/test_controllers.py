@@ -1,19 +1,21 @@
-"""The controllers: what each returns, what it needs, what it tells a checkpoint, what it refuses."""
+"""The controllers: the proportions that each returns, its state, and the options that it refuses."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
 
+from ddk_ds.config.sections import ControllerKind
 from ddk_ds.errors import ConfigError, DataError
-from ddk_ds.mixture.controllers import CONTROLLER_KINDS, Controller, ControllerOptions, make_controller
-from ddk_ds.mixture.ddk import DDK
-from ddk_ds.mixture.factors import initial_factors, smooth_update
-from ddk_ds.mixture.fixed import Static
+from ddk_ds.mixture.controllers import make_controller
+from ddk_ds.mixture.ddk import DDK, initial_proportions, perplexity_ratios, updated_proportions
+from ddk_ds.mixture.decide import Controller
+from ddk_ds.mixture.excess_loss import DoReMiOnline, ShearedLlama
+from tests.unit.mixture.mixture_section import section
 
 NAMES = ("code", "maths", "prose")
 STUDENT, TEACHER = [9.0, 30.0, 12.0], [3.0, 12.0, 10.0]
@@ -25,38 +27,43 @@ SCHEDULE = [
 ]
 
 
+PROPORTIONS = {"code": 0.5, "maths": 0.3, "prose": 0.2}
+
+
 def build(kind: str, sizes: Sequence[int] = (100, 300, 600), schedule: Any = SCHEDULE, **changes: Any) -> Controller:
     options: dict[str, Any] = {
-        "proportions": [0.5, 0.3, 0.2] if kind == "static" else None,
-        "schedule_file": "stages.yaml" if kind == "schedule" else None,
+        **({"proportions": PROPORTIONS} if kind == "static" else {}),
+        **({"schedule_file": "stages.yaml"} if kind == "schedule" else {}),
+        **changes,
     }
-    return make_controller(kind, NAMES, ControllerOptions(**{**options, **changes}), sizes=sizes, schedule=schedule)
+    return make_controller(section(kind, **options), dict(zip(NAMES, sizes, strict=True)), schedule)
 
 
 def test_ddk_is_eq1_and_then_eq2() -> None:
     controller = build("ddk", alpha=0.3)
     r0 = controller.start(STUDENT, TEACHER)
-    np.testing.assert_array_equal(r0, initial_factors(STUDENT, TEACHER))
+    np.testing.assert_array_equal(r0, initial_proportions(perplexity_ratios(STUDENT, TEACHER, cap=None), floor=0.0))
     later = [5.0, 20.0, 11.0]
+    ratios = perplexity_ratios(later, TEACHER, cap=None)
     np.testing.assert_array_equal(
-        controller.update(r0, later, TEACHER, interval=1), smooth_update(r0, later, TEACHER, alpha=0.3)
+        controller.update(r0, later, TEACHER, interval=1), updated_proportions(r0, ratios, alpha=0.3, prior=None)
     )
 
 
-def test_ddk_hands_its_cap_and_floor_on() -> None:
+def test_ddk_uses_its_cap_and_floor() -> None:
     controller = build("ddk", ratio_cap=2.0, initial_floor=0.2)
     r0 = controller.start(STUDENT, TEACHER)
-    np.testing.assert_array_equal(r0, initial_factors(STUDENT, TEACHER, ratio_cap=2.0, floor=0.2))
+    ratios = perplexity_ratios(STUDENT, TEACHER, cap=2.0)
+    np.testing.assert_array_equal(r0, initial_proportions(ratios, floor=0.2))
     np.testing.assert_array_equal(
-        controller.update(r0, STUDENT, TEACHER, interval=1),
-        smooth_update(r0, STUDENT, TEACHER, alpha=0.5, ratio_cap=2.0),
+        controller.update(r0, STUDENT, TEACHER, interval=1), updated_proportions(r0, ratios, alpha=0.5, prior=None)
     )
 
 
 def test_without_smoothing_the_past_takes_no_part() -> None:
     controller = build("ddk_no_smoothing", initial_floor=0.1)
     later = [5.0, 20.0, 11.0]
-    expected = initial_factors(later, TEACHER, floor=0.1)
+    expected = initial_proportions(perplexity_ratios(later, TEACHER, cap=None), floor=0.1)
     for past in ([1.0, 0.0, 0.0], [0.2, 0.2, 0.6]):
         np.testing.assert_array_equal(controller.update(np.array(past), later, TEACHER, interval=1), expected)
     np.testing.assert_array_equal(controller.start(later, TEACHER), expected)
@@ -75,25 +82,25 @@ def test_fixed_mixtures_need_no_perplexities(kind: str, expected: list[float]) -
     )
 
 
-def test_fixed_mixtures_hand_out_arrays_of_their_own() -> None:
+def test_fixed_mixtures_return_a_new_array_each_time() -> None:
     controller = build("equal")
     controller.start(None, None)[0] = 7.0
     np.testing.assert_allclose(controller.start(None, None), 1 / 3)
 
 
-def test_static_proportions_may_be_named() -> None:
+def test_static_proportions_are_given_in_any_order() -> None:
     controller = build("static", proportions={"prose": 0.2, "code": 0.5, "maths": 0.3})
     np.testing.assert_array_equal(controller.start(None, None), [0.5, 0.3, 0.2])
 
 
-@pytest.mark.parametrize("kind", CONTROLLER_KINDS)
-def test_the_state_is_plain_json_that_tells_controllers_apart(kind: str) -> None:
+@pytest.mark.parametrize("kind", get_args(ControllerKind))
+def test_the_state_is_plain_json_and_differs_between_controllers(kind: str) -> None:
     controller = build(kind)
     state = controller.state_dict()
     assert controller.name == state["name"] == kind
     assert json.loads(json.dumps(state)) == state
     assert state["names"] == list(NAMES)
-    others = [build(other).state_dict() for other in CONTROLLER_KINDS if other != kind]
+    others = [build(other).state_dict() for other in get_args(ControllerKind) if other != kind]
     assert state not in others
 
 
@@ -112,15 +119,17 @@ def test_the_state_holds_the_options() -> None:
 
 
 def test_the_defaults_are_the_papers() -> None:
-    controller = DDK(NAMES)
-    assert (controller.alpha, controller.ratio_cap, controller.initial_floor) == (0.5, None, 0.0)
-    assert (controller.initial, controller.prior, controller.ppl_smoothing) == ("eq1", None, 0.0)
-    assert make_controller("ddk", NAMES, ControllerOptions(), sizes=[1, 1, 1]) == controller
-    assert Static(NAMES, (0.5, 0.3, 0.2)).name == "static"
+    assert build("ddk") == DDK(
+        NAMES, alpha=0.5, ratio_cap=None, initial_floor=0.0, initial="eq1", prior=None, ppl_smoothing=0.0
+    )
+    assert build("sheared_llama") == ShearedLlama(NAMES, prior=None, reference=None, ppl_smoothing=0.0)
+    assert build("doremi_online") == DoReMiOnline(
+        NAMES, prior=None, reference=None, ppl_smoothing=0.0, step_size=1.0, smoothing=1e-3
+    )
 
 
 @pytest.mark.parametrize("kind", ["ddk", "ddk_no_smoothing"])
-def test_ddk_refuses_to_go_without_perplexities(kind: str) -> None:
+def test_ddk_needs_the_perplexities_of_both_models(kind: str) -> None:
     controller = build(kind)
     assert controller.uses_teacher
     with pytest.raises(DataError, match="teacher's perplexities are missing"):
@@ -132,27 +141,24 @@ def test_ddk_refuses_to_go_without_perplexities(kind: str) -> None:
 @pytest.mark.parametrize(
     ("kind", "changes", "message"),
     [
-        ("dkk", {}, "unknown controller 'dkk' .did you mean 'ddk'"),
-        ("ddk", {"alpha": 1.5}, "mixture.alpha is 1.5"),
-        ("ddk", {"ratio_cap": -1.0}, "mixture.ratio_cap is -1.0"),
+        ("dkk", {}, "mixture.controller: .* got 'dkk'"),
+        ("ddk", {"alpha": 1.5}, "mixture.alpha: .* got 1.5"),
+        ("ddk", {"alpha": float("nan")}, "mixture.alpha: .* got nan"),
+        ("ddk", {"ratio_cap": -1.0}, "mixture.ratio_cap: .* got -1.0"),
+        ("ddk", {"ratio_cap": 0.0}, "mixture.ratio_cap: .* got 0.0"),
+        ("ddk", {"ratio_cap": float("inf")}, "mixture.ratio_cap: .* got inf"),
         ("ddk", {"initial_floor": 0.4}, "mixture.initial_floor is 0.4 for 3 domains"),
-        ("ddk_no_smoothing", {"initial_floor": -0.1}, "mixture.initial_floor"),
-        ("ddk", {"proportions": [0.5, 0.3, 0.2]}, "mixture.proportions"),
-        ("static", {"proportions": None}, "'static' needs proportions"),
-        ("static", {"proportions": [0.5, 0.5]}, "2 values for 3 domains"),
-        ("static", {"proportions": [0.5, 0.5, 0.5]}, "sum 1.5"),
+        ("ddk_no_smoothing", {"initial_floor": -0.1}, "mixture.initial_floor: .* got -0.1"),
+        ("ddk", {"ppl_smoothing": float("nan")}, "mixture.ppl_smoothing: .* got nan"),
+        ("ddk", {"proportions": PROPORTIONS}, "mixture: proportions is .* set mixture.controller to static"),
+        ("static", {"proportions": None}, "mixture: controller: static needs proportions"),
+        ("static", {"proportions": [0.5, 0.3, 0.2]}, "mixture.proportions: .* dictionary"),
+        ("static", {"proportions": dict.fromkeys(NAMES, 0.5)}, "sum 1.5"),
         ("static", {"proportions": {"code": 0.5, "maths": 0.5}}, "'prose' has no proportion"),
         ("static", {"proportions": dict.fromkeys((*NAMES, "law"), 0.25)}, "'law' is not a domain"),
-        ("by_size", {"sizes": [1, 2]}, "2 domain sizes for 3 domains"),
         ("by_size", {"sizes": [1, 0, 2]}, "domain 'maths' has size 0"),
     ],
 )
 def test_bad_options_are_refused_before_training(kind: str, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         build(kind, **changes)
-
-
-@pytest.mark.parametrize("names", [(), ("code", "code")])
-def test_domains_must_be_named_once(names: tuple[str, ...]) -> None:
-    with pytest.raises(ConfigError, match="at least one, each once"):
-        make_controller("equal", names, ControllerOptions(), sizes=[1, 1])

@@ -17,8 +17,8 @@ import pytest
 
 from ddk_ds.data.loader import interval_loader
 from ddk_ds.mixture.exhaustion import make_exhaustion
+from ddk_ds.mixture.interval_state import DomainEntry, IntervalState, interval_ids
 from ddk_ds.mixture.order import DomainOrder
-from ddk_ds.mixture.schedule import DomainEntry, IntervalState, interval_ids
 
 SIZES = {"code": 130, "maths": 700, "prose": 333}
 GLOBAL_BATCH, STEPS, INTERVALS = 24, 6, 6

@@ -1,4 +1,4 @@
-"""Proportions by interval from a file: which stage holds, equality with static, what a wrong file is told."""
+"""Proportions by interval from a file: the stage of each interval, equality with static, and errors of the file."""
 
 from __future__ import annotations
 
@@ -8,20 +8,21 @@ import numpy as np
 import pytest
 
 from ddk_ds.errors import ConfigError
-from ddk_ds.mixture.controllers import Controller, ControllerOptions, make_controller
-from ddk_ds.mixture.decide import Decision, decide
+from ddk_ds.mixture.controllers import make_controller
+from ddk_ds.mixture.decide import Controller, Decision, decide
+from tests.unit.mixture.mixture_section import section
 
 NAMES = ("code", "maths", "prose")
-SHARES = {"prose": 0.1, "code": 0.7, "maths": 0.2}
+SIZES = {"code": 1, "maths": 2, "prose": 3}
+PROPORTIONS = {"prose": 0.1, "code": 0.7, "maths": 0.2}
 
 
 def scheduled(content: Any, exclude: tuple[str, ...] = ()) -> Controller:
-    options = ControllerOptions(schedule_file="stages.yaml", exclude=exclude)
-    return make_controller("schedule", NAMES, options, sizes=[1, 2, 3], schedule=content)
+    return make_controller(section("schedule", schedule_file="stages.yaml", exclude=exclude), SIZES, content)
 
 
-def entry(first: Any, **shares: Any) -> dict[str, Any]:
-    return {"from_interval": first, "proportions": shares}
+def entry(first: Any, **by_domain: Any) -> dict[str, Any]:
+    return {"from_interval": first, "proportions": by_domain}
 
 
 def proportions(controller: Controller, intervals: int) -> list[list[float]]:
@@ -32,16 +33,16 @@ def proportions(controller: Controller, intervals: int) -> list[list[float]]:
 
 
 def test_a_stage_holds_until_the_next_begins() -> None:
-    content = [entry(0, code=1, maths=0, prose=0), entry(2, **SHARES), entry(3, code=0.0, maths=0.5, prose=0.5)]
+    content = [entry(0, code=1, maths=0, prose=0), entry(2, **PROPORTIONS), entry(3, code=0.0, maths=0.5, prose=0.5)]
     found = proportions(scheduled(content), 6)
     assert found == [[1, 0, 0]] * 2 + [[0.7, 0.2, 0.1]] + [[0, 0.5, 0.5]] * 3
 
 
-@pytest.mark.parametrize("shares", [SHARES, {"code": 1 / 3, "maths": 1 / 3, "prose": 1 - 2 / 3 + 3e-7}])
-def test_one_stage_is_a_static_mixture_exactly(shares: dict[str, float]) -> None:
-    static = make_controller("static", NAMES, ControllerOptions(proportions=shares), sizes=[1, 2, 3])
-    assert proportions(scheduled([entry(0, **shares)]), 4) == proportions(static, 4)
-    assert proportions(static, 1)[0] == [shares[name] for name in NAMES]
+@pytest.mark.parametrize("given", [PROPORTIONS, {"code": 1 / 3, "maths": 1 / 3, "prose": 1 - 2 / 3 + 3e-7}])
+def test_one_stage_is_a_static_mixture_exactly(given: dict[str, float]) -> None:
+    static = make_controller(section("static", proportions=given), SIZES)
+    assert proportions(scheduled([entry(0, **given)]), 4) == proportions(static, 4)
+    assert proportions(static, 1)[0] == [given[name] for name in NAMES]
 
 
 def test_an_excluded_domain_needs_no_entry() -> None:
@@ -55,27 +56,27 @@ def test_an_excluded_domain_needs_no_entry() -> None:
         (None, ["NoneType", "a list"]),
         ([], ["an entry at least"]),
         ({"from_interval": 0}, ["dict", "a list"]),
-        ([entry(1, **SHARES)], ["entry 1", "from_interval is 1", "interval 0"]),
-        ([entry(0, **SHARES), entry(0, **SHARES)], ["entry 2", "from_interval is 0"]),
-        ([entry(0, **SHARES), entry("2", **SHARES)], ["entry 2", "from_interval is '2'"]),
-        ([entry(True, **SHARES)], ["entry 1", "from_interval is True"]),
-        ([{"from_interval": 0, "shares": SHARES}], ["entry 1", "from_interval, shares"]),
+        ([entry(1, **PROPORTIONS)], ["entry 1", "from_interval is 1", "interval 0"]),
+        ([entry(0, **PROPORTIONS), entry(0, **PROPORTIONS)], ["entry 2", "from_interval is 0"]),
+        ([entry(0, **PROPORTIONS), entry("2", **PROPORTIONS)], ["entry 2", "from_interval is '2'"]),
+        ([entry(True, **PROPORTIONS)], ["entry 1", "from_interval is True"]),
+        ([{"from_interval": 0, "weights": PROPORTIONS}], ["entry 1", "from_interval, weights"]),
         ([{"from_interval": 0, "proportions": [0.5, 0.5]}], ["entry 1", "[0.5, 0.5]", "by domain"]),
-        ([entry(0, **SHARES), entry(4, code=0.5, maths=0.5)], ["entry 2", "'prose' has no proportion"]),
-        ([entry(0, **SHARES, proze=0.0)], ["entry 1", "'proze' is not a domain", "did you mean 'prose'"]),
-        ([{"from_interval": 0, "proportions": {**SHARES, 7: 0.0}}], ["entry 1", "'7' is not a domain"]),
+        ([entry(0, **PROPORTIONS), entry(4, code=0.5, maths=0.5)], ["entry 2", "'prose' has no proportion"]),
+        ([entry(0, **PROPORTIONS, proze=0.0)], ["entry 1", "'proze' is not a domain", "did you mean 'prose'"]),
+        ([{"from_interval": 0, "proportions": {**PROPORTIONS, 7: 0.0}}], ["entry 1", "'7' is not a domain"]),
         ([entry(0, code=0.5, maths="half", prose=0.1)], ["entry 1", "'maths' is 'half'"]),
         ([entry(0, code=0.5, maths=0.6, prose=0.1)], ["entry 1", "sum 1.2"]),
         ([entry(0, code=0.5, maths=0.6, prose=-0.1)], ["entry 1", "-0.1"]),
     ],
 )
-def test_what_is_wrong_in_a_file_is_named(content: Any, parts: list[str]) -> None:
+def test_an_error_names_the_place_in_the_file(content: Any, parts: list[str]) -> None:
     with pytest.raises(ConfigError) as caught:
         scheduled(content)
     for part in ["mixture.schedule_file stages.yaml", *parts]:
         assert part in str(caught.value), caught.value
 
 
-def test_a_share_of_an_excluded_domain_is_refused() -> None:
+def test_a_proportion_of_an_excluded_domain_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"entry 1: proportions: 'maths' has 0.2, and mixture.exclude names it"):
-        scheduled([entry(0, **SHARES)], exclude=("maths",))
+        scheduled([entry(0, **PROPORTIONS)], exclude=("maths",))

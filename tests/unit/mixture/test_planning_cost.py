@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from ddk_ds.mixture.exhaustion import make_exhaustion
+from ddk_ds.mixture.interval_state import DomainEntry, IntervalState, interval_ids
 from ddk_ds.mixture.order import DomainOrder
-from ddk_ds.mixture.schedule import DomainEntry, IntervalState, interval_ids
 
 TOTAL = 1_024_000
 # Of processor time, so that other work on the machine does not count: 0.1 to 1.1 s on one core of a small virtual

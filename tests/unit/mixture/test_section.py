@@ -1,9 +1,8 @@
-"""Section `mixture` of a configuration, and what a run makes of it: options by controller, intervals, resumption."""
+"""Section `mixture` of a configuration and its effects on a run: options by controller, intervals, resumption."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,41 +11,23 @@ import numpy as np
 import pytest
 
 from ddk_ds.comm import SingleProcess
-from ddk_ds.config import Config, make_config, to_yaml
+from ddk_ds.config import to_yaml
 from ddk_ds.config.load import load_config
 from ddk_ds.config.run_config import corpus_samples, interval_steps, total_steps
 from ddk_ds.config.sections import Mixture
 from ddk_ds.errors import ConfigError
-from ddk_ds.mixture.controllers import CONTROLLER_KINDS, Controller, ControllerOptions, make_controller
-from ddk_ds.mixture.decide import Decision, decide
+from ddk_ds.mixture.controllers import make_controller
+from ddk_ds.mixture.decide import Controller, Decision, decide
 from ddk_ds.mixture.exhaustion import make_exhaustion
+from ddk_ds.mixture.interval_state import DomainEntry, IntervalState
 from ddk_ds.mixture.order import DomainOrder
-from ddk_ds.mixture.schedule import DomainEntry, IntervalState
 from ddk_ds.train.interval import Measurement, Mixer, interval_record, stop_reason
 from ddk_ds.train.loop import _plan_interval
 from ddk_ds.train.state import RunState
+from tests.unit.mixture.mixture_section import config_with as config
+from tests.unit.mixture.mixture_section import section
 
 NAMES = ["code", "law", "prose"]
-
-
-def config(mixture: dict[str, Any], **sections: Any) -> Config:
-    values: dict[str, Any] = {
-        "name": "run",
-        "student": {"path": "student"},
-        "teacher": {"path": "teacher"},
-        "data": {"path": "data"},
-        "optimizer": {"warmup_steps": 0},
-        "train": {"global_batch_samples": 4},
-        "stop": {"steps": 100},
-    }
-    return make_config({**values, "mixture": mixture, **sections}, "run.yaml")
-
-
-def test_every_option_of_a_controller_is_in_the_section_with_the_same_default() -> None:
-    section = Mixture()
-    for option in fields(ControllerOptions):
-        assert getattr(section, option.name) == getattr(ControllerOptions(), option.name), option.name
-    assert set(Mixture.model_fields["controller"].annotation.__args__) == set(CONTROLLER_KINDS)  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize(
@@ -61,6 +42,9 @@ def test_every_option_of_a_controller_is_in_the_section_with_the_same_default() 
         ({"controller": "ddk_no_smoothing", "initial": "equal"}, ["initial is equal", "to ddk"]),
         ({"controller": "ddk", "schedule_file": "x.yaml"}, ["schedule_file is x.yaml", "to schedule"]),
         ({"controller": "schedule"}, ["controller: schedule needs schedule_file"]),
+        ({"controller": "by_size", "proportions": {"code": 1.0}}, ["proportions is {'code': 1.0}", "to static"]),
+        ({"controller": "static"}, ["controller: static needs proportions"]),
+        ({"exhaustion": "halt"}, ["mixture.exhaustion", "'cycle', 'cap' or 'stop'", "'halt'"]),
         ({"initial": "equal", "initial_floor": 0.1}, ["initial_floor is 0.1", "initial: equal does not use"]),
         ({"prior": "size"}, ["mixture.prior", "'size'"]),
         ({"ppl_smoothing": 1.0}, ["mixture.ppl_smoothing", "1.0"]),
@@ -131,7 +115,8 @@ def test_an_excluded_domain_counts_in_no_stop() -> None:
     assert "discrepancy 0.01" in str(stop_reason(config({"exclude": ["law"]}, stop=stop), state, measured))
 
 
-OPTIONS = ControllerOptions(ppl_smoothing=0.6, exclude=("law",), floors={"code": 0.3}, prior="by_size")
+OPTIONS = section(ppl_smoothing=0.6, exclude=("law",), floors={"code": 0.3}, prior="by_size")
+SIZES = {"code": 40, "law": 50, "prose": 60}
 
 
 def make_mixer(controller: Controller) -> Mixer:
@@ -141,9 +126,9 @@ def make_mixer(controller: Controller) -> Mixer:
 
 
 def run_intervals(state: RunState, intervals: range, controller: Controller | None = None) -> list[dict[str, Any]]:
-    """The ledger's lines of these intervals, planned, begun and trained on; `state` is where they begin."""
+    """Plan, begin and train these intervals from `state`; return their lines of the ledger."""
     sizes = [40, 50, 60]
-    mixer = make_mixer(controller or make_controller("ddk", NAMES, OPTIONS, sizes=sizes))
+    mixer = make_mixer(controller or make_controller(OPTIONS, SIZES))
     records = []
     for t in intervals:
         student = np.array([9.0, 30.0, 12.0]) / (1 + 0.2 * t) + np.array([0.0, 1.0, t % 2])
@@ -166,7 +151,7 @@ def test_smoothed_perplexities_are_carried_over_a_resume_and_a_replay() -> None:
     resumed = RunState.from_json(json.loads(json.dumps(state.to_json())))
     assert run_intervals(resumed, range(2, 5)) == whole[2:]
 
-    controller = make_controller("ddk", NAMES, OPTIONS, sizes=[40, 50, 60])
+    controller = make_controller(OPTIONS, SIZES)
     last: Decision | None = None
     for line in map(json.loads, map(json.dumps, whole)):
         student, teacher = (np.array(list(line[key].values())) for key in ("student_ppl", "teacher_ppl"))
@@ -177,8 +162,7 @@ def test_smoothed_perplexities_are_carried_over_a_resume_and_a_replay() -> None:
 
 def test_a_run_follows_its_schedule() -> None:
     stages = [{"from_interval": t, "proportions": dict.fromkeys(NAMES, 0.0) | {NAMES[t]: 1.0}} for t in range(3)]
-    options = ControllerOptions(schedule_file="stages.yaml")
-    controller = make_controller("schedule", NAMES, options, sizes=[40, 50, 60], schedule=stages)
+    controller = make_controller(section("schedule", schedule_file="stages.yaml"), SIZES, stages)
     lines = run_intervals(fresh(), range(4), controller)
     assert [list(line["counts"].values()) for line in lines] == [[20, 0, 0], [0, 20, 0], [0, 0, 20], [0, 0, 20]]
 
@@ -187,7 +171,7 @@ def test_the_plan_of_an_interval_has_its_own_length() -> None:
     options = config({"controller": "equal", "interval_steps": 3, "interval_growth": 2.0}, stop={"steps": 20})
     sizes = [40, 50, 60]
     run: Any = SimpleNamespace(config=options, state=fresh(), total_steps=20)
-    run.mixer = make_mixer(make_controller("equal", NAMES, ControllerOptions(), sizes=sizes))
+    run.mixer = make_mixer(make_controller(section("equal"), SIZES))
     run.inputs = SimpleNamespace(exhaustion=make_exhaustion(NAMES, sizes))
     steps = []
     for _ in range(3):
@@ -196,21 +180,21 @@ def test_the_plan_of_an_interval_has_its_own_length() -> None:
         steps.append(sum(plan.counts) // 4)
         run.state.step += steps[-1]
         run.state.data = run.state.data.consume(sum(plan.counts))
-    assert steps == [3, 6, 11]  # 12, of which the run has 11 left
+    assert steps == [3, 6, 11]  # the last would have 12, and the run has 11 left
 
 
 def test_planning_changes_nothing() -> None:
-    """A run that ends at a domain's limit saves the state of before, which a fork may go on from."""
+    """A run that ends at a domain's limit saves the state before its plan, so that a fork can continue from it."""
     state = fresh()
     run_intervals(state, range(2))
     before = json.dumps(state.to_json())
-    mixer = make_mixer(make_controller("ddk", NAMES, OPTIONS, sizes=[40, 50, 60]))
+    mixer = make_mixer(make_controller(OPTIONS, SIZES))
     measured = Measurement(np.array([5.0, 6.0, 7.0]), np.array([3.0, 12.0, 5.0]))
     mixer.plan(state, measured, 20, make_exhaustion(NAMES, [40, 50, 60]))
     assert json.dumps(state.to_json()) == before
 
 
-def test_a_checkpoint_of_before_there_was_smoothing_is_read() -> None:
+def test_a_checkpoint_without_smoothed_perplexities_is_read() -> None:
     record = fresh().to_json()
     del record["smoothed_ppl"]
     assert RunState.from_json(record).smoothed_ppl == []

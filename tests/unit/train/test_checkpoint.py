@@ -15,7 +15,7 @@ from ddk_ds.config import Checkpoint
 from ddk_ds.engine.zero_shards import ShardWriter
 from ddk_ds.errors import CheckpointError
 from ddk_ds.files import size_and_xxh64
-from ddk_ds.mixture.schedule import IntervalState
+from ddk_ds.mixture.interval_state import IntervalState
 from ddk_ds.train.checkpoint.checkpoint_files import newest_checkpoint, usable_checkpoint
 from ddk_ds.train.checkpoint.saver import SaveFailed, Saver
 from ddk_ds.train.state import RunState

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from ddk_ds.config import Guard
-from ddk_ds.mixture.schedule import IntervalState
+from ddk_ds.mixture.interval_state import IntervalState
 from ddk_ds.train.guard import NumbersGoneWrong, check_interval, check_step
 from ddk_ds.train.state import RunState
 

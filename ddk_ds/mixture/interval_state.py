@@ -1,6 +1,6 @@
-"""The data order: (seed, interval, counts, cursors) -> global sample ids of a distillation interval.
+"""The state of the data order, and the global sample ids of an interval as a pure function of it.
 
-Nothing here knows of ranks, workers or nodes: every process that asks gets the same order.
+The order does not depend on ranks, workers or nodes: every process computes the same ids.
 """
 
 from __future__ import annotations
@@ -15,15 +15,16 @@ from typing import Any, TypedDict
 import numpy as np
 
 from ddk_ds.errors import CheckpointError, ConfigError
-from ddk_ds.mixture.factors import Vector
-from ddk_ds.mixture.order import BLOCK_SAMPLES, MIX, DomainOrder, Ids, check_seed, largest_remainder, philox
+from ddk_ds.mixture.domain_vectors import Vector
+from ddk_ds.mixture.exhaustion import largest_remainder
+from ddk_ds.mixture.order import BLOCK_SAMPLES, MIX, DomainOrder, Ids, check_seed, philox
 
 ALGORITHM = "ddk-interval/1"
-HISTORY_INTERVALS = 4  # kept in full; a hash stands for all of them
+HISTORY_INTERVALS = 4  # past intervals whose counts are kept; a hash covers all past intervals
 
 
 class DomainEntry(TypedDict):
-    """One domain as a checkpoint knows it; `sha` is a hash of its shards."""
+    """A domain in a checkpoint; `sha` is a hash of its shards."""
 
     name: str
     num_samples: int
@@ -32,36 +33,36 @@ class DomainEntry(TypedDict):
 
 @dataclass(frozen=True)
 class IntervalState:
-    """All the state that the data order has, free of the world size. It goes to the checkpoint as JSON.
+    """The complete state of the data order, independent of the world size; a checkpoint holds it as JSON.
 
-    A value: `advance`, `seal` and `consume` return the state that follows.
+    It is immutable: `advance`, `begin`, `seal` and `consume` return the next state.
     """
 
     seed: int
     block: int
     domains: tuple[DomainEntry, ...]
     cursors: tuple[int, ...]
-    """Draws of each domain before this interval."""
+    """(N,) draws of each domain before this interval."""
     interval: int = -1
     """Number of the interval, from 0; -1 before the first."""
     counts: tuple[int, ...] = ()
-    """Draws of each domain in this interval."""
+    """(N,) draws of each domain in this interval."""
     consumed: int = 0
-    """Samples of this interval that were trained on, over all ranks."""
+    """Samples of this interval that the run has trained on, over all ranks."""
     history: tuple[tuple[int, ...], ...] = ()
     """Counts of the last HISTORY_INTERVALS past intervals; `cursors` are the sums over all of them."""
     history_sha: str = ""
-    """Chained over the counts of every past interval: two runs with the same one drew the same. "" before the first."""
+    """Hash of the counts of all past intervals; "" while there is no past interval."""
     ids_sha: str = ""
-    """`ids_sha` of this interval's sample ids; "" until sealed."""
+    """Hash of this interval's sample ids; "" until `seal`."""
     algorithm: str = ALGORITHM
 
     @classmethod
     def new(cls, domains: Sequence[DomainEntry], *, seed: int, block: int = BLOCK_SAMPLES) -> IntervalState:
-        """The state before the first interval.
+        """Return the state before the first interval.
 
         Raises:
-            ConfigError: seed or block out of range, no domain, or a name twice.
+            ConfigError: seed or block is out of range, there is no domain, or two domains have the same name.
         """
         check_seed(seed, block)
         names = [domain["name"] for domain in domains]
@@ -71,27 +72,27 @@ class IntervalState:
 
     @property
     def total(self) -> int:
-        """Samples of this interval."""
+        """Number of samples of this interval."""
         return sum(self.counts)
 
     @property
     def done(self) -> bool:
-        """Whether the interval is at its end (true before the first)."""
+        """True at the end of the interval, and before the first."""
         return self.consumed == self.total
 
     @property
     def drawn(self) -> tuple[int, ...]:
-        """Draws of each domain up to the end of this interval."""
+        """(N,) draws of each domain up to the end of this interval."""
         if self.interval < 0:
             return self.cursors
         return tuple(cursor + count for cursor, count in zip(self.cursors, self.counts, strict=True))
 
     def advance(self, proportions: Sequence[float] | Vector, total: int) -> IntervalState:
-        """The beginning of the next interval: `total` samples drawn by `proportions` (N,), without limits."""
+        """Return the state at the beginning of the next interval: `total` samples by `proportions` (N,), no limits."""
         return self.begin(largest_remainder(proportions, total).tolist())
 
     def begin(self, counts: Sequence[int]) -> IntervalState:
-        """The beginning of the next interval: `counts` (N,) samples of each domain."""
+        """Return the state at the beginning of the next interval, which has `counts` (N,) samples of each domain."""
         assert self.done, f"interval {self.interval} has {self.consumed} of {self.total} samples behind it"
         assert len(counts) == len(self.domains), f"{len(counts)} for {len(self.domains)} domains"
         history, history_sha = self.history, self.history_sha
@@ -110,12 +111,12 @@ class IntervalState:
         )
 
     def seal(self, ids: Ids) -> IntervalState:
-        """With the hash of this interval's ids. A state that has one already must get the same.
+        """Return the state with the hash of this interval's ids; if the state has a hash already, check it.
 
-        numpy does not promise that a generator's permutations stay the same over its versions.
+        numpy does not promise that a generator's permutations are the same in each of its versions.
 
         Raises:
-            CheckpointError: the ids, made again on resume, are not those that the state was sealed with.
+            CheckpointError: the ids, computed again on resume, differ from those of the checkpoint.
         """
         sha = ids_sha(ids)
         if self.ids_sha not in ("", sha):
@@ -126,16 +127,16 @@ class IntervalState:
         return replace(self, ids_sha=sha)
 
     def consume(self, num_samples: int) -> IntervalState:
-        """`num_samples` further on in this interval, over all ranks."""
+        """Return the state after `num_samples` more samples of this interval, over all ranks."""
         consumed = self.consumed + num_samples
         assert num_samples >= 0 and consumed <= self.total, f"{consumed} of {self.total} samples consumed"
         return replace(self, consumed=consumed)
 
     def check_fits(self, fresh: IntervalState) -> None:
-        """Refuses a state, from a checkpoint, whose data, seed or block are not those of `fresh`.
+        """Check that this state, from a checkpoint, has the data, seed and block of `fresh`.
 
         Raises:
-            CheckpointError: names the first thing that differs.
+            CheckpointError: names the first field that differs.
         """
         for key in ("seed", "block", "domains"):
             saved, current = getattr(self, key), getattr(fresh, key)
@@ -146,16 +147,16 @@ class IntervalState:
                 )
 
     def to_json(self) -> dict[str, Any]:
-        """Plain JSON; a few kB for ten domains, after any number of intervals."""
+        """Return the state as plain JSON: a few kB for ten domains, after any number of intervals."""
         record: dict[str, Any] = json.loads(json.dumps(asdict(self)))  # tuples as lists
         return record
 
     @classmethod
     def from_json(cls, record: Mapping[str, Any]) -> IntervalState:
-        """The state that `to_json` wrote, or its older form with the counts of every past interval.
+        """Return the state of a `to_json` record, also of an older one with the counts of every past interval.
 
         Raises:
-            CheckpointError: another algorithm, or fields that are missing or unknown.
+            CheckpointError: the record has another algorithm, or missing or unknown fields.
         """
         if record.get("algorithm") != ALGORITHM:
             raise CheckpointError(
@@ -164,19 +165,19 @@ class IntervalState:
             )
         if "history_sha" not in record and "history" in record:
             record = {**record, **_short_history(record["history"])}
-        if odd := set(record) ^ set(cls.__dataclass_fields__):
-            raise CheckpointError(f"the checkpoint's data order has missing or unknown fields: {sorted(odd)}")
+        if mismatched := set(record) ^ set(cls.__dataclass_fields__):
+            raise CheckpointError(f"the checkpoint's data order has missing or unknown fields: {sorted(mismatched)}")
         tuples = {key: tuple(record[key]) for key in ("domains", "counts", "cursors")}
         history = tuple(tuple(counts) for counts in record["history"])
         return cls(**{**record, **tuples, "history": history})
 
 
 def interval_ids(orders: Sequence[DomainOrder], sample_offsets: Sequence[int] | Ids, state: IntervalState) -> Ids:
-    """Global sample ids (total,) of the state's interval, in global order; pure.
+    """Return the global sample ids (total,) of the state's interval, in training order; pure.
 
     Args:
-        orders: one a domain, as in state.domains.
-        sample_offsets: (N,) the global id of each domain's sample 0.
+        orders: (N,) order of each domain, as in state.domains.
+        sample_offsets: (N,) global id of each domain's sample 0.
     """
     labels = np.repeat(np.arange(len(state.counts)), state.counts)
     labels = philox(state.seed, 0, MIX, state.interval).permutation(labels)
@@ -190,7 +191,7 @@ def interval_ids(orders: Sequence[DomainOrder], sample_offsets: Sequence[int] | 
 
 
 def ids_sha(ids: Ids) -> str:
-    """16 hex digits that stand for a sequence of ids, the same on every machine."""
+    """Return a hash of a sequence of ids: 16 hex digits, the same on every machine."""
     return hashlib.sha256(np.ascontiguousarray(ids, "<i8").tobytes()).hexdigest()[:16]
 
 

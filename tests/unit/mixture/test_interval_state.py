@@ -13,14 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ddk_ds.errors import CheckpointError, ConfigError, DataError
-from ddk_ds.mixture.schedule import (
-    DomainEntry,
-    DomainOrder,
-    IntervalState,
-    ids_sha,
-    interval_ids,
-    largest_remainder,
-)
+from ddk_ds.mixture.exhaustion import largest_remainder
+from ddk_ds.mixture.interval_state import DomainEntry, IntervalState, ids_sha, interval_ids
+from ddk_ds.mixture.order import DomainOrder
 
 shard_sizes = st.lists(st.integers(0, 40), min_size=1, max_size=12).filter(any)
 

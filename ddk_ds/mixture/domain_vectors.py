@@ -1,0 +1,144 @@
+"""Vectors over a run's domains: perplexities, proportions and options, checked and in one order."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Iterable, Mapping, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ddk_ds.errors import ConfigError, DataError
+
+Vector = NDArray[np.float64]
+Values = Sequence[float | None] | Vector | None
+"""Perplexities of one model, (N,); None for a model that was not measured."""
+
+
+def check_perplexities(values: Values, *, model: str, names: Sequence[str] | None = None) -> Vector:
+    """Return the perplexities of one model as (N,) float64.
+
+    Args:
+        values: one perplexity for each domain.
+        model: "student" or "teacher", for the message.
+        names: the domains' names; if given, there must be one perplexity for each.
+
+    Raises:
+        DataError: a perplexity is missing, NaN, infinite, zero or negative; the message has the domain's name and the
+            value.
+    """
+    if values is None:
+        raise DataError(f"the {model}'s perplexities are missing: measure the {model} on every domain first")
+    values = list(values)
+    num_domains = len(values) if names is None else len(names)
+    if num_domains == 0:
+        raise DataError(f"the {model}'s perplexities are empty: there must be at least one domain")
+    for i in range(max(num_domains, len(values))):
+        value = values[i] if i < len(values) else None
+        if i >= num_domains:
+            raise DataError(f"the {model} has {len(values)} perplexities for {num_domains} domains")
+        if value is None or not (math.isfinite(value) and value > 0):
+            shown = "missing" if value is None else repr(float(value))
+            raise DataError(
+                f"the {model}'s perplexity of {domain_label(names, i)} is {shown}, not a positive finite "
+                f"number: has the {model} diverged, or does the domain's validation split hold no token?"
+            )
+    return np.array(values, np.float64)
+
+
+def domain_label(names: Sequence[str] | None, i: int) -> str:
+    """Return the words for domain `i` in a message: its name in quotes, or its number where there are no names."""
+    return f"domain {i}" if names is None else f"domain '{names[i]}'"
+
+
+def check_proportions(values: Sequence[float] | Vector, *, num_domains: int, label: str) -> Vector:
+    """Return `values` as (N,) float64 proportions; `label` names them in the message.
+
+    Raises:
+        ConfigError: there are not N values, a value is negative or not finite, or the sum is not 1 within 1e-6.
+    """
+    proportions = np.asarray(values, np.float64)
+    if proportions.shape != (num_domains,):
+        raise ConfigError(f"{label}: {proportions.size} values for {num_domains} domains")
+    total = math.fsum(proportions)
+    if not (np.isfinite(proportions).all() and (proportions >= 0).all() and abs(total - 1) <= 1e-6):
+        raise ConfigError(f"{label} are {proportions.tolist()} (sum {total}): give numbers >= 0 whose sum is 1")
+    return proportions
+
+
+def proportions_in_order(
+    values: Mapping[str, float], names: Sequence[str], exclude: Sequence[str], *, label: str
+) -> tuple[float, ...]:
+    """Return proportions given by domain in the order of `names`, (M,), without the excluded domains.
+
+    Args:
+        label: the key or file that gives the values, for messages.
+
+    Raises:
+        ConfigError: a domain is unknown or has no value, an excluded domain has a proportion above 0, a value is
+            negative or not finite, or the sum is not 1.
+    """
+    values = {**dict.fromkeys(exclude, 0.0), **values}
+    proportions = values_in_order(values, names, label=label, quantity="proportion")
+    for name in exclude:
+        if values[name] != 0:
+            raise ConfigError(
+                f"{label}: '{name}' has {values[name]}, and mixture.exclude names it: give it 0, or leave it out of one"
+            )
+    included = [value for name, value in zip(names, proportions, strict=True) if name not in exclude]
+    return tuple(check_proportions(included, num_domains=len(included), label=label).tolist())
+
+
+def values_in_order(
+    values: Mapping[str, float], names: Sequence[str], *, label: str, quantity: str, default: float | None = None
+) -> list[float]:
+    """Return values given by domain in the order of `names`, (N,).
+
+    Args:
+        label: the key or file that gives the values, for messages.
+        quantity: the word for one value, for messages.
+        default: value of a domain that is not named; None: every domain must be named.
+
+    Raises:
+        ConfigError: a domain is not one of `names`, or one of `names` has no value.
+    """
+    check_domains(values, names, label=label)
+    for name in names:
+        if name not in values and default is None:
+            raise ConfigError(f"{label}: '{name}' has no {quantity}; name each of {list(names)} once")
+    return [float(values.get(name, default or 0.0)) for name in names]
+
+
+def check_domains(given: Iterable[str], names: Sequence[str], *, label: str) -> None:
+    """Raise ConfigError if one of `given` is not in `names`; `label` is the key or file that gives them."""
+    for name in given:
+        if name not in names:
+            near = difflib.get_close_matches(str(name), names, n=1)
+            hint = f"did you mean '{near[0]}'?" if near else f"this run's domains are {', '.join(names)}"
+            raise ConfigError(f"{label}: '{name}' is not a domain of this run: {hint}")
+
+
+def proportions_by_size(names: Sequence[str], sizes: Mapping[str, int]) -> tuple[float, ...]:
+    """Return the proportions (M,) of `names` by their sizes (for example in tokens).
+
+    Raises:
+        ConfigError: a size is not > 0.
+    """
+    for name in names:
+        if not sizes[name] > 0:
+            raise ConfigError(f"domain '{name}' has size {sizes[name]}: sampling by size needs sizes > 0")
+    total = sum(int(sizes[name]) for name in names)
+    return tuple(int(sizes[name]) / total for name in names)
+
+
+def reweighted(proportions: Vector, exponents: Vector) -> Vector:
+    """Return proportions * exp(exponents) divided by its sum, (N,); a proportion of 0 stays 0."""
+    log_proportions = np.log(proportions, out=np.full_like(proportions, -np.inf), where=proportions > 0)
+    return softmax(log_proportions + exponents)
+
+
+def softmax(exponents: Vector) -> Vector:
+    """Return exp(exponents) divided by its sum, (N,), without overflow."""
+    weights: Vector = np.exp(exponents - exponents.max())
+    return weights / math.fsum(weights)
