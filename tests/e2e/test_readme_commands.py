@@ -103,7 +103,7 @@ MADE = {
     "docs/guide.md": (
         *("data/mine/domains.json", "models/half/config.json", "runs/qwen-ddk/export/model.safetensors"),
         *("runs/qwen-ddk/report/report.html", "runs/qwen-ddk/monitor/tensorboard", "replay.png"),
-        *("runs/qwen-ddk/exports/step-4-fp32/model.safetensors", "scores.json", "runs/compared/comparison.png"),
+        *("runs/qwen-ddk/exports/step-00000004-fp32/model.safetensors", "scores.json", "runs/compared/comparison.png"),
     ),
 }
 

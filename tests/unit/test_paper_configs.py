@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import io
 import json
 import re
-import sys
-from contextlib import redirect_stdout
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,6 +20,7 @@ from ddk_ds.engine.model_files import ModelShape, configured_shape
 from ddk_ds.errors import ConfigError
 from ddk_ds.kernels.chunked import HeadInput
 from ddk_ds.kernels.linear_kd import check_head
+from tools import plan
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 PAGE = Path(__file__).parents[2] / "docs/paper.md"
@@ -185,17 +183,18 @@ def test_the_page_shows_the_estimate() -> None:
             assert float(rows[part][column]) == pytest.approx(taken / 1e9, abs=0.006), f"{name}, {part}"
 
 
-def test_the_pages_command_prints_the_estimate(monkeypatch: pytest.MonkeyPatch) -> None:
-    found = re.search(r"python - configs/paper/\*\.yaml <<'END'\n(.*?)\n    END", PAGE.read_text(), re.DOTALL)
-    assert found is not None
-    name = "llama2_13b_to_tinyllama_1.1b"
+def test_the_pages_command_makes_the_estimate(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """plan.py shows some parts in two: their sums are compared, and the height."""
+    shown = re.search(r"python tools/plan.py --config \$pair (--nodes .*)", PAGE.read_text())
+    assert shown is not None
+    name, out = "llama2_13b_to_tinyllama_1.1b", tmp_path / "plan.json"
     monkeypatch.chdir(CONFIGS.parent)
-    monkeypatch.setattr(sys, "argv", ["-", f"configs/paper/{name}.yaml"])
-    printed = io.StringIO()
-    with redirect_stdout(printed):
-        exec(compile(re.sub(r"(?m)^    ", "", found[1]), str(PAGE), "exec"), {})
-    for part, taken in estimate_of(name).parts.items():
-        assert f"{part}: {taken / 1e9:.2f}" in printed.getvalue()
+    assert plan.main(["--config", f"configs/paper/{name}.yaml", *shown[1].split(), "--json", str(out)]) == 0
+    found, estimate = json.loads(out.read_text()), estimate_of(name)
+    assert found["device_bytes"] == estimate.device_bytes
+    assert sum(found["memory_bytes"].values()) == sum(estimate.parts.values())
+    once = found["memory_bytes"].keys() & estimate.parts.keys()
+    assert len(once) > 8 and all(found["memory_bytes"][part] == estimate.parts[part] for part in once)
 
 
 @pytest.mark.parametrize("grid", GRIDS)
