@@ -1,9 +1,9 @@
-# make demo   set up, then the whole way on real text: tokenizer, data, models, DDK, and equal sampling beside it
-# make test   set up, then lint, types and tests
-# make test-full   that, then the long tests and 50 real faults; results go to docs/results/
-# make docs-check  every command, key and link that the documentation shows; docs/configuration.md is made anew by
-#                  python -m tools.bench.config_reference
-# Set-up is done once, in .venv; PYTHON=python3.12 names another interpreter for it.
+# make demo        set up, then everything on real text: tokenizer, data, models, DDK, and equal sampling to compare with
+# make test        set up, then lint, types and tests
+# make test-full   make test, the long tests and 50 real faults; writes the results to docs/results/
+# make docs-check  check every command, key and link of the pages, and that docs/configuration.md is up to date
+#                  (python -m tools.bench.config_reference writes it)
+# Set-up is done once, in .venv. PYTHON=python3.12 names another interpreter for it.
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -33,8 +33,7 @@ $(READY): $(INSTALLED)
 	  $(BIN)/python -c 'from ddk_ds.engine.runtime import load_communication; load_communication()'
 	@touch $@
 
-# Every step of the demo runs where its output is missing. A training run that was cut short goes on from its
-# newest checkpoint.
+# A step of the demo runs if its output is missing. An interrupted training run continues from its newest checkpoint.
 demo: $(READY) runs/demo/summary.json
 	@$(BIN)/python tools/summary.py runs/demo runs/demo-equal
 
