@@ -1,6 +1,6 @@
-"""All domains' samples under one numbering: a global sample id is the domain's offset + the local id.
+"""From global sample ids to a rank's micro-batches: the same global batches for any number of ranks and workers.
 
-From sample ids to a rank's micro-batches: the same global batches for any number of ranks and workers.
+A global sample id is the offset of the sample's domain + the sample's number in the domain.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from ddk_ds.errors import DataError
 
 
 class Sample(TypedDict):
-    """One sample: `input_ids` (L,) int64, the index of its domain, its global id."""
+    """One sample: `input_ids` (L,) int64, the index of its domain, and its global id."""
 
     input_ids: torch.Tensor
     domain: int
@@ -30,16 +30,16 @@ class Sample(TypedDict):
 
 
 class MixtureDataset(Dataset[Sample]):
-    """Samples of several domains of one prepared directory, in the order of `names`.
+    """Samples of the N domains `names` of one prepared directory, numbered in the order of `names`.
 
-    Plain readers without locks, shared memory or open files: it can be pickled, forked and spawned.
+    It holds no locks, shared memory or open files, so that it can be pickled, forked and spawned.
 
     Attributes:
-        names: the domains.
-        sizes: (N,) samples of each domain.
+        names: names of the domains.
+        sizes: (N,) number of samples of each domain.
         sample_offsets: (N,) global id of each domain's first sample.
-        shard_sizes: N arrays (S,), samples of each shard.
-        shas: N hashes of the split's shards.
+        shard_sizes: N arrays (S,), number of samples of each shard.
+        shas: N hashes, each over all shards of a domain's split.
     """
 
     def __init__(self, root: str | Path | Store, names: Sequence[str], split: str = "train") -> None:
@@ -61,17 +61,26 @@ class MixtureDataset(Dataset[Sample]):
         return {"input_ids": torch.from_numpy(tokens.astype(np.int64)), "domain": domain, "sample_id": int(sample_id)}
 
     def read(self, sample_id: int) -> tuple[Ids, int]:
-        """The ids (L,) of a sample in the shards' dtype, and the index of its domain. Raises DataError, IndexError."""
+        """Return the token ids (L,) of a sample in the shards' dtype, and the index of its domain.
+
+        Raises:
+            DataError: the sample's shard is damaged or cannot be fetched.
+            IndexError: there is no such sample.
+        """
         domain, place = self._place(sample_id)
         return self._splits[domain].tokens(place), domain
 
     def first_uses(self, ids: npt.NDArray[np.int64]) -> list[tuple[int, Shard]]:
-        """ids (n,) global sample ids -> (position of its first sample, shard) of every shard among them, in order."""
+        """Return every shard that the samples `ids` (n,) lie in, with the position in `ids` of its first sample.
+
+        The pairs (position, shard) are sorted by position.
+        """
         ends = np.cumsum(np.concatenate(self.shard_sizes))
         numbers, positions = np.unique(np.searchsorted(ends, ids, side="right"), return_index=True)
         shards = [shard for split in self._splits for shard in split.shards]
         return sorted(
-            ((int(at), shards[number]) for at, number in zip(positions, numbers, strict=True)), key=itemgetter(0)
+            ((int(position), shards[number]) for position, number in zip(positions, numbers, strict=True)),
+            key=itemgetter(0),
         )
 
     def _place(self, sample_id: int) -> tuple[int, int]:
@@ -82,7 +91,7 @@ class MixtureDataset(Dataset[Sample]):
 
 
 class MicroBatch(TypedDict):
-    """`input_ids` (B, L), `domain` (B,) and `sample_id` (B,), all int64."""
+    """A rank's part of one forward pass: `input_ids` (B, L), `domain` (B,) and `sample_id` (B,), all int64."""
 
     input_ids: torch.Tensor
     domain: torch.Tensor
@@ -99,19 +108,19 @@ def interval_loader(
     start_sample: int = 0,
     num_workers: int = 0,
 ) -> Iterator[MicroBatch]:
-    """One rank's micro-batches of one interval, from `start_sample` on.
+    """Return an iterator over one rank's micro-batches of one interval, beginning with sample `start_sample`.
 
     Rank r's m-th micro-batch is ids[start + (m * world + r) * B : ... + B]: the global batch of an optimizer
     step is the same slice of `ids` for any world size.
 
     Args:
         ids: (total,) global sample ids of the interval, in global order.
-        micro_batch: B, samples of one rank's forward pass.
-        start_sample: samples of the interval that are trained already.
-        num_workers: reading processes; 0 reads in this one.
+        micro_batch: B, number of samples of one rank's forward pass.
+        start_sample: number of the interval's samples that are trained already.
+        num_workers: number of reading processes; 0: this process reads.
 
     Raises:
-        DataError: a shard is damaged or cannot be had.
+        DataError: a shard is damaged or cannot be fetched; raised by the iterator.
     """
     remaining = len(ids) - start_sample
     assert remaining >= 0 and remaining % (world * micro_batch) == 0, (
@@ -122,15 +131,18 @@ def interval_loader(
         _Reader(dataset),
         batch_sampler=batches.tolist(),
         num_workers=num_workers,
-        collate_fn=_as_it_is,
+        collate_fn=_identity,
         # DataLoader draws a seed: from its own generator, or the training's RNG would depend on resumes.
         generator=torch.Generator().manual_seed(0),
     )
-    return _batches(loader)
+    return _micro_batches(loader)
 
 
-def _batches(loader: DataLoader[Any]) -> Iterator[MicroBatch]:
-    for tokens, domains, sample_ids in _read(loader):
+def _micro_batches(loader: DataLoader[Any]) -> Iterator[MicroBatch]:
+    for read in loader:
+        if isinstance(read, _Failure):
+            raise DataError(read.message)
+        tokens, domains, sample_ids = read
         yield {
             "input_ids": torch.from_numpy(tokens.astype(np.int64)),
             "domain": torch.tensor(domains),
@@ -138,24 +150,17 @@ def _batches(loader: DataLoader[Any]) -> Iterator[MicroBatch]:
         }
 
 
-def _read(loader: DataLoader[Any]) -> Iterator[tuple[Ids, list[int], list[int]]]:
-    for batch in loader:
-        if isinstance(batch, _Failure):
-            raise DataError(batch.text)
-        yield batch
-
-
 class _Failure(NamedTuple):
-    """What a worker could not read: a raised error would come with the worker's traceback for its message."""
+    """The message of a worker's error. A raised error would have the worker's traceback as its message."""
 
-    text: str
+    message: str
 
 
 class _Reader(Dataset[Any]):
-    """Micro-batches as (ids (B, L) in the shards' dtype, domains, sample ids).
+    """Reads a micro-batch as (token ids (B, L) in the shards' dtype, B domains, B sample ids).
 
-    A worker sends these through its pipe. Tensors would go through shared memory, a file descriptor each, and four
-    times as large: with them two workers were slower than none.
+    A worker sends these through its pipe. Tensors would go through shared memory, with a file descriptor each, and be
+    four times as large: with them two workers were slower than none.
     """
 
     def __init__(self, dataset: MixtureDataset) -> None:
@@ -163,27 +168,27 @@ class _Reader(Dataset[Any]):
 
     def __getitems__(self, sample_ids: list[int]) -> tuple[Ids, list[int], list[int]] | _Failure:
         try:
-            read = [self._dataset.read(sample_id) for sample_id in sample_ids]
+            samples = [self._dataset.read(sample_id) for sample_id in sample_ids]
         except DataError as error:
             return _Failure(str(error))
-        return np.stack([tokens for tokens, _ in read]), [domain for _, domain in read], sample_ids
+        return np.stack([tokens for tokens, _ in samples]), [domain for _, domain in samples], sample_ids
 
 
-def _as_it_is(batch: Any) -> Any:
+def _identity(batch: Any) -> Any:
     return batch
 
 
 def validation_batches(
     root: str | Path | Store, names: Sequence[str], *, num_samples: int, rank: int, world: int, micro_batch: int
 ) -> list[list[tuple[torch.Tensor, torch.Tensor]]]:
-    """One rank's share of the first `num_samples` validation samples of each domain.
+    """Read one rank's share of the first `num_samples` validation samples of each domain.
 
     Returns:
         For each domain a list of (input_ids (B, L) int64, real (B,) bool). All lists are equally long, on all
-        ranks; rows that only fill up a batch are zeros and not real.
+        ranks; a row that only fills up a batch is zero and its `real` is False.
 
     Raises:
-        DataError: a domain has fewer validation samples, or a shard is damaged or cannot be had.
+        DataError: a domain has fewer validation samples, or a shard is damaged or cannot be fetched.
     """
     store = LocalStore(root) if isinstance(root, str | Path) else root
     manifest = load_manifest(store)

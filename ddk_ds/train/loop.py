@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from itertools import islice
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from ddk_ds.comm import Comm, agree
 from ddk_ds.config.run_config import interval_steps
 from ddk_ds.data.loader import MicroBatch, interval_loader
 from ddk_ds.engine.export import export_student
+from ddk_ds.errors import UserError
 from ddk_ds.mixture.ddk import one_hot_warning
 from ddk_ds.mixture.decide import Decision
 from ddk_ds.mixture.exhaustion import Plan
@@ -19,9 +22,8 @@ from ddk_ds.train.checkpoint.checkpoint_files import newest_checkpoint
 from ddk_ds.train.checkpoint.restore import roll_back
 from ddk_ds.train.checkpoint.saver import SaveFailed
 from ddk_ds.train.guard import NumbersGoneWrong, check_interval, check_step
-from ddk_ds.train.interruption import Interrupted
+from ddk_ds.train.interruption import Interrupted, Interruption, raise_for
 from ddk_ds.train.interval import Measurement, interval_record, stop_reason
-from ddk_ds.train.read_ahead import read_steps
 from ddk_ds.train.run import Run
 from ddk_ds.train.run_end import companions, make_summary, summary_table, write_summary
 from ddk_ds.train.step import StepMetrics, learning_rate, seed_step, step_clock, step_numbers, train_step
@@ -85,10 +87,14 @@ def _train_interval(run: Run, ids: npt.NDArray[np.int64]) -> None:
         num_workers=config.data.num_workers,
     )
     run.ahead.interval(ids, state.data.consumed)
-    steps = read_steps(batches, config.micro_batches(comm.world_size), comm, run.interruption)
     run.watchdog.watch("step", state.step)
     due = False
-    for micro_batches, data_s, started in _timed(steps):
+    while True:
+        started = time.perf_counter()
+        micro_batches = _read_step(batches, config.micro_batches(comm.world_size), comm, run.interruption)
+        data_s = time.perf_counter() - started
+        if not micro_batches:
+            return
         seed_step(config.seed, state.step, comm.rank)
         rate = learning_rate(state.step, run.total_steps, config.optimizer)
         metrics = train_step(
@@ -112,14 +118,27 @@ def _train_interval(run: Run, ids: npt.NDArray[np.int64]) -> None:
         run.watchdog.watch("step", state.step)
 
 
-def _timed(steps: Iterator[list[MicroBatch]]) -> Iterator[tuple[list[MicroBatch], float, float]]:
-    """The micro-batches of each optimizer step, the seconds they were waited for, and when the step began."""
-    while True:
-        started = time.perf_counter()
-        taken = next(steps, None)
-        if taken is None:
-            return
-        yield taken, time.perf_counter() - started, started
+def _read_step(
+    batches: Iterator[MicroBatch], micro_batches: int, comm: Comm, interruption: Interruption
+) -> list[MicroBatch]:
+    """Return the micro-batches of the next optimizer step; an empty list at the interval's end. Collective.
+
+    Raises:
+        UserError: a rank cannot read its samples. Every rank raises it, so that none waits in a forward pass.
+        Interrupted: a signal came to a rank.
+    """
+    read: list[MicroBatch] = []
+    failure: UserError | None = None
+    try:
+        read = list(islice(batches, micro_batches))
+    except UserError as error:
+        failure = error
+    # Two numbers a step; an error itself travels only where a rank has one.
+    failed, signal = interruption.highest(failure is not None)
+    if failed:
+        agree(comm, failure)
+    raise_for(signal)
+    return read
 
 
 def _measure(run: Run) -> tuple[Measurement, float]:
