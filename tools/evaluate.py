@@ -44,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _check_out(options.out)
         with console.status("looking at models and data"):
             prepared = prepare(_request(options, [chosen for chosen in wanted if chosen not in left_out]))
-        _tell_walls(prepared)
+        _warn_of_unsafe_code(prepared)
         results = measure(
             prepared,
             lambda line: print(line, file=sys.stderr, flush=True),
@@ -78,7 +78,14 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--batch-size", type=positive, default=8, help="default: %(default)s")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where torch sees a GPU")
     parser.add_argument(
-        "--allow-code-execution", action="store_true", help="run the code that models write, shut in, for pass@1"
+        "--allow-code-execution",
+        action="store_true",
+        help="run the programs that models write for pass@1, inside bubblewrap",
+    )
+    parser.add_argument(
+        "--unsafe-run-code",
+        action="store_true",
+        help="run them without walls, as in a container of your own; implies --allow-code-execution",
     )
     parser.add_argument("--out", type=Path, help="JSON file for every number")
     options = parser.parse_args(arguments)
@@ -92,14 +99,14 @@ def left_out_code(options: argparse.Namespace, wanted: Sequence[Chosen]) -> list
 
     Raises ConfigError if one of them was asked for by its name, or nothing else is left.
     """
-    if options.allow_code_execution:
+    if options.allow_code_execution or options.unsafe_run_code:
         return []
     code = [chosen for chosen in wanted if chosen.benchmark.runs_code]
     if code and (options.tasks is not None or len(code) == len(wanted)):
         names = ", ".join(chosen.benchmark.name for chosen in code)
         raise ConfigError(
             f"--tasks: {names} would run code that the models write: add --allow-code-execution if you want that "
-            "(docs/evaluation.md says what it is shut in by)"
+            "(docs/evaluation.md describes the walls around it)"
         )
     return code
 
@@ -114,6 +121,7 @@ def _request(options: argparse.Namespace, benchmarks: list[Chosen]) -> Request:
         shards=options.shards,
         cross_code_eval=options.cross_code_eval,
         limit=options.limit,
+        unsafe_code=options.unsafe_run_code,
         quick=options.suite == "quick",
         batch_size=options.batch_size,
         device=options.device or default_device(),
@@ -129,11 +137,10 @@ def _check_out(path: Path | None) -> None:
         raise ConfigError(f"--out {path}: {nearest_existing(path.parent)} is a file")
 
 
-def _tell_walls(prepared: Prepared) -> None:
-    if prepared.walls is not None and not prepared.walls.network:
+def _warn_of_unsafe_code(prepared: Prepared) -> None:
+    if prepared.walls is not None and prepared.request.unsafe_code:
         print(
-            "generated code keeps its network: this machine does not permit it a network namespace "
-            "(its writes are forbidden by Landlock)",
+            "warning: --unsafe-run-code: the programs that models write run with all rights of this user",
             file=sys.stderr,
         )
 
@@ -156,7 +163,7 @@ def _save(
         "device": request.device,
         "dtype": "float32" if request.device == "cpu" else "the files'",
         "data": "hub" if request.data is None else str(request.data),
-        "code_shut_in_by": None if prepared.walls is None else vars(prepared.walls),
+        "code_shut_in_by": prepared.walls,
         "versions": versions(),
         "commit": commit(),
     }

@@ -18,10 +18,11 @@ from ddk_ds.errors import ConfigError
 from ddk_ds.evaluation.cross_code import Completion, read_languages, score_languages
 from ddk_ds.evaluation.perplexity import HeldOut, open_held_out, score_domains
 from ddk_ds.evaluation.results import ModelResult, score_line
-from ddk_ds.evaluation.sandbox import Walls, check_sandbox
+from ddk_ds.evaluation.sandbox import check_sandbox
 from ddk_ds.evaluation.suites import QUICK_LIMIT, Chosen, check_files
 from ddk_ds.version import VERSION
 
+NO_WALLS = "nothing"
 Tell = Callable[[str], None]
 
 
@@ -37,6 +38,8 @@ class Request:
     cross_code_eval: Path | None = None
     limit: int | None = None
     """Most documents of a benchmark (of each of its subjects), of a language or samples of a domain."""
+    unsafe_code: bool = False
+    """True to run generated programs without walls."""
     quick: bool = False
     """Without a limit benchmarks have one all the same: QUICK_LIMIT."""
     batch_size: int = 8
@@ -59,8 +62,8 @@ class Prepared:
     """harness.Loaded of each benchmark."""
     held_out: HeldOut | None
     languages: dict[str, list[Completion]]
-    walls: Walls | None
-    """Of generated code; None where none is run."""
+    walls: str | None
+    """Program in which generated code runs, with its version; `nothing` without walls, None if no code runs."""
 
 
 def default_device() -> str:
@@ -81,7 +84,9 @@ def prepare(request: Request) -> Prepared:
         raise ConfigError("--device cuda: torch sees no GPU here; use --device cpu")
     if (request.benchmarks or request.cross_code_eval) and find_spec("lm_eval") is None:
         raise ConfigError("the benchmarks need lm-evaluation-harness: pip install -c constraints.txt -e '.[eval]'")
-    walls = check_sandbox() if any(chosen.benchmark.runs_code for chosen in request.benchmarks) else None
+    walls = None
+    if any(chosen.benchmark.runs_code for chosen in request.benchmarks):
+        walls = NO_WALLS if request.unsafe_code else check_sandbox()
     files = [_model_files(path) for path in request.models]
     held_out = None if request.shards is None else open_held_out(request.shards)
     if held_out is not None:
@@ -140,7 +145,7 @@ def _measure_model(
     lm = harness.load_lm(model, files.directory, request.batch_size)
     harness.check_window(lm, prepared.loaded)
     for loaded in prepared.loaded:
-        result.scores.append(harness.run_benchmark(lm, loaded, request.benchmark_limit))
+        result.scores.append(harness.run_benchmark(lm, loaded, request.benchmark_limit, walls=not request.unsafe_code))
         tell(score_line(result.scores[-1]))
         save()
     if prepared.languages:

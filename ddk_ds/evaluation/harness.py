@@ -163,8 +163,11 @@ def generate(lm: LM, prompts: Sequence[str], most_tokens: int) -> list[str]:
     return answers
 
 
-def run_benchmark(lm: LM, loaded: Loaded, limit: int | None) -> Score:
-    """Ask a model all of a benchmark's questions, or the first `limit` of each of its subjects."""
+def run_benchmark(lm: LM, loaded: Loaded, limit: int | None, *, walls: bool = True) -> Score:
+    """Ask a model all questions of a benchmark, or the first `limit` of each subject, and return its score.
+
+    Without `walls`, generated programs run outside of the sandbox.
+    """
     benchmark, shots = loaded.chosen.benchmark, loaded.chosen.shots
     for task in loaded.tasks["tasks"].values():
         task.set_fewshot_seed(EXAMPLES_SEED)  # again for each model: the generator moves on
@@ -179,7 +182,7 @@ def run_benchmark(lm: LM, loaded: Loaded, limit: int | None) -> Score:
     if benchmark.runs_code:
         samples = found["samples"][loaded.name]
         answers = [(sample["doc"], sample["filtered_resps"][0]) for sample in samples]
-        return score_programs(benchmark, shots, answers)
+        return score_programs(benchmark, shots, answers, walls=walls)
     values = found["results"]
     own = values[loaded.name]
     documents = own["sample_len"]

@@ -1,58 +1,73 @@
-"""Generated code, run in a process of its own that is shut in: no network, no writes, bounded time, memory, processes.
+"""Run the programs that a model writes for HumanEval and MBPP inside bubblewrap, and score them by pass@1.
 
-What holds depends on what the machine permits; `check_sandbox` says it. It is a fence against code that a language
-model wrote by mistake, not against one that attacks the kernel: for that take a virtual machine.
-
-The programs of HumanEval and MBPP: what is run to see whether an answer is right, and pass@1.
+A program sees Python and the system's libraries read-only, an empty /tmp in memory, no network, no other process and
+no environment; its time, memory, files and processes are bounded. This holds off the mistakes of a language model. It
+is no defence against code that attacks the kernel: use a virtual machine for that.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
+import secrets
+import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from ddk_ds.errors import ConfigError
-from ddk_ds.evaluation.jail import SETUP_FAILED
 from ddk_ds.evaluation.results import Score, mean_and_stderr
 from ddk_ds.evaluation.suites import Benchmark
 
-_JAIL = Path(__file__).with_name("jail.py")
-_GRACE_S = 10.0
-"""How long the supervising process may take beyond its own limit before it is killed itself."""
+UNSAFE_ADVICE = "in a container of your own, --unsafe-run-code runs the programs without walls"
+
+_DRIVER = """
+import json, os, resource, sys
+options, process = json.loads(sys.argv.pop()), os.getpid()
+source = sys.stdin.buffer.read()
+if options["user_id"] is not None:
+    os.setgroups([])
+    os.setresgid(*[options["user_id"]] * 3)
+    os.setresuid(*[options["user_id"]] * 3)
+for kind, value in options["limits"].items():
+    resource.setrlimit(getattr(resource, kind), (value, value))
+os.write(options["status"], b"started ")
+exec(compile(source, "program.py", "exec"), {"__name__": "__main__"})
+if os.getpid() == process:
+    os.write(options["status"], b"passed")
+"""
+"""The Python program that limits itself and then executes the program on its standard input."""
+_SYSTEM_PATHS = ("/usr", "/bin", "/lib", "/lib64", "/etc/ld.so.cache")
+"""What Python needs besides its own installation; paths that a machine lacks are skipped."""
+_FIRST_PRIVATE_ID = 2_000_000_000
+_ALL_IDS = ["0", "0", "4294967295"]
+"""Content of /proc/self/uid_map outside of user namespaces."""
 
 
 @dataclass(frozen=True)
 class Limits:
-    """Of one program and what it starts."""
+    """Resources that one program and the processes that it starts can take."""
 
     cpu_s: int = 10
-    """Of each of its processes."""
+    """Processor time of each process, in seconds."""
     wall_s: float = 20.0
+    """Time until the program and all its processes are killed, in seconds."""
     memory_bytes: int = 1 << 30
-    """Address space of each of its processes."""
+    """Address space of each process."""
     file_bytes: int = 16 << 20
-    """The largest file."""
+    """Size of the largest file."""
     disk_bytes: int = 64 << 20
-    """All files, where the working directory lies in memory."""
+    """Size of all files in /tmp together."""
     processes: int = 32
-
-
-@dataclass(frozen=True)
-class Walls:
-    """What shuts programs in on this machine."""
-
-    network: bool
-    """Whether it has no network at all, and sees no process but its own."""
-    files: str
-    """What keeps files from it: `mounts` (all else is read-only), or `landlock` (no writes elsewhere)."""
+    """Number of processes at a time."""
 
 
 @dataclass(frozen=True)
@@ -60,95 +75,174 @@ class Outcome:
     """How a program ended."""
 
     passed: bool
-    """It came to its end: no exception, no early exit, no limit."""
+    """True if it ran to its end, without an exception, an early exit or a limit."""
     reason: str
-    """The last line that it wrote to standard error, or which limit it met; empty where it passed."""
-    walls: Walls
+    """The last line that it wrote to standard error, or the limit that it met; empty if it passed."""
 
 
-def run_program(source: str, limits: Limits = Limits(), *, namespaces: bool = True) -> Outcome:
-    """Run a Python program with the standard library alone; nothing that it started outlives the call.
+def check_sandbox() -> str:
+    """Run a trial program and return the name and version of the sandbox, as `bubblewrap 0.8.0`.
 
-    Without `namespaces` it is run as where the machine permits none: by Landlock, and with a network.
-
-    Raises ConfigError where this machine permits no walls.
+    Raises ConfigError if bubblewrap is missing or cannot start here, or if Python does not run inside it.
     """
-    read_end, write_end = os.pipe()
-    with tempfile.TemporaryDirectory(prefix="ddk-program-") as directory, tempfile.TemporaryFile() as errors:
-        options = {**asdict(limits), "directory": directory, "status": write_end, "namespaces": namespaces}
-        try:
-            process = subprocess.Popen(
-                [sys.executable, "-I", "-S", "-B", str(_JAIL), json.dumps(options)],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.DEVNULL,
-                stderr=errors,
-                pass_fds=(write_end,),
-                cwd=directory,
-                env={},
-                start_new_session=True,
-            )
-        finally:
-            os.close(write_end)
-        with open(read_end, encoding="utf-8", errors="replace") as status:
-            try:
-                process.communicate(source.encode(errors="replace"), timeout=limits.wall_s + _GRACE_S)
-            except BaseException:
-                os.killpg(process.pid, 9)
-                process.wait()
-                raise
-            lines = status.read().splitlines()
-        errors.seek(0)
-        last = (errors.read(limits.file_bytes).decode(errors="replace").strip().splitlines() or [""])[-1]
-    if process.returncode == SETUP_FAILED or not lines:
-        raise ConfigError(
-            f"--allow-code-execution: this machine permits no walls around the code ({last or 'no reason given'}); "
-            "allow user namespaces, or use Linux 5.13 or later with Landlock"
-        )
-    # Whoever can end the supervisor has not come to a proper end.
-    passed = process.returncode == 0 and "passed" in lines[1:]
-    reason = "" if passed else "timed out" if "timed out" in lines[1:] else last or "ended early"
-    return Outcome(passed, reason, Walls(**json.loads(lines[0])))
-
-
-def run_programs(sources: Sequence[str], limits: Limits = Limits()) -> list[Outcome]:
-    """Run programs, as many at a time as there are cores. Raises as `run_program`."""
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-        return list(pool.map(lambda source: run_program(source, limits), sources))
-
-
-def check_sandbox() -> Walls:
-    """What would shut programs in here. Raises ConfigError where nothing would, or where no program runs inside."""
     outcome = run_program("import collections, math, re")
     if not outcome.passed:
         raise ConfigError(
-            f"--allow-code-execution: {sys.executable} does not run shut in: {outcome.reason}; "
-            "its directory must be readable by every user"
+            f"--allow-code-execution: {sys.executable} does not run inside bubblewrap: {outcome.reason}; "
+            f"use a Python that needs nothing outside of {sys.base_prefix} and /usr; {UNSAFE_ADVICE}"
         )
-    return outcome.walls
+    return subprocess.run([_bwrap_path(), "--version"], capture_output=True, text=True, check=True).stdout.strip()
+
+
+def run_programs(sources: Sequence[str], limits: Limits = Limits(), *, walls: bool = True) -> list[Outcome]:
+    """Run programs, as many at a time as there are cores. Raises ConfigError as `run_program` does."""
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        return list(pool.map(partial(run_program, limits=limits, walls=walls), sources))
+
+
+def run_program(source: str, limits: Limits = Limits(), *, walls: bool = True) -> Outcome:
+    """Run a Python program that has only the standard library, and kill everything that it started.
+
+    Without `walls` it runs as an ordinary process of this user, in an empty directory, with limited time, memory and
+    file size; a process that it moves to another session survives.
+
+    Raises ConfigError if bubblewrap is missing or cannot start on this machine.
+    """
+    with (
+        tempfile.TemporaryFile() as program,
+        tempfile.TemporaryFile() as status,
+        tempfile.TemporaryFile() as info,
+        tempfile.TemporaryFile() as errors,
+        tempfile.TemporaryDirectory(prefix="ddk-program-", ignore_cleanup_errors=True) as directory,
+    ):
+        program.write(source.encode(errors="replace"))
+        program.seek(0)
+        prefix = _bwrap(limits, info.fileno()) if walls else []
+        process = subprocess.Popen(
+            [*prefix, *_python(limits, status.fileno(), walls)],
+            stdin=program,
+            stdout=subprocess.DEVNULL,
+            stderr=errors,
+            pass_fds=(status.fileno(), info.fileno()),
+            cwd=directory,
+            env={},
+            start_new_session=True,
+        )
+        try:
+            code = process.wait(limits.wall_s)
+        except subprocess.TimeoutExpired:
+            code = None
+        finally:
+            _end(process, info if walls else None)
+        progress = _content(status).split()
+        last = (_content(errors).strip().splitlines() or [""])[-1]
+    if not progress:
+        raise ConfigError(
+            f"--allow-code-execution: bubblewrap cannot start on this machine ({last or 'no reason given'}): "
+            f"allow user namespaces; {UNSAFE_ADVICE}"
+        )
+    passed = code == 0 and "passed" in progress
+    # The limit of processor time kills; bubblewrap gives 128 + 9 for it.
+    timed_out = code in (None, -signal.SIGKILL, 128 + signal.SIGKILL)
+    return Outcome(passed, "" if passed else "timed out" if timed_out else last or "ended early")
+
+
+def _bwrap_path() -> str:
+    path = shutil.which("bwrap")
+    if path is None:
+        raise ConfigError(
+            "--allow-code-execution: bubblewrap, in which the programs run, is not installed: "
+            f"apt-get install bubblewrap, or dnf install bubblewrap; {UNSAFE_ADVICE}"
+        )
+    return path
+
+
+def _is_host_root() -> bool:
+    # Root of a user namespace is some user outside, and limited as one.
+    return os.geteuid() == 0 and Path("/proc/self/uid_map").read_text().split() == _ALL_IDS
+
+
+def _bwrap(limits: Limits, info: int) -> list[str]:
+    """Return the command line that shuts in the command behind it; its first process' id goes to the file `info`."""
+    if _is_host_root():
+        # No user namespace: the kernel limits the number of processes of every user but root, so that the driver has
+        # to become another user, whom a namespace made here would not have.
+        rights = ["--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID"]
+        rights += ["--unshare-ipc", "--unshare-pid", "--unshare-net", "--unshare-uts", "--unshare-cgroup-try"]
+    else:
+        rights = ["--unshare-all", "--unshare-user", "--uid", "1000", "--gid", "1000"]
+    python = Path(sys.base_prefix).resolve()
+    above = [str(path) for path in reversed(python.parents)]  # made anew: readable by the other user, too
+    return [
+        *(_bwrap_path(), "--die-with-parent", "--new-session", "--clearenv", "--cap-drop", "ALL", *rights),
+        *(word for path in _SYSTEM_PATHS for word in ("--ro-bind-try", path, path)),
+        *("--dev", "/dev", "--remount-ro", "/dev"),
+        *("--perms", "1777", "--size", str(limits.disk_bytes), "--tmpfs", "/tmp", "--chdir", "/tmp"),
+        *(word for path in above[1:] for word in ("--dir", path)),
+        *("--ro-bind", str(python), str(python), "--remount-ro", "/"),
+        *("--setenv", "HOME", "/tmp", "--info-fd", str(info), "--"),
+    ]
+
+
+def _python(limits: Limits, status: int, walls: bool) -> list[str]:
+    """Return the command line of the driver. Not by a virtual environment's link, which the sandbox does not show."""
+    values = {
+        "RLIMIT_CPU": limits.cpu_s,
+        "RLIMIT_AS": limits.memory_bytes,
+        "RLIMIT_FSIZE": limits.file_bytes,
+        "RLIMIT_NOFILE": 64,
+        "RLIMIT_CORE": 0,
+    }
+    if walls:  # outside, all processes of the user would count
+        values["RLIMIT_NPROC"] = limits.processes
+    # Processes are counted by user, so that programs that run at the same time need different ones.
+    user_id = _FIRST_PRIVATE_ID + secrets.randbelow(_FIRST_PRIVATE_ID) if walls and _is_host_root() else None
+    options = {"user_id": user_id, "limits": values, "status": status}
+    return [os.path.realpath(sys.executable), "-I", "-S", "-B", "-c", _DRIVER, json.dumps(options)]
+
+
+def _end(process: subprocess.Popen[bytes], info: IO[bytes] | None) -> None:
+    """Kill what still runs, and wait for it: all processes of a sandbox end before bubblewrap does."""
+    first = None if info is None else re.search(r'"child-pid": (\d+)', _content(info))
+    try:
+        if process.poll() is None and first is not None:
+            os.kill(int(first[1]), signal.SIGKILL)
+        else:
+            os.killpg(process.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        pass
+    process.wait()
+
+
+def _content(file: IO[bytes]) -> str:
+    file.seek(0)
+    return file.read().decode(errors="replace")
 
 
 Document = Mapping[str, Any]
 
 
-def humaneval_program(document: Document, answer: str) -> str:
-    """The prompt's function completed by the answer, and the call of its test."""
-    return f"{document['prompt']}{answer}\n\n{document['test']}\n\ncheck({document['entry_point']})\n"
-
-
-def mbpp_program(document: Document, answer: str) -> str:
-    """The answer, and the assertions on it."""
-    return "\n".join((answer, document["test_setup_code"], *document["test_list"], ""))
-
-
-_PROGRAMS: Mapping[str, Callable[[Document, str], str]] = {"humaneval": humaneval_program, "mbpp": mbpp_program}
-
-
-def score_programs(benchmark: Benchmark, shots: int, answers: Sequence[tuple[Document, str]]) -> Score:
-    """pass@1 with one answer to each document: the share of programs that come to their end in the sandbox."""
+def score_programs(
+    benchmark: Benchmark, shots: int, answers: Sequence[tuple[Document, str]], *, walls: bool = True
+) -> Score:
+    """Compute pass@1 with one answer to each document: the share of programs that run to their end."""
     make = _PROGRAMS[benchmark.name]
-    outcomes = run_programs([make(document, answer) for document, answer in answers])
+    outcomes = run_programs([make(document, answer) for document, answer in answers], walls=walls)
     value, stderr = mean_and_stderr([float(outcome.passed) for outcome in outcomes])
     timed_out = sum(outcome.reason == "timed out" for outcome in outcomes) / len(outcomes)
     return Score(
         benchmark.name, benchmark.title, benchmark.metric, shots, value, stderr, len(outcomes), {"timed_out": timed_out}
     )
+
+
+def humaneval_program(document: Document, answer: str) -> str:
+    """Return the prompt's function, completed by the answer, and the call of its test."""
+    return f"{document['prompt']}{answer}\n\n{document['test']}\n\ncheck({document['entry_point']})\n"
+
+
+def mbpp_program(document: Document, answer: str) -> str:
+    """Return the answer and the assertions on it."""
+    return "\n".join((answer, document["test_setup_code"], *document["test_list"], ""))
+
+
+_PROGRAMS: Mapping[str, Callable[[Document, str], str]] = {"humaneval": humaneval_program, "mbpp": mbpp_program}
