@@ -1,8 +1,8 @@
-"""Say what this machine lacks before anything is installed; standard library only, for any Python 3.7+.
+"""Check that this machine has what the installation needs. Runs with any Python from 3.7 on.
 
     python3 tools/check_setup.py
 
-Prints one line for each missing thing and exits with 1; prints nothing and exits with 0 where all is there.
+Prints a line for each thing that is missing and exits with 1; prints nothing and exits with 0 if nothing is missing.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ SHARED_MEMORY_BYTES = 200 * 10**6
 
 
 def check_python(version: tuple[int, ...]) -> list[str]:
-    """Faults of an interpreter of this version."""
+    """Return a fault if an interpreter of this version is too old."""
     if version >= MIN_PYTHON:
         return []
     found, wanted = (".".join(map(str, numbers[:2])) for numbers in (version, MIN_PYTHON))
@@ -30,28 +30,28 @@ def check_python(version: tuple[int, ...]) -> list[str]:
 
 
 def check_venv() -> list[str]:
-    """Faults of the parts of the standard library that Debian packs apart."""
+    """Return a fault if venv or ensurepip is missing; Debian has them in a package of their own."""
     if find_spec("venv") and find_spec("ensurepip"):
         return []
     return ["Python's venv and ensurepip are missing: apt-get install python3-venv"]
 
 
 def check_headers(directory: Path) -> list[str]:
-    """Faults of the directory of Python's C headers."""
+    """Return a fault if `directory` lacks Python's C headers."""
     if (directory / "Python.h").is_file():
         return []
     return [f"Python's C headers are missing ({directory}/Python.h): apt-get install python3-dev"]
 
 
 def check_compiler(command: str) -> list[str]:
-    """Faults of the C++ compiler that DeepSpeed's extension is built with."""
+    """Return a fault if the C++ compiler, which builds DeepSpeed's extension, is missing."""
     if shutil.which(command):
         return []
     return [f"a C++ compiler is missing ({command} is not on PATH): apt-get install g++"]
 
 
 def check_space(directory: Path, needed_bytes: int, fix: str) -> list[str]:
-    """Faults of the space left where `directory` lies; none where there is no such directory."""
+    """Return a fault if the disk of `directory` has too little free space; none if there is no such directory."""
     if not directory.is_dir():
         return []
     free_bytes = shutil.disk_usage(directory).free
@@ -61,7 +61,7 @@ def check_space(directory: Path, needed_bytes: int, fix: str) -> list[str]:
 
 
 def missing(root: Path) -> list[str]:
-    """One line for each thing that this machine lacks to install and run the project in `root`."""
+    """Return a line for each thing that is missing to install and run the project in `root`."""
     faults = [
         *check_python(tuple(sys.version_info[:3])),
         *check_venv(),
@@ -75,7 +75,7 @@ def missing(root: Path) -> list[str]:
 
 
 def main() -> int:
-    """Run the check; 0, or 1 if anything is missing."""
+    """Run all checks. Returns the exit code: 0, or 1 if anything is missing."""
     faults = missing(ROOT)
     for fault in faults:
         print(f"set-up: {fault}", file=sys.stderr)

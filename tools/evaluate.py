@@ -26,23 +26,21 @@ if TYPE_CHECKING:
     from ddk_ds.evaluation.benchmark_run import Prepared, Request
 
 PIPE_WIDTH = 240
-"""Columns of the table where no terminal says how many it has."""
+"""Width of the tables when the output is no terminal."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Returns the exit code: 0, or 2 after an error that the user can mend."""
+    """Evaluate and print the tables. Returns the exit code: 0, or 2 after an error that the user can fix."""
     options = parse_arguments(arguments)
-    from ddk_ds.evaluation.benchmark_run import (  # torch and transformers: seconds that --help need not wait
-        measure,
-        prepare,
-    )
+    # Imports torch and transformers, which takes seconds that --help should not take.
+    from ddk_ds.evaluation.benchmark_run import measure, prepare
 
     console = Console(width=None if sys.stdout.isatty() else PIPE_WIDTH)
     try:
         wanted = [] if options.suite is None else choose(options.suite, options.tasks)
         left_out = left_out_code(options, wanted)
         _check_out(options.out)
-        with console.status("looking at models and data"):
+        with console.status("checking models and data"):
             prepared = prepare(_request(options, [chosen for chosen in wanted if chosen not in left_out]))
         _warn_of_unsafe_code(prepared)
         results = measure(
@@ -64,17 +62,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """The command line."""
+    """Return the options of the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("models", nargs="+", metavar="MODEL", help="Hugging Face directory or hub name")
-    parser.add_argument("--suite", choices=tuple(SUITES), help="benchmarks and numbers of examples")
-    parser.add_argument("--tasks", type=lambda text: text.split(","), help="these of the suite alone, as a,b")
+    parser.add_argument("--suite", choices=tuple(SUITES), help="benchmarks, with their numbers of examples")
+    parser.add_argument("--tasks", type=lambda text: text.split(","), help="only these benchmarks of the suite, as a,b")
     parser.add_argument("--data", type=Path, help="directory with the benchmarks' files; default: the hub")
     parser.add_argument("--shards", type=Path, help="prepared data: perplexity and bits per byte of each domain")
     parser.add_argument("--cross-code-eval", type=Path, help="directory with CrossCodeEval's files, by language")
-    parser.add_argument("--limit", type=positive, help="most documents of each task (of each subject)")
+    parser.add_argument("--limit", type=positive, help="maximal number of documents of each task (of each subject)")
     parser.add_argument("--batch-size", type=positive, default=8, help="default: %(default)s")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where torch sees a GPU")
     parser.add_argument(
@@ -95,9 +93,9 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def left_out_code(options: argparse.Namespace, wanted: Sequence[Chosen]) -> list[Chosen]:
-    """Benchmarks that run generated code, where that is not allowed.
+    """Return the benchmarks to leave out because they run generated code and that is not allowed.
 
-    Raises ConfigError if one of them was asked for by its name, or nothing else is left.
+    Raises ConfigError if --tasks names one of them, or if no other benchmark is left.
     """
     if options.allow_code_execution or options.unsafe_run_code:
         return []

@@ -1,10 +1,10 @@
-"""Write the student of a run's checkpoint as a Hugging Face directory, also while the run goes on.
+"""Write the student of a run's checkpoint as a Hugging Face directory, also while the run continues.
 
     python tools/export_hf.py RUN [--step S] [--dtype bf16|fp32] [--out DIR]
 
-Needs no GPU; one tensor at a time is in memory. Trained weights are the checkpoint's float32 masters: --dtype fp32
-keeps them as they are, bf16 rounds them as the run itself does for its export at the end. README.md in it is a model
-card.
+It needs no GPU and holds one tensor at a time in memory. The trained weights are the checkpoint's float32 masters:
+--dtype fp32 keeps them, bf16 rounds them as the run does for its export at the end. The directory's README.md is a
+model card.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from ddk_ds.train.checkpoint.checkpoint_files import TAG, Manifest, complete_one
 from ddk_ds.train.run_end import companions
 from ddk_ds.train.state import RunState
 
-_ROOM = 1.01  # of the weights: what lies beside them
+_ROOM = 1.01  # needed disk space over the weights' size, because of the other files
 
 
 @dataclass(frozen=True)
@@ -42,18 +42,18 @@ class Checkpoint:
 
     @property
     def universal(self) -> bool:
-        """Whether it is in DeepSpeed's universal form."""
+        """Return True if the checkpoint is in DeepSpeed's universal form."""
         return bool(self.manifest.source)
 
     @property
     def files(self) -> list[str]:
-        """Those that an export reads, below the directory: none of the optimizer's moments beside the shards."""
+        """Return the files that an export reads, relative to the directory: all except the optimizer's moments."""
         skipped = ("exp_avg.pt", "exp_avg_sq.pt")
         return [name for name in sorted(self.manifest.files) if Path(name).name not in skipped]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Returns 0, or 2 for an error that the user can mend."""
+    """Export the student. Returns the exit code: 0, or 2 after an error that the user can fix."""
     options = _parse(arguments)
     console = Console()
     try:
@@ -76,16 +76,20 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("run", type=Path, metavar="RUN", help="directory of the run")
     parser.add_argument("--step", type=int, help="step of the checkpoint (default: the newest complete one)")
-    parser.add_argument("--dtype", choices=tuple(DTYPES), help="of the weights (default: the run's train.precision)")
+    parser.add_argument(
+        "--dtype", choices=tuple(DTYPES), help="dtype of the weights (default: the run's train.precision)"
+    )
     parser.add_argument("--out", type=Path, help="directory to write (default: RUN/exports/step-<step>-<dtype>)")
-    parser.add_argument("--max-shard-gb", type=float, default=5.0, help="size of a file, 10^9 bytes (default: 5)")
-    parser.add_argument("--student", help="where the model that the run began with is now, if not at student.path")
+    parser.add_argument(
+        "--max-shard-gb", type=float, default=5.0, help="maximal size of a file in 10^9 bytes (default: 5)"
+    )
+    parser.add_argument("--student", help="the model that the run began with, if it is no longer at student.path")
     parser.add_argument("--overwrite", action="store_true", help="replace a model's directory at --out")
     return parser.parse_args(arguments)
 
 
 def export(options: argparse.Namespace, bar: Progress) -> tuple[Path, str]:
-    """Do what the command line asks for; returns the directory and a line about it."""
+    """Write the directory that the options ask for, and return its path and a line that describes it."""
     if not options.max_shard_gb > 0:
         raise ConfigError(f"--max-shard-gb {options.max_shard_gb:g}: must be above 0")
     config = read_config(options.run, options.student)
@@ -107,14 +111,14 @@ def export(options: argparse.Namespace, bar: Progress) -> tuple[Path, str]:
         work.write(out, beside, int(options.max_shard_gb * 1e9), lambda num_bytes: bar.advance(task, num_bytes))
     except OSError as error:
         if not checkpoint.directory.is_dir():
-            gone = f"{checkpoint.directory} was deleted while it was read"
-            raise CheckpointError(f"{gone}: {_names(options.run)}") from error
+            deleted = f"{checkpoint.directory} was deleted while it was read"
+            raise CheckpointError(f"{deleted}: {_steps_message(options.run)}") from error
         raise CheckpointError(f"--out {out} cannot be written: {error}") from error
     return out, f"step {manifest.step:,}, {dtype}, {len(work.specs):,} tensors, {work.num_bytes:,} bytes"
 
 
 def read_config(run: Path, student: str | None) -> Config:
-    """The run's resolved configuration. Raises CheckpointError where no run is there."""
+    """Read the run's resolved configuration. Raises CheckpointError if `run` is not the directory of a run."""
     path = run / "config.yaml"
     if not path.is_file() or not (run / "checkpoints").is_dir():
         raise CheckpointError(f"{run}: holds no config.yaml and checkpoints/: give the directory of a run")
@@ -122,31 +126,31 @@ def read_config(run: Path, student: str | None) -> Config:
 
 
 def find_checkpoint(run: Path, step: int | None) -> Checkpoint:
-    """The run's complete checkpoint of that step, or the newest. Raises CheckpointError naming those that are there."""
-    there = {found.manifest.step: found for found in reversed(list(_checkpoints(run)))}
-    if not there:
+    """Return the run's complete checkpoint of a step, or the newest. Raises CheckpointError if there is none."""
+    checkpoints = {checkpoint.manifest.step: checkpoint for checkpoint in reversed(list(_checkpoints(run)))}
+    if not checkpoints:
         raise CheckpointError(f"{run}/checkpoints: none is complete yet; wait for the run's next one")
-    if step is not None and step not in there:
-        raise CheckpointError(f"--step {step}: {_names(run)}")
-    return there[max(there) if step is None else step]
+    if step is not None and step not in checkpoints:
+        raise CheckpointError(f"--step {step}: {_steps_message(run)}")
+    return checkpoints[max(checkpoints) if step is None else step]
 
 
 def _checkpoints(run: Path) -> Iterator[Checkpoint]:
-    """Every complete one; of a step that has two forms the shards first."""
-    yield from (Checkpoint(*found) for found in complete_ones(run / "checkpoints"))
+    """Yield every complete checkpoint; of a step that has both forms, the shards first."""
+    yield from (Checkpoint(*checkpoint) for checkpoint in complete_ones(run / "checkpoints"))
     for directory in (run / "checkpoints").glob("universal-*"):
         manifest = read_manifest(directory)
         if manifest is not None:
             yield Checkpoint(directory, manifest)
 
 
-def _names(run: Path) -> str:
-    steps = sorted({found.manifest.step for found in _checkpoints(run)})
+def _steps_message(run: Path) -> str:
+    steps = sorted({checkpoint.manifest.step for checkpoint in _checkpoints(run)})
     return f"{run} has complete checkpoints of steps {', '.join(map(str, steps)) or 'none'}"
 
 
 def student_files(config: Config, manifest: Manifest) -> ModelFiles:
-    """The model that the run began with. Raises ConfigError where it is not there, or is another by now."""
+    """Return the model that the run began with. Raises ConfigError if it is missing or its files have changed."""
     directory = model_directory(config.student.path, "student.path", SingleProcess())
     files = read_model(directory, "student.path")
     check_code(files, "student", trusted=config.student.trust_remote_code)
@@ -159,7 +163,7 @@ def student_files(config: Config, manifest: Manifest) -> ModelFiles:
 
 
 def verify(checkpoint: Checkpoint, bar: Progress) -> None:
-    """Hash what is going to be read. Raises CheckpointError naming a file that is not what its hash says."""
+    """Hash the files that the export will read. Raises CheckpointError that names a damaged file."""
     files = checkpoint.manifest.files
     task = bar.add_task("verifying", total=sum(files[name][0] for name in checkpoint.files))
     for name in checkpoint.files:

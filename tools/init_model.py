@@ -14,16 +14,16 @@ from ddk_ds.errors import UserError
 
 
 def main() -> int:
-    """Returns the exit code."""
+    """Write the model. Returns the exit code: 0, or 2 after an error that the user can fix."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("--config", type=Path, required=True, help="JSON with the model's Hugging Face configuration")
-    parser.add_argument("--tokenizer", type=Path, required=True, help="directory of the tokenizer it is to use")
+    parser.add_argument("--tokenizer", type=Path, required=True, help="directory of its tokenizer")
     parser.add_argument("--out", type=Path, required=True, help="directory to write; must not exist")
     parser.add_argument("--seed", type=int, default=0, help="seed of the weights (default: %(default)s)")
     parser.add_argument(
-        "--device", choices=("cpu", "cuda"), default="cpu", help="what draws them (default: %(default)s)"
+        "--device", choices=("cpu", "cuda"), default="cpu", help="device that draws the weights (default: %(default)s)"
     )
     options = parser.parse_args()
     try:

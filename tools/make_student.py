@@ -1,9 +1,9 @@
-"""Cut a student out of a teacher: fewer layers, on demand narrower, ready to be distilled.
+"""Cut a student out of a teacher: it keeps the most important layers, and can be made narrower.
 
 python tools/make_student.py --teacher DIR --out DIR --layers 12 --shards data/mine [--intermediate 4096]
 
-The text should be held out and of the run's domains. Everything is computed on the CPU in float32: the teacher takes
-four bytes of memory a parameter. `pruning.json` in the student's directory says what each layer was worth.
+The text should be held-out text of the run's domains. Everything is computed on the CPU in float32, so the teacher
+takes four bytes of memory per parameter. `pruning.json` in the student's directory lists the loss without each layer.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from ddk_ds.engine.whole_models import load_model
 from ddk_ds.errors import ConfigError, DataError, UserError
 from ddk_ds.files import new_directory, write_text
 
-BATCH_TOKENS = 1024  # bounds the logits in memory: 0.6 GB for a vocabulary of 152,000
+BATCH_TOKENS = 1024  # keeps the logits small: 0.6 GB for a vocabulary of 152,000
 COPIED = ("*.json", "*.jinja", "*.model", "*.txt")  # tokenizer and generation settings
 NOT_COPIED = ("config.json", "model.safetensors.index.json", "pruning.json")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -45,17 +45,17 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 @dataclass(frozen=True)
 class Result:
-    """What was cut, and what it costs."""
+    """The ranking of the layers, and the student's loss and size."""
 
     ranking: pruning.Ranking
     student_loss: float
-    """Nats per token on the same text, of the student as it was written."""
+    """Loss of the written student on the same text, in nats per token."""
     parameters: tuple[int, int]
-    """Of teacher and student."""
+    """Number of parameters of teacher and student."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Returns the exit code: 0, or 2 after an error that the user can mend."""
+    """Make the student. Returns the exit code: 0, or 2 after an error that the user can fix."""
     options = parse_arguments(arguments)
     console = Console()
     try:
@@ -77,29 +77,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """The command line."""
+    """Return the options of the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("--teacher", type=Path, required=True, help="directory of a Hugging Face causal LM")
     parser.add_argument("--out", type=Path, required=True, help="directory for the student; new, or empty")
-    parser.add_argument("--layers", type=int, required=True, help="layers to keep; the first two and the last stay")
+    parser.add_argument(
+        "--layers", type=int, required=True, help="layers to keep, including the first two and the last"
+    )
     text = parser.add_mutually_exclusive_group(required=True)
     text.add_argument("--text", type=Path, help="held-out text: .jsonl (field text), .parquet or plain, also .gz, .zst")
-    text.add_argument("--shards", type=Path, help="prepared data: held-out samples of each domain in turn")
-    parser.add_argument("--samples", type=int, default=8, help="samples of text (default: %(default)s)")
+    text.add_argument("--shards", type=Path, help="prepared data: held-out samples from each domain in turn")
+    parser.add_argument("--samples", type=int, default=8, help="number of samples of text (default: %(default)s)")
     parser.add_argument("--sequence-length", type=int, default=128, help="tokens of a sample (default: %(default)s)")
-    parser.add_argument("--greedy", action="store_true", help="measure anew after each layer that is dropped")
+    parser.add_argument("--greedy", action="store_true", help="measure again after each dropped layer")
     parser.add_argument("--intermediate", type=int, help="neurons to keep of each gated MLP (models like Llama)")
     parser.add_argument(
-        "--hidden", type=int, help="channels to keep (models like Llama): a multiple of the heads, which all stay"
+        "--hidden", type=int, help="channels to keep (models like Llama); a multiple of the heads, which are all kept"
     )
-    parser.add_argument("--json", type=Path, help="file that gets a copy of pruning.json")
+    parser.add_argument("--json", type=Path, help="file for a copy of pruning.json")
     return parser.parse_args(arguments)
 
 
 def check(options: argparse.Namespace, files: ModelFiles) -> None:
-    """What can be said before the weights are read. Raises ConfigError."""
+    """Check the options against the teacher's configuration, before its weights are read. Raises ConfigError."""
     if options.out.exists() and (not options.out.is_dir() or any(options.out.iterdir())):
         raise ConfigError(f"--out {options.out} exists and is not empty; remove it or name another")
     if options.json is not None and not options.json.absolute().parent.is_dir():
@@ -129,7 +131,10 @@ def check(options: argparse.Namespace, files: ModelFiles) -> None:
 
 
 def make_student(options: argparse.Namespace, files: ModelFiles, batches: pruning.Batches) -> Result:
-    """Rank, cut, write to a temporary name, load that anew, rename. Raises ConfigError where the model does not fit."""
+    """Rank the layers, cut the model, write it, and check the files by loading them.
+
+    Raises ConfigError if the model cannot be cut or written.
+    """
     model = load_model(files.directory)
     rows, largest = model.get_input_embeddings().weight.shape[0], max(int(ids.max()) for ids in batches)
     if largest >= rows:
@@ -137,7 +142,7 @@ def make_student(options: argparse.Namespace, files: ModelFiles, batches: prunin
     before = model.num_parameters()
     ranking = pruning.rank_layers(model, batches, options.layers, greedy=options.greedy)
     changes = pruning.keep_layers(model, ranking.kept)
-    # In the cut model, whose activations are the student's.
+    # Narrowed after the layers are cut, since the activations then are the student's.
     if options.intermediate is not None:
         changes |= pruning.narrow_mlp(model, batches, options.intermediate)
     if options.hidden is not None:
@@ -155,7 +160,7 @@ def make_student(options: argparse.Namespace, files: ModelFiles, batches: prunin
 
 
 def write_model(model: Any, files: ModelFiles, changes: pruning.Changes, directory: Path) -> None:
-    """Weights, config.json and the teacher's tokenizer, in an empty directory."""
+    """Write weights, config.json and the teacher's tokenizer to an empty directory."""
     for pattern in COPIED:
         for source in files.directory.glob(pattern):
             if source.name not in NOT_COPIED:
@@ -165,12 +170,12 @@ def write_model(model: Any, files: ModelFiles, changes: pruning.Changes, directo
 
 
 def stored_dtype(files: ModelFiles) -> str:
-    """Of the weights, as config.json names it; transformers 4 wrote torch_dtype."""
+    """Return the weights' dtype as config.json names it; transformers 4 wrote torch_dtype."""
     return str(files.config.get("dtype") or files.config.get("torch_dtype") or "float32")
 
 
 def read_batches(options: argparse.Namespace, tokenizer: TokenizerInfo) -> pruning.Batches:
-    """The samples, in batches (B, L). Raises DataError where there is too little text, or another tokenizer's."""
+    """Read the samples in batches (B, L). Raises DataError if there is too little text or the tokenizer differs."""
     samples = _from_text(options, tokenizer) if options.shards is None else _from_shards(options, tokenizer)
     return samples.split(max(1, BATCH_TOKENS // options.sequence_length))
 
@@ -193,20 +198,23 @@ def _from_shards(options: argparse.Namespace, tokenizer: TokenizerInfo) -> torch
     manifest = load_manifest(store)
     if manifest.tokenizer_fingerprint != tokenizer.fingerprint:
         raise DataError(f"--shards {options.shards} is not of the teacher's tokenizer; prepare it with that")
-    if options.sequence_length > (most := manifest.sequence_length):
-        raise DataError(f"--sequence-length is {options.sequence_length}, {options.shards} has {most}: lower it")
+    if options.sequence_length > (longest := manifest.sequence_length):
+        raise DataError(f"--sequence-length is {options.sequence_length}, {options.shards} has {longest}: lower it")
     splits = [open_split(store, f"{name}/validation", manifest.vocab_size) for name in manifest.domains]
     rows = []
     for number in range(options.samples):
-        split, place = splits[number % len(splits)], number // len(splits)
-        if place >= len(split):
+        split, index = splits[number % len(splits)], number // len(splits)
+        if index >= len(split):
             raise DataError(f"--samples {options.samples}: a domain of {options.shards} has {len(split)}; give fewer")
-        rows.append(torch.from_numpy(split.tokens(place).astype("int64"))[: options.sequence_length])
+        rows.append(torch.from_numpy(split.tokens(index).astype("int64"))[: options.sequence_length])
     return torch.stack(rows)
 
 
 def report(options: argparse.Namespace, result: Result) -> str:
-    """pruning.json: losses in nats per token, layers numbered as in the teacher, the least important first."""
+    """Return the content of pruning.json: losses in nats per token; layers have the teacher's numbers.
+
+    `ranking` begins with the least important layer.
+    """
     ranking = result.ranking
     kept_ranked = sorted(ranking.kept, key=lambda number: ranking.losses[number])
     content = {
@@ -229,14 +237,14 @@ def report(options: argparse.Namespace, result: Result) -> str:
 
 
 def table(ranking: pruning.Ranking) -> Table:
-    """By layer: what leaving it out costs, and whether it is kept."""
+    """Return the table of layers: the loss without each, its increase, and whether the layer is kept."""
     result = Table(title=f"Layers (whole model: loss {ranking.loss:.4f})", box=box.SIMPLE_HEAD, title_justify="left")
     for head in ("layer", "loss without it", "more by", "kept"):
         result.add_column(head, justify="right")
     always = pruning.kept_always(len(ranking.losses))
     for number, loss in enumerate(ranking.losses):
-        place = "always" if number in always else "yes" if number in ranking.kept else "no"
-        result.add_row(str(number), f"{loss:.4f}", f"{loss - ranking.loss:+.4f}", place)
+        kept = "always" if number in always else "yes" if number in ranking.kept else "no"
+        result.add_row(str(number), f"{loss:.4f}", f"{loss - ranking.loss:+.4f}", kept)
     return result
 
 
@@ -248,9 +256,9 @@ def _size(files: ModelFiles, key: str) -> int:
 
 
 def _loss_as_written(model: Any, directory: Path, batches: pruning.Batches) -> float:
-    """Loss of the model that lies in `directory`, which must be the model's own.
+    """Return the loss of the model in `directory`. Raises ConfigError if it differs from that of `model`.
 
-    It is not where a layer's make depends on its place (every second one a mixture of experts).
+    It differs if a layer's kind depends on its number, such as a mixture of experts in every second layer.
     """
     try:
         written = pruning.mean_loss(load_model(directory), batches)

@@ -1,8 +1,8 @@
-"""Turn the text of a recipe's domains into prepared data: MDS shards per domain and split, domains.json.
+"""Prepare the text of a recipe's domains: tokenise, pack, and write MDS shards of each domain and split.
 
 python tools/prepare_data.py --recipe configs/data/demo.yaml --tokenizer DIR --out DIR --sequence-length 256 [key=value]
 
-The same command goes on where an interrupted one stopped.
+After an interruption, the same command continues.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ LINE_SECONDS = 30.0
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """The command line."""
+    """Return the options of the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
@@ -59,19 +59,25 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     held_out.add_argument(
         "--validation-samples",
         type=int,
-        help=f"held-out samples that each domain has at least (default: {DEFAULT_VALIDATION_SAMPLES})",
+        help=f"minimal number of held-out samples of each domain (default: {DEFAULT_VALIDATION_SAMPLES})",
     )
     held_out.add_argument("--validation-fraction", type=float, help="share of the documents that is held out")
     cores = len(os.sched_getaffinity(0))
-    parser.add_argument("--workers", type=int, default=cores, help="tokenising processes (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="decides what is held out (default: %(default)s)")
-    parser.add_argument("--start-anew", action="store_true", help="forget what an interrupted preparation finished")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="of the recipe, for example root=/data/text")
+    parser.add_argument(
+        "--workers", type=int, default=cores, help="number of tokenising processes (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, help="seed that selects the held-out documents (default: %(default)s)"
+    )
+    parser.add_argument("--start-anew", action="store_true", help="discard the work of an interrupted preparation")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="recipe values to replace, for example root=/data/text"
+    )
     return parser.parse_args(arguments)
 
 
 def run(options: argparse.Namespace, console: Console) -> Manifest:
-    """Prepare as the options say, with a progress line per domain."""
+    """Prepare the data with a progress bar for each domain, and print what was made."""
     samples = options.validation_samples
     if samples is None and options.validation_fraction is None:
         samples = DEFAULT_VALIDATION_SAMPLES
@@ -94,7 +100,7 @@ def run(options: argparse.Namespace, console: Console) -> Manifest:
 
 
 class Display:
-    """Progress with the time that is left: a bar per domain on a terminal, a line now and then elsewhere."""
+    """Progress with the remaining time: a bar for each domain on a terminal, a line every 30 seconds elsewhere."""
 
     def __init__(self, console: Console, names: Sequence[str]) -> None:
         self._console = console
@@ -123,10 +129,10 @@ class Display:
         self._bar.stop()
 
     def update(self, name: str, done: int, total: int) -> None:
-        """`done` of `total` bytes of a domain are encoded."""
+        """Show that `done` of `total` bytes of a domain are encoded."""
         now = time.monotonic()
         if name not in self._begun:
-            # What an interrupted preparation did is no speed of this one.
+            # Work of an interrupted preparation does not count for the speed of this one.
             self._begun[name] = now, done
             self._bar.reset(self._tasks[name], total=total, completed=done)
         self._bar.update(self._tasks[name], completed=done, total=total)
@@ -138,14 +144,14 @@ class Display:
 
 
 def progress_line(name: str, done: int, total: int, new: int, seconds: float) -> str:
-    """One line of a log; `new` of the `done` bytes were done in `seconds`."""
+    """Return one line of a log; this process encoded `new` of the `done` bytes, in `seconds`."""
     speed = new / max(seconds, 1e-9)
     left = f"{(total - done) / speed:,.0f} s left" if speed > 0 else "time left unknown"
     return f"{name}: {done / 1e6:,.0f} of {total / 1e6:,.0f} MB ({done / total:.0%}), {speed / 1e6:.1f} MB/s, {left}"
 
 
 def table(manifest: Manifest) -> Table:
-    """What was prepared, by domain; fits into 80 columns."""
+    """Return the table of what was prepared, by domain; it fits into 80 columns."""
     result = Table(title="Prepared data", box=box.SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
     result.add_column("domain")
     for head in HEADS:
@@ -165,7 +171,7 @@ def table(manifest: Manifest) -> Table:
 
 
 def losses(manifest: Manifest) -> Table:
-    """What did not come through, by domain and reason: documents, and tokens in the last column."""
+    """Return the table of dropped documents by domain and reason; its last column counts tokens."""
     result = Table(title="Dropped", box=box.SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
     result.add_column("domain")
     for head in LOSSES.values():
@@ -176,7 +182,7 @@ def losses(manifest: Manifest) -> Table:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the tool; 0, or 2 after an error that the user can mend."""
+    """Prepare the data. Returns the exit code: 0, 2 after an error that the user can fix, 130 if interrupted."""
     try:
         run(parse_arguments(arguments), Console())
     except UserError as error:

@@ -19,25 +19,29 @@ from ddk_ds.errors import UserError
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """The command line."""
+    """Return the options of the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("--recipe", type=Path, required=True, help="YAML file that names the domains' text")
-    parser.add_argument("--vocab-size", type=int, required=True, help="tokens, the two special ones included")
+    parser.add_argument(
+        "--vocab-size", type=int, required=True, help="number of tokens, including the two special tokens"
+    )
     parser.add_argument("--out", type=Path, required=True, help="directory for the tokenizer")
     parser.add_argument(
         "--domain-bytes",
         type=int,
         default=1_000_000,
-        help="text of each domain to train on (default: %(default)s)",
+        help="bytes of text of each domain to train on (default: %(default)s)",
     )
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="of the recipe, for example root=/data/text")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="recipe values to replace, for example root=/data/text"
+    )
     return parser.parse_args(arguments)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the tool; 0, or 2 after an error that the user can mend."""
+    """Train and save the tokenizer. Returns the exit code: 0, or 2 after an error that the user can fix."""
     options = parse_arguments(arguments)
     start = time.monotonic()
     console = Console()

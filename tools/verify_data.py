@@ -1,4 +1,4 @@
-"""Hash every shard of prepared data, all cores at work, and list what is not as its index says.
+"""Hash every shard of prepared data on all cores, and list the shards that differ from their index.
 
 python tools/verify_data.py DIR
 python tools/verify_data.py s3://bucket/data --cache-dir /local/cache --cache-limit-gb 50
@@ -25,40 +25,42 @@ from ddk_ds.errors import ConfigError, UserError
 
 
 def shards_of(store: Store) -> Iterator[Shard]:
-    """Every shard of every domain. Raises DataError where an index or domains.json is broken."""
+    """Yield every shard of every domain. Raises DataError if an index or domains.json is damaged."""
     for name in load_manifest(store).domains:
         for split in SPLITS:
             yield from read_index(store, f"{name}/{split}").shards
 
 
 def broken_shards(store: Store, shards: Sequence[Shard], workers: int, bar: Progress) -> list[str]:
-    """What is wrong with the shards, in their order; nothing where all are whole."""
+    """Return an error message for each damaged shard, in the shards' order."""
     task = bar.add_task("hashing", total=sum(shard.num_bytes for shard in shards))
-    found: dict[int, str] = {}
-    # Hashing and reading leave the interpreter's lock: threads are enough.
+    errors: dict[int, str] = {}
+    # Hashing and reading release the interpreter's lock, so threads are enough.
     with ThreadPoolExecutor(workers) as pool:
         numbers = {pool.submit(store.shard, shard): number for number, shard in enumerate(shards)}
         for done in as_completed(numbers):
             number = numbers[done]
             error = done.exception()
             if isinstance(error, UserError):
-                found[number] = str(error)
+                errors[number] = str(error)
             elif error is not None:
                 raise error
             bar.advance(task, shards[number].num_bytes)
-    return [found[number] for number in sorted(found)]
+    return [errors[number] for number in sorted(errors)]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Returns 0 where everything is whole, 1 where a shard is broken, 2 for an error that the user can mend."""
+    """Verify the data. Returns 0, 1 if a shard is damaged, or 2 after an error that the user can fix."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("path", help="directory or URL of the prepared data")
-    parser.add_argument("--cache-dir", help="where a remote one is fetched to; what is there already is hashed too")
-    parser.add_argument("--cache-limit-gb", type=float, help="most that the cache may hold")
+    parser.add_argument("--cache-dir", help="directory for remote shards; those that it holds already are hashed, too")
+    parser.add_argument("--cache-limit-gb", type=float, help="maximal size of the cache")
     cores = len(os.sched_getaffinity(0))
-    parser.add_argument("--workers", type=int, default=cores, help="files hashed at a time (default: %(default)s)")
+    parser.add_argument(
+        "--workers", type=int, default=cores, help="number of files hashed at a time (default: %(default)s)"
+    )
     options = parser.parse_args(arguments)
     console = Console()
     columns = (

@@ -1,4 +1,4 @@
-"""Everything that can be wrong is looked at first; then model after model is loaded once and measured."""
+"""One evaluation: check everything that can be wrong, then load each model once and measure it."""
 
 from __future__ import annotations
 
@@ -23,43 +23,46 @@ from ddk_ds.evaluation.suites import QUICK_LIMIT, Chosen, check_files
 from ddk_ds.version import VERSION
 
 NO_WALLS = "nothing"
-Tell = Callable[[str], None]
+"""Value of `Prepared.walls` if generated programs run without walls."""
 
 
 @dataclass(frozen=True)
 class Request:
-    """What is to be measured, and how."""
+    """The models and the measurements to make of them."""
 
     models: Sequence[str]
-    """Directories or hub names."""
+    """Directories or hub names of the models."""
     benchmarks: Sequence[Chosen] = ()
     data: Path | None = None
+    """Directory of the benchmarks' files; None to read them from the hub."""
     shards: Path | None = None
+    """Prepared data for perplexity and bits per byte; None to leave these out."""
     cross_code_eval: Path | None = None
+    """Directory of CrossCodeEval's files; None to leave it out."""
     limit: int | None = None
-    """Most documents of a benchmark (of each of its subjects), of a language or samples of a domain."""
+    """Maximal number of documents of a benchmark's subject or of a language, and of samples of a domain."""
     unsafe_code: bool = False
     """True to run generated programs without walls."""
     quick: bool = False
-    """Without a limit benchmarks have one all the same: QUICK_LIMIT."""
+    """True if the benchmarks' limit is QUICK_LIMIT when `limit` is None."""
     batch_size: int = 8
     device: str = "cpu"
     """`cpu` (in float32) or `cuda` (in the dtype of the model's files)."""
 
     @property
     def benchmark_limit(self) -> int | None:
-        """That of the benchmarks."""
+        """Return the maximal number of documents of each benchmark, or None without a limit."""
         return QUICK_LIMIT if self.quick and self.limit is None else self.limit
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """A request whose models' files, documents and shards are there and fit."""
+    """A request whose models, documents and shards have been checked and read."""
 
     request: Request
     files: list[ModelFiles]
     loaded: list[Any]
-    """harness.Loaded of each benchmark."""
+    """A `harness.Loaded` for each benchmark."""
     held_out: HeldOut | None
     languages: dict[str, list[Completion]]
     walls: str | None
@@ -67,15 +70,15 @@ class Prepared:
 
 
 def default_device() -> str:
-    """`cuda` where torch sees a GPU."""
+    """Return `cuda` if torch sees a GPU, else `cpu`."""
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def prepare(request: Request) -> Prepared:
-    """Check all that a request needs; no model is loaded.
+    """Check and read everything that a request needs, without loading a model.
 
     Raises:
-        ConfigError: a model, package or device is missing, or no code can be run here.
+        ConfigError: a model, package or device is missing, or generated programs cannot run here.
         DataError: documents or shards are missing or do not fit.
     """
     if not (request.benchmarks or request.shards or request.cross_code_eval):
@@ -113,21 +116,23 @@ def _load_benchmarks(request: Request) -> list[Any]:
     return [harness.load_tasks(chosen, request.data) for chosen in request.benchmarks]
 
 
-def measure(prepared: Prepared, tell: Tell, save: Callable[[Sequence[ModelResult]], None]) -> list[ModelResult]:
-    """Measure the models one after the other. `tell` gets a line for each result, `save` all there are after each.
+def measure(
+    prepared: Prepared, show: Callable[[str], None], save: Callable[[Sequence[ModelResult]], None]
+) -> list[ModelResult]:
+    """Measure the models one after the other. After each result, `show` gets a line and `save` all results so far.
 
-    Raises ConfigError where a model cannot be loaded or its window is too short for a benchmark.
+    Raises ConfigError if a model cannot be loaded or its window is too short for a benchmark.
     """
     results: list[ModelResult] = []
     for name, files in zip(prepared.request.models, prepared.files, strict=True):
         results.append(ModelResult(name))
-        tell(f"{name}: measuring")
-        _measure_model(prepared, files, results[-1], tell, lambda: save(results))
+        show(f"{name}: measuring")
+        _measure_model(prepared, files, results[-1], show, lambda: save(results))
     return results
 
 
 def _measure_model(
-    prepared: Prepared, files: ModelFiles, result: ModelResult, tell: Tell, save: Callable[[], None]
+    prepared: Prepared, files: ModelFiles, result: ModelResult, show: Callable[[str], None], save: Callable[[], None]
 ) -> None:
     request = prepared.request
     on_cpu = request.device == "cpu"
@@ -136,7 +141,7 @@ def _measure_model(
         result.domains += score_domains(
             model, files, prepared.held_out, batch_size=request.batch_size, limit=request.limit
         )
-        tell(f"{len(result.domains)} domains")
+        show(f"{len(result.domains)} domains")
         save()
     if not (prepared.loaded or prepared.languages):
         return
@@ -146,16 +151,16 @@ def _measure_model(
     harness.check_window(lm, prepared.loaded)
     for loaded in prepared.loaded:
         result.scores.append(harness.run_benchmark(lm, loaded, request.benchmark_limit, walls=not request.unsafe_code))
-        tell(score_line(result.scores[-1]))
+        show(score_line(result.scores[-1]))
         save()
     if prepared.languages:
         result.code += score_languages(lm, prepared.languages, harness.generate, limit=request.limit)
         for score in result.code:
-            tell(score_line(score))
+            show(score_line(score))
         save()
 
 
 def versions() -> dict[str, str]:
-    """Of this package and of those that the numbers depend on and that are installed."""
+    """Return the versions of this package and of the installed packages that the numbers depend on."""
     names = ("torch", "transformers", "tokenizers", "lm_eval", "datasets")
     return {"ddk_ds": VERSION, **{name: version(name) for name in names if find_spec(name) is not None}}

@@ -16,19 +16,19 @@ from ddk_ds.evaluation.results import Score, mean_and_stderr
 
 LANGUAGES = {"python": "Python", "java": "Java", "typescript": "TypeScript", "csharp": "C#"}
 FILES = ("line_completion_rg1_bm25.jsonl", "line_completion.jsonl")
-"""In a language's directory: with the context that BM25 retrieved, or without; the first that is there is taken."""
+"""Names of a language's file, with the context that BM25 retrieved and without; the first that exists is read."""
 CONTEXT_TOKENS = 512
-"""Of other files, at most."""
+"""Maximal number of tokens from other files."""
 PROMPT_TOKENS = 2048
-"""Context, prompt and answer together, at most; less where the model's window is shorter."""
+"""Maximal number of tokens of context, prompt and answer together; less if the model's window is shorter."""
 ANSWER_TOKENS = 50
 Generate = Callable[[Any, list[str], int], list[str]]
-"""(model, prompts, most tokens of an answer) -> greedy answers."""
+"""A function of model, prompts and maximal number of tokens of an answer, which returns greedy answers."""
 
 
 @dataclass(frozen=True)
 class Completion:
-    """One document: what goes before, what is asked for, and what other files say."""
+    """One document: a file's text before the statement, the statement, and text of other files."""
 
     prompt: str
     groundtruth: str
@@ -36,31 +36,32 @@ class Completion:
 
 
 def edit_similarity(first: str, second: str) -> float:
-    """2 * longest common subsequence / both lengths, 0..1: 1 - insertions and deletions / both lengths; 1 of two empty.
+    """Return 1 - (insertions + deletions) / (sum of both lengths), a value from 0 to 1; 1 for two empty texts.
 
-    The subsequence's length by one addition of long integers a character (Hyyrö, 2004).
+    This equals 2 * longest common subsequence / (sum of both lengths). The subsequence's length takes one addition of
+    long integers for each character (Hyyrö, 2004).
     """
     total = len(first) + len(second)
     if not total:
         return 1.0
-    places: dict[str, int] = {}
-    for place, character in enumerate(first):
-        places[character] = places.get(character, 0) | 1 << place
+    positions: dict[str, int] = {}
+    for position, character in enumerate(first):
+        positions[character] = positions.get(character, 0) | 1 << position
     full = (1 << len(first)) - 1
     row = full
     for character in second:
-        matches = row & places.get(character, 0)
+        matches = row & positions.get(character, 0)
         row = ((row + matches) | (row - matches)) & full
     return 2 * (len(first) - row.bit_count()) / total
 
 
 def cut_answer(answer: str, groundtruth: str) -> list[str]:
-    """The answer's first lines that hold anything, as many as the groundtruth has, stripped."""
+    """Return the answer's first lines that are not blank, as many as the groundtruth has, stripped."""
     return _lines(answer)[: len(_lines(groundtruth))]
 
 
 def score_answer(answer: str, groundtruth: str) -> tuple[float, float]:
-    """Exact match (0 or 1) and edit similarity (0..1) of an answer, both over stripped lines."""
+    """Return exact match (0 or 1) and edit similarity (0 to 1) of an answer, both over stripped lines."""
     given, wanted = cut_answer(answer, groundtruth), _lines(groundtruth)
     return float(given == wanted), edit_similarity("\n".join(given), "\n".join(wanted))
 
@@ -70,7 +71,7 @@ def _lines(text: str) -> list[str]:
 
 
 def read_languages(root: Path) -> dict[str, list[Completion]]:
-    """The documents of all four languages.
+    """Read the documents of all four languages.
 
     Raises DataError that lists every missing file, or names the line that lacks a field.
     """
@@ -103,9 +104,9 @@ def _read(path: Path) -> list[Completion]:
 
 
 def build_prompt(document: Completion, lm: Any) -> str:
-    """Context of other files (its beginning) before the prompt (its end), as much as fits with the answer.
+    """Return the beginning of the other files' context and the end of the prompt, as much as fits with the answer.
 
-    `lm`: a model with tok_encode, tok_decode and max_length.
+    `lm` is a model with tok_encode, tok_decode and max_length.
     """
     room = min(PROMPT_TOKENS, lm.max_length) - ANSWER_TOKENS
     before = f"{_cut(lm, document.context, slice(CONTEXT_TOKENS))}\n" if document.context else ""
@@ -121,7 +122,7 @@ def _cut(lm: Any, text: str, part: slice) -> str:
 def score_languages(
     lm: Any, languages: Mapping[str, Sequence[Completion]], generate: Generate, *, limit: int | None
 ) -> list[Score]:
-    """Two scores a language: `exact_match` and `edit_similarity`. `lm` as for `build_prompt`."""
+    """Return two scores for each language, `exact_match` and `edit_similarity`; `lm` is that of `build_prompt`."""
     scores = []
     for language, title in LANGUAGES.items():
         documents = languages[language][:limit]

@@ -1,4 +1,4 @@
-"""lm-evaluation-harness as a library. Importing this module imports the harness, which takes seconds."""
+"""Benchmarks by lm-evaluation-harness, used as a library; importing this module takes seconds."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ from ddk_ds.evaluation.sandbox import score_programs
 from ddk_ds.evaluation.suites import SUBJECT, Benchmark, Chosen, find_files, read_rows
 
 EXAMPLES_SEED = 1234
-"""Of the examples before a question, where they are drawn; the harness' own default."""
-_ITS_TASKS = Path(lm_eval.tasks.__file__).parent
+"""Seed that draws the examples before a question; the harness' own default."""
+_HARNESS_TASKS = Path(lm_eval.tasks.__file__).parent
 _OUR_TASKS = Path(__file__).with_name("tasks")
 _MBPP_EXAMPLES = (2, 3, 4)
-"""Tasks of MBPP's split `prompt` that its authors show before each question."""
+"""Ids of the tasks in MBPP's split `prompt` that its authors show before each question."""
 
-# It warns of what this module does on purpose.
+# The harness warns of things that this module does on purpose.
 logging.getLogger("lm_eval").setLevel(logging.ERROR)
 
 
@@ -42,13 +42,13 @@ class Loaded:
     tasks: Any
     """The harness' TaskDict."""
     name: str
-    """Under which the harness gives the result."""
+    """Key of the benchmark's result in the harness' output."""
 
 
 def load_tasks(chosen: Chosen, data: Path | None) -> Loaded:
-    """Read a benchmark's documents: from files below `data`, or from the hub.
+    """Read a benchmark's documents from files below `data`, or from the hub if it is None.
 
-    Raises DataError where they cannot be had, or do not fit the task.
+    Raises DataError if they cannot be read or do not fit the task.
     """
     benchmark = chosen.benchmark
     try:
@@ -58,7 +58,7 @@ def load_tasks(chosen: Chosen, data: Path | None) -> Loaded:
         manager = _manager(benchmark)
         subjects = _subjects(manager, benchmark).items()
         members = [{"task": task, **_overrides(chosen, data, subject)} for task, subject in subjects]
-        # A group that is given as a dict hands its own keys on to its tasks, which do not know them.
+        # A group given as a dict would pass its own keys on to its tasks, which do not know them.
         tasks = manager.load([{"group": benchmark.name, "task": members}])["tasks"]
         averaged = [{"metric": benchmark.metric.partition(",")[0], "aggregation": "mean", "weight_by_size": True}]
         group = Group.from_config({"group": f"ddk_{benchmark.name}", "aggregate_metric_list": averaged})
@@ -73,18 +73,18 @@ def load_tasks(chosen: Chosen, data: Path | None) -> Loaded:
 
 
 def subjects_of(benchmark: Benchmark) -> list[str]:
-    """Subjects of a benchmark that has some; one empty name of another."""
+    """Return the subjects of a benchmark; one empty name if it has none."""
     return list(_subjects(_manager(benchmark), benchmark).values())
 
 
 def _manager(benchmark: Benchmark) -> TaskManager:
-    # Its default is an index of some 14,000 files.
-    folder = _ITS_TASKS / benchmark.folder if benchmark.folder else _OUR_TASKS
+    # By default the harness would index some 14,000 files.
+    folder = _HARNESS_TASKS / benchmark.folder if benchmark.folder else _OUR_TASKS
     return TaskManager(include_path=str(folder), include_defaults=False)
 
 
 def _subjects(manager: TaskManager, benchmark: Benchmark) -> dict[str, str]:
-    """The harness' names of a benchmark's tasks, and the subject of each."""
+    """Return the subject of each of a benchmark's tasks, by the harness' name of the task."""
     if SUBJECT not in benchmark.data.config:
         return {benchmark.task: ""}
     names = [name for name in manager.all_subtasks if name.startswith(benchmark.task)]
@@ -92,14 +92,14 @@ def _subjects(manager: TaskManager, benchmark: Benchmark) -> dict[str, str]:
 
 
 def _overrides(chosen: Chosen, data: Path | None, subject: str) -> dict[str, Any]:
-    """What differs from the harness' task: number of examples, splits and, from files, the documents."""
+    """Return the changes to the harness' task: number of examples, splits and, with `data`, the documents."""
     source = chosen.benchmark.data
     changes: dict[str, Any] = {
         "num_fewshot": chosen.shots,
         "test_split": source.split,
         "validation_split": None,
         "training_split": None,
-        # Without examples their split need not be there.
+        # Without examples, their split may be missing.
         "fewshot_split": source.examples if chosen.shots else None,
     }
     if data is not None:
@@ -115,15 +115,15 @@ def _read_splits(*, files: Mapping[str, Sequence[str]], **_metadata: Any) -> dic
 
 
 class _Names(yaml.SafeLoader):
-    """Reads the harness' task files without running the functions that they name."""
+    """A YAML loader that reads the harness' task files without running the functions that they name."""
 
 
 _Names.add_constructor("!function", lambda loader, node: loader.construct_scalar(node))  # type: ignore[arg-type]
 
 
 def _code_config(benchmark: Benchmark) -> dict[str, Any]:
-    """The harness' task with its prompt and stops, without its scoring, which runs code in its own process."""
-    path = _ITS_TASKS / benchmark.folder / f"{benchmark.task}.yaml"
+    """Return the harness' task with its prompt and stops, but without its scoring, which runs code unprotected."""
+    path = _HARNESS_TASKS / benchmark.folder / f"{benchmark.task}.yaml"
     config: dict[str, Any] = yaml.load(path.read_text(encoding="utf-8"), _Names)
     config |= {"unsafe_code": False, "filter_list": None, "fewshot_config": None}
     config["metric_list"] = [{"metric": "bypass", "aggregation": "bypass", "higher_is_better": True}]
@@ -133,17 +133,17 @@ def _code_config(benchmark: Benchmark) -> dict[str, Any]:
 
 
 def _mbpp_examples(documents: Any) -> list[dict[str, Any]]:
-    # The template writes the solution of a document that has this column.
+    # The template shows the solution of a document only if it has this column.
     return [{**doc, "is_fewshot": True} for doc in documents if doc["task_id"] in _MBPP_EXAMPLES]
 
 
 def load_lm(model: Any, directory: Path, batch_size: int) -> HFLM:
-    """The harness' adapter around a transformers model that is on its device."""
+    """Wrap a transformers model, which is on its device, into the harness' adapter."""
     return HFLM(pretrained=model, tokenizer=str(directory), batch_size=batch_size)
 
 
 def check_window(lm: HFLM, benchmarks: Sequence[Loaded]) -> None:
-    """ConfigError where an answer may be as long as the model's whole window."""
+    """Raise ConfigError if an answer can be as long as the model's context window."""
     for loaded in benchmarks:
         for task in loaded.tasks["tasks"].values():
             longest = (task.config.generation_kwargs or {}).get("max_gen_toks", 0)
@@ -155,10 +155,10 @@ def check_window(lm: HFLM, benchmarks: Sequence[Loaded]) -> None:
                 )
 
 
-def generate(lm: LM, prompts: Sequence[str], most_tokens: int) -> list[str]:
-    """Greedy answers to prompts, up to the end-of-text token."""
-    options = {"until": [], "max_gen_toks": most_tokens, "do_sample": False}
-    requests = [Instance("generate_until", {}, (prompt, dict(options)), place) for place, prompt in enumerate(prompts)]
+def generate(lm: LM, prompts: Sequence[str], max_tokens: int) -> list[str]:
+    """Generate greedy answers to prompts, up to the end-of-text token or `max_tokens` tokens."""
+    options = {"until": [], "max_gen_toks": max_tokens, "do_sample": False}
+    requests = [Instance("generate_until", {}, (prompt, dict(options)), index) for index, prompt in enumerate(prompts)]
     answers: list[str] = lm.generate_until(requests)
     return answers
 
@@ -170,25 +170,25 @@ def run_benchmark(lm: LM, loaded: Loaded, limit: int | None, *, walls: bool = Tr
     """
     benchmark, shots = loaded.chosen.benchmark, loaded.chosen.shots
     for task in loaded.tasks["tasks"].values():
-        task.set_fewshot_seed(EXAMPLES_SEED)  # again for each model: the generator moves on
-    found = evaluate(
+        task.set_fewshot_seed(EXAMPLES_SEED)  # set for each model, since drawing changes the generator's state
+    output = evaluate(
         lm,
         loaded.tasks,
         limit=limit,
-        # Means have standard errors without it.
+        # Means have standard errors without bootstrapping.
         bootstrap_iters=1,
         log_samples=benchmark.runs_code,
     )
     if benchmark.runs_code:
-        samples = found["samples"][loaded.name]
+        samples = output["samples"][loaded.name]
         answers = [(sample["doc"], sample["filtered_resps"][0]) for sample in samples]
         return score_programs(benchmark, shots, answers, walls=walls)
-    values = found["results"]
-    own = values[loaded.name]
-    documents = own["sample_len"]
+    results = output["results"]
+    result = results[loaded.name]
+    documents = result["sample_len"]
     if len(loaded.tasks["tasks"]) == 1:
-        own = next(values[name] for name in loaded.tasks["tasks"])
-    numbers = {key: float(value) for key, value in own.items() if "," in key and isinstance(value, int | float)}
+        result = next(results[name] for name in loaded.tasks["tasks"])
+    numbers = {key: float(value) for key, value in result.items() if "," in key and isinstance(value, int | float)}
     stderr = benchmark.metric.replace(",", "_stderr,")
     return Score(
         task=benchmark.name,

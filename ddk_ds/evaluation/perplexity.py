@@ -24,19 +24,19 @@ from ddk_ds.kernels import Options, linear_nll
 
 @dataclass(frozen=True)
 class HeldOut:
-    """The validation samples of prepared data."""
+    """Prepared data whose validation samples are measured."""
 
     manifest: Manifest
     root: Path
 
     def samples(self, domain: str, limit: int | None) -> Iterator[npt.NDArray[np.int64]]:
-        """Token ids (L,) of the domain's samples, of the first `limit`. Raises DataError where a shard is broken."""
+        """Yield the token ids (L,) of the domain's first `limit` samples. Raises DataError if a shard is damaged."""
         split = open_split(LocalStore(self.root), f"{domain}/validation", self.manifest.vocab_size)
         for number in range(len(split) if limit is None else min(limit, len(split))):
             yield split.tokens(number).astype(np.int64)
 
     def check_model(self, directory: Path) -> None:
-        """DataError if the shards were made with another tokenizer than the model's."""
+        """Raise DataError if the shards were made with another tokenizer than the model's."""
         if load_tokenizer(directory).fingerprint != self.manifest.tokenizer_fingerprint:
             raise DataError(
                 f"--shards {self.root} were made with another tokenizer than that of {directory}: prepare the same "
@@ -45,14 +45,14 @@ class HeldOut:
 
 
 def open_held_out(root: Path) -> HeldOut:
-    """Raises DataError where `root` is no prepared data, or is damaged."""
+    """Open the prepared data in `root`. Raises DataError if it is none, or is damaged."""
     return HeldOut(load_manifest(root), root)
 
 
 def score_domains(
     model: Any, files: ModelFiles, held_out: HeldOut, *, batch_size: int, limit: int | None
 ) -> list[DomainScore]:
-    """Of a transformers causal LM, on its device; as in a run, the first token of a sample is not predicted."""
+    """Measure a transformers causal LM on its device; as in a run, the first token of a sample is not predicted."""
     tokenizer = load_tokenizer(files.directory).tokenizer
     vocab_size = held_out.manifest.vocab_size
     scores = []
@@ -73,9 +73,9 @@ def score_domains(
 def sample_losses(
     model: Any, files: ModelFiles, input_ids: npt.NDArray[np.int64], vocab_size: int
 ) -> npt.NDArray[np.float64]:
-    """Sum of -log p over each sample's predicted tokens, in nats: input_ids (B, L) -> (B,) float64.
+    """Return the sum of -log p over each sample's predicted tokens, in nats: input_ids (B, L) -> (B,) float64.
 
-    As in a run the likelihood is over the tokenizer's `vocab_size` tokens: further rows of the head are padding.
+    As in a run, the softmax is over the tokenizer's `vocab_size` tokens; further rows of the head are padding.
     """
     ids = torch.from_numpy(input_ids).to(next(model.parameters()).device)
     hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state[:, :-1]
@@ -94,9 +94,10 @@ def sample_losses(
 def domain_score(
     domain: str, losses: npt.NDArray[np.float64], tokens_each: int, text_bytes: Sequence[int]
 ) -> DomainScore:
-    """From each sample's summed loss (n,) in nats, its number of predicted tokens, and the bytes of their text (n,).
+    """Compute a domain's score from each sample's summed loss (n,) in nats and the bytes of its predicted text (n,).
 
-    Standard errors are over samples; that of the perplexity follows from the loss's by its derivative.
+    Each sample has `tokens_each` predicted tokens. Standard errors are over samples; the perplexity's follows from the
+    loss's by the derivative.
     """
     number, size = len(losses), np.array(text_bytes, np.float64)
     loss = float(losses.sum() / (number * tokens_each))
@@ -105,7 +106,7 @@ def domain_score(
     perplexity_error = bits_error = None
     if number > 1:
         perplexity_error = perplexity * float(losses.std(ddof=1)) / tokens_each / math.sqrt(number)
-        # Of a ratio of sums: the residuals of losses on bytes.
+        # The standard error of a ratio of sums, from the residuals of losses on bytes.
         residuals = losses / math.log(2) - bits * size
         bits_error = float(np.sqrt((residuals**2).sum() / (number - 1) / number) / size.mean())
     return DomainScore(

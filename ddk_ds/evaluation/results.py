@@ -1,7 +1,4 @@
-"""What an evaluation found, as numbers.
-
-The results as tables: a row for each model, a column for each benchmark, as in the paper.
-"""
+"""The results of an evaluation: numbers, their JSON form, and tables with a row for each model, as in the paper."""
 
 from __future__ import annotations
 
@@ -19,23 +16,24 @@ from ddk_ds.evaluation.suites import PASS_AT_1, Chosen
 
 @dataclass(frozen=True)
 class Score:
-    """One number of one model: shares lie in 0..1."""
+    """One result of one model on one benchmark."""
 
     task: str
     title: str
     metric: str
     shots: int
     value: float
+    """Share of right answers, or mean similarity; 0 to 1."""
     stderr: float | None
-    """Standard error of the mean over documents; None of a single one."""
+    """Standard error of the mean over documents; None with a single document."""
     documents: int
     more: dict[str, float] = field(default_factory=dict)
-    """The benchmark's other metrics."""
+    """The benchmark's other metrics by name."""
 
 
 @dataclass(frozen=True)
 class DomainScore:
-    """How well a model predicts the held-out text of one domain."""
+    """The quality of a model's predictions of one domain's held-out text."""
 
     domain: str
     perplexity: float
@@ -44,24 +42,27 @@ class DomainScore:
     bits_per_byte_stderr: float | None
     samples: int
     tokens: int
-    """Predicted ones: of each sample all but the first."""
+    """Number of predicted tokens: all of a sample except its first."""
     text_bytes: int
-    """UTF-8 bytes of the predicted tokens' text."""
+    """Length of the predicted tokens' text in UTF-8."""
 
 
 @dataclass
 class ModelResult:
-    """All that was measured of one model."""
+    """All results of one model."""
 
     model: str
     scores: list[Score] = field(default_factory=list)
     code: list[Score] = field(default_factory=list)
-    """CrossCodeEval: exact match and edit similarity of each language."""
+    """CrossCodeEval's exact match and edit similarity of each language."""
     domains: list[DomainScore] = field(default_factory=list)
 
 
 def mean_and_stderr(values: Sequence[float]) -> tuple[float, float | None]:
-    """Mean, and standard deviation (n - 1) over the root of n; None with one value. Raises ConfigError without any."""
+    """Return the mean and its standard error (from the sample variance, n - 1), which is None for a single value.
+
+    Raises ConfigError if there is no value.
+    """
     number = len(values)
     if not number:
         raise ConfigError("--limit leaves no document to evaluate")
@@ -72,7 +73,7 @@ def mean_and_stderr(values: Sequence[float]) -> tuple[float, float | None]:
 
 
 def average(scores: Sequence[Score]) -> tuple[float, float | None]:
-    """Unweighted mean over benchmarks, as the paper's last column, and its standard error."""
+    """Return the unweighted mean over benchmarks, as in the paper's last column, and its standard error."""
     errors = [score.stderr for score in scores]
     value = math.fsum(score.value for score in scores) / len(scores)
     if any(error is None for error in errors):
@@ -81,7 +82,7 @@ def average(scores: Sequence[Score]) -> tuple[float, float | None]:
 
 
 def as_json(result: ModelResult) -> dict[str, Any]:
-    """Plain values; averages beside what they are of."""
+    """Return a model's results and their averages as plain values for JSON."""
     content: dict[str, Any] = {"model": result.model}
     if result.scores:
         content["benchmarks"] = [vars(score) for score in result.scores]
@@ -89,8 +90,7 @@ def as_json(result: ModelResult) -> dict[str, Any]:
     if result.code:
         content["cross_code_eval"] = [vars(score) for score in result.code]
         for metric in dict.fromkeys(score.metric for score in result.code):
-            of_metric = [score for score in result.code if score.metric == metric]
-            content[f"cross_code_eval_{metric}"] = _averaged(of_metric)
+            content[f"cross_code_eval_{metric}"] = _averaged([score for score in result.code if score.metric == metric])
     if result.domains:
         content["domains"] = [vars(domain) for domain in result.domains]
     return content
@@ -104,7 +104,10 @@ def _averaged(scores: Sequence[Score]) -> dict[str, Any]:
 def benchmark_table(
     results: Sequence[ModelResult], ran: Sequence[Chosen], left_out: Sequence[Chosen], limit: int | None
 ) -> Table:
-    """Per cent, with the standard error; `left_out` were wanted too, `limit` is the most documents of a task."""
+    """Return the table of benchmarks in per cent, with standard errors.
+
+    Its caption names the benchmarks `left_out` and the `limit` of documents per task, if there is one.
+    """
     lines = ["per cent ± standard error; " + _shots(ran)]
     if limit is not None:
         lines.append(f"the first {limit:,} documents of each task alone")
@@ -136,7 +139,7 @@ def _metric(chosen: Chosen) -> str:
 
 
 def code_table(results: Sequence[ModelResult]) -> Table:
-    """CrossCodeEval: exact match and edit similarity of each language, in per cent."""
+    """Return the table of CrossCodeEval: exact match and edit similarity of each language, in per cent."""
     table = Table(
         box=box.SIMPLE, title="CrossCodeEval", caption="per cent ± standard error: exact match, edit similarity"
     )
@@ -153,7 +156,7 @@ def code_table(results: Sequence[ModelResult]) -> Table:
 
 
 def domain_table(results: Sequence[ModelResult]) -> Table:
-    """Perplexity and bits per byte of each domain."""
+    """Return the table of perplexity and bits per byte of each domain."""
     caption = "perplexity and bits per byte, ± standard error"
     table = Table(box=box.SIMPLE, title="held-out text", caption=caption, caption_justify="left")
     table.add_column("domain")
@@ -170,7 +173,7 @@ def domain_table(results: Sequence[ModelResult]) -> Table:
 
 
 def score_line(score: Score) -> str:
-    """One result as it comes in."""
+    """Return a result as one line of progress."""
     return f"{score.title}: {_percent(score.value, score.stderr)} ({score.metric}, {score.documents:,} documents)"
 
 

@@ -72,7 +72,7 @@ class Limits:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a program ended."""
+    """The end of a program: success, or the reason of its failure."""
 
     passed: bool
     """True if it ran to its end, without an exception, an early exit or a limit."""

@@ -1,9 +1,7 @@
-"""Which benchmarks there are, with how many examples before the question, and what is read off as the result.
+"""The benchmarks, the suites of them, and the files that hold their documents on machines without a hub.
 
-Shot counts and the choice of benchmarks are the paper's (arXiv 2407.16154, Tables 1 to 8); prompts and answer
-extraction are those of lm-evaluation-harness, which the paper does not fix (docs/evaluation.md).
-
-A benchmark's documents as files below one directory, for machines without a hub.
+The choice of benchmarks and the numbers of examples are the paper's (arXiv 2407.16154, Tables 1 to 8). Prompts and
+answer extraction are those of lm-evaluation-harness, since the paper does not fix them (docs/evaluation.md).
 """
 
 from __future__ import annotations
@@ -22,38 +20,38 @@ from ddk_ds.errors import ConfigError, DataError
 
 @dataclass(frozen=True)
 class DataSet:
-    """Where a benchmark's documents come from."""
+    """The source of a benchmark's documents."""
 
     hub: str
     """Name on the Hugging Face hub."""
     config: str
-    """Its configuration there; empty where it has one only, `SUBJECT` where each subject is one."""
+    """Configuration on the hub; empty if there is only one, `SUBJECT` if each subject is a configuration."""
     split: str
-    """Which is evaluated."""
+    """Name of the split that is evaluated."""
     examples: str
-    """Split of the examples before the question."""
+    """Name of the split that holds the examples before the question."""
     fields: tuple[str, ...]
-    """Columns that the task reads."""
+    """The columns that the task reads."""
 
 
 @dataclass(frozen=True)
 class Benchmark:
-    """One column of the table."""
+    """A benchmark, which is one column of the table of results."""
 
     name: str
-    """As in --tasks, and of its files below --data."""
+    """Name in --tasks, and of the benchmark's directory below --data."""
     title: str
     folder: str
-    """Of the harness' task files, below its own `tasks`; empty for those of this package."""
+    """Directory of the harness' task files, below its own `tasks`; empty if this package has the task file."""
     task: str
-    """The harness' name; of a benchmark with subjects the beginning of each subject's name."""
+    """The harness' task; for a benchmark with subjects, the common beginning of its tasks' names."""
     metric: str
-    """The harness' metric and filter. `pass@1` is measured by this package."""
+    """The harness' metric and filter, or `pass@1`, which this package measures."""
     data: DataSet
 
     @property
     def runs_code(self) -> bool:
-        """Whether its result needs generated programs to be run."""
+        """Return True if the benchmark is measured by running generated programs."""
         return self.metric == PASS_AT_1
 
 
@@ -124,23 +122,24 @@ SUITES: Mapping[str, Mapping[str, int]] = {
     "paper-5shot": dict.fromkeys(("ceval", "mmlu", "gsm8k", "arc_easy", "arc_challenge"), 5),
     "quick": dict.fromkeys(("c3", "winogrande", "commonsense_qa", "arc_easy", "arc_challenge"), 0),
 }
-"""Examples before the question, by benchmark, in the order of the paper's columns."""
+"""For each suite, the number of examples before the question by benchmark, in the order of the paper's columns."""
 QUICK_LIMIT = 200
-"""Documents of each benchmark that the suite `quick` takes unless told otherwise."""
+"""Number of documents of each benchmark that the suite `quick` takes without --limit."""
 
 
 @dataclass(frozen=True)
 class Chosen:
-    """A benchmark and its number of examples."""
+    """A benchmark that a suite asks for."""
 
     benchmark: Benchmark
     shots: int
+    """Number of examples before the question."""
 
 
 def choose(suite: str, tasks: Sequence[str] | None) -> list[Chosen]:
-    """The suite's benchmarks, or those of them that `tasks` names, in the suite's order.
+    """Return the suite's benchmarks, or only those that `tasks` names, in the suite's order.
 
-    Raises ConfigError naming a task that the suite lacks.
+    Raises ConfigError that names a task which the suite lacks.
     """
     shots = SUITES[suite]
     for name in tasks or ():
@@ -149,12 +148,12 @@ def choose(suite: str, tasks: Sequence[str] | None) -> list[Chosen]:
     return [Chosen(BENCHMARKS[name], shots[name]) for name in shots if tasks is None or name in tasks]
 
 
-ENDINGS = ("jsonl", "parquet")
+SUFFIXES = ("jsonl", "parquet")
 SplitFiles = dict[str, list[Path]]
 
 
-def places(root: Path, benchmark: Benchmark, subject: str = "") -> list[Path]:
-    """Directories that may hold a benchmark's splits: of its own name, or a copy of the hub's repository."""
+def split_directories(root: Path, benchmark: Benchmark, subject: str = "") -> list[Path]:
+    """Return the directories that can hold a benchmark's splits: with its name, or with that of its hub repository."""
     data = benchmark.data
     config = data.config.replace(SUBJECT, subject)
     inner = [config] if SUBJECT in data.config else ["", config, "data"]
@@ -163,14 +162,14 @@ def places(root: Path, benchmark: Benchmark, subject: str = "") -> list[Path]:
 
 
 def find_files(root: Path, chosen: Chosen, subject: str = "") -> SplitFiles | None:
-    """Files of the splits that a benchmark needs; None where one is missing."""
+    """Return the files of each split that a benchmark needs, or None if a split has no file."""
     benchmark, data = chosen.benchmark, chosen.benchmark.data
-    for place in places(root, benchmark, subject):
-        found = {split: _split_files(place, split) for split in _splits(chosen)}
-        if all(found.values()):
-            return found
+    for directory in split_directories(root, benchmark, subject):
+        files = {split: _split_files(directory, split) for split in _splits(chosen)}
+        if all(files.values()):
+            return files
     if SUBJECT not in data.config and not chosen.shots:
-        for path in (root / f"{benchmark.name}.{ending}" for ending in ENDINGS):
+        for path in (root / f"{benchmark.name}.{suffix}" for suffix in SUFFIXES):
             if path.is_file():
                 return {data.split: [path]}
     return None
@@ -181,18 +180,18 @@ def _splits(chosen: Chosen) -> list[str]:
     return [data.split, data.examples] if chosen.shots else [data.split]
 
 
-def _split_files(place: Path, split: str) -> list[Path]:
-    for ending in ENDINGS:
-        files = [*place.glob(f"{split}.{ending}"), *place.glob(f"{split}-*.{ending}")]
+def _split_files(directory: Path, split: str) -> list[Path]:
+    for suffix in SUFFIXES:
+        files = [*directory.glob(f"{split}.{suffix}"), *directory.glob(f"{split}-*.{suffix}")]
         if files:
             return sorted(files)
     return []
 
 
 def check_files(root: Path, wanted: Sequence[Chosen], subjects: Mapping[str, Sequence[str]]) -> None:
-    """One DataError that lists every data set that is missing below `root` or lacks a column.
+    """Raise one DataError that lists every data set that is missing below `root` or lacks a column.
 
-    `subjects`: those of each benchmark by its name; one empty subject where it has none.
+    `subjects` holds each benchmark's subjects by its name; a benchmark without subjects has one empty subject.
     """
     faults = [fault for chosen in wanted for fault in _faults(root, chosen, subjects[chosen.benchmark.name])]
     if faults:
@@ -204,24 +203,24 @@ def _faults(root: Path, chosen: Chosen, subjects: Sequence[str]) -> Iterator[str
     benchmark, data = chosen.benchmark, chosen.benchmark.data
     missing = []
     for subject in subjects:
-        found = find_files(root, chosen, subject)
-        if found is None:
+        split_files = find_files(root, chosen, subject)
+        if split_files is None:
             missing.append(subject)
             continue
-        for split, files in found.items():
+        for split, files in split_files.items():
             lacking = [field for field in data.fields if field not in next(read_rows(files), {})]
             if lacking:
                 yield f"{benchmark.name}: {files[0]} ({split}) lacks {', '.join(lacking)}"
     if missing:
-        place = places(root, benchmark, missing[0])[0]
-        expected = ", ".join(f"{place}/{split}.jsonl" for split in _splits(chosen))
+        directory = split_directories(root, benchmark, missing[0])[0]
+        expected = ", ".join(f"{directory}/{split}.jsonl" for split in _splits(chosen))
         more = f" and of {len(missing) - 1} more subjects" if len(missing) > 1 else ""
         columns = ", ".join(data.fields)
         yield f"{benchmark.name}: {expected} (or .parquet){more}; columns {columns}; on the hub {data.hub}"
 
 
 def read_rows(files: Sequence[Path]) -> Iterator[dict[str, Any]]:
-    """The rows of some .jsonl or .parquet files. Raises DataError naming the file that cannot be read."""
+    """Yield the rows of .jsonl and .parquet files. Raises DataError that names a file which cannot be read."""
     for path in files:
         try:
             if path.suffix == ".parquet":

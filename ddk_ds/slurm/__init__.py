@@ -1,1 +1,1 @@
-"""Runs on Slurm: the batch script, and the snapshot of code and configuration that it starts."""
+"""Runs on Slurm: the batch script, and the snapshot of code and configuration that it uses."""

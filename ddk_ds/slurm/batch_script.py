@@ -1,6 +1,6 @@
-"""The batch script of a run on Slurm, as text: a template and values that are quoted, never run here.
+"""The batch script of a run on Slurm, and the directory with the configuration and code version that it was made of.
 
-What a submission leaves beside its logs: the resolved configuration, the code's version, the batch script.
+The script is a template, job.sbatch, into which quoted values are inserted; nothing is run here.
 """
 
 from __future__ import annotations
@@ -26,40 +26,46 @@ TEMPLATE = Path(__file__).with_name("job.sbatch")
 
 @dataclass(frozen=True)
 class Container:
-    """An image in which the ranks run. The batch script itself runs on the host, where Slurm's commands are."""
+    """An image in which the ranks run; the batch script itself runs on the host, which has Slurm's commands."""
 
     image: str
     runtime: Literal["pyxis", "apptainer"]
     mounts: tuple[str, ...]
-    """Directories of the host that the image sees under the same path."""
+    """Directories of the host that are mounted in the image under the same path."""
     gpus: bool
+    """True if the ranks use GPUs."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """All that the batch script depends on."""
+    """Everything that the batch script depends on."""
 
     name: str
     snapshot: Path
-    """Absolute directory of config.yaml and of the logs."""
+    """Absolute path of the directory for config.yaml and the logs."""
     workdir: Path
-    """Absolute directory that the configuration's paths are relative to."""
+    """Absolute path of the directory that the configuration's paths are relative to."""
     nodes: int
     ranks_per_node: int
     options: Mapping[str, str | None]
-    """sbatch's long options; None: one without a value."""
+    """sbatch's long options and their values; None for an option without a value."""
     python: str
+    """Interpreter of the ranks."""
     chained: bool = False
+    """True if the job is one of a chain, so that it does not requeue itself."""
     array: str | None = None
+    """Task ids of a job array, as sbatch takes them."""
     seed_from_task: bool = False
+    """True if the run's seed is the task id."""
     cpus_per_task: int | None = None
+    """Cores of a rank."""
     interface: str | None = None
-    """Network interface of the nodes that gloo and NCCL are bound to."""
+    """Network interface that gloo and NCCL use."""
     container: Container | None = None
 
 
 def render(job: Job) -> str:
-    """The batch script. Raises UserError where a value cannot stand in it."""
+    """Return the text of the batch script. Raises UserError if a value cannot be written into it."""
     values = {
         "sbatch_options": "\n".join(_directive(key, value) for key, value in _options(job).items()),
         "snapshot": _quoted(str(job.snapshot)),
@@ -95,7 +101,7 @@ def _options(job: Job) -> dict[str, str | None]:
 def _environment(job: Job) -> list[str]:
     lines = []
     if Path(job.python).is_absolute():
-        # torch looks for ninja on PATH.
+        # torch searches PATH for ninja.
         lines.append(f'export PATH={_quoted(str(Path(job.python).parent))}:"$PATH"')
     if job.cpus_per_task is not None:
         lines.append(f"export OMP_NUM_THREADS={job.cpus_per_task}")
@@ -132,14 +138,14 @@ def _directive(key: str, value: str | None) -> str:
 
 
 def _quoted(value: str) -> str:
-    # sbatch reads its own lines as a shell would, and ends them where the line ends.
+    # sbatch parses its directives like a shell, and each ends at the line's end.
     if not value.isprintable():
         raise UserError(f"{value!r} cannot stand in a batch script: it holds a line break or another control character")
     return shlex.quote(value)
 
 
 def next_snapshot(config: Config) -> Path:
-    """Absolute path of the first number that no submission of this run has taken. Makes nothing."""
+    """Return the absolute path of the first numbered directory that no submission of this run has taken."""
     folder = (config.run_dir / "slurm").absolute()
     number = 1
     while (folder / str(number)).exists():
@@ -148,7 +154,7 @@ def next_snapshot(config: Config) -> Path:
 
 
 def write_snapshot(folder: Path, config: Config, script: str) -> None:
-    """Fill `folder`, which must not be there yet. Raises UserError where it cannot be made."""
+    """Write configuration, code version and script to the new directory `folder`. Raises UserError if that fails."""
     try:
         folder.mkdir(parents=True)
     except OSError as error:
@@ -162,7 +168,7 @@ def write_snapshot(folder: Path, config: Config, script: str) -> None:
 
 
 def _code(changed: bool) -> dict[str, object]:
-    """Of the environment this holds nothing: variables may be secrets."""
+    """Return the versions of code and packages; no environment variables, since these can be secrets."""
     packages = {item.name: item.version for item in distributions()}
     return {
         "commit": (_git("rev-parse", "HEAD") or "").strip() or None,
@@ -173,7 +179,7 @@ def _code(changed: bool) -> dict[str, object]:
 
 
 def _git(*arguments: str) -> str | None:
-    """What git says of the project; None where it is not a checkout, or there is no git."""
+    """Return git's output for this repository, or None if this is no checkout or git is missing."""
     try:
         done = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, check=True)
     except (OSError, subprocess.CalledProcessError):

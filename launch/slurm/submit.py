@@ -20,8 +20,8 @@ from ddk_ds.slurm.batch_script import ROOT, Container, Job, next_snapshot, rende
 _TIME = re.compile(r"(?:(?P<days>\d+)-)?(?P<fields>\d+(?::\d+){0,2})")
 _ARRAY = re.compile(r"\d+(-\d+(:\d+)?)?(,\d+(-\d+(:\d+)?)?)*(%\d+)?")
 _OPTION = re.compile(r"(?P<key>[a-z][a-z-]*)(?:=(?P<value>.+))?")
-# What the script and its restarts rely on; each has an option of its own here, or none.
-_OWN = (
+# Options of sbatch that the script and its restarts rely on: not accepted by --sbatch-option.
+_RESERVED = (
     *("account", "array", "chdir", "cpus-per-task", "dependency", "export", "gpus-per-node", "job-name", "nodes"),
     *("no-requeue", "ntasks", "ntasks-per-node", "open-mode", "output", "partition", "qos", "requeue", "signal"),
     *("time", "wrap"),
@@ -29,7 +29,7 @@ _OWN = (
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Returns the exit code: 0 submitted, or shown; 2 an error that the user can mend."""
+    """Submit or show the job. Returns the exit code: 0, or 2 after an error that the user can fix."""
     options = _parse(arguments)
     try:
         config = load_config(options.config, options.overrides)
@@ -52,23 +52,29 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("--config", required=True, help="YAML file of the run, see configs/")
-    parser.add_argument("--nodes", type=int, required=True, help="nodes of a job")
-    parser.add_argument("--gpus-per-node", type=int, required=True, help="GPUs and ranks of a node; 0: a CPU cluster")
-    parser.add_argument("--ranks-per-node", type=int, help="with --gpus-per-node 0: ranks of a node (default: 1)")
+    parser.add_argument("--nodes", type=int, required=True, help="number of nodes of a job")
     parser.add_argument(
-        "--time", required=True, help="limit of a job, as sbatch takes it: [days-]hours:minutes:seconds"
+        "--gpus-per-node", type=int, required=True, help="GPUs of a node, one rank each; 0 for CPU nodes"
     )
-    parser.add_argument("--signal-seconds", type=int, default=300, help="to save before the limit (default: 300)")
+    parser.add_argument("--ranks-per-node", type=int, help="ranks of a node with --gpus-per-node 0 (default: 1)")
+    parser.add_argument(
+        "--time", required=True, help="time limit of a job, as sbatch takes it: [days-]hours:minutes:seconds"
+    )
+    parser.add_argument(
+        "--signal-seconds", type=int, default=300, help="seconds before the limit at which the run saves (default: 300)"
+    )
     parser.add_argument("--partition", help="as sbatch takes it")
     parser.add_argument("--account", help="as sbatch takes it")
     parser.add_argument("--qos", help="as sbatch takes it")
     parser.add_argument("--cpus-per-task", type=int, help="cores of a rank, and its OMP_NUM_THREADS")
-    parser.add_argument("--sbatch-option", action="append", default=[], metavar="KEY[=VALUE]", help="any other")
-    parser.add_argument("--chain", type=int, default=1, metavar="N", help="N jobs, each begun when the one before ends")
+    parser.add_argument(
+        "--sbatch-option", action="append", default=[], metavar="KEY[=VALUE]", help="another option of sbatch"
+    )
+    parser.add_argument("--chain", type=int, default=1, metavar="N", help="N jobs, each starts when the previous ends")
     parser.add_argument("--array", metavar="SPEC", help="a run for each task id, named <name>-<id>: for example 0-3%%2")
     parser.add_argument("--seed-from-task", action="store_true", help="with --array: a task's seed is its id")
     parser.add_argument("--interface", help="network interface that gloo and NCCL use, for example ib0")
-    parser.add_argument("--python", help="of the ranks (default: this one; in a container python3)")
+    parser.add_argument("--python", help="interpreter of the ranks (default: this one; in a container python3)")
     parser.add_argument("--container", metavar="IMAGE", help="image that the ranks run in")
     parser.add_argument(
         "--container-runtime", choices=("pyxis", "apptainer"), default="pyxis", help="default: %(default)s"
@@ -82,7 +88,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def make_job(options: argparse.Namespace, config: Config) -> Job:
-    """The job that was asked for. Raises UserError where that cannot run."""
+    """Return the job that the options describe. Raises UserError if it cannot run."""
     ranks = _ranks_per_node(options)
     for name in ("nodes", "chain", "signal_seconds", "cpus_per_task"):
         value = getattr(options, name)
@@ -112,7 +118,7 @@ def make_job(options: argparse.Namespace, config: Config) -> Job:
 
 
 def time_limit_s(text: str) -> int:
-    """Seconds of a time limit in sbatch's notation. Raises UserError."""
+    """Convert a time limit in sbatch's notation to seconds. Raises UserError if it is not in that notation."""
     match = _TIME.fullmatch(text)
     if match is None:
         raise UserError(f"--time {text!r}: write it as minutes, hours:minutes:seconds or days-hours:minutes:seconds")
@@ -149,7 +155,7 @@ def _sbatch_options(options: argparse.Namespace) -> dict[str, str | None]:
         match = _OPTION.fullmatch(text)
         if match is None:
             raise UserError(f"--sbatch-option {text!r}: write it as one of sbatch's long options, for example mem=64G")
-        if match["key"] in _OWN:
+        if match["key"] in _RESERVED:
             raise UserError(f"--sbatch-option {text!r}: {match['key']} is set by this command's own options")
         result[match["key"]] = match["value"]
     return result
@@ -158,8 +164,8 @@ def _sbatch_options(options: argparse.Namespace) -> dict[str, str | None]:
 def _container(options: argparse.Namespace, workdir: Path, config: Config) -> Container | None:
     if options.container is None:
         return None
-    given = [Path(path).absolute() for path in options.container_mount]
-    mounts = dict.fromkeys(str(path) for path in (ROOT, workdir, Path(config.output_dir).absolute(), *given))
+    requested = [Path(path).absolute() for path in options.container_mount]
+    mounts = dict.fromkeys(str(path) for path in (ROOT, workdir, Path(config.output_dir).absolute(), *requested))
     for path in mounts:
         if "," in path or ":" in path:
             raise UserError(f"--container-mount {path}: a path with a comma or a colon cannot be mounted")
@@ -167,17 +173,17 @@ def _container(options: argparse.Namespace, workdir: Path, config: Config) -> Co
 
 
 def _submit(job: Job, chain: int) -> None:
-    """Submit the snapshot's script `chain` times, each after the one before."""
+    """Submit the snapshot's script `chain` times, each job to start after the previous."""
     submitted: list[str] = []
     for _ in range(chain):
-        after = [f"--dependency=afterany:{submitted[-1]}"] if submitted else []
-        command = ["sbatch", "--parsable", *after, str(job.snapshot / "job.sbatch")]
+        dependency = [f"--dependency=afterany:{submitted[-1]}"] if submitted else []
+        command = ["sbatch", "--parsable", *dependency, str(job.snapshot / "job.sbatch")]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode != 0:
             if not submitted:
                 shutil.rmtree(job.snapshot)
-            before = f"; already submitted: {' '.join(submitted)}" if submitted else ""
-            raise UserError(f"sbatch: {done.stderr.strip()}{before}")
+            earlier = f"; already submitted: {' '.join(submitted)}" if submitted else ""
+            raise UserError(f"sbatch: {done.stderr.strip()}{earlier}")
         submitted.append(done.stdout.strip().split(";")[0])  # number[;cluster]
     print(f"submitted: {' '.join(submitted)}; logs in {job.snapshot}")
 

@@ -37,7 +37,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def benchmark_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The directory for --data."""
+    """Return a directory for --data with every benchmark's files."""
     from tests.unit.evaluation.benchmarks import write_benchmarks  # imports the harness
 
     root = tmp_path_factory.mktemp("benchmarks")
