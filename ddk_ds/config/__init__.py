@@ -1,7 +1,7 @@
 """The run's configuration: typed, frozen and strict. Every default is the paper's method (arXiv 2407.16154).
 
-A wrong key, type or combination is a `ConfigError` that names the key, the value and the fix, and comes before
-anything expensive. Nothing is silently rewritten: what `--print-config` shows is what runs.
+A wrong key, type or combination is a `ConfigError` that names the key, the value and the fix, before anything
+expensive. No value is changed silently: a run uses exactly the values that `--print-config` shows.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""YAML and overrides to a `Config`, with an error that names each wrong key, its value and the fix."""
+"""Reading of YAML and overrides into a `Config`; an error names each wrong key, its value and the fix."""
 
 from __future__ import annotations
 
@@ -19,9 +19,10 @@ from ddk_ds.redact import names_a_secret, redact
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """Read a YAML file, apply `key.path=value` overrides, and validate.
+    """Read a YAML file, apply `key.path=value` overrides, and validate the result.
 
-    Raises ConfigError naming each wrong key, its value and the fix.
+    Raises:
+        ConfigError: names each wrong key, its value and the fix.
     """
     path = Path(path)
     if not path.is_file():
@@ -34,7 +35,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
 
 def make_config(given: Any, source: str, overrides: Sequence[str] = ()) -> Config:
-    """Validate nested values after `key.path=value` overrides; `source` is named in errors."""
+    """Apply `key.path=value` overrides to nested values and validate the result; errors name `source`."""
     for item in overrides:
         if not re.match(r"^[A-Za-z_][\w.]*=", item):
             raise ConfigError(f"override {item!r}: write it as key.path=value, for example train.micro_batch_samples=2")
@@ -50,58 +51,58 @@ def make_config(given: Any, source: str, overrides: Sequence[str] = ()) -> Confi
     try:
         return Config.model_validate(_tuples(values))
     except ValidationError as error:
-        lines = [_explain(item) for item in error.errors()]
-        raise ConfigError(f"{source}: " + "; ".join(lines)) from error
+        raise ConfigError(f"{source}: " + "; ".join(map(_explain, error.errors()))) from error
 
 
 def to_yaml(config: Config) -> str:
-    """The resolved configuration as YAML, which `load_config` reads back to an equal one."""
+    """Return the resolved configuration as YAML, which `load_config` reads back to an equal `Config`."""
     return OmegaConf.to_yaml(OmegaConf.create(config.model_dump(mode="json")))
 
 
 def _refuse_secrets(value: Any, key: str, source: str) -> None:
-    """The resolved configuration is kept in the run's directory and in each checkpoint: no place for credentials."""
+    """Raise ConfigError for a credential: the run's directory and every checkpoint hold the resolved configuration."""
     items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     for name, item in items:
         _refuse_secrets(item, f"{key}.{name}" if key else str(name), source)
-    named = names_a_secret(key.rpartition(".")[2]) and value is not None
-    if isinstance(value, str) and (named or redact(value) != value):
+    is_secret = names_a_secret(key.rpartition(".")[2])
+    if isinstance(value, str) and (is_secret or redact(value) != value):
         raise ConfigError(
-            f"{source}: {key} holds a credential ({'***' if named else redact(value)}): give it in the environment or "
-            "in the store's own credentials file, never in the configuration, which runs keep and print"
+            f"{source}: {key} holds a credential ({'***' if is_secret else redact(value)}): give it in the environment "
+            "or in the store's own credentials file, never in the configuration, which runs keep and print"
         )
 
 
 def _tuples(value: Any) -> Any:
-    # YAML has lists only, strict tuple fields want tuples: convert, except under the free-form DeepSpeed keys.
+    # YAML has only lists and strict fields need tuples: convert all, except under the free-form DeepSpeed keys.
     if isinstance(value, dict):
         return {key: item if key == "deepspeed" else _tuples(item) for key, item in value.items()}
     return tuple(_tuples(item) for item in value) if isinstance(value, list) else value
 
 
-def _explain(item: Any) -> str:
-    where = ".".join(str(part) for part in item["loc"])
-    if item["type"] == "extra_forbidden":
-        known = _known_keys(item["loc"][:-1])
-        near = difflib.get_close_matches(str(item["loc"][-1]), known, n=1, cutoff=0.4)
+_EXPECTED = {"tuple_type": "a list, for example [a, b]", "model_type": "a section with keys of its own"}
+
+
+def _explain(error: Any) -> str:
+    """Return one of pydantic's errors as the key, the value and the fix."""
+    key = ".".join(str(part) for part in error["loc"])
+    if error["type"] == "extra_forbidden":
+        known = _known_keys(error["loc"][:-1])
+        near = difflib.get_close_matches(str(error["loc"][-1]), known, n=1, cutoff=0.4)
         hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
-        return f"{where}: unknown key, {hint}"
-    if item["type"] == "missing":
-        return f"{where}: is required, set it"
-    if item["type"] == "value_error":
-        return (f"{where}: " if where else "") + item["msg"].removeprefix("Value error, ")
-    kind = {"tuple_type": "a list, for example [a, b]", "model_type": "a section with keys of its own"}.get(
-        item["type"]
-    )
-    if kind is not None:
-        return f"{where}: must be {kind}, got {item['input']!r}"
-    return f"{where}: {item['msg'][0].lower()}{item['msg'][1:]}, got {item['input']!r}"
+        return f"{key}: unknown key, {hint}"
+    if error["type"] == "missing":
+        return f"{key}: is required, set it"
+    if error["type"] == "value_error":
+        return (f"{key}: " if key else "") + error["msg"].removeprefix("Value error, ")
+    if error["type"] in _EXPECTED:
+        return f"{key}: must be {_EXPECTED[error['type']]}, got {error['input']!r}"
+    return f"{key}: {error['msg'][0].lower()}{error['msg'][1:]}, got {error['input']!r}"
 
 
 def _known_keys(loc: Sequence[str | int]) -> list[str]:
     section: type[BaseModel] = Config
     for part in loc:
         annotation = section.model_fields[str(part)].annotation
-        options = [annotation, *get_args(annotation)]
-        section = next(o for o in options if isinstance(o, type) and issubclass(o, BaseModel))
+        types = [annotation, *get_args(annotation)]
+        section = next(kind for kind in types if isinstance(kind, type) and issubclass(kind, BaseModel))
     return list(section.model_fields)

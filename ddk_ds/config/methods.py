@@ -1,4 +1,4 @@
-"""The methods that `method:` names: what each trains on, which domains it sees, and the sections of its own."""
+"""The methods of the key `method`: their presets for other keys, and the sections that only they have."""
 
 from __future__ import annotations
 
@@ -16,16 +16,17 @@ MethodName = Literal[
 
 @dataclass(frozen=True)
 class Preset:
-    """What a method sets unless the configuration does."""
+    """Values that a method sets unless the configuration sets them."""
 
     controller: str
     divergence: str | None = None
-    """None: no divergence is computed."""
+    """Divergence between teacher and student; None: the method computes none."""
     teacher: bool = True
+    """True if the method needs a teacher; otherwise it is an error to have one."""
 
 
 METHODS: dict[str, Preset] = {
-    # The paper's baselines see domains by their size (arXiv 2407.16154, Section 4.1), its ablations are in Table 5.
+    # The paper's baselines sample domains by their size (arXiv 2407.16154, Section 4.1); its ablations are in Table 5.
     "cpt": Preset("by_size", teacher=False),
     "kd": Preset("by_size", "forward_kl"),
     "ddk": Preset("ddk", "forward_kl"),
@@ -39,31 +40,32 @@ METHODS: dict[str, Preset] = {
 
 
 class Ted(Section):
-    """Task-aware layer-wise distillation (arXiv 2210.01351), for `method: ted_filters` and then `method: ted`."""
+    """Task-aware layer-wise distillation (arXiv 2210.01351): `method: ted_filters`, and after it `method: ted`."""
 
     layers: tuple[tuple[Natural, Natural], ...] | None = Field(default=None, min_length=1)
-    """Matched layers, [student's, teacher's] from 0; null: four pairs at equal distances, up to the last layers."""
+    """Pairs of matched layers, [student's, teacher's], numbered from 0; null: four pairs at equal distances; the
+    last pair is the last layers."""
     weight: NonNegativeFloat = 1.0
     """Weight of the mean squared error between filtered hidden states."""
     filters: str | None = None
-    """filters.safetensors that the run with `method: ted_filters` exported; needed by `method: ted`."""
+    """File filters.safetensors that a run with `method: ted_filters` has exported; `method: ted` needs it."""
 
 
 class Doremi(Section):
     """Group DRO of the proxy model (DoReMi, arXiv 2305.10429, Algorithm 1), for `method: doremi_proxy`."""
 
     step_size: NonNegativeFloat = 1.0
-    """eta: how fast the domains' weights follow their excess losses."""
+    """eta, the factor of the excess losses in an update of the domains' weights."""
     smoothing: Fraction = 1e-3
-    """c: share of equal weights in every update."""
+    """c, the weight of equal weights in every update."""
 
 
 class MethodSections(Section):
-    """What a run's configuration holds for its method."""
+    """The keys of a run's configuration that concern its method."""
 
     method: MethodName = "ddk"
-    """cpt; kd; ddk; ddk_no_smoothing; ddk_equal; minillm; ted_filters, then ted; doremi_proxy (docs/methods.md). It
-    sets mixture.controller and loss.divergence where the configuration does not."""
+    """Training method (docs/methods.md). It sets mixture.controller and loss.divergence unless the configuration sets
+    them."""
     ted: Ted = Ted()
     doremi: Doremi = Doremi()
 

@@ -1,7 +1,4 @@
-"""One run's configuration, and the rules between its sections.
-
-The lengths of intervals and run, in optimizer steps, as pure functions of the configuration.
-"""
+"""A run's configuration: the rules between its sections, and the lengths of its batches, intervals and run."""
 
 from __future__ import annotations
 
@@ -32,20 +29,21 @@ from ddk_ds.errors import ConfigError
 
 
 class Config(MethodSections):
-    """One run."""
+    """The configuration of one run."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
-    """Name of the run, and of its directory."""
+    """Name of the run and of its directory."""
     output_dir: str = "runs"
     """Directory that holds the runs' directories."""
     init_from: str | None = None
-    """A checkpoint, or a run's directory, whose weights, optimizer, step and place in the data this run begins with."""
+    """Checkpoint, or a run's directory, whose weights, optimizer, step and position in the data this run begins
+    with."""
     seed: Natural = 0
     """Seed of the data order and of dropout."""
     student: Student
     """The model in training."""
     teacher: Teacher | None = None
-    """The frozen model that a method compares with; for doremi_proxy its reference model. cpt has none."""
+    """The frozen model that the student is compared with; for doremi_proxy the reference model. cpt has no teacher."""
     data: Data
     mixture: Mixture = Mixture()
     loss: Loss = Loss()
@@ -57,20 +55,20 @@ class Config(MethodSections):
     limits: Limits = Limits()
     monitor: Monitor = Monitor()
     deepspeed: dict[str, Any] = Field(default_factory=dict)
-    """Raw DeepSpeed keys, merged into the dictionary made from the rest; contradictions are errors."""
+    """DeepSpeed's own keys, merged into the dictionary made from the other sections; contradictions are errors."""
 
     @property
     def run_dir(self) -> Path:
-        """Directory of this run."""
+        """The run's directory, <output_dir>/<name>."""
         return Path(self.output_dir) / self.name
 
     @property
     def per_pass(self) -> int:
-        """Micro-batches of one pass of the teacher."""
+        """Micro-batches of one pass of the teacher; 1 without a teacher."""
         return 1 if self.teacher is None else self.teacher.per_pass
 
     @model_validator(mode="after")
-    def _parts_agree(self) -> Config:
+    def _sections_agree(self) -> Config:
         self._check_teacher()
         if self.stop.steps is not None and self.optimizer.warmup_steps >= self.stop.steps:
             raise ValueError(
@@ -87,7 +85,7 @@ class Config(MethodSections):
         return self
 
     def _check_teacher(self) -> None:
-        """Raise ValueError where the method, the mixture or the stop needs a teacher that is not there, or has one."""
+        """Raise ValueError if there is no teacher and a section needs one, or if the method takes no teacher."""
         needed = METHODS[self.method].teacher
         if needed and self.teacher is None:
             raise ValueError(f"method: {self.method} needs a teacher: set teacher.path, or method: cpt")
@@ -110,7 +108,11 @@ class Config(MethodSections):
             )
 
     def micro_batches(self, world_size: int) -> int:
-        """Micro-batches a rank runs in one optimizer step on `world_size` ranks; ConfigError if they do not divide."""
+        """Return the micro-batches of one rank in an optimizer step on `world_size` ranks.
+
+        Raises:
+            ConfigError: the global batch is not a multiple of micro-batch x ranks.
+        """
         per_pass = self.train.micro_batch_samples * world_size
         count, rest = divmod(self.train.global_batch_samples, per_pass)
         if rest or not count:
@@ -126,7 +128,7 @@ _MAX_INTERVAL_STEPS = 2**40
 
 
 def interval_steps(mixture: Mixture, interval: int) -> int:
-    """K_t, the optimizer steps of interval t (from 0): max(1, round(interval_steps * interval_growth^t))."""
+    """Return K_t, the optimizer steps of interval t (from 0): max(1, round(interval_steps * interval_growth^t))."""
     try:
         exact = mixture.interval_steps * mixture.interval_growth**interval
     except OverflowError:
@@ -135,12 +137,12 @@ def interval_steps(mixture: Mixture, interval: int) -> int:
 
 
 def corpus_samples(mixture: Mixture, sizes: Mapping[str, int]) -> int:
-    """Training samples of the domains that take part; `sizes` by domain."""
+    """Return the number of training samples of the domains that are drawn; `sizes` are those of every domain."""
     return sum(int(size) for name, size in sizes.items() if name not in mixture.exclude)
 
 
 def total_steps(config: Config, corpus_samples: int) -> int:
-    """Optimizer steps after which the run ends at the latest; the cosine reaches its floor there."""
+    """Return the optimizer steps after which the run ends at the latest; the cosine reaches its floor there."""
     ends = []
     if config.stop.steps is not None:
         ends.append(config.stop.steps)

@@ -1,8 +1,6 @@
 """The sections of a run's configuration. Every default is the paper's method (arXiv 2407.16154).
 
-Sections `student` and `teacher`.
-
-Section `monitor`: where a run's numbers go beside its ledger.
+The docstrings of classes and fields are the text of docs/configuration.md.
 """
 
 from __future__ import annotations
@@ -24,6 +22,109 @@ ExhaustionPolicy = Literal["cycle", "cap", "stop"]
 ControllerKind = Literal[
     "ddk", "ddk_no_smoothing", "equal", "by_size", "static", "schedule", "sheared_llama", "doremi_online"
 ]
+
+
+class Section(BaseModel):
+    """Base of all sections: unknown keys and wrong types are errors, and values never change."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
+
+
+class Model(Section):
+    """A Hugging Face causal language model."""
+
+    path: str
+    """Directory or hub name of the model: config.json, safetensors weights, tokenizer."""
+    attn_implementation: Literal["sdpa", "flash_attention_2", "eager"] = "sdpa"
+    """Attention kernel that transformers uses."""
+    offload_params: Literal["none", "cpu", "nvme"] = "none"
+    """Memory that holds the sharded parameters between uses; none: the device's own."""
+    trust_remote_code: bool = False
+    """Run the Python code in the model's directory; set it only for code that you have read."""
+    whole_layers: bool = True
+    """Gather all weights of a layer together, with one hook for each layer; false: one hook for each of its modules,
+    which is DeepSpeed's default."""
+    leaf_modules: tuple[str, ...] = ()
+    """Names of further classes whose weights ZeRO-3 gathers together, for example mixture-of-experts blocks if
+    `whole_layers` is false."""
+    compile_layers: bool = False
+    """Compile each layer with torch.compile: norms, rotary positions and gates become one kernel each. The first step
+    of a model takes longer."""
+
+    @model_validator(mode="after")
+    def _layers_agree(self) -> Model:
+        if self.compile_layers and not self.whole_layers:
+            raise ValueError("compile_layers takes a layer's weights gathered as one: set whole_layers to true")
+        return self
+
+
+class Student(Model):
+    """The model in training."""
+
+    gradient_checkpointing: bool | Literal["selective"] = False
+    """Recompute activations in the backward pass: less memory, about a third more compute for the student. selective:
+    keep the results of matrix products and of attention and recompute the rest, which costs little."""
+
+
+class Teacher(Model):
+    """The frozen model. The placement of its weights and the way they are gathered change no number of the run."""
+
+    shard_within: Literal["world", "node", "gpu"] = "world"
+    """Ranks that share one copy of the weights. world: all ranks; node: the ranks of a node, so that gathers stay
+    inside it; gpu: each rank has its own copy."""
+    micro_batches_per_pass: Positive | Literal["auto"] = 1
+    """Micro-batches whose hidden states one pass computes, layer by layer: each weight is gathered once for all of
+    them. auto: as many as fit into memory by preflight's estimate."""
+    quantize: Literal["none", "int8"] = "none"
+    """int8: weights of the layers in 8 bits with one scale for each row. They take half of bf16's memory and half the
+    bytes of a gather; the teacher's outputs and its measured perplexities change (docs/planning.md)."""
+
+    @model_validator(mode="after")
+    def _passes_agree(self) -> Teacher:
+        if self.micro_batches_per_pass != 1 and not self.whole_layers:
+            raise ValueError("micro_batches_per_pass goes layer by layer: set whole_layers to true")
+        return self
+
+    @property
+    def per_pass(self) -> int:
+        """Micro-batches of a pass; 1 until train/teacher_passes.py has replaced `auto` by a number."""
+        return 1 if self.micro_batches_per_pass == "auto" else self.micro_batches_per_pass
+
+
+class Data(Section):
+    """The text to train on: MDS shards of each domain, written by tools/prepare_data.py."""
+
+    path: str
+    """Local or remote directory (s3://, gs://, az://, hf://) with domains.json and one directory for each domain."""
+    cache_dir: str | None = None
+    """Directory on each node's own disk for the shards that are fetched from `path`; null: `path` is read in place."""
+    cache_limit_gb: PositiveFloat | None = None
+    """Largest size of the cache in GB, at least that of 4 shards; null: no limit."""
+    download_timeout_s: PositiveFloat = 60.0
+    """Longest time of one attempt to fetch a shard, in seconds."""
+    download_retries: Natural = 4
+    """Further attempts after a failed one, with growing pauses."""
+    domains: tuple[str, ...] | None = None
+    """Domains to train on, in the order of reports; null: all domains of the data."""
+    sequence_length: Positive = 2048
+    """Tokens of a training sample; must equal the value that the shards were prepared with."""
+    validation_samples: Positive = 500
+    """Held-out samples of each domain that perplexities are measured on (the paper: 500)."""
+    num_workers: Natural = 0
+    """Processes of each rank that read samples ahead; 0: the training process reads them."""
+
+    @model_validator(mode="after")
+    def _cache_goes_with_a_remote(self) -> Data:
+        if self.cache_dir is None and "://" in self.path:
+            raise ValueError(f"path {self.path} is remote: give cache_dir, a directory on each node's own disk")
+        if self.cache_dir is None and self.cache_limit_gb is not None:
+            raise ValueError(
+                f"cache_limit_gb {self.cache_limit_gb:g} without cache_dir: path is read in place and nothing is ever "
+                "removed from it; leave it out, or give cache_dir"
+            )
+        return self
+
+
 _MEASURING = ("ddk", "ddk_no_smoothing", "sheared_llama", "doremi_online")
 # The controllers that use an option. alpha, ratio_cap and initial_floor are not here: they can stay in a configuration
 # of DDK whose controller is overridden, so that an ablation is one override.
@@ -40,88 +141,55 @@ _CONTROLLERS_WITH: dict[str, tuple[str, ...]] = {
 }
 
 
-class Section(BaseModel):
-    """Base of every part of the configuration: unknown keys and wrong types are errors, values never change."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
-
-
-class Data(Section):
-    """Per-domain MDS shards made by tools/prepare_data.py."""
-
-    path: str
-    """Directory that holds domains.json and one directory per domain; or a remote one (s3://, gs://, az://, hf://)."""
-    cache_dir: str | None = None
-    """Directory on a node's own disk that keeps fetched shards of a remote `path`; null: `path` is read in place."""
-    cache_limit_gb: PositiveFloat | None = None
-    """Most that the cache may hold, at least 4 shards; null: no limit."""
-    download_timeout_s: PositiveFloat = 60.0
-    """Seconds that one attempt to fetch a shard may take."""
-    download_retries: Natural = 4
-    """Further attempts after one that failed, with growing pauses."""
-    domains: tuple[str, ...] | None = None
-    """Domains to train on, in the order of reports; null: all that the data has."""
-    sequence_length: Positive = 2048
-    """Tokens of a training sample; must be the shards' own."""
-    validation_samples: Positive = 500
-    """Held-out samples a domain that perplexities are measured on (the paper: 500)."""
-    num_workers: Natural = 0
-    """Processes that read ahead, per rank; 0 reads in the training process."""
-
-    @model_validator(mode="after")
-    def _cache_goes_with_a_remote(self) -> Data:
-        if self.cache_dir is None and "://" in self.path:
-            raise ValueError(f"path {self.path} is remote: give cache_dir, a directory on each node's own disk")
-        if self.cache_dir is None and self.cache_limit_gb is not None:
-            raise ValueError(
-                f"cache_limit_gb {self.cache_limit_gb:g} without cache_dir: path is read in place and nothing is ever "
-                "removed from it; leave it out, or give cache_dir"
-            )
-        return self
-
-
 class Mixture(Section):
-    """How the proportions of the domains are decided."""
+    """The domains' proportions among the samples, and the controller that decides them after every interval."""
 
     controller: ControllerKind = "ddk"
-    """ddk (Eq. 1, 2); ddk_no_smoothing (Eq. 1 each interval); equal; by_size (tokens of the domain); static; schedule;
-    sheared_llama; doremi_online. docs/methods.md has their formulas and sources."""
+    """Rule that decides the proportions: ddk (Eq. 1 and 2), ddk_no_smoothing (Eq. 1 in each interval), equal, by_size
+    (by the domains' tokens), static (`proportions`), schedule (`schedule_file`), sheared_llama or doremi_online.
+    docs/methods.md has their formulas and sources."""
     alpha: Fraction = 0.5
     """Smoothing coefficient of Eq. 2; every domain keeps at least (1 - alpha) / N from the second interval on."""
     interval_steps: Positive = 1000
-    """K: optimizer steps between two measurements."""
+    """K, the optimizer steps between two measurements of perplexity."""
     interval_growth: PositiveFloat = 1.0
-    """Interval t (from 0) has max(1, round(interval_steps * interval_growth^t)) steps; 1: all have K."""
+    """Growth of the intervals: interval t (from 0) has max(1, round(interval_steps * interval_growth^t)) steps; 1:
+    every interval has K steps."""
     proportions: dict[str, NonNegativeFloat] | None = None
-    """Proportion by domain for `controller: static`; they must sum to 1."""
+    """Proportion of each domain for `controller: static`, with the sum 1."""
     schedule_file: str | None = None
     """YAML file for `controller: schedule`: a list of {from_interval: 0, proportions: {domain: proportion}}."""
     exclude: tuple[str, ...] = ()
-    """Domains that are measured and never drawn, under any controller."""
+    """Domains that are measured but never drawn, with any controller."""
     floors: dict[str, Fraction] = Field(default_factory=dict)
-    """Least proportion by domain, in every interval."""
+    """Least proportion of each domain named here, in every interval."""
     ppl_smoothing: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
-    """Weight of the past in the moving average of the student's log perplexities that decides; 0: none."""
+    """Weight of the past in a moving average of the student's log perplexities, which the controller then uses in place
+    of the measured ones; 0: no average."""
     prior: Literal["equal", "by_size"] | dict[str, NonNegativeFloat] = "equal"
-    """In place of 1/N in Eq. 2; sheared_llama and doremi_online begin with it: equal, by_size, or by domain."""
+    """Proportions in place of 1/N in Eq. 2, and first proportions of sheared_llama and doremi_online: equal, by_size,
+    or a value for each domain."""
     initial: Literal["eq1", "equal"] = "eq1"
-    """First interval of `controller: ddk`: by Eq. 1, or of equal proportions."""
+    """Proportions of the first interval with `controller: ddk`: eq1 (Eq. 1) or equal."""
     ratio_cap: PositiveFloat | None = None
-    """Largest perplexity ratio that enters exp() in Eq. 1 and 2; null: none, as published."""
+    """Upper bound on the ratio of perplexities before exp() in Eq. 1 and 2; null: no bound, as published."""
     initial_floor: Fraction = 0.0
-    """Least proportion of a domain in the first interval; 0: none, as published."""
+    """Least proportion of each domain in Eq. 1, at most 1/N; with `controller: ddk` only in the first interval. 0: no
+    floor, as published."""
     reference_losses: dict[str, NonNegativeFloat] | None = None
-    """Loss by domain, in nats a token, that sheared_llama and doremi_online compare with; null: the teacher's."""
+    """Loss of each domain in nats a token, which sheared_llama and doremi_online compare with; null: the teacher's
+    loss."""
     step_size: NonNegativeFloat = 1.0
-    """eta of doremi_online."""
+    """eta of doremi_online: factor of the excess loss in an update."""
     smoothing: Fraction = 1e-3
-    """c of doremi_online: share of equal proportions in every update."""
+    """c of doremi_online: weight of equal proportions in every update."""
     exhaustion: ExhaustionPolicy = "cycle"
-    """cycle (pass after pass); cap (at its limit the others get a domain's share); stop (there the run ends)."""
+    """Policy for a domain that reaches its limit `max_passes`. cycle: no limit, the domain is drawn pass after pass;
+    cap: the other domains take its samples; stop: the run ends."""
     exhaustion_by_domain: dict[str, ExhaustionPolicy] = Field(default_factory=dict)
-    """Policy of single domains in place of `exhaustion`."""
+    """Policy of each domain named here, in place of `exhaustion`."""
     max_passes: PositiveFloat | None = None
-    """Limit of each domain with cap or stop, in passes over its samples; null: one pass, with stop alone."""
+    """Limit of each domain with cap or stop, in passes over its samples; null: one pass for stop, an error for cap."""
 
     @model_validator(mode="after")
     def _options_go_with_the_controller(self) -> Mixture:
@@ -156,47 +224,49 @@ class Mixture(Section):
 
 
 class Loss(Section):
-    """Eq. 3: cross-entropy + gamma * T^2 * divergence of the teacher from the student."""
+    """The training loss, Eq. 3: cross-entropy + gamma * T^2 * divergence between teacher and student."""
 
     gamma: NonNegativeFloat = 0.2
     """Weight of the divergence."""
     gamma_end: NonNegativeFloat | None = None
-    """Weight at the run's end, to which it changes by equal amounts a step; null: it stays."""
+    """Weight of the divergence at the run's end; it changes linearly with the steps. null: it stays constant."""
     temperature: PositiveFloat = 1.0
-    """Temperature of both softmaxes in the divergence, which is scaled by its square."""
+    """Temperature of both softmaxes in the divergence, which is multiplied by its square."""
     temperature_end: PositiveFloat | None = None
-    """Temperature at the run's end, to which it changes by equal amounts a step; null: it stays."""
+    """Temperature at the run's end; it changes linearly with the steps. null: it stays constant."""
     divergence: Divergence = "forward_kl"
-    """forward_kl (Eq. 3); reverse_kl; jensen_shannon; skew_forward_kl; skew_reverse_kl; total_variation."""
+    """Divergence between the models' distributions of the next token; forward_kl is that of Eq. 3."""
     coefficient: OpenFraction = 0.5
-    """beta of jensen_shannon (the teacher's weight in the mixture), alpha of the skewed divergences."""
+    """beta of jensen_shannon (the teacher's weight in the mixture), or alpha of the skewed divergences."""
     logits_dtype: Literal["float32", "model"] = "float32"
-    """model: logits rounded to the training precision; faster on some CPUs, gradients useless near the teacher."""
+    """Precision of the logits. model: that of training, which is faster on some CPUs but makes the gradients useless
+    when the student is near the teacher."""
     chunk_tokens: Positive | None = None
-    """Tokens whose logits are held at a time, x vocabulary x 4 bytes for each model; null: by vocabulary and device."""
+    """Tokens whose logits are in memory at a time; each model needs this number x vocabulary x 4 bytes. null: chosen by
+    vocabulary and device."""
 
 
 class Optimizer(Section):
-    """AdamW with linear warm-up from 0 and cosine decay to a floor."""
+    """AdamW, with a learning rate that rises linearly from 0 and then falls along a cosine."""
 
     learning_rate: PositiveFloat = 3e-5
     """Peak learning rate."""
     min_learning_rate: NonNegativeFloat = 3e-6
     """Learning rate at the end of the cosine."""
     warmup_steps: Natural = 1000
-    """Steps of linear warm-up."""
+    """Optimizer steps of the linear warm-up."""
     betas: tuple[Fraction, Fraction] = (0.9, 0.95)
-    """Decay rates of AdamW's moments."""
+    """Decay rates of AdamW's first and second moment."""
     eps: PositiveFloat = 1e-8
-    """AdamW's epsilon."""
+    """Constant in AdamW's denominator."""
     weight_decay: NonNegativeFloat = 0.1
-    """Decoupled weight decay; never on norms and biases (tensors of one axis)."""
+    """Decoupled weight decay; norms and biases (tensors of one axis) have none."""
     clip_norm: NonNegativeFloat = 1.0
-    """Largest global gradient norm; 0: no clipping."""
+    """Global gradient norm above which gradients are scaled down to it; 0: no clipping."""
     offload: Literal["none", "cpu", "nvme"] = "none"
-    """Where the optimizer's states rest."""
+    """Memory that holds the optimizer's states; none: the device's own."""
     fused: bool = True
-    """torch's AdamW in one pass over the states, on GPU and CPU; false: an operation at a time."""
+    """Use torch's fused AdamW, which updates the states in one pass on GPU and CPU; false: one operation at a time."""
 
     @model_validator(mode="after")
     def _floor_below_peak(self) -> Optimizer:
@@ -208,29 +278,30 @@ class Optimizer(Section):
 
 
 class Train(Section):
-    """Batches and numbers of a step."""
+    """Batch sizes and precision of an optimizer step."""
 
     global_batch_samples: Positive = 256
-    """Samples of one optimizer step over all ranks (256 x 2,048 tokens: the paper's 0.5 M)."""
+    """Samples of one optimizer step over all ranks (256 x 2,048 tokens are the paper's 0.5 M)."""
     micro_batch_samples: Positive = 1
     """Samples of one forward pass on one rank."""
     precision: Literal["bf16", "fp32"] = "bf16"
-    """Compute dtype; master weights, optimizer and gradient accumulation are float32 in both."""
+    """Precision of the computation; master weights, optimizer states and accumulated gradients are always float32."""
     nvme_path: str | None = None
-    """Directory on a fast local disk for anything that is offloaded to nvme."""
+    """Directory on a fast local disk for everything that is offloaded to nvme."""
 
 
 class Stop(Section):
-    """When the run ends: at the first of these that comes."""
+    """The conditions that end the run; the first one that is met ends it."""
 
     steps: Positive | None = None
-    """Optimizer steps."""
+    """Number of optimizer steps."""
     intervals: Positive | None = None
-    """Distillation intervals."""
+    """Number of distillation intervals."""
     data_once: bool = False
-    """End with the interval in which the samples drawn reach the number of samples in the corpus."""
+    """End after the interval in which the number of samples drawn reaches the number of training samples in the
+    data."""
     discrepancy: NonNegativeFloat | None = None
-    """End when max over domains of (student perplexity / teacher perplexity - 1) is under this."""
+    """End when the maximum over domains of (student perplexity / teacher perplexity - 1) is below this value."""
 
     @model_validator(mode="after")
     def _has_an_end(self) -> Stop:
@@ -242,127 +313,74 @@ class Stop(Section):
 
 
 class Checkpoint(Section):
-    """Sharded checkpoints in <output_dir>/<name>/checkpoints."""
+    """The sharded checkpoints in <output_dir>/<name>/checkpoints."""
 
     every_steps: Positive = 500
-    """Steps between two checkpoints; one more is written at the end."""
+    """Optimizer steps between two checkpoints; the last is written at the end of the run."""
     keep_last: Positive = 3
-    """Newest checkpoints that are kept; an older one goes only when the next is complete."""
+    """Number of newest checkpoints that are kept; an older one is deleted only after a newer one is complete."""
     keep_every_steps: Positive | None = None
-    """Checkpoints whose step is a multiple of this are kept for good; null: none is."""
+    """Checkpoints whose step is a multiple of this number are never deleted; null: no such checkpoints."""
     in_background: bool = True
-    """Write while training goes on, from a copy in the host's memory (14 bytes a parameter, over all ranks)."""
+    """Write while training continues, from a copy in the host's memory (14 bytes a parameter over all ranks
+    together)."""
     resume: Literal["auto", "never"] = "auto"
-    """auto: go on from the newest complete checkpoint of this run; never: refuse a directory that has any."""
+    """auto: resume from the newest complete checkpoint of this run; never: it is an error if there is a checkpoint."""
 
 
 class Guard(Section):
-    """When a run whose numbers have gone wrong stops, instead of spending its time."""
+    """Limits at which a run with bad numbers stops or raises an alarm, so that it does not waste its time."""
 
     max_skipped_steps: Natural = 5
-    """Steps in a row whose loss or gradient is not finite; each leaves the weights as they were. One more stops."""
+    """Allowed number of consecutive steps whose loss or gradient is not finite; they leave the weights unchanged. One
+    more such step stops the run."""
     spike_deviations: NonNegativeFloat = 20.0
-    """Robust standard deviations above the median of the last 64 steps from which a loss is a spike; 0: none is."""
+    """Robust standard deviations above the median of the last 64 steps at which a loss counts as a spike; 0: never."""
     spike_steps: Positive = 3
-    """Spikes in a row that stop the run."""
+    """Number of consecutive spikes that stop the run."""
     roll_backs: Natural = 0
-    """Times that the run, instead of stopping, goes back to its last checkpoint and leaves out the samples since."""
+    """Number of times that the run, instead of stopping, returns to its last checkpoint and skips the samples since
+    it."""
     least_entropy: Fraction = 0.5
-    """Entropy of the proportions, as a share of equal ones', under which the mixture raises an alarm; 0: none does."""
+    """Entropy of the proportions, divided by that of equal proportions, below which there is an alarm; 0: no alarm."""
     rising_intervals: Natural = 3
-    """Intervals in a row with a higher ratio to the teacher after which a domain raises an alarm; 0: none does."""
+    """Number of consecutive intervals with a rising perplexity ratio to the teacher after which a domain raises an
+    alarm; 0: no alarm."""
 
 
 class Limits(Section):
-    """Seconds after which a rank that waits writes its stacks to <run>/stacks and ends the job; 0: never."""
+    """Time limits in seconds: after one, a rank that still waits writes its stacks to <run>/stacks and ends the job; 0:
+    no limit."""
 
     step_s: NonNegativeFloat = 1800.0
-    """One optimizer step, its data included."""
+    """Limit of one optimizer step with the loading of its data, in seconds."""
     evaluation_s: NonNegativeFloat = 7200.0
-    """Perplexities of one model on all domains, and the decision that follows."""
+    """Limit of measuring one model's perplexities on all domains, or of the decision after it, in seconds."""
     checkpoint_s: NonNegativeFloat = 3600.0
-    """Writing one checkpoint."""
+    """Limit of writing one checkpoint, in seconds."""
     export_s: NonNegativeFloat = 7200.0
-    """Writing the student at the end."""
-
-
-class Model(Section):
-    """A Hugging Face causal language model."""
-
-    path: str
-    """Directory or hub name of the model: config.json, safetensors weights, tokenizer."""
-    attn_implementation: Literal["sdpa", "flash_attention_2", "eager"] = "sdpa"
-    """Attention kernel that transformers is asked for."""
-    offload_params: Literal["none", "cpu", "nvme"] = "none"
-    """Where the sharded parameters rest between uses."""
-    trust_remote_code: bool = False
-    """Run the Python code that the model's directory brings along; only for code that you have read."""
-    whole_layers: bool = True
-    """Gather a layer's weights as one: a hook for each layer in place of one for each of its parts; false: as
-    DeepSpeed does by itself."""
-    leaf_modules: tuple[str, ...] = ()
-    """Further class names that ZeRO-3 gathers as one (mixture-of-experts blocks, where layers are not)."""
-    compile_layers: bool = False
-    """torch.compile of each layer: norms, rotary positions and gates become one kernel each; the first step takes
-    longer, once a model."""
-
-    @model_validator(mode="after")
-    def _layers_agree(self) -> Model:
-        if self.compile_layers and not self.whole_layers:
-            raise ValueError("compile_layers takes a layer's weights gathered as one: set whole_layers to true")
-        return self
-
-
-class Student(Model):
-    """The model in training."""
-
-    gradient_checkpointing: bool | Literal["selective"] = False
-    """Recompute activations in the backward pass: less memory, about a third more student compute; selective: all but
-    the results of matrix products and of attention, which costs little."""
-
-
-class Teacher(Model):
-    """The frozen model. Where and how its weights are gathered changes no number of the run."""
-
-    shard_within: Literal["world", "node", "gpu"] = "world"
-    """Ranks that hold one copy of the weights between them: all; those of a node, so that gathers stay in it; each."""
-    micro_batches_per_pass: Positive | Literal["auto"] = 1
-    """Micro-batches whose hidden states one pass computes, layer by layer: each gather of a weight serves them all;
-    auto: as many as memory holds by preflight's estimate."""
-    quantize: Literal["none", "int8"] = "none"
-    """Weights of its layers in 8 bits, a scale by row: half the memory and half the bytes of a gather in bf16, and
-    other numbers, the perplexities that it is measured by too (docs/planning.md)."""
-
-    @model_validator(mode="after")
-    def _passes_agree(self) -> Teacher:
-        if self.micro_batches_per_pass != 1 and not self.whole_layers:
-            raise ValueError("micro_batches_per_pass goes layer by layer: set whole_layers to true")
-        return self
-
-    @property
-    def per_pass(self) -> int:
-        """Micro-batches of a pass; 1 while `auto` is not settled (train/teacher_passes.py)."""
-        return 1 if self.micro_batches_per_pass == "auto" else self.micro_batches_per_pass
+    """Limit of writing the student at the end of the run, in seconds."""
 
 
 class Monitor(Section):
-    """Where numbers go beside the ledger, everywhere under the same names (docs/monitoring.md has them)."""
+    """Further outputs of a run's numbers, next to the ledger and with the same names (docs/monitoring.md)."""
 
     tensorboard: bool = False
-    """Event files for TensorBoard, in <run>/monitor/tensorboard."""
+    """Write event files for TensorBoard to <run>/monitor/tensorboard."""
     csv: bool = False
-    """A file of step and value for each name, in <run>/monitor/csv."""
+    """Write a file with step and value for each name to <run>/monitor/csv."""
     wandb_project: str | None = None
-    """Project of Weights & Biases; null: none. With WANDB_MODE=offline the run is kept in <run>/monitor/wandb."""
+    """Project of Weights & Biases; null: not used. With WANDB_MODE=offline the run is written to
+    <run>/monitor/wandb."""
     wandb_entity: str | None = None
-    """User or team that has the project; null: the login's own."""
+    """User or team that owns the project; null: the user who is logged in."""
     prometheus_file: str | None = None
-    """File <directory>/<name>.prom with the newest values, for node_exporter's textfile collector; null: none."""
+    """File <directory>/<name>.prom with the newest values, for node_exporter's textfile collector; null: no file."""
     every_s: NonNegativeFloat = 5.0
-    """Seconds between two writes, which a thread does; what comes meanwhile is written together."""
+    """Seconds between two writes by the monitor's thread; values in between are written together."""
 
     @model_validator(mode="after")
-    def _fit(self) -> Monitor:
+    def _options_agree(self) -> Monitor:
         if self.wandb_entity is not None and self.wandb_project is None:
             raise ValueError(f"wandb_entity is {self.wandb_entity}: set wandb_project too, or remove it")
         if self.prometheus_file is not None and not self.prometheus_file.endswith(".prom"):
@@ -371,7 +389,7 @@ class Monitor(Section):
 
     @property
     def packages(self) -> tuple[str, ...]:
-        """Python packages that the choice needs, as they are imported."""
+        """Import names of the Python packages that the chosen outputs need."""
         needed = {
             "tensorboard": self.tensorboard,
             "wandb": self.wandb_project is not None,
