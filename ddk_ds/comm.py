@@ -1,4 +1,4 @@
-"""The only importer of torch.distributed: what the run asks of its ranks, and a stand-in for a single process."""
+"""Communication between ranks: the only importer of torch.distributed, and a substitute for a single process."""
 
 from __future__ import annotations
 
@@ -14,36 +14,36 @@ T = TypeVar("T")
 
 
 class Comm(Protocol):
-    """What every part that talks across ranks relies on. Every call is collective: all ranks make it, in one order."""
+    """Communication between ranks. Every method is collective: all ranks call it, in the same order."""
 
     rank: int
     world_size: int
     local_rank: int
 
     def all_reduce_sum(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Sum over ranks, in place; returns the tensor."""
+        """Sum `tensor` over all ranks in place, and return it."""
 
     def all_reduce_max(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Maximum over ranks, in place; returns the tensor."""
+        """Replace `tensor` in place by its elementwise maximum over all ranks, and return it."""
 
     def broadcast_object(self, value: Any) -> Any:
-        """Rank 0's value on every rank."""
+        """Return rank 0's `value` on every rank."""
 
     def gather_objects(self, value: Any) -> list[Any]:
-        """Every rank's value, in rank order, on every rank."""
+        """Return the values of all ranks, in the order of ranks, on every rank."""
 
     def broadcast_in_node(self, tensor: torch.Tensor) -> None:
-        """Overwrite `tensor` with that of the node's first rank."""
+        """Overwrite `tensor` with the one of the first rank of this node."""
 
-    def group_within(self, place: str) -> Any:
-        """The process group of this rank's `place`: node, or gpu (this rank alone); None for the world."""
+    def group_within(self, scope: str) -> Any:
+        """Return the process group of this rank within `scope`: "node", "gpu" (this rank alone) or "world" (None)."""
 
     def barrier(self) -> None:
-        """Wait for every rank."""
+        """Wait until every rank has called this."""
 
 
 class SingleProcess:
-    """One process alone: every collective is the identity."""
+    """Communication of a single process, in which every collective returns its input."""
 
     rank = 0
     world_size = 1
@@ -64,7 +64,7 @@ class SingleProcess:
     def broadcast_in_node(self, tensor: torch.Tensor) -> None:
         return None
 
-    def group_within(self, place: str) -> Any:
+    def group_within(self, scope: str) -> Any:
         return None
 
     def barrier(self) -> None:
@@ -72,13 +72,13 @@ class SingleProcess:
 
 
 class ProcessGroup:
-    """The default process group, which must have been initialised."""
+    """Communication within torch's default process group, which must have been initialised."""
 
     def __init__(self, local_rank: int) -> None:
         self.rank = dist.get_rank()
         self.world_size = dist.get_world_size()
         self.local_rank = local_rank
-        # Ranks of a node are neighbours, and a node begins where a local rank is 0.
+        # The ranks of a node have consecutive numbers, and each node begins with local rank 0.
         firsts = [rank for rank, local in enumerate(self.gather_objects(local_rank)) if local == 0]
         for first, end in zip(firsts, [*firsts[1:], self.world_size], strict=True):
             group = dist.new_group(list(range(first, end)))
@@ -107,45 +107,49 @@ class ProcessGroup:
     def broadcast_in_node(self, tensor: torch.Tensor) -> None:
         dist.broadcast(tensor, src=self._node_first, group=self._node_group)
 
-    def group_within(self, place: str) -> Any:
-        if place == "world":
+    def group_within(self, scope: str) -> Any:
+        if scope == "world":
             return None
-        return self._node_group if place == "node" else dist.new_group([self.rank], use_local_synchronization=True)
+        return self._node_group if scope == "node" else dist.new_group([self.rank], use_local_synchronization=True)
 
     def barrier(self) -> None:
         dist.barrier()
 
 
 def collectives(comm: Comm, device: torch.device, num_bytes: int) -> dict[str, Callable[[], Any]]:
-    """Every kind of collective that a run uses, by name, each ready to be called by all ranks in one order.
+    """Return by name a function for each kind of collective that a run uses; all ranks call them in the same order.
 
-    Those of tensors move about `num_bytes` bytes: the whole tensor, of which a rank has one slice where it is sharded.
+    `num_bytes` is about the size of the tensors that are moved. For sharded tensors it is the size of all slices
+    together.
     """
-    whole = torch.zeros(comm.world_size * -(-num_bytes // (4 * comm.world_size)), device=device)
-    slice_ = torch.zeros(len(whole) // comm.world_size, device=device)
+    full = torch.zeros(comm.world_size * -(-num_bytes // (4 * comm.world_size)), device=device)
+    slice_ = torch.zeros(len(full) // comm.world_size, device=device)
     return {
         "barrier": comm.barrier,
         "broadcast_object": lambda: comm.broadcast_object(comm.rank),
         "gather_objects": lambda: comm.gather_objects(comm.rank),
-        "all_reduce sum": lambda: comm.all_reduce_sum(whole),
-        "all_reduce max": lambda: comm.all_reduce_max(whole),
-        "broadcast in node": lambda: comm.broadcast_in_node(whole),
-        "all_gather_into_tensor": lambda: dist.all_gather_into_tensor(whole, slice_),  # ZeRO-3 gathers weights
-        "reduce_scatter_tensor": lambda: dist.reduce_scatter_tensor(slice_, whole),  # and scatters gradients
+        "all_reduce sum": lambda: comm.all_reduce_sum(full),
+        "all_reduce max": lambda: comm.all_reduce_max(full),
+        "broadcast in node": lambda: comm.broadcast_in_node(full),
+        "all_gather_into_tensor": lambda: dist.all_gather_into_tensor(full, slice_),  # gathers ZeRO-3's weights
+        "reduce_scatter_tensor": lambda: dist.reduce_scatter_tensor(slice_, full),  # reduces its gradients
     }
 
 
 def announce(place: str) -> None:
-    """Note, for `absent`, that this rank came to `place`. Waits for no other rank."""
+    """Record for `missing_ranks` that this rank has reached `place`. Does not wait for other ranks."""
     if dist.is_initialized():
         _store().set(f"ddk_ds/{place}/{dist.get_rank()}", "")
 
 
-def absent(place: str) -> list[int]:
-    """The ranks that have not come to `place` so far. Waits for none, so a thread may ask while a collective hangs."""
+def missing_ranks(place: str) -> list[int]:
+    """Return the ranks that have not reached `place` yet.
+
+    Does not wait for other ranks, so that a thread can call it while a collective hangs.
+    """
     if not dist.is_initialized():
         return []
-    store = _store().clone()  # a connection of its own: the other may be waiting
+    store = _store().clone()  # a separate connection, because the other one may be blocked
     return [rank for rank in range(dist.get_world_size()) if not store.check([f"ddk_ds/{place}/{rank}"])]
 
 
@@ -154,27 +158,30 @@ def _store() -> Any:
 
 
 def destroy() -> None:
-    """Leave the process group, if there is one."""
+    """Leave the process group if this process is in one."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
-def agree(comm: Comm, error: UserError | None) -> None:
-    """Raise on every rank if any rank holds an error (the lowest rank's), so that none waits for one that left."""
-    for found in comm.gather_objects(error):
-        if found is not None:
-            raise found
+def raise_together(comm: Comm, error: UserError | None) -> None:
+    """Raise on every rank the `error` of the lowest rank that has one, so that no rank waits for one that left.
+
+    Returns on every rank if `error` is None on all of them. Collective.
+    """
+    for rank_error in comm.gather_objects(error):
+        if rank_error is not None:
+            raise rank_error
 
 
-def agreed(comm: Comm, check: Callable[[], T]) -> T:
-    """`check()` on every rank, or, if it raised a UserError on any, that error on every rank. Collective.
+def call_together(comm: Comm, function: Callable[[], T]) -> T:
+    """Return `function()` on every rank; if it raised a UserError on any rank, raise that on every rank. Collective.
 
-    `check` must make no collective call of its own.
+    `function` must not call collectives itself.
     """
     try:
-        value = check()
+        value = function()
     except UserError as error:
-        agree(comm, error)
+        raise_together(comm, error)
         raise
-    agree(comm, None)
+    raise_together(comm, None)
     return value

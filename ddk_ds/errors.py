@@ -1,19 +1,19 @@
-"""Errors that a user can mend. Each message names what is wrong, where, its value, and what to do about it."""
+"""Errors that a user can correct. Each message names the place, the wrong value, the reason and what to do about it."""
 
 from __future__ import annotations
 
 
 class UserError(ValueError):
-    """Base of every error that is the user's to mend; the commands print it as one line and exit with 2."""
+    """Base class of all errors that a user can correct; the commands print it as one line and exit with 2."""
 
 
 class ConfigError(UserError):
-    """A key of the run's configuration is unknown, has a wrong value, or does not go with another."""
+    """A key of the run's configuration is unknown, has a wrong value, or cannot be combined with another."""
 
 
 class DataError(UserError):
-    """Text, tokenizer, shards or `domains.json` are missing, damaged, or do not fit the run."""
+    """Text, tokenizer, shards or `domains.json` are missing or damaged, or do not fit the run."""
 
 
 class CheckpointError(UserError):
-    """A checkpoint or run directory is incomplete, or belongs to another run."""
+    """A checkpoint or a run's directory is incomplete, or belongs to another run."""

@@ -1,4 +1,4 @@
-"""Credentials in text: found, and struck out of whatever is written or shown."""
+"""Removal of credentials from text that is written or shown."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ _SECRET_NAME = re.compile(r"(?i)(^|_)(secret|token|password|credential|api_?key)
 
 
 def redact(text: str) -> str:
-    """The text, with *** for user names and passwords in URLs and for values of keys that name a secret."""
-    return _SECRET.sub(lambda found: (found.group(1) or found.group(2)) + "***", text)
+    """Return `text` with *** for user names and passwords in URLs, and for the values of keys that name a secret."""
+    return _SECRET.sub(lambda match: (match.group(1) or match.group(2)) + "***", text)
 
 
 def names_a_secret(key: str) -> bool:
-    """Whether a configuration key's own name says that its value is one."""
+    """Return True if the name of a configuration key says that its value is a secret."""
     return _SECRET_NAME.search(key) is not None

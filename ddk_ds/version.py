@@ -1,7 +1,4 @@
-"""The version of the project.
-
-Versions that a run's numbers depend on.
-"""
+"""Versions of this project, of its checkout and of the packages that a run's numbers depend on."""
 
 from __future__ import annotations
 
@@ -11,20 +8,18 @@ from importlib.metadata import version
 from pathlib import Path
 
 VERSION = "0.1.0"
-
-
-def commit() -> str | None:
-    """The commit that this checkout is at, "-dirty" behind it where files differ; None where it is no checkout."""
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=40"]
-    place = Path(__file__).resolve().parents[1]
-    return subprocess.run(command, cwd=place, capture_output=True, text=True, check=False).stdout.strip() or None
-
-
 _PACKAGES = ("torch", "deepspeed", "transformers", "numpy")
 
 
+def commit() -> str | None:
+    """Return the commit of this checkout, followed by "-dirty" if files differ from it; None outside of a checkout."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40"]
+    root = Path(__file__).resolve().parents[1]
+    return subprocess.run(command, cwd=root, capture_output=True, text=True, check=False).stdout.strip() or None
+
+
 def versions() -> dict[str, str]:
-    """Of Python, this package (which need not be installed) and those that compute."""
+    """Return by name the versions of Python, of this package (which need not be installed) and of `_PACKAGES`."""
     return {
         "python": platform.python_version(),
         "ddk_ds": VERSION,

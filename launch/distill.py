@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.table import Table
 
-from ddk_ds.comm import Comm, SingleProcess, agreed, destroy
+from ddk_ds.comm import Comm, SingleProcess, call_together, destroy
 from ddk_ds.config import Config, load_config, to_yaml
 from ddk_ds.errors import UserError
 from ddk_ds.redact import redact
@@ -78,8 +78,8 @@ def _run(config: Config, *, dry_run: bool, preflight: bool) -> int:
     runtime = start_runtime() if "RANK" in os.environ else None
     comm: Comm = SingleProcess() if runtime is None else runtime.comm
     inputs = check_inputs(config, comm)
-    identity = agreed(comm, lambda: run_identity(config, inputs.fingerprints))
-    agreed(comm, lambda: check_run_dir(config, identity))
+    identity = call_together(comm, lambda: run_identity(config, inputs.fingerprints))
+    call_together(comm, lambda: check_run_dir(config, identity))
     if dry_run or runtime is None:
         _report(config, inputs, comm.world_size)
         return 0
@@ -88,7 +88,7 @@ def _run(config: Config, *, dry_run: bool, preflight: bool) -> int:
         return 0
     if preflight:
         _check_machines(config, inputs, runtime)
-    agreed(comm, lambda: claim_run_dir(config, identity) if comm.rank == 0 else None)
+    call_together(comm, lambda: claim_run_dir(config, identity) if comm.rank == 0 else None)
     from ddk_ds.command_line import EXIT_INTERRUPTED
     from ddk_ds.train.guard import EXIT_WRONG_NUMBERS, NumbersGoneWrong
     from ddk_ds.train.interruption import Interrupted, Interruption

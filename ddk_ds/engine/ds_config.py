@@ -1,13 +1,4 @@
-"""Config -> the dictionaries that DeepSpeed takes. Pure: no torch, no DeepSpeed, no files.
-
-Sizes of what ZeRO-3 gathers ahead and reduces together. Pure.
-
-DeepSpeed's own defaults know no model: 5e8 gradients a bucket, 1 GB of bf16 that is allocated whole beside 1 GB in
-which what is in it is joined, and 5e7 weights gathered ahead, which is less than a matrix of a 14 B model's MLP. A
-layer is what computes while communication goes on, so a layer's weights are gathered while the one before computes, and
-a layer's gradients are reduced while the one below computes. A tensor larger than a bucket is reduced by itself. No
-number of the run depends on either.
-"""
+"""DeepSpeed's configuration dictionaries, made from the run's configuration. Pure: no torch, no DeepSpeed, no files."""
 
 from __future__ import annotations
 
@@ -19,9 +10,12 @@ from typing import Any
 from ddk_ds.config import Config, Model
 from ddk_ds.errors import ConfigError
 
-_DEEPSPEEDS: Mapping[str, int] = MappingProxyType({})
-# DeepSpeed keys that follow from our own (None: that are fixed); given raw, they may only repeat the value.
-_OURS: dict[str, str | None] = {
+MIN_BUCKET_ELEMENTS = 16_000_000
+"""A collective of fewer elements takes mostly latency."""
+_DEFAULT_BUCKETS: Mapping[str, int] = MappingProxyType({})  # leaves the sizes to DeepSpeed
+# DeepSpeed keys that follow from keys of the run's configuration, or are fixed (None). Section `deepspeed:` may repeat
+# their values, but not change them.
+_DERIVED_KEYS: dict[str, str | None] = {
     "train_batch_size": "train.global_batch_samples",
     "train_micro_batch_size_per_gpu": "train.micro_batch_samples",
     "gradient_accumulation_steps": "train.global_batch_samples and train.micro_batch_samples",
@@ -38,33 +32,47 @@ _OURS: dict[str, str | None] = {
 }
 
 
-def student_ds_config(config: Config, world_size: int, buckets: Mapping[str, int] = _DEEPSPEEDS) -> dict[str, Any]:
-    """DeepSpeed dictionary of the student's training engine on `world_size` ranks.
+def bucket_sizes(largest_layer: int) -> dict[str, int]:
+    """Return DeepSpeed's keys for the sizes of gradient buckets and of prefetched weights, in elements.
 
-    `buckets` are those of engine/ds_config.py, or DeepSpeed's own defaults.
-
-    Raises ConfigError where batch sizes do not divide or a raw `deepspeed:` key contradicts the configuration.
+    `largest_layer` is the number of elements of the model's largest layer. DeepSpeed's own defaults know no model: 5e8
+    gradients a bucket, which is 1 GB of bf16 that is always allocated and 1 GB more in which its content is joined, and
+    5e7 prefetched weights, which is less than one matrix of a 14 B model's MLP. One layer is the unit in which
+    computation overlaps communication: a layer's weights are gathered while the layer before computes, and its
+    gradients are reduced while the layer below computes. A tensor larger than a bucket is reduced by itself. No number
+    of the run depends on these sizes.
     """
-    ours = {
+    size = max(MIN_BUCKET_ELEMENTS, largest_layer)
+    return {"reduce_bucket_size": size, "stage3_prefetch_bucket_size": size}
+
+
+def student_ds_config(config: Config, world_size: int, buckets: Mapping[str, int] = _DEFAULT_BUCKETS) -> dict[str, Any]:
+    """Return DeepSpeed's configuration of the student's training engine on `world_size` ranks.
+
+    `buckets` are the keys that `bucket_sizes` returns; without them DeepSpeed's defaults hold.
+
+    Raises ConfigError if batch sizes do not divide, or if a key of section `deepspeed:` contradicts another section.
+    """
+    derived = {
         "train_batch_size": config.train.global_batch_samples,
         "train_micro_batch_size_per_gpu": config.train.micro_batch_samples,
         "gradient_accumulation_steps": config.micro_batches(world_size),
         "gradient_clipping": config.optimizer.clip_norm,
         "steps_per_print": 2**31,
-        # Without it ZeRO-3 refuses any optimizer that is not DeepSpeed's own; torch's AdamW is exact under it.
+        # Without this key ZeRO-3 rejects every optimizer that is not DeepSpeed's own. torch's AdamW is exact under it.
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "bf16": {"enabled": config.train.precision == "bf16"},
-        # The default accumulates micro-batches in the model's dtype, which loses small gradients in bf16.
+        # By default micro-batches are accumulated in the model's dtype, which loses small gradients in bf16.
         "data_types": {"grad_accum_dtype": "fp32"},
         "zero_optimization": {**_zero(config, config.student, config.optimizer.offload), **buckets},
     }
-    return _merge(ours, config.deepspeed, "")
+    return _merge(derived, config.deepspeed, "")
 
 
-def teacher_ds_config(config: Config, buckets: Mapping[str, int] = _DEEPSPEEDS) -> dict[str, Any]:
-    """DeepSpeed dictionary of the frozen teacher: ZeRO-3 partitions, no optimizer; `buckets` as for the student."""
-    assert config.teacher is not None, "a run without a teacher asked for its engine"
+def teacher_ds_config(config: Config, buckets: Mapping[str, int] = _DEFAULT_BUCKETS) -> dict[str, Any]:
+    """Return DeepSpeed's configuration of the frozen teacher: ZeRO-3 without an optimizer; `buckets` as above."""
+    assert config.teacher is not None, "the run has no teacher"
     return {
         "train_micro_batch_size_per_gpu": config.train.micro_batch_samples,
         "steps_per_print": 2**31,
@@ -85,36 +93,27 @@ def _zero(config: Config, model: Model, offload_optimizer: str) -> dict[str, Any
     return zero
 
 
-def _merge(ours: dict[str, Any], raw: dict[str, Any], prefix: str) -> dict[str, Any]:
-    merged = copy.deepcopy(ours)
+def _merge(derived: dict[str, Any], raw: dict[str, Any], prefix: str) -> dict[str, Any]:
+    """Return `derived` with the keys of `raw` added; `prefix` is the dotted path of both, for messages."""
+    merged = copy.deepcopy(derived)
     for key, value in raw.items():
         path = f"{prefix}{key}"
         if isinstance(value, dict) and isinstance(merged.get(key), dict):
             merged[key] = _merge(merged[key], value, path + ".")
         elif key in merged and merged[key] == value:
             continue
-        elif (mine := _ours(path)) is not None:
-            owner = _OURS[mine]
+        elif (derived_key := _derived_key(path)) is not None:
+            source = _DERIVED_KEYS[derived_key]
             raise ConfigError(
                 f"deepspeed.{path}: {value!r} contradicts {merged.get(key, 'its absence')!r}, "
-                + (f"which follows from {owner}; set that instead" if owner else "which is fixed; remove it")
+                + (f"which follows from {source}; set that instead" if source else "which is fixed; remove it")
             )
         else:
             merged[key] = value
     return merged
 
 
-def _ours(path: str) -> str | None:
-    """The key of ours that a dotted DeepSpeed key is or lies in."""
+def _derived_key(path: str) -> str | None:
+    """Return the key of `_DERIVED_KEYS` that the dotted `path` is or lies in, or None."""
     parts = path.split(".")
-    return next((p for n in range(len(parts), 0, -1) if (p := ".".join(parts[:n])) in _OURS), None)
-
-
-LEAST_BUCKET = 16_000_000
-"""Elements: a collective of fewer takes mostly latency."""
-
-
-def bucket_sizes(largest_layer: int) -> dict[str, int]:
-    """DeepSpeed's keys by a model's largest layer, in elements."""
-    size = max(LEAST_BUCKET, largest_layer)
-    return {"reduce_bucket_size": size, "stage3_prefetch_bucket_size": size}
+    return next((p for n in range(len(parts), 0, -1) if (p := ".".join(parts[:n])) in _DERIVED_KEYS), None)

@@ -1,11 +1,4 @@
-"""A backbone's layers: where they are, how they are computed, several micro-batches through each before the next.
-
-The causal mask that packed samples need no tensor for.
-
-A sample is one run of tokens at positions 0, 1, 2, ...: attention is plainly causal. transformers, called without a
-mask, suspects sequences packed with positions that begin anew, and makes a (B, 1, L, L) mask that rules them out. With
-a mask torch's flash kernel cannot serve, and the whole square of scores is computed instead of half.
-"""
+"""A backbone's decoder layers: finding them, gathering and checkpointing them, several micro-batches, causal masks."""
 
 from __future__ import annotations
 
@@ -24,8 +17,8 @@ from ddk_ds.config import Model
 from ddk_ds.errors import ConfigError
 
 _aten = torch.ops.aten
-# What takes most of a layer's time: matrix products, and attention in torch's kernels for CUDA and CPUs.
-_KEPT = {
+# Operators that take most of a layer's time: matrix products, and attention in torch's kernels for CUDA and CPUs.
+_KEPT_OPERATORS = {
     packet.default
     for packet in (
         _aten.mm,
@@ -37,40 +30,12 @@ _KEPT = {
         _aten._scaled_dot_product_flash_attention_for_cpu,
     )
 }
-
-
-def prepare_layers(backbone: nn.Module, depth: int, section: Model) -> None:
-    """How the backbone's layers are gathered and computed, by the model's section of the configuration.
-
-    Before DeepSpeed takes the model. Raises ConfigError where that is not possible.
-    """
-    if not section.whole_layers:
-        return
-    layers = layers_of(backbone, depth)
-    deepspeed.utils.set_z3_leaf_modules(backbone, list({type(layer) for layer in layers}))
-    if section.compile_layers:
-        for layer in layers:
-            # Within the hooks that gather the layer.
-            layer.forward = torch.compile(layer.forward)
-
-
-def checkpoint_layers(model: Any, how: bool | str) -> None:
-    """Have a transformers model compute its layers' activations again in the backward pass, by `gradient_checkpointing`
-    of section `student`."""
-    if not how:
-        return
-    options: dict[str, Any] = {"use_reentrant": False}
-    if how == "selective":
-        options["context_fn"] = partial(create_selective_checkpoint_contexts, _keep_products)
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
-
-
-def _keep_products(_: Any, operator: Any, *__: Any, **___: Any) -> CheckpointPolicy:
-    return CheckpointPolicy.MUST_SAVE if operator in _KEPT else CheckpointPolicy.PREFER_RECOMPUTE
+_SDPA = "sdpa"
+_transformers_mask = ALL_MASK_ATTENTION_FUNCTIONS[_SDPA]
 
 
 def layers_of(backbone: nn.Module, depth: int) -> nn.ModuleList:
-    """The backbone's list of `depth` layers. Raises ConfigError where it has none."""
+    """Return the backbone's list of `depth` layers. Raises ConfigError if it has none."""
     for module in backbone.modules():
         if isinstance(module, nn.ModuleList) and len(module) == depth:
             return module
@@ -80,11 +45,45 @@ def layers_of(backbone: nn.Module, depth: int) -> nn.ModuleList:
     )
 
 
-class LayerByLayer:
-    """Takes several micro-batches through a backbone in one pass, each layer computing one after the other.
+def prepare_layers(backbone: nn.Module, depth: int, section: Model) -> None:
+    """Make ZeRO-3 gather each layer as a unit, and compile layers, if the model's `section` of the configuration asks.
 
-    A layer's weights are gathered once for all of them, its activations are those of one micro-batch, and the results
-    are to the bit those of a pass for each: a product of all rows at once might be summed in another order.
+    Must be called before DeepSpeed gets the model. Raises ConfigError if the backbone has no list of `depth` layers.
+    """
+    if not section.whole_layers:
+        return
+    layers = layers_of(backbone, depth)
+    deepspeed.utils.set_z3_leaf_modules(backbone, list({type(layer) for layer in layers}))
+    if section.compile_layers:
+        for layer in layers:
+            # The compiled part lies inside the hooks that gather the layer.
+            layer.forward = torch.compile(layer.forward)
+
+
+def checkpoint_layers(model: Any, mode: bool | str) -> None:
+    """Make a transformers model recompute its layers' activations in the backward pass.
+
+    `mode` is the value of `student.gradient_checkpointing`: False, True or "selective", which keeps the results of
+    matrix products and attention.
+    """
+    if not mode:
+        return
+    options: dict[str, Any] = {"use_reentrant": False}
+    if mode == "selective":
+        options["context_fn"] = partial(create_selective_checkpoint_contexts, _keep_products)
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+
+
+def _keep_products(_: Any, operator: Any, *__: Any, **___: Any) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if operator in _KEPT_OPERATORS else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+class LayerByLayer:
+    """Passes of several micro-batches through a backbone, in which each layer computes one micro-batch after the other.
+
+    A layer's weights are gathered once for all micro-batches, and only one micro-batch's activations exist at a time.
+    The results equal those of separate passes bit for bit; one product of all rows at once could be summed in another
+    order.
     """
 
     def __init__(self, layers: nn.ModuleList) -> None:
@@ -94,7 +93,7 @@ class LayerByLayer:
 
     @contextmanager
     def parts(self, count: int) -> Iterator[None]:
-        """Around a pass of `count` micro-batches of one shape, joined on the first axis."""
+        """Split what the layers get inside into `count` micro-batches of equal shape, joined on the first axis."""
         self._parts = count
         try:
             yield
@@ -107,10 +106,10 @@ class LayerByLayer:
                 return forward(hidden, *arguments, **options)
             rows, count = len(hidden), self._parts
             outputs = []
-            for place in range(count):
-                part = slice(place * rows // count, (place + 1) * rows // count)
-                ours = _rows((arguments, options), rows, part)
-                outputs.append(forward(hidden[part], *ours[0], **ours[1]))
+            for index in range(count):
+                part = slice(index * rows // count, (index + 1) * rows // count)
+                part_arguments, part_options = _rows((arguments, options), rows, part)
+                outputs.append(forward(hidden[part], *part_arguments, **part_options))
             if isinstance(outputs[0], torch.Tensor):
                 return torch.cat(outputs)
             return (torch.cat([output[0] for output in outputs]), *outputs[0][1:])
@@ -119,7 +118,7 @@ class LayerByLayer:
 
 
 def _rows(value: Any, rows: int, part: slice) -> Any:
-    """The micro-batch's part of everything that has all micro-batches' samples on its first axis."""
+    """Return `value` with each tensor that has all `rows` samples on its first axis cut to the samples of `part`."""
     if isinstance(value, torch.Tensor):
         return value[part] if value.dim() > 1 and len(value) == rows else value
     if isinstance(value, dict):
@@ -127,23 +126,24 @@ def _rows(value: Any, rows: int, part: slice) -> Any:
     return type(value)(_rows(item, rows, part) for item in value) if isinstance(value, tuple | list) else value
 
 
-_KEY = "sdpa"
-_with_tensor = ALL_MASK_ATTENTION_FUNCTIONS[_KEY]
-
-
-def _mask(*arguments: Any, **given: Any) -> Any:
-    """None, which is sdpa's own causal mask, where no token is padding, cached or outside a window."""
-    queries = given["q_length"] if "q_length" in given else len(given["cache_position"])
-    window = given.get("local_size")
-    plain = (
-        given.get("attention_mask") is None
-        and queries == given["kv_length"]
-        and (window is None or given["kv_length"] < window)
-        and not getattr(given.get("config"), "use_bidirectional_attention", False)
-    )
-    return None if plain else _with_tensor(*arguments, **given)
-
-
 def use_causal_kernels() -> None:
-    """From here on models of this process whose attention is sdpa get a mask only where they need one."""
-    ALL_MASK_ATTENTION_FUNCTIONS[_KEY] = _mask
+    """Make models of this process with sdpa attention work without a mask tensor where a causal mask is enough.
+
+    A sample is one sequence of tokens at positions 0, 1, 2, ..., so that attention is simply causal. When transformers
+    is called without a mask, it expects packed sequences whose positions begin again, and builds a (B, 1, L, L) mask
+    against them. With a mask torch's flash kernel cannot be used, and all L x L scores are computed instead of half.
+    """
+    ALL_MASK_ATTENTION_FUNCTIONS[_SDPA] = _mask
+
+
+def _mask(*arguments: Any, **options: Any) -> Any:
+    """Return None, sdpa's own causal mask, unless a token is padding, cached or outside of an attention window."""
+    queries = options["q_length"] if "q_length" in options else len(options["cache_position"])
+    window = options.get("local_size")
+    causal = (
+        options.get("attention_mask") is None
+        and queries == options["kv_length"]
+        and (window is None or options["kv_length"] < window)
+        and not getattr(options.get("config"), "use_bidirectional_attention", False)
+    )
+    return None if causal else _transformers_mask(*arguments, **options)

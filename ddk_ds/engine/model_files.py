@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 import transformers
 
-from ddk_ds.comm import Comm, agree
+from ddk_ds.comm import Comm, raise_together
 from ddk_ds.config import Model
 from ddk_ds.config.sections import Teacher
 from ddk_ds.errors import ConfigError, UserError
@@ -131,7 +131,7 @@ def model_directory(path: str, key: str, comm: Comm) -> Path:
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as failure:
         reason = (str(failure).strip() or type(failure).__name__).splitlines()[0]
         error = ConfigError(f"{key}: {path} is neither a directory here nor a model that the hub gives: {reason}")
-    agree(comm, error)
+    raise_together(comm, error)
     return Path(snapshot_download(path, allow_patterns=_PATTERNS, local_files_only=True))
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ddk_ds.comm import Comm, agreed
+from ddk_ds.comm import Comm, call_together
 from ddk_ds.config import Config, Model
 from ddk_ds.config.run_config import corpus_samples, interval_steps, total_steps
 from ddk_ds.data.cache import open_store
@@ -72,7 +72,7 @@ def check_inputs(config: Config, comm: Comm) -> Inputs:
     """
     student = model_directory(config.student.path, "student.path", comm)
     teacher = None if config.teacher is None else model_directory(config.teacher.path, "teacher.path", comm)
-    return agreed(comm, lambda: _check_files(config, student, teacher, comm.world_size))
+    return call_together(comm, lambda: _check_files(config, student, teacher, comm.world_size))
 
 
 def _check_files(config: Config, student_path: Path, teacher_path: Path | None, world_size: int) -> Inputs:

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from ddk_ds.comm import Comm, agreed
+from ddk_ds.comm import Comm, call_together
 from ddk_ds.config import Config
 from ddk_ds.config.run_config import corpus_samples, total_steps
 from ddk_ds.data.loader import MixtureDataset, validation_batches
@@ -85,7 +85,7 @@ def prepare_run(
         step_flops=step_flops(config, inputs.student, inputs.teacher, comm.world_size),
     )
     _restore(run, start)
-    agreed(comm, lambda: _open_monitors(run) if comm.rank == 0 else None)
+    call_together(comm, lambda: _open_monitors(run) if comm.rank == 0 else None)
     return run
 
 

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from ddk_ds.comm import absent, announce
+from ddk_ds.comm import announce, missing_ranks
 from ddk_ds.errors import UserError
 
 EXIT_FAILED = 2
@@ -86,7 +86,7 @@ def deadline(place: str, seconds: float) -> Iterator[None]:
 def _give_up(place: str, seconds: float) -> None:
     rank, size = (int(os.environ.get(key, default)) for key, default in (("RANK", "0"), ("WORLD_SIZE", "1")))
     try:
-        missing = absent(place)
+        missing = missing_ranks(place)
     except Exception:  # the process that keeps the store may be the one that is gone
         missing = None
     if missing is None:
