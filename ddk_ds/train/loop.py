@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ddk_ds.comm import Comm, agree
+from ddk_ds.comm import Comm, raise_together
 from ddk_ds.config.run_config import interval_steps
 from ddk_ds.data.loader import MicroBatch, interval_loader
 from ddk_ds.engine.export import export_student
@@ -136,7 +136,7 @@ def _read_step(
     # Two numbers a step; an error itself travels only where a rank has one.
     failed, signal = interruption.highest(failure is not None)
     if failed:
-        agree(comm, failure)
+        raise_together(comm, failure)
     raise_for(signal)
     return read
 
