@@ -1,13 +1,39 @@
-"""What every command shares: exit codes and the types of its arguments."""
+"""What every command shares: exit codes, the types of its arguments, and how it reports an error."""
 
 from __future__ import annotations
 
 import argparse
+import sys
+from collections.abc import Callable, Sequence
+from functools import wraps
+from typing import Protocol
+
+from ddk_ds.errors import UserError
 
 EXIT_USER_ERROR = 2
-"""An error that the user can mend."""
+"""Exit code after an error that the user can mend."""
 EXIT_INTERRUPTED = 75
-"""A signal ended the run, which saved first: the same command continues it (EX_TEMPFAIL of sysexits.h)."""
+"""Exit code after a signal: the run saved, and the same command continues it (EX_TEMPFAIL of sysexits.h)."""
+
+
+class Main(Protocol):
+    """A command's main(): takes its arguments, or those of the command line if None, and returns the exit code."""
+
+    def __call__(self, arguments: Sequence[str] | None = None) -> int: ...
+
+
+def reports_user_errors(main: Callable[[Sequence[str] | None], int]) -> Main:
+    """Make a main() print a UserError as one line to stderr and return EXIT_USER_ERROR."""
+
+    @wraps(main)
+    def reporting(arguments: Sequence[str] | None = None) -> int:
+        try:
+            return main(arguments)
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return EXIT_USER_ERROR
+
+    return reporting
 
 
 def positive(text: str) -> int:

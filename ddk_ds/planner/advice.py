@@ -7,8 +7,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ddk_ds.config import Config
-from ddk_ds.planner.gpu_memory import MemoryPlan, Models, changed, plan_memory
+from ddk_ds.planner.gpu_memory import MemoryPlan, changed, plan_memory
 from ddk_ds.planner.gpus import Cluster
+from ddk_ds.planner.plan_inputs import Models
 
 MOST_NODES = 128
 

@@ -11,8 +11,8 @@ from typing import NamedTuple
 from ddk_ds.config import Config, make_config
 from ddk_ds.engine.flops import forward_flops
 from ddk_ds.engine.model_files import ModelShape
-from ddk_ds.planner.gpu_memory import Models, PlannedModel
 from ddk_ds.planner.gpus import GPUS, Cluster
+from ddk_ds.planner.plan_inputs import Models, PlannedModel
 from ddk_ds.planner.step_time import HOST_S_PER_LAYER, simulate_step
 
 _PREFETCH = 50_000_000  # elements: DeepSpeed's default, with which these ran
@@ -120,7 +120,7 @@ FOUNDRY_ROWS = (
 class Point:
     """One measured throughput and the simulated one, in tokens/s a GPU."""
 
-    what: str
+    name: str
     gpus: int
     measured: float
     simulated: float
@@ -148,10 +148,10 @@ def _foundry(row: Published) -> Point:
     )
     # FSDP's hooks are one for a block.
     found = _tokens_per_s_per_gpu(config, Models(model, None, 50368), row.gpu, row.gpus, 0.0)
-    what = f"MPT {row.model}, {row.gpu}, micro-batch {row.micro_batch} x {row.micro_batches}"
+    name = f"MPT {row.model}, {row.gpu}, micro-batch {row.micro_batch} x {row.micro_batches}"
     if row.checkpointing:
-        what += ", checkpointing"
-    return Point(what, row.gpus, row.tokens_per_s_per_gpu, found, FOUNDRY)
+        name += ", checkpointing"
+    return Point(name, row.gpus, row.tokens_per_s_per_gpu, found, FOUNDRY)
 
 
 def _deepspeed() -> list[Point]:
@@ -169,8 +169,8 @@ def _deepspeed() -> list[Point]:
             length=length, micro_batch=micro_batch, global_batch=micro_batch * gpus, checkpointing=True, offload="cpu"
         )
         found = _tokens_per_s_per_gpu(config, Models(model, None, 51200), "a100-80g", gpus, HOST_S_PER_LAYER)
-        what = f"GPT {name}, a100-80g, micro-batch {micro_batch}, checkpointing"
-        points.append(Point(what, gpus, flop_per_s / flops, found, DEEPSPEED))
+        name = f"GPT {name}, a100-80g, micro-batch {micro_batch}, checkpointing"
+        points.append(Point(name, gpus, flop_per_s / flops, found, DEEPSPEED))
     return points
 
 
@@ -182,8 +182,8 @@ def _here() -> list[Point]:
         length=FULL.length, micro_batch=FULL.samples, global_batch=FULL.samples, checkpointing=False, method="kd"
     )
     return [
-        Point(f"{what}, h100", 1, tokens / seconds, _tokens_per_s_per_gpu(config, models, "h100", 1, host_s), HERE)
-        for what, seconds, host_s in (
+        Point(f"{name}, h100", 1, tokens / seconds, _tokens_per_s_per_gpu(config, models, "h100", 1, host_s), HERE)
+        for name, seconds, host_s in (
             ("distillation step, plain torch", 0.19224, 0.0),
             ("distillation step, ZeRO-3 engines", 0.70395, HOST_S_PER_LAYER),
         )

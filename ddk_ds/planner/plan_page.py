@@ -1,7 +1,4 @@
-"""The tables and the picture of a plan.
-
-The table and the picture of `tools/plan.py --layouts`.
-"""
+"""Tables and pictures of a plan, of the simulations and of the known points, as tools/plan.py prints and draws them."""
 
 from __future__ import annotations
 
@@ -17,15 +14,16 @@ from rich.text import Text
 
 from ddk_ds.drawing import line_style, marker, tidy
 from ddk_ds.errors import ConfigError
+from ddk_ds.planner.gpus import Cluster
 from ddk_ds.planner.known_points import Point
 from ddk_ds.planner.run_plan import Plan
-from ddk_ds.planner.scaling import Curve, LayoutPoint, advised
+from ddk_ds.planner.simulations import Curve, LayoutPoint, Variant, advised
 
 _STYLES = tuple({**line_style(number), "marker": marker(number)} for number in range(3))
 
 
 def plan_tables(plan: Plan) -> Iterator[Table | Text]:
-    """All that is printed of a plan, in its order."""
+    """Yield everything that is printed about a plan, in its order."""
     yield _memory(plan)
     yield Text.from_markup(_verdict(plan))
     if plan.advice:
@@ -36,8 +34,8 @@ def plan_tables(plan: Plan) -> Iterator[Table | Text]:
     yield Text("assumed:\n" + "\n".join(f"- {line}" for line in plan.assumptions))
 
 
-def plain_table(title: str, *columns: str) -> Table:
-    """A table whose first column is words and whose others are numbers."""
+def _number_table(title: str, *columns: str) -> Table:
+    """Make a table whose first column holds words and whose others hold numbers."""
     table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
     for place, column in enumerate(columns):
         table.add_column(column, justify="right" if place else "left")
@@ -51,19 +49,19 @@ def _gb(num_bytes: float) -> str:
 def _memory(plan: Plan) -> Table:
     cluster, memory = plan.cluster, plan.memory
     ranks = f"{cluster.ranks} x {cluster.gpu.name}"
-    table = plain_table(
+    table = _number_table(
         f"memory of a device ({ranks}, micro-batch {plan.config.train.micro_batch_samples})", "part", "GB"
     )
-    for name, taken in memory.device_parts.items():
-        table.add_row(escape(name), _gb(taken))
+    for name, num_bytes in memory.device_parts.items():
+        table.add_row(escape(name), _gb(num_bytes))
     table.add_section()
-    table.add_row("most at a time (the update's part comes when those of a pass are gone)", _gb(memory.device_bytes))
-    for name, taken in memory.activations.items():
-        table.add_row(f"activations {name}", _gb(taken))
+    table.add_row("peak (a pass's parts are freed before the update)", _gb(memory.device_bytes))
+    for name, num_bytes in memory.activations.items():
+        table.add_row(f"activations {name}", _gb(num_bytes))
     table.add_section()
-    for name, taken in memory.host_parts.items():
-        table.add_row(f"host, for each device: {escape(name)}", _gb(taken))
-    table.add_row("host of a node, in all", _gb(memory.host_bytes))
+    for name, num_bytes in memory.host_parts.items():
+        table.add_row(f"host, for each device: {escape(name)}", _gb(num_bytes))
+    table.add_row("host of a node, total", _gb(memory.host_bytes))
     return table
 
 
@@ -71,36 +69,34 @@ def _verdict(plan: Plan) -> str:
     memory = plan.memory
     word = "[green]fits[/]" if memory.fits else "[bold red]does NOT fit[/]"
     largest = memory.max_micro_batch
-    divides = "" if largest == memory.max_dividing else f", of those that divide a GPU's samples {memory.max_dividing}"
+    divides = "" if largest == memory.max_dividing else f"; that also divides a GPU's samples: {memory.max_dividing}"
     return (
-        f"{word}: {_gb(memory.device_bytes)} of {_gb(memory.usable_bytes)} GB that may be planned with; largest "
+        f"{word}: {_gb(memory.device_bytes)} of {_gb(memory.usable_bytes)} GB that can be planned with; largest "
         f"micro-batch that fits: {largest}{divides}\n"
     )
 
 
 def _advice(plan: Plan) -> Table:
-    table = plain_table(
-        "what would change it, by the same estimate", "change", "GB a device", "fits", "GB a host", "price"
-    )
+    table = _number_table("changes, by the same estimate", "change", "GB a device", "fits", "GB a host", "price")
     table.columns[-1].justify = "left"
-    for one in plan.advice:
-        fits = "[green]yes[/]" if one.fits else "no"
-        table.add_row(escape(one.change), _gb(one.device_bytes), fits, _gb(one.host_bytes), one.price)
-    if not any(one.fits for one in plan.advice):
-        table.caption = "none of them fits: another GPU, a smaller model, or data.sequence_length lower"
+    for advice in plan.advice:
+        fits = "[green]yes[/]" if advice.fits else "no"
+        table.add_row(escape(advice.change), _gb(advice.device_bytes), fits, _gb(advice.host_bytes), advice.price)
+    if not any(advice.fits for advice in plan.advice):
+        table.caption = "none of them fits: take another GPU, a smaller model, or a lower data.sequence_length"
     return table
 
 
 def _flops(plan: Plan) -> Table:
     flops, tokens = plan.flops, plan.tokens
-    table = plain_table(
+    table = _number_table(
         "floating-point operations", f"{tokens / 1e9:,.2f} B tokens, {plan.data.steps:,} steps", "TFLOP"
     )
     for name, value in (
         ("CPT", flops.cpt),
         ("KD", flops.kd),
         ("DDK", flops.ddk),
-        ("of which the controller measures", flops.controller),
+        ("the controller's measurements in it", flops.controller),
         (f"this run ({plan.config.method}, measurements included)", flops.own),
     ):
         table.add_row(name, "-" if value is None else f"{value / 1e12:,.4g}")
@@ -111,7 +107,7 @@ def _flops(plan: Plan) -> Table:
 
 
 def _time(plan: Plan) -> Table:
-    table = plain_table("time and disks", f"at an MFU of {plan.mfu:.1%}", "")
+    table = _number_table("time and disks", f"at an MFU of {plan.mfu:.1%}", "")
     rows: list[tuple[str, str]] = [
         ("tokens/s", f"{plan.tokens_per_s:,.0f}"),
         ("hours", f"{plan.hours:,.1f}"),
@@ -123,36 +119,36 @@ def _time(plan: Plan) -> Table:
     saved = plan.checkpoints
     rows += [
         ("shards, GB", _gb(plan.data.shard_bytes)),
-        ("read of the shards, MB/s, all nodes", f"{plan.read_bytes_per_s / 1e6:,.3f}"),
-        ("a checkpoint, GB", _gb(saved.num_bytes)),
-        (f"{plan.config.checkpoint.keep_last} kept and one more, GB", _gb(saved.kept_bytes)),
-        ("writing one, s", f"{saved.write_s:,.1f}"),
-        ("training waits for one, s", f"{saved.pause_s:,.2f}"),
-        ("from one to the next, s", f"{saved.apart_s:,.0f}"),
+        ("reading shards, MB/s, all nodes", f"{plan.read_bytes_per_s / 1e6:,.3f}"),
+        ("one checkpoint, GB", _gb(saved.num_bytes)),
+        (f"{plan.config.checkpoint.keep_last} kept and one being written, GB", _gb(saved.kept_bytes)),
+        ("writing a checkpoint, s", f"{saved.write_s:,.1f}"),
+        ("training waits for a checkpoint, s", f"{saved.pause_s:,.2f}"),
+        ("from one checkpoint to the next, s", f"{saved.apart_s:,.0f}"),
         ("exported student, GB", _gb(saved.export_bytes)),
     ]
     for row in rows:
         table.add_row(*row)
     if saved.write_s > saved.apart_s:
-        table.caption = "a checkpoint takes longer to write than the next one is away: raise checkpoint.every_steps"
+        table.caption = "writing a checkpoint takes longer than the time to the next one: raise checkpoint.every_steps"
     return table
 
 
 def _step(plan: Plan) -> Table:
     step = plan.step
-    table = plain_table("simulated step", "part", "s", "share")
+    table = _number_table("simulated step", "part", "s", "share")
     for name, seconds in step.parts.items():
         table.add_row(escape(name), f"{seconds:.4f}", f"{seconds / step.seconds:.1%}")
     table.add_section()
     table.add_row("step", f"{step.seconds:.4f}", "")
     table.add_row("tokens/s", f"{step.tokens_per_s:,.0f}", "")
-    table.add_row("MFU, which is a ceiling", f"{step.mfu:.1%}", "")
+    table.add_row("MFU (an upper bound)", f"{step.mfu:.1%}", "")
     return table
 
 
 def scaling_table(curves: Sequence[Curve]) -> Table:
-    """The points of every curve."""
-    table = plain_table("simulated scaling", "curve", "GPUs", "micro-batch", "step, s", "tokens/s", "MFU", "fits")
+    """Make the table of every curve's points."""
+    table = _number_table("simulated scaling", "curve", "GPUs", "micro-batch", "step, s", "tokens/s", "MFU", "fits")
     for curve in curves:
         for point in curve.points:
             numbers = (f"{point.step_s:.3f}", f"{point.tokens_per_s:,.0f}", f"{point.mfu:.1%}")
@@ -163,18 +159,18 @@ def scaling_table(curves: Sequence[Curve]) -> Table:
 
 
 def known_points_table(points: Sequence[Point]) -> Table:
-    """Simulated beside measured throughputs, and where these are from."""
-    table = plain_table("tokens/s a GPU", "run", "GPUs", "measured", "simulated", "off by", "source")
+    """Make the table of measured and simulated throughputs, with the measurements' sources."""
+    table = _number_table("tokens/s a GPU", "run", "GPUs", "measured", "simulated", "off by", "source")
     sources = list(dict.fromkeys(point.source for point in points))
     for point in points:
         numbers = (f"{point.measured:,.1f}", f"{point.simulated:,.1f}", f"{point.error:+.0%}")
-        table.add_row(point.what, f"{point.gpus:,}", *numbers, f"{sources.index(point.source) + 1}")
+        table.add_row(point.name, f"{point.gpus:,}", *numbers, f"{sources.index(point.source) + 1}")
     table.caption = "\n".join(f"{number}: {escape(source)}" for number, source in enumerate(sources, 1))
     table.caption_justify = "left"
     return table
 
 
-def draw(curves: Sequence[Curve], plan: Plan, path: Path) -> None:
+def draw_scaling(curves: Sequence[Curve], plan: Plan, path: Path) -> None:
     """Throughput and MFU over the number of GPUs. Hollow points do not fit the devices' memory. Needs matplotlib."""
     if find_spec("matplotlib") is None:
         raise ConfigError(f"--scaling {path}: it needs matplotlib (pip install matplotlib), or leave it out")
@@ -219,9 +215,9 @@ def draw(curves: Sequence[Curve], plan: Plan, path: Path) -> None:
 
 
 def layouts_table(points: Sequence[LayoutPoint]) -> Table:
-    """A row for each network and size, tokens/s a GPU of each layout, and what is advised."""
+    """Make the table of tokens/s a GPU by layout: a row for each network and number of GPUs, and the advised layout."""
     names = list(dict.fromkeys(point.name for point in points))
-    table = plain_table("teacher's weights: tokens/s a GPU, simulated", "GB/s", "GPUs", *names, "advised")
+    table = _number_table("teacher's weights: tokens/s a GPU, simulated", "GB/s", "GPUs", *names, "advised")
     for (link, gpus), row in _clusters(points):
         cells = [f"{point.tokens_per_s_per_gpu:,.0f}{'' if point.fits else ' (no)'}" for point in row]
         best = advised(row)
@@ -230,6 +226,24 @@ def layouts_table(points: Sequence[LayoutPoint]) -> Table:
             chosen += f", {best.micro_batches_per_pass} a pass"
         table.add_row(f"{link / 1e9:g}", f"{gpus:,}", *cells, chosen)
     table.caption = "(no): does not fit the devices' memory"
+    return table
+
+
+def variants_table(variants: Sequence[Variant], cluster: Cluster) -> Table:
+    """Make the table of the simulated step by the values of the varied options; there is at least one variant."""
+    gpu = cluster.gpu
+    network = f"network of {gpu.network_bytes_per_s / 1e9:g} GB/s a GPU"
+    keys = [item.partition("=")[0] for item in variants[0].overrides]
+    models = list(dict.fromkeys(model for variant in variants for model in variant.not_hidden))
+    waits = [f"{model} waits" for model in models]
+    title = f"simulated step, {cluster.nodes} x {cluster.gpus_per_node} {gpu.name}, {network}"
+    table = _number_table(title, *keys, "step, s", "tokens/s", "MFU", *waits, "fits")
+    table.caption = "waits: share of the step that is this model's communication, not hidden by computation"
+    for variant in variants:
+        values = [escape(item.partition("=")[2]) for item in variant.overrides]
+        numbers = (f"{variant.step_s:.3f}", f"{variant.tokens_per_s:,.0f}", f"{variant.mfu:.1%}")
+        shares = [f"{variant.not_hidden[model]:.1%}" if model in variant.not_hidden else "-" for model in models]
+        table.add_row(*values, *numbers, *shares, "yes" if variant.fits else "no")
     return table
 
 

@@ -1,4 +1,4 @@
-"""All of a plan, put together; and as JSON. Pure."""
+"""The plan of a run: memory, time, FLOPs, disks, advice and assumptions; also as JSON. Pure."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from ddk_ds.engine.flops import RunFlops, run_flops, training_flops
 from ddk_ds.engine.memory_estimate import MEMORY_MARGIN, OPTIMIZER_BYTES
 from ddk_ds.engine.model_files import COMPUTE_BYTES
 from ddk_ds.planner.advice import Advice, advise
-from ddk_ds.planner.data import DataFacts
-from ddk_ds.planner.gpu_memory import MemoryPlan, Models, plan_memory
+from ddk_ds.planner.gpu_memory import MemoryPlan, plan_memory
 from ddk_ds.planner.gpus import LINK_EFFICIENCY, MEMORY_EFFICIENCY, Cluster
+from ddk_ds.planner.plan_inputs import Models, PlannedData
 from ddk_ds.planner.step_time import HOST_S_PER_LAYER, Step, simulate_step
 
 DEFAULT_MFU = 0.4
@@ -21,39 +21,41 @@ DEFAULT_STORAGE_BYTES_PER_S = 5e9
 
 @dataclass(frozen=True)
 class Speed:
-    """How fast the cluster is taken to be."""
+    """Assumed or measured speed of the GPUs and of the storage."""
 
     mfu: float | None = DEFAULT_MFU
-    """Share of the peak that a step's model FLOPs reach; None: by `tokens_per_s_per_gpu`."""
+    """Share of the peak that a step's model FLOPs reach; None where `tokens_per_s_per_gpu` is given."""
     tokens_per_s_per_gpu: float | None = None
-    """Measured, of the configured method."""
+    """Throughput that a run of this configuration has shown."""
     storage_bytes_per_s: float = DEFAULT_STORAGE_BYTES_PER_S
-    """What the checkpoints' file system takes from all ranks together."""
+    """Bandwidth at which all ranks together write a checkpoint."""
 
 
 @dataclass(frozen=True)
 class Checkpoints:
-    """Sizes in bytes, times in seconds."""
+    """Sizes and times of a run's checkpoints and of its exported student."""
 
     num_bytes: int
+    """Size of one checkpoint."""
     kept_bytes: int
-    """Of all that lie there at a time: those that are kept, and one that is being written."""
+    """Size of all checkpoints on the disk at a time: the kept ones, and one that is being written."""
     write_s: float
+    """Time from the beginning of writing a checkpoint to its end."""
     pause_s: float
-    """What training waits for one."""
+    """Time that training waits for a checkpoint."""
     apart_s: float
-    """From one to the next."""
+    """Time from one checkpoint to the next."""
     export_bytes: int
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run will take."""
+    """Everything that a plan says about a run."""
 
     config: Config
     cluster: Cluster
     models: Models
-    data: DataFacts
+    data: PlannedData
     memory: MemoryPlan
     flops: RunFlops
     mfu: float
@@ -66,46 +68,41 @@ class Plan:
 
     @property
     def gpu_hours(self) -> float:
-        """Of all GPUs."""
+        """Return the hours times the number of GPUs."""
         return self.hours * self.cluster.ranks
 
     @property
     def flop_per_s(self) -> float:
-        """That the cluster computes."""
+        """Return the model FLOPs that the cluster computes each second."""
         return self.mfu * self.cluster.gpu.peak_flop_per_s * self.cluster.ranks
 
     @property
     def tokens(self) -> int:
-        """Drawn by the whole run."""
+        """Return the number of tokens that the run draws from its start to its end."""
         return self.data.steps * self.config.train.global_batch_samples * self.config.data.sequence_length
 
     @property
     def read_bytes_per_s(self) -> float:
-        """Of the shards, by all nodes together."""
+        """Return how fast all nodes together read the shards."""
         return self.tokens_per_s * self.data.token_bytes
 
 
-def make_plan(config: Config, models: Models, data: DataFacts, cluster: Cluster, speed: Speed) -> Plan:
-    """Raises ConfigError where the batch does not divide by the cluster's GPUs."""
+def make_plan(config: Config, models: Models, data: PlannedData, cluster: Cluster, speed: Speed) -> Plan:
+    """Plan the run on that cluster. Raises ConfigError where the batch is no multiple of all GPUs' micro-batches."""
     config.micro_batches(cluster.ranks)
     teacher = None if models.teacher is None else models.teacher.forward_flops
     student = models.student.forward_flops
     flops = run_flops(config, student, teacher, steps=data.steps, measurements=data.measurements, domains=data.domains)
-    of_a_token = training_flops(config, student, teacher or 0.0)
+    flops_per_token = training_flops(config, student, teacher or 0.0)
     peak = cluster.gpu.peak_flop_per_s
     mfu = speed.mfu
     if mfu is None:
         assert speed.tokens_per_s_per_gpu is not None, "neither of the two speeds is given"
-        mfu = speed.tokens_per_s_per_gpu * of_a_token / peak
-    tokens_per_s = mfu * peak * cluster.ranks / of_a_token
+        mfu = speed.tokens_per_s_per_gpu * flops_per_token / peak
+    tokens_per_s = mfu * peak * cluster.ranks / flops_per_token
     memory = plan_memory(config, models, cluster)
-    step = simulate_step(
-        config,
-        models,
-        cluster,
-        domains=data.domains,
-        storage_bytes_per_s=speed.storage_bytes_per_s,
-    )
+    storage = speed.storage_bytes_per_s
+    step = simulate_step(config, models, cluster, domains=data.domains, storage_bytes_per_s=storage)
     step_s = config.train.global_batch_samples * config.data.sequence_length / tokens_per_s
     checkpoints = _checkpoints(config, models, speed, step, step_s)
     waits_s = data.steps // config.checkpoint.every_steps * checkpoints.pause_s
@@ -140,7 +137,7 @@ def _checkpoints(config: Config, models: Models, speed: Speed, step: Step, step_
     )
 
 
-def _assumptions(config: Config, cluster: Cluster, data: DataFacts, speed: Speed) -> list[str]:
+def _assumptions(config: Config, cluster: Cluster, data: PlannedData, speed: Speed) -> list[str]:
     gpu = cluster.gpu
     measured = speed.mfu is None
     speed_text = (
@@ -148,33 +145,33 @@ def _assumptions(config: Config, cluster: Cluster, data: DataFacts, speed: Speed
         if measured
         else f"speed: MFU {speed.mfu:.0%} of the peak (not measured; recomputation and waiting lower what to give)"
     )
-    found = [
+    lines = [
         f"GPU: {gpu.peak_flop_per_s / 1e12:,.0f} TFLOP/s dense bf16, {gpu.memory_bytes / 1e9:,.0f} GB; one way, GB/s: "
         f"HBM {gpu.hbm_bytes_per_s / 1e9:,.0f}, NVLink {gpu.nvlink_bytes_per_s / 1e9:,.0f}, network "
         f"{gpu.network_bytes_per_s / 1e9:,.0f}, host {gpu.host_bytes_per_s / 1e9:,.0f} ({gpu.source})",
         f"memory: by engine/memory_estimate.py; {1 - MEMORY_MARGIN:.0%} of a device is left to the allocator's holes",
         "FLOPs: 2 a weight and token, embeddings looked up, heads and the whole square of attention counted; backward "
-        "twice forward; nothing recomputed; of a mixture of experts all experts",
+        "twice forward; nothing recomputed; all experts of a mixture of experts counted",
         speed_text,
         f"controller: {data.domains} domains x {config.data.validation_samples} samples; the student "
         f"{data.measurements} times, the teacher once ({data.source})",
         f"simulated step: matmuls at {gpu.compute_efficiency:.0%} of the peak, links at {LINK_EFFICIENCY:.0%} and HBM "
         f"at {MEMORY_EFFICIENCY:.0%} of nominal, {HOST_S_PER_LAYER * 1e3:g} ms of the host a layer's pass, "
-        "data never waited for",
+        "no waiting for data",
         f"disks: {data.token_bytes} bytes a token; checkpoints written at {speed.storage_bytes_per_s / 1e9:g} GB/s in "
         f"all, {'in the background' if config.checkpoint.in_background else 'while training waits'}",
     ]
     if config.train.precision == "fp32":
-        found.append("train.precision is fp32: the peak is bf16's, and an fp32 run reaches a fraction of it")
+        lines.append("train.precision is fp32: the peak is bf16's, and an fp32 run reaches a fraction of it")
     if config.stop.discrepancy is not None:
-        found.append("stop.discrepancy may end the run earlier")
+        lines.append("stop.discrepancy may end the run earlier")
     if config.method in ("ted", "ted_filters", "doremi_proxy"):
-        found.append(f"method {config.method}: one stage alone; its filters or weights of domains are left out")
-    return found
+        lines.append(f"method {config.method}: only this stage is planned, without its filters or domain weights")
+    return lines
 
 
 def plan_json(plan: Plan) -> dict[str, Any]:
-    """What `--json` writes: bytes, seconds and FLOPs, unless a key names another unit."""
+    """Return what `--json` writes: bytes, seconds and FLOPs, unless a key names another unit."""
     flops = {"cpt": plan.flops.cpt, "kd": plan.flops.kd, "ddk": plan.flops.ddk}
     memory, step = plan.memory, plan.step
     return {
@@ -216,6 +213,6 @@ def plan_json(plan: Plan) -> dict[str, Any]:
         "shard_bytes": plan.data.shard_bytes,
         "read_bytes_per_s": plan.read_bytes_per_s,
         "checkpoint": asdict(plan.checkpoints),
-        "advice": [asdict(one) for one in plan.advice],
+        "advice": [asdict(advice) for advice in plan.advice],
         "assumptions": plan.assumptions,
     }

@@ -1,6 +1,6 @@
-"""A simulated optimizer step: computation, and what of communication it does not hide. Pure.
+"""A simulated optimizer step: computation, and the communication that computation does not hide. Pure.
 
-The model, part by part:
+The simulation, part by part:
 
 - A collective of S bytes over n ranks takes S (n - 1) / n over a bandwidth, and a latency for each of its calls. A ring
   through all ranks crosses each node's border once in each of its adapters, so between nodes the bandwidth is that of
@@ -9,10 +9,10 @@ The model, part by part:
   hop in a node, 14 us for each between nodes. NCCL 2.23 and later has faster algorithms for short messages.
 - Layers are gathered while the one before computes: a pass takes its first gather, and then the longest of
   computation, communication and the host's own time for ZeRO-3's hooks (DeepSpeed's are Python, for each module).
-- The teacher's layers come once for `teacher.micro_batches_per_pass` micro-batches, from the ranks that
+- The teacher's layers are gathered once for `teacher.micro_batches_per_pass` micro-batches, from the ranks that
   `teacher.shard_within` names. Its head is gathered by hand around the loss (engine/head.py): nothing hides it.
 - A student's backward gathers again what its forward released, and reduces bf16 gradients of every micro-batch.
-- What only moves bytes through the GPU's memory takes its bandwidth: the loss's row kernel 18 bytes a logit
+- A kernel that only moves bytes takes the bandwidth of the GPU's memory: the loss's row kernel moves 18 bytes a logit
   (docs/kernel.md), the optimizer 30 a parameter of the shard.
 """
 
@@ -26,20 +26,30 @@ from ddk_ds.config import Config
 from ddk_ds.engine.flops import teacher_runs
 from ddk_ds.engine.memory_estimate import OPTIMIZER_BYTES
 from ddk_ds.engine.model_files import COMPUTE_BYTES
-from ddk_ds.planner.gpu_memory import Models, PlannedModel
 from ddk_ds.planner.gpus import LINK_EFFICIENCY, MEMORY_EFFICIENCY, Cluster
+from ddk_ds.planner.plan_inputs import Models, PlannedModel
 
 Within = Literal["world", "node", "gpu"]
+"""Ranks that a model's shards lie on: all, those of a node, or one."""
 
 CALL_S, HOP_IN_NODE_S, HOP_BETWEEN_NODES_S = 8.4e-6, 3.4e-6, 14.0e-6
-# How far ahead a parameter's next use may be for it to stay gathered, in elements: DeepSpeed's default.
 REUSE_ELEMENTS = 1_000_000_000
-# Host time of a layer's pass: of the 704 ms a step of engine_run in docs/results/gpu_suite_h100.json, all but head and
-# optimizer, over its 76 passes of a layer (docs/planning.md).
+"""DeepSpeed's default: a parameter stays gathered if its next use is at most that many elements ahead."""
 HOST_S_PER_LAYER = 8.8e-3
-# What is left of it where layers are gathered whole: by tools/bench/bench_step.py --size host on a CPU, not on a GPU.
+"""Host's time for a pass over one layer.
+
+Of the 704 ms a step of engine_run in docs/results/gpu_suite_h100.json, all except head and optimizer, divided by its 76
+passes over a layer (docs/planning.md).
+"""
 WHOLE_LAYERS = 0.48
+"""Share of HOST_S_PER_LAYER that is left with `whole_layers`.
+
+Measured by tools/bench/bench_step.py --size host on a CPU, not on a GPU.
+"""
 ROW_KERNEL_BYTES, UPDATE_BYTES = 18, 30
+NOT_HIDDEN = "communication not hidden"
+"""Name of a part of a step, after "teacher: " or "student: "."""
+_HOST_PART = "host's hooks not hidden"
 
 
 @dataclass(frozen=True)
@@ -49,28 +59,53 @@ class Step:
     parts: dict[str, float]
     tokens: int
     flops: float
-    """Of all ranks, without what is computed again."""
+    """Model FLOPs of all ranks, nothing that is computed a second time."""
     peak_flop_per_s: float
-    """Of all ranks."""
+    """Sum of the peaks of all ranks."""
 
     @property
     def seconds(self) -> float:
-        """Of the step, with its share of measurements and checkpoints."""
+        """Return the time of the step, with its share of measurements and checkpoints."""
         return sum(self.parts.values())
 
     @property
     def tokens_per_s(self) -> float:
-        """Of all ranks."""
+        """Return the throughput of all ranks together."""
         return self.tokens / self.seconds
 
     @property
     def mfu(self) -> float:
-        """Share of the peak (model FLOPs utilisation)."""
+        """Return the model FLOPs utilisation, a share of the peak."""
         return self.flops / self.seconds / self.peak_flop_per_s
 
 
+def simulate_step(
+    config: Config,
+    models: Models,
+    cluster: Cluster,
+    *,
+    domains: int,
+    storage_bytes_per_s: float,
+    host_s_per_layer: float = HOST_S_PER_LAYER,
+) -> Step:
+    """Simulate one step of the run on that cluster, with its share of a measurement and of a checkpoint.
+
+    Raises ConfigError where the batch is not a multiple of the micro-batches of all ranks.
+    """
+    simulation = _Simulation(config, models, cluster, host_s_per_layer)
+    parts: dict[str, float] = {}
+    simulation.add_micro_batches(parts, config.micro_batches(cluster.ranks))
+    parts["optimizer"] = simulation.update_s()
+    parts["controller"] = simulation.measurement_s(domains) / config.mixture.interval_steps
+    parts["checkpoint"] = simulation.checkpoint_s(storage_bytes_per_s) / config.checkpoint.every_steps
+    tokens = config.train.global_batch_samples * config.data.sequence_length
+    teacher = models.teacher.forward_flops if models.teacher is not None and teacher_runs(config) else 0.0
+    flops = tokens * (3 * models.student.forward_flops + teacher)
+    return Step(parts, tokens, flops, cluster.ranks * cluster.gpu.peak_flop_per_s)
+
+
 def collective_s(num_bytes: float, calls: int, cluster: Cluster, within: Within = "world") -> float:
-    """Seconds of all-gathers (or reduce-scatters) of `num_bytes` in all, in so many calls."""
+    """Return the seconds that all-gathers (or reduce-scatters) of `num_bytes` in all take, made in `calls` calls."""
     ranks, nodes = {
         "world": (cluster.ranks, cluster.nodes),
         "node": (cluster.gpus_per_node, 1),
@@ -89,135 +124,117 @@ def collective_s(num_bytes: float, calls: int, cluster: Cluster, within: Within 
 
 @dataclass(frozen=True)
 class _Pass:
-    """One pass over a model's layers."""
+    """Seconds of one pass over a model's layers."""
 
     compute_s: float
     communication_s: float
     first_s: float
+    """Seconds of the first gather, which nothing hides."""
     host_s: float
 
-    def spend(self, name: str, parts: dict[str, float], times: int) -> None:
-        """Add `times` of it to the parts of a step."""
-        device = max(self.compute_s, self.communication_s)
-        over = self.first_s + device - self.compute_s
-        host = max(0.0, self.host_s - device)
-        for part, seconds in ((f"{name}: compute", self.compute_s), (f"{name}: communication not hidden", over)):
+    def add_to(self, parts: dict[str, float], model: str, times: int) -> None:
+        """Add `times` of this pass to the parts of a step; the model is "teacher" or "student"."""
+        device_s = max(self.compute_s, self.communication_s)
+        pass_parts = {
+            f"{model}: compute": self.compute_s,
+            f"{model}: {NOT_HIDDEN}": self.first_s + device_s - self.compute_s,
+            _HOST_PART: max(0.0, self.host_s - device_s),
+        }
+        for part, seconds in pass_parts.items():
             parts[part] = parts.get(part, 0.0) + times * seconds
-        parts["host's hooks not hidden"] = parts.get("host's hooks not hidden", 0.0) + times * host
 
 
 class _Simulation:
+    """One run on one cluster; methods ending in _s return seconds."""
+
     def __init__(self, config: Config, models: Models, cluster: Cluster, host_s_per_layer: float) -> None:
         self.config, self.models, self.cluster, self.host_s_per_layer = config, models, cluster, host_s_per_layer
-        self.compute = COMPUTE_BYTES[config.train.precision]
-        self.rate = cluster.gpu.peak_flop_per_s * cluster.gpu.compute_efficiency
-        self.memory_rate = cluster.gpu.hbm_bytes_per_s * MEMORY_EFFICIENCY
-        self.tokens = config.train.micro_batch_samples * config.data.sequence_length
+        self.compute_bytes = COMPUTE_BYTES[config.train.precision]
+        self.flop_per_s = cluster.gpu.peak_flop_per_s * cluster.gpu.compute_efficiency
+        self.memory_bytes_per_s = cluster.gpu.hbm_bytes_per_s * MEMORY_EFFICIENCY
+        self.micro_batch_tokens = config.train.micro_batch_samples * config.data.sequence_length
+
+    def add_micro_batches(self, parts: dict[str, float], count: int) -> None:
+        """Add a rank's `count` micro-batches of a step to the step's parts."""
+        student, teacher = self.models.student, self.models.teacher
+        num_models = 1
+        if teacher is not None and self.config.teacher is not None and teacher_runs(self.config):
+            num_models = 2
+            within, per_pass = self.config.teacher.shard_within, self.config.teacher.per_pass
+            passes = [per_pass] * (count // per_pass) + [count % per_pass] * (count % per_pass > 0)
+            for micro_batches in passes:
+                tokens = micro_batches * self.micro_batch_tokens
+                self.forward(teacher, tokens, within, skip_head=True).add_to(parts, "teacher", 1)
+            parts[f"teacher: {NOT_HIDDEN}"] += len(passes) * self.gather_s(teacher.shape.head, 1, within)
+        self.forward(student, self.micro_batch_tokens, "world").add_to(parts, "student", count)
+        self.backward(student).add_to(parts, "student", count)
+        logits = num_models * self.micro_batch_tokens * self.models.vocab_size
+        # The row kernel reads and writes the student's logits and reads the teacher's: 18 bytes for both together.
+        parts["loss: row kernel"] = count * logits * ROW_KERNEL_BYTES / 2 / self.memory_bytes_per_s
 
     def forward(self, model: PlannedModel, tokens: int, within: Within, *, skip_head: bool = False) -> _Pass:
-        """A forward pass of `tokens`; without the head where that is gathered by hand."""
+        """Return a forward pass over `tokens`; `skip_head` where the head is gathered by hand."""
         shape = model.shape
         if self.config.teacher is not None and model is self.models.teacher:
             shape = shape.at_rest(self.config.teacher, self.config.train.precision)
         elements = shape.parameters - (shape.head if skip_head else 0)
         return _Pass(
-            compute_s=tokens * model.forward_flops / self.rate,
-            communication_s=self.gather(elements, shape.layers, within),
-            first_s=self.gather(elements / max(1, shape.layers), 1, within),
-            host_s=self.hooks(model),
+            compute_s=tokens * model.forward_flops / self.flop_per_s,
+            communication_s=self.gather_s(elements, shape.layers, within),
+            first_s=self.gather_s(elements / max(1, shape.layers), 1, within),
+            host_s=self.hooks_s(model),
         )
-
-    def hooks(self, model: PlannedModel) -> float:
-        """The host's time for ZeRO-3's hooks in a pass over the layers."""
-        section = self.config.teacher if model is self.models.teacher else self.config.student
-        whole = section is not None and section.whole_layers
-        return model.shape.layers * self.host_s_per_layer * (WHOLE_LAYERS if whole else 1.0)
-
-    def gather(self, elements: float, layers: int, within: Within = "world") -> float:
-        """A call for each layer (engine/ds_config.py), or as `deepspeed:` has it."""
-        ahead = self.config.deepspeed.get("zero_optimization", {}).get("stage3_prefetch_bucket_size")
-        calls = layers if ahead is None else max(layers, math.ceil(elements / ahead))
-        return collective_s(self.compute * elements, calls, self.cluster, within)
 
     def backward(self, model: PlannedModel) -> _Pass:
-        """Two products for each of the forward pass's, and with gradient checkpointing its layers once more."""
+        """Return a backward pass: two products for each of the forward pass, and what checkpointing recomputes."""
         shape = model.shape
-        # Selectively, products and attention are not done again.
-        again = model.forward_flops - model.head_flops if self.config.student.gradient_checkpointing is True else 0.0
+        # Selective checkpointing recomputes neither products nor attention.
+        recomputes = self.config.student.gradient_checkpointing is True
+        recomputed_flops = model.forward_flops - model.head_flops if recomputes else 0.0
         # A layer at a distance d from the end is used again after 2 d elements.
         kept = min(shape.parameters, REUSE_ELEMENTS // 2)
-        gathers = self.gather(shape.parameters - kept, shape.layers) if kept < shape.parameters else 0.0
+        gathers_s = self.gather_s(shape.parameters - kept, shape.layers) if kept < shape.parameters else 0.0
         return _Pass(
-            compute_s=self.tokens * (2 * model.forward_flops + again) / self.rate,
-            communication_s=gathers + self.gather(shape.parameters, shape.layers),
+            compute_s=self.micro_batch_tokens * (2 * model.forward_flops + recomputed_flops) / self.flop_per_s,
+            communication_s=gathers_s + self.gather_s(shape.parameters, shape.layers),
             first_s=0.0,
-            host_s=self.hooks(model) * (2 if self.config.student.gradient_checkpointing else 1),
+            host_s=self.hooks_s(model) * (2 if self.config.student.gradient_checkpointing else 1),
         )
 
-    def micro_batches(self, count: int, parts: dict[str, float]) -> None:
-        """All of a rank's micro-batches of a step."""
-        student, teacher = self.models.student, self.models.teacher
-        num_models = 1
-        if teacher is not None and self.config.teacher is not None and teacher_runs(self.config):
-            num_models = 2
-            within, together = self.config.teacher.shard_within, self.config.teacher.per_pass
-            passes = [together] * (count // together) + [count % together] * (count % together > 0)
-            for taken in passes:
-                one = self.forward(teacher, taken * self.tokens, within, skip_head=True)
-                one.spend("teacher", parts, 1)
-            parts["teacher: communication not hidden"] += len(passes) * self.gather(teacher.shape.head, 1, within)
-        self.forward(student, self.tokens, "world").spend("student", parts, count)
-        self.backward(student).spend("student", parts, count)
-        logits = num_models * self.tokens * self.models.vocab_size
-        # The row kernel reads and writes the student's logits and reads the teacher's: 18 bytes for the two.
-        parts["loss: row kernel"] = count * logits * ROW_KERNEL_BYTES / 2 / self.memory_rate
+    def hooks_s(self, model: PlannedModel) -> float:
+        """Return the host's time for ZeRO-3's hooks in a pass over the layers."""
+        section = self.config.teacher if model is self.models.teacher else self.config.student
+        whole_layers = section is not None and section.whole_layers
+        return model.shape.layers * self.host_s_per_layer * (WHOLE_LAYERS if whole_layers else 1.0)
 
-    def update(self) -> float:
+    def gather_s(self, elements: float, layers: int, within: Within = "world") -> float:
+        """Return the time of gathers in one call for each layer (engine/ds_config.py), or as `deepspeed:` sets it."""
+        ahead = self.config.deepspeed.get("zero_optimization", {}).get("stage3_prefetch_bucket_size")
+        calls = layers if ahead is None else max(layers, math.ceil(elements / ahead))
+        return collective_s(self.compute_bytes * elements, calls, self.cluster, within)
+
+    def update_s(self) -> float:
+        """Return the time of the optimizer's update of a rank's shard."""
         shard = self.models.student.shape.shard(self.cluster.ranks)
-        seconds = shard * UPDATE_BYTES / self.memory_rate
+        seconds = shard * UPDATE_BYTES / self.memory_bytes_per_s
         if self.config.optimizer.offload != "none":
-            # Gradients go to the host and weights come back; the host's own update is not in it.
-            seconds += shard * (4 + self.compute) / self.cluster.gpu.host_bytes_per_s
+            # Gradients go to the host and weights come back; the host's own update is not counted.
+            seconds += shard * (4 + self.compute_bytes) / self.cluster.gpu.host_bytes_per_s
         return seconds
 
-    def measurement(self, domains: int) -> float:
-        """Perplexities of the student on all domains."""
+    def measurement_s(self, domains: int) -> float:
+        """Return the time of measuring the student's perplexity on all domains."""
         per_rank = math.ceil(self.config.data.validation_samples / self.cluster.ranks)
+        samples = min(per_rank, self.config.train.micro_batch_samples)
         passes = domains * math.ceil(per_rank / self.config.train.micro_batch_samples)
         parts: dict[str, float] = {}
-        samples = min(per_rank, self.config.train.micro_batch_samples)
-        one = self.forward(self.models.student, samples * self.config.data.sequence_length, "world")
-        one.spend("student", parts, passes)
+        forward = self.forward(self.models.student, samples * self.config.data.sequence_length, "world")
+        forward.add_to(parts, "student", passes)
         return sum(parts.values())
 
-    def checkpoint(self, storage_bytes_per_s: float) -> float:
-        """Seconds that training waits for a checkpoint: the copy to the host, or all of the writing."""
-        shape, state = self.models.student.shape, OPTIMIZER_BYTES + self.compute
+    def checkpoint_s(self, storage_bytes_per_s: float) -> float:
+        """Return the time that training waits for a checkpoint: the copy to the host, or all of the writing."""
+        shape, parameter_bytes = self.models.student.shape, OPTIMIZER_BYTES + self.compute_bytes
         if self.config.checkpoint.in_background:
-            return shape.shard(self.cluster.ranks) * state / self.cluster.gpu.host_bytes_per_s
-        return shape.parameters * state / storage_bytes_per_s
-
-
-def simulate_step(
-    config: Config,
-    models: Models,
-    cluster: Cluster,
-    *,
-    domains: int,
-    storage_bytes_per_s: float,
-    host_s_per_layer: float = HOST_S_PER_LAYER,
-) -> Step:
-    """One step of the run on that cluster, with its share of a measurement and of a checkpoint.
-
-    Raises ConfigError where the batch does not divide.
-    """
-    simulation = _Simulation(config, models, cluster, host_s_per_layer)
-    parts: dict[str, float] = {}
-    simulation.micro_batches(config.micro_batches(cluster.ranks), parts)
-    parts["optimizer"] = simulation.update()
-    parts["controller"] = simulation.measurement(domains) / config.mixture.interval_steps
-    parts["checkpoint"] = simulation.checkpoint(storage_bytes_per_s) / config.checkpoint.every_steps
-    tokens = config.train.global_batch_samples * config.data.sequence_length
-    teacher = models.teacher.forward_flops if models.teacher is not None and teacher_runs(config) else 0.0
-    flops = tokens * (3 * models.student.forward_flops + teacher)
-    return Step(parts, tokens, flops, cluster.ranks * cluster.gpu.peak_flop_per_s)
+            return shape.shard(self.cluster.ranks) * parameter_bytes / self.cluster.gpu.host_bytes_per_s
+        return shape.parameters * parameter_bytes / storage_bytes_per_s

@@ -18,9 +18,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from ddk_ds.config import Config, make_config
 from ddk_ds.engine.memory_estimate import estimate_memory
 from ddk_ds.engine.model_files import configured_shape
-from ddk_ds.planner.gpu_memory import Models, changed, estimate, plan_memory, with_micro_batch
+from ddk_ds.planner.gpu_memory import changed, estimate, plan_memory, with_micro_batch
 from ddk_ds.planner.gpus import GPUS, Cluster
 from ddk_ds.planner.known_points import dense_model, profiled_model
+from ddk_ds.planner.plan_inputs import Models
 from tools.bench.step_profile import FULL
 
 ROOT = Path(__file__).parents[3]

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import io
 import json
 import re
-from contextlib import redirect_stdout
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from ddk_ds.planner.gpus import GPUS, Gpu, find_gpu
 from ddk_ds.planner.known_points import known_points
-from ddk_ds.planner.scaling import LAYOUTS, LayoutPoint, advised
+from ddk_ds.planner.simulations import LAYOUTS, LayoutPoint, advised
 from tools import plan
+from tools.bench.docs_check import commands
 
 ROOT = Path(__file__).parents[3]
 PAGE = (ROOT / "docs/planning.md").read_text()
@@ -28,7 +28,7 @@ def in_the_repository(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_known_points() -> None:
     for point in known_points():
         numbers = f"{point.measured:,.1f} | {point.simulated:,.1f} | {point.error:+.0%}"
-        assert f"| {point.what} | {point.gpus:,} | {numbers} |" in PAGE
+        assert f"| {point.name} | {point.gpus:,} | {numbers} |" in PAGE
 
 
 def test_the_example(tmp_path: Path) -> None:
@@ -62,27 +62,36 @@ def test_the_advice(tmp_path: Path) -> None:
         assert f"| `{one['change']}` | {one['device_bytes'] / 1e9:.2f} | {fits} |" in PAGE
 
 
-def printed_by(page: str, number: int = 0) -> list[str]:
-    """Lines that the page's `number`-th Python command prints."""
-    found = re.findall(r"python - <<'END'\n(.*?)\n    END", page, re.DOTALL)
-    printed = io.StringIO()
-    with redirect_stdout(printed):
-        exec(compile(re.sub(r"(?m)^    ", "", found[number]), "docs", "exec"), {})
-    return printed.getvalue().splitlines()
+def variants_of(out: Path, number: int) -> list[tuple[list[str], list[dict[str, Any]]]]:
+    """Run the page's commands that vary `number` options; words of each command, and what it wrote as JSON."""
+    results = []
+    for command in commands(PAGE):
+        words = command.words[2:]
+        if words.count("--vary") == number:
+            assert plan.main([*words, "--json", str(out)]) == 0
+            results.append((words, json.loads(out.read_text())["variants"]))
+    return results
 
 
-def test_the_layouts_of_the_teacher() -> None:
-    lines = printed_by(PAGE)
-    assert len(lines) == 6
-    for line in lines:
-        assert line in PAGE
+def test_the_layouts_of_the_teacher(tmp_path: Path) -> None:
+    [(_, variants)] = variants_of(tmp_path / "plan.json", 2)
+    assert len(variants) == 6
+    for variant in variants:
+        within, per_pass = (item.partition("=")[2] for item in variant["overrides"])
+        assert f"| {within} | {per_pass} | {variant['tokens_per_s']:,.0f} |" in PAGE
 
 
-def test_what_nothing_hides() -> None:
-    lines = printed_by(PAGE, 2)  # the second needs a model
-    assert len(lines) == 6
-    for line in lines:
-        assert line in PAGE
+def test_communication_that_nothing_hides(tmp_path: Path) -> None:
+    rows = []
+    for words, variants in variants_of(tmp_path / "plan.json", 1):
+        link, nodes = (words[words.index(option) + 1] for option in ("--link-gb-s", "--nodes"))
+        for variant in variants:
+            [within] = (item.partition("=")[2] for item in variant["overrides"])
+            shares = " | ".join(f"{variant['not_hidden'][model]:.1%}" for model in ("teacher", "student"))
+            rows.append(f"| {link} | {8 * int(nodes)} | {within} | {shares} |")
+    assert len(rows) == 6
+    for row in rows:
+        assert row in PAGE
 
 
 def test_layouts_by_size_and_network(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

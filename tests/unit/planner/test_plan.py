@@ -235,6 +235,9 @@ def test_a_gpu_of_ones_own(tmp_path: Path) -> None:
         (["--config", "nowhere.yaml"], "--config nowhere.yaml: there is no such file"),
         (["--json", "/nowhere/plan.json"], "--json /nowhere/plan.json: cannot be written"),
         (["--scaling", "/nowhere/plan.png"], "--scaling /nowhere/plan.png: cannot be written"),
+        (["--vary", "train.precision"], "--vary train.precision: write key=value,value,..."),
+        (["--vary", "train.precision=bf16,"], "--vary train.precision=bf16,: write key=value,value,..."),
+        (["--vary", "train.precision=bf16,fp8"], "train.precision"),
         (["--scaling", "plan.xyz"], "--scaling plan.xyz: cannot be written"),
     ],
 )
@@ -282,6 +285,19 @@ def test_a_bad_gpu_file(content: str, message: str, tmp_path: Path, capsys: pyte
     assert plan.main(["--config", str(PAPER), "--gpu", str(gpu)]) == 2
     error = capsys.readouterr().err
     assert error.startswith(f"error: --gpu {gpu}: ") and message in error
+
+
+def test_options_are_varied_in_every_combination(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    varied = ["--vary", "student.gradient_checkpointing=true,false", "--vary", "method=cpt"]
+    found = planned(tmp_path, *CLUSTER, *varied, "teacher=null")
+    assert [variant["overrides"] for variant in found["variants"]] == [
+        ["student.gradient_checkpointing=true", "method=cpt"],
+        ["student.gradient_checkpointing=false", "method=cpt"],
+    ]
+    again, once = found["variants"]
+    assert again["step_s"] > once["step_s"] and list(once["not_hidden"]) == ["student"]
+    printed = capsys.readouterr().out
+    assert f"{again['tokens_per_s']:,.0f}" in printed and "student waits" in printed and "teacher waits" not in printed
 
 
 def test_what_must_be_given(capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,10 +8,11 @@ import pytest
 
 from ddk_ds.config import Config, make_config
 from ddk_ds.errors import ConfigError
-from ddk_ds.planner.gpu_memory import Models, changed
+from ddk_ds.planner.gpu_memory import changed
 from ddk_ds.planner.gpus import GPUS, Cluster, Gpu
 from ddk_ds.planner.known_points import DEEPSPEED, FOUNDRY, HERE, dense_model, known_points
-from ddk_ds.planner.scaling import MOST_GPUS, clusters, scaling
+from ddk_ds.planner.plan_inputs import Models
+from ddk_ds.planner.simulations import MOST_GPUS, clusters, simulate_scaling
 from ddk_ds.planner.step_time import HOST_S_PER_LAYER, Step, collective_s, simulate_step
 
 A100 = GPUS["a100-80g"]
@@ -125,7 +126,7 @@ def test_scaling_reaches_from_2_to_1024() -> None:
     assert [at.ranks for at in clusters(cluster)] == [2**n for n in range(1, 11)]
     assert [at.ranks for at in clusters(Cluster(A100, 1, 6))][:5] == [2, 4, 6, 12, 24]
     assert [at.ranks for at in clusters(Cluster(A100, 4, 1))][:3] == [2, 4, 8]
-    strong, larger, weak = scaling(config_of(), MODELS, cluster, domains=10, storage_bytes_per_s=5e9)
+    strong, larger, weak = simulate_scaling(config_of(), MODELS, cluster, domains=10, storage_bytes_per_s=5e9)
     assert [point.gpus for point in strong.points][-1] == 256  # one sample a GPU
     assert [point.gpus for point in larger.points][-1] == MOST_GPUS
     assert {point.global_batch_samples // point.gpus for point in weak.points} == {16}
@@ -138,11 +139,11 @@ def test_scaling_reaches_from_2_to_1024() -> None:
 def test_known_points() -> None:
     points = known_points()
     within = {
-        FOUNDRY: lambda what: 0.30 if "checkpointing" in what else 0.11,
-        DEEPSPEED: lambda what: 0.20,
-        HERE: lambda what: 0.35 if "plain" in what else 0.05,
+        FOUNDRY: lambda name: 0.30 if "checkpointing" in name else 0.11,
+        DEEPSPEED: lambda name: 0.20,
+        HERE: lambda name: 0.35 if "plain" in name else 0.05,
     }
     assert {point.source for point in points} == set(within)
     assert max(point.gpus for point in points) == 1024
     for point in points:
-        assert abs(point.error) <= within[point.source](point.what), point
+        assert abs(point.error) <= within[point.source](point.name), point

@@ -1,0 +1,231 @@
+"""The simulated step on many clusters, with every place of the teacher's weights, and with other options. Pure.
+
+`simulate_scaling` varies the number of GPUs and the batch; `simulate_layouts` the number of GPUs, the network and
+where the teacher's weights lie; `simulate_variants` any options of the configuration.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import product
+from pathlib import Path
+
+from ddk_ds.config import Config, load_config
+from ddk_ds.engine.memory_estimate import fewest_passes
+from ddk_ds.errors import ConfigError
+from ddk_ds.planner.gpu_memory import changed, plan_memory
+from ddk_ds.planner.gpus import Cluster
+from ddk_ds.planner.plan_inputs import Models, find_inputs
+from ddk_ds.planner.step_time import NOT_HIDDEN, simulate_step
+
+MOST_GPUS = 1024
+LINKS_BYTES_PER_S = (3e9, 25e9, 100e9)
+"""Networks that layouts are compared on: bytes/s for each GPU, one direction."""
+LAYOUTS = (("world", False), ("world", True), ("node", False), ("node", True), ("gpu", False))
+"""`teacher.shard_within`, and True where a pass takes as many micro-batches as memory holds.
+
+Within a GPU nothing is gathered, so that fewer passes save nothing there.
+"""
+_EQUAL = 0.01
+"""Speeds that differ by a smaller share count as equal: the simulation is no better than that."""
+
+
+@dataclass(frozen=True)
+class ScalingPoint:
+    """The simulated step on one number of GPUs."""
+
+    gpus: int
+    global_batch_samples: int
+    micro_batch_samples: int
+    step_s: float
+    tokens_per_s: float
+    mfu: float
+    fits: bool
+    """True if a device's memory holds it."""
+
+
+@dataclass(frozen=True)
+class Curve:
+    """The points of strong or weak scaling, by number of GPUs."""
+
+    name: str
+    points: list[ScalingPoint]
+
+
+def simulate_scaling(
+    config: Config, models: Models, cluster: Cluster, *, domains: int, storage_bytes_per_s: float
+) -> list[Curve]:
+    """Simulate strong scaling with the configured batch and with one that reaches MOST_GPUS, and weak scaling.
+
+    Weak scaling keeps the samples of a GPU and step as they are on `cluster`. The micro-batch is the configured one,
+    or the largest smaller one that divides a GPU's samples.
+    """
+
+    def point(at: Cluster, samples: int) -> ScalingPoint:
+        scaled = _with_batch(config, samples, at.ranks)
+        step = simulate_step(scaled, models, at, domains=domains, storage_bytes_per_s=storage_bytes_per_s)
+        fits = plan_memory(scaled, models, at).fits
+        micro_batch = scaled.train.micro_batch_samples
+        return ScalingPoint(at.ranks, samples, micro_batch, step.seconds, step.tokens_per_s, step.mfu, fits)
+
+    def strong(samples: int) -> Curve:
+        points = [point(at, samples) for at in clusters(cluster) if samples % at.ranks == 0]
+        return Curve(f"strong, {samples:,} samples a step", points)
+
+    batch, larger = config.train.global_batch_samples, _batch_for_most(config)
+    per_gpu = max(1, batch // cluster.ranks)
+    weak = Curve(
+        f"weak, {per_gpu:,} samples a GPU and step",
+        [point(at, per_gpu * at.ranks) for at in clusters(cluster)],
+    )
+    return [strong(batch), *([strong(larger)] if larger > batch else []), weak]
+
+
+def clusters(cluster: Cluster) -> Iterator[Cluster]:
+    """Yield 2, 4, 8, ... GPUs of one node, then 1, 2, 4, ... complete nodes, up to MOST_GPUS."""
+    gpus = 2
+    while gpus < cluster.gpus_per_node:
+        yield replace(cluster, nodes=1, gpus_per_node=gpus)
+        gpus *= 2
+    yield from (at for at in _complete_nodes(cluster) if at.ranks > 1)
+
+
+def _complete_nodes(cluster: Cluster) -> Iterator[Cluster]:
+    nodes = 1
+    while nodes * cluster.gpus_per_node <= MOST_GPUS:
+        yield replace(cluster, nodes=nodes)
+        nodes *= 2
+
+
+def _batch_for_most(config: Config) -> int:
+    """Double the configured global batch until each of MOST_GPUS has a sample."""
+    samples = config.train.global_batch_samples
+    while samples < MOST_GPUS:
+        samples *= 2
+    return samples
+
+
+def _with_batch(config: Config, samples: int, ranks: int) -> Config:
+    """Set the global batch, and the largest micro-batch up to the configured one that divides a rank's samples."""
+    per_rank = samples // ranks
+    largest = min(config.train.micro_batch_samples, per_rank)
+    micro_batch = next(n for n in range(largest, 0, -1) if per_rank % n == 0)
+    return changed(config, train={"global_batch_samples": samples, "micro_batch_samples": micro_batch})
+
+
+@dataclass(frozen=True)
+class LayoutPoint:
+    """The simulated step with one place of the teacher's weights, on one cluster."""
+
+    link_bytes_per_s: float
+    """Bandwidth of the network for each GPU, one direction."""
+    gpus: int
+    shard_within: str
+    micro_batches_per_pass: int
+    tokens_per_s_per_gpu: float
+    device_bytes: int
+    fits: bool
+    several: bool
+    """True if more than one micro-batch a pass was looked for."""
+
+    @property
+    def name(self) -> str:
+        """Return the layout as tables and pictures name it."""
+        return f"{self.shard_within}, n a pass" if self.several else self.shard_within
+
+
+def simulate_layouts(
+    config: Config, models: Models, cluster: Cluster, *, domains: int, storage_bytes_per_s: float
+) -> list[LayoutPoint]:
+    """Simulate every layout on 1, 2, 4, ... nodes like those of `cluster`, up to MOST_GPUS, by three networks.
+
+    The batch is the configured one, doubled until MOST_GPUS have a sample each. Raises ConfigError without a teacher.
+    """
+    if config.teacher is None or models.teacher is None:
+        raise ConfigError(f"--layouts: method {config.method} has no teacher whose weights could lie anywhere")
+    samples = _batch_for_most(config)
+
+    def point(at: Cluster, within: str, several: bool) -> LayoutPoint:
+        teacher = {"shard_within": within, "micro_batches_per_pass": 1}
+        placed = changed(_with_batch(config, samples, at.ranks), teacher=teacher)
+        most = placed.micro_batches(at.ranks) if several else 1
+        chosen = fewest_passes(placed, most, lambda tried: plan_memory(tried, models, at).fits)
+        step = simulate_step(chosen, models, at, domains=domains, storage_bytes_per_s=storage_bytes_per_s)
+        memory = plan_memory(chosen, models, at)
+        return LayoutPoint(
+            link_bytes_per_s=at.gpu.network_bytes_per_s,
+            gpus=at.ranks,
+            shard_within=within,
+            micro_batches_per_pass=chosen.per_pass,
+            tokens_per_s_per_gpu=step.tokens_per_s / at.ranks,
+            device_bytes=memory.device_bytes,
+            fits=memory.fits,
+            several=several,
+        )
+
+    points = []
+    for link in LINKS_BYTES_PER_S:
+        gpu = cluster.gpu.model_copy(update={"network_bytes_per_s": link})
+        for at in _complete_nodes(replace(cluster, gpu=gpu)):
+            points += [point(at, within, several) for within, several in LAYOUTS]
+    return points
+
+
+def advised(points: Sequence[LayoutPoint]) -> LayoutPoint | None:
+    """Choose among one cluster's layouts the fastest that fits, among equally fast ones that of the least memory.
+
+    None if no layout fits.
+    """
+    fitting = [point for point in points if point.fits]
+    best = max((point.tokens_per_s_per_gpu for point in fitting), default=0.0)
+    equal = [point for point in fitting if point.tokens_per_s_per_gpu >= (1 - _EQUAL) * best]
+    return min(equal, key=lambda point: point.device_bytes, default=None)
+
+
+@dataclass(frozen=True)
+class Variant:
+    """The simulated step with one combination of options."""
+
+    overrides: tuple[str, ...]
+    """The options as they are written on the command line, key=value."""
+    step_s: float
+    tokens_per_s: float
+    mfu: float
+    not_hidden: dict[str, float]
+    """Share of the step that is communication behind no computation, by model ("teacher", "student")."""
+    fits: bool
+
+
+def simulate_variants(
+    config_file: Path,
+    overrides: Sequence[str],
+    varied: Sequence[str],
+    cluster: Cluster,
+    *,
+    model_dirs: tuple[Path, ...],
+    storage_bytes_per_s: float,
+) -> list[Variant]:
+    """Simulate the step for every combination of values; each item of `varied` is one option, "key=value,value,...".
+
+    Raises ConfigError where an item is not written so, or a combination is no valid configuration.
+    """
+    choices = []
+    for item in varied:
+        key, equals, values = item.partition("=")
+        if not (key and equals and all(values.split(","))):
+            raise ConfigError(f"--vary {item}: write key=value,value,...")
+        choices.append([f"{key}={value}" for value in values.split(",")])
+    variants = []
+    for combination in product(*choices):
+        config = load_config(config_file, [*overrides, *combination])
+        models, data = find_inputs(config, model_dirs)
+        step = simulate_step(config, models, cluster, domains=data.domains, storage_bytes_per_s=storage_bytes_per_s)
+        not_hidden = {
+            model: step.parts[f"{model}: {NOT_HIDDEN}"] / step.seconds
+            for model in ("teacher", "student")
+            if f"{model}: {NOT_HIDDEN}" in step.parts
+        }
+        fits = plan_memory(config, models, cluster).fits
+        variants.append(Variant(combination, step.seconds, step.tokens_per_s, step.mfu, not_hidden, fits))
+    return variants
