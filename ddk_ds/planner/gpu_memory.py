@@ -1,4 +1,4 @@
-"""Memory of a run's devices and hosts by part (`engine.memory_estimate`), and the largest micro-batch that fits. Pure."""
+"""Memory of a run's devices and hosts by part (engine/memory_estimate.py), and the largest micro-batch. Pure."""
 
 from __future__ import annotations
 
