@@ -98,7 +98,7 @@ def estimate_memory(
     zero = {name: int(raw.get(f"stage3_{name}", raw.get(name, default))) for name, default in defaults.items()}
     compute = COMPUTE_BYTES[config.train.precision]
     if teacher is not None and config.teacher is not None:
-        teacher = teacher.at_rest(config.teacher, config.train.precision)
+        teacher = teacher.as_sharded(config.teacher, config.train.precision)
     shard = student.shard(world_size)
     resident: dict[str, int] = {"CUDA context and NCCL": CONTEXT_BYTES if device_type == "cuda" else 0}
     host = {"process": PROCESS_BYTES}

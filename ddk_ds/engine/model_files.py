@@ -1,9 +1,6 @@
-"""What transformers 4 and 5 do differently; nothing else asks which of them is there.
+"""A model's files before it is loaded: their place, the tensors in them, their fingerprint and the model's shape.
 
-A model's files before any of them is loaded: where they lie, which tensors they hold, what identifies them.
-
-What memory, gathers and buckets depend on of a model: counts of elements, from its config.json and its tensors'
-headers. Pure.
+Everything here is read from config.json and from the headers of the weights.
 """
 
 from __future__ import annotations
@@ -13,12 +10,13 @@ import json
 import math
 import re
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import transformers
+import torch
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
 
 from ddk_ds.comm import Comm, raise_together
 from ddk_ds.config import Model
@@ -26,51 +24,31 @@ from ddk_ds.config.sections import Teacher
 from ddk_ds.errors import ConfigError, UserError
 from ddk_ds.kernels import LogitForm
 
-# mypy sees one of the two versions.
+# Its place differs between transformers 4 and 5; mypy sees one of the two versions.
 try:
-    from transformers.conversion_mapping import (  # type: ignore[import-not-found,unused-ignore]
-        get_model_conversion_mapping as _transforms,
-    )
     from transformers.initialization import no_init_weights  # type: ignore[import-not-found,unused-ignore]
 except ImportError:
     from transformers.modeling_utils import no_init_weights  # type: ignore[attr-defined,no-redef,unused-ignore]
 
-    def _transforms(model: Any) -> list[Any]:  # type: ignore[misc,unused-ignore]
-        return []
-
-
-__all__ = ["model_names", "no_init_weights"]
-
-
-def model_names(model: Any, stored: Iterable[str]) -> dict[str, str]:
-    """The model's name of a tensor -> its name in a checkpoint, which transformers 5 may have given another one.
-
-    Raises ConfigError where transformers 5 computes the model's tensors from the stored ones (experts into one).
-    """
-    transforms = _transforms(model)
-    names = {}
-    for source in sorted(stored):
-        name = source
-        for transform in transforms:
-            name, pattern = transform.rename_source_key(name)
-            if pattern is not None and hasattr(transform, "operations"):
-                raise ConfigError(
-                    f"{type(model).__name__}: transformers {transformers.__version__} does not take {source} as it is "
-                    "stored, and sharded loading cannot convert it; install transformers<5"
-                )
-        names[name] = source
-    return names
-
-
+COMPUTE_BYTES = {"bf16": 2, "fp32": 4}
+# Files of a model that are downloaded from the hub.
 _PATTERNS = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "README.md", "LICENSE*", "NOTICE*"]
-# What some models do to hidden @ weight: Cohere and Falcon-H1 multiply, Granite divides, Gemma bends by tanh.
+# Keys for what some models do to hidden @ weight: Cohere and Falcon-H1 multiply, Granite divides, Gemma applies tanh.
 _MULTIPLIERS = ("logit_scale", "lm_head_multiplier")
 _DIVISOR = "logits_scaling"
 _SOFTCAP = "final_logit_softcapping"
+_HEADS = ("lm_head.weight", "embed_out.weight", "output.weight")
+# Tensors of older checkpoints that are not parameters: rotary frequencies and attention masks.
+_BUFFERS = re.compile(r"(\.inv_freq|\.masked_bias|\.attn\.bias|\.attention\.bias)$")
+_LAYER = re.compile(r"^(.*?\.\d+)\.")
+# The first matrix of an MLP without a gate (GPT-2 and StarCoder; OPT, Phi; GPT-J; GPT-NeoX, Bloom, Falcon).
+_PLAIN_MLP = re.compile(r"\.(c_fc|fc1|fc_in|dense_h_to_4h)\.weight$")
+# Architectures whose output head is the embedding if config.json does not say otherwise.
+_TIED_BY_DEFAULT = ("gpt_bigcode", "gpt2")
 
 
 class StoredTensor(NamedTuple):
-    """Where a tensor of a checkpoint lies, and its shape."""
+    """The file that holds a tensor of a checkpoint, and the tensor's shape."""
 
     file: Path
     shape: tuple[int, ...]
@@ -78,33 +56,33 @@ class StoredTensor(NamedTuple):
 
 @dataclass(frozen=True)
 class ModelFiles:
-    """A causal language model on disk."""
+    """A causal language model on disk: its directory, config.json and tensors."""
 
     directory: Path
     config: dict[str, Any]
     tensors: dict[str, StoredTensor]
-    """By name in the checkpoint."""
+    """The tensors by their names in the checkpoint."""
 
     @property
     def logit_form(self) -> LogitForm:
-        """What the model does to the products of its output head."""
+        """Return the scale and the softcap that the model applies to the products of its output head."""
         scale = math.prod(float(self.config.get(key) or 1) for key in _MULTIPLIERS)
         scale /= float(self.config.get(_DIVISOR) or 1)
         return LogitForm(scale, float(self.config.get(_SOFTCAP) or 0))
 
     @property
     def num_layers(self) -> int:
-        """Decoder layers."""
+        """Return the number of decoder layers."""
         return int(self.config.get("num_hidden_layers") or self.config["n_layer"])
 
     @property
     def width(self) -> int:
-        """Width of the hidden states."""
+        """Return the width of the hidden states."""
         return int(self.config.get("hidden_size") or self.config["n_embd"])
 
     @property
     def fingerprint(self) -> str:
-        """Hash of the configuration and of every tensor's name, shape, dtype and sampled bytes."""
+        """Return a hash of config.json, of all tensors' names, shapes and dtypes, and of samples of their bytes."""
         digest = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
         for file in sorted({tensor.file for tensor in self.tensors.values()}):
             header, start = _header(file)
@@ -114,9 +92,10 @@ class ModelFiles:
 
 
 def model_directory(path: str, key: str, comm: Comm) -> Path:
-    """The directory `path`, or the hub's snapshot of the model of that name, downloaded once a node. Collective.
+    """Return the directory `path`, or the snapshot of the hub's model of that name. Collective.
 
-    Raises ConfigError on every rank, naming the configuration key, if any node can have neither.
+    Each node downloads the model once. Raises ConfigError on every rank if a node can get neither; it names `key`, the
+    configuration key.
     """
     if all(comm.gather_objects(Path(path).is_dir())):
         return Path(path)
@@ -125,7 +104,7 @@ def model_directory(path: str, key: str, comm: Comm) -> Path:
 
     error: UserError | None = None
     try:
-        # The node's first rank downloads; the others find the files in the cache afterwards.
+        # The first rank of each node downloads; the others then find the files in the cache.
         if comm.local_rank == 0:
             snapshot_download(path, allow_patterns=_PATTERNS)
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as failure:
@@ -136,9 +115,9 @@ def model_directory(path: str, key: str, comm: Comm) -> Path:
 
 
 def read_model(directory: Path, key: str) -> ModelFiles:
-    """What lies in a model's directory; `key` is the configuration key named in errors.
+    """Read a model's config.json and the headers of its weights.
 
-    Raises ConfigError where config.json or safetensors are missing.
+    Raises ConfigError if config.json or safetensors are missing; it names `key`, the configuration key.
     """
     config_file = directory / "config.json"
     if not config_file.is_file():
@@ -148,27 +127,29 @@ def read_model(directory: Path, key: str) -> ModelFiles:
 
 
 def configured_files(config: Path) -> ModelFiles:
-    """The model that a Hugging Face configuration (JSON) describes, as if it lay there: `file` of a tensor holds none.
+    """Return the files that the model of a Hugging Face configuration (a JSON file) would have.
 
-    Nothing of it is built in memory.
+    No weights exist: the `file` of each tensor is the configuration. Nothing of the model is built in memory.
     """
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    from ddk_ds.engine.model_files import no_init_weights
-
     values = json.loads(config.read_text())
-    with no_init_weights(), torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**values))
-    model.tie_weights()
+    model = meta_model(AutoConfig.for_model(**values))
     tensors = {name: StoredTensor(config, tuple(tensor.shape)) for name, tensor in model.named_parameters()}
     return ModelFiles(config.parent, values, tensors)
 
 
-def check_code(files: ModelFiles, key: str, *, trusted: bool) -> None:
-    """Raise ConfigError where the model needs Python code of its own directory, and the configuration trusts none."""
-    from transformers import CONFIG_MAPPING
+def meta_model(hf_config: Any, *, trusted: bool = False) -> Any:
+    """Build a transformers model on the meta device, where its tensors have shapes but no memory, with tied weights.
 
+    `trusted` permits Python code of the model's own directory.
+    """
+    with no_init_weights(), torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(hf_config, trust_remote_code=trusted)
+    model.tie_weights()
+    return model
+
+
+def check_code(files: ModelFiles, key: str, *, trusted: bool) -> None:
+    """Raise ConfigError if the model needs Python code of its own directory and the configuration does not trust it."""
     if "auto_map" not in files.config or files.config.get("model_type") in CONFIG_MAPPING:
         return
     if not trusted:
@@ -203,86 +184,79 @@ def _tensor_files(directory: Path, key: str) -> dict[str, StoredTensor]:
 
 
 def _header(file: Path) -> tuple[dict[str, Any], int]:
-    # safetensors: 8 bytes of little-endian length, a JSON header, then the tensors' bytes.
+    """Return the JSON header of a safetensors file and the position of its first tensor byte."""
+    # The format: 8 bytes of little-endian length, a JSON header of that length, the tensors' bytes.
     with file.open("rb") as stream:
         (length,) = struct.unpack("<Q", stream.read(8))
         return json.loads(stream.read(length)), 8 + length
 
 
 def _sample(file: Path, start: int, pieces: int = 64, piece_bytes: int = 65536) -> bytes:
-    # Hashing 28 GB would take minutes on every start: 64 spread pieces tell two trainings of a model apart, since
-    # every tensor changes in every step. A file of up to 4 MiB is hashed whole.
+    # Hashing 28 GB would take minutes on every start. 64 pieces spread over the file distinguish two trainings of a
+    # model, because every tensor changes in every step. A file of up to 4 MiB is hashed completely.
     size = file.stat().st_size - start
     if size <= pieces * piece_bytes:
         offsets = [start + i for i in range(0, size, piece_bytes)]
     else:
         offsets = [start + (size - piece_bytes) * i // (pieces - 1) for i in range(pieces)]
     with file.open("rb") as stream:
-        taken = []
+        samples = []
         for offset in offsets:
             stream.seek(offset)
-            taken.append(stream.read(piece_bytes))
-    return b"".join(taken)
-
-
-COMPUTE_BYTES = {"bf16": 2, "fp32": 4}
-_HEADS = ("lm_head.weight", "embed_out.weight", "output.weight")
-# What older checkpoints store beside parameters: rotary frequencies and attention masks.
-_BUFFERS = re.compile(r"(\.inv_freq|\.masked_bias|\.attn\.bias|\.attention\.bias)$")
-_LAYER = re.compile(r"^(.*?\.\d+)\.")
-# First matrix of an MLP without a gate (GPT-2 and StarCoder; OPT, Phi; GPT-J; GPT-NeoX, Bloom, Falcon).
-_PLAIN_MLP = re.compile(r"\.(c_fc|fc1|fc_in|dense_h_to_4h)\.weight$")
-# Architectures whose output head is the embedding where config.json does not say.
-_TIED_BY_DEFAULT = ("gpt_bigcode", "gpt2")
+            samples.append(stream.read(piece_bytes))
+    return b"".join(samples)
 
 
 @dataclass(frozen=True)
 class ModelShape:
-    """What memory depends on of a model; counts of elements."""
+    """The sizes of a model on which memory, gathers and buckets depend; counts of elements unless stated otherwise."""
 
     tensors: tuple[int, ...]
     """Elements of each parameter, tied ones once."""
     largest_layer: int
     """Elements of the largest layer."""
     head: int
-    """Elements of the output head, which is the embedding's where they are tied."""
+    """Elements of the output head; those of the embedding if they are tied."""
     layers: int
     hidden: int
     attention: int
-    """Width of queries and of the attention's output: heads x their size."""
+    """Width of queries and of the attention's output: heads x size of a head."""
     key_value: int
     """Width of keys and of values."""
     intermediate: int
-    """Width of the MLP that a token goes through; of a mixture of experts: of all experts that it goes to."""
+    """Width of the MLP; in a mixture of experts, of all experts together that one token uses."""
     gated: bool
-    """Whether the MLP multiplies two of its products: it then keeps four tensors of that width, otherwise two."""
+    """True if the MLP multiplies two of its products; it then keeps four tensors of that width, otherwise two."""
     heads: int
     matrices: tuple[int, ...] = ()
-    """Elements of those of `tensors` that are matrices of the layers."""
+    """Elements of each matrix in the layers; these are part of `tensors`."""
 
     @property
     def parameters(self) -> int:
-        """Elements of all parameters."""
+        """Return the number of elements of all parameters."""
         return sum(self.tensors)
 
     def shard(self, world_size: int) -> int:
-        """Elements of one rank's shards: ZeRO-3 pads each tensor to a multiple of the ranks."""
+        """Return the elements of one rank's shards; ZeRO-3 pads each tensor to a multiple of the number of ranks."""
         return sum(math.ceil(tensor / world_size) for tensor in self.tensors)
 
-    def at_rest(self, model: Model, precision: str) -> ModelShape:
-        """In elements as ZeRO-3 holds and gathers them: of the compute dtype, two or four weights of 8 bits in one."""
+    def as_sharded(self, model: Model, precision: str) -> ModelShape:
+        """Return the shape in elements of the compute dtype, as ZeRO-3 holds and gathers the weights.
+
+        It differs from this shape for a teacher in 8 bits: one element then holds two (bf16) or four (fp32) weights.
+        """
         if not isinstance(model, Teacher) or model.quantize == "none":
             return self
-        in_one = COMPUTE_BYTES[precision]
+        weights_per_element = COMPUTE_BYTES[precision]
         others = list(self.tensors)
         for matrix in self.matrices:
             others.remove(matrix)
-        small = (*others, *(matrix // in_one for matrix in self.matrices))
-        return replace(self, tensors=small, largest_layer=self.largest_layer // in_one)
+        small = (*others, *(matrix // weights_per_element for matrix in self.matrices))
+        return replace(self, tensors=small, largest_layer=self.largest_layer // weights_per_element)
 
 
 def model_shape(files: ModelFiles) -> ModelShape:
-    """The shape of a model from its config.json and its tensors' headers."""
+    """Return the shape of a model from its config.json and the headers of its weights."""
     values = {**files.config, **files.config.get("text_config", {})}
     sizes = {name: math.prod(t.shape) for name, t in files.tensors.items() if not _BUFFERS.search(name)}
     heads = [name for name in sizes if name.endswith(_HEADS)]
@@ -317,7 +291,7 @@ def model_shape(files: ModelFiles) -> ModelShape:
 
 
 def configured_shape(config: Path) -> ModelShape:
-    """The shape of the model that a Hugging Face configuration (JSON) describes: nothing of it is built in memory."""
+    """Return the shape of the model that a Hugging Face configuration (a JSON file) describes, without building it."""
     return model_shape(configured_files(config))
 
 

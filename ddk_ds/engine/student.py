@@ -1,4 +1,4 @@
-"""The student on its ZeRO-3 engine, and what both models are built by."""
+"""The student on its ZeRO-3 engine, and the sharded loading of a model, which the teacher uses too."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from ddk_ds.engine.ds_config import bucket_sizes, student_ds_config
 from ddk_ds.engine.filters import FilterShape, LayerFilters, build_filters
 from ddk_ds.engine.head import HeadFunction, OutputHead, StudentRoot
 from ddk_ds.engine.layers import checkpoint_layers, prepare_layers, use_causal_kernels
-from ddk_ds.engine.model_files import ModelFiles, model_shape, no_init_weights
+from ddk_ds.engine.model_files import ModelFiles, meta_model, model_shape, no_init_weights
 from ddk_ds.engine.process_memory import freed_at_once
 from ddk_ds.engine.stage_clock import StageClock, time_gathers, time_reductions
 from ddk_ds.engine.weights import load_weights, source_names
@@ -28,25 +28,30 @@ from ddk_ds.engine.zero_shards import ShardWriter
 from ddk_ds.errors import ConfigError
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+"""Compute dtypes by `train.precision`."""
 
 
 @dataclass
 class Student:
-    """The model in training: its engine, whose root is a `StudentRoot`, and its parameters by their names on disk."""
+    """The model in training: its engine, whose root module is a `StudentRoot`, and its parameters by names on disk."""
 
     engine: Any
     parameters: dict[str, nn.Parameter]
     clock: StageClock
 
     def __call__(self, input_ids: torch.Tensor, function: HeadFunction) -> Any:
-        """input_ids (B, L) -> function(hidden (B*L, H), head), through the engine: also in evaluation."""
+        """Return `function(hidden, head)` for token ids (B, L), with hidden states (B*L, H), in an engine's pass."""
         with self.clock.stage("forward"):
             return self.engine(input_ids, self._timed(function))
 
     def filtered(
         self, input_ids: torch.Tensor, function: HeadFunction | None, teacher_states: Sequence[torch.Tensor]
     ) -> tuple[Any, tuple[list[torch.Tensor], list[torch.Tensor]]]:
-        """As a call, and beside it the matched layers' hidden states of both models through their filters."""
+        """Return the result of `__call__` (None without a function), and the filtered hidden states of both models.
+
+        `teacher_states` are the teacher's hidden states (B*L, Ht) of each layer that TED matches. The two lists, first
+        the student's and then the teacher's, hold one tensor for each pair of matched layers.
+        """
         with self.clock.stage("forward"):
             return self.engine(input_ids, None if function is None else self._timed(function), teacher_states)
 
@@ -59,18 +64,18 @@ class Student:
 
     @property
     def filters(self) -> LayerFilters:
-        """TED's, in a run that has them."""
+        """Return TED's filters; None in a run of another method."""
         return self.engine.module.filters
 
     def backward(self, loss: torch.Tensor, *, last: bool) -> None:
-        """Accumulate the gradient of a micro-batch's loss; `last`: it is the step's last, `update` follows."""
+        """Accumulate the gradient of a micro-batch's loss. `last` marks the step's last one, before `update`."""
         with self.clock.stage("backward"):
             self.engine.backward(loss, scale_wrt_gas=False)
             if not last:
                 self.engine.step()
 
     def update(self, learning_rate: float) -> float:
-        """Apply the optimizer after the last micro-batch; returns the global gradient norm before clipping."""
+        """Update the weights after the last micro-batch, and return the global gradient norm before clipping."""
         for group in self.engine.optimizer.param_groups:
             group["lr"] = learning_rate
         with self.clock.stage("optimizer"):
@@ -78,9 +83,10 @@ class Student:
         return float(self.engine.get_global_grad_norm())
 
     def save(self, directory: Path, tag: str, client_state: dict[str, Any], *, background: bool) -> None:
-        """Begin to write this rank's shards of weights and optimizer, and the run's own state, to directory/tag.
+        """Write this rank's shards of weights and optimizer, and `client_state`, the run's own state, to directory/tag.
 
-        In the background training may go on: see `saving` and `saved`. Collective.
+        With `background` this returns when the tensors are copied to the host, and training can continue while they are
+        written; `save_pending` and `wait_for_save` tell when they are. Collective.
         """
         self.engine.checkpoint_engine.begin(background=background)
         self.engine.save_checkpoint(
@@ -92,32 +98,35 @@ class Student:
         )
 
     @property
-    def saving(self) -> bool:
-        """Whether this rank still writes what `save` began."""
-        return self.engine.checkpoint_engine.busy
+    def save_pending(self) -> bool:
+        """Return True while this rank is still writing the files of the last `save`."""
+        return self.engine.checkpoint_engine.pending
 
-    def saved(self) -> tuple[dict[Path, tuple[int, str]], str]:
-        """This rank's files with their bytes and xxh64, once they are written; why one could not be, or ""."""
+    def wait_for_save(self) -> tuple[dict[Path, tuple[int, str]], str]:
+        """Wait for the last `save`; return this rank's files with bytes and xxh64, and an error message or ""."""
         return self.engine.checkpoint_engine.wait()
 
     def load(self, directory: Path, tag: str, *, universal: bool = False) -> dict[str, Any]:
-        """Restore what `save` wrote on as many ranks, or a universal checkpoint; returns the run's own state."""
+        """Load a checkpoint that `save` wrote on the same number of ranks, and return the run's own state. Collective.
+
+        With `universal` it is a universal checkpoint, which any number of ranks can load.
+        """
         groups = [{k: v for k, v in group.items() if k != "params"} for group in self.engine.optimizer.param_groups]
         self.engine._config.load_universal_checkpoint = universal
-        # What is frozen is not saved: it is as it was loaded from the model's own files.
-        whole = all(parameter.requires_grad for parameter in self.engine.module.parameters())
-        path, client_state = self.engine.load_checkpoint(str(directory), tag=tag, load_module_strict=whole)
+        # Frozen parameters are not saved; they are as they were loaded from the model's own files.
+        strict = all(parameter.requires_grad for parameter in self.engine.module.parameters())
+        path, client_state = self.engine.load_checkpoint(str(directory), tag=tag, load_module_strict=strict)
         assert path is not None, f"DeepSpeed found no checkpoint in {directory}/{tag}"
-        # A universal one has given every group the first one's weight decay, and all of them one step counter.
-        for group, ours in zip(self.engine.optimizer.param_groups, groups, strict=True):
-            group.update(ours)
+        # Loading a universal checkpoint gives every group the first group's weight decay, and all one step counter.
+        for group, original in zip(self.engine.optimizer.param_groups, groups, strict=True):
+            group.update(original)
         for moments in self.engine.optimizer.optimizer.state.values():
             moments["step"] = moments["step"].clone()
         return client_state["run"]
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
-        """Forward passes without gradients; releases what they gathered and prefetched."""
+        """Compute without gradients inside; at the end release the weights that were gathered and prefetched."""
         self.engine.eval()
         try:
             with torch.no_grad(), self.clock.paused():
@@ -135,11 +144,9 @@ def load_student(
     shape: FilterShape | None = None,
     clock: StageClock | None = None,
 ) -> Student:
-    """The student on its training engine, with TED's filters where their `shape` is given. Collective.
+    """Load the student onto its training engine, with TED's filters if their `shape` is given. Collective.
 
-    `clock` counts the seconds of its parts of a step.
-
-    Raises ConfigError where the files do not fit.
+    `clock` measures the student's stages of a step; None makes a new one. Raises ConfigError if the files do not fit.
     """
     buckets = bucket_sizes(model_shape(files).largest_layer)
     ds_config = student_ds_config(config, comm.world_size, buckets)
@@ -162,17 +169,15 @@ def load_student(
 
 
 def names_on_disk(files: ModelFiles, *, trusted: bool) -> dict[str, str]:
-    """The name of each of the student's parameters in its engine, and so in checkpoints -> its name in `files`.
+    """Map the name of each student parameter in its engine, and so in checkpoints, to its name in `files`.
 
-    No weight is read. Raises ConfigError where the model cannot be built.
+    Reads no weights. Raises ConfigError if the model cannot be built.
     """
     try:
         hf_config = AutoConfig.from_pretrained(files.directory, trust_remote_code=trusted)
-        with torch.device("meta"), no_init_weights():
-            model = AutoModelForCausalLM.from_config(hf_config, trust_remote_code=trusted)
+        model = meta_model(hf_config, trusted=trusted)
     except (ImportError, ValueError) as error:
         raise ConfigError(f"{files.directory} cannot be built: {error}") from error
-    model.tie_weights()
     stored = {id(parameter): name for name, parameter in _by_name_on_disk(model, files).items()}
     return {name: stored[id(parameter)] for name, parameter in _root(model, files, None).named_parameters()}
 
@@ -190,15 +195,18 @@ def _root(model: PreTrainedModel, files: ModelFiles, filters: LayerFilters | Non
 def load_sharded(
     config: Config, model: Model, key: str, files: ModelFiles, ds_config: dict[str, Any], comm: Comm, group: Any = None
 ) -> PreTrainedModel:
-    """The model of these files, its parameters cut between the ranks of `group` (None: all). Collective."""
+    """Load the model of these files with its parameters sharded over the ranks of `group` (None: all). Collective.
+
+    `key` is the configuration key that names the model in errors. Raises ConfigError if it cannot be built or filled.
+    """
     use_causal_kernels()
     trusted = model.trust_remote_code
     hf_config = AutoConfig.from_pretrained(files.directory, trust_remote_code=trusted)
     hf_config.use_cache = False
     dtype = DTYPES[config.train.precision]
     try:
-        # zero.Init takes its dtype from ds_config; its dtype argument gives bf16 on a CPU whatever is asked. By default
-        # it also turns to that dtype what the model computes in fp32, such as rotary frequencies.
+        # zero.Init takes its dtype from ds_config; its argument `dtype` always gives bf16 on a CPU. By default it would
+        # also convert to that dtype what the model computes in fp32, such as rotary frequencies.
         overrides = [deepspeed.zero.DeepSpeedTensorOverride.device]
         sharded = deepspeed.zero.Init(
             config_dict_or_path=ds_config, tensor_overrides=overrides, data_parallel_group=group
@@ -217,12 +225,14 @@ def load_sharded(
 
 
 def backbone_of(model: PreTrainedModel) -> nn.Module:
+    """Return the model without its output head."""
     backbone = model.base_model
     assert backbone is not model, f"{type(model).__name__} has no backbone apart from its head"
     return backbone
 
 
 def check_vocabulary(model: PreTrainedModel, vocab_size: int, key: str) -> None:
+    """Raise ConfigError, naming the configuration `key`, if the model's head has fewer rows than `vocab_size`."""
     head: Any = model.get_output_embeddings()
     rows = int(head.weight.ds_shape[0])
     if rows < vocab_size:

@@ -1,10 +1,9 @@
-"""Linear layers of a frozen model in 8 bits: a weight is an integer times its row's scale (LLM.int8's absmax, arXiv
-2208.07339, without its outlier columns).
+"""The frozen teacher on its ZeRO-3 engine, and its linear layers in 8 bits.
 
-ZeRO-3 shards and gathers one dtype, so a weight's integers rest as the bytes of a tensor in the compute dtype: half as
-many elements in bf16. Products are made in the compute dtype, in which the integers are exact.
-
-The teacher on its ZeRO-3 engine: weights that never change, passes that need no gradient.
+In 8 bits a weight is an integer times its row's scale (LLM.int8's absmax, arXiv 2208.07339, without its outlier
+columns). ZeRO-3 shards and gathers a single dtype, so the integers of a weight are stored as the bytes of a tensor in
+the compute dtype, in bf16 with half as many elements. Products are computed in the compute dtype, which represents the
+integers exactly.
 """
 
 from __future__ import annotations
@@ -30,60 +29,11 @@ from ddk_ds.engine.stage_clock import StageClock, time_gathers
 from ddk_ds.engine.student import backbone_of, check_vocabulary, load_sharded
 from ddk_ds.errors import ConfigError
 
-LEVELS = 127
-
-
-class Int8Linear(nn.Module):
-    """y = (x @ q.T) * scale + bias for q (out, in) int8; nothing of it has a gradient."""
-
-    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
-        """`weight` (out, in), `bias` (out,) or None, in the compute dtype."""
-        super().__init__()
-        integers, scale = quantize(weight)
-        self.packed = nn.Parameter(integers.view(weight.dtype), requires_grad=False)
-        self.scale = nn.Parameter(scale, requires_grad=False)
-        self.bias = None if bias is None else nn.Parameter(bias.clone(), requires_grad=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., in) -> (..., out)."""
-        y = F.linear(x, self.packed.view(torch.int8).to(x.dtype)) * self.scale
-        return y if self.bias is None else y + self.bias
-
-
-def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """(out, in) -> integers int8 (out, in) in -127..127, and scale (out,) in the weight's dtype."""
-    scale = (weight.float().abs().amax(1) / LEVELS).to(weight.dtype)
-    steps = torch.where(scale > 0, scale, 1).float()
-    return (weight.float() / steps[:, None]).round().clamp_(-LEVELS, LEVELS).to(torch.int8), scale
-
-
-@torch.no_grad()
-def quantize_layers(layers: nn.ModuleList, ds_config: dict[str, Any], group: Any) -> None:
-    """Replace every linear layer in the sharded `layers`, one layer of the model after the other. Collective.
-
-    Raises ConfigError where there is none, or one whose rows do not fill whole elements.
-    """
-    replaced = 0
-    for layer in layers:
-        found = {name: module for name, module in layer.named_modules() if type(module) is nn.Linear}
-        new = nn.ModuleDict()
-        for name, module in found.items():
-            parts = [part for part in (module.weight, module.bias) if part is not None]
-            with deepspeed.zero.GatheredParameters(parts):
-                width = module.weight.shape[1]
-                if width % module.weight.itemsize:
-                    raise ConfigError(f"teacher.quantize: {name} has rows of {width}, which do not fill whole elements")
-                new[name.replace(".", "/")] = Int8Linear(module.weight.data, module.bias)
-        deepspeed.zero.Init(module=new, config_dict_or_path=ds_config, data_parallel_group=group)
-        for name in found:
-            layer.set_submodule(name, new[name.replace(".", "/")])
-        replaced += len(found)
-    if not replaced:
-        raise ConfigError("teacher.quantize: int8, and its layers have no torch.nn.Linear: set none")
+INT8_MAX = 127
 
 
 class Teacher:
-    """The frozen model: a backbone on an engine without optimizer, and its head beside it."""
+    """The frozen model: its backbone on an engine without an optimizer, and its head outside of that engine."""
 
     def __init__(
         self, engine: Any, head: FrozenHead, taps: LayerTaps | None, layers: LayerByLayer | None, clock: StageClock
@@ -96,43 +46,43 @@ class Teacher:
 
     @torch.inference_mode()
     def hidden(self, batches: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """Token ids (B, L) of micro-batches -> the last hidden states (B*L, H) of each, by one pass; no graph."""
+        """Return the last hidden states (B*L, H) of each micro-batch of token ids (B, L), computed in one pass."""
         with self.clock.stage("teacher"), self._parts(len(batches)):
             ids = batches[0] if len(batches) == 1 else torch.cat(list(batches))
             states = self.engine(input_ids=ids, use_cache=False).last_hidden_state
             return [part.flatten(0, 1) for part in states.chunk(len(batches))]
 
-    def tapped(self, batches: Sequence[torch.Tensor]) -> list[tuple[torch.Tensor, list[torch.Tensor]]]:
-        """`hidden`, and the hidden states (B*L, H) of the layers that TED matches."""
-        assert self._taps is not None, "loaded without matched layers"
+    def hidden_with_layers(self, batches: Sequence[torch.Tensor]) -> list[tuple[torch.Tensor, list[torch.Tensor]]]:
+        """Return for each micro-batch its last hidden states, and those (B*L, H) of the layers that TED matches."""
+        assert self._taps is not None, "the teacher was loaded without matched layers"
         with self._taps.open() as states:
             hidden = self.hidden(batches)
-        # What inference mode made cannot be kept for a gradient.
-        tapped = [[part.clone() for part in state.chunk(len(batches))] for state in states]
-        return [(one, [state[place] for state in tapped]) for place, one in enumerate(hidden)]
+        # Autograd does not accept tensors that were made in inference mode.
+        layers = [[part.clone() for part in state.chunk(len(batches))] for state in states]
+        return [(last, [parts[index] for parts in layers]) for index, last in enumerate(hidden)]
 
     def __call__(self, input_ids: torch.Tensor, function: HeadFunction) -> Any:
-        """input_ids (B, L) -> function(hidden (B*L, H), head)."""
+        """Return `function(hidden, head)` for token ids (B, L), with hidden states (B*L, H)."""
         with self.clock.stage("teacher"):
             hidden = self.hidden([input_ids])[0]
             with self.head.gathered() as head:
                 return function(hidden, head)
 
     @contextmanager
-    def head_for(self, batches: Sequence[Any]) -> Iterator[None]:
-        """Around the use of the head by micro-batches of one pass: where they are several, they share its gather."""
+    def shared_head(self, batches: Sequence[Any]) -> Iterator[None]:
+        """Keep the head gathered while inside if the pass has several micro-batches, so that they share one gather."""
         with self.head.gathered() if len(batches) > 1 else nullcontext():
             yield
 
     def _parts(self, count: int) -> Any:
         if count == 1:
             return nullcontext()
-        assert self._layers is not None, "loaded for one micro-batch a pass"
+        assert self._layers is not None, "the teacher was loaded for one micro-batch per pass"
         return self._layers.parts(count)
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
-        """Forward passes; releases what they gathered and prefetched."""
+        """Compute without gradients inside; at the end release the weights that were gathered and prefetched."""
         try:
             with torch.no_grad(), self.clock.paused():
                 yield
@@ -148,13 +98,14 @@ def load_teacher(
     shape: FilterShape | None = None,
     clock: StageClock | None = None,
 ) -> Teacher:
-    """The teacher, frozen, without any optimizer state; it can give the hidden states of the layers in `shape`.
+    """Load the frozen teacher, without any optimizer state. Collective.
 
-    Collective. Raises ConfigError where the files do not fit.
+    With `shape` it can also return the hidden states of the layers that TED matches. `clock` measures its stages of a
+    step; None makes a new one. Raises ConfigError if the files do not fit.
     """
-    assert config.teacher is not None, "a run without a teacher asked for one"
-    resting = model_shape(files).at_rest(config.teacher, config.train.precision)
-    ds_config = teacher_ds_config(config, bucket_sizes(resting.largest_layer))
+    assert config.teacher is not None, "the run has no teacher"
+    stored = model_shape(files).as_sharded(config.teacher, config.train.precision)
+    ds_config = teacher_ds_config(config, bucket_sizes(stored.largest_layer))
     group = comm.group_within(config.teacher.shard_within)
     model = load_sharded(config, config.teacher, "teacher.path", files, ds_config, comm, group)
     check_vocabulary(model, vocab_size, "teacher.path")
@@ -172,3 +123,52 @@ def load_teacher(
     assert not hasattr(engine.optimizer, "fp32_partitioned_groups_flat"), "the teacher's engine holds optimizer state"
     time_gathers(engine.optimizer.get_param_coordinator(), clock, TEACHER_GATHER)
     return Teacher(engine, head, taps, layers, clock)
+
+
+class Int8Linear(nn.Module):
+    """A frozen linear layer y = (x @ q.T) * scale + bias with q (out, in) int8."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        """Quantize `weight` (out, in); it and `bias` (out,), which can be None, are in the compute dtype."""
+        super().__init__()
+        integers, scale = quantize(weight)
+        self.packed = nn.Parameter(integers.view(weight.dtype), requires_grad=False)
+        self.scale = nn.Parameter(scale, requires_grad=False)
+        self.bias = None if bias is None else nn.Parameter(bias.clone(), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return y (..., out) for x (..., in) in the compute dtype."""
+        y = F.linear(x, self.packed.view(torch.int8).to(x.dtype)) * self.scale
+        return y if self.bias is None else y + self.bias
+
+
+def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Return int8 integers (out, in) in -127..127 and a scale (out,) in the dtype of `weight` (out, in)."""
+    scale = (weight.float().abs().amax(1) / INT8_MAX).to(weight.dtype)
+    steps = torch.where(scale > 0, scale, 1).float()
+    return (weight.float() / steps[:, None]).round().clamp_(-INT8_MAX, INT8_MAX).to(torch.int8), scale
+
+
+@torch.no_grad()
+def quantize_layers(layers: nn.ModuleList, ds_config: dict[str, Any], group: Any) -> None:
+    """Replace every linear module in the sharded `layers` by an `Int8Linear`, layer by layer. Collective.
+
+    Raises ConfigError if there is no linear module, or one whose rows do not fill whole elements of the compute dtype.
+    """
+    num_replaced = 0
+    for layer in layers:
+        linears = {name: module for name, module in layer.named_modules() if type(module) is nn.Linear}
+        new = nn.ModuleDict()
+        for name, module in linears.items():
+            parts = [part for part in (module.weight, module.bias) if part is not None]
+            with deepspeed.zero.GatheredParameters(parts):
+                width = module.weight.shape[1]
+                if width % module.weight.itemsize:
+                    raise ConfigError(f"teacher.quantize: {name} has rows of {width}, which do not fill whole elements")
+                new[name.replace(".", "/")] = Int8Linear(module.weight.data, module.bias)
+        deepspeed.zero.Init(module=new, config_dict_or_path=ds_config, data_parallel_group=group)
+        for name in linears:
+            layer.set_submodule(name, new[name.replace(".", "/")])
+        num_replaced += len(linears)
+    if not num_replaced:
+        raise ConfigError("teacher.quantize: int8, and its layers have no torch.nn.Linear: set none")

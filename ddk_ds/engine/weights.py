@@ -1,8 +1,7 @@
-"""Hugging Face safetensors shards, written tensor by tensor: no shard is ever in memory.
+"""Weights between safetensors files and ZeRO-3 partitions, one tensor at a time: no rank ever holds a complete model.
 
-The format: 8 bytes of little-endian length, a JSON header of that length, the tensors' bytes.
-
-Weights in and out of ZeRO-3 partitions, one tensor at a time: no rank ever holds a whole model.
+Files are written tensor by tensor after a header that is known before, so that no shard is ever in memory. The format:
+8 bytes of little-endian length, a JSON header of that length, the tensors' bytes.
 """
 
 from __future__ import annotations
@@ -16,43 +15,166 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import transformers
 from deepspeed.runtime.zero.partition_parameters import GatheredParameters, ZeroParamStatus
 from safetensors import safe_open
 from torch import nn
 
 from ddk_ds.comm import Comm
-from ddk_ds.engine.model_files import ModelFiles, model_names
+from ddk_ds.engine.model_files import ModelFiles
 from ddk_ds.errors import ConfigError
 
+# transformers 5 gives some tensors other names than their checkpoint. mypy sees one of the two versions.
+try:
+    from transformers.conversion_mapping import (  # type: ignore[import-not-found,unused-ignore]
+        get_model_conversion_mapping as _transforms,
+    )
+except ImportError:
+
+    def _transforms(model: Any) -> list[Any]:  # type: ignore[misc,unused-ignore]
+        return []
+
+
 _DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64"}
-_ALIGNMENT = 8  # of the first tensor's bytes
+_ALIGNMENT = 8  # bytes: the first tensor begins at a multiple of it
+MAX_SHARD_BYTES = 5 * 10**9
+
+
+def load_weights(model: nn.Module, files: ModelFiles, comm: Comm) -> None:
+    """Fill the partitioned parameters and the buffers of `model` from its safetensors files.
+
+    The first rank of each node reads a tensor, casts it and broadcasts it within the node; each rank keeps its slice.
+    The host holds one tensor in addition to the shards. Collective. Raises ConfigError if the files lack a tensor that
+    the model needs, or have another shape.
+    """
+    targets = _targets(model)
+    sources = source_names(model, files)
+    loaded: set[int] = set()
+    for name, source in sources.items():
+        target = targets[name]
+        if id(target) not in loaded:
+            _load_tensor(target, source, files, comm)
+            loaded.add(id(target))
+    missing = [name for name, parameter in model.named_parameters() if id(parameter) not in loaded]
+    if missing:
+        shown = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
+        raise ConfigError(f"{files.directory}: its weights lack {shown}; is config.json that of these weights?")
+
+
+def source_names(model: nn.Module, files: ModelFiles) -> dict[str, str]:
+    """Map the model's name of each tensor to its name in the files.
+
+    Some checkpoints of the hub leave out the backbone's prefix. A tensor that the files lack is left out.
+    """
+    stored = _model_names(model, files.tensors)
+    prefix = getattr(model, "base_model_prefix", "")
+    sources = {}
+    for name in _targets(model):
+        source = stored.get(name) or stored.get(name.removeprefix(prefix + "."))
+        if source is not None:
+            sources[name] = source
+    return sources
+
+
+def _model_names(model: Any, stored: Iterable[str]) -> dict[str, str]:
+    """Map the model's name of each tensor to its name in a checkpoint, which differs under transformers 5 alone.
+
+    Raises ConfigError where transformers 5 computes a tensor from stored ones, such as all experts joined into one.
+    """
+    transforms = _transforms(model)
+    names = {}
+    for source in sorted(stored):
+        name = source
+        for transform in transforms:
+            name, pattern = transform.rename_source_key(name)
+            if pattern is not None and hasattr(transform, "operations"):
+                raise ConfigError(
+                    f"{type(model).__name__}: transformers {transformers.__version__} does not take {source} as it is "
+                    "stored, and sharded loading cannot convert it; install transformers<5"
+                )
+        names[name] = source
+    return names
+
+
+def _targets(model: nn.Module) -> dict[str, torch.Tensor]:
+    return dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers())
+
+
+def _load_tensor(target: Any, source: str, files: ModelFiles, comm: Comm) -> None:
+    partitioned = hasattr(target, "ds_id")
+    shape = tuple(target.ds_shape if partitioned else target.shape)
+    stored = files.tensors[source]
+    if stored.shape != shape:
+        raise ConfigError(f"{stored.file}: {source} has shape {stored.shape}, config.json gives {shape}: not a pair")
+    if comm.local_rank == 0:
+        # The file is opened for each tensor, so that the pages of earlier tensors leave this process's memory.
+        with safe_open(stored.file, framework="pt") as reader:
+            full = reader.get_tensor(source).to(device=target.device, dtype=target.dtype, copy=True)
+    else:
+        full = torch.empty(shape, dtype=target.dtype, device=target.device)
+    comm.broadcast_in_node(full)
+    if not partitioned:
+        target.data.copy_(full)
+        return
+    # As all_gather and copy_ would do, but without a gather: DeepSpeed gets the full tensor and cuts its slice.
+    target.data = full
+    target.ds_status = ZeroParamStatus.AVAILABLE
+    target.partition(has_been_updated=True)
 
 
 class TensorSpec(NamedTuple):
-    """A tensor before it is there."""
+    """Shape and dtype of a tensor that will be written."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
 
     @property
     def num_bytes(self) -> int:
-        """Of its elements."""
+        """Size of the tensor's elements in bytes."""
         return math.prod(self.shape) * self.dtype.itemsize
+
+
+def save_weights(
+    parameters: dict[str, nn.Parameter],
+    directory: Path,
+    comm: Comm,
+    poll: Callable[[], None] = lambda: None,
+    *,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> None:
+    """Write the parameters, by their names on disk, as Hugging Face safetensors shards. Collective; rank 0 writes.
+
+    Rank 0 holds one full tensor at a time. `poll` is called before each tensor; if it raises, the export ends.
+    """
+    specs = {name: TensorSpec(tuple(getattr(p, "ds_shape", p.shape)), p.dtype) for name, p in parameters.items()}
+    tensors = _gathered(parameters, comm, poll)
+    if comm.rank == 0:
+        write_tensors(directory, specs, tensors, max_shard_bytes)
+    for _ in tensors:  # the other ranks take part in the gathers, and rank 0 in releasing the last tensor
+        pass
+
+
+def _gathered(parameters: dict[str, nn.Parameter], comm: Comm, poll: Callable[[], None]) -> Iterator[torch.Tensor]:
+    """Yield each parameter as a full tensor in host memory on rank 0, and as an empty tensor on the other ranks."""
+    for parameter in parameters.values():
+        poll()
+        with GatheredParameters([parameter]):
+            yield parameter.detach().cpu().clone() if comm.rank == 0 else torch.empty(0)
 
 
 def write_tensors(
     directory: Path, specs: Mapping[str, TensorSpec], tensors: Iterable[torch.Tensor], max_shard_bytes: int
 ) -> None:
-    """Write `tensors`, which come in the order of `specs`, as one file or as shards with an index.
+    """Write `tensors`, which must come in the order of `specs`, to one file or to shards with an index.
 
-    A tensor larger than `max_shard_bytes` has a shard of its own.
+    A tensor larger than `max_shard_bytes` gets a separate shard.
     """
     shards = _shards(specs, max_shard_bytes)
     weight_map = {}
-    coming = iter(tensors)
+    iterator = iter(tensors)
     for number, names in enumerate(shards, 1):
         file = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        _write_shard(directory / file, {name: specs[name] for name in names}, coming)
+        _write_shard(directory / file, {name: specs[name] for name in names}, iterator)
         weight_map.update(dict.fromkeys(names, file))
     if len(shards) > 1:
         total = sum(spec.num_bytes for spec in specs.values())
@@ -72,7 +194,7 @@ def _shards(specs: Mapping[str, TensorSpec], max_shard_bytes: int) -> Sequence[l
     return shards
 
 
-def _write_shard(path: Path, specs: Mapping[str, TensorSpec], coming: Iterator[torch.Tensor]) -> None:
+def _write_shard(path: Path, specs: Mapping[str, TensorSpec], tensors: Iterator[torch.Tensor]) -> None:
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, spec in specs.items():
@@ -83,102 +205,12 @@ def _write_shard(path: Path, specs: Mapping[str, TensorSpec], coming: Iterator[t
     with path.open("wb") as stream:
         stream.write(struct.pack("<Q", len(text)) + text)
         for name, spec in specs.items():
-            stream.write(_content(name, next(coming), spec))
+            stream.write(_content(name, next(tensors), spec))
         stream.flush()
         os.fsync(stream.fileno())
 
 
 def _content(name: str, tensor: torch.Tensor, spec: TensorSpec) -> memoryview:
-    found = TensorSpec(tuple(tensor.shape), tensor.dtype)
-    assert found == spec, f"{name} is {found}, announced was {spec}"
+    actual = TensorSpec(tuple(tensor.shape), tensor.dtype)
+    assert actual == spec, f"{name} is {actual}, but the header says {spec}"
     return tensor.contiguous().flatten().view(torch.uint8).numpy().data
-
-
-MAX_SHARD_BYTES = 5 * 10**9
-
-
-def load_weights(model: nn.Module, files: ModelFiles, comm: Comm) -> None:
-    """Fill the partitioned parameters and the buffers of `model` from its safetensors files.
-
-    The first rank of each node reads a tensor, casts it and broadcasts it within the node; each rank keeps its slice.
-    Host memory beyond the shards: the largest tensor. Collective. Raises ConfigError naming tensors that the model
-    needs and the files lack, and shapes that differ.
-    """
-    targets = _targets(model)
-    sources = source_names(model, files)
-    loaded: set[int] = set()
-    for name, source in sources.items():
-        target = targets[name]
-        if id(target) not in loaded:
-            _load_tensor(target, source, files, comm)
-            loaded.add(id(target))
-    missing = [name for name, parameter in model.named_parameters() if id(parameter) not in loaded]
-    if missing:
-        shown = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
-        raise ConfigError(f"{files.directory}: its weights lack {shown}; is config.json that of these weights?")
-
-
-def source_names(model: nn.Module, files: ModelFiles) -> dict[str, str]:
-    """The model's name of a tensor -> its name in the files. Some hub checkpoints leave out the backbone's prefix."""
-    stored = model_names(model, files.tensors)
-    prefix = getattr(model, "base_model_prefix", "")
-    sources = {}
-    for name in _targets(model):
-        source = stored.get(name) or stored.get(name.removeprefix(prefix + "."))
-        if source is not None:
-            sources[name] = source
-    return sources
-
-
-def _targets(model: nn.Module) -> dict[str, torch.Tensor]:
-    return dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers())
-
-
-def _load_tensor(target: Any, source: str, files: ModelFiles, comm: Comm) -> None:
-    partitioned = hasattr(target, "ds_id")
-    shape = tuple(target.ds_shape if partitioned else target.shape)
-    stored = files.tensors[source]
-    if stored.shape != shape:
-        raise ConfigError(f"{stored.file}: {source} has shape {stored.shape}, config.json gives {shape}: not a pair")
-    if comm.local_rank == 0:
-        # Opened anew for each tensor, so that pages of the ones before leave this process's memory.
-        with safe_open(stored.file, framework="pt") as reader:
-            full = reader.get_tensor(source).to(device=target.device, dtype=target.dtype, copy=True)
-    else:
-        full = torch.empty(shape, dtype=target.dtype, device=target.device)
-    comm.broadcast_in_node(full)
-    if not partitioned:
-        target.data.copy_(full)
-        return
-    # What all_gather + copy_ would do, without the gather: hand DeepSpeed the whole tensor and let it cut its slice.
-    target.data = full
-    target.ds_status = ZeroParamStatus.AVAILABLE
-    target.partition(has_been_updated=True)
-
-
-def save_weights(
-    names: dict[str, nn.Parameter],
-    directory: Path,
-    comm: Comm,
-    poll: Callable[[], None] = lambda: None,
-    *,
-    max_shard_bytes: int = MAX_SHARD_BYTES,
-) -> None:
-    """Write the parameters as Hugging Face safetensors shards of bounded size. Collective; rank 0 writes.
-
-    One tensor at a time is whole on rank 0. `poll` is called before each.
-    """
-    specs = {name: TensorSpec(tuple(getattr(p, "ds_shape", p.shape)), p.dtype) for name, p in names.items()}
-    tensors = _gathered(names, comm, poll)
-    if comm.rank == 0:
-        write_tensors(directory, specs, tensors, max_shard_bytes)
-    for _ in tensors:  # the other ranks take part, and rank 0 in the last one's release
-        pass
-
-
-def _gathered(names: dict[str, nn.Parameter], comm: Comm, poll: Callable[[], None]) -> Iterator[torch.Tensor]:
-    """Whole tensors in host memory on rank 0, one after the other; on the others empty ones."""
-    for parameter in names.values():
-        poll()
-        with GatheredParameters([parameter]):
-            yield parameter.detach().cpu().clone() if comm.rank == 0 else torch.empty(0)

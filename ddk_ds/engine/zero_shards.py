@@ -1,20 +1,19 @@
-"""DeepSpeed's checkpoint files: copied at once, written and hashed while training goes on; read without unpickling.
+"""DeepSpeed's ZeRO-3 checkpoint files: written in the background, read one parameter at a time, made universal.
 
-The ZeRO-3 shards of a checkpoint, read one parameter at a time without a process group.
+Reading needs no process group, and unpickles tensors and plain values only. The files of a checkpoint are
 
     <directory>/zero_pp_rank_0_mp_rank_00_model_states.pt              names and shapes, and the run's own state
     <directory>/[bf16_]zero_pp_rank_<rank>_mp_rank_00_optim_states.pt  each rank's slice of every group of parameters
 
-Or the universal form of them (universal.py): <directory>/zero/<parameter>/fp32.pt, one whole tensor.
+and those of DeepSpeed's universal form, which any number of ranks can load:
 
-DeepSpeed's universal checkpoint, which any number of ranks can load, made from the ZeRO-3 shards of another number.
+    <directory>/zero/<parameter>/{fp32,exp_avg,exp_avg_sq}.pt          one complete tensor each
+    <directory>/zero/optimizer_state.pt                                the part that all shards share
+    <directory>/zero_pp_rank_0_mp_rank_00_model_states.pt              as above
 
-    <target>/zero/<parameter>/{fp32,exp_avg,exp_avg_sq}.pt    one whole tensor each
-    <target>/zero/optimizer_state.pt                          what all shards share
-    <target>/zero_pp_rank_0_mp_rank_00_model_states.pt        the run's own state
-
-DeepSpeed's converter is for one machine, writes everything twice and unpickles. Here every rank writes its share of the
-parameters straight from the mapped shards; the files are equal (tests/dist/test_universal.py).
+DeepSpeed's converter to the universal form works on one machine, writes everything twice and unpickles. Here every
+rank writes its share of the parameters directly from the mapped shards; the files are equal
+(tests/dist/test_universal.py).
 """
 
 from __future__ import annotations
@@ -35,12 +34,28 @@ from deepspeed.runtime.zero.config import ZeroStageEnum
 from ddk_ds.errors import CheckpointError
 from ddk_ds.files import size_and_xxh64
 
-# All that DeepSpeed's files hold beside tensors and plain values.
+# The only classes in DeepSpeed's files, apart from tensors and plain values.
 torch.serialization.add_safe_globals([LossScaler, ZeroStageEnum])
+
+MODEL_FILE = "zero_pp_rank_0_mp_rank_00_model_states.pt"
+# Pages of a mapped file count as this process's memory until the file is closed.
+_MAPPED_BYTES = 16 * 2**20
+
+
+def load_shard(path: Path, *, mapped: bool) -> Any:
+    """Return the content of a file, with its tensors on the host. No object other than plain values is unpickled.
+
+    With `mapped` a tensor is read from the disk when it is used.
+    """
+    return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
 
 
 class ShardWriter(TorchCheckpointEngine):
-    """Writes this rank's files. DeepSpeed's ranks meet while they save: one that raised would leave the others."""
+    """DeepSpeed's writer of this rank's checkpoint files, which can write in the background and hashes each file.
+
+    DeepSpeed's ranks wait for each other while they save, so that a rank that raised would leave the others waiting: a
+    failure is kept and returned by `wait`.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -52,12 +67,12 @@ class ShardWriter(TorchCheckpointEngine):
         self._buffers: dict[tuple[str, int], torch.Tensor] = {}
 
     def begin(self, *, background: bool) -> None:
-        """A checkpoint begins. In the background: the caller goes on as soon as tensors are copied to the host."""
+        """Begin a checkpoint. In the background `save` returns as soon as its tensors are copied to the host."""
         self.wait()
         self._files, self._failure, self._background = {}, "", background
 
     def save(self, state_dict: Any, path: str) -> None:
-        """Write one file."""
+        """Write `state_dict` to the file `path`; DeepSpeed calls this."""
         if self._background:
             copy = self._on_host(state_dict, Path(path).name, count())
             if torch.cuda.is_available():
@@ -67,23 +82,26 @@ class ShardWriter(TorchCheckpointEngine):
             self._write(state_dict, Path(path))
 
     @property
-    def busy(self) -> bool:
-        """Whether files are still being written."""
+    def pending(self) -> bool:
+        """Return True while files are being written in the background."""
         return not all(future.done() for future in self._pending)
 
     def wait(self) -> tuple[dict[Path, tuple[int, str]], str]:
-        """The files since `begin` with bytes and xxh64, when all are on the disk; why one could not be, or ""."""
+        """Wait for all files since `begin`; return their bytes and xxh64, and an error message or ""."""
         for future in self._pending:
             future.result()
         self._pending = []
         return self._files, self._failure
 
     def load(self, path: str, map_location: Any = None) -> Any:
-        """Read one file."""
+        """Return the content of the file `path`; DeepSpeed calls this."""
         return load_shard(Path(path), mapped=False)
 
     def _on_host(self, value: Any, file: str, numbers: Iterator[int]) -> Any:
-        """A copy that training does not change. Its memory is kept: fresh pages cost more than the copy."""
+        """Return a copy that training does not change. Its memory is used again: new pages cost more than the copy.
+
+        `numbers` counts the tensors of `file`, to find the memory of the same tensor in the next checkpoint.
+        """
         if isinstance(value, torch.Tensor):
             key = file, next(numbers)
             buffer = self._buffers.get(key)
@@ -103,55 +121,45 @@ class ShardWriter(TorchCheckpointEngine):
                 stream.flush()
                 os.fsync(stream.fileno())
             self._files[path] = size_and_xxh64(path)
-        except (OSError, RuntimeError) as error:  # torch's writer raises RuntimeError where the disk is full
+        except (OSError, RuntimeError) as error:  # torch's writer raises RuntimeError when the disk is full
             self._failure = f"{path}: {error}"
 
 
-def load_shard(path: Path, *, mapped: bool) -> Any:
-    """What a file holds, on the host: tensors and plain values, no other object is unpickled.
+class _Slot(NamedTuple):
+    """Position of a parameter in the flat groups of parameters, of which each rank holds an equal slice."""
 
-    Mapped: a tensor is read from the disk where it is used.
-    """
-    return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
-
-
-MODEL_FILE = "zero_pp_rank_0_mp_rank_00_model_states.pt"
-# Pages of a mapped file count as this process's memory until the file is closed.
-_MAPPED_BYTES = 16 * 2**20
-
-
-class _Place(NamedTuple):
     group: int
     start: int
-    """In each rank's flat group, (elements of the group on a rank,)."""
+    """First element of the parameter in a rank's slice; the same on every rank."""
     shape: torch.Size
 
 
 class ZeroShards:
-    """What `ranks` ranks saved in `directory`. Beyond the tensor that is read, little of it is in memory."""
+    """The shards that `ranks` ranks saved in `directory`. Little more than the tensor that is read is in memory."""
 
     def __init__(self, directory: Path, ranks: int) -> None:
         self._files = [_optimizer_file(directory, rank) for rank in range(ranks)]
         self.model: dict[str, Any] = load_shard(directory / MODEL_FILE, mapped=False)
-        """Rank 0's file beside the optimizer's: the run's own state is its "run"."""
-        self._places = _places(self.model["param_shapes"], ranks)
+        """Content of `MODEL_FILE`; its key "run" is the run's own state."""
+        self._slots = _slots(self.model["param_shapes"], ranks)
         self._opened: list[dict[str, Any]] = []
         self._read_bytes = 0
 
     @property
     def shapes(self) -> dict[str, torch.Size]:
-        """Of the trained parameters, by their names in the student's root module."""
-        return {name: place.shape for name, place in self._places.items()}
+        """Shapes of the trained parameters, by their names in the student's root module."""
+        return {name: slot.shape for name, slot in self._slots.items()}
 
     def read(self, name: str, key: str = "fp32", dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        """One parameter's master weight ("fp32") or moment ("exp_avg", "exp_avg_sq"), whole and flat: (numel,).
+        """Return a parameter's master weight (`key` "fp32") or moment ("exp_avg", "exp_avg_sq") as (numel,).
 
-        Raises CheckpointError where the shards do not hold it.
+        Raises CheckpointError if the shards do not contain it.
         """
-        group, start, shape = self._places[name]
-        whole = torch.empty(shape.numel(), dtype=dtype)
-        # A parameter takes as many elements on every rank; the last ones are padded or all padding.
-        for shard, part in zip(self._shards(), whole.split(math.ceil(shape.numel() / len(self._files))), strict=False):
+        group, start, shape = self._slots[name]
+        tensor = torch.empty(shape.numel(), dtype=dtype)
+        # Every rank holds equally many elements of a parameter; on the last ranks some or all of them are padding.
+        parts = tensor.split(math.ceil(shape.numel() / len(self._files)))
+        for shard, part in zip(self._shards(), parts, strict=False):
             piece = _flat(shard, group, key)
             if len(piece) < start + len(part):
                 raise CheckpointError(
@@ -160,10 +168,10 @@ class ZeroShards:
                 )
             part.copy_(piece[start : start + len(part)])
         self._read_bytes += 4 * shape.numel()
-        return whole
+        return tensor
 
     def common(self) -> dict[str, Any]:
-        """A shard without its tensors of parameters."""
+        """Return rank 0's shard without its tensors of parameters: the part that all shards share."""
         shard = self._shards()[0]
         optimizer = shard["optimizer_state_dict"]
         steps = {group: {"step": state["step"].clone()} for group, state in optimizer["state"].items()}
@@ -181,20 +189,20 @@ class ZeroShards:
 
 
 class UniversalShards:
-    """The master weights of a universal checkpoint."""
+    """The master weights of a universal checkpoint, with the interface of `ZeroShards`."""
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
         self.model: dict[str, Any] = load_shard(directory / MODEL_FILE, mapped=False)
-        """See `ZeroShards`."""
+        """Content of `MODEL_FILE`; its key "run" is the run's own state."""
 
     @property
     def shapes(self) -> dict[str, torch.Size]:
-        """See `ZeroShards`."""
+        """Shapes of the trained parameters, by their names in the student's root module."""
         return {name: shape for group in self.model["param_shapes"] for name, shape in group.items()}
 
     def read(self, name: str, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        """One parameter's master weight, whole and flat: (numel,)."""
+        """Return a parameter's master weight as (numel,)."""
         tensor: torch.Tensor = load_shard(self._directory / "zero" / name / "fp32.pt", mapped=True)
         return tensor.to(dtype, copy=True)
 
@@ -204,14 +212,14 @@ def _optimizer_file(directory: Path, rank: int) -> Path:
     return next(path for path in (directory / name, directory / f"bf16_{name}") if path.exists())
 
 
-def _places(groups: list[dict[str, torch.Size]], ranks: int) -> dict[str, _Place]:
-    places = {}
+def _slots(groups: list[dict[str, torch.Size]], ranks: int) -> dict[str, _Slot]:
+    slots = {}
     for group, shapes in enumerate(groups):
         start = 0
         for name, shape in shapes.items():
-            places[name] = _Place(group, start, shape)
+            slots[name] = _Slot(group, start, shape)
             start += math.ceil(shape.numel() / ranks)
-    return places
+    return slots
 
 
 def _flat(shard: dict[str, Any], group: int, key: str) -> torch.Tensor:
@@ -221,9 +229,9 @@ def _flat(shard: dict[str, Any], group: int, key: str) -> torch.Tensor:
 def write_universal(
     source: Path, target: Path, *, source_ranks: int, rank: int, world_size: int
 ) -> tuple[dict[Path, tuple[int, str]], str]:
-    """Write this rank's share of `target` from what `source_ranks` ranks saved in `source`.
+    """Write this rank's share of the universal checkpoint `target` from the shards of `source_ranks` in `source`.
 
-    Returns its files with their bytes and xxh64, and why one could not be written ("": all were).
+    Returns this rank's files with their bytes and xxh64, and an error message, or "" if all were written.
     """
     shards = ZeroShards(source, source_ranks)
     writer = ShardWriter()

@@ -49,7 +49,7 @@ class Distillation(Stateless):
             yield [None] * len(batches)
             return
         hidden = self._teacher.hidden([batch.input_ids for batch in batches])
-        with self._teacher.head_for(batches):
+        with self._teacher.shared_head(batches):
             yield hidden
 
     def loss(self, student: Student, batch: Batch, taught: torch.Tensor | None) -> KDLoss:

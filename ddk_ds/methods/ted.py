@@ -34,8 +34,8 @@ class _Layerwise(Stateless):
     @contextmanager
     def taught(self, batches: Sequence[Batch]) -> Iterator[Sequence[Tapped]]:
         """The teacher's hidden states: the last, and those of its matched layers."""
-        tapped = self._teacher.tapped([batch.input_ids for batch in batches])
-        with self._teacher.head_for(batches):
+        tapped = self._teacher.hidden_with_layers([batch.input_ids for batch in batches])
+        with self._teacher.shared_head(batches):
             yield tapped
 
 

@@ -176,7 +176,7 @@ class _Simulation:
         """Return a forward pass over `tokens`; `skip_head` where the head is gathered by hand."""
         shape = model.shape
         if self.config.teacher is not None and model is self.models.teacher:
-            shape = shape.at_rest(self.config.teacher, self.config.train.precision)
+            shape = shape.as_sharded(self.config.teacher, self.config.train.precision)
         elements = shape.parameters - (shape.head if skip_head else 0)
         return _Pass(
             compute_s=tokens * model.forward_flops / self.flop_per_s,

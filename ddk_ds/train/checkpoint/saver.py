@@ -86,7 +86,7 @@ class Saver:
         if self._pending is None:
             return False
         student, _ = self._pending
-        writing = torch.tensor([float(student.saving)], device=student.engine.device)
+        writing = torch.tensor([float(student.save_pending)], device=student.engine.device)
         return not self._comm.all_reduce_max(writing).item()
 
     def finish(self) -> Saved | None:
@@ -99,7 +99,7 @@ class Saver:
         started = time.perf_counter()
         (student, manifest), self._pending = self._pending, None
         partial, final = self._partial(manifest), self._final(manifest)
-        finish_directory(self._comm, partial, final, manifest, student.saved)
+        finish_directory(self._comm, partial, final, manifest, student.wait_for_save)
         if self._comm.rank == 0:
             delete_old(self._run_dir / "checkpoints", self._options)
         ended = time.perf_counter()

@@ -28,15 +28,15 @@ class FileStudent:
 
     def __init__(self, failure: str = "") -> None:
         self.failure = failure
-        self.saving = True
+        self.save_pending = True
 
     def save(self, directory: Path, tag: str, client_state: dict[str, Any], *, background: bool) -> None:
         self.path = directory / tag / "shard.pt"
         self.path.parent.mkdir()
         self.path.write_bytes(b"weights")
 
-    def saved(self) -> Any:
-        self.saving = False
+    def wait_for_save(self) -> Any:
+        self.save_pending = False
         return {self.path: size_and_xxh64(self.path)}, self.failure
 
 
@@ -165,7 +165,7 @@ def test_it_counts_only_when_it_is_finished(tmp_path: Path) -> None:
     assert not saver.ready()
     saver.begin(student, state_at(3), ledger_bytes=0)
     assert not saver.ready() and newest_step(tmp_path) is None
-    student.saving = False
+    student.save_pending = False
     assert saver.ready() and newest_step(tmp_path) is None
     saver.finish()
     assert newest_step(tmp_path) == 3
