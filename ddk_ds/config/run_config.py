@@ -73,7 +73,7 @@ class Config(MethodSections):
         if self.stop.steps is not None and self.optimizer.warmup_steps >= self.stop.steps:
             raise ValueError(
                 f"optimizer.warmup_steps is {self.optimizer.warmup_steps}, stop.steps {self.stop.steps}: the learning "
-                "rate would never reach its peak; lower the first"
+                "rate would never reach its peak; lower optimizer.warmup_steps"
             )
         uses_nvme = "nvme" in (self.optimizer.offload, self.student.offload_params) or (
             self.teacher is not None and self.teacher.offload_params == "nvme"
@@ -92,7 +92,7 @@ class Config(MethodSections):
         if not needed and self.teacher is not None:
             raise ValueError(f"method: {self.method} takes no teacher: remove teacher, or set method: ddk")
         if self.method == "ted" and self.ted.filters is None:
-            raise ValueError("method: ted needs ted.filters: run the same with method: ted_filters first")
+            raise ValueError("method: ted needs ted.filters: run the same configuration with method: ted_filters first")
         if needed:
             return
         mixture = self.mixture
@@ -100,11 +100,11 @@ class Config(MethodSections):
         if mixture.controller.startswith("ddk") or (excess_loss and mixture.reference_losses is None):
             raise ValueError(
                 f"mixture.controller: {mixture.controller} compares with a teacher, which method: {self.method} "
-                "has not: set mixture.controller to by_size, equal or static"
+                "does not have: set mixture.controller to by_size, equal or static"
             )
         if self.stop.discrepancy is not None:
             raise ValueError(
-                f"stop.discrepancy compares with a teacher, which method: {self.method} has not: remove it"
+                f"stop.discrepancy compares with a teacher, which method: {self.method} does not have: remove it"
             )
 
     def micro_batches(self, world_size: int) -> int:

@@ -54,7 +54,7 @@ class Model(Section):
     @model_validator(mode="after")
     def _layers_agree(self) -> Model:
         if self.compile_layers and not self.whole_layers:
-            raise ValueError("compile_layers takes a layer's weights gathered as one: set whole_layers to true")
+            raise ValueError("compile_layers needs the weights of a layer gathered together: set whole_layers to true")
         return self
 
 
@@ -82,7 +82,7 @@ class Teacher(Model):
     @model_validator(mode="after")
     def _passes_agree(self) -> Teacher:
         if self.micro_batches_per_pass != 1 and not self.whole_layers:
-            raise ValueError("micro_batches_per_pass goes layer by layer: set whole_layers to true")
+            raise ValueError("micro_batches_per_pass computes layer by layer: set whole_layers to true")
         return self
 
     @property
@@ -116,11 +116,11 @@ class Data(Section):
     @model_validator(mode="after")
     def _cache_goes_with_a_remote(self) -> Data:
         if self.cache_dir is None and "://" in self.path:
-            raise ValueError(f"path {self.path} is remote: give cache_dir, a directory on each node's own disk")
+            raise ValueError(f"path {self.path} is remote: set cache_dir to a directory on each node's own disk")
         if self.cache_dir is None and self.cache_limit_gb is not None:
             raise ValueError(
                 f"cache_limit_gb {self.cache_limit_gb:g} without cache_dir: path is read in place and nothing is ever "
-                "removed from it; leave it out, or give cache_dir"
+                "removed from it; remove cache_limit_gb, or set cache_dir"
             )
         return self
 
@@ -203,7 +203,7 @@ class Mixture(Section):
                     f"mixture.controller to {' or '.join(controllers)}"
                 )
         if self.controller == "static" and self.proportions is None:
-            raise ValueError("controller: static needs proportions: give one for each domain, with the sum 1")
+            raise ValueError("controller: static needs proportions: set one for each domain, with the sum 1")
         if self.controller == "schedule" and self.schedule_file is None:
             raise ValueError("controller: schedule needs schedule_file: set it to a YAML file of proportions")
         if self.initial == "equal" and self.initial_floor:
@@ -307,7 +307,7 @@ class Stop(Section):
     def _has_an_end(self) -> Stop:
         if self.steps is None and self.intervals is None and not self.data_once:
             raise ValueError(
-                "no end is set: give steps, intervals or data_once: true (discrepancy alone may never come)"
+                "no end is set: set steps, intervals or data_once: true (discrepancy alone may never end the run)"
             )
         return self
 
@@ -384,7 +384,7 @@ class Monitor(Section):
         if self.wandb_entity is not None and self.wandb_project is None:
             raise ValueError(f"wandb_entity is {self.wandb_entity}: set wandb_project too, or remove it")
         if self.prometheus_file is not None and not self.prometheus_file.endswith(".prom"):
-            raise ValueError(f"prometheus_file is {self.prometheus_file}: the collector reads files named *.prom alone")
+            raise ValueError(f"prometheus_file is {self.prometheus_file}: the collector reads only files named *.prom")
         return self
 
     @property

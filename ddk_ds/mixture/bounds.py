@@ -23,7 +23,7 @@ def included_domains(names: Sequence[str], exclude: Sequence[str]) -> tuple[str,
     check_domains(exclude, names, label="mixture.exclude")
     included = tuple(name for name in names if name not in exclude)
     if not included:
-        raise ConfigError(f"mixture.exclude names every domain of this run ({', '.join(names)}): leave one at least")
+        raise ConfigError(f"mixture.exclude names every domain of this run ({', '.join(names)}): leave at least one")
     return included
 
 
@@ -37,7 +37,7 @@ def floors_in_order(floors: Mapping[str, float], names: Sequence[str], exclude: 
         return ()
     for name in exclude:
         if name in floors:
-            raise ConfigError(f"mixture.floors: '{name}' is in mixture.exclude too: leave it out of one")
+            raise ConfigError(f"mixture.floors: '{name}' is in mixture.exclude too: remove it from one of the two")
     ordered = values_in_order(floors, names, label="mixture.floors", quantity="floor", default=0.0)
     if (total := math.fsum(ordered)) > 1 + 1e-12:
         raise ConfigError(f"mixture.floors are {dict(floors)} (sum {total:g}): give numbers whose sum is at most 1")

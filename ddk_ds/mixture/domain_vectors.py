@@ -84,7 +84,7 @@ def proportions_in_order(
     for name in exclude:
         if values[name] != 0:
             raise ConfigError(
-                f"{label}: '{name}' has {values[name]}, and mixture.exclude names it: give it 0, or leave it out of one"
+                f"{label}: '{name}' has {values[name]}, and mixture.exclude names it: set it to 0, or do not exclude it"
             )
     included = [value for name, value in zip(names, proportions, strict=True) if name not in exclude]
     return tuple(check_proportions(included, num_domains=len(included), label=label).tolist())

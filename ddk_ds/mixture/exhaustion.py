@@ -132,7 +132,7 @@ def make_exhaustion(
         limits.append(None if policy == "cycle" else int(passes * int(size)))
         if limits[-1] == 0:
             raise ConfigError(
-                f"mixture.max_passes is {max_passes}: not one sample of domain '{name}' with its {size}; raise it"
+                f"mixture.max_passes is {max_passes}: less than one of the {size} samples of domain '{name}'; raise it"
             )
     return Exhaustion(tuple(names), policies, tuple(limits))
 

@@ -80,7 +80,7 @@ def parse_stages(content: Any, names: Sequence[str], exclude: Sequence[str], *, 
     if not isinstance(content, list) or not content:
         raise ConfigError(
             f"mixture.schedule_file {source}: holds {type(content).__name__}, expected a list of "
-            "{from_interval: 0, proportions: {domain: proportion}} with an entry at least"
+            "{from_interval: 0, proportions: {domain: proportion}} with at least one entry"
         )
     stages: list[Stage] = []
     for number, entry in enumerate(content, 1):
@@ -100,7 +100,7 @@ def _first_interval(value: Any, stages_before: Sequence[Stage], where: str) -> i
         raise ConfigError(f"{where}: from_interval is {value}: the first entry begins with interval 0")
     if stages_before and value <= stages_before[-1][0]:
         raise ConfigError(
-            f"{where}: from_interval is {value}, that of the entry before {stages_before[-1][0]}: put them in order"
+            f"{where}: from_interval is {value} after {stages_before[-1][0]} in the entry before: put them in order"
         )
     return value
 

@@ -54,7 +54,7 @@ def test_an_excluded_domain_needs_no_entry() -> None:
     ("content", "parts"),
     [
         (None, ["NoneType", "a list"]),
-        ([], ["an entry at least"]),
+        ([], ["at least one entry"]),
         ({"from_interval": 0}, ["dict", "a list"]),
         ([entry(1, **PROPORTIONS)], ["entry 1", "from_interval is 1", "interval 0"]),
         ([entry(0, **PROPORTIONS), entry(0, **PROPORTIONS)], ["entry 2", "from_interval is 0"]),
