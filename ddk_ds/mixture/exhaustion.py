@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import Protocol
 
 import numpy as np
 
@@ -104,37 +105,44 @@ class Exhaustion:
         )
 
 
-def make_exhaustion(
-    names: Sequence[str],
-    sizes: Sequence[int],
-    *,
-    default: str = "cycle",
-    by_domain: Mapping[str, str] | None = None,
-    max_passes: float | None = None,
-) -> Exhaustion:
-    """Return the policies of a run.
+class ExhaustionOptions(Protocol):
+    """The options of section `mixture` for domains that reach a limit (declared in ddk_ds.config.sections.Mixture)."""
+
+    max_passes: float | None
+
+    @property
+    def exhaustion(self) -> str:
+        """Policy of the domains that `exhaustion_by_domain` does not name."""
+
+    @property
+    def exhaustion_by_domain(self) -> Mapping[str, str]:
+        """Policy of each domain that has another one."""
+
+
+def make_exhaustion(options: ExhaustionOptions, sizes: Mapping[str, int]) -> Exhaustion:
+    """Return the policies and limits of a run.
+
+    A domain's limit is `max_passes` times its samples, rounded down; one pass if `max_passes` is None.
 
     Args:
-        names, sizes: the domains and their numbers of samples.
-        default: policy ("cycle", "cap" or "stop") of the domains that `by_domain` does not name.
-        max_passes: a domain's limit is this number times its samples, rounded down; None is one pass.
+        sizes: number of samples of each domain, in the order of the run's domains.
 
     Raises:
-        ConfigError: `by_domain` names an unknown domain, or a limit is less than one sample.
+        ConfigError: the options name an unknown domain, or a limit is less than one sample.
     """
-    by_domain = by_domain or {}
-    check_domains(by_domain, names, label="mixture.exhaustion_by_domain")
-    policies = tuple(by_domain.get(name, default) for name in names)
+    names, max_passes = tuple(sizes), options.max_passes
+    check_domains(options.exhaustion_by_domain, names, label="mixture.exhaustion_by_domain")
+    policies = tuple(options.exhaustion_by_domain.get(name, options.exhaustion) for name in names)
     # Exact, as in the configuration: 0.29 x 100 samples are 29, and floats would give 28.
     passes = Fraction(1 if max_passes is None else str(max_passes))
     limits: list[int | None] = []
-    for name, size, policy in zip(names, sizes, policies, strict=True):
+    for (name, size), policy in zip(sizes.items(), policies, strict=True):
         limits.append(None if policy == "cycle" else int(passes * int(size)))
         if limits[-1] == 0:
             raise ConfigError(
                 f"mixture.max_passes is {max_passes}: less than one of the {size} samples of domain '{name}'; raise it"
             )
-    return Exhaustion(tuple(names), policies, tuple(limits))
+    return Exhaustion(names, policies, tuple(limits))
 
 
 def _under_caps(proportions: Vector, asked: Ids, caps: Ids) -> Ids | None:

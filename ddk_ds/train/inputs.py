@@ -138,13 +138,7 @@ def _check_data(config: Config, manifest: Manifest) -> list[str]:
 def _check_exhaustion(config: Config, manifest: Manifest, names: list[str]) -> Exhaustion:
     mixture = config.mixture
     sizes = {name: manifest.domains[name].train.samples for name in names}
-    exhaustion = make_exhaustion(
-        names,
-        list(sizes.values()),
-        default=mixture.exhaustion,
-        by_domain=mixture.exhaustion_by_domain,
-        max_passes=mixture.max_passes,
-    )
+    exhaustion = make_exhaustion(mixture, sizes)
     steps = min(interval_steps(mixture, 0), total_steps(config, corpus_samples(mixture, sizes)))
     exhaustion.check_first(steps * config.train.global_batch_samples, mixture.exclude)
     return exhaustion

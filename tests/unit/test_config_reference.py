@@ -1,4 +1,4 @@
-"""docs/configuration.md is what the configuration says."""
+"""docs/configuration.md is up to date and has a description of every key."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_types_in_words() -> None:
     assert _kind(Literal["a", "b"]) == "`a`, `b`"
 
 
-def test_an_old_page_is_told(
+def test_an_old_page_is_an_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     page = tmp_path / "configuration.md"

@@ -28,7 +28,7 @@ RANKS, DEVICE_BYTES, HEAD_ROOM = 16, 80_000_000_000, 0.10
 
 
 class Pair(NamedTuple):
-    """What is published of a pair: parameters in billions, tokens of the tokenizer that both share."""
+    """Published values of a pair: parameters in billions, and tokens of the tokenizer that both models share."""
 
     teacher: float
     student: float
@@ -45,7 +45,7 @@ PAIRS = {
 }
 each_pair = pytest.mark.parametrize("name", PAIRS)
 
-# Where an ablation's variants differ, and the values that the paper tried there.
+# The key in which an ablation's variants differ, and its values in the paper.
 GRIDS: dict[str, tuple[str, list[Any]]] = {
     "gamma": ("loss.gamma", [0, 0.1, 0.2, 0.3, 0.5]),
     "temperature": ("loss.temperature", [0.1, 0.2, 0.5, 1, 2]),
@@ -62,19 +62,19 @@ def config_of(name: str) -> Config:
 
 @cache
 def shape_of(hub_name: str) -> ModelShape:
-    """Built on the meta device, once."""
+    """Return the shape of a model, which is built once on the meta device."""
     return configured_shape(CONFIGS / "models" / f"{Path(hub_name).name}.json")
 
 
 def shapes_of(config: Config) -> tuple[ModelShape, ModelShape]:
-    """Student's and teacher's."""
+    """Return the shapes of the student and of the teacher."""
     assert config.teacher is not None
     return shape_of(config.student.path), shape_of(config.teacher.path)
 
 
 def estimate_of(name: str) -> MemoryEstimate:
     student, teacher = shapes_of(config_of(name))
-    rows = student.head // student.hidden  # as the preflight counts, which is never less than the tokenizer's
+    rows = student.head // student.hidden  # the preflight's count, which is never below the tokenizer's
     return estimate_memory(config_of(name), student, teacher, rows, RANKS)
 
 
@@ -213,12 +213,12 @@ def test_every_variant_of_an_ablation_is_the_papers(grid: str) -> None:
             assert config.stop.steps * 256 * 2048 == pytest.approx(float(label) * 1e9, rel=1e-4)
         else:
             assert float(label) == value_at(config, key)
-    # One of them is the base itself: the others differ from it in nothing else.
+    # One of them is the base itself, so the others differ from it only in this key.
     assert sum(config == config_of("qwen1.5_14b_to_1.8b") for config in variants.values()) == 1
 
 
 def saved_bytes(values: dict[str, Any], layers: int, tokens: int) -> int:
-    """Bytes that autograd keeps of a forward pass of the backbone, parameters left out."""
+    """Return the bytes that autograd keeps after a forward pass of the backbone, without the parameters."""
     key = "n_layer" if "n_layer" in values else "num_hidden_layers"
     hf_config = AutoConfig.for_model(**values | {key: layers})
     model = AutoModelForCausalLM.from_config(hf_config, attn_implementation="sdpa", dtype=torch.bfloat16).train()
@@ -235,14 +235,14 @@ def saved_bytes(values: dict[str, Any], layers: int, tokens: int) -> int:
     return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
 
 
-# The estimate counts norms in float32, which LayerNorm does not keep, and must not count too little.
+# The estimate must not be too low; it counts norms in float32, which LayerNorm does not keep.
 @pytest.mark.parametrize(
     ("model", "most"),
     [("Qwen1.5-1.8B", 1.02), ("TinyLlama-1.1B-intermediate-step-1431k-3T", 1.02), ("starcoderbase-3b", 1.25)],
 )
 def test_activations_of_a_layer(model: str, most: float, tmp_path: Path) -> None:
     values = json.loads((CONFIGS / "models" / f"{model}.json").read_text()) | {"vocab_size": 64}
-    if "n_embd" in values:  # narrower, of the same proportions; without dropout, for which a CPU stores the scores
+    if "n_embd" in values:  # narrower with the same ratios, and without dropout, for which a CPU stores the scores
         values |= {"n_embd": 256, "n_head": 2, "n_inner": 1024, "attn_pdrop": 0.0, "resid_pdrop": 0.0}
     else:
         for key in ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads"):

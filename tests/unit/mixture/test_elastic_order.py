@@ -16,9 +16,9 @@ import numpy as np
 import pytest
 
 from ddk_ds.data.loader import interval_loader
-from ddk_ds.mixture.exhaustion import make_exhaustion
 from ddk_ds.mixture.interval_state import DomainEntry, IntervalState, interval_ids
 from ddk_ds.mixture.order import DomainOrder
+from tests.unit.mixture.mixture_section import exhaustion_of
 
 SIZES = {"code": 130, "maths": 700, "prose": 333}
 GLOBAL_BATCH, STEPS, INTERVALS = 24, 6, 6
@@ -27,16 +27,16 @@ KILL_POINTS, IN_MAKE_TEST = 200, 40
 
 
 class Ids:
-    """Stands for a MixtureDataset: samples that are nothing but their id."""
+    """Replacement of MixtureDataset whose samples hold nothing but their id."""
 
     def read(self, sample_id: int) -> tuple[np.ndarray, int]:
-        """(one token, domain)."""
+        """Return a sample of one token, and domain 0."""
         return np.zeros(1, np.uint16), 0
 
 
 @dataclass
 class Process:
-    """All ranks of one start of the run, in one process: from a checkpoint to where they are killed."""
+    """All ranks of one start of the run in one process, from a checkpoint until they are killed."""
 
     record: dict[str, Any]
     world: int
@@ -44,7 +44,7 @@ class Process:
     steps_per_checkpoint: int = 1
 
     def run(self, kill_after: int | None = None) -> tuple[list[tuple[int, int, list[int]]], dict[str, Any]]:
-        """(interval, samples consumed before, ids) of each step that the last checkpoint holds, and that checkpoint."""
+        """Return (interval, samples consumed before, ids) of each step in the last checkpoint, and that checkpoint."""
         state = IntervalState.from_json(json.loads(json.dumps(self.record)))
         kept: list[tuple[int, int, list[int]]] = []
         since: list[tuple[int, int, list[int]]] = []
@@ -83,10 +83,10 @@ class Process:
 
 
 def begin(state: IntervalState) -> IntervalState:
-    """The next interval, by proportions that change, with a domain at its cap from the third interval on."""
+    """Begin the next interval, by proportions that change; one domain is at its cap from the third interval on."""
     rng = np.random.default_rng([7, state.interval + 1])
     proportions = rng.dirichlet(np.ones(len(SIZES)))
-    exhaustion = make_exhaustion(list(SIZES), list(SIZES.values()), by_domain={"code": "cap"}, max_passes=1)
+    exhaustion = exhaustion_of(SIZES, exhaustion_by_domain={"code": "cap"}, max_passes=1)
     plan = exhaustion.plan(proportions, GLOBAL_BATCH * STEPS, state.drawn)
     assert plan.end is None
     asked = np.array(plan.asked)
@@ -95,7 +95,7 @@ def begin(state: IntervalState) -> IntervalState:
 
 
 def order_of(state: IntervalState) -> np.ndarray:
-    """Global ids of the state's interval."""
+    """Return the global ids of the state's interval."""
     orders = [DomainOrder(name, [50] * (n // 50) + [n % 50], state.seed) for name, n in SIZES.items()]
     sizes = np.array(list(SIZES.values()))
     return interval_ids(orders, np.cumsum(sizes) - sizes, state)
@@ -106,13 +106,13 @@ def fresh(seed: int) -> dict[str, Any]:
     return IntervalState.new(entries, seed=seed).to_json()
 
 
-def lost_and_repeated(found: list[int], expected: list[int]) -> tuple[int, int]:
-    """Samples of `expected` that are not in `found`, and samples of `found` that are too many."""
-    return (Counter(expected) - Counter(found)).total(), (Counter(found) - Counter(expected)).total()
+def lost_and_repeated(trained: list[int], expected: list[int]) -> tuple[int, int]:
+    """Return the number of samples of `expected` missing in `trained`, and of surplus samples in `trained`."""
+    return (Counter(expected) - Counter(trained)).total(), (Counter(trained) - Counter(expected)).total()
 
 
 def check_kill_points(numbers: range) -> dict[str, int]:
-    """Each number is a run with an order of its own, killed at a random step and resumed on a random other topology."""
+    """Kill a run with its own order for each number at a random step, and resume it on another random topology."""
     totals = {"kill_points": 0, "mid_interval": 0, "lost": 0, "repeated": 0}
     for number in numbers:
         rng = np.random.default_rng([11, number])

@@ -1,4 +1,4 @@
-"""Sheared LLaMA's and DoReMi's updates, each against its paper's algorithm written down a second time."""
+"""The updates of Sheared LLaMA and DoReMi, each compared with a second implementation of its paper's algorithm."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ def build(kind: str, **options: Any) -> Controller:
 
 
 def sheared_llama(proportions: list[float], student: list[float], reference: list[float]) -> list[float]:
-    """arXiv 2310.06694, Algorithm 1, in losses."""
+    """Compute the update of arXiv 2310.06694, Algorithm 1, from losses."""
     alpha = [w * math.exp(max(a - b, 0.0)) for w, a, b in zip(proportions, student, reference, strict=True)]
     return [value / sum(alpha) for value in alpha]
 
 
 def doremi(proportions: list[float], student: list[float], reference: list[float], eta: float, c: float) -> list[float]:
-    """arXiv 2305.10429, Algorithm 1, in losses."""
+    """Compute the update of arXiv 2305.10429, Algorithm 1, from losses."""
     raised = [w * math.exp(eta * max(a - b, 0.0)) for w, a, b in zip(proportions, student, reference, strict=True)]
     return [(1 - c) * value / sum(raised) + c * (1 / len(raised)) for value in raised]
 

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ddk_ds.errors import ConfigError
-from ddk_ds.mixture.exhaustion import Plan, largest_remainder, make_exhaustion
+from ddk_ds.mixture.exhaustion import Exhaustion, Plan, largest_remainder
+from tests.unit.mixture.mixture_section import exhaustion_of
 
 NAMES = ("code", "maths", "prose")
+
+
+def build(sizes: list[int], **options: Any) -> Exhaustion:
+    return exhaustion_of(dict(zip(NAMES, sizes, strict=True)), **options)
 
 
 @st.composite
@@ -31,7 +38,9 @@ def test_no_limit_is_ever_passed(
     sizes, proportions, policies = mixture
     names = [f"domain{i}" for i in range(len(sizes))]
     sizes = [size + 1 for size in sizes]  # half a pass is at least one sample
-    exhaustion = make_exhaustion(names, sizes, by_domain=dict(zip(names, policies, strict=True)), max_passes=max_passes)
+    limited = {"max_passes": max_passes} if set(policies) != {"cycle"} else {}
+    by_domain = dict(zip(names, policies, strict=True))
+    exhaustion = exhaustion_of(dict(zip(names, sizes, strict=True)), exhaustion_by_domain=by_domain, **limited)
     limits = [np.inf if p == "cycle" else int(n * max_passes) for p, n in zip(policies, sizes, strict=True)]
     drawn = np.zeros(len(sizes), np.int64)
     for _ in range(40):
@@ -54,13 +63,13 @@ def test_no_limit_is_ever_passed(
 
 
 def test_cycle_has_no_limit() -> None:
-    exhaustion = make_exhaustion(NAMES, [10, 10, 10])
+    exhaustion = build([10, 10, 10])
     plan = exhaustion.plan([0.2, 0.3, 0.5], 1000, [10**9] * 3)
     assert plan == Plan((200, 300, 500), (200, 300, 500))
 
 
 def test_a_capped_domain_gives_its_share_by_the_proportions_of_the_others() -> None:
-    exhaustion = make_exhaustion(NAMES, [100, 1000, 1000], by_domain={"code": "cap"}, max_passes=2)
+    exhaustion = build([100, 1000, 1000], exhaustion_by_domain={"code": "cap"}, max_passes=2)
     assert exhaustion.limits == (200, None, None)
     assert exhaustion.plan([0.5, 0.3, 0.2], 100, [140, 0, 0]) == Plan((50, 30, 20), (50, 30, 20))
     assert exhaustion.plan([0.5, 0.3, 0.2], 100, [190, 0, 0]) == Plan((50, 30, 20), (10, 54, 36))
@@ -69,25 +78,25 @@ def test_a_capped_domain_gives_its_share_by_the_proportions_of_the_others() -> N
 
 def test_a_cap_that_another_cap_fills_up() -> None:
     # code has 10 left. Its other 40 samples would take maths to 74 of 50, so prose takes the rest.
-    exhaustion = make_exhaustion(NAMES, [10, 50, 1000], default="cap", max_passes=1)
+    exhaustion = build([10, 50, 1000], exhaustion="cap", max_passes=1)
     assert exhaustion.plan([0.5, 0.3, 0.2], 100, [0, 0, 0]).counts == (10, 50, 40)
 
 
 def test_the_run_ends_if_every_domain_is_at_its_cap() -> None:
-    exhaustion = make_exhaustion(NAMES, [10, 50, 30], default="cap", max_passes=1)
+    exhaustion = build([10, 50, 30], exhaustion="cap", max_passes=1)
     assert exhaustion.plan([0.2, 0.5, 0.3], 90, [0, 0, 0]).counts == (10, 50, 30)
     plan = exhaustion.plan([0.2, 0.5, 0.3], 90, [0, 1, 0])
     assert plan.end is not None
     for part in ("code, maths, prose", "89 samples left", "interval of 90", "mixture.exhaustion: cap"):
         assert part in plan.end
     # A domain that cycles but has no proportion takes no samples.
-    cycling = make_exhaustion(NAMES, [10, 50, 30], default="cap", by_domain={"prose": "cycle"}, max_passes=1)
+    cycling = build([10, 50, 30], exhaustion="cap", exhaustion_by_domain={"prose": "cycle"}, max_passes=1)
     assert cycling.plan([0.5, 0.5, 0.0], 61, [0, 0, 0]).end is not None
     assert cycling.plan([0.5, 0.4999, 0.0001], 61, [0, 0, 0]).counts == (10, 50, 1)
 
 
 def test_stop_ends_the_run_before_the_limit_is_passed() -> None:
-    exhaustion = make_exhaustion(NAMES, [100, 50, 100], by_domain={"maths": "stop"})
+    exhaustion = build([100, 50, 100], exhaustion_by_domain={"maths": "stop"})
     assert exhaustion.limits == (None, 50, None)
     assert exhaustion.plan([0.4, 0.3, 0.3], 100, [0, 20, 0]).counts == (40, 30, 30)
     plan = exhaustion.plan([0.4, 0.3, 0.3], 100, [0, 21, 0])
@@ -98,25 +107,25 @@ def test_stop_ends_the_run_before_the_limit_is_passed() -> None:
 
 
 def test_what_a_capped_domain_gives_away_may_stop_the_run() -> None:
-    exhaustion = make_exhaustion(NAMES, [20, 50, 100], by_domain={"code": "cap", "maths": "stop"}, max_passes=1)
+    exhaustion = build([20, 50, 100], exhaustion_by_domain={"code": "cap", "maths": "stop"}, max_passes=1)
     assert exhaustion.plan([0.2, 0.5, 0.3], 100, [0, 0, 0]).counts == (20, 50, 30)
     assert "asks for 59" in str(exhaustion.plan([0.2, 0.5, 0.3], 100, [15, 0, 0]).end)
 
 
 @pytest.mark.parametrize(("passes", "limit"), [(0.29, 29), (1, 100), (1.1, 110), (2.5, 250), (1e-2, 1)])
 def test_limits_are_exact(passes: float, limit: int) -> None:
-    assert make_exhaustion(["a"], [100], default="cap", max_passes=passes).limits == (limit,)
+    assert exhaustion_of({"a": 100}, exhaustion="cap", max_passes=passes).limits == (limit,)
 
 
 def test_limits_that_cannot_work_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"exhaustion_by_domain: 'math' is not a domain .*did you mean 'maths'"):
-        make_exhaustion(NAMES, [1, 1, 1], by_domain={"math": "stop"})
+        build([1, 1, 1], exhaustion_by_domain={"math": "stop"})
     with pytest.raises(ConfigError, match=r"'xyz' is not .* domains are code, maths, prose"):
-        make_exhaustion(NAMES, [1, 1, 1], by_domain={"xyz": "stop"})
-    with pytest.raises(ConfigError, match=r"max_passes is 0.1: .* less than one of the 9 samples of domain 'maths'"):
-        make_exhaustion(NAMES, [10, 9, 10], default="cap", max_passes=0.1)
-    tight = make_exhaustion(NAMES, [10, 10, 10], default="cap", max_passes=1)
+        build([1, 1, 1], exhaustion_by_domain={"xyz": "stop"})
+    with pytest.raises(ConfigError, match=r"max_passes is 0.1: less than one of the 9 samples of domain 'maths'"):
+        build([10, 9, 10], exhaustion="cap", max_passes=0.1)
+    tight = build([10, 10, 10], exhaustion="cap", max_passes=1)
     tight.check_first(30)
     with pytest.raises(ConfigError, match=r"leaves 30 samples .* first interval needs 31"):
         tight.check_first(31)
-    make_exhaustion(NAMES, [10, 10, 10], default="cap", by_domain={"code": "cycle"}, max_passes=1).check_first(31)
+    build([10, 10, 10], exhaustion="cap", exhaustion_by_domain={"code": "cycle"}, max_passes=1).check_first(31)

@@ -25,7 +25,7 @@ def entries(*num_samples: int) -> list[DomainEntry]:
 
 
 def make(*num_samples: int, seed: int = 3) -> tuple[list[DomainOrder], np.ndarray, IntervalState]:
-    """Orders over shards of about 100 samples, their offsets, and a fresh state."""
+    """Return orders over shards of about 100 samples, their offsets, and a fresh state."""
     state = IntervalState.new(entries(*num_samples), seed=seed, block=256)
     orders = []
     for domain in state.domains:
@@ -71,13 +71,13 @@ def test_each_pass_holds_every_sample_once(sizes: list[int], seed: int, block: i
 
 @settings(deadline=None)
 @given(shard_sizes, st.integers(1, 60), st.lists(st.integers(0, 150), min_size=1, max_size=6))
-def test_takes_join(sizes: list[int], block: int, steps: list[int]) -> None:
+def test_consecutive_takes_are_one_take(sizes: list[int], block: int, steps: list[int]) -> None:
     cuts = np.cumsum([0, *steps]).tolist()
     whole = DomainOrder("prose", sizes, 5, block).take(0, cuts[-1])
     order = DomainOrder("prose", sizes, 5, block)
     parts = [order.take(a, b) for a, b in itertools.pairwise(cuts)]
     np.testing.assert_array_equal(np.concatenate(parts), whole)
-    np.testing.assert_array_equal(order.take(0, cuts[1]), parts[0])  # going back is free of what came between
+    np.testing.assert_array_equal(order.take(0, cuts[1]), parts[0])  # an earlier take gives the same draws again
     assert whole.dtype == np.int64
 
 
@@ -106,7 +106,7 @@ def test_passes_seeds_and_names_differ() -> None:
 
 
 def test_the_order_is_the_one_that_checkpoints_were_written_with() -> None:
-    """A change here breaks the resumption of older runs: it needs a new ALGORITHM."""
+    """Another hash means that older runs cannot be resumed: it needs a new ALGORITHM."""
     orders, offsets, state = make(250, 1000, 40)
     state = state.advance([0.2, 0.5, 0.3], 200)
     assert state.counts == (40, 100, 60)
@@ -208,7 +208,7 @@ def test_the_record_is_small_plain_json() -> None:
     assert state.history == ((51_200,) * 10,) * 4
 
 
-def test_the_hash_of_the_history_tells_every_past_interval() -> None:
+def test_the_hash_of_the_history_covers_every_past_interval() -> None:
     def play(*first_counts: int) -> IntervalState:
         state = make(250, 1000)[2]
         for first in first_counts:
@@ -224,8 +224,8 @@ def test_the_hash_of_the_history_tells_every_past_interval() -> None:
     assert play().history_sha == play(50).history_sha == ""
 
 
-def test_a_checkpoint_with_its_whole_history_loads() -> None:
-    """As checkpoints were written before the history was cut."""
+def test_a_checkpoint_with_its_complete_history_loads() -> None:
+    """Older checkpoints hold the counts of all past intervals."""
     state = make(250, 1000)[2]
     past = []
     for first in range(9):

@@ -18,14 +18,13 @@ from ddk_ds.config.sections import Mixture
 from ddk_ds.errors import ConfigError
 from ddk_ds.mixture.controllers import make_controller
 from ddk_ds.mixture.decide import Controller, Decision, decide
-from ddk_ds.mixture.exhaustion import make_exhaustion
 from ddk_ds.mixture.interval_state import DomainEntry, IntervalState
 from ddk_ds.mixture.order import DomainOrder
 from ddk_ds.train.interval import Measurement, Mixer, interval_record, stop_reason
 from ddk_ds.train.loop import _plan_interval
 from ddk_ds.train.state import RunState
 from tests.unit.mixture.mixture_section import config_with as config
-from tests.unit.mixture.mixture_section import section
+from tests.unit.mixture.mixture_section import exhaustion_of, section
 
 NAMES = ["code", "law", "prose"]
 
@@ -120,20 +119,19 @@ SIZES = {"code": 40, "law": 50, "prose": 60}
 
 
 def make_mixer(controller: Controller) -> Mixer:
-    sizes = [40, 50, 60]
-    orders = [DomainOrder(name, [size], 0) for name, size in zip(NAMES, sizes, strict=True)]
+    orders = [DomainOrder(name, [size], 0) for name, size in SIZES.items()]
+    sizes = np.array(list(SIZES.values()))
     return Mixer(controller, orders, np.cumsum(sizes) - sizes, SingleProcess())
 
 
 def run_intervals(state: RunState, intervals: range, controller: Controller | None = None) -> list[dict[str, Any]]:
     """Plan, begin and train these intervals from `state`; return their lines of the ledger."""
-    sizes = [40, 50, 60]
     mixer = make_mixer(controller or make_controller(OPTIONS, SIZES))
     records = []
     for t in intervals:
         student = np.array([9.0, 30.0, 12.0]) / (1 + 0.2 * t) + np.array([0.0, 1.0, t % 2])
         measured = Measurement(student, np.array([3.0, 12.0, 5.0]))
-        decision, plan = mixer.plan(state, measured, 20, make_exhaustion(NAMES, sizes))
+        decision, plan = mixer.plan(state, measured, 20, exhaustion_of(SIZES))
         mixer.begin(state, decision, plan)
         records.append(interval_record(state, measured, NAMES, plan, {}))
         state.data = state.data.consume(20)
@@ -169,10 +167,9 @@ def test_a_run_follows_its_schedule() -> None:
 
 def test_the_plan_of_an_interval_has_its_own_length() -> None:
     options = config({"controller": "equal", "interval_steps": 3, "interval_growth": 2.0}, stop={"steps": 20})
-    sizes = [40, 50, 60]
     run: Any = SimpleNamespace(config=options, state=fresh(), total_steps=20)
     run.mixer = make_mixer(make_controller(section("equal"), SIZES))
-    run.inputs = SimpleNamespace(exhaustion=make_exhaustion(NAMES, sizes))
+    run.inputs = SimpleNamespace(exhaustion=exhaustion_of(SIZES))
     steps = []
     for _ in range(3):
         decision, plan = _plan_interval(run, Measurement(np.ones(3), None))
@@ -190,7 +187,7 @@ def test_planning_changes_nothing() -> None:
     before = json.dumps(state.to_json())
     mixer = make_mixer(make_controller(OPTIONS, SIZES))
     measured = Measurement(np.array([5.0, 6.0, 7.0]), np.array([3.0, 12.0, 5.0]))
-    mixer.plan(state, measured, 20, make_exhaustion(NAMES, [40, 50, 60]))
+    mixer.plan(state, measured, 20, exhaustion_of(SIZES))
     assert json.dumps(state.to_json()) == before
 
 
