@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ddk_ds.comm import Comm, SingleProcess, call_together, destroy
+from ddk_ds.command_line import EXIT_INTERRUPTED, EXIT_USER_ERROR
 from ddk_ds.config import Config, load_config, to_yaml
 from ddk_ds.errors import UserError
 from ddk_ds.redact import redact
@@ -46,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         shown = redact(f"error: {error}")
         _console(stderr=True).print(shown, style="bold red", highlight=False, soft_wrap=True, markup=False)
-        return 2
+        return EXIT_USER_ERROR
     finally:
         destroy()
 
@@ -89,7 +90,6 @@ def _run(config: Config, *, dry_run: bool, preflight: bool) -> int:
     if preflight:
         _check_machines(config, inputs, runtime)
     call_together(comm, lambda: claim_run_dir(config, identity) if comm.rank == 0 else None)
-    from ddk_ds.command_line import EXIT_INTERRUPTED
     from ddk_ds.train.guard import EXIT_WRONG_NUMBERS, NumbersGoneWrong
     from ddk_ds.train.interruption import Interrupted, Interruption
     from ddk_ds.train.loop import train

@@ -17,7 +17,7 @@ from ddk_ds.engine.student import names_on_disk
 from ddk_ds.engine.zero_shards import MODEL_FILE
 from ddk_ds.files import partial_path
 from ddk_ds.mixture.interval_state import IntervalState
-from ddk_ds.train.checkpoint.checkpoint_files import FORMAT, TAG, Manifest, complete
+from ddk_ds.train.checkpoint.checkpoint_files import FORMAT, TAG, Manifest, put_in_place
 from ddk_ds.train.state import RunState
 from tests.dist.tiny import tiny_config
 
@@ -48,7 +48,7 @@ def save_run(folder: Path, steps: Sequence[int] = (2, 4), **sections: Any) -> Pa
         partial = partial_path(root / f"step-{step:08d}")
         (partial / TAG).mkdir(parents=True)
         _write_shards(partial / TAG, Path(config.student.path), step, state)
-        assert not complete(partial, root / f"step-{step:08d}", manifest)
+        assert not put_in_place(partial, root / f"step-{step:08d}", manifest)
     return config.run_dir
 
 

@@ -26,7 +26,7 @@ from ddk_ds.engine.student import DTYPES
 from ddk_ds.engine.zero_shards import UniversalShards, ZeroShards
 from ddk_ds.errors import CheckpointError, ConfigError, UserError
 from ddk_ds.files import size_and_xxh64
-from ddk_ds.train.checkpoint.checkpoint_files import TAG, Manifest, complete_ones, read_manifest
+from ddk_ds.train.checkpoint.checkpoint_files import TAG, Manifest, complete_checkpoints, read_manifest
 from ddk_ds.train.run_end import companions
 from ddk_ds.train.state import RunState
 
@@ -137,7 +137,7 @@ def find_checkpoint(run: Path, step: int | None) -> Checkpoint:
 
 def _checkpoints(run: Path) -> Iterator[Checkpoint]:
     """Yield every complete checkpoint; of a step that has both forms, the shards first."""
-    yield from (Checkpoint(*checkpoint) for checkpoint in complete_ones(run / "checkpoints"))
+    yield from (Checkpoint(*checkpoint) for checkpoint in complete_checkpoints(run / "checkpoints"))
     for directory in (run / "checkpoints").glob("universal-*"):
         manifest = read_manifest(directory)
         if manifest is not None:

@@ -32,16 +32,8 @@ def largest_remainder(proportions: Sequence[float] | Vector, total: int) -> Ids:
     return counts
 
 
-@dataclass(frozen=True)
-class Plan:
-    """The numbers of samples of one interval, before and after the domains' limits."""
-
-    asked: tuple[int, ...]
-    """(N,) samples by the proportions alone."""
-    counts: tuple[int, ...]
-    """(N,) samples to draw; differs from `asked` if a domain reaches its cap. Empty if the run ends instead."""
-    end: str | None = None
-    """Reason why the run ends before this interval; None if it continues."""
+class Exhausted(Exception):
+    """The domains cannot fill the next interval, so the run ends before it. The message says why."""
 
 
 @dataclass(frozen=True)
@@ -62,10 +54,16 @@ class Exhaustion:
     limits: tuple[int | None, ...]
     """(N,) limits on the draws in the complete run; None for a domain that cycles."""
 
-    def plan(self, proportions: Sequence[float] | Vector, total: int, drawn: Sequence[int]) -> Plan:
-        """Return the next interval of `total` samples by `proportions` (N,), after `drawn` (N,) draws of each domain.
+    def counts(self, proportions: Sequence[float] | Vector, total: int, drawn: Sequence[int]) -> tuple[int, ...]:
+        """Return the samples (N,) to draw of each domain in the next interval: `total` by `proportions` (N,).
+
+        They are `largest_remainder` of the proportions unless a domain is at its cap.
+
+        Args:
+            drawn: (N,) draws of each domain since the run began.
 
         Raises:
+            Exhausted: the domains cannot fill the interval; the run ends before it.
             ConfigError: proportions that are negative, not finite, or do not sum to 1 within 1e-6.
         """
         asked = largest_remainder(proportions, total)
@@ -73,10 +71,10 @@ class Exhaustion:
         capped = np.array([policy == "cap" for policy in self.policies])
         counts = _under_caps(np.asarray(proportions, np.float64), asked, np.where(capped, left, total))
         if counts is None:
-            return Plan(_tuple(asked), (), self._no_room(capped, left, total))
+            raise Exhausted(self._no_room(capped, left, total))
         for i in np.flatnonzero(counts > left):
-            return Plan(_tuple(asked), (), self._stopped(int(i), int(counts[i]), int(left[i])))
-        return Plan(_tuple(asked), _tuple(counts))
+            raise Exhausted(self._stopped(int(i), int(counts[i]), int(left[i])))
+        return tuple(counts.tolist())
 
     def check_first(self, total: int, exclude: Sequence[str] = ()) -> None:
         """Raise ConfigError if no proportions allow even one interval of `total` samples.
@@ -161,7 +159,3 @@ def _under_caps(proportions: Vector, asked: Ids, caps: Ids) -> Ids | None:
         counts[full] = caps[full]
         counts[~full] = largest_remainder(others / others.sum(), rest) if rest else 0
     return counts
-
-
-def _tuple(counts: Ids) -> tuple[int, ...]:
-    return tuple(counts.tolist())

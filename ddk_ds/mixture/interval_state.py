@@ -5,7 +5,6 @@ The order does not depend on ranks, workers or nodes: every process computes the
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
@@ -153,7 +152,7 @@ class IntervalState:
 
     @classmethod
     def from_json(cls, record: Mapping[str, Any]) -> IntervalState:
-        """Return the state of a `to_json` record, also of an older one with the counts of every past interval.
+        """Return the state that `to_json` wrote.
 
         Raises:
             CheckpointError: the record has another algorithm, or missing or unknown fields.
@@ -163,8 +162,6 @@ class IntervalState:
                 f"the checkpoint's data order is '{record.get('algorithm')}', this version's '{ALGORITHM}': "
                 "resume with the version of ddk_ds that wrote it"
             )
-        if "history_sha" not in record and "history" in record:
-            record = {**record, **_short_history(record["history"])}
         if mismatched := set(record) ^ set(cls.__dataclass_fields__):
             raise CheckpointError(f"the checkpoint's data order has missing or unknown fields: {sorted(mismatched)}")
         tuples = {key: tuple(record[key]) for key in ("domains", "counts", "cursors")}
@@ -197,7 +194,3 @@ def ids_sha(ids: Ids) -> str:
 
 def _chained(sha: str, counts: Sequence[int]) -> str:
     return hashlib.sha256(f"{sha} {' '.join(map(str, counts))}".encode()).hexdigest()[:16]
-
-
-def _short_history(history: Sequence[Sequence[int]]) -> dict[str, Any]:
-    return {"history": history[-HISTORY_INTERVALS:], "history_sha": functools.reduce(_chained, history, "")}

@@ -1,4 +1,4 @@
-"""The run: intervals of steps until a stop, with a checkpoint every so often."""
+"""The training loop: intervals of optimizer steps until a stop condition holds, with checkpoints on the way."""
 
 from __future__ import annotations
 
@@ -7,31 +7,34 @@ from collections.abc import Iterator
 from itertools import islice
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-
 from ddk_ds.comm import Comm, raise_together
 from ddk_ds.config.run_config import interval_steps
 from ddk_ds.data.loader import MicroBatch, interval_loader
 from ddk_ds.engine.export import export_student
 from ddk_ds.errors import UserError
 from ddk_ds.mixture.ddk import one_hot_warning
-from ddk_ds.mixture.decide import Decision
-from ddk_ds.mixture.exhaustion import Plan
+from ddk_ds.mixture.exhaustion import Exhausted
+from ddk_ds.mixture.order import Ids
 from ddk_ds.train.checkpoint.checkpoint_files import newest_checkpoint
 from ddk_ds.train.checkpoint.restore import roll_back
 from ddk_ds.train.checkpoint.saver import SaveFailed
 from ddk_ds.train.guard import NumbersGoneWrong, check_interval, check_step
 from ddk_ds.train.interruption import Interrupted, Interruption, raise_for
-from ddk_ds.train.interval import Measurement, interval_record, stop_reason
+from ddk_ds.train.interval import Array, interval_record, ratio_to_teacher, stop_reason
 from ddk_ds.train.run import Run
 from ddk_ds.train.run_end import companions, make_summary, summary_table, write_summary
 from ddk_ds.train.step import StepMetrics, learning_rate, seed_step, step_clock, step_numbers, train_step
+from ddk_ds.train.validation import perplexities
 from ddk_ds.version import versions
 
 
 def train(run: Run) -> dict[str, Any]:
-    """Train from the run's state to its end, export the student, and return the summary. Collective."""
+    """Train from the run's state to its end, export the student, and return the summary. Collective.
+
+    Raises:
+        Interrupted: a signal came to any rank; the steps that are done have been saved.
+        NumbersGoneWrong: the numbers went wrong and no roll-back is left.
+    """
     run.progress.start(run.state.step)
     try:
         while True:
@@ -40,10 +43,10 @@ def train(run: Run) -> dict[str, Any]:
             except NumbersGoneWrong as wrong:
                 _finish_checkpoint(run)
                 if not roll_back(run, str(wrong)):
-                    _stopped(run, str(wrong))
+                    _announce_wrong_numbers(run, str(wrong))
                     raise
     except Interrupted as interrupted:
-        _interrupted(run, str(interrupted))
+        _save_interrupted(run, str(interrupted))
         raise
     finally:
         run.progress.stop()
@@ -54,26 +57,74 @@ def train(run: Run) -> dict[str, Any]:
 
 def _train_to_the_end(run: Run) -> dict[str, Any]:
     while True:
-        if not run.state.data.done:
-            ids = run.mixer.ids(run.state)
-        else:
-            measured, measure_s = _measure(run)
-            reason = stop_reason(run.config, run.state, measured)
+        if run.state.data.done:
+            student_ppl, measure_s = _measure(run)
+            reason = stop_reason(run.config, run.state, student_ppl, run.teacher_ppl)
             if reason is not None:
-                return _finish(run, measured, measure_s, reason)
-            started = time.perf_counter()
-            run.watchdog.watch("controller", run.state.step)
-            decision, plan = _plan_interval(run, measured)
-            if plan.end is not None:
-                return _finish(run, measured, measure_s, plan.end)
-            ids = run.mixer.begin(run.state, decision, plan)
-            _record_interval(
-                run, measured, plan, {"measure_s": measure_s, "controller_s": time.perf_counter() - started}
-            )
+                return _finish(run, student_ppl, measure_s, reason)
+            try:
+                ids = _begin_interval(run, student_ppl, measure_s)
+            except Exhausted as exhausted:
+                return _finish(run, student_ppl, measure_s, str(exhausted))
+        else:  # resumed inside an interval
+            ids = run.mixer.ids(run.state)
         _train_interval(run, ids)
 
 
-def _train_interval(run: Run, ids: npt.NDArray[np.int64]) -> None:
+def _measure(run: Run) -> tuple[Array, float]:
+    """Measure the student; return its perplexities (N,) and the seconds that this took. Collective."""
+    started = time.perf_counter()
+    run.watchdog.watch("evaluation", run.state.step)
+    steps = interval_steps(run.config.mixture, run.state.data.interval + 1)
+    run.ahead.border(run.state.data, steps * run.config.train.global_batch_samples)
+    device, comm, poll = run.runtime.device, run.runtime.comm, run.interruption.check
+    student_ppl = perplexities(
+        run.student, run.validation, options=run.head_options, device=device, comm=comm, poll=poll
+    )
+    if not run.state.student_before:
+        run.state.student_before = student_ppl.tolist()
+    elapsed = time.perf_counter() - started
+    run.state.train_s += elapsed
+    return student_ppl, elapsed
+
+
+def _begin_interval(run: Run, student_ppl: Array, measure_s: float) -> Ids:
+    """Decide on the next interval, begin it in the state, record it, and return its sample ids. Collective.
+
+    Raises Exhausted, and leaves the state as it was, if the domains cannot fill the interval.
+    """
+    started = time.perf_counter()
+    run.watchdog.watch("controller", run.state.step)
+    decision = run.mixer.decide(run.state, student_ppl, run.teacher_ppl)
+    counts = run.inputs.exhaustion.counts(decision.proportions, _interval_samples(run), run.state.data.drawn)
+    ids = run.mixer.begin(run.state, decision, counts)
+    _record_interval(run, student_ppl, {"measure_s": measure_s, "controller_s": time.perf_counter() - started})
+    return ids
+
+
+def _interval_samples(run: Run) -> int:
+    """Return the samples of the next interval; the last one of a run may be shorter."""
+    steps = interval_steps(run.config.mixture, run.state.data.interval + 1)
+    return min(steps, run.total_steps - run.state.step) * run.config.train.global_batch_samples
+
+
+def _record_interval(run: Run, student_ppl: Array, clock: dict[str, float]) -> None:
+    state, names = run.state, run.inputs.names
+    ratio = ratio_to_teacher(student_ppl, run.teacher_ppl)
+    alarms = check_interval(
+        state, None if ratio is None else ratio.tolist(), names, run.config.guard, run.config.mixture.exclude
+    )
+    run.record(interval_record("interval", state, names, student_ppl, run.teacher_ppl, clock, alarms))
+    for alarm in alarms:
+        run.announce("alarm", f"alarm: {alarm}", step=state.step, text=alarm)
+    warning = one_hot_warning(state.proportions, names)
+    if warning is not None and state.data.interval == 0 and run.inputs.controller.name.startswith("ddk"):
+        run.announce("warning", f"warning: {warning}", step=state.step, text=warning)
+    run.progress.interval(state.data.interval, state.proportions)
+
+
+def _train_interval(run: Run, ids: Ids) -> None:
+    """Train on the rest of an interval with the global sample ids `ids` (total,). Collective."""
     comm, state, config = run.runtime.comm, run.state, run.config
     state.leave_out()
     method = run.make_method()
@@ -88,7 +139,7 @@ def _train_interval(run: Run, ids: npt.NDArray[np.int64]) -> None:
     )
     run.ahead.interval(ids, state.data.consumed)
     run.watchdog.watch("step", state.step)
-    due = False
+    save_pending = False
     while True:
         started = time.perf_counter()
         micro_batches = _read_step(batches, config.micro_batches(comm.world_size), comm, run.interruption)
@@ -110,9 +161,9 @@ def _train_interval(run: Run, ids: npt.NDArray[np.int64]) -> None:
         )
         state.method = method.state_dict()
         _record_step(run, metrics, rate, data_s, time.perf_counter() - started)
-        due |= state.step % config.checkpoint.every_steps == 0
-        if due and not state.spikes_in_row:  # amid a spike a checkpoint would be no good one to go back to
-            due = not _begin_checkpoint(run)
+        save_pending |= state.step % config.checkpoint.every_steps == 0
+        if save_pending and not state.spikes_in_row:  # a checkpoint amid a spike would be a bad one to roll back to
+            save_pending = not _begin_checkpoint(run)
         if run.saver.ready():
             _finish_checkpoint(run)
         run.watchdog.watch("step", state.step)
@@ -141,42 +192,11 @@ def _read_step(
     return read
 
 
-def _measure(run: Run) -> tuple[Measurement, float]:
-    started = time.perf_counter()
-    run.watchdog.watch("evaluation", run.state.step)
-    steps = interval_steps(run.config.mixture, run.state.data.interval + 1)
-    run.ahead.border(run.state.data, steps * run.config.train.global_batch_samples)
-    measured = run.measure()
-    if not run.state.student_before:
-        run.state.student_before = measured.student.tolist()
-    elapsed = time.perf_counter() - started
-    run.state.train_s += elapsed
-    return measured, elapsed
-
-
-def _plan_interval(run: Run, measured: Measurement) -> tuple[Decision, Plan]:
-    steps = interval_steps(run.config.mixture, run.state.data.interval + 1)
-    steps = min(steps, run.total_steps - run.state.step)
-    total_samples = steps * run.config.train.global_batch_samples
-    return run.mixer.plan(run.state, measured, total_samples, run.inputs.exhaustion)
-
-
-def _record_interval(run: Run, measured: Measurement, plan: Plan, clock: dict[str, float]) -> None:
-    state = run.state
-    ratio = None if measured.ratio is None else measured.ratio.tolist()
-    alarms = check_interval(state, ratio, run.inputs.names, run.config.guard, run.config.mixture.exclude)
-    run.record(interval_record(state, measured, run.inputs.names, plan, clock, alarms))
-    for alarm in alarms:
-        run.progress.say(f"alarm: {alarm}")
-        run.ledger.event("alarm", step=state.step, text=alarm)
-    warning = one_hot_warning(state.proportions, run.inputs.names)
-    if warning is not None and state.data.interval == 0 and run.inputs.controller.name.startswith("ddk"):
-        run.progress.say(f"warning: {warning}")
-        run.ledger.event("warning", step=state.step, text=warning)
-    run.progress.interval(state.data.interval, state.proportions)
-
-
 def _record_step(run: Run, metrics: StepMetrics, rate: float, data_s: float, step_s: float) -> None:
+    """Advance the state by the step that was taken, record it, and check its numbers.
+
+    Raises NumbersGoneWrong on every rank, as `check_step` does.
+    """
     state = run.state
     state.step += 1
     state.data = state.data.consume(run.config.train.global_batch_samples)
@@ -189,91 +209,85 @@ def _record_step(run: Run, metrics: StepMetrics, rate: float, data_s: float, ste
     run.progress.step(state.step, metrics, clock["tokens_per_s"])
     check_step(state, metrics.loss, metrics.grad_norm, run.config.guard)
     if state.skipped_in_row:
-        run.progress.say(f"warning: step {state.step} has no finite gradient: skipped, the weights are as before")
-        run.ledger.event("skipped", step=state.step)
+        message = f"warning: step {state.step} has no finite gradient: skipped, the weights are as before"
+        run.announce("skipped", message, step=state.step)
 
 
 def _begin_checkpoint(run: Run) -> bool:
-    """Begin to save, or say why that is not possible: the run goes on all the same. Whether it is."""
+    """Begin to save this step and return True; warn and return False if that is not possible. Collective."""
     _finish_checkpoint(run)
     run.watchdog.watch("checkpoint", run.state.step)
     try:
         run.saver.begin(run.student, run.state, run.ledger.position())
     except SaveFailed as failure:
-        return _not_saved(run, failure)
+        _warn_not_saved(run, failure)
+        return False
     return True
 
 
 def _finish_checkpoint(run: Run) -> bool:
-    """Complete the checkpoint that was begun, waiting for it where need be. Whether that was possible."""
+    """Complete the checkpoint that was begun, if any; warn and return False if that fails. Collective."""
     run.watchdog.watch("checkpoint", run.state.step)
     try:
         saved = run.saver.finish()
     except SaveFailed as failure:
-        return _not_saved(run, failure)
+        _warn_not_saved(run, failure)
+        return False
     if saved is not None:
         clock = {"pause_s": round(saved.pause_s, 4), "seconds": round(saved.seconds, 4)}
         run.ledger.event("checkpoint", step=saved.step, path=str(saved.path), **clock)
     return True
 
 
-def _not_saved(run: Run, failure: SaveFailed) -> bool:
-    run.progress.say(f"warning: no checkpoint at step {run.state.step}: {failure}")
-    run.ledger.event("checkpoint_failed", step=run.state.step, reason=str(failure))
-    return False
+def _warn_not_saved(run: Run, failure: SaveFailed) -> None:
+    message = f"warning: no checkpoint at step {run.state.step}: {failure}"
+    run.announce("checkpoint_failed", message, step=run.state.step, reason=str(failure))
 
 
 def _save_now(run: Run) -> bool:
-    """Save and wait for it. Whether the checkpoint of this step is there."""
+    """Save this step, wait until that is done, and return True if its checkpoint is complete. Collective."""
     return _begin_checkpoint(run) and _finish_checkpoint(run)
 
 
-def _interrupted(run: Run, signal: str) -> None:
-    """Save what is done. The step that a signal cut short has changed nothing."""
+def _save_interrupted(run: Run, signal: str) -> None:
+    """Save the steps that are done and say how to continue. The step that the signal cut short changed nothing."""
     saved = "saved" if _save_now(run) else "NOT saved"
-    run.ledger.event("interrupted", step=run.state.step, signal=signal)
     run.progress.stop()
-    run.progress.say(
-        f"interrupted by {signal} and {saved} at step {run.state.step}: start the same command again to go on"
-    )
+    step = run.state.step
+    message = f"interrupted by {signal} and {saved} at step {step}: start the same command again to go on"
+    run.announce("interrupted", message, step=step, signal=signal)
 
 
-def _stopped(run: Run, reason: str) -> None:
-    """Say what was seen and where one can go on from. Nothing is saved."""
-    run.ledger.event("stopped", step=run.state.step, reason=reason)
+def _announce_wrong_numbers(run: Run, reason: str) -> None:
+    """Say why the run stops and which checkpoint is the last. Nothing is saved."""
     run.progress.stop()
-    last = newest_checkpoint(run.config.run_dir) if run.runtime.comm.rank == 0 else None
-    run.progress.say(
-        f"stopped at step {run.state.step}: {reason}. The last checkpoint is {last[0] if last else 'none'}. Look at "
+    step, last = run.state.step, newest_checkpoint(run.config.run_dir) if run.runtime.comm.rank == 0 else None
+    message = (
+        f"stopped at step {step}: {reason}. The last checkpoint is {last[0] if last else 'none'}. Look at "
         "the steps before in ledger.jsonl and at their data; a new run with a lower optimizer.learning_rate may hold"
     )
+    run.announce("stopped", message, step=step, reason=reason)
 
 
-def _finish(run: Run, measured: Measurement, measure_s: float, reason: str) -> dict[str, Any]:
+def _finish(run: Run, student_ppl: Array, measure_s: float, reason: str) -> dict[str, Any]:
+    """Save, export the student, and write and return the summary. Collective."""
     _save_now(run)
-    run.record(interval_record(run.state, measured, run.inputs.names, None, {"measure_s": measure_s}))
-    config, comm = run.config, run.runtime.comm
-    run.watchdog.watch("export", run.state.step)
+    config, comm, state, names = run.config, run.runtime.comm, run.state, run.inputs.names
+    run.record(interval_record("end", state, names, student_ppl, run.teacher_ppl, {"measure_s": measure_s}))
+    run.watchdog.watch("export", state.step)
     export_student(
         run.student,
         config.run_dir / "export",
         comm,
-        lambda: companions(config.run_dir, config, run.inputs.student, run.state, versions()),
+        lambda: companions(config.run_dir, config, run.inputs.student, state, versions()),
         run.interruption.check,
     )
-    run.make_method().export(run.student, config.run_dir / "export", run.inputs.names, comm)
-    summary = make_summary(
-        run.inputs.names,
-        run.state,
-        measured,
-        run=config.name,
-        controller=config.mixture.controller,
-        reason=reason,
-    )
+    run.make_method().export(run.student, config.run_dir / "export", names, comm)
+    summary = make_summary(config, state, names, student_ppl, run.teacher_ppl, reason)
     if comm.rank == 0:
         write_summary(config.run_dir, summary)
-    run.ledger.event("end", step=run.state.step, reason=reason)
     run.progress.stop()
-    run.progress.say(f"finished: {reason}; student exported to {config.run_dir / 'export'}")
+    message = f"finished: {reason}; student exported to {config.run_dir / 'export'}"
+    run.announce("end", message, step=state.step, reason=reason)
     run.progress.console.print(summary_table(summary))
     return summary

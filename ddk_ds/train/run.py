@@ -1,4 +1,4 @@
-"""A run: everything that its loop works with."""
+"""The parts of a run that the loop works with, and the ways in which it reports."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from ddk_ds.methods import Method, make_method
 from ddk_ds.train.checkpoint.saver import Saver
 from ddk_ds.train.inputs import Inputs
 from ddk_ds.train.interruption import Interruption, Watchdog
-from ddk_ds.train.interval import Array, Measurement, Mixer
+from ddk_ds.train.interval import Array, Mixer
 from ddk_ds.train.ledger import Ledger, MonitorFeed, RunProgress
 from ddk_ds.train.read_ahead import ReadAhead
 from ddk_ds.train.state import RunState
-from ddk_ds.train.validation import ValidationBatches, perplexities
+from ddk_ds.train.validation import ValidationBatches
 
 
 @dataclass
@@ -35,6 +35,7 @@ class Run:
     dataset: MixtureDataset
     validation: ValidationBatches
     teacher_ppl: Array | None
+    """Perplexities (N,) of the teacher, which never change; None in a run without one."""
     mixer: Mixer
     ahead: ReadAhead
     interruption: Interruption
@@ -48,24 +49,16 @@ class Run:
     step_flops: float
     """Floating-point operations of a step on one rank."""
 
-    def measure(self) -> Measurement:
-        """Perplexities of the student now, beside the teacher's. Collective."""
-        runtime = self.runtime
-        student = perplexities(
-            self.student,
-            self.validation,
-            options=self.head_options,
-            device=runtime.device,
-            comm=runtime.comm,
-            poll=self.interruption.check,
-        )
-        return Measurement(student, self.teacher_ppl)
-
     def record(self, record: dict[str, Any]) -> None:
-        """Write what was computed to the ledger and to the monitors."""
+        """Write a line of numbers to the ledger and to the monitors."""
         self.ledger.write(record)
         self.monitor.add(record)
 
+    def announce(self, kind: str, message: str, **values: Any) -> None:
+        """Show `message` on the terminal and append the event `kind` with its values to events.jsonl."""
+        self.progress.say(message)
+        self.ledger.event(kind, **values)
+
     def make_method(self) -> Method:
-        """What a step minimises."""
+        """Make the method of the configuration from its state; it serves one interval."""
         return make_method(self.config, self.teacher, self.head_options, len(self.inputs.names), self.state.method)

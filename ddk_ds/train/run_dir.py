@@ -1,4 +1,4 @@
-"""The run's directory: whose it is, and whether this run may write there."""
+"""The directory of a run: which run it belongs to, and whether this one may write there."""
 
 from __future__ import annotations
 
@@ -10,17 +10,18 @@ import tempfile
 from pathlib import Path
 from typing import IO, Any
 
-from ddk_ds.config import Config, Doremi, Loss, Mixture, Ted, to_yaml
+from ddk_ds.config import Config, to_yaml
 from ddk_ds.errors import CheckpointError
 from ddk_ds.files import nearest_existing, write_text
-from ddk_ds.train.checkpoint.checkpoint_files import newest_checkpoint
+from ddk_ds.train.checkpoint.checkpoint_files import FORMAT, newest_checkpoint
 from ddk_ds.train.checkpoint.restore import check_fork
 
-# What may differ between two starts of one run: where things lie and how fast they go, not what is computed.
+# Options that may differ between two starts of one run: they say where things lie and how fast it runs, and change
+# no number.
 _FREE = {
     "name": True,
     "output_dir": True,
-    "init_from": True,  # its content's hash is in the identity
+    "init_from": True,  # the hash of its content is in the identity
     "checkpoint": True,
     "guard": True,
     "limits": True,
@@ -29,36 +30,30 @@ _FREE = {
     "student": {"path"},
     "teacher": {"path", "shard_within", "micro_batches_per_pass", "whole_layers"},
     "train": {"micro_batch_samples"},
-    "ted": {"filters"},  # its content's hash is in the identity
+    "ted": {"filters"},  # the hash of its content is in the identity
 }
 _INIT_FROM = "content.init_from"
-# What steps were before there were options for it.
-_WAS = {
-    "student": {"whole_layers": False, "compile_layers": False},
-    "teacher": {"compile_layers": False, "quantize": "none"},
-    "optimizer": {"fused": False},
-}
 
 
 def run_identity(config: Config, fingerprints: dict[str, Any]) -> dict[str, Any]:
-    """Everything that the run's numbers depend on, flat: dotted configuration keys and content fingerprints.
+    """Return all that the run's numbers depend on, flat: format, dotted configuration keys, content fingerprints.
 
-    Raises CheckpointError where `init_from` does not fit.
+    Raises CheckpointError if `init_from` does not fit.
     """
     values = config.model_dump(mode="json", exclude=_FREE)  # type: ignore[arg-type]
-    identity = _flatten({**values, "content": fingerprints})
+    identity = _flatten({"format": FORMAT, **values, "content": fingerprints})
     if config.init_from is not None:
-        # Once the run has a checkpoint of its own, the one that it began with may be gone.
-        began = newest_checkpoint(config.run_dir)
-        known = None if began is None else began[1].run.get(_INIT_FROM)
+        # Once the run has a checkpoint of its own, the one that it was forked from may be deleted.
+        newest = newest_checkpoint(config.run_dir)
+        known = None if newest is None else newest[1].run.get(_INIT_FROM)
         identity[_INIT_FROM] = known or check_fork(config.init_from, identity)
     return identity
 
 
 def claim_run_dir(config: Config, identity: dict[str, Any]) -> None:
-    """Make the run's directory, lock it and note whose it is (rank 0 only; after `check_run_dir`).
+    """Make the run's directory, lock it and write its identity to run.json (rank 0 only; after `check_run_dir`).
 
-    Raises CheckpointError where another process runs in it.
+    Raises CheckpointError if another process runs in it.
     """
     config.run_dir.mkdir(parents=True, exist_ok=True)
     _lock(config.run_dir)
@@ -67,10 +62,13 @@ def claim_run_dir(config: Config, identity: dict[str, Any]) -> None:
 
 
 def check_run_dir(config: Config, identity: dict[str, Any]) -> None:
-    """Raise CheckpointError where the directory holds another run, or this one and `checkpoint.resume: never`."""
+    """Raise CheckpointError if the directory cannot be written or holds anything but this run.
+
+    It is raised too if the directory holds this run and `checkpoint.resume` is never, or another format.
+    """
     run_dir = config.run_dir
     existing = nearest_existing(run_dir)
-    try:  # permissions say too little: of read-only disks, quotas and special file systems they know nothing
+    try:  # permissions do not tell of read-only disks, quotas and special file systems
         tempfile.TemporaryFile(dir=existing).close()
     except OSError as error:
         raise CheckpointError(f"output_dir: {run_dir} cannot be written: {existing}: {error.strerror}") from error
@@ -80,8 +78,11 @@ def check_run_dir(config: Config, identity: dict[str, Any]) -> None:
             raise CheckpointError(f"{run_dir} holds files of something else; set name or output_dir to a new directory")
         return
     stored = json.loads(owner.read_text())
-    stored.pop("train.micro_batch_samples", None)  # older directories hold it; it is free now
-    stored |= _later_options(stored)
+    if stored.get("format") != FORMAT:
+        raise CheckpointError(
+            f"{run_dir} has format {stored.get('format')}, this version of ddk_ds reads and writes format {FORMAT}: "
+            "continue it with the version that wrote it, or set another name"
+        )
     changed = [key for key in {**stored, **identity} if stored.get(key) != identity.get(key)]
     if changed:
         shown = "; ".join(f"{key} was {stored.get(key)!r}, is {identity.get(key)!r}" for key in sorted(changed)[:4])
@@ -97,7 +98,7 @@ _locks: dict[Path, IO[str]] = {}  # held until this process ends
 
 
 def _lock(run_dir: Path) -> None:
-    """Hold the directory until this process ends: two runs in one would mix their ledgers."""
+    """Lock the directory until this process ends: two runs in it would mix their ledgers."""
     if run_dir in _locks:
         return
     stream = (run_dir / ".lock").open("a+")
@@ -114,17 +115,6 @@ def _lock(run_dir: Path) -> None:
     stream.write(f"process {os.getpid()} on {platform.node()}")
     stream.flush()
     _locks[run_dir] = stream
-
-
-def _later_options(stored: dict[str, Any]) -> dict[str, Any]:
-    """The options that there were not yet when the directory was made, as the run is without them."""
-    sections = {"mixture": Mixture(), "loss": Loss(), "ted": Ted(), "doremi": Doremi()}
-    defaults = _flatten({name: section.model_dump(mode="json") for name, section in sections.items()})
-    # A mapping that holds anything is stored by its parts.
-    there = {".".join(key.split(".")[:2]) for key in stored}
-    parts = {key.split(".")[0] for key, value in stored.items() if value is not None}
-    defaults |= _flatten({name: section for name, section in _WAS.items() if name in parts})
-    return {key: value for key, value in defaults.items() if key not in there}
 
 
 def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

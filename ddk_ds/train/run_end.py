@@ -1,7 +1,4 @@
-"""What a finished run leaves to read: summary.json and the table of domains.
-
-What an exported student says of itself: README.md, in the Hugging Face hub's form.
-"""
+"""The results of a run for people to read: summary.json, the table on the terminal, and the student's model card."""
 
 from __future__ import annotations
 
@@ -21,37 +18,58 @@ from ddk_ds.engine.model_files import ModelFiles
 from ddk_ds.files import write_text
 from ddk_ds.redact import redact
 from ddk_ds.run_files import read_ledger
-from ddk_ds.train.interval import Measurement
+from ddk_ds.train.interval import Array, ratio_to_teacher
 from ddk_ds.train.state import RunState
+
+PAPER = "https://arxiv.org/abs/2407.16154"
+_MAX_MIXTURE_ROWS = 12
+_LICENCE_KEYS = ("license", "license_name", "license_link")
+_SECTIONS = {"method", "seed", "mixture", "loss", "optimizer", "train", "stop"}
+_METHODS = {
+    "cpt": "continued pretraining on next-token cross-entropy, without a teacher",
+    "kd": "distillation (cross-entropy and a divergence from the teacher) on domains drawn by their size",
+    "ddk": "DDK: distillation with domains drawn more often the further the student is behind its teacher there",
+    "ddk_no_smoothing": "DDK without the smoothing of its domain factors",
+    "ddk_equal": "distillation on domains drawn equally often",
+    "minillm": "distillation by the reverse divergence",
+    "ted": "task-aware layer-wise distillation (TED)",
+    "ted_filters": "the first stage of TED, which trains filters and leaves the student as it was",
+    "doremi_proxy": "the proxy model of DoReMi, trained by group DRO",
+}
 
 
 def make_summary(
-    names: Sequence[str], state: RunState, final: Measurement, *, run: str, controller: str, reason: str
+    config: Config, state: RunState, names: Sequence[str], student_ppl: Array, teacher_ppl: Array | None, reason: str
 ) -> dict[str, Any]:
-    """The run's result by domain: perplexities, ratios to the teacher (null without one), tokens trained on."""
+    """Return the content of summary.json: perplexities, ratios and tokens by domain, and why the run ended.
+
+    Ratios to the teacher are null in a run without one.
+
+    Args:
+        student_ppl, teacher_ppl: (N,) perplexities at the end.
+    """
     before = np.array(state.student_before)
     tokens = np.array(state.domain_tokens)
-    teacher = final.teacher
-    ratios = None if teacher is None else (before / teacher, final.student / teacher)
+    ratio_before, ratio_after = (ratio_to_teacher(ppl, teacher_ppl) for ppl in (before, student_ppl))
     domains = [
         {
             "name": name,
-            "teacher_ppl": None if teacher is None else float(teacher[i]),
+            "teacher_ppl": None if teacher_ppl is None else float(teacher_ppl[i]),
             "student_ppl_before": float(before[i]),
-            "student_ppl_after": float(final.student[i]),
-            "ratio_before": None if ratios is None else float(ratios[0][i]),
-            "ratio_after": None if ratios is None else float(ratios[1][i]),
+            "student_ppl_after": float(student_ppl[i]),
+            "ratio_before": None if ratio_before is None else float(ratio_before[i]),
+            "ratio_after": None if ratio_after is None else float(ratio_after[i]),
             "tokens": int(tokens[i]),
             "token_share": float(tokens[i] / max(1, tokens.sum())),
         }
         for i, name in enumerate(names)
     ]
     return {
-        "run": run,
-        "controller": controller,
+        "run": config.name,
+        "controller": config.mixture.controller,
         "domains": domains,
-        "mean_ratio_before": None if ratios is None else float(ratios[0].mean()),
-        "mean_ratio_after": None if ratios is None else float(ratios[1].mean()),
+        "mean_ratio_before": None if ratio_before is None else float(ratio_before.mean()),
+        "mean_ratio_after": None if ratio_after is None else float(ratio_after.mean()),
         "steps": state.step,
         "tokens": int(tokens.sum()),
         "wall_s": round(state.train_s, 1),
@@ -60,12 +78,12 @@ def make_summary(
 
 
 def write_summary(run_dir: Path, summary: dict[str, Any]) -> None:
-    """Write <run>/summary.json; its presence says that the run is finished."""
+    """Write <run>/summary.json, whose presence marks the run as finished."""
     write_text(run_dir / "summary.json", json.dumps(summary, indent=2) + "\n")
 
 
 def summary_table(summary: dict[str, Any]) -> Table:
-    """Perplexity of teacher and of student before and after, ratio before and after, share of tokens, by domain."""
+    """Return the table by domain: perplexity and ratio to the teacher before and after the run, share of tokens."""
     work = f"{summary['steps']:,} steps, {summary['tokens']:,} tokens, {summary['wall_s']:.0f} s"
     table = Table(
         title=f"{summary['run']}: {summary['controller']}, {work}",
@@ -94,31 +112,10 @@ def summary_table(summary: dict[str, Any]) -> Table:
     return table
 
 
-def _number(value: float | None, digits: int = 2) -> str:
-    return "-" if value is None else f"{value:,.{digits}f}"
-
-
-PAPER = "https://arxiv.org/abs/2407.16154"
-_MAX_MIXTURE_ROWS = 12
-_LICENCE_KEYS = ("license", "license_name", "license_link")
-_SECTIONS = {"method", "seed", "mixture", "loss", "optimizer", "train", "stop"}
-_METHODS = {
-    "cpt": "continued pretraining on next-token cross-entropy, without a teacher",
-    "kd": "distillation (cross-entropy and a divergence from the teacher) on domains drawn by their size",
-    "ddk": "DDK: distillation with domains drawn more often the further the student is behind its teacher there",
-    "ddk_no_smoothing": "DDK without the smoothing of its domain factors",
-    "ddk_equal": "distillation on domains drawn equally often",
-    "minillm": "distillation by the reverse divergence",
-    "ted": "task-aware layer-wise distillation (TED)",
-    "ted_filters": "the first stage of TED, which trains filters and leaves the student as it was",
-    "doremi_proxy": "the proxy model of DoReMi, trained by group DRO",
-}
-
-
 def companions(
     run_dir: Path, config: Config, files: ModelFiles, state: RunState, versions: dict[str, str]
 ) -> Companions:
-    """What goes beside the weights of the run's student at `state`; the ledger in `run_dir` is read."""
+    """Return the files that go next to the exported weights of the student at `state`; reads the run's ledger."""
     card = model_card(config, files, state, read_ledger(run_dir), versions)
     return Companions(files, card, {"run": config.name, "step": state.step})
 
@@ -126,9 +123,12 @@ def companions(
 def model_card(
     config: Config, files: ModelFiles, state: RunState, records: Sequence[dict[str, Any]], versions: dict[str, str]
 ) -> str:
-    """README.md of the student at `state`: method, results by domain, mixture over time, settings, versions, licence.
+    """Return README.md of the student at `state`, in the form of the Hugging Face hub.
 
-    `records` is the run's ledger; what it has after this step is left out. No path of a machine is named.
+    It has method, results by domain, mixture over time, settings, versions and licence, and no path of a machine.
+
+    Args:
+        records: the run's ledger; lines after the step of `state` are left out.
     """
     measured = [line for line in records if line["kind"] in ("interval", "end") and line["step"] <= state.step]
     student = _model_name(config.student.path, files)
@@ -168,7 +168,7 @@ def _introduction(config: Config, student: str, teacher: str | None, tokens: int
 
 
 def _domains(state: RunState, measured: Sequence[dict[str, Any]], has_teacher: bool) -> str:
-    """Table by domain: perplexities before, last measured and the teacher's; tokens trained on."""
+    """Return the table by domain: perplexities before the run, at the last measurement and of the teacher; tokens."""
     names = [domain["name"] for domain in state.data.domains]
     last = measured[-1] if measured else {"step": 0, "student_ppl": {}, "teacher_ppl": None}
     total = max(1, sum(state.domain_tokens))
@@ -176,13 +176,10 @@ def _domains(state: RunState, measured: Sequence[dict[str, Any]], has_teacher: b
     rows = []
     for name, tokens in zip(names, state.domain_tokens, strict=True):
         now = last["student_ppl"].get(name)
-        row = [name, _number_model_card(before.get(name)), _number_model_card(now)]
+        row = [name, _number(before.get(name)), _number(now)]
         if has_teacher:
             teacher = (last["teacher_ppl"] or {}).get(name)
-            row += [
-                _number_model_card(teacher),
-                _number_model_card(None if not teacher or now is None else now / teacher, 3),
-            ]
+            row += [_number(teacher), _number(None if not teacher or now is None else now / teacher, 3)]
         rows.append([*row, f"{tokens:,}", f"{tokens / total:.1%}"])
     headings = [
         "domain",
@@ -197,7 +194,7 @@ def _domains(state: RunState, measured: Sequence[dict[str, Any]], has_teacher: b
 
 
 def _mixture(measured: Sequence[dict[str, Any]]) -> str:
-    """Proportions by the interval's first step; of many intervals some."""
+    """Return the table of proportions by the first step of an interval, for _MAX_MIXTURE_ROWS intervals at most."""
     intervals = [line for line in measured if line["kind"] == "interval"]
     if not intervals:
         return "No interval was begun."
@@ -212,7 +209,7 @@ def _mixture(measured: Sequence[dict[str, Any]]) -> str:
 
 
 def _settings(config: Config) -> str:
-    """The sections that the numbers depend on, as YAML; of files only the names."""
+    """Return the sections that the numbers depend on as YAML; files appear by their names alone."""
     values = config.model_dump(mode="json", include=_SECTIONS, exclude={"train": {"nvme_path"}})
     values["data"] = config.data.model_dump(mode="json", include={"sequence_length", "validation_samples"})
     if config.mixture.schedule_file is not None:
@@ -221,7 +218,7 @@ def _settings(config: Config) -> str:
 
 
 def _model_name(path: str, files: ModelFiles | None = None) -> str:
-    """The hub's name of a model; of one that lies in a directory that which its files remember, or its own name."""
+    """Return the hub's name of a model, as its path or its config.json gives it; else the name of its directory."""
     remembered = "" if files is None else str(files.config.get("_name_or_path") or "")
     if Path(path).is_dir() and _is_hub_name(remembered):
         return remembered
@@ -233,7 +230,7 @@ def _is_hub_name(name: str) -> bool:
 
 
 def _licence(files: ModelFiles) -> dict[str, str]:
-    """The licence fields of the student's own card, or of its configuration; empty where neither names one."""
+    """Return the licence fields of the student's own card or config.json; empty if neither names a licence."""
     card = files.directory / "README.md"
     front: Any = None
     if card.is_file():
@@ -268,5 +265,5 @@ def _table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
 
 
-def _number_model_card(value: float | None, digits: int = 2) -> str:
+def _number(value: float | None, digits: int = 2) -> str:
     return "-" if value is None else f"{value:,.{digits}f}"

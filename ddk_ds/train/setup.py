@@ -1,4 +1,4 @@
-"""From checked inputs to a run that is ready to go: models, data, controller, state."""
+"""Setting up a run from its checked inputs: models, data, controller, and the state of its checkpoint."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ddk_ds.engine.teacher import Teacher, load_teacher
 from ddk_ds.kernels import Options, default_chunk_tokens
 from ddk_ds.mixture.interval_state import DomainEntry, IntervalState
 from ddk_ds.mixture.order import DomainOrder
-from ddk_ds.train.checkpoint.restore import Start, find_start, go_on_from
+from ddk_ds.train.checkpoint.restore import Start, find_start, restore
 from ddk_ds.train.checkpoint.saver import Saver
 from ddk_ds.train.inputs import Inputs
 from ddk_ds.train.interruption import Interruption, Watchdog
@@ -36,7 +36,10 @@ from ddk_ds.version import versions
 def prepare_run(
     config: Config, inputs: Inputs, identity: dict[str, Any], runtime: Runtime, interruption: Interruption
 ) -> Run:
-    """Load models and data, restore the checkpoint that the run goes on from. Collective."""
+    """Load models and data, restore the checkpoint that the run continues from, and return the run. Collective.
+
+    Raises CheckpointError on every rank if there are checkpoints and none can be used.
+    """
     comm = runtime.comm
     config = settle_passes(config, inputs, runtime)
     start = find_start(config, comm)
@@ -108,25 +111,22 @@ def _open_monitors(run: Run) -> None:
 
 def _restore(run: Run, start: Start | None) -> None:
     world_size = run.runtime.comm.world_size
-    where: dict[str, Any] = {"world_size": world_size, "mixture": run.inputs.mixture}
+    setting: dict[str, Any] = {"world_size": world_size, "mixture": run.inputs.mixture}
     if run.config.teacher is not None:
-        where["micro_batches_per_pass"] = run.config.teacher.per_pass
+        setting["micro_batches_per_pass"] = run.config.teacher.per_pass
     if start is None:
         run.ledger.rewind(0)
-        run.ledger.event("start", **where, versions=versions())
+        run.ledger.event("start", **setting, versions=versions())
         return
     for path in start.damaged:
-        run.progress.say(
-            f"warning: {path} is damaged, its files are not what their hashes say; going on from an older one"
-        )
-        run.ledger.event("damaged", path=str(path))
-    go_on_from(run, start)
-    kind = "fork" if start.forked else "resume"
-    changed = start.changed_versions
-    run.ledger.event(kind, step=run.state.step, **where, path=str(start.directory), changed_versions=changed)
-    was = start.manifest.world_size
-    ranks = "" if start.universal is None else f"; {was} ranks wrote it, {world_size} go on"
-    run.progress.say(f"{'forked' if start.forked else 'resumed'} from {start.directory}, step {run.state.step}{ranks}")
+        message = f"warning: {path} is damaged, its files are not what their hashes say; going on from an older one"
+        run.announce("damaged", message, path=str(path))
+    restore(run, start)
+    kind, done = ("fork", "forked") if start.forked else ("resume", "resumed")
+    step, changed, wrote = run.state.step, start.changed_versions, start.manifest.world_size
+    ranks = "" if start.universal is None else f"; {wrote} ranks wrote it, {world_size} go on"
+    message = f"{done} from {start.directory}, step {step}{ranks}"
+    run.announce(kind, message, step=step, **setting, path=str(start.directory), changed_versions=changed)
     if changed:
         shown = ", ".join(f"{name} {change}" for name, change in changed.items())
         run.progress.say(f"warning: other versions than before, so the last digits may differ: {shown}")
@@ -148,7 +148,10 @@ def _teacher_perplexities(
     runtime: Runtime,
     interruption: Interruption,
 ) -> Array:
-    """The teacher never changes: what was measured once under the same conditions is read back."""
+    """Return the teacher's perplexities (N,). Collective.
+
+    The teacher never changes, so values that were measured under the same conditions are read from a cache.
+    """
     assert inputs.teacher is not None, "a teacher without files"
     comm = runtime.comm
     key = {

@@ -1,63 +1,69 @@
-"""Everything a run must remember besides weights and optimizer: a few kB of JSON, free of the world size."""
+"""All that a run remembers besides weights and optimizer: a few kB of JSON that do not depend on the world size."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from typing import Any
 
+from ddk_ds.errors import CheckpointError
 from ddk_ds.mixture.interval_state import IntervalState
 
 
 @dataclass
 class RunState:
-    """Where the run stands. Equal on every rank."""
+    """Position and memory of the run; equal on every rank."""
 
     data: IntervalState
-    """Interval, counts, cursors, samples consumed."""
+    """Place in the data: interval, counts, cursors, samples consumed."""
     step: int = 0
     """Optimizer steps done."""
     proportions: list[float] = field(default_factory=list)
-    """r_t of the running interval, in the order of the domains; empty before the first."""
+    """Proportions (N,) of the running interval, in the order of the domains; empty before the first interval."""
     smoothed_ppl: list[float] = field(default_factory=list)
-    """The student's smoothed perplexities by domain that r_t was decided by; empty without mixture.ppl_smoothing."""
+    """Smoothed perplexities (N,) of the student that decided the proportions; empty without mixture.ppl_smoothing."""
     domain_tokens: list[int] = field(default_factory=list)
-    """Valid tokens trained on so far, by domain."""
+    """Valid tokens (N,) trained on so far."""
     student_before: list[float] = field(default_factory=list)
-    """Perplexity of the student before step 1, by domain."""
+    """Perplexities (N,) of the student before step 1."""
     chunk_tokens: int = 0
-    """Tokens of a chunk in the loss: a resumed run adds up in the order in which it began."""
+    """Tokens of a chunk in the loss: a resumed run adds up in the same order as before."""
     skipped_in_row: int = 0
-    """Steps without a finite gradient that ended with the last one."""
+    """Number of steps without a finite gradient up to the last step, in a row."""
     spikes_in_row: int = 0
-    """Steps with a spike of the loss that ended with the last one."""
+    """Number of steps with a spike of the loss up to the last step, in a row."""
     recent_losses: list[float] = field(default_factory=list)
-    """Losses of the last good steps."""
+    """Losses of the last steps that were neither skipped nor spikes (see guard.py)."""
     last_ratio: list[float] = field(default_factory=list)
-    """Ratio to the teacher by domain at the last interval's beginning."""
+    """Ratios (N,) to the teacher at the beginning of the last interval."""
     rises: list[int] = field(default_factory=list)
-    """Intervals in a row that each domain's ratio has risen."""
+    """Number of intervals in a row (N,) in which each domain's ratio has risen."""
     skip_until: int = 0
-    """Samples up to this position are left out (see `position`): a roll-back passed over them."""
+    """Samples before this position are left out (see `position`), after a roll-back."""
     method: dict[str, Any] = field(default_factory=dict)
-    """What the method remembers from step to step."""
+    """State of the method, in plain JSON."""
     train_s: float = 0.0
     """Seconds of training and measuring so far, restarts included."""
 
     @property
     def position(self) -> int:
-        """Samples of the global order that are behind the run, trained on or left out."""
+        """Return the number of samples of the global order that were trained on or left out so far."""
         return sum(self.data.drawn) - self.data.total + self.data.consumed
 
     def leave_out(self) -> None:
-        """Pass over the samples of this interval that come before `skip_until`."""
+        """Advance past the samples of this interval that lie before `skip_until`."""
         left = self.data.total - self.data.consumed
         self.data = self.data.consume(min(left, max(0, self.skip_until - self.position)))
 
     def to_json(self) -> dict[str, Any]:
-        """Plain JSON for the checkpoint's client state."""
+        """Return plain JSON for the client state of a checkpoint."""
         return {**vars(self), "data": self.data.to_json()}
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> RunState:
-        """Inverse of `to_json`."""
+        """Return the state that `to_json` wrote.
+
+        Raises CheckpointError if a field is missing or unknown.
+        """
+        if odd := set(values) ^ set(cls.__dataclass_fields__):
+            raise CheckpointError(f"the checkpoint's state has missing or unknown fields: {sorted(odd)}")
         return cls(**{**values, "data": IntervalState.from_json(values["data"])})

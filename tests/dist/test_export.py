@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ddk_ds.engine.zero_shards import write_universal
 from ddk_ds.files import partial_path
-from ddk_ds.train.checkpoint.checkpoint_files import TAG, complete, read_manifest
+from ddk_ds.train.checkpoint.checkpoint_files import TAG, put_in_place, read_manifest
 from tests.dist.export_worker import IDS
 from tests.dist.ranks import run_ranks
 from tests.dist.tiny import VOCAB, save_model
@@ -99,7 +99,7 @@ def test_an_earlier_step_and_the_universal_form(runs: dict[str, Path]) -> None:
     manifest.files.clear()
     manifest.files.update({str(path.relative_to(partial)): entry for path, entry in written.items()})
     object.__setattr__(manifest, "source", "of step 2")
-    assert not complete(partial, step.with_name("universal-00000002"), manifest)
+    assert not put_in_place(partial, step.with_name("universal-00000002"), manifest)
     step.rename(step.with_name("kept"))
     assert_equal(exported(run, "--step=2", "--overwrite"), earlier)
 

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from ddk_ds.config import load_config
+from ddk_ds.train.checkpoint.checkpoint_files import FORMAT
 from ddk_ds.train.run_dir import claim_run_dir
 from launch.distill import main
 from tools.bench.small_run import write_config
@@ -118,7 +119,7 @@ def test_a_directory_of_another_run(workspace: Path, tmp_path: Path, capsys: pyt
     run_dir.mkdir(parents=True)
     (run_dir / "notes.txt").write_text("mine")
     assert "holds files of something else" in error_of(config, capsys)
-    (run_dir / "run.json").write_text(json.dumps({"seed": 9}))
+    (run_dir / "run.json").write_text(json.dumps({"format": FORMAT, "seed": 9}))
     text = error_of(config, capsys)
     assert "holds another run" in text and (run_dir / "notes.txt").read_text() == "mine"
 

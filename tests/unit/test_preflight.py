@@ -19,6 +19,7 @@ import torch
 
 from ddk_ds.comm import SingleProcess
 from ddk_ds.config import load_config
+from ddk_ds.train.checkpoint.checkpoint_files import FORMAT
 from ddk_ds.train.preflight import Row, preflight
 from ddk_ds.train.preflight.agreement import clock_offset
 from ddk_ds.train.preflight.machine import available_bytes, shared_memory
@@ -26,8 +27,6 @@ from ddk_ds.train.preflight.rows import merge
 from launch.preflight import main
 from tests.unit.test_bad_input import swap_two_tokens
 from tools.bench.small_run import write_config
-
-FORMAT = 3
 
 
 def rows_of(config: Path, ranks: int | None = None) -> dict[str, Row]:
@@ -228,7 +227,7 @@ def test_port_taken(workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_directory_of_another_run(workspace: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "runs" / "run"
     run_dir.mkdir(parents=True)
-    (run_dir / "run.json").write_text(json.dumps({"seed": 9}))
+    (run_dir / "run.json").write_text(json.dumps({"format": FORMAT, "seed": 9}))
     rows = rows_of(write_config(workspace, tmp_path))
     check(rows, "run directory", str(run_dir), "holds another run", "Set another name")
 

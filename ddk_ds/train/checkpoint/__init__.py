@@ -1,1 +1,1 @@
-"""Checkpoints: written, found, restored, rolled back to."""
+"""Checkpoints: how they are written, found, restored, and rolled back to."""

@@ -1,8 +1,8 @@
-"""Checkpoints on the disk: what counts as one, which is the newest, which are deleted.
+"""Checkpoints on the disk: which directory counts as one, which is the newest, which are deleted.
 
-    <run>/checkpoints/step-00000500/manifest.json    what completes it: every file with size and hash
+    <run>/checkpoints/step-00000500/manifest.json    every file with its size and hash; written last
     <run>/checkpoints/step-00000500/state/           DeepSpeed's shards; the run's own state is their client state
-    <run>/checkpoints/universal-00000500/            the same for any number of ranks, where one was needed
+    <run>/checkpoints/universal-00000500/            the same for any number of ranks, made when a run needs it
 
 A directory without a valid manifest is never loaded and never counted.
 """
@@ -21,10 +21,11 @@ from ddk_ds.config import Checkpoint
 from ddk_ds.errors import CheckpointError
 from ddk_ds.files import PARTIAL, partial_path, size_and_xxh64, write_text
 
-if TYPE_CHECKING:  # it brings torch, which tools/status.py need not wait for
+if TYPE_CHECKING:  # it imports torch, which tools/status.py need not wait for
     from ddk_ds.comm import Comm
 
-FORMAT = 3
+FORMAT = 4
+"""Number of the layout of a run's directory and its checkpoints; a directory of another format is refused."""
 MANIFEST = "manifest.json"
 TAG = "state"
 _BROKEN = "broken-"
@@ -34,31 +35,34 @@ Files = dict[str, tuple[int, str]]
 
 @dataclass(frozen=True)
 class Manifest:
-    """What completes a checkpoint."""
+    """Content of manifest.json, without which a checkpoint is not complete."""
 
     format: int
     step: int
     world_size: int
-    """Ranks that wrote it, each its own shards."""
+    """Number of ranks that wrote the checkpoint, each its own shards."""
     ledger_bytes: int
     """Length of ledger.jsonl at this step."""
     run: dict[str, Any]
-    """The run's identity: configuration and fingerprints of models and data, flat (see run_dir.py)."""
+    """Identity of the run: configuration and fingerprints of models and data, flat (see run_dir.py)."""
     versions: dict[str, str]
-    """Of Python and the packages that the numbers depend on."""
+    """Versions of Python and of the packages that the numbers depend on."""
     files: Files
-    """Path below the checkpoint -> bytes, xxh64."""
+    """Path below the checkpoint -> (bytes, xxh64)."""
     source: str = ""
-    """Of a universal one: xxh64 of the manifest that it was made from."""
+    """xxh64 of the manifest that a universal checkpoint was made from; "" in any other."""
 
     @property
     def num_bytes(self) -> int:
-        """Size on the disk."""
+        """Bytes of all files together."""
         return sum(size for size, _ in self.files.values())
 
 
-def complete(partial: Path, final: Path, manifest: Manifest) -> str:
-    """Write the manifest and rename; why that is not possible, or "". Something incomplete in its place is kept."""
+def put_in_place(partial: Path, final: Path, manifest: Manifest) -> str:
+    """Write the manifest into `partial` and rename it to `final`; return why that is not possible, or "".
+
+    An incomplete directory in the place of `final` is kept under another name.
+    """
     try:
         for path in sorted(partial.rglob("*")):  # DeepSpeed copies a script that joins the shards beside them
             if path.is_file() and str(path.relative_to(partial)) not in manifest.files:
@@ -73,36 +77,36 @@ def complete(partial: Path, final: Path, manifest: Manifest) -> str:
 
 
 def delete_old(root: Path, keep: Checkpoint) -> None:
-    """Delete the complete checkpoints that `keep` does not ask for, and universal ones older than the newest."""
-    ones = list(complete_ones(root))
-    for directory, manifest in ones[keep.keep_last :]:
+    """Delete complete checkpoints that `keep` does not ask for, and universal ones older than the newest checkpoint."""
+    complete = list(complete_checkpoints(root))
+    for directory, manifest in complete[keep.keep_last :]:
         if keep.keep_every_steps is None or manifest.step % keep.keep_every_steps:
             _delete(directory)
     for directory in root.glob("universal-*"):
-        if ones and directory.name < f"universal-{ones[0][1].step:08d}":
+        if complete and directory.name < f"universal-{complete[0][1].step:08d}":
             _delete(directory)
 
 
 def _delete(directory: Path) -> None:
-    # Under a name that is no checkpoint's first: a kill must not leave half of one.
-    gone = partial_path(directory.with_name(f"old-{directory.name}"))
-    directory.rename(gone)
-    shutil.rmtree(gone, ignore_errors=True)
+    # Renamed first: a kill in between must not leave half a checkpoint under the name of one.
+    renamed = partial_path(directory.with_name(f"old-{directory.name}"))
+    directory.rename(renamed)
+    shutil.rmtree(renamed, ignore_errors=True)
 
 
 def remove_partial(run_dir: Path) -> None:
-    """Delete what writers that were killed left behind; complete checkpoints are not touched."""
+    """Delete what killed writers left behind; complete checkpoints are not touched."""
     for partial in (run_dir / "checkpoints").glob(PARTIAL + "*"):
         shutil.rmtree(partial)
 
 
 def newest_checkpoint(run_dir: Path) -> tuple[Path, Manifest] | None:
-    """The complete checkpoint with the highest step, or None."""
-    return next(complete_ones(run_dir / "checkpoints"), None)
+    """Return the complete checkpoint with the highest step, or None."""
+    return next(complete_checkpoints(run_dir / "checkpoints"), None)
 
 
-def complete_ones(root: Path) -> Iterator[tuple[Path, Manifest]]:
-    """Every complete checkpoint, the newest first."""
+def complete_checkpoints(root: Path) -> Iterator[tuple[Path, Manifest]]:
+    """Yield every complete checkpoint below `root` with its manifest, the newest first."""
     for directory in sorted(root.glob("step-*"), reverse=True):
         manifest = read_manifest(directory)
         if manifest is not None:
@@ -110,33 +114,42 @@ def complete_ones(root: Path) -> Iterator[tuple[Path, Manifest]]:
 
 
 def read_manifest(directory: Path) -> Manifest | None:
-    """The manifest of a complete checkpoint: every file is there and of its size. None: it is not complete."""
+    """Return the manifest of a checkpoint; None unless it is complete: every file exists and has its size."""
     try:
         manifest = Manifest(**json.loads((directory / MANIFEST).read_text()))
-        whole = manifest.format == FORMAT and all(
+        complete = manifest.format == FORMAT and all(
             (directory / file).stat().st_size == size for file, (size, _) in manifest.files.items()
         )
     except (OSError, ValueError, TypeError):
         return None
-    return manifest if whole else None
+    return manifest if complete else None
 
 
-def is_whole(directory: Path, manifest: Manifest, comm: Comm) -> bool:
-    """Whether every file is what its hash says; each rank hashes its share. Collective."""
+def other_format(directory: Path) -> int | None:
+    """Return the format of a checkpoint that another version of ddk_ds wrote; None for this version's or none."""
+    try:
+        found = json.loads((directory / MANIFEST).read_text())["format"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return None if found == FORMAT else int(found)
+
+
+def is_intact(directory: Path, manifest: Manifest, comm: Comm) -> bool:
+    """Return True if every file has the hash of the manifest; each rank hashes its share. Collective."""
     share = sorted(manifest.files)[comm.rank :: comm.world_size]
     try:
-        whole = all(size_and_xxh64(directory / name) == tuple(manifest.files[name]) for name in share)
+        intact = all(size_and_xxh64(directory / name) == tuple(manifest.files[name]) for name in share)
     except OSError:
-        whole = False
-    return all(comm.gather_objects(whole))
+        intact = False
+    return all(comm.gather_objects(intact))
 
 
 def usable_checkpoint(run_dir: Path, comm: Comm) -> tuple[Path, Manifest, list[Path]] | None:
-    """The newest checkpoint whose files are what their hashes say, and the damaged ones that were newer. Collective.
+    """Return the newest checkpoint whose files have their hashes, and the newer, damaged ones. Collective.
 
-    A damaged one is renamed, so that it is never loaded and never deleted.
+    A damaged checkpoint is renamed, so that it is never loaded and never deleted.
 
-    Raises CheckpointError where there are checkpoints and all are damaged.
+    Raises CheckpointError if there are checkpoints and all of them are damaged.
     """
     damaged: list[Path] = []
     while True:
@@ -149,7 +162,7 @@ def usable_checkpoint(run_dir: Path, comm: Comm) -> tuple[Path, Manifest, list[P
         if found is None:
             return None
         directory, manifest = found
-        if is_whole(directory, manifest, comm):
+        if is_intact(directory, manifest, comm):
             return directory, manifest, damaged
         damaged.append(directory.with_name(f"{_BROKEN}{directory.name}-{manifest.ledger_bytes}"))
         if comm.rank == 0:

@@ -1,8 +1,7 @@
-"""Where a run goes on from: its own newest checkpoint, that of the run it forks, or the beginning.
+"""The checkpoint that a run continues from: its own newest one, that of the run it forks, or none.
 
-Found, verified and, for another number of ranks, converted before any model is loaded.
-
-Back to the last checkpoint, past the samples on which the numbers went wrong (as in PaLM, arXiv 2204.02311, 5.1).
+It is found, verified and, for another number of ranks, converted before any model is loaded. A roll-back restores it
+during the run, and leaves out the samples on which the numbers went wrong (as in PaLM, arXiv 2204.02311, 5.1).
 """
 
 from __future__ import annotations
@@ -19,11 +18,13 @@ from ddk_ds.engine.zero_shards import write_universal
 from ddk_ds.errors import CheckpointError
 from ddk_ds.files import partial_path, size_and_xxh64, write_text
 from ddk_ds.train.checkpoint.checkpoint_files import (
+    FORMAT,
     MANIFEST,
     TAG,
     Manifest,
-    complete_ones,
-    is_whole,
+    complete_checkpoints,
+    is_intact,
+    other_format,
     read_manifest,
     remove_partial,
     usable_checkpoint,
@@ -34,7 +35,7 @@ from ddk_ds.train.state import RunState
 from ddk_ds.version import versions
 
 ROLL_BACKS = "roll_backs.json"
-# What a fork must have in common with its source: what the checkpoint's tensors and place in the data are made of.
+# Options and fingerprints that a fork shares with its source: they shape the checkpoint's tensors and data order.
 _COMMON = (
     "seed",
     "data.sequence_length",
@@ -48,33 +49,34 @@ _COMMON = (
 
 @dataclass(frozen=True)
 class Start:
-    """A verified checkpoint to go on from."""
+    """A verified checkpoint to continue from."""
 
     directory: Path
     manifest: Manifest
     forked: bool = False
-    """Of another run, by `init_from`."""
+    """True if it is another run's checkpoint, named by `init_from`."""
     universal: Path | None = None
-    """The same for any number of ranks, where it was written on another."""
+    """Its form for any number of ranks; None if this run has as many ranks as wrote it."""
     damaged: list[Path] = field(default_factory=list)
-    """Newer ones that are not what their hashes say."""
+    """Newer checkpoints, renamed, whose files do not have their hashes."""
 
     @property
     def changed_versions(self) -> dict[str, str]:
-        """Packages that differ from those that wrote it: name -> "old -> new"."""
+        """Return the packages whose versions differ from those that wrote it: name -> "old -> new"."""
         old, new = self.manifest.versions, versions()
         return {name: f"{old.get(name)} -> {new[name]}" for name in new if old.get(name) != new[name]}
 
     def load(self, student: Student) -> RunState:
-        """Restore weights and optimizer in place, return the run's state. Collective."""
-        place = self.directory if self.universal is None else self.universal
-        return RunState.from_json(student.load(place, TAG, universal=self.universal is not None))
+        """Restore weights and optimizer in place and return the run's state. Collective."""
+        return RunState.from_json(
+            student.load(self.universal or self.directory, TAG, universal=self.universal is not None)
+        )
 
 
 def find_start(config: Config, comm: Comm) -> Start | None:
-    """What the run goes on from; None: the beginning. Collective.
+    """Return the checkpoint that the run continues from, or None if it begins anew. Collective.
 
-    Raises CheckpointError where what there is cannot be used.
+    Raises CheckpointError if there are checkpoints and none can be used.
     """
     if comm.rank == 0:
         remove_partial(config.run_dir)
@@ -84,7 +86,7 @@ def find_start(config: Config, comm: Comm) -> Start | None:
         start = Start(directory, manifest, damaged=damaged)
     elif config.init_from is not None:
         directory, manifest = source_checkpoint(config.init_from)
-        if not is_whole(directory, manifest, comm):
+        if not is_intact(directory, manifest, comm):
             raise CheckpointError(f"init_from: {directory} is damaged, its files are not what their hashes say")
         start = Start(directory, manifest, forked=True)
     else:
@@ -95,7 +97,7 @@ def find_start(config: Config, comm: Comm) -> Start | None:
 
 
 def read_roll_backs(run_dir: Path, comm: Comm) -> list[dict[str, Any]]:
-    """The run's roll-backs so far (see roll_back.py). Collective."""
+    """Return the roll-backs of the run so far, as `roll_back` wrote them. Collective."""
     path = run_dir / ROLL_BACKS
     done: list[dict[str, Any]] = comm.broadcast_object(
         json.loads(path.read_text()) if comm.rank == 0 and path.is_file() else []
@@ -104,16 +106,22 @@ def read_roll_backs(run_dir: Path, comm: Comm) -> list[dict[str, Any]]:
 
 
 def source_checkpoint(init_from: str) -> tuple[Path, Manifest]:
-    """The checkpoint that `init_from` names: itself, or the newest complete one of a run's directory.
+    """Return the checkpoint at `init_from`, or the newest complete one if that is the directory of a run.
 
-    Raises CheckpointError where there is none.
+    Raises CheckpointError if there is none, or another version of ddk_ds wrote it.
     """
     path = Path(init_from)
     manifest = read_manifest(path)
     if manifest is not None:
         return path, manifest
-    newest = next(complete_ones(path / "checkpoints"), None)
+    newest = next(complete_checkpoints(path / "checkpoints"), None)
     if newest is None:
+        for directory in (path, *sorted((path / "checkpoints").glob("step-*"))):
+            if (other := other_format(directory)) is not None:
+                raise CheckpointError(
+                    f"init_from: {directory} has format {other}, this version of ddk_ds reads format {FORMAT}: "
+                    "fork it with the version that wrote it"
+                )
         raise CheckpointError(
             f"init_from: {path} is neither a complete checkpoint (<run>/checkpoints/step-...) nor the directory of a "
             "run that has one"
@@ -122,9 +130,9 @@ def source_checkpoint(init_from: str) -> tuple[Path, Manifest]:
 
 
 def check_fork(init_from: str, identity: dict[str, Any]) -> str:
-    """Hash of the checkpoint that `init_from` names, which must fit a run of that identity.
+    """Return the hash of the checkpoint at `init_from`, if a run of that identity can continue from it.
 
-    Raises CheckpointError naming what differs.
+    Raises CheckpointError, naming the first differences, if it cannot.
     """
     directory, manifest = source_checkpoint(init_from)
     keys = [key for key in {**manifest.run, **identity} if key.startswith(_COMMON)]
@@ -139,7 +147,10 @@ def check_fork(init_from: str, identity: dict[str, Any]) -> str:
 
 
 def _universal(config: Config, start: Start, comm: Comm) -> Path:
-    """The checkpoint in DeepSpeed's universal form, made once, by all ranks, in this run's directory. Collective."""
+    """Return the checkpoint in DeepSpeed's universal form, which all ranks make once in this run's directory.
+
+    Collective. Raises CheckpointError if it cannot be converted.
+    """
     if config.optimizer.offload == "nvme":
         raise CheckpointError(
             f"{start.directory} was written by {start.manifest.world_size} ranks, this run has {comm.world_size}, and "
@@ -148,8 +159,8 @@ def _universal(config: Config, start: Start, comm: Comm) -> Path:
     root = config.run_dir / "checkpoints"
     final = root / f"universal-{start.manifest.step:08d}"
     source = size_and_xxh64(start.directory / MANIFEST)[1]
-    there = comm.broadcast_object(read_manifest(final) if comm.rank == 0 else None)
-    if there is not None and there.source == source and is_whole(final, there, comm):
+    existing = comm.broadcast_object(read_manifest(final) if comm.rank == 0 else None)
+    if existing is not None and existing.source == source and is_intact(final, existing, comm):
         return final
     partial = partial_path(final)
     manifest = replace(start.manifest, files={}, source=source)
@@ -168,8 +179,11 @@ def _universal(config: Config, start: Start, comm: Comm) -> Path:
     return final
 
 
-def go_on_from(run: Run, start: Start) -> None:
-    """Restore weights, optimizer, state and ledger from a checkpoint. Collective."""
+def restore(run: Run, start: Start) -> None:
+    """Restore weights, optimizer, state and ledger of the run from a checkpoint. Collective.
+
+    Raises CheckpointError if its data order or ledger are not this run's.
+    """
     fresh = run.state
     run.state = start.load(run.student)
     run.state.data.check_fits(fresh.data)
@@ -177,16 +191,16 @@ def go_on_from(run: Run, start: Start) -> None:
         run.state.chunk_tokens = fresh.chunk_tokens
     run.head_options = replace(run.head_options, chunk_tokens=run.state.chunk_tokens)
     run.ledger.rewind(0 if start.forked else start.manifest.ledger_bytes)
-    passed = read_roll_backs(run.config.run_dir, run.runtime.comm)
-    positions = [entry["skip_until"] for entry in passed if entry["step"] == run.state.step]
+    done = read_roll_backs(run.config.run_dir, run.runtime.comm)
+    positions = [entry["skip_until"] for entry in done if entry["step"] == run.state.step]
     run.state.skip_until = max([run.state.skip_until, *positions])
 
 
 def roll_back(run: Run, reason: str) -> bool:
-    """Restore the last checkpoint and leave out all samples since then, if the configuration allows one more.
+    """Restore the last checkpoint, leave out the samples since then, and return True. Collective.
 
-    What was done is kept in roll_backs.json, so that a run that is killed before its next checkpoint does the same.
-    Returns whether it was done. Collective.
+    Return False if the configuration allows no further roll-back or there is no checkpoint. The roll-back is noted in
+    roll_backs.json, so that a run that is killed before its next checkpoint repeats it.
     """
     config, comm = run.config, run.runtime.comm
     done = read_roll_backs(config.run_dir, comm)
@@ -201,10 +215,8 @@ def roll_back(run: Run, reason: str) -> bool:
         entry = {"step": start.manifest.step, "failed_step": failed, "skip_until": skip_until, "reason": reason}
         write_text(config.run_dir / ROLL_BACKS, json.dumps([*done, entry], indent=1))
     comm.barrier()
-    go_on_from(run, start)
-    run.ledger.event("roll_back", step=run.state.step, failed_step=failed, skip_until=skip_until, reason=reason)
-    run.progress.say(
-        f"warning: {reason}. Rolled back to step {run.state.step}; the {skip_until - run.state.position:,} samples "
-        "since then are left out"
-    )
+    restore(run, start)
+    step, left_out = run.state.step, skip_until - run.state.position
+    message = f"warning: {reason}. Rolled back to step {step}; the {left_out:,} samples since then are left out"
+    run.announce("roll_back", message, step=step, failed_step=failed, skip_until=skip_until, reason=reason)
     return True

@@ -1,4 +1,4 @@
-"""Writing checkpoints: under a temporary name, beside the training that goes on, completed by a manifest, renamed.
+"""Writing checkpoints while training continues: under a temporary name, completed by a manifest, then renamed.
 
 A write that fails leaves the run and the older checkpoints as they were.
 """
@@ -23,33 +23,33 @@ from ddk_ds.train.checkpoint.checkpoint_files import (
     TAG,
     Files,
     Manifest,
-    complete,
     delete_old,
     newest_checkpoint,
+    put_in_place,
     read_manifest,
     remove_partial,
 )
 from ddk_ds.train.state import RunState
 from ddk_ds.version import versions
 
-# Of the size of the last checkpoint: free space that the next one must find.
+# The next checkpoint needs this many times the size of the last one as free space.
 _HEADROOM = 1.05
 
 
 class SaveFailed(Exception):
-    """A checkpoint could not be written; on every rank, with one reason. The run can go on."""
+    """A checkpoint could not be written; raised on every rank with the same reason. The run can continue."""
 
 
 @dataclass(frozen=True)
 class Saved:
-    """A checkpoint that is complete."""
+    """A complete checkpoint and the time that it took."""
 
     path: Path
     step: int
     pause_s: float
-    """Seconds that training waited."""
+    """Seconds that training waited for it."""
     seconds: float
-    """From its beginning on."""
+    """Seconds from the beginning of the save to its end."""
 
 
 class Saver:
@@ -64,14 +64,14 @@ class Saver:
         self._began = self._pause_s = 0.0
 
     def begin(self, student: Student, state: RunState, ledger_bytes: int) -> bool:
-        """Begin a checkpoint of this step; the state is copied when this returns. Collective.
+        """Begin a checkpoint of this step; its content is copied by the time this returns. Collective.
 
-        Returns False if it is there already and complete. Raises SaveFailed where it cannot be begun.
+        Return False if this step has a complete checkpoint already. Raises SaveFailed if the save cannot begin.
         """
         assert self._pending is None, "a checkpoint began before the last one was finished"
         self._began = time.perf_counter()
         comm, manifest = self._comm, self._manifest(state.step, ledger_bytes)
-        # Rank 0 looks for all: another node may see the shared directory late.
+        # Rank 0 looks for all ranks: another node may see the shared directory late.
         if comm.broadcast_object(read_manifest(self._final(manifest)) is not None if comm.rank == 0 else None):
             return False
         partial = self._partial(manifest)
@@ -82,7 +82,7 @@ class Saver:
         return True
 
     def ready(self) -> bool:
-        """Whether every rank has written what `begin` began, so that `finish` need not wait. Collective."""
+        """Return True if every rank has written its part, so that `finish` need not wait. Collective."""
         if self._pending is None:
             return False
         student, _ = self._pending
@@ -90,9 +90,9 @@ class Saver:
         return not self._comm.all_reduce_max(writing).item()
 
     def finish(self) -> Saved | None:
-        """Wait for the checkpoint that was begun, complete it, delete old ones. None: none was begun. Collective.
+        """Wait for the checkpoint that was begun, complete it, and delete old ones. Collective.
 
-        Raises SaveFailed where it could not be written.
+        Return None if none was begun. Raises SaveFailed if it could not be written.
         """
         if self._pending is None:
             return None
@@ -122,30 +122,34 @@ def finish_directory(
     manifest: Manifest,
     written: Callable[[], tuple[dict[Path, tuple[int, str]], str]],
 ) -> None:
-    """Gather what every rank has `written` into the manifest and put the directory in its place. Collective.
+    """Gather what every rank has written into the manifest and put the directory in its place. Collective.
 
-    Raises SaveFailed on every rank; what was written is gone then.
+    Args:
+        written: waits for this rank's files and returns them with size and hash, and why writing failed, or "".
+
+    Raises:
+        SaveFailed: on every rank; the partial directory is deleted.
     """
     paths, failure = written()
-    found = comm.gather_objects(({str(path.relative_to(partial)): entry for path, entry in paths.items()}, failure))
-    failure = next((failure for _, failure in found if failure), "")
+    by_rank = comm.gather_objects(({str(path.relative_to(partial)): entry for path, entry in paths.items()}, failure))
+    failure = next((failure for _, failure in by_rank if failure), "")
     if comm.rank == 0:
-        files: Files = {name: entry for files, _ in found for name, entry in files.items()}
+        files: Files = {name: entry for files, _ in by_rank for name, entry in files.items()}
         manifest.files.update(files)
-        failure = failure or complete(partial, final, manifest)
+        failure = failure or put_in_place(partial, final, manifest)
         if failure:
             shutil.rmtree(partial, ignore_errors=True)
     agree_on_failure(comm, failure)
 
 
 def agree_on_failure(comm: Comm, failure: str) -> None:
-    """Raise SaveFailed on every rank with rank 0's reason, if there is one. Collective."""
+    """Raise SaveFailed on every rank with rank 0's reason, unless that is "". Collective."""
     if reason := comm.broadcast_object(failure):
         raise SaveFailed(reason)
 
 
 def make_room(run_dir: Path, partial: Path) -> str:
-    """Make the directory of a checkpoint that is as large as the newest; why that is not possible, or ""."""
+    """Make the directory of a new checkpoint; return why that or one as large as the newest is not possible, or ""."""
     newest = newest_checkpoint(run_dir)
     needed = 0 if newest is None else int(_HEADROOM * newest[1].num_bytes)
     try:

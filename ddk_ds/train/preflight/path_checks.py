@@ -19,7 +19,7 @@ from ddk_ds.data.manifest import SPLITS, Manifest
 from ddk_ds.engine.memory_estimate import OPTIMIZER_BYTES, shard_ranks
 from ddk_ds.engine.model_files import COMPUTE_BYTES, ModelFiles, ModelShape, read_model
 from ddk_ds.files import nearest_existing
-from ddk_ds.train.checkpoint.checkpoint_files import MANIFEST, complete_ones, newest_checkpoint
+from ddk_ds.train.checkpoint.checkpoint_files import MANIFEST, complete_checkpoints, newest_checkpoint
 from ddk_ds.train.preflight.agreement import Job
 from ddk_ds.train.preflight.machine import size
 from ddk_ds.train.preflight.rows import Row, judged
@@ -157,7 +157,7 @@ def checkpoint_space(config: Config, student: ModelShape) -> Row:
     count = keep.keep_last + 1
     if keep.keep_every_steps is not None and config.stop.steps is not None:
         count += config.stop.steps // keep.keep_every_steps
-    there = sum(manifest.num_bytes for _, manifest in complete_ones(config.run_dir / "checkpoints"))
+    there = sum(manifest.num_bytes for _, manifest in complete_checkpoints(config.run_dir / "checkpoints"))
     needed = max(0, count * one - there) + compute * student.parameters
     free = shutil.disk_usage(directory).free
     found = (

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ddk_ds.errors import ConfigError
-from ddk_ds.mixture.exhaustion import Exhaustion, Plan, largest_remainder
+from ddk_ds.mixture.exhaustion import Exhausted, Exhaustion, largest_remainder
 from tests.unit.mixture.mixture_section import exhaustion_of
 
 NAMES = ("code", "maths", "prose")
@@ -44,12 +44,12 @@ def test_no_limit_is_ever_passed(
     limits = [np.inf if p == "cycle" else int(n * max_passes) for p, n in zip(policies, sizes, strict=True)]
     drawn = np.zeros(len(sizes), np.int64)
     for _ in range(40):
-        plan = exhaustion.plan(proportions, total, drawn.tolist())
-        assert plan.asked == tuple(largest_remainder(proportions, total).tolist())
-        if plan.end is not None:
-            assert plan.counts == ()
+        try:
+            counts = np.array(exhaustion.counts(proportions, total, drawn.tolist()))
+        except Exhausted:
             break
-        counts = np.array(plan.counts)
+        if "cap" not in policies:
+            assert (counts == largest_remainder(proportions, total)).all()
         assert counts.sum() == total and (counts >= 0).all()
         drawn += counts
         assert (drawn <= limits).all()
@@ -64,52 +64,53 @@ def test_no_limit_is_ever_passed(
 
 def test_cycle_has_no_limit() -> None:
     exhaustion = build([10, 10, 10])
-    plan = exhaustion.plan([0.2, 0.3, 0.5], 1000, [10**9] * 3)
-    assert plan == Plan((200, 300, 500), (200, 300, 500))
+    assert exhaustion.counts([0.2, 0.3, 0.5], 1000, [10**9] * 3) == (200, 300, 500)
 
 
 def test_a_capped_domain_gives_its_share_by_the_proportions_of_the_others() -> None:
     exhaustion = build([100, 1000, 1000], exhaustion_by_domain={"code": "cap"}, max_passes=2)
     assert exhaustion.limits == (200, None, None)
-    assert exhaustion.plan([0.5, 0.3, 0.2], 100, [140, 0, 0]) == Plan((50, 30, 20), (50, 30, 20))
-    assert exhaustion.plan([0.5, 0.3, 0.2], 100, [190, 0, 0]) == Plan((50, 30, 20), (10, 54, 36))
-    assert exhaustion.plan([0.5, 0.3, 0.2], 100, [200, 0, 0]) == Plan((50, 30, 20), (0, 60, 40))
+    assert exhaustion.counts([0.5, 0.3, 0.2], 100, [140, 0, 0]) == (50, 30, 20)
+    assert exhaustion.counts([0.5, 0.3, 0.2], 100, [190, 0, 0]) == (10, 54, 36)
+    assert exhaustion.counts([0.5, 0.3, 0.2], 100, [200, 0, 0]) == (0, 60, 40)
 
 
 def test_a_cap_that_another_cap_fills_up() -> None:
     # code has 10 left. Its other 40 samples would take maths to 74 of 50, so prose takes the rest.
     exhaustion = build([10, 50, 1000], exhaustion="cap", max_passes=1)
-    assert exhaustion.plan([0.5, 0.3, 0.2], 100, [0, 0, 0]).counts == (10, 50, 40)
+    assert exhaustion.counts([0.5, 0.3, 0.2], 100, [0, 0, 0]) == (10, 50, 40)
 
 
 def test_the_run_ends_if_every_domain_is_at_its_cap() -> None:
     exhaustion = build([10, 50, 30], exhaustion="cap", max_passes=1)
-    assert exhaustion.plan([0.2, 0.5, 0.3], 90, [0, 0, 0]).counts == (10, 50, 30)
-    plan = exhaustion.plan([0.2, 0.5, 0.3], 90, [0, 1, 0])
-    assert plan.end is not None
+    assert exhaustion.counts([0.2, 0.5, 0.3], 90, [0, 0, 0]) == (10, 50, 30)
+    with pytest.raises(Exhausted) as exhausted:
+        exhaustion.counts([0.2, 0.5, 0.3], 90, [0, 1, 0])
     for part in ("code, maths, prose", "89 samples left", "interval of 90", "mixture.exhaustion: cap"):
-        assert part in plan.end
+        assert part in str(exhausted.value)
     # A domain that cycles but has no proportion takes no samples.
     cycling = build([10, 50, 30], exhaustion="cap", exhaustion_by_domain={"prose": "cycle"}, max_passes=1)
-    assert cycling.plan([0.5, 0.5, 0.0], 61, [0, 0, 0]).end is not None
-    assert cycling.plan([0.5, 0.4999, 0.0001], 61, [0, 0, 0]).counts == (10, 50, 1)
+    with pytest.raises(Exhausted):
+        cycling.counts([0.5, 0.5, 0.0], 61, [0, 0, 0])
+    assert cycling.counts([0.5, 0.4999, 0.0001], 61, [0, 0, 0]) == (10, 50, 1)
 
 
 def test_stop_ends_the_run_before_the_limit_is_passed() -> None:
     exhaustion = build([100, 50, 100], exhaustion_by_domain={"maths": "stop"})
     assert exhaustion.limits == (None, 50, None)
-    assert exhaustion.plan([0.4, 0.3, 0.3], 100, [0, 20, 0]).counts == (40, 30, 30)
-    plan = exhaustion.plan([0.4, 0.3, 0.3], 100, [0, 21, 0])
-    assert plan.end is not None
+    assert exhaustion.counts([0.4, 0.3, 0.3], 100, [0, 20, 0]) == (40, 30, 30)
+    with pytest.raises(Exhausted) as exhausted:
+        exhaustion.counts([0.4, 0.3, 0.3], 100, [0, 21, 0])
     for part in ("'maths'", "29 of 50", "asks for 30", "mixture.exhaustion: stop"):
-        assert part in plan.end
-    assert exhaustion.plan([0.7, 0.0, 0.3], 100, [0, 50, 0]).end is None  # the plan asks for none of its samples
+        assert part in str(exhausted.value)
+    assert exhaustion.counts([0.7, 0.0, 0.3], 100, [0, 50, 0]) == (70, 0, 30)  # the proportions ask for none of it
 
 
 def test_what_a_capped_domain_gives_away_may_stop_the_run() -> None:
     exhaustion = build([20, 50, 100], exhaustion_by_domain={"code": "cap", "maths": "stop"}, max_passes=1)
-    assert exhaustion.plan([0.2, 0.5, 0.3], 100, [0, 0, 0]).counts == (20, 50, 30)
-    assert "asks for 59" in str(exhaustion.plan([0.2, 0.5, 0.3], 100, [15, 0, 0]).end)
+    assert exhaustion.counts([0.2, 0.5, 0.3], 100, [0, 0, 0]) == (20, 50, 30)
+    with pytest.raises(Exhausted, match="asks for 59"):
+        exhaustion.counts([0.2, 0.5, 0.3], 100, [15, 0, 0])
 
 
 @pytest.mark.parametrize(("passes", "limit"), [(0.29, 29), (1, 100), (1.1, 110), (2.5, 250), (1e-2, 1)])

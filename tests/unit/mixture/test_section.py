@@ -15,13 +15,13 @@ from ddk_ds.config import to_yaml
 from ddk_ds.config.load import load_config
 from ddk_ds.config.run_config import corpus_samples, interval_steps, total_steps
 from ddk_ds.config.sections import Mixture
-from ddk_ds.errors import ConfigError
+from ddk_ds.errors import CheckpointError, ConfigError
 from ddk_ds.mixture.controllers import make_controller
 from ddk_ds.mixture.decide import Controller, Decision, decide
 from ddk_ds.mixture.interval_state import DomainEntry, IntervalState
 from ddk_ds.mixture.order import DomainOrder
-from ddk_ds.train.interval import Measurement, Mixer, interval_record, stop_reason
-from ddk_ds.train.loop import _plan_interval
+from ddk_ds.train.interval import Mixer, interval_record, stop_reason
+from ddk_ds.train.loop import _interval_samples
 from ddk_ds.train.state import RunState
 from tests.unit.mixture.mixture_section import config_with as config
 from tests.unit.mixture.mixture_section import exhaustion_of, section
@@ -103,15 +103,15 @@ def entries(sizes: list[int]) -> list[DomainEntry]:
 def test_an_excluded_domain_counts_in_no_stop() -> None:
     sizes = [40, 500, 60]
     state = RunState(IntervalState.new(entries(sizes), seed=0).begin([10, 0, 90]).consume(100), step=25)
-    measured = Measurement(np.array([2.02, 9.0, 3.0]), np.array([2.0, 3.0, 3.0]))
+    measured = np.array([2.02, 9.0, 3.0]), np.array([2.0, 3.0, 3.0])
     stop = {"data_once": True}
-    assert stop_reason(config({}, stop=stop), state, measured) is None
+    assert stop_reason(config({}, stop=stop), state, *measured) is None
     excluding = config({"exclude": ["law"]}, stop=stop)
-    assert stop_reason(excluding, state, measured) == "all 100 samples used once"
+    assert stop_reason(excluding, state, *measured) == "all 100 samples used once"
     assert corpus_samples(excluding.mixture, dict(zip(NAMES, sizes, strict=True))) == 100
     stop = {"steps": 1000, "discrepancy": 0.05}
-    assert stop_reason(config({}, stop=stop), state, measured) is None
-    assert "discrepancy 0.01" in str(stop_reason(config({"exclude": ["law"]}, stop=stop), state, measured))
+    assert stop_reason(config({}, stop=stop), state, *measured) is None
+    assert "discrepancy 0.01" in str(stop_reason(config({"exclude": ["law"]}, stop=stop), state, *measured))
 
 
 OPTIONS = section(ppl_smoothing=0.6, exclude=("law",), floors={"code": 0.3}, prior="by_size")
@@ -127,13 +127,13 @@ def make_mixer(controller: Controller) -> Mixer:
 def run_intervals(state: RunState, intervals: range, controller: Controller | None = None) -> list[dict[str, Any]]:
     """Plan, begin and train these intervals from `state`; return their lines of the ledger."""
     mixer = make_mixer(controller or make_controller(OPTIONS, SIZES))
-    records = []
+    records, teacher = [], np.array([3.0, 12.0, 5.0])
     for t in intervals:
         student = np.array([9.0, 30.0, 12.0]) / (1 + 0.2 * t) + np.array([0.0, 1.0, t % 2])
-        measured = Measurement(student, np.array([3.0, 12.0, 5.0]))
-        decision, plan = mixer.plan(state, measured, 20, exhaustion_of(SIZES))
-        mixer.begin(state, decision, plan)
-        records.append(interval_record(state, measured, NAMES, plan, {}))
+        decision = mixer.decide(state, student, teacher)
+        counts = exhaustion_of(SIZES).counts(decision.proportions, 20, state.data.drawn)
+        mixer.begin(state, decision, counts)
+        records.append(interval_record("interval", state, NAMES, student, teacher, {}))
         state.data = state.data.consume(20)
     return records
 
@@ -169,29 +169,28 @@ def test_the_plan_of_an_interval_has_its_own_length() -> None:
     options = config({"controller": "equal", "interval_steps": 3, "interval_growth": 2.0}, stop={"steps": 20})
     run: Any = SimpleNamespace(config=options, state=fresh(), total_steps=20)
     run.mixer = make_mixer(make_controller(section("equal"), SIZES))
-    run.inputs = SimpleNamespace(exhaustion=exhaustion_of(SIZES))
-    steps = []
+    exhaustion, steps = exhaustion_of(SIZES), []
     for _ in range(3):
-        decision, plan = _plan_interval(run, Measurement(np.ones(3), None))
-        run.mixer.begin(run.state, decision, plan)
-        steps.append(sum(plan.counts) // 4)
+        decision, samples = run.mixer.decide(run.state, np.ones(3), None), _interval_samples(run)
+        run.mixer.begin(run.state, decision, exhaustion.counts(decision.proportions, samples, run.state.data.drawn))
+        steps.append(samples // 4)
         run.state.step += steps[-1]
-        run.state.data = run.state.data.consume(sum(plan.counts))
+        run.state.data = run.state.data.consume(samples)
     assert steps == [3, 6, 11]  # the last would have 12, and the run has 11 left
 
 
-def test_planning_changes_nothing() -> None:
-    """A run that ends at a domain's limit saves the state before its plan, so that a fork can continue from it."""
+def test_a_decision_changes_nothing() -> None:
+    """A run that ends at a domain's limit saves the state before its decision, so that a fork can continue from it."""
     state = fresh()
     run_intervals(state, range(2))
     before = json.dumps(state.to_json())
     mixer = make_mixer(make_controller(OPTIONS, SIZES))
-    measured = Measurement(np.array([5.0, 6.0, 7.0]), np.array([3.0, 12.0, 5.0]))
-    mixer.plan(state, measured, 20, exhaustion_of(SIZES))
+    mixer.decide(state, np.array([5.0, 6.0, 7.0]), np.array([3.0, 12.0, 5.0]))
     assert json.dumps(state.to_json()) == before
 
 
-def test_a_checkpoint_without_smoothed_perplexities_is_read() -> None:
+def test_a_state_with_other_fields_is_refused() -> None:
     record = fresh().to_json()
-    del record["smoothed_ppl"]
-    assert RunState.from_json(record).smoothed_ppl == []
+    for other in ({key: value for key, value in record.items() if key != "smoothed_ppl"}, {**record, "extra": 1}):
+        with pytest.raises(CheckpointError, match=r"missing or unknown fields: \['(smoothed_ppl|extra)'\]"):
+            RunState.from_json(other)

@@ -17,6 +17,7 @@ from rich.console import Console
 from ddk_ds.report.run_progress import run_state
 from ddk_ds.report.screen import Surroundings, screen
 from ddk_ds.run_files import read_events, read_ledger, read_ledger_end
+from ddk_ds.train.checkpoint.checkpoint_files import FORMAT
 from tests.unit.report.made_run import make_run
 from tools.status import look, main
 
@@ -132,7 +133,7 @@ def test_the_newest_complete_checkpoint_is_shown(tmp_path: Path) -> None:
         directory = run_dir / "checkpoints" / f"step-{step:08d}"
         directory.mkdir(parents=True)
         (directory / "a.pt").write_bytes(b"12345")
-        manifest = {"format": 3, "step": step, "world_size": 1, "ledger_bytes": 0, "run": {}, "versions": {}}
+        manifest = {"format": FORMAT, "step": step, "world_size": 1, "ledger_bytes": 0, "run": {}, "versions": {}}
         (directory / "manifest.json").write_text(json.dumps({**manifest, "files": {"a.pt": [5, "x"]}}))
         os.utime(directory / "manifest.json", (time.time() - 300, time.time() - 300))
     console = Console(file=io.StringIO(), width=80)

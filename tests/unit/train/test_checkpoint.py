@@ -16,7 +16,8 @@ from ddk_ds.engine.zero_shards import ShardWriter
 from ddk_ds.errors import CheckpointError
 from ddk_ds.files import size_and_xxh64
 from ddk_ds.mixture.interval_state import IntervalState
-from ddk_ds.train.checkpoint.checkpoint_files import newest_checkpoint, usable_checkpoint
+from ddk_ds.train.checkpoint.checkpoint_files import FORMAT, newest_checkpoint, usable_checkpoint
+from ddk_ds.train.checkpoint.restore import source_checkpoint
 from ddk_ds.train.checkpoint.saver import SaveFailed, Saver
 from ddk_ds.train.state import RunState
 
@@ -88,12 +89,21 @@ def test_an_incomplete_one_is_written_again_and_kept(tmp_path: Path, harm: str) 
     elif harm == "no shard":
         shard.unlink()
     else:
-        manifest.write_text(manifest.read_text().replace('"format": 3', '"format": 99'))
+        manifest.write_text(manifest.read_text().replace(f'"format": {FORMAT}', '"format": 99'))
     assert newest_step(tmp_path) is None
     assert save(tmp_path, 2) == directory
     assert newest_step(tmp_path) == 2
     (kept,) = directory.parent.glob("broken-step-*")
     assert (kept / "state").is_dir()
+
+
+def test_a_fork_of_another_format_is_refused(tmp_path: Path) -> None:
+    directory = save(tmp_path, 2)
+    manifest = directory / "manifest.json"
+    manifest.write_text(manifest.read_text().replace(f'"format": {FORMAT}', '"format": 3'))
+    for source in (directory, tmp_path):
+        with pytest.raises(CheckpointError, match=rf"step-00000002 has format 3, .* reads format {FORMAT}: fork it"):
+            source_checkpoint(str(source))
 
 
 def test_a_complete_one_is_left_alone(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Whose directory it is: what a resumed run may change, and what makes it another run; policies among it."""
+"""Identity of a run's directory: options that a resumed run can change, and options that make it another run."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import pytest
 
 from ddk_ds.config import Config, make_config
 from ddk_ds.errors import CheckpointError, ConfigError
+from ddk_ds.train.checkpoint.checkpoint_files import FORMAT
 from ddk_ds.train.run_dir import check_run_dir, claim_run_dir, run_identity
 
 
@@ -26,7 +27,7 @@ def config_of(folder: Path, **sections: Any) -> Config:
 
 
 def resume(old: Config, new: Config) -> None:
-    """Start `new` where `old` ran."""
+    """Start `new` in the directory in which `old` ran."""
     claim_run_dir(old, run_identity(old, {}))
     check_run_dir(new, run_identity(new, {}))
 
@@ -55,49 +56,17 @@ def test_another_policy_is_another_run(tmp_path: Path, old: dict[str, Any], new:
         resume(config_of(tmp_path, mixture=old), config_of(tmp_path, mixture=new))
 
 
-def test_a_directory_from_before_the_policies(tmp_path: Path) -> None:
-    config = config_of(tmp_path)
-    claim_run_dir(config, {})
-    identity = run_identity(config, {})
-    old = {key: value for key, value in identity.items() if "exhaustion" not in key and "max_passes" not in key}
-    (config.run_dir / "run.json").write_text(json.dumps({**old, "train.micro_batch_samples": 7}))
-    check_run_dir(config, identity)
-    capped = config_of(tmp_path, mixture=CAP)
-    with pytest.raises(CheckpointError, match=r"mixture.exhaustion_by_domain.code was None, is 'cap'"):
-        check_run_dir(capped, run_identity(capped, {}))
-
-
-OPTIONS_OF_THE_STEP = (
-    "student.whole_layers",
-    "student.compile_layers",
-    "teacher.compile_layers",
-    "teacher.quantize",
-    "optimizer.fused",
-)
-AS_IT_WAS: dict[str, Any] = {
-    "student": {"path": "student", "whole_layers": False},
-    "optimizer": {"fused": False},
-}
-
-
-@pytest.fixture
-def older(tmp_path: Path) -> Path:
-    """Of a run from before the options of its step: its identity has none of them."""
+@pytest.mark.parametrize("other", [3, None])
+def test_a_directory_of_another_format_is_refused(tmp_path: Path, other: int | None) -> None:
     config = config_of(tmp_path)
     identity = run_identity(config, {})
-    assert set(OPTIONS_OF_THE_STEP) <= identity.keys()
-    claim_run_dir(config, {key: identity[key] for key in identity if key not in OPTIONS_OF_THE_STEP})
-    return tmp_path
+    claim_run_dir(config, {**identity, "format": other})
+    with pytest.raises(CheckpointError, match=rf"has format {other}, .* writes format {FORMAT}: continue it with the"):
+        check_run_dir(config, identity)
 
 
-def test_a_directory_from_before_the_steps_options(older: Path) -> None:
-    """It is gone on with as it was, wherever the teacher's weights lie, and refused by name under today's defaults."""
-    moved = {"path": "teacher", "shard_within": "node", "micro_batches_per_pass": 4}
-    for config in (config_of(older, **AS_IT_WAS), config_of(older, **AS_IT_WAS, teacher=moved)):
-        check_run_dir(config, run_identity(config, {}))
-    today = config_of(older)
-    with pytest.raises(CheckpointError, match=r"optimizer\.fused was False, is True; student\.whole_layers was False"):
-        check_run_dir(today, run_identity(today, {}))
+def test_where_the_teacher_lies_is_free(tmp_path: Path) -> None:
+    resume(config_of(tmp_path), config_of(tmp_path, teacher={"path": "elsewhere", "shard_within": "node"}))
 
 
 def test_a_run_without_a_teacher_goes_on(tmp_path: Path) -> None:
