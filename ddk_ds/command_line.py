@@ -1,4 +1,4 @@
-"""What every command shares: exit codes, the types of its arguments, and how it reports an error."""
+"""Exit codes, argument types and the report of an error, as several commands share them."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def reports_user_errors(main: Callable[[Sequence[str] | None], int]) -> Main:
 
 
 def positive(text: str) -> int:
-    """Parse a command-line number that must be at least 1."""
+    """Return the command-line argument as an integer; raise ArgumentTypeError unless it is at least 1."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r}: give a number of at least 1")
     return int(text)

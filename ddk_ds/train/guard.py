@@ -1,4 +1,4 @@
-"""Numbers gone wrong: steps without a finite gradient, a loss that leaves its range, a mixture that serves nobody."""
+"""Detection of numbers that went wrong: gradients that are not finite, spikes of the loss, one-sided mixtures."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from ddk_ds.train.state import RunState
 
 EXIT_WRONG_NUMBERS = 3
 _WINDOW = 64
-# Of a normal distribution: standard deviation over median absolute deviation.
+# Standard deviation divided by median absolute deviation, for a normal distribution.
 _MAD_TO_SIGMA = 1.4826
-# A loss that hardly varies would call every ripple a spike: deviations count from this share of the median up.
+# Least deviation, as a share of the median: without it every ripple of a loss that hardly varies would be a spike.
 _LEAST_DEVIATION = 0.01
 
 
 class NumbersGoneWrong(Exception):
-    """The run stops, on all ranks. The message says what was seen."""
+    """The run cannot continue from its current numbers; raised on every rank. The message describes them."""
 
 
 def check_step(state: RunState, loss: float, grad_norm: float, options: Guard) -> None:
-    """Note a step's numbers in the state, which are the same on every rank.
+    """Note the loss and gradient norm of a step, which are the same on every rank, in the state.
 
     A step whose gradient is not finite was skipped: the weights are those before it. A spike is a loss more than
     `spike_deviations` robust standard deviations above the median of the last 64 good steps.
@@ -51,15 +51,22 @@ def check_interval(
     options: Guard,
     excluded: Sequence[str] = (),
 ) -> list[str]:
-    """Alarms at an interval's beginning, of its proportions and of the ratios (N,) to the teacher; notes the ratios."""
+    """Return the alarms at the beginning of an interval, and note its ratios to the teacher in the state.
+
+    There is an alarm if the proportions have little entropy, or if the ratio of a domain keeps rising.
+
+    Args:
+        ratio: (N,) ratios to the teacher; None in a run without one.
+        excluded: domains that are never drawn.
+    """
     alarms = []
-    shares = state.proportions
-    entropy = -sum(share * math.log(share) for share in shares if share > 0)
-    equal = math.log(len(shares) - len(excluded))
+    proportions = state.proportions
+    entropy = -sum(share * math.log(share) for share in proportions if share > 0)
+    equal = math.log(len(proportions) - len(excluded))
     if state.data.interval > 0 and entropy < options.least_entropy * equal:
-        top = max(range(len(shares)), key=shares.__getitem__)
+        top = max(range(len(proportions)), key=proportions.__getitem__)
         alarms.append(
-            f"the mixture is nearly one domain's: {names[top]} has {shares[top]:.1%}, the entropy is "
+            f"the mixture is nearly one domain's: {names[top]} has {proportions[top]:.1%}, the entropy is "
             f"{entropy / equal:.2f} of equal proportions'; mixture.alpha or mixture.ratio_cap spread it"
         )
     if ratio is not None:
@@ -73,7 +80,7 @@ def check_interval(
 
 
 def is_spike(recent: list[float], loss: float, options: Guard) -> bool:
-    """Whether a loss is far above those of the window, once that is full."""
+    """Return True if `loss` is far above the recent losses; always False until these fill the window."""
     if len(recent) < _WINDOW or not options.spike_deviations:
         return False
     centre = median(recent)

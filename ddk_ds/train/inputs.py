@@ -1,4 +1,4 @@
-"""Everything that can be checked before a model is loaded, checked; what the checks found is what the run uses."""
+"""Checks of everything that can be checked before a model is loaded; the run uses the objects that they return."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from ddk_ds.train.interval import read_schedule
 
 @dataclass(frozen=True)
 class Inputs:
-    """A run's checked inputs."""
+    """Checked inputs of a run: data, tokenizer, model files, controller."""
 
     names: list[str]
     store: Store
@@ -37,15 +37,15 @@ class Inputs:
     controller: Controller
     exhaustion: Exhaustion
     filters: FilterShape | None = None
-    """The matched layers of TED."""
+    """Matched layers of TED; None for other methods."""
     filters_hash: str | None = None
-    """Of the file `ted.filters`."""
+    """Hash of the file `ted.filters`; None for other methods than ted."""
     schedule: Any = None
-    """Content of the file `mixture.schedule_file`."""
+    """Content of the file `mixture.schedule_file`; None without one."""
 
     @property
     def fingerprints(self) -> dict[str, Any]:
-        """Hashes of models, tokenizer and shards: what the run's numbers depend on beside the configuration."""
+        """Return hashes of models, tokenizer, shards and files, on which the run's numbers depend."""
         return {
             "student": self.student.fingerprint,
             "teacher": None if self.teacher is None else self.teacher.fingerprint,
@@ -60,15 +60,15 @@ class Inputs:
 
     @property
     def mixture(self) -> dict[str, Any]:
-        """What decisions depend on beside configuration and perplexities, in plain JSON: tools/replay.py reads it."""
+        """Return the inputs of the controller as plain JSON, for the run's events; tools/replay.py reads them."""
         tokens = {name: self.manifest.domains[name].train.tokens for name in self.names}
         return {"train_tokens": tokens, "schedule": self.schedule}
 
 
 def check_inputs(config: Config, comm: Comm) -> Inputs:
-    """Check configuration, batches, data, tokenizers and model files against one another. Collective.
+    """Check configuration, batches, data, tokenizers and model files against one another; return them. Collective.
 
-    Raises ConfigError or DataError on every rank, naming the key or file, the value and the fix.
+    Raises ConfigError or DataError on every rank, with the key or file, the value and the fix.
     """
     student = model_directory(config.student.path, "student.path", comm)
     teacher = None if config.teacher is None else model_directory(config.teacher.path, "teacher.path", comm)

@@ -1,12 +1,12 @@
-"""Signals that ask a run to end: noted when they come, agreed on by all ranks where the run can be cut.
+"""The two ways in which a run is cut short: by a signal, and by a phase that exceeds its time limit.
 
-SIGTERM and SIGUSR1 (schedulers' warnings) and the first SIGINT are asked for together at the next step, domain of an
-evaluation or tensor of an export; the run then saves and ends with `EXIT_INTERRUPTED`. A second SIGINT ends it at once.
+SIGTERM and SIGUSR1 (schedulers' warnings) and the first SIGINT are noted by a handler. All ranks agree on them at the
+next step, domain of an evaluation or tensor of an export; the run then saves and ends with `EXIT_INTERRUPTED`. A second
+SIGINT ends it at once.
 
-No wait without an end: a phase that outlives its limit writes every thread's stack and ends the process.
-
-faulthandler's own thread does it, which needs neither the interpreter's lock nor an answer from the GPU. The launcher
-(or srun) ends the other ranks when one is gone.
+A phase that exceeds its limit writes the stack of every thread and ends the process. faulthandler's own thread does
+this, which needs neither the interpreter's lock nor an answer from the GPU. The launcher (or srun) then ends the other
+ranks.
 """
 
 from __future__ import annotations
@@ -28,36 +28,36 @@ _SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
 class Interrupted(Exception):
-    """All ranks have left what they did at the same place. The message names the signal."""
+    """A signal came to some rank; raised at the same place on every rank. The message names the signal."""
 
 
 class Interruption:
-    """What this process was asked, and a way for all to agree on it."""
+    """Notes the signals of this process and lets all ranks agree on them."""
 
     def __init__(self, comm: Comm, device: torch.device) -> None:
         self._comm = comm
         self._device = device
         self.signal = 0
-        """Number of the signal that came; 0: none."""
+        """Number of the last signal that came to this process; 0 if none came."""
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Note the signals until the end of the block. In the main thread."""
+        """Note signals until the end of the block. Must be called in the main thread."""
         before = {number: signal.signal(number, self._note) for number in _SIGNALS}
         try:
             yield
         finally:
             for number, handler in before.items():
-                # Left to its default, a late warning would kill a run that has done its work.
+                # Under the default handler a late warning would kill a run that has finished.
                 late = number == signal.SIGUSR1 and handler == signal.SIG_DFL
                 signal.signal(number, signal.SIG_IGN if late else handler)
 
     def check(self) -> None:
-        """Raise Interrupted on every rank if a signal came to any. Collective."""
+        """Raise Interrupted on every rank if a signal came to any rank. Collective."""
         raise_for(self.highest(False)[1])
 
     def highest(self, flag: bool) -> tuple[bool, int]:
-        """Whether any rank's `flag` is set, and the highest number of a signal that came to any. Collective."""
+        """Return True if any rank's `flag` is set, and the highest number of a signal on any rank, or 0. Collective."""
         numbers = torch.tensor([float(flag), float(self.signal)], device=self._device)
         flagged, number = self._comm.all_reduce_max(numbers).tolist()
         return bool(flagged), int(number)
@@ -69,7 +69,7 @@ class Interruption:
 
 
 def raise_for(number: int) -> None:
-    """Raise Interrupted if `number` is a signal's, the highest that came to any rank."""
+    """Raise Interrupted if `number`, the second value of `highest`, is not 0."""
     if number:
         raise Interrupted(signal.Signals(number).name)
 
@@ -78,9 +78,10 @@ Phase = Literal["step", "evaluation", "controller", "checkpoint", "export"]
 
 
 class Watchdog:
-    """One rank's: `<run>/stacks/rank-<n>.txt` holds the phase that it is in, and the stacks where that took too long.
+    """Limits the time of each phase of one rank.
 
-    Stacks of an earlier start are kept beside it.
+    `<run>/stacks/rank-<n>.txt` names the phase that the rank is in, and holds the stacks if that exceeded its limit.
+    Stacks of an earlier start are kept next to it.
     """
 
     def __init__(self, run_dir: Path, rank: int, limits: Limits) -> None:
@@ -92,7 +93,7 @@ class Watchdog:
         self._stream = path.open("w")
 
     def watch(self, phase: Phase, step: int) -> None:
-        """A phase begins, and the one before it has ended."""
+        """Note that `phase` begins, which ends the one before, and start its limit; a limit of 0 is none."""
         limit = getattr(self._limits, f"{'evaluation' if phase == 'controller' else phase}_s")
         self._stream.seek(0)
         self._stream.truncate()
@@ -104,6 +105,6 @@ class Watchdog:
             faulthandler.cancel_dump_traceback_later()
 
     def close(self) -> None:
-        """Nothing is watched any more."""
+        """End the current limit and close the file."""
         faulthandler.cancel_dump_traceback_later()
         self._stream.close()

@@ -1,11 +1,8 @@
-"""The run's ledger: one JSON line per optimizer step and per interval, and a list of events beside it.
+"""Everything that a run reports while it trains: the ledger and its events, the monitors, and the terminal.
 
-`ledger.jsonl` holds what the run computed: cut off anywhere and resumed, it equals that of an uninterrupted run but
-for the values under "clock". `events.jsonl` holds what happened to the run: starts, resumes, checkpoints, its end.
-
-The ledger's numbers as named events, handed to the monitors now and then.
-
-What rank 0 shows while the run goes: a live bar on a terminal, a line now and then elsewhere.
+`ledger.jsonl` has the numbers that the run computed, one JSON line per optimizer step and per interval. Interrupted
+anywhere and resumed, it equals that of an uninterrupted run except for the values under "clock". `events.jsonl` has
+what happened to the run: starts, resumes, checkpoints, its end. Monitors get the ledger's numbers as named events.
 """
 
 from __future__ import annotations
@@ -32,7 +29,7 @@ from ddk_ds.train.step import StepMetrics
 
 
 class Ledger:
-    """Appends records; only rank 0 writes, on the others every call does nothing."""
+    """Appends records to ledger.jsonl and events.jsonl. Only rank 0 writes; on other ranks every call does nothing."""
 
     def __init__(self, run_dir: Path, rank: int) -> None:
         self._path = run_dir / "ledger.jsonl"
@@ -40,19 +37,22 @@ class Ledger:
         self._writes = rank == 0
 
     def write(self, record: dict[str, Any]) -> None:
-        """Append a record of the computation."""
+        """Append a line of numbers to ledger.jsonl. Raises CheckpointError if it cannot be written."""
         self._append(self._path, record)
 
     def event(self, kind: str, **values: Any) -> None:
-        """Append an event with the time of day (seconds since 1970)."""
+        """Append an event to events.jsonl with the time of day (seconds since 1970)."""
         self._append(self._events, {"event": kind, "time_s": round(time.time(), 3), **values})
 
     def position(self) -> int:
-        """Bytes written so far (0 on ranks that do not write): goes into the checkpoint."""
+        """Return the length of ledger.jsonl in bytes, for the checkpoint; 0 on ranks that do not write."""
         return self._path.stat().st_size if self._writes and self._path.is_file() else 0
 
     def rewind(self, position: int) -> None:
-        """Go back to a checkpoint's position; lines after it move to ledger.discarded.jsonl."""
+        """Cut ledger.jsonl to `position` bytes, as a checkpoint has it; later lines move to ledger.discarded.jsonl.
+
+        Raises CheckpointError if the file is shorter.
+        """
         if not self._writes:
             return
         size = self.position()
@@ -89,36 +89,38 @@ _INTERVAL = {"student_ppl": "student_ppl", "teacher_ppl": "teacher_ppl", "ratio"
 _CLOCK = {"tokens_per_s": "speed/tokens_per_s", "mfu": "speed/mfu", "peak_memory_gb": "memory/peak_gb"}
 
 _LONGEST_CLOSE_S = 60.0
+_LINE_EVERY_S = 10.0
 
 
 def events(record: Mapping[str, Any]) -> list[Event]:
-    """The events of a line of the ledger; pure. A number that is missing or not finite has none."""
+    """Return the events of one line of the ledger; pure. A number that is missing or not finite has no event."""
     step = record["kind"] == "step"
     group = "time" if step else "measurement"
     clock = dict(record["clock"])
-    found: dict[str, Any] = {f"memory/{part}_gb": value for part, value in clock.pop("peak_gb", {}).items()}
-    found |= {_CLOCK.get(key, f"{group}/{key}"): value for key, value in clock.items()}
+    values: dict[str, Any] = {f"memory/{part}_gb": value for part, value in clock.pop("peak_gb", {}).items()}
+    values |= {_CLOCK.get(key, f"{group}/{key}"): value for key, value in clock.items()}
     if step:
-        found |= {name: record.get(key) for key, name in _STEP.items()}
+        values |= {name: record.get(key) for key, name in _STEP.items()}
         method = record.get("method", {})
-        found |= {f"method/{key}": value for key, value in method.items() if isinstance(value, float)}
+        values |= {f"method/{key}": value for key, value in method.items() if isinstance(value, float)}
     else:
-        for key, group in _INTERVAL.items():
-            found |= {f"{group}/{domain}": value for domain, value in (record[key] or {}).items()}
-        found |= {f"domain_tokens/{domain}": value for domain, value in record["domain_tokens"].items()}
+        for key, name in _INTERVAL.items():
+            values |= {f"{name}/{domain}": value for domain, value in (record[key] or {}).items()}
+        values |= {f"domain_tokens/{domain}": value for domain, value in record["domain_tokens"].items()}
         ratios = list((record["ratio"] or {}).values())
-        found["mixture/mean_ratio"] = sum(ratios) / len(ratios) if ratios else None
-        found["mixture/alarms"] = len(record["alarms"])
-    return [Event(name, float(value), record["step"]) for name, value in found.items() if value is not None]
+        values["mixture/mean_ratio"] = sum(ratios) / len(ratios) if ratios else None
+        values["mixture/alarms"] = len(record["alarms"])
+    return [Event(name, float(value), record["step"]) for name, value in values.items() if value is not None]
 
 
 class MonitorFeed:
-    """Hands events to the monitors in a thread of its own, together what comes within `every_s` seconds."""
+    """Hands events to the monitors in a thread of its own, in batches of `every_s` seconds."""
 
-    def __init__(self, writers: Mapping[str, Writer], every_s: float, complain: Callable[[str], None]) -> None:
+    def __init__(self, writers: Mapping[str, Writer], every_s: float, warn: Callable[[str], None]) -> None:
+        """Start the thread if there are `writers` (by name); `warn` is called with a message when a monitor fails."""
         self._writers = dict(writers)
         self._every_s = every_s
-        self._complain = complain
+        self._warn = warn
         self._records: SimpleQueue[Mapping[str, Any] | None] = SimpleQueue()
         self._closing = Flag()
         self._thread = Thread(target=self._write_all, name="monitors", daemon=True)
@@ -127,22 +129,22 @@ class MonitorFeed:
             self._thread.start()
 
     def add(self, record: Mapping[str, Any]) -> None:
-        """Take a line of the ledger."""
+        """Queue the numbers of one line of the ledger."""
         if self._writers:
             self._records.put(record)
 
     def close(self) -> None:
-        """Hand on what there is, and wait until it is written, a minute at most."""
+        """Hand over the last numbers and wait until they are written, for a minute at most."""
         if not self._thread.is_alive():
             return
         self._closing.set()
         self._records.put(None)
         self._thread.join(_LONGEST_CLOSE_S)
         if self._thread.is_alive():
-            self._complain("warning: a monitor does not answer; its last numbers may be missing")
+            self._warn("warning: a monitor does not answer; its last numbers may be missing")
 
     def take_seconds(self) -> float:
-        """Processor seconds that monitoring has taken since the last call."""
+        """Return the processor seconds that monitoring has taken since the last call."""
         taken, self._seconds = self._seconds, 0.0
         return taken
 
@@ -167,20 +169,20 @@ class MonitorFeed:
                 del self._writers[name]
 
     def _call(self, name: str, work: Callable[[], None]) -> bool:
-        """Whether it went well. A monitor that fails is left out from then on: the run does not depend on one."""
+        """Do `work` and return True; on any error warn and return False, since a run must not end with its monitors."""
         try:
             work()
-        except Exception as error:  # of a library, of a service somewhere: anything
-            self._complain(f"warning: monitor {name} failed and is left out from here on: {error}")
+        except Exception as error:  # a library or a remote service can raise anything
+            self._warn(f"warning: monitor {name} failed and is left out from here on: {error}")
             return False
         return True
 
 
-_LINE_EVERY_S = 10.0
-
-
 class RunProgress:
-    """Steps, loss, speed, ETA, the interval and its proportions. On ranks other than 0 it shows nothing."""
+    """Shows steps, loss, speed and remaining time: a live bar on a terminal, else a line every ten seconds.
+
+    On ranks other than 0 it shows nothing.
+    """
 
     def __init__(self, rank: int, total_steps: int, names: Sequence[str]) -> None:
         self.console = Console(quiet=rank != 0, file=sys.stdout, highlight=False, soft_wrap=not sys.stdout.isatty())
@@ -203,26 +205,26 @@ class RunProgress:
         self._task = self._bar.add_task("step", total=total_steps, metrics="")
 
     def start(self, step: int) -> None:
-        """Show the bar at `step`."""
+        """Start the bar with `step` steps done."""
         self._bar.start()
         self._bar.update(self._task, completed=step)
 
     def stop(self) -> None:
-        """Leave the terminal to others."""
+        """End the bar, so that others can write to the terminal."""
         self._bar.stop()
 
     def say(self, text: str) -> None:
-        """Print a line above the bar."""
+        """Print a line above the bar, without credentials."""
         self._bar.console.print(redact(text))
 
     def interval(self, number: int, proportions: Sequence[float]) -> None:
-        """A new interval has begun."""
+        """Show the proportions (N,) of the interval that has begun."""
         mixture = "  ".join(f"{name} {share:.1%}" for name, share in zip(self._names, proportions, strict=True))
         self._interval = f"interval {number}"
         self.say(f"interval {number}: {mixture}")
 
     def step(self, step: int, metrics: StepMetrics, tokens_per_s: float) -> None:
-        """An optimizer step is done."""
+        """Show the metrics of the optimizer step that is done."""
         text = f"loss {metrics.loss:.4f}  CE {metrics.ce:.4f}  KL {metrics.kl:.4f}  {tokens_per_s:,.0f} tokens/s"
         self._bar.update(self._task, completed=step, metrics=f"{self._interval}  {text}")
         now = time.monotonic()

@@ -1,8 +1,6 @@
-"""The learning rate as a pure function of the step: nothing to save, nothing to restore.
+"""One optimizer step: its learning rate and dropout seed, the update from micro-batches, and its line of the ledger.
 
-One optimizer step: micro-batches in, one update and its metrics out.
-
-A step's line of the ledger.
+Learning rate and seed are pure functions of the step, so that there is nothing of them to save or to restore.
 """
 
 from __future__ import annotations
@@ -25,7 +23,7 @@ from ddk_ds.train.validation import next_token_labels
 
 
 def learning_rate(step: int, total_steps: int, options: Optimizer) -> float:
-    """Rate of optimizer step `step` (from 0): linear warm-up from 0, then cosine to the floor at `total_steps`."""
+    """Return the rate of step `step` (from 0): linear warm-up from 0, then a cosine to its least at `total_steps`."""
     if step < options.warmup_steps:
         return options.learning_rate * (step + 1) / options.warmup_steps
     decay_steps = max(1, total_steps - options.warmup_steps)
@@ -36,19 +34,20 @@ def learning_rate(step: int, total_steps: int, options: Optimizer) -> float:
 
 @dataclass(frozen=True)
 class StepMetrics:
-    """Means over the step's valid tokens on all ranks, and what the step consumed."""
+    """Means over the step's valid tokens on all ranks, the tokens it consumed, and this rank's time and memory."""
 
     loss: float
     ce: float
     kl: float
     grad_norm: float
     domain_tokens: list[int]
+    """Valid tokens (N,) of the step, over all ranks."""
     method: dict[str, Any] = field(default_factory=dict)
-    """What the method has to say of the step."""
+    """Numbers that the method adds to the step's line of the ledger."""
     seconds: dict[str, float] = field(default_factory=dict)
-    """Of the parts of the step on this rank."""
+    """Seconds of each part of the step on this rank."""
     peaks: dict[str, int] = field(default_factory=dict)
-    """Most bytes that this rank held in each of them."""
+    """Peak bytes of this rank's memory in each part."""
 
 
 def train_step(
@@ -63,11 +62,14 @@ def train_step(
     device: torch.device,
     comm: Comm,
 ) -> StepMetrics:
-    """Accumulate the micro-batches' gradients and update the student once. Collective.
+    """Accumulate the gradients of this rank's micro-batches and update the student once. Collective.
 
-    Sums over valid tokens are divided once, by the step's global number of valid tokens: it is reduced before the
-    first backward. DeepSpeed averages gradients over ranks, so the loss is multiplied by the world size. `progress`
-    is the share of the run's steps that are done, 0..1. The teacher's passes take `per_pass` micro-batches each.
+    Sums over valid tokens are divided once, by the step's global number of valid tokens, which is reduced before the
+    first backward. DeepSpeed averages gradients over ranks, so the loss is multiplied by the world size.
+
+    Args:
+        progress: share of the run's steps that are done, 0..1.
+        per_pass: micro-batches that the teacher computes in one pass.
     """
     clock = student.clock
     labels = [next_token_labels(batch["input_ids"]) for batch in micro_batches]
@@ -94,18 +96,18 @@ def train_step(
         sums = comm.all_reduce_sum(sums)
     loss, ce, kl = sums.tolist()
     tokens = [int(count) for count in domain_tokens.tolist()]
-    said = method.end_step(comm)
-    return StepMetrics(loss, ce, kl, grad_norm, tokens, said, clock.take_seconds(), clock.take_peaks())
+    method_metrics = method.end_step(comm)
+    return StepMetrics(loss, ce, kl, grad_norm, tokens, method_metrics, clock.take_seconds(), clock.take_peaks())
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:
-    """Seed dropout anew for each step: a resumed run needs no generator state, and its draws are the same."""
+    """Seed dropout for one step, so that a resumed run draws the same without a saved generator."""
     digest = hashlib.sha256(f"{seed}/{step}/{rank}".encode()).digest()
     torch.manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
 
 def step_numbers(metrics: StepMetrics) -> dict[str, Any]:
-    """What was computed: the same again under the same seed. What is not finite is null, which JSON has."""
+    """Return the computed numbers of a step, which a seed determines; None in place of those that are not finite."""
     numbers = asdict(metrics)
     for name in ("seconds", "peaks", *(() if metrics.method else ("method",))):
         del numbers[name]
@@ -113,10 +115,13 @@ def step_numbers(metrics: StepMetrics) -> dict[str, Any]:
 
 
 def step_clock(metrics: StepMetrics, seconds: dict[str, float], flops: float) -> dict[str, Any]:
-    """What depends on the machine: seconds by part, tokens/s, memory in 10^9 bytes, and the MFU.
+    """Return the numbers that depend on the machine: seconds by part, tokens/s, memory in 10^9 bytes, and the MFU.
 
-    `seconds` are those of the step and of what stands outside of its parts; `flops` those of a rank's step. The MFU is
-    their share of what the GPU can do at its peak in that time, and null where the peak is not known.
+    The MFU is the share of the GPU's peak throughput that the step used; None if the GPU's peak is not known.
+
+    Args:
+        seconds: those of the complete step ("step") and of work outside its parts.
+        flops: floating-point operations of the step on one rank.
     """
     seconds = {**seconds, **metrics.seconds}
     peaks = {name: round(size / 1e9, 3) for name, size in metrics.peaks.items()}

@@ -1,4 +1,4 @@
-"""How many micro-batches a pass of the teacher takes, where the configuration leaves that to the run."""
+"""The number of micro-batches that a pass of the teacher takes, if the configuration leaves it to the run."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ from ddk_ds.train.preflight.machine import available_bytes
 
 
 def settle_passes(config: Config, inputs: Inputs, runtime: Runtime) -> Config:
-    """`teacher.micro_batches_per_pass: auto` as the number that memory holds on every rank. Collective; before loading.
+    """Return the configuration with a number in place of `teacher.micro_batches_per_pass: auto`.
 
-    More of them never take longer: each divides the bytes that are gathered by one more, and costs hidden states. So as
-    few passes as the estimate of memory allows, of equal numbers. Where nothing is gathered, they take one each.
+    Collective; called before the models are loaded. More micro-batches per pass never take longer: the teacher's
+    weights are gathered less often, at the cost of memory for hidden states. So there are as few passes as the estimate
+    of memory allows on every rank, of equal numbers; where nothing is gathered, each pass takes one.
     """
     teacher = config.teacher
     if teacher is None or teacher.micro_batches_per_pass != "auto" or inputs.teacher is None:
@@ -40,14 +41,15 @@ def largest_passes(
     device_type: str,
     usable: float,
 ) -> Config:
-    """The configuration with the fewest passes that a rank's `usable` bytes hold by the estimate. Pure.
+    """Return the configuration with the fewest passes whose estimated memory fits into `usable` bytes. Pure.
 
-    `shapes` are the student's and the teacher's.
+    Args:
+        shapes: those of the student and the teacher.
     """
     assert config.teacher is not None, "without a teacher there are no passes"
 
-    def fits(tried: Config) -> bool:
-        estimate = estimate_memory(tried, *shapes, vocab_size, world_size, device_type, local_ranks)
+    def fits(candidate: Config) -> bool:
+        estimate = estimate_memory(candidate, *shapes, vocab_size, world_size, device_type, local_ranks)
         return (estimate.total if device_type == "cpu" else estimate.device_bytes) <= usable
 
     gathers = shard_ranks(config.teacher, world_size, local_ranks) > 1
@@ -55,7 +57,7 @@ def largest_passes(
 
 
 def _free_bytes(job: Job) -> int:
-    """What this rank may take of its device, or its share of the host's memory where that is the device."""
+    """Return the free bytes of this rank's GPU, or its share of the host's memory if it computes on the CPU."""
     if job.device.type == "cuda":
         return int(torch.cuda.mem_get_info(job.device)[0])
     return available_bytes() // job.local_ranks

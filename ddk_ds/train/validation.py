@@ -1,4 +1,4 @@
-"""Perplexity by domain: exp of the exact token-weighted mean over the held-out samples (l_S and l_T of the paper)."""
+"""Perplexity by domain: exp of the exact mean loss per token over the held-out samples (l_S and l_T of the paper)."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from ddk_ds.files import write_text
 from ddk_ds.kernels import Options
 from ddk_ds.methods import IGNORE_INDEX, token_losses
 
-# Per domain: micro-batches of (input_ids (B, L) int64, real (B,) bool); as many on every rank.
+# For each domain micro-batches of (input_ids (B, L) int64, real (B,) bool), the same number on every rank.
 ValidationBatches = Sequence[Sequence[tuple[torch.Tensor, torch.Tensor]]]
 
 
 def next_token_labels(input_ids: torch.Tensor) -> torch.Tensor:
-    """input_ids (B, L) -> labels (B, L): the token that follows; the last position has none and is ignored."""
+    """Return labels (B, L) of input_ids (B, L): the next token; the last position has IGNORE_INDEX."""
     labels = torch.full_like(input_ids, IGNORE_INDEX)
     labels[:, :-1] = input_ids[:, 1:]
     return labels
@@ -40,9 +40,12 @@ def perplexities(
     comm: Comm,
     poll: Callable[[], None] = lambda: None,
 ) -> npt.NDArray[np.float64]:
-    """Perplexity (N,) float64 of the model on each domain. Collective: every rank runs as many forward passes.
+    """Return the perplexity (N,) float64 of the model on each domain.
 
-    `poll` is called before each domain; what it raises on all ranks ends the evaluation.
+    Collective: every rank runs the same number of forward passes.
+
+    Args:
+        poll: called before each domain; an exception that it raises on all ranks ends the evaluation.
     """
     sums = torch.zeros(2, len(batches), dtype=torch.float64, device=device)
     with model.evaluating():
@@ -61,14 +64,14 @@ def perplexities(
 
 
 class PerplexityCache:
-    """A frozen model's perplexities, kept on disk under everything they depend on."""
+    """Perplexities of a frozen model on disk, one file for each domain and set of conditions (`key`)."""
 
     def __init__(self, directory: Path, key: dict[str, Any]) -> None:
         self._directory = directory
         self._key = key
 
     def read(self, domain_keys: Sequence[str]) -> list[float | None]:
-        """Cached perplexity of each domain, None where there is none."""
+        """Return the cached perplexity of each domain; None for a domain without one."""
         values: list[float | None] = []
         for domain_key in domain_keys:
             path = self._path(domain_key)
@@ -76,7 +79,7 @@ class PerplexityCache:
         return values
 
     def write(self, domain_keys: Sequence[str], values: Sequence[float]) -> None:
-        """Keep the domains' perplexities; each file names what its value depends on."""
+        """Write the perplexity of each domain to its file, together with the conditions."""
         self._directory.mkdir(parents=True, exist_ok=True)
         for domain_key, value in zip(domain_keys, values, strict=True):
             record = {**self._key, "validation": domain_key, "perplexity": value}
