@@ -125,7 +125,7 @@ class Data(Section):
         return self
 
 
-_MEASURING = ("ddk", "ddk_no_smoothing", "sheared_llama", "doremi_online")
+_WITH_PERPLEXITIES = ("ddk", "ddk_no_smoothing", "sheared_llama", "doremi_online")
 # The controllers that use an option. alpha, ratio_cap and initial_floor are not here: they can stay in a configuration
 # of DDK whose controller is overridden, so that an ablation is one override.
 _CONTROLLERS_WITH: dict[str, tuple[str, ...]] = {
@@ -136,13 +136,13 @@ _CONTROLLERS_WITH: dict[str, tuple[str, ...]] = {
     "reference_losses": ("sheared_llama", "doremi_online"),
     "step_size": ("doremi_online",),
     "smoothing": ("doremi_online",),
-    "ppl_smoothing": _MEASURING,
-    "floors": (*_MEASURING, "by_size"),
+    "ppl_smoothing": _WITH_PERPLEXITIES,
+    "floors": (*_WITH_PERPLEXITIES, "by_size"),
 }
 
 
 class Mixture(Section):
-    """The domains' proportions among the samples, and the controller that decides them after every interval."""
+    """The proportions of the domains among the samples, which a controller decides before each interval."""
 
     controller: ControllerKind = "ddk"
     """Rule that decides the proportions: ddk (Eq. 1 and 2), ddk_no_smoothing (Eq. 1 in each interval), equal, by_size
