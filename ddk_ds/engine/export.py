@@ -1,8 +1,8 @@
-"""Where an export goes: it appears whole or not at all, and takes the place of an export of ours alone.
+"""Export of the student, in training or from a checkpoint, as a Hugging Face directory that transformers loads.
 
-Each holds ddk_ds_export.json with its files: one that has been changed, such as a card that was filled in, is known.
-
-The student as a Hugging Face directory that plain transformers loads: from a run in training, or a checkpoint.
+An export appears complete or not at all. It replaces an earlier export only if that is as it was written: each export
+holds a note, ddk_ds_export.json, with the sizes and hashes of its files, which shows if one of them was changed, such
+as a model card that a user has filled in.
 """
 
 from __future__ import annotations
@@ -28,12 +28,120 @@ from ddk_ds.errors import CheckpointError
 from ddk_ds.files import nearest_existing, new_directory, size_and_xxh64
 
 NOTE = "ddk_ds_export.json"
+"""File name of an export's note."""
+# Files that are copied from the model's directory: tokenizer, generation settings, code and licence.
+_COPIED = ("*.json", "*.jinja", "*.model", "*.txt", "*.py", "LICENSE*", "NOTICE*")
+_NOT_COPIED = ("config.json", "model.safetensors.index.json", NOTE)
+# Parameters of TED's filters, which are trained in the student's engine but are not part of the student.
+_FILTERS = "filters."
+
+
+@dataclass(frozen=True)
+class Companions:
+    """The files of an export apart from its weights, and the content of its note."""
+
+    files: ModelFiles
+    """The model that the run began with: source of configuration, tokenizer and generation settings."""
+    card: str
+    """Content of README.md, the model card."""
+    about: dict[str, Any]
+    """Entries of the export's note: the run and the step."""
+
+    def write(self, directory: Path, dtype: torch.dtype) -> None:
+        """Write these files, except the note, for weights of this `dtype`."""
+        for source in self.sources():
+            shutil.copyfile(source, directory / source.name)
+        config = {key: value for key, value in self.files.config.items() if key != "torch_dtype"}
+        config["dtype"] = str(dtype).removeprefix("torch.")
+        (directory / "config.json").write_text(json.dumps(config, indent=2))
+        (directory / "README.md").write_text(self.card, encoding="utf-8")
+
+    def sources(self) -> list[Path]:
+        """Return the files of the model's directory that are copied, sorted by name."""
+        paths = {path for pattern in _COPIED for path in self.files.directory.glob(pattern) if path.is_file()}
+        return sorted(path for path in paths if path.name not in _NOT_COPIED)
+
+
+def export_student(
+    student: Student,
+    directory: Path,
+    comm: Comm,
+    companions: Callable[[], Companions],
+    poll: Callable[[], None] = lambda: None,
+) -> None:
+    """Write the student in training to `directory`, in its training dtype. Collective.
+
+    One tensor at a time is gathered. `directory` appears complete or not at all, and replaces an earlier export.
+    `companions` is called on rank 0 alone. `poll` is called before each tensor on all ranks; if it raises on all of
+    them, the export ends.
+    """
+    with ExitStack() as stack:
+        partial = directory
+        if comm.rank == 0:
+            other_files = companions()
+            partial = stack.enter_context(new_export(directory, other_files.about))
+            other_files.write(partial, next(iter(student.parameters.values())).dtype)
+        save_weights(student.parameters, partial, comm, poll)
+    comm.barrier()
+
+
+class CheckpointExport:
+    """Export of the student from a checkpoint, without a GPU or a process group, with one tensor in memory at a time.
+
+    Trained weights are the float32 master weights. Frozen weights, which no checkpoint holds, are read from the files
+    of the model that the run began with.
+    """
+
+    def __init__(
+        self, shards: ZeroShards | UniversalShards, files: ModelFiles, dtype: torch.dtype, *, trusted: bool
+    ) -> None:
+        """Match the checkpoint's parameters with the tensors of `files`; the export will have this `dtype`.
+
+        `trusted` permits Python code of the model's directory. Raises CheckpointError if names or shapes differ.
+        """
+        self._shards = shards
+        self._files = files
+        self._dtype = dtype
+        self._names = {on_disk: name for name, on_disk in names_on_disk(files, trusted=trusted).items()}
+        shapes = {name: tuple(shape) for name, shape in shards.shapes.items() if not name.startswith(_FILTERS)}
+        expected = {name: files.tensors[on_disk].shape for on_disk, name in self._names.items()}
+        differing = sorted(name for name, shape in shapes.items() if expected.get(name) != shape)
+        if differing:
+            name = differing[0]
+            raise CheckpointError(
+                f"{files.directory}: has no {name} of shape {shapes[name]}, which the checkpoint has: it is not the "
+                "model that the run began with; name that by --student"
+            )
+        self.specs = {on_disk: TensorSpec(expected[name], dtype) for on_disk, name in self._names.items()}
+        """Shape and dtype of each tensor of the export, by its name on disk."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Return the size of the weights in bytes."""
+        return sum(spec.num_bytes for spec in self.specs.values())
+
+    def write(self, directory: Path, companions: Companions, max_shard_bytes: int, done: Callable[[int], None]) -> None:
+        """Write the export, which appears complete or not at all. `done` is called with the bytes of each tensor."""
+        with new_export(directory, companions.about) as partial, freed_at_once():
+            companions.write(partial, self._dtype)
+            write_tensors(partial, self.specs, self._tensors(done), max_shard_bytes)
+
+    def _tensors(self, done: Callable[[int], None]) -> Iterator[torch.Tensor]:
+        trained = self._shards.shapes
+        for on_disk, spec in self.specs.items():
+            name = self._names[on_disk]
+            if name in trained:
+                yield self._shards.read(name, dtype=self._dtype).reshape(spec.shape)
+            else:
+                with safe_open(self._files.tensors[on_disk].file, framework="pt") as reader:
+                    yield reader.get_tensor(on_disk).to(self._dtype)
+            done(spec.num_bytes)
 
 
 def check_target(directory: Path, *, overwrite: bool) -> None:
-    """Raise CheckpointError where `directory` is there and may not be replaced.
+    """Raise CheckpointError if `directory` exists and must not be replaced.
 
-    An export as we wrote it may be. With `overwrite` any model's directory.
+    An unchanged export can be replaced; with `overwrite` any directory of a model.
     """
     if not directory.exists() or (directory.is_dir() and not any(directory.iterdir())):
         return
@@ -47,12 +155,12 @@ def check_target(directory: Path, *, overwrite: bool) -> None:
 
 
 def check_room(directory: Path, needed_bytes: int) -> None:
-    """Raise CheckpointError where the disk of `directory` has less than `needed_bytes` free."""
-    place = nearest_existing(directory)
-    free = shutil.disk_usage(place).free
+    """Raise CheckpointError if the disk of `directory` has less than `needed_bytes` free."""
+    existing = nearest_existing(directory)
+    free = shutil.disk_usage(existing).free
     if free < needed_bytes:
         raise CheckpointError(
-            f"--out {directory}: the export takes {needed_bytes:,} bytes, {place} has {free:,} free: make room, or "
+            f"--out {directory}: the export takes {needed_bytes:,} bytes, {existing} has {free:,} free: make room, or "
             "name another disk"
         )
 
@@ -69,125 +177,24 @@ def new_export(directory: Path, about: dict[str, Any]) -> Iterator[Path]:
 
 
 def _files(directory: Path) -> dict[str, list[int | str]]:
-    """Bytes of every file, and the xxh64 of those that are not weights: whoever changes weights changes others too."""
-    found: dict[str, list[int | str]] = {}
+    """Return by name the bytes of each file, and the xxh64 of each that holds no weights.
+
+    Weights are not hashed because of their size; whoever changes them changes other files too.
+    """
+    files: dict[str, list[int | str]] = {}
     for path in sorted(directory.iterdir()):
         if path.name != NOTE:
             weights = path.suffix == ".safetensors"
-            found[path.name] = [path.stat().st_size] if weights else list(size_and_xxh64(path))
-    return found
+            files[path.name] = [path.stat().st_size] if weights else list(size_and_xxh64(path))
+    return files
 
 
 def _changed(directory: Path) -> str:
-    """What tells that this is not an export as we wrote it, or ""."""
+    """Return how `directory` differs from an unchanged export, as a part of a sentence, or "" if it does not."""
     try:
         noted = json.loads((directory / NOTE).read_text())["files"]
     except (OSError, ValueError, KeyError, TypeError):
         return "is no export of ours"
-    found = {} if any(path.is_dir() for path in directory.iterdir()) else _files(directory)
-    differing = sorted(name for name in {**noted, **found} if noted.get(name) != found.get(name))
+    files = {} if any(path.is_dir() for path in directory.iterdir()) else _files(directory)
+    differing = sorted(name for name in {**noted, **files} if noted.get(name) != files.get(name))
     return f"{differing[0]} in it is not as we wrote it" if differing else ""
-
-
-# Everything of the source directory that is not weights: tokenizer, generation settings, code and licence of the model.
-_COPIED = ("*.json", "*.jinja", "*.model", "*.txt", "*.py", "LICENSE*", "NOTICE*")
-_NOT_COPIED = ("config.json", "model.safetensors.index.json", NOTE)
-# Of TED's filters, which are beside the student in its engine.
-_FILTERS = "filters."
-
-
-@dataclass(frozen=True)
-class Companions:
-    """What an export holds beside its weights."""
-
-    files: ModelFiles
-    """The model that the run began with: configuration, tokenizer, generation settings."""
-    card: str
-    """README.md."""
-    about: dict[str, Any]
-    """Goes into the export's note: which run and step."""
-
-    def write(self, directory: Path, dtype: torch.dtype) -> None:
-        """Write all of it, for weights of that type."""
-        for source in self.sources():
-            shutil.copyfile(source, directory / source.name)
-        config = {key: value for key, value in self.files.config.items() if key != "torch_dtype"}
-        config["dtype"] = str(dtype).removeprefix("torch.")
-        (directory / "config.json").write_text(json.dumps(config, indent=2))
-        (directory / "README.md").write_text(self.card, encoding="utf-8")
-
-    def sources(self) -> list[Path]:
-        """The files that are copied."""
-        found = {path for pattern in _COPIED for path in self.files.directory.glob(pattern) if path.is_file()}
-        return sorted(path for path in found if path.name not in _NOT_COPIED)
-
-
-def export_student(
-    student: Student,
-    directory: Path,
-    comm: Comm,
-    companions: Callable[[], Companions],
-    poll: Callable[[], None] = lambda: None,
-) -> None:
-    """Write the student in training to `directory`, in its training dtype. Collective.
-
-    One tensor at a time is gathered; `directory` appears whole or not at all, and an earlier export is replaced.
-    `companions` is called on rank 0. `poll` is called before each tensor; what it raises on all ranks ends the export.
-    """
-    with ExitStack() as stack:
-        partial = directory
-        if comm.rank == 0:
-            beside = companions()
-            partial = stack.enter_context(new_export(directory, beside.about))
-            beside.write(partial, next(iter(student.parameters.values())).dtype)
-        save_weights(student.parameters, partial, comm, poll)
-    comm.barrier()
-
-
-class CheckpointExport:
-    """The student as a checkpoint has it, without a GPU or a process group, one tensor in memory at a time.
-
-    Trained weights are the float32 masters; frozen ones, which no checkpoint holds, come from the student's own files.
-    """
-
-    def __init__(
-        self, shards: ZeroShards | UniversalShards, files: ModelFiles, dtype: torch.dtype, *, trusted: bool
-    ) -> None:
-        """Raises CheckpointError where checkpoint and student are not a pair."""
-        self._shards = shards
-        self._files = files
-        self._dtype = dtype
-        self._names = {on_disk: name for name, on_disk in names_on_disk(files, trusted=trusted).items()}
-        shapes = {name: tuple(shape) for name, shape in shards.shapes.items() if not name.startswith(_FILTERS)}
-        wanted = {name: files.tensors[on_disk].shape for on_disk, name in self._names.items()}
-        differing = sorted(name for name, shape in shapes.items() if wanted.get(name) != shape)
-        if differing:
-            name = differing[0]
-            raise CheckpointError(
-                f"{files.directory}: has no {name} of shape {shapes[name]}, which the checkpoint has: it is not the "
-                "model that the run began with; name that by --student"
-            )
-        self.specs = {on_disk: TensorSpec(wanted[name], dtype) for on_disk, name in self._names.items()}
-        """By name on the disk."""
-
-    @property
-    def num_bytes(self) -> int:
-        """Of the weights."""
-        return sum(spec.num_bytes for spec in self.specs.values())
-
-    def write(self, directory: Path, companions: Companions, max_shard_bytes: int, done: Callable[[int], None]) -> None:
-        """Write `directory`, which appears whole or not at all. `done` gets the bytes of each tensor."""
-        with new_export(directory, companions.about) as partial, freed_at_once():
-            companions.write(partial, self._dtype)
-            write_tensors(partial, self.specs, self._tensors(done), max_shard_bytes)
-
-    def _tensors(self, done: Callable[[int], None]) -> Iterator[torch.Tensor]:
-        trained = self._shards.shapes
-        for on_disk, spec in self.specs.items():
-            name = self._names[on_disk]
-            if name in trained:
-                yield self._shards.read(name, dtype=self._dtype).reshape(spec.shape)
-            else:
-                with safe_open(self._files.tensors[on_disk].file, framework="pt") as reader:
-                    yield reader.get_tensor(on_disk).to(self._dtype)
-            done(spec.num_bytes)

@@ -1,4 +1,4 @@
-"""Monitors that a run's numbers go to: TensorBoard, Weights & Biases and CSV by DeepSpeed's, and Prometheus."""
+"""Writers of a run's numbers to monitors: TensorBoard, Weights & Biases and CSV through DeepSpeed, and Prometheus."""
 
 from __future__ import annotations
 
@@ -20,30 +20,31 @@ from ddk_ds.files import write_text
 
 
 class Event(NamedTuple):
-    """A number at a step."""
+    """A number of the run at one step."""
 
     name: str
-    """A group and a name in it, with a slash between: loss/ce, ratio/books."""
+    """The group and the name within it, separated by a slash: loss/ce, ratio/books."""
     value: float
     step: int
 
 
-# Groups whose names are the domains, and the others that a measurement has.
 BY_DOMAIN = ("student_ppl", "teacher_ppl", "ratio", "proportion", "domain_tokens")
+"""Groups in which the names are those of the domains."""
 OF_MEASUREMENTS = ("mixture", "measurement")
+"""The other groups that are written at measurements, not at each step."""
 
-# Raises whatever the library raises.
 Writer = Callable[[Sequence[Event]], None]
+"""Writes events to one monitor; can raise any exception of the monitor's library."""
 
 
 def open_writers(monitor: Monitor, run_dir: Path, name: str, step: int) -> dict[str, Writer]:
-    """The writers that the configuration asks for, by name, for a run that goes on from `step`; for rank 0.
+    """Return by name the writers that the configuration asks for, on rank 0, for a run that continues from `step`.
 
-    Raises ConfigError where one cannot be opened.
+    Raises ConfigError if a monitor cannot be opened.
     """
     try:
         return _open_writers(monitor, run_dir / "monitor", name, step)
-    except Exception as error:  # of a library, of a service somewhere: anything
+    except Exception as error:  # libraries and remote services can raise anything
         raise ConfigError(
             f"section monitor: {error}; mend that, or leave the monitor out (WANDB_MODE=offline keeps what is for "
             "Weights & Biases on the disk, to be sent later)"
@@ -51,7 +52,7 @@ def open_writers(monitor: Monitor, run_dir: Path, name: str, step: int) -> dict[
 
 
 def _open_writers(monitor: Monitor, folder: Path, name: str, step: int) -> dict[str, Writer]:
-    # DeepSpeed's objects each write to <output_path>/<job_name>.
+    # Each of DeepSpeed's monitors writes to <output_path>/<job_name>.
     sections: dict[str, dict[str, Any]] = {
         "tensorboard": {"enabled": monitor.tensorboard},
         "csv_monitor": {"enabled": monitor.csv},
@@ -66,36 +67,39 @@ def _open_writers(monitor: Monitor, folder: Path, name: str, step: int) -> dict[
     if monitor.tensorboard or monitor.csv or monitor.wandb_project is not None:
         master = MonitorMaster(get_monitor_config(sections))
         if master.csv_monitor is not None:
-            # It writes a header where it has not itself written to the file yet.
-            master.csv_monitor.filenames = _keep_until(folder / "csv", step)
+            # The monitor writes a header to each file that is not in `filenames`.
+            master.csv_monitor.filenames = _drop_after(folder / "csv", step)
         for kind in ("tb_monitor", "wandb_monitor", "csv_monitor"):
-            if (one := getattr(master, kind)) is not None:
-                writers[kind.removesuffix("_monitor")] = one.write_events
+            if (enabled := getattr(master, kind)) is not None:
+                writers[kind.removesuffix("_monitor")] = enabled.write_events
     if monitor.prometheus_file is not None:
         writers["prometheus"] = _Prometheus(Path(monitor.prometheus_file), name).write
     return writers
 
 
 def close_writers() -> None:
-    """Wait until everything is written: Weights & Biases has a process of its own, and would do so at exit alone."""
+    """Wait until everything is written. Weights & Biases writes in a separate process, and waits only at exit."""
     run = getattr(sys.modules.get("wandb"), "run", None)
     if run is not None:
         run.finish()
 
 
 def _name_for_wandb(folder: Path, name: str) -> None:
-    """A run that is resumed goes on as the same run; the user's own environment comes first."""
+    """Set the environment variables by which a resumed run continues as the same run in Weights & Biases.
+
+    Variables that the user has set are kept.
+    """
     (folder / "wandb").mkdir(parents=True, exist_ok=True)
-    where = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
-    ours = {"WANDB_DIR": str(folder), "WANDB_NAME": name, "WANDB_RUN_ID": where, "WANDB_RESUME": "allow"}
-    for key, value in ours.items():
+    run_id = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
+    variables = {"WANDB_DIR": str(folder), "WANDB_NAME": name, "WANDB_RUN_ID": run_id, "WANDB_RESUME": "allow"}
+    for key, value in variables.items():
         os.environ.setdefault(key, value)
 
 
-def _keep_until(folder: Path, step: int) -> list[str]:
-    """Take out of the files what a run that goes on from `step` will write again; the names of the files.
+def _drop_after(folder: Path, step: int) -> list[str]:
+    """Remove from the CSV files the lines that a run continuing from `step` will write again; return the files' names.
 
-    It measures anew at this step where that is a border of intervals.
+    If `step` is the border of two intervals, the run will repeat the measurements of `step` itself.
     """
     paths = sorted(folder.glob("*.csv"))
     for path in paths:
@@ -109,7 +113,7 @@ def _keep_until(folder: Path, step: int) -> list[str]:
 
 
 class _Prometheus:
-    """The newest values as gauges ddk_ds_<group>_<name>, labelled with the run and, where there is one, the domain."""
+    """A file with the newest values as gauges ddk_ds_<group>_<name>, labelled with the run and, if any, the domain."""
 
     def __init__(self, path: Path, run: str) -> None:
         self._path = path
@@ -117,7 +121,7 @@ class _Prometheus:
         self._newest: dict[str, float] = {}
 
     def write(self, events: Sequence[Event]) -> None:
-        """Replace the file."""
+        """Replace the file by one with the values of these and all earlier events."""
         from prometheus_client import CollectorRegistry, Gauge, write_to_textfile
 
         self._newest |= {event.name: event.value for event in events}

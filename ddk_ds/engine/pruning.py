@@ -1,9 +1,8 @@
-"""A decoder cut down in memory: which layers and channels matter on a text, and the model without the others.
+"""Pruning of a causal LM in memory: ranking of its layers, neurons and channels on a text, and removal of the others.
 
-Layers are ranked by the loss of the model without them (Shortened LLaMA, arXiv 2402.02834), on demand anew after each
-one (SLEB, arXiv 2402.09025); neurons and channels by their mean absolute activation (Minitron, arXiv 2407.14679).
-Models are transformers' causal LMs; a function that cuts one changes it in place and returns what this changes in
-config.json.
+Layers are ranked by the loss of the model without them (Shortened LLaMA, arXiv 2402.02834), with `greedy` again after
+each removal (SLEB, arXiv 2402.09025); neurons and channels by their mean absolute activation (Minitron, arXiv
+2407.14679). A function that prunes a model changes it in place and returns the changes to its config.json.
 """
 
 from __future__ import annotations
@@ -21,8 +20,9 @@ from torch.nn.functional import cross_entropy
 from ddk_ds.errors import ConfigError
 
 Batches = Sequence[torch.Tensor]
-"""Token ids, (B, L) int64 each."""
+"""Tensors of token ids, each (B, L) int64."""
 Changes = dict[str, Any]
+"""New values of keys of config.json."""
 
 _LAYER = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
 _READ_HIDDEN = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.gate_proj", "mlp.up_proj")
@@ -32,19 +32,20 @@ _NORMS = ("input_layernorm", "post_attention_layernorm")
 
 @dataclass(frozen=True)
 class Ranking:
-    """What leaving out layers costs; losses are nats per token."""
+    """Layers ranked by the loss of the model without them; losses are nats per token."""
 
     loss: float
-    """Of the whole model."""
+    """Loss of the complete model."""
     losses: list[float]
-    """Without each layer; greedy: without it and those dropped before, when it was last measured."""
+    """Loss without each layer; with `greedy` without the layers dropped before too, when it was last measured."""
     dropped: list[int]
-    """The least important first."""
+    """Numbers of the dropped layers, the least important first."""
     kept: list[int]
+    """Numbers of the kept layers in ascending order."""
 
 
 def decoder_layers(model: Any) -> nn.ModuleList:
-    """The stack of decoder layers. Raises ConfigError where the model has none that can be cut."""
+    """Return the model's list of decoder layers. Raises ConfigError if the model is not one list of layers."""
     layers = getattr(model.base_model, "layers", None)
     if not isinstance(layers, nn.ModuleList) or len(layers) != getattr(model.config, "num_hidden_layers", None):
         raise ConfigError(
@@ -55,72 +56,73 @@ def decoder_layers(model: Any) -> nn.ModuleList:
 
 
 def kept_always(num_layers: int) -> set[int]:
-    """The layers that are never dropped: models hardly work without their first, second or last one."""
+    """Return the numbers of the layers that are never dropped: without them models hardly work."""
     return {0, 1, num_layers - 1}
 
 
 @torch.no_grad()
 def mean_loss(model: Any, batches: Batches) -> float:
-    """Mean next-token cross-entropy, nats per token."""
+    """Return the mean next-token cross-entropy of the model in nats per token."""
     return sum(_summed_loss(model, input_ids) for input_ids in batches) / _num_labels(batches)
 
 
 @torch.no_grad()
 def losses_without_each(model: Any, batches: Batches) -> tuple[float, list[float]]:
-    """Loss of the model, and without each of its N layers: mean next-token cross-entropy, nats per token.
+    """Return the `mean_loss` of the model, and of the model without each of its N layers.
 
-    Leaving out layer i computes the layers after i alone: what comes before is taken from the whole model's pass. So
-    all N losses together cost N/2 passes. Memory: the hidden states of one batch at each layer.
+    Without layer i only the layers after i are computed, from the hidden states that the complete model's pass gave to
+    layer i. So all N losses together cost N/2 passes. Memory holds the hidden states of one batch at each layer.
     """
     layers = list(model.base_model.layers)
-    whole, without = 0.0, [0.0] * len(layers)
+    full, without = 0.0, [0.0] * len(layers)
     for input_ids in batches:
         calls: list[_Call] = []
         with _hooks(layer.register_forward_hook(_recorder(calls), with_kwargs=True) for layer in layers):
-            whole += _summed_loss(model, input_ids)
+            full += _summed_loss(model, input_ids)
         for number, call in enumerate(calls):
-            with using_layers(model, [_Given(call, layers[number]), *layers[number + 1 :]]):
+            with using_layers(model, [_Replay(call, layers[number]), *layers[number + 1 :]]):
                 without[number] += _summed_loss(model, input_ids)
     num_labels = _num_labels(batches)
-    return whole / num_labels, [total / num_labels for total in without]
+    return full / num_labels, [total / num_labels for total in without]
 
 
 def rank_layers(model: Any, batches: Batches, keep: int, *, greedy: bool = False) -> Ranking:
-    """Which `keep` layers (3 or more) matter most; the model stays as it is.
+    """Rank the layers and choose the `keep` (3 or more) most important ones; the model is not changed.
 
-    `greedy` measures anew after each layer that is dropped. Raises ConfigError where the loss is not finite.
+    With `greedy` the losses are measured again after each layer that is dropped. Raises ConfigError if a loss is not
+    finite.
     """
     layers = list(decoder_layers(model))
     fixed = kept_always(len(layers))
     assert len(fixed) <= keep <= len(layers), f"{keep} of {len(layers)} layers"
     kept, dropped, losses = list(range(len(layers))), list[int](), [math.nan] * len(layers)
-    whole: float | None = None
-    while whole is None or len(kept) > keep:
+    full_loss: float | None = None
+    while full_loss is None or len(kept) > keep:
         with using_layers(model, [layers[number] for number in kept]):
             loss, measured = losses_without_each(model, batches)
         if not all(map(math.isfinite, (loss, *measured))):
             raise ConfigError(f"--teacher: a loss on the text is not finite: {loss}, without each layer {measured}")
-        whole = loss if whole is None else whole
+        full_loss = loss if full_loss is None else full_loss
         for number, value in zip(kept, measured, strict=True):
             losses[number] = value
         free = sorted((number for number in kept if number not in fixed), key=losses.__getitem__)
         surplus = len(kept) - keep
         dropped += free[: min(1, surplus) if greedy else surplus]
         kept = [number for number in kept if number not in dropped]
-    return Ranking(whole, losses, dropped, kept)
+    return Ranking(full_loss, losses, dropped, kept)
 
 
 def keep_layers(model: Any, kept: Sequence[int]) -> Changes:
-    """Keep these layers alone, in order."""
+    """Remove all layers except those with the numbers `kept`, in this order."""
     layers = decoder_layers(model)
     changes: Changes = {"num_hidden_layers": len(kept)}
     for key, value in model.config.to_dict().items():
-        if "layer" in key and isinstance(value, list) and len(value) == len(layers):  # layer_types and its like
+        if "layer" in key and isinstance(value, list) and len(value) == len(layers):  # such as layer_types
             changes[key] = [value[number] for number in kept]
     model.base_model.layers = nn.ModuleList([layers[number] for number in kept])
     for position, layer in enumerate(model.base_model.layers):
         for module in layer.modules():
-            if hasattr(module, "layer_idx"):  # the layer's place in a key-value cache
+            if hasattr(module, "layer_idx"):  # the layer's position in a key-value cache
                 module.layer_idx = position
     return _configure(model, changes)
 
@@ -129,7 +131,7 @@ def keep_layers(model: Any, kept: Sequence[int]) -> Changes:
 def narrow_mlp(model: Any, batches: Batches, size: int) -> Changes:
     """Keep in each gated MLP the `size` neurons with the largest mean |act(gate) * up| on the text.
 
-    Raises ConfigError where the MLPs are not gated ones.
+    Raises ConfigError if the model is not like Llama.
     """
     mlps = [layer.mlp for layer in _llama_like(model, "--intermediate")]
     sums = [torch.zeros(mlp.down_proj.weight.shape[1], dtype=torch.float64) for mlp in mlps]
@@ -147,15 +149,15 @@ def narrow_mlp(model: Any, batches: Batches, size: int) -> Changes:
 def narrow_hidden(model: Any, batches: Batches, size: int) -> Changes:
     """Keep the `size` hidden channels with the largest mean |activation| after the norms, over all layers.
 
-    Attention heads keep number and size (`head_dim`). RMS norms divide by the mean over channels: their weights grow by
-    sqrt(old / new size), so that leaving out channels that are zero leaves the model's output as it was.
+    The number and the size (`head_dim`) of attention heads stay. RMS norms divide by the mean over channels, so their
+    weights are multiplied by sqrt(old / new size): removing channels that are zero then does not change the output.
 
-    Raises ConfigError where the model is not like Llama.
+    Raises ConfigError if the model is not like Llama.
     """
     layers = _llama_like(model, "--hidden")
     base, old = model.base_model, model.config.hidden_size
     norms = [*(getattr(layer, name) for layer in layers for name in _NORMS), base.norm]
-    # Gemma's multiply by 1 + weight, and LayerNorm takes the mean off.
+    # Gemma's norms multiply by 1 + weight, and LayerNorm subtracts the mean.
     if not all(torch.allclose(norm(torch.ones(1, old)), norm.weight, rtol=1e-3, atol=1e-6) for norm in norms):
         raise ConfigError(f"--hidden: {type(model).__name__} has other norms than Llama's RMSNorm; leave --hidden out")
     total = torch.zeros(old, dtype=torch.float64)
@@ -182,13 +184,13 @@ def narrow_hidden(model: Any, batches: Batches, size: int) -> Changes:
 
 @contextmanager
 def using_layers(model: Any, layers: Sequence[nn.Module]) -> Iterator[None]:
-    """The model with these layers for its own."""
-    own = model.base_model.layers
+    """Make the model compute with these layers while inside."""
+    original = model.base_model.layers
     model.base_model.layers = nn.ModuleList(layers)
     try:
         yield
     finally:
-        model.base_model.layers = own
+        model.base_model.layers = original
 
 
 def _summed_loss(model: Any, input_ids: torch.Tensor) -> float:
@@ -201,6 +203,7 @@ def _num_labels(batches: Batches) -> int:
 
 
 def _llama_like(model: Any, option: str) -> list[Any]:
+    """Return the layers of a model that is made like Llama; raise ConfigError, naming `option`, for another one."""
     layers = list(decoder_layers(model))
     try:
         for layer in layers:
@@ -219,7 +222,7 @@ def _llama_like(model: Any, option: str) -> list[Any]:
 
 
 def _largest(totals: torch.Tensor, size: int) -> torch.Tensor:
-    """Indices of the `size` largest, in ascending order."""
+    """Return the indices of the `size` largest of `totals`, in ascending order."""
     return totals.topk(size).indices.sort().values
 
 
@@ -245,7 +248,7 @@ def _hooks(handles: Iterator[Any]) -> Iterator[None]:
 
 
 def _adder(total: torch.Tensor) -> Callable[..., None]:
-    """A forward hook that adds |output|, or a pre-hook that adds |input|, (..., C), to `total` (C,)."""
+    """Return a hook that adds |output| of a forward hook, or |input| of a pre-hook, (..., C), to `total` (C,)."""
 
     def add(_module: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor | None = None) -> None:
         values = args[0] if output is None else output
@@ -255,7 +258,7 @@ def _adder(total: torch.Tensor) -> Callable[..., None]:
 
 
 def _recorder(calls: list[_Call]) -> Callable[..., None]:
-    """A forward hook that appends each layer's call."""
+    """Return a forward hook that appends each layer's call to `calls`."""
 
     def record(_layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         calls.append(_Call(args[0] if args else kwargs["hidden_states"], isinstance(output, tuple)))
@@ -265,14 +268,14 @@ def _recorder(calls: list[_Call]) -> Callable[..., None]:
 
 @dataclass(frozen=True)
 class _Call:
-    """What a layer was given, and whether it answers with a tuple."""
+    """The hidden states that a layer got as input, and True in `as_tuple` if it returns a tuple."""
 
     hidden: torch.Tensor
     as_tuple: bool
 
 
-class _Given(nn.Module):
-    """Stands for all layers up to one: answers with the hidden states that this one was given."""
+class _Replay(nn.Module):
+    """Replacement of a layer and all layers before it, which returns the hidden states that the layer got as input."""
 
     def __init__(self, call: _Call, layer: nn.Module) -> None:
         super().__init__()

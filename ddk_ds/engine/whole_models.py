@@ -1,7 +1,4 @@
-"""A causal LM as plain transformers loads it: whole, on the CPU, for tools that look at its weights or run it.
-
-A model with random weights from a Hugging Face configuration: where training from scratch begins.
-"""
+"""Complete causal LMs on one process: loaded from files for tools, and made with random weights for training."""
 
 from __future__ import annotations
 
@@ -17,15 +14,17 @@ from ddk_ds.data.tokenizer import load_tokenizer
 from ddk_ds.errors import ConfigError
 from ddk_ds.files import new_directory
 
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+
 
 def load_model(directory: Path, dtype: torch.dtype | Literal["auto"] = torch.float32) -> Any:
-    """The causal LM on the CPU; "auto" keeps the dtype of its files.
+    """Load a causal LM onto the CPU, in evaluation mode and without gradients; "auto" keeps the dtype of its files.
 
-    Raises ConfigError where transformers cannot build or fill it.
+    Raises ConfigError if transformers cannot build it, or if the files lack weights.
     """
-    only = {"use_safetensors": True, "local_files_only": True, "trust_remote_code": False}
+    options = {"use_safetensors": True, "local_files_only": True, "trust_remote_code": False}
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, output_loading_info=True, **only)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, output_loading_info=True, **options)
     except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ConfigError(f"{directory} cannot be loaded: {reason}") from error
@@ -35,15 +34,14 @@ def load_model(directory: Path, dtype: torch.dtype | Literal["auto"] = torch.flo
     return model.eval().requires_grad_(False)
 
 
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
-
-
 def make_random_model(config: Path, tokenizer: Path, out: Path, seed: int, device: str = "cpu") -> int:
-    """Write a model of `config` (JSON) for the vocabulary of `tokenizer`, with that tokenizer, to `out`.
+    """Write a model with random weights to `out`, together with `tokenizer`; return its number of parameters.
 
-    `device` draws the numbers: a seed gives others on a GPU than on a CPU, which takes a minute for 1.5 B of them.
-    Returns the number of parameters. `out` appears whole or not at all. Raises ConfigError where it exists already,
-    where `config` is missing or names no known model_type.
+    `config` is a Hugging Face configuration (a JSON file), whose vocabulary size and special tokens are replaced by the
+    tokenizer's. The weights are drawn on `device`: one seed gives different weights on a GPU and on a CPU, which takes
+    a minute for 1.5 B parameters. `out` appears complete or not at all.
+
+    Raises ConfigError if `out` exists, or if `config` is missing or has no known model_type.
     """
     if out.exists():
         raise ConfigError(f"--out {out} exists already; remove it or name another")
