@@ -16,26 +16,72 @@ MethodName = Literal[
 
 @dataclass(frozen=True)
 class Preset:
-    """Values that a method sets unless the configuration sets them."""
+    """A method's properties: other rooms ask for these and never for its name (tests/unit/test_methods.py)."""
 
+    description: str
+    """The method in a few words, for model cards."""
     controller: str
+    """Value of `mixture.controller` unless the configuration sets it."""
     divergence: str | None = None
-    """Divergence between teacher and student; None: the method computes none."""
+    """Value of `loss.divergence` unless the configuration sets it; None if the method computes no divergence."""
     teacher: bool = True
     """True if the method needs a teacher; otherwise it is an error to have one."""
+    always_runs_teacher: bool = False
+    """True if every step runs the teacher, also when gamma is 0."""
+    filters: Literal["new", "loaded"] | None = None
+    """TED's filters: made anew, or loaded from `ted.filters` with the teacher's frozen. None without filters."""
+    freezes_student: bool = False
+    """True if the filters alone are trained."""
+    one_of_stages: bool = False
+    """True if a result takes several runs, of which one has this method."""
 
 
 METHODS: dict[str, Preset] = {
     # The paper's baselines sample domains by their size (arXiv 2407.16154, Section 4.1); its ablations are in Table 5.
-    "cpt": Preset("by_size", teacher=False),
-    "kd": Preset("by_size", "forward_kl"),
-    "ddk": Preset("ddk", "forward_kl"),
-    "ddk_no_smoothing": Preset("ddk_no_smoothing", "forward_kl"),
-    "ddk_equal": Preset("equal", "forward_kl"),
-    "minillm": Preset("by_size", "reverse_kl"),
-    "ted": Preset("by_size", "forward_kl"),
-    "ted_filters": Preset("by_size"),
-    "doremi_proxy": Preset("equal"),
+    "cpt": Preset(
+        "continued pretraining on next-token cross-entropy, without a teacher",
+        "by_size",
+        teacher=False,
+    ),
+    "kd": Preset(
+        "distillation (cross-entropy and a divergence from the teacher) on domains drawn by their size",
+        "by_size",
+        "forward_kl",
+    ),
+    "ddk": Preset(
+        "DDK: distillation with domains drawn more often the further the student is behind its teacher there",
+        "ddk",
+        "forward_kl",
+    ),
+    "ddk_no_smoothing": Preset(
+        "DDK without the smoothing of its domain factors",
+        "ddk_no_smoothing",
+        "forward_kl",
+    ),
+    "ddk_equal": Preset("distillation on domains drawn equally often", "equal", "forward_kl"),
+    "minillm": Preset("distillation by the reverse divergence", "by_size", "reverse_kl"),
+    "ted": Preset(
+        "task-aware layer-wise distillation (TED)",
+        "by_size",
+        "forward_kl",
+        always_runs_teacher=True,
+        filters="loaded",
+        one_of_stages=True,
+    ),
+    "ted_filters": Preset(
+        "the first stage of TED, which trains filters and leaves the student as it was",
+        "by_size",
+        always_runs_teacher=True,
+        filters="new",
+        freezes_student=True,
+        one_of_stages=True,
+    ),
+    "doremi_proxy": Preset(
+        "the proxy model of DoReMi, trained by group DRO",
+        "equal",
+        always_runs_teacher=True,
+        one_of_stages=True,
+    ),
 }
 
 
@@ -68,6 +114,11 @@ class MethodSections(Section):
     them."""
     ted: Ted = Ted()
     doremi: Doremi = Doremi()
+
+    @property
+    def preset(self) -> Preset:
+        """The properties of the method."""
+        return METHODS[self.method]
 
     @model_validator(mode="before")
     @classmethod

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 from pydantic import Field, model_validator
 
-from ddk_ds.config.methods import METHODS, MethodSections
+from ddk_ds.config.methods import MethodSections
 from ddk_ds.config.sections import (
     Checkpoint,
     Data,
@@ -86,12 +86,12 @@ class Config(MethodSections):
 
     def _check_teacher(self) -> None:
         """Raise ValueError if there is no teacher and a section needs one, or if the method takes no teacher."""
-        needed = METHODS[self.method].teacher
+        needed = self.preset.teacher
         if needed and self.teacher is None:
             raise ValueError(f"method: {self.method} needs a teacher: set teacher.path, or method: cpt")
         if not needed and self.teacher is not None:
             raise ValueError(f"method: {self.method} takes no teacher: remove teacher, or set method: ddk")
-        if self.method == "ted" and self.ted.filters is None:
+        if self.preset.filters == "loaded" and self.ted.filters is None:
             raise ValueError("method: ted needs ted.filters: run the same configuration with method: ted_filters first")
         if needed:
             return

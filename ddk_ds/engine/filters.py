@@ -149,7 +149,7 @@ def build_filters(config: Config, shape: FilterShape, ds_config: dict[str, Any],
     """Sharded filters: new ones, or for `method: ted` those of `ted.filters`, the teacher's frozen. Collective."""
     with deepspeed.zero.Init(config_dict_or_path=ds_config):
         filters = LayerFilters(shape, config.seed)
-    if config.method == "ted":
+    if config.preset.filters == "loaded":
         assert config.ted.filters is not None, "checked with the configuration"
         values = load_file(config.ted.filters) if comm.rank == 0 else {}
         for name, parameter in filters.named_parameters():

@@ -72,7 +72,7 @@ def training_flops(config: Config, student: float, teacher: float) -> float:
     teacher does not run. In a run of `ted_filters` both models are frozen: one forward pass each, and the filters
     themselves are not counted. Activations that gradient checkpointing computes again are not counted.
     """
-    if config.method == "ted_filters":
+    if config.preset.freezes_student:
         return student + teacher
     return 3 * student + (teacher if teacher_runs(config) else 0.0)
 
@@ -87,7 +87,7 @@ def step_flops(config: Config, student: ModelFiles, teacher: ModelFiles | None, 
 def teacher_runs(config: Config) -> bool:
     """Return True if a step of this run has a forward pass of the teacher."""
     distils = config.loss.gamma > 0 or bool(config.loss.gamma_end)
-    return config.teacher is not None and (distils or config.method in ("ted", "ted_filters", "doremi_proxy"))
+    return config.teacher is not None and (distils or config.preset.always_runs_teacher)
 
 
 @dataclass(frozen=True)

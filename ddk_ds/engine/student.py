@@ -156,7 +156,7 @@ def load_student(
     prepare_layers(backbone_of(model), files.num_layers, config.student)
     parameters = _by_name_on_disk(model, files)
     filters = None if shape is None else build_filters(config, shape, ds_config, comm)
-    if config.method == "ted_filters":
+    if config.preset.freezes_student:
         model.requires_grad_(False)
     root = _root(model, files, filters)
     engine, _, _, _ = deepspeed.initialize(model=root, optimizer=_adamw(root, config), config=ds_config)

@@ -1,4 +1,4 @@
-"""What a step minimises: small objects that the loop calls in one way."""
+"""The methods: objects that compute the loss of a step, all called through the protocol `Method`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ __all__ = ["IGNORE_INDEX", "Batch", "Method", "make_method", "token_losses"]
 def make_method(
     config: Config, teacher: Teacher | None, options: Options, num_domains: int, state: dict[str, Any]
 ) -> Method:
-    """The method that `config.method` names, going on from the `state` that one like it returned ({}: afresh)."""
+    """Make the method that `config.method` names; `state` is what its `state_dict` returned, {} for a new run."""
     if teacher is None:
         return ContinuedPretraining(options)
     if config.method == "doremi_proxy":

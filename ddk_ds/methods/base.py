@@ -1,4 +1,4 @@
-"""The protocol that every method keeps."""
+"""The protocol of the methods, and what several of them use."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ IGNORE_INDEX = -100
 
 @dataclass(frozen=True)
 class Batch:
-    """A rank's micro-batch, and what it is part of."""
+    """A rank's micro-batch, and the token counts of its optimizer step."""
 
     input_ids: torch.Tensor
     """(B, L) int64."""
@@ -29,49 +29,49 @@ class Batch:
     domain: torch.Tensor
     """(B,) int64, on the CPU."""
     domain_tokens: torch.Tensor
-    """(N,) float64: the valid tokens of the whole optimizer step by domain, over ranks and micro-batches."""
+    """(N,) float64: valid tokens of the optimizer step by domain, summed over ranks and micro-batches."""
     num_valid: torch.Tensor
-    """Scalar: their sum."""
+    """Scalar: the sum of `domain_tokens`."""
     progress: float
-    """Share of the run's steps that are done, 0..1."""
+    """Fraction of the run's steps that are done, 0..1."""
 
 
 class Method(Protocol):
-    """What a step minimises. A method is made anew for each interval; what it must remember is its state."""
+    """A loss and what belongs to it. The loop makes a new object for each interval, from `state_dict` of the last."""
 
-    def taught(self, batches: Sequence[Batch]) -> AbstractContextManager[Sequence[Any]]:
-        """What the frozen model says of each micro-batch, for `loss`; one pass for all of them. Collective."""
+    def teacher_outputs(self, batches: Sequence[Batch]) -> AbstractContextManager[Sequence[Any]]:
+        """Run the frozen model once for all micro-batches and yield its output for each, for `loss`. Collective."""
 
-    def loss(self, student: Student, batch: Batch, taught: Any) -> KDLoss:
-        """Sums over this micro-batch's valid tokens, divided by the step's. Runs the student's engine: a collective."""
+    def loss(self, student: Student, batch: Batch, teacher_output: Any) -> KDLoss:
+        """Compute sums over the micro-batch's valid tokens, divided by the step's. Runs the student: collective."""
 
     def end_step(self, comm: Comm) -> dict[str, Any]:
-        """After the last micro-batch: what the ledger's step line has of the method beside the losses. Collective."""
+        """Return the method's own metrics for the ledger, after the step's last micro-batch. Collective."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain JSON for the checkpoint, equal on every rank; `make_method` takes it."""
+        """Return plain JSON for the checkpoint, equal on every rank; `make_method` takes it."""
 
     def export(self, student: Student, directory: Path, names: Sequence[str], comm: Comm) -> None:
-        """Write what the method leaves beside the student, at the run's end. Collective."""
+        """Write the files that the method exports next to the student, at the run's end. Collective."""
 
 
 class Stateless:
-    """A method that remembers nothing from step to step and leaves nothing behind."""
+    """A base of methods without metrics, state or files of their own."""
 
     def end_step(self, comm: Comm) -> dict[str, Any]:
-        """Nothing to say."""
+        """Return no metrics."""
         return {}
 
     def state_dict(self) -> dict[str, Any]:
-        """Nothing to keep."""
+        """Return an empty state."""
         return {}
 
     def export(self, student: Student, directory: Path, names: Sequence[str], comm: Comm) -> None:
-        """Nothing to write."""
+        """Do nothing: the student is all that is exported."""
 
 
 def cross_entropy(hidden: torch.Tensor, head: OutputHead, batch: Batch, options: Options) -> KDLoss:
-    """Cross-entropy of hidden (B*L, H) through a head against the batch's labels, its share of the step's mean."""
+    """Compute the batch's part of the step's mean cross-entropy, from hidden (B*L, H) through a head."""
     return linear_kd_loss(
         hidden,
         head.weight,
@@ -85,5 +85,5 @@ def cross_entropy(hidden: torch.Tensor, head: OutputHead, batch: Batch, options:
 
 
 def token_losses(hidden: torch.Tensor, head: OutputHead, labels: torch.Tensor, options: Options) -> torch.Tensor:
-    """-log p of each label (n,) through a head, from hidden (n, H); 0 where it is IGNORE_INDEX. No gradient."""
+    """Compute -log p (n,) of each label from hidden (n, H) through a head, 0 at IGNORE_INDEX, without a gradient."""
     return linear_nll(hidden, head.weight, labels, options=replace(options, student_form=head.form), bias=head.bias)

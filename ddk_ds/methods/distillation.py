@@ -1,7 +1,4 @@
-"""Continued pre-training (the paper's CPT): cross-entropy alone.
-
-Eq. 3: cross-entropy plus gamma times the divergence from a frozen teacher.
-"""
+"""Training on cross-entropy, with the divergence from a frozen teacher (Eq. 3) or without (the paper's CPT)."""
 
 from __future__ import annotations
 
@@ -20,22 +17,22 @@ from ddk_ds.methods.base import Batch, Stateless, cross_entropy
 
 
 class ContinuedPretraining(Stateless):
-    """Next-token cross-entropy of the student; no teacher."""
+    """Continued pre-training: next-token cross-entropy of the student, without a teacher."""
 
     def __init__(self, options: Options) -> None:
         self._options = options
 
-    def taught(self, batches: Sequence[Batch]) -> AbstractContextManager[Sequence[None]]:
-        """Nothing."""
+    def teacher_outputs(self, batches: Sequence[Batch]) -> AbstractContextManager[Sequence[None]]:
+        """Yield None for each micro-batch."""
         return nullcontext([None] * len(batches))
 
-    def loss(self, student: Student, batch: Batch, taught: None) -> KDLoss:
-        """See `Method`."""
+    def loss(self, student: Student, batch: Batch, teacher_output: None) -> KDLoss:
+        """Compute the batch's part of the step's cross-entropy."""
         return student(batch.input_ids, lambda hidden, head: cross_entropy(hidden, head, batch, self._options))
 
 
 class Distillation(Stateless):
-    """CE + gamma * T^2 * D(teacher, student); which domains it sees is the mixture's affair."""
+    """CE + gamma * T^2 * D(teacher, student), for every method that differs in its mixture or divergence alone."""
 
     def __init__(self, teacher: Teacher, loss: Loss, options: Options) -> None:
         self._teacher = teacher
@@ -43,8 +40,8 @@ class Distillation(Stateless):
         self._options = replace(options, divergence=loss.divergence, coefficient=loss.coefficient)
 
     @contextmanager
-    def taught(self, batches: Sequence[Batch]) -> Iterator[Sequence[torch.Tensor | None]]:
-        """The teacher's last hidden states. While gamma is 0 it does not run."""
+    def teacher_outputs(self, batches: Sequence[Batch]) -> Iterator[Sequence[torch.Tensor | None]]:
+        """Yield the teacher's last hidden states (B*L, Ht), or None while gamma is 0: then it does not run."""
         if self._gamma(batches[0]) == 0:
             yield [None] * len(batches)
             return
@@ -52,14 +49,14 @@ class Distillation(Stateless):
         with self._teacher.shared_head(batches):
             yield hidden
 
-    def loss(self, student: Student, batch: Batch, taught: torch.Tensor | None) -> KDLoss:
-        """See `Method`."""
-        if taught is None:
+    def loss(self, student: Student, batch: Batch, teacher_output: torch.Tensor | None) -> KDLoss:
+        """Compute the batch's part of the step's loss; cross-entropy alone where the teacher did not run."""
+        if teacher_output is None:
             return student(batch.input_ids, lambda hidden, head: cross_entropy(hidden, head, batch, self._options))
-        return student(batch.input_ids, lambda hidden, head: self.distil(hidden, head, taught, batch))
+        return student(batch.input_ids, lambda hidden, head: self.distil(hidden, head, teacher_output, batch))
 
     def distil(self, hidden: torch.Tensor, head: OutputHead, teacher_hidden: torch.Tensor, batch: Batch) -> KDLoss:
-        """Eq. 3 of hidden (n, Hs) and teacher_hidden (n, Ht)."""
+        """Compute Eq. 3 from hidden (n, Hs) and teacher_hidden (n, Ht)."""
         with self._teacher.head.gathered() as teacher_head:
             options = replace(
                 self._options,
@@ -85,5 +82,5 @@ class Distillation(Stateless):
 
 
 def scheduled(start: float, end: float | None, progress: float) -> float:
-    """A value that changes by equal amounts a step from `start` to `end` (None: stays), at `progress` in 0..1."""
+    """Return the value at `progress` in 0..1 on the line from `start` to `end`; `start` if there is no end."""
     return start if end is None else start + (end - start) * progress

@@ -1,9 +1,9 @@
 """DoReMi's proxy run (arXiv 2305.10429, Algorithm 1): group DRO finds the weights of the domains.
 
-The proxy is the run's student, the reference model takes the teacher's place. A step minimises
-sum_i w_i * (mean cross-entropy of domain i's tokens); after it the weights follow the domains' excess losses over the
-reference, each token's clipped at 0. The weights of a step are those that the step before led to: so a step needs no
-second pass over its batch, however many micro-batches and ranks share it.
+The proxy is the run's student, and the reference model takes the teacher's place. A step minimises
+sum_i w_i * (mean cross-entropy of domain i's tokens). After it the weights follow the domains' excess losses over the
+reference, each token's clipped at 0, and the next step uses them: this needs no second pass over a batch, whatever the
+number of micro-batches and ranks.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ WEIGHTS_FILE = "proportions.yaml"
 
 
 class DoremiProxy:
-    """Group DRO over domains; leaves the weights' mean over all steps in `proportions.yaml`."""
+    """Group DRO over domains; exports the weights' mean over all steps as `proportions.yaml`."""
 
     def __init__(
         self, reference: Teacher, options: Options, doremi: Doremi, num_domains: int, state: dict[str, Any]
@@ -45,8 +45,8 @@ class DoremiProxy:
         self._excess = torch.zeros(2, num_domains, dtype=torch.float64)
 
     @contextmanager
-    def taught(self, batches: Sequence[Batch]) -> Iterator[Sequence[torch.Tensor]]:
-        """The reference model's loss of each token, (B*L,)."""
+    def teacher_outputs(self, batches: Sequence[Batch]) -> Iterator[Sequence[torch.Tensor]]:
+        """Yield the reference model's loss of each token, (B*L,)."""
         hidden = self._reference.hidden([batch.input_ids for batch in batches])
         with self._reference.clock.stage("teacher"), self._reference.head.gathered() as head:
             losses = [
@@ -55,9 +55,9 @@ class DoremiProxy:
             ]
         yield losses
 
-    def loss(self, student: Student, batch: Batch, taught: torch.Tensor) -> KDLoss:
-        """See `Method`. `ce` is the plain mean over tokens."""
-        return student(batch.input_ids, lambda hidden, head: self._weighted(hidden, head, batch, taught))
+    def loss(self, student: Student, batch: Batch, teacher_output: torch.Tensor) -> KDLoss:
+        """Compute the loss weighted by domain; `ce` is the plain mean over tokens."""
+        return student(batch.input_ids, lambda hidden, head: self._weighted(hidden, head, batch, teacher_output))
 
     def _weighted(self, hidden: torch.Tensor, head: OutputHead, batch: Batch, reference: torch.Tensor) -> KDLoss:
         length = batch.input_ids.shape[1]
@@ -79,7 +79,7 @@ class DoremiProxy:
                 student_bias=head.bias,
                 per_token=True,
             )
-            assert result.token_ce is not None, "asked for"
+            assert result.token_ce is not None, "per_token is set"
             token_ce = result.token_ce.double() * batch.domain_tokens[domain]
             loss = loss + float(self._weights[domain]) * result.loss
             ce += token_ce.sum()
@@ -89,11 +89,11 @@ class DoremiProxy:
         return KDLoss(loss, ce / batch.num_valid, torch.zeros_like(ce))
 
     def end_step(self, comm: Comm) -> dict[str, Any]:
-        """The weights that the next step uses, by domain in the run's order."""
+        """Update the weights; return them and the excess losses by domain in the run's order."""
         total, tokens = comm.all_reduce_sum(self._excess).tolist()
         self._excess = torch.zeros_like(self._excess)
         excess = np.array(total) / np.maximum(tokens, 1)
-        if np.isfinite(excess).all():  # else the step was skipped
+        if np.isfinite(excess).all():  # otherwise the step was skipped
             scores = np.log(self._weights) + self._doremi.step_size * excess
             weights = np.exp(scores - scores.max())
             smoothing = self._doremi.smoothing
@@ -103,11 +103,11 @@ class DoremiProxy:
         return {"weights": self._weights.tolist(), "excess": excess.tolist()}
 
     def state_dict(self) -> dict[str, Any]:
-        """Weights, their sum over steps, and the number of steps."""
+        """Return the weights, their sum over steps, and the number of steps."""
         return {"weights": self._weights.tolist(), "sum": self._sum.tolist(), "steps": self._steps}
 
     def export(self, student: Student, directory: Path, names: Sequence[str], comm: Comm) -> None:
-        """Write the mean weights by domain, as `mixture.proportions` takes them."""
+        """Write the mean weights by domain in the form of `mixture.proportions`."""
         mean = self._sum / self._sum.sum() if self._steps else self._weights
         if comm.rank == 0:
             proportions = dict(zip(names, mean.tolist(), strict=True))

@@ -165,7 +165,7 @@ def _assumptions(config: Config, cluster: Cluster, data: PlannedData, speed: Spe
         lines.append("train.precision is fp32: the peak is bf16's, and an fp32 run reaches a fraction of it")
     if config.stop.discrepancy is not None:
         lines.append("stop.discrepancy may end the run earlier")
-    if config.method in ("ted", "ted_filters", "doremi_proxy"):
+    if config.preset.one_of_stages:
         lines.append(f"method {config.method}: only this stage is planned, without its filters or domain weights")
     return lines
 

@@ -99,9 +99,9 @@ def _check_files(config: Config, student_path: Path, teacher_path: Path | None, 
     train_tokens = {name: manifest.domains[name].train.tokens for name in names}
     controller = make_controller(config.mixture, train_tokens, schedule)
     filters, filters_hash = None, None
-    if teacher is not None and config.method.startswith("ted"):
+    if teacher is not None and config.preset.filters is not None:
         filters = filter_shape(config, student, teacher)
-        if config.method == "ted":
+        if config.preset.filters == "loaded":
             filters_hash = check_filters(Path(str(config.ted.filters)), filters)
     return Inputs(
         names, store, manifest, tokenizer, student, teacher, controller, exhaustion, filters, filters_hash, schedule

@@ -25,17 +25,6 @@ PAPER = "https://arxiv.org/abs/2407.16154"
 _MAX_MIXTURE_ROWS = 12
 _LICENCE_KEYS = ("license", "license_name", "license_link")
 _SECTIONS = {"method", "seed", "mixture", "loss", "optimizer", "train", "stop"}
-_METHODS = {
-    "cpt": "continued pretraining on next-token cross-entropy, without a teacher",
-    "kd": "distillation (cross-entropy and a divergence from the teacher) on domains drawn by their size",
-    "ddk": "DDK: distillation with domains drawn more often the further the student is behind its teacher there",
-    "ddk_no_smoothing": "DDK without the smoothing of its domain factors",
-    "ddk_equal": "distillation on domains drawn equally often",
-    "minillm": "distillation by the reverse divergence",
-    "ted": "task-aware layer-wise distillation (TED)",
-    "ted_filters": "the first stage of TED, which trains filters and leaves the student as it was",
-    "doremi_proxy": "the proxy model of DoReMi, trained by group DRO",
-}
 
 
 def make_summary(
@@ -162,7 +151,7 @@ def model_card(
 def _introduction(config: Config, student: str, teacher: str | None, tokens: int) -> str:
     source = "" if teacher is None else f", teacher {teacher}"
     return (
-        f"{student} after {tokens:,} tokens{source}. Method `{config.method}`: {_METHODS[config.method]} "
+        f"{student} after {tokens:,} tokens{source}. Method `{config.method}`: {config.preset.description} "
         f"(the settings and baselines of [DDK]({PAPER}))."
     )
 

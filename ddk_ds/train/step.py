@@ -43,7 +43,7 @@ class StepMetrics:
     domain_tokens: list[int]
     """Valid tokens (N,) of the step, over all ranks."""
     method: dict[str, Any] = field(default_factory=dict)
-    """Numbers that the method adds to the step's line of the ledger."""
+    """The method's own metrics of the step, from `Method.end_step`."""
     seconds: dict[str, float] = field(default_factory=dict)
     """Seconds of each part of the step on this rank."""
     peaks: dict[str, int] = field(default_factory=dict)
@@ -74,21 +74,21 @@ def train_step(
     clock = student.clock
     labels = [next_token_labels(batch["input_ids"]) for batch in micro_batches]
     domain_tokens = torch.zeros(num_domains, dtype=torch.float64)
-    for batch, label in zip(micro_batches, labels, strict=True):
-        domain_tokens.index_add_(0, batch["domain"], (label != IGNORE_INDEX).sum(1).double())
+    for micro_batch, label in zip(micro_batches, labels, strict=True):
+        domain_tokens.index_add_(0, micro_batch["domain"], (label != IGNORE_INDEX).sum(1).double())
     with clock.waiting("sync"):
         domain_tokens = comm.all_reduce_sum(domain_tokens.to(device))
     num_valid = domain_tokens.sum()
     sums = torch.zeros(3, dtype=torch.float64, device=device)
     batches = [
-        Batch(batch["input_ids"].to(device), label.to(device), batch["domain"], domain_tokens, num_valid, progress)
-        for batch, label in zip(micro_batches, labels, strict=True)
+        Batch(micro["input_ids"].to(device), label.to(device), micro["domain"], domain_tokens, num_valid, progress)
+        for micro, label in zip(micro_batches, labels, strict=True)
     ]
     for first in range(0, len(batches), per_pass):
         group = batches[first : first + per_pass]
-        with method.taught(group) as taught:
-            for number, (one, told) in enumerate(zip(group, taught, strict=True), first + 1):
-                result = method.loss(student, one, told)
+        with method.teacher_outputs(group) as teacher_outputs:
+            for number, (batch, teacher_output) in enumerate(zip(group, teacher_outputs, strict=True), first + 1):
+                result = method.loss(student, batch, teacher_output)
                 student.backward(result.loss * comm.world_size, last=number == len(batches))
                 sums += torch.stack([part.detach().double() for part in result[:3]])
     grad_norm = student.update(learning_rate)

@@ -55,7 +55,7 @@ def first_step(runtime: Runtime, folder: str, method: str, divergence: str | Non
         "gradients": compared,
         "plain_gradients": sorted(theirs),
         "frozen": frozen,
-        "said": metrics.method,
+        "method_metrics": metrics.method,
         "state": made.state_dict(),
         "plain": plain,
     }

@@ -1,4 +1,4 @@
-"""Methods by name: what each sets, what it needs, and that the loop knows none of them."""
+"""Methods by name: what each sets and needs, and that other rooms know no name."""
 
 from __future__ import annotations
 
@@ -86,17 +86,80 @@ def test_reference_losses_take_the_teachers_place() -> None:
 
 
 def test_the_loop_knows_no_method() -> None:
-    """Of methods the loop and the step know the protocol: no name of one, nor the configuration's `method`."""
+    """Loop and step know the protocol alone: they import no method and ask for no property of one."""
     for name in ("loop", "step"):
-        source = (ROOT / f"ddk_ds/train/{name}.py").read_text()
-        for node in ast.walk(ast.parse(source)):
+        for node in ast.walk(ast.parse((ROOT / f"ddk_ds/train/{name}.py").read_text())):
             if isinstance(node, ast.ImportFrom):
                 imported = {alias.name for alias in node.names}
                 if node.module == "ddk_ds.methods":
                     assert imported <= {"IGNORE_INDEX", "Batch", "Method"}, f"{name} imports {imported}"
                 assert node.module is None or not node.module.startswith("ddk_ds.methods."), node.module
-            if isinstance(node, ast.Attribute) and node.attr == "method":
+            if isinstance(node, ast.Attribute) and node.attr in ("method", "preset"):
                 assert ast.unparse(node.value) in ("state", "metrics"), ast.unparse(node)
+
+
+# Literals of these rooms that are spelt like a method and name something else.
+OTHER_NAMES = {
+    ("planner/known_points.py", "cpt"): "the configurations of measured points",
+    ("planner/known_points.py", "kd"): "the configurations of measured points",
+    ("planner/run_plan.py", "cpt"): "a key of the plan's JSON",
+    ("planner/run_plan.py", "kd"): "a key of the plan's JSON",
+    ("planner/run_plan.py", "ddk"): "a key of the plan's JSON",
+    ("train/loop.py", "ddk"): "what the names of two controllers begin with",
+    ("train/run_dir.py", "ted"): "a section of the configuration",
+    ("train/run_end.py", "ddk"): "a tag of model cards",
+}
+
+
+def method_names_in(tree: ast.AST) -> set[str]:
+    """Return the string literals that are names of methods."""
+    values = (node.value for node in ast.walk(tree) if isinstance(node, ast.Constant))
+    return {value for value in values if isinstance(value, str) and value in METHODS}
+
+
+def decisions_by_name(tree: ast.AST) -> list[str]:
+    """Return the expressions that compare a configuration's `method`, look something up by it or call its methods."""
+    found = []
+    for node in ast.walk(tree):
+        match node:
+            case ast.Compare():
+                used = [node.left, *node.comparators]
+            case ast.Match():
+                used = [node.subject]
+            case ast.Subscript():
+                used = [node.slice]
+            case ast.Attribute():
+                used = [node.value]
+            case _:
+                continue
+        found += [ast.unparse(node) for x in used if isinstance(x, ast.Attribute) and x.attr == "method"]
+    return found
+
+
+def test_other_rooms_ask_for_a_methods_properties() -> None:
+    """Names of methods are in config/methods.py, methods/ and comparison/, whose columns they are, and nowhere else."""
+    names = set()
+    for room in ("engine", "train", "planner", "report"):
+        for path in sorted((ROOT / "ddk_ds" / room).rglob("*.py")):
+            tree, file = ast.parse(path.read_text()), path.relative_to(ROOT / "ddk_ds").as_posix()
+            names |= {(file, name) for name in method_names_in(tree)}
+            assert decisions_by_name(tree) == [], file
+    assert names == set(OTHER_NAMES)
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        'if config.method == "x": pass',
+        'run = config.method in ("x", "y")',
+        'run = config.method.startswith("x")',
+        "text = TEXTS[plan.config.method]",
+        "match config.method:\n    case 'x': pass",
+    ],
+)
+def test_a_decision_by_name_is_found(source: str) -> None:
+    assert len(decisions_by_name(ast.parse(source))) == 1
+    assert decisions_by_name(ast.parse("text = f'method {config.method}'")) == []
 
 
 def test_what_changes_over_the_run() -> None:
