@@ -113,12 +113,12 @@ class Config(MethodSections):
         Raises:
             ConfigError: the global batch is not a multiple of micro-batch x ranks.
         """
-        per_pass = self.train.micro_batch_samples * world_size
-        count, rest = divmod(self.train.global_batch_samples, per_pass)
+        samples_at_once = self.train.micro_batch_samples * world_size
+        count, rest = divmod(self.train.global_batch_samples, samples_at_once)
         if rest or not count:
             raise ConfigError(
                 f"train.global_batch_samples {self.train.global_batch_samples} is not a multiple of "
-                f"train.micro_batch_samples {self.train.micro_batch_samples} x {world_size} ranks = {per_pass}: "
+                f"train.micro_batch_samples {self.train.micro_batch_samples} x {world_size} ranks = {samples_at_once}: "
                 "change one of the three"
             )
         return count

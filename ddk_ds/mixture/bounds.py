@@ -106,9 +106,9 @@ class Bounded:
 
 
 def raised_to(floors: Sequence[float], proportions: Vector) -> Vector:
-    """Raise each proportion that is under its floor to it, and shrink the others by one factor, (N,).
+    """Raise each proportion under its floor to the floor, and multiply the others by one factor < 1, (N,).
 
-    Proportions of which none is under its floor are returned unchanged.
+    If no proportion is under its floor, they are returned unchanged.
 
     Args:
         floors: (N,) >= 0 with a sum <= 1.

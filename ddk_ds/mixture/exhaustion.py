@@ -114,7 +114,7 @@ class ExhaustionOptions(Protocol):
 
     @property
     def exhaustion_by_domain(self) -> Mapping[str, str]:
-        """Policy of each domain that has another one."""
+        """Policies of the domains that do not have the policy `exhaustion`."""
 
 
 def make_exhaustion(options: ExhaustionOptions, sizes: Mapping[str, int]) -> Exhaustion:

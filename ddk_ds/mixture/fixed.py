@@ -18,7 +18,8 @@ Stage = tuple[int, tuple[float, ...]]
 
 @dataclass(frozen=True)
 class Static:
-    """Fixed proportions: equal ("ES" of arXiv 2407.16154, Table 5), by size (its CPT and KD baselines), or given."""
+    """Fixed proportions: equal ("ES" of arXiv 2407.16154, Table 5), by size (its CPT and KD baselines), or from the
+    configuration."""
 
     names: tuple[str, ...]
     proportions: tuple[float, ...]
@@ -110,7 +111,7 @@ def _stage_proportions(
 ) -> tuple[float, ...]:
     proportions = entry["proportions"]
     if not isinstance(proportions, Mapping):
-        raise ConfigError(f"{where}: proportions are {proportions!r}: give one by domain")
+        raise ConfigError(f"{where}: proportions are {proportions!r}: give a number for each domain")
     for domain, value in proportions.items():
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise ConfigError(f"{where}: the proportion of '{domain}' is {value!r}: give a number")

@@ -65,8 +65,8 @@ class DomainOrder:
         """Return the shards of draws start..stop-1, each once, in the order of their first use."""
         shards = np.searchsorted(self._offsets, self.take(start, stop), "right") - 1
         _, first_use = np.unique(shards, return_index=True)
-        in_order: Ids = shards[np.sort(first_use)]
-        return in_order
+        by_first_use: Ids = shards[np.sort(first_use)]
+        return by_first_use
 
     def _take_in_pass(self, pass_number: int, first: int, last: int) -> Ids:
         ends, groups = self._blocks(pass_number)
@@ -74,7 +74,7 @@ class DomainOrder:
         first_block, last_block = np.searchsorted(ends, [first, last - 1], "right").tolist()
         for k in range(first_block, last_block + 1):
             sizes = self.shard_sizes[groups[k]]
-            begins = np.cumsum(sizes) - sizes  # where each shard begins in the block
+            begins = np.cumsum(sizes) - sizes  # first draw of each shard in the block
             ids = np.repeat(self._offsets[groups[k]] - begins, sizes) + np.arange(sizes.sum())
             begin = int(ends[k]) - len(ids)
             ids = philox(self.seed, _name_key(self.name), SAMPLES, pass_number, k).permutation(ids)

@@ -63,28 +63,28 @@ def exact(
         return [Decimal(alpha) * p / sum(psi) + rest for p in psi]
 
 
-def assert_equal(found: np.ndarray, expected: list[Decimal]) -> None:
-    assert found.dtype == np.float64
-    assert max(abs(Decimal(float(a)) - b) for a, b in zip(found, expected, strict=True)) < Decimal("1e-12")
+def assert_equal(computed: np.ndarray, expected: list[Decimal]) -> None:
+    assert computed.dtype == np.float64
+    assert max(abs(Decimal(float(a)) - b) for a, b in zip(computed, expected, strict=True)) < Decimal("1e-12")
 
 
 @settings(deadline=None)
 @given(domains())
 def test_eq1_is_the_exact_softmax_of_the_ratios(case: tuple[list[float], list[float], list[float]]) -> None:
     student, teacher, _ = case
-    found = eq1(student, teacher)
-    assert_equal(found, exact(student, teacher, None, 1.0))
-    assert abs(found.sum() - 1) < 1e-12
+    computed = eq1(student, teacher)
+    assert_equal(computed, exact(student, teacher, None, 1.0))
+    assert abs(computed.sum() - 1) < 1e-12
 
 
 @settings(deadline=None)
 @given(domains(), st.floats(0, 1))
 def test_eq2_is_exact_and_keeps_its_floor(case: tuple[list[float], list[float], list[float]], alpha: float) -> None:
     student, teacher, proportions = case
-    found = eq2(proportions, student, teacher, alpha=alpha)
-    assert_equal(found, exact(student, teacher, proportions, alpha))
-    assert abs(found.sum() - 1) < 1e-12
-    assert (found >= (1 - alpha) / len(proportions)).all()
+    computed = eq2(proportions, student, teacher, alpha=alpha)
+    assert_equal(computed, exact(student, teacher, proportions, alpha))
+    assert abs(computed.sum() - 1) < 1e-12
+    assert (computed >= (1 - alpha) / len(proportions)).all()
 
 
 def test_a_worked_example() -> None:
@@ -97,13 +97,13 @@ def test_a_worked_example() -> None:
 
 def test_no_domain_with_a_proportion_loses_it_to_one_without() -> None:
     # The largest ratio belongs to a domain with r_t = 0: its psi is 0, however large exp(ratio) is.
-    found = eq2([0.0, 1e-300, 1.0 - 1e-300], [1e4, 900.0, 1.0], [1.0, 1.0, 1.0], alpha=1.0)
-    np.testing.assert_allclose(found, [0.0, 1.0, 0.0], atol=1e-12)
+    computed = eq2([0.0, 1e-300, 1.0 - 1e-300], [1e4, 900.0, 1.0], [1.0, 1.0, 1.0], alpha=1.0)
+    np.testing.assert_allclose(computed, [0.0, 1.0, 0.0], atol=1e-12)
 
 
 def test_the_ratio_cap_bounds_the_ratio_before_exp() -> None:
-    found = eq1([40.0, 5.0, 2.0], [1.0, 1.0, 1.0], cap=6.0)
-    np.testing.assert_allclose(found, eq1([6.0, 5.0, 2.0], [1.0, 1.0, 1.0]), rtol=1e-15)
+    computed = eq1([40.0, 5.0, 2.0], [1.0, 1.0, 1.0], cap=6.0)
+    np.testing.assert_allclose(computed, eq1([6.0, 5.0, 2.0], [1.0, 1.0, 1.0]), rtol=1e-15)
     proportions = [0.2, 0.3, 0.5]
     np.testing.assert_allclose(
         eq2(proportions, [40.0, 5.0, 2.0], [1.0] * 3, alpha=0.5, cap=6.0),
@@ -117,10 +117,10 @@ def test_the_ratio_cap_bounds_the_ratio_before_exp() -> None:
 def test_the_floor_of_r0(case: tuple[list[float], list[float], list[float]], share: float) -> None:
     student, teacher, _ = case
     floor = share / len(student)
-    found = eq1(student, teacher, floor=floor)
-    assert (found >= floor).all()
-    assert abs(found.sum() - 1) < 1e-12
-    np.testing.assert_allclose(found - floor, (1 - share) * eq1(student, teacher), atol=1e-12)
+    computed = eq1(student, teacher, floor=floor)
+    assert (computed >= floor).all()
+    assert abs(computed.sum() - 1) < 1e-12
+    np.testing.assert_allclose(computed - floor, (1 - share) * eq1(student, teacher), atol=1e-12)
 
 
 def test_discrepancy_is_the_largest_ratio_less_one() -> None:

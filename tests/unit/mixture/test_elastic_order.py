@@ -57,7 +57,7 @@ class Process:
                 state = begin(state)
             ids = order_of(state)
             state = state.seal(ids)
-            # Ranks read on past the step that is trained: a kill throws that away.
+            # Ranks read samples beyond the step in training; a kill discards these samples.
             ranks = [
                 interval_loader(
                     Ids(),  # type: ignore[arg-type]
@@ -136,7 +136,7 @@ def check_kill_points(numbers: range) -> dict[str, int]:
 
 def test_kill_points(record_property: Callable[[str, object], None]) -> None:
     totals = check_kill_points(range(IN_MAKE_TEST))
-    assert totals["mid_interval"] > IN_MAKE_TEST // 2  # else little was tested
+    assert totals["mid_interval"] > IN_MAKE_TEST // 2  # otherwise the test would cover too little
     for name, value in totals.items():
         record_property(name, value)
 
@@ -159,7 +159,7 @@ def test_counts_and_passes_of_a_whole_run() -> None:
             one_pass = draws[begin_of_pass : begin_of_pass + size]
             assert len(set(one_pass)) == len(one_pass), f"{name}: a repeat inside a pass"
         first += size
-    assert end.drawn[0] == SIZES["code"]  # at its cap, and no further
+    assert end.drawn[0] == SIZES["code"]  # exactly at its cap
 
 
 def test_a_lost_and_a_repeated_sample_would_be_seen() -> None:

@@ -39,10 +39,12 @@ def doremi(proportions: list[float], student: list[float], reference: list[float
 def test_updates_are_the_papers(student: list[float], teacher: list[float], eta: float, c: float) -> None:
     proportions = [0.1, 0.3, 0.6]
     perplexities = np.exp(student), np.exp(teacher)
-    found = build("sheared_llama").update(np.array(proportions), *perplexities, interval=1)
-    np.testing.assert_allclose(found, sheared_llama(proportions, student, teacher), rtol=1e-12)
-    found = build("doremi_online", step_size=eta, smoothing=c).update(np.array(proportions), *perplexities, interval=1)
-    np.testing.assert_allclose(found, doremi(proportions, student, teacher, eta, c), rtol=1e-12)
+    computed = build("sheared_llama").update(np.array(proportions), *perplexities, interval=1)
+    np.testing.assert_allclose(computed, sheared_llama(proportions, student, teacher), rtol=1e-12)
+    computed = build("doremi_online", step_size=eta, smoothing=c).update(
+        np.array(proportions), *perplexities, interval=1
+    )
+    np.testing.assert_allclose(computed, doremi(proportions, student, teacher, eta, c), rtol=1e-12)
 
 
 def test_a_domain_at_its_reference_gains_nothing_from_being_under_it() -> None:
@@ -60,8 +62,8 @@ def test_large_losses_do_not_overflow() -> None:
     np.testing.assert_allclose(
         build("sheared_llama").update(np.full(3, 1 / 3), student, teacher, interval=1), [1, 0, 0], atol=1e-12
     )
-    found = build("doremi_online", step_size=5.0).update(np.full(3, 1 / 3), student, teacher, interval=1)
-    np.testing.assert_allclose(found, [1 - 2e-3 / 3, 1e-3 / 3, 1e-3 / 3])
+    computed = build("doremi_online", step_size=5.0).update(np.full(3, 1 / 3), student, teacher, interval=1)
+    np.testing.assert_allclose(computed, [1 - 2e-3 / 3, 1e-3 / 3, 1e-3 / 3])
 
 
 @pytest.mark.parametrize("kind", ["sheared_llama", "doremi_online"])

@@ -34,8 +34,8 @@ def proportions(controller: Controller, intervals: int) -> list[list[float]]:
 
 def test_a_stage_holds_until_the_next_begins() -> None:
     content = [entry(0, code=1, maths=0, prose=0), entry(2, **PROPORTIONS), entry(3, code=0.0, maths=0.5, prose=0.5)]
-    found = proportions(scheduled(content), 6)
-    assert found == [[1, 0, 0]] * 2 + [[0.7, 0.2, 0.1]] + [[0, 0.5, 0.5]] * 3
+    computed = proportions(scheduled(content), 6)
+    assert computed == [[1, 0, 0]] * 2 + [[0.7, 0.2, 0.1]] + [[0, 0.5, 0.5]] * 3
 
 
 @pytest.mark.parametrize("given", [PROPORTIONS, {"code": 1 / 3, "maths": 1 / 3, "prose": 1 - 2 / 3 + 3e-7}])
@@ -61,7 +61,7 @@ def test_an_excluded_domain_needs_no_entry() -> None:
         ([entry(0, **PROPORTIONS), entry("2", **PROPORTIONS)], ["entry 2", "from_interval is '2'"]),
         ([entry(True, **PROPORTIONS)], ["entry 1", "from_interval is True"]),
         ([{"from_interval": 0, "weights": PROPORTIONS}], ["entry 1", "from_interval, weights"]),
-        ([{"from_interval": 0, "proportions": [0.5, 0.5]}], ["entry 1", "[0.5, 0.5]", "by domain"]),
+        ([{"from_interval": 0, "proportions": [0.5, 0.5]}], ["entry 1", "[0.5, 0.5]", "for each domain"]),
         ([entry(0, **PROPORTIONS), entry(4, code=0.5, maths=0.5)], ["entry 2", "'prose' has no proportion"]),
         ([entry(0, **PROPORTIONS, proze=0.0)], ["entry 1", "'proze' is not a domain", "did you mean 'prose'"]),
         ([{"from_interval": 0, "proportions": {**PROPORTIONS, 7: 0.0}}], ["entry 1", "'7' is not a domain"]),
