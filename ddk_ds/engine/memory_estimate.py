@@ -1,19 +1,20 @@
-"""What a run takes of a device's and of a host's memory, estimated part by part before any model is loaded. Pure.
+"""Estimate of the device's and the host's memory that a run needs, by parts, before any model is loaded. Pure.
 
-Assumed, and not measured:
+These are assumptions, not measurements:
 
-- A rank holds ceil(1 / n) of everything that ZeRO-3 shards over n ranks; tensors below `param_persistence_threshold`
-  elements lie whole on every rank beside that.
-- Of the student up to `max_live_parameters` elements stay gathered between forward and backward, since a layer's
-  next use is near; the teacher, which only goes forward, holds a layer (or its embedding) and the next, gathered ahead
-  (engine/ds_config.py).
-- Activations of a layer are those of a Llama-like block: two norms in float32, attention without stored scores unless
-  it is `eager`, an MLP, gated unless its tensors' names are those of a plain one. With gradient checkpointing each
-  layer keeps its input (selective: and the results of its matrix products and attention), and one layer is whole.
-- DeepSpeed allocates a bucket of `reduce_bucket_size` gradients whole, and joins what is in it once more. On a CPU only
-  the pages that gradients reach are taken.
-- Libraries of a process take CONTEXT_BYTES of a GPU (CUDA's context, NCCL, cuBLAS) and PROCESS_BYTES of the host.
-- Holes that the allocator leaves are not in it: leave a tenth of the device free.
+- A rank holds 1 / n, rounded up, of everything that ZeRO-3 shards over n ranks. In addition every rank holds all
+  tensors of fewer than `param_persistence_threshold` elements completely.
+- Up to `max_live_parameters` elements of the student stay gathered between forward and backward pass, because a layer
+  is used again soon. The teacher has no backward pass: one layer (or its embedding) is gathered, and the next one is
+  prefetched (engine/ds_config.py).
+- A layer's activations are those of a block like Llama's: two norms in float32; attention without stored scores,
+  except `eager`; an MLP, gated unless its tensors have the names of one without a gate. With gradient checkpointing
+  each layer keeps its input, and with "selective" also the results of its matrix products and attention; one layer at
+  a time has all its activations.
+- DeepSpeed allocates a complete bucket of `reduce_bucket_size` gradients, and a second one in which the gradients of
+  the first are joined. On a CPU memory is only taken for the pages that gradients are written to.
+- A process's libraries take CONTEXT_BYTES of a GPU (CUDA's context, NCCL, cuBLAS) and PROCESS_BYTES of the host.
+- Holes that the allocator leaves are not counted: a tenth of the device should stay free.
 """
 
 from __future__ import annotations
@@ -30,52 +31,52 @@ from ddk_ds.kernels.options import GROUP_CHUNKS, default_chunk_tokens
 
 CONTEXT_BYTES = 1_500_000_000
 PROCESS_BYTES = 800_000_000
-# float32 master weight and AdamW's two moments; the float32 gradient that micro-batches add up in.
+# Bytes for each weight: float32 master weight and AdamW's two moments; float32 sum of the micro-batches' gradients.
 OPTIMIZER_BYTES, GRADIENT_BYTES = 12, 4
-# Of a memory's size, what may be planned with: the rest is for the allocator's holes and the estimate's errors.
 MEMORY_MARGIN = 0.9
+"""Share of a memory that a plan can use; the rest is for the allocator's holes and the estimate's errors."""
 
-# DeepSpeed's defaults for what a configuration leaves out, in elements.
+# DeepSpeed's defaults for keys that a configuration leaves out, in elements.
 _DEFAULTS = {
     "param_persistence_threshold": 100_000,
     "max_live_parameters": 1_000_000_000,
     "sub_group_size": 1_000_000_000,
 }
-# Buffers that DeepSpeed pins for what rests on nvme: 5 of 1e8 elements of parameters, 4 sub-groups of the optimizer.
+# Buffers that DeepSpeed pins for offloading to nvme: 5 of 1e8 elements of parameters, 4 sub-groups of the optimizer.
 _NVME_PARAMETERS, _NVME_SUB_GROUPS = 500_000_000, 4
 
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Bytes that one rank takes, by part."""
+    """Bytes of memory that one rank needs, by parts."""
 
     resident: dict[str, int]
-    """On the device from the start to the end."""
+    """Bytes on the device during the complete run."""
     passes: dict[str, int]
-    """On the device at the height of a micro-batch's forward and backward."""
+    """Bytes on the device at the peak of a micro-batch's forward and backward pass."""
     update: dict[str, int]
-    """On the device while the optimizer steps, when nothing of `passes` is there."""
+    """Bytes on the device during the optimizer's update, when nothing of `passes` is held."""
     host: dict[str, int]
-    """In the host's memory."""
+    """Bytes in the host's memory."""
 
     @property
     def parts(self) -> dict[str, int]:
-        """Every part; those of `passes` and `update` are never there together."""
+        """Return all parts by name. Those of `passes` and of `update` are never held at the same time."""
         return {**self.resident, **self.passes, **self.update, **self.host}
 
     @property
     def device_bytes(self) -> int:
-        """Most that the rank takes of its device at a time."""
+        """Return the largest number of bytes that the rank holds on its device at a time."""
         return sum(self.resident.values()) + max(sum(self.passes.values()), sum(self.update.values()))
 
     @property
     def host_bytes(self) -> int:
-        """Most that the rank takes of the host's memory at a time, beside a CPU that is its device."""
+        """Return the bytes that the rank holds in the host's memory, without those of a CPU that is its device."""
         return sum(self.host.values())
 
     @property
     def total(self) -> int:
-        """Both: what counts where the device is the host's CPU."""
+        """Return the sum of device and host bytes, which counts if the device is the host's CPU."""
         return self.device_bytes + self.host_bytes
 
 
@@ -88,13 +89,13 @@ def estimate_memory(
     device_type: str = "cuda",
     ranks_per_node: int | None = None,
 ) -> MemoryEstimate:
-    """Memory of one of `world_size` ranks. A node holds as many times the host's bytes as it has ranks.
+    """Estimate the memory of one of `world_size` ranks.
 
-    `ranks_per_node` None: all of them are on one node.
+    A node needs the host's bytes for each of its ranks. With `ranks_per_node` None all ranks are on one node.
     """
-    raw = config.deepspeed.get("zero_optimization", {})  # of the student's engine; the teacher's has the defaults
-    ours = {name.removeprefix("stage3_"): size for name, size in bucket_sizes(student.largest_layer).items()}
-    defaults = {**_DEFAULTS, **ours}
+    raw = config.deepspeed.get("zero_optimization", {})  # holds for the student; the teacher's engine has the defaults
+    buckets = {name.removeprefix("stage3_"): size for name, size in bucket_sizes(student.largest_layer).items()}
+    defaults = {**_DEFAULTS, **buckets}
     zero = {name: int(raw.get(f"stage3_{name}", raw.get(name, default))) for name, default in defaults.items()}
     compute = COMPUTE_BYTES[config.train.precision]
     if teacher is not None and config.teacher is not None:
@@ -124,12 +125,12 @@ def estimate_memory(
     resident["gradient bucket"] = compute * bucket
     small = sum(size for size in student.tensors if size <= zero["param_persistence_threshold"])
     resident["small parameters"] = compute * small
-    # The gradients of a sub-group as one float32 tensor, and one of AdamW's own intermediate results.
+    # A sub-group's gradients as one float32 tensor, and an intermediate result of AdamW of the same size.
     update = {"gradient and intermediate of the update": 2 * 4 * sub_group}
     if config.optimizer.offload != "none":
         host |= update
         update = {}
-    together = 1  # micro-batches of a pass of the teacher
+    together = 1  # micro-batches in one pass of the teacher
     if config.teacher is not None:
         micro_batches = config.train.global_batch_samples // (config.train.micro_batch_samples * world_size)
         together = max(1, min(config.teacher.per_pass, micro_batches))
@@ -138,22 +139,25 @@ def estimate_memory(
 
 
 def fewest_passes(config: Config, micro_batches: int, fits: Callable[[Config], bool]) -> Config:
-    """The configuration with as few passes of the teacher over a step's `micro_batches` as fit, of equal numbers; where
-    nothing fits, one micro-batch a pass."""
+    """Return the configuration with the fewest passes of the teacher over a step's `micro_batches` for which `fits`.
+
+    All passes take equally many micro-batches, except that the last one can take fewer. If nothing fits, each pass
+    takes one micro-batch.
+    """
     for passes in range(1, micro_batches):
-        tried = _with_passes(config, math.ceil(micro_batches / passes))
-        if fits(tried):
-            return tried
+        candidate = _with_passes(config, math.ceil(micro_batches / passes))
+        if fits(candidate):
+            return candidate
     return _with_passes(config, 1)
 
 
 def _with_passes(config: Config, count: int) -> Config:
-    assert config.teacher is not None, "asked for the passes of a teacher that is not there"
+    assert config.teacher is not None, "the run has no teacher"
     return config.model_copy(update={"teacher": config.teacher.model_copy(update={"micro_batches_per_pass": count})})
 
 
 def shard_ranks(model: Model, world_size: int, ranks_per_node: int | None) -> int:
-    """Ranks that hold one copy of a model's weights between them."""
+    """Return the number of ranks over which one copy of a model's weights is sharded."""
     within = model.shard_within if isinstance(model, Teacher) else "world"
     return {"world": world_size, "node": min(ranks_per_node or world_size, world_size), "gpu": 1}[within]
 
@@ -167,7 +171,7 @@ def _passes(
     device_type: str,
     together: int,
 ) -> dict[str, int]:
-    """Parts of a micro-batch's forward and backward; the teacher's passes take `together` micro-batches."""
+    """Return the parts of a micro-batch's forward and backward; one pass of the teacher takes `together` of them."""
     compute = COMPUTE_BYTES[config.train.precision]
     tokens = config.train.micro_batch_samples * config.data.sequence_length
     largest = max(student.largest_layer, student.head)
@@ -180,7 +184,7 @@ def _passes(
         "gradients of a layer": compute * largest,
         "gradients joined for the reduction": compute
         * min(max(zero["reduce_bucket_size"], student.head), student.parameters),
-        # A float32 sum and the same rounded to the parameter's dtype.
+        # The sum in float32, and the same rounded to the parameter's dtype.
         "head's weight gradient": (4 + compute) * student.head,
         "hidden states": tokens
         * (student.hidden * (compute + 4) + (together * teacher.hidden * compute if teacher else 0)),
@@ -193,9 +197,9 @@ def _passes(
         prefetch = bucket_sizes(teacher.largest_layer)["stage3_prefetch_bucket_size"]
         layer = _layer_activations(config.teacher, teacher, tokens, config.data.sequence_length, compute)
         gathered = compute * min(teacher.parameters, max(teacher.largest_layer, teacher.head) + prefetch)
-        # Into a layer and out of it go all micro-batches of a pass, through it one at a time.
+        # A layer's input and output are those of all micro-batches of the pass; inside, one is computed at a time.
         layer += 2 * (together - 1) * tokens * teacher.hidden * compute
-        # Its layers are gone when its head is gathered, and its activations when the student's begin.
+        # The teacher's layers are released before its head is gathered, its activations before the student's begin.
         parts["teacher gathered"] = max(gathered, compute * teacher.head)
         parts["activations"] = max(parts["activations"], layer)
     return parts
@@ -203,28 +207,28 @@ def _passes(
 
 def _activations(config: Config, shape: ModelShape, tokens: int, compute: int) -> int:
     layer = _layer_activations(config.student, shape, tokens, config.data.sequence_length, compute)
-    # Gradients on their way back through an MLP, beside what it keeps.
-    passing = 2 * tokens * shape.intermediate * compute
+    # Gradients on their way back through an MLP, in addition to the activations that it keeps.
+    mlp_gradients = 2 * tokens * shape.intermediate * compute
     kept = {
         False: layer,
         True: tokens * shape.hidden * compute,
         "selective": tokens * (_products(shape) * compute + 4 * shape.heads),
     }[config.student.gradient_checkpointing]
-    # What is computed again is there for one layer at a time.
-    return shape.layers * kept + (layer if config.student.gradient_checkpointing else 0) + passing
+    # Recomputed activations are held for one layer at a time.
+    return shape.layers * kept + (layer if config.student.gradient_checkpointing else 0) + mlp_gradients
 
 
 def _products(shape: ModelShape) -> int:
-    """Elements by token of a layer's matrix products and of its attention, and the layer's input."""
+    """Return the elements for each token of a layer's input, its matrix products and its attention's results."""
     attention = 2 * shape.attention + 2 * shape.key_value
     return attention + 3 * shape.hidden + (2 if shape.gated else 1) * shape.intermediate
 
 
 def _layer_activations(model: Model, shape: ModelShape, tokens: int, length: int, compute: int) -> int:
-    """Bytes that a layer keeps for its backward."""
+    """Return the bytes that a layer keeps for its backward pass."""
     norms = 2 * shape.hidden * (4 + 2 * compute)
-    # Only flash_attention_2 takes grouped keys and values as they are; for others transformers repeats them. (One head
-    # of them is not repeated but viewed.)
+    # Only flash_attention_2 accepts grouped keys and values. For other implementations transformers repeats them, but
+    # makes a view of a single head.
     repeated = model.attn_implementation != "flash_attention_2" and shape.key_value > shape.attention // shape.heads
     attention = compute * (2 * shape.attention + 2 * (shape.attention if repeated else shape.key_value))
     if model.attn_implementation == "eager":

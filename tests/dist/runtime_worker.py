@@ -1,4 +1,4 @@
-"""Runs on every rank of test_runtime.py."""
+"""Functions that every rank of test_runtime.py runs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ddk_ds.engine.runtime import Runtime
 
 
 def shared_memory(runtime: Runtime) -> tuple[float, list[str], bool]:
-    """The sum of the ranks' numbers by DeepSpeed, names of this job in /dev/shm, and whether this rank maps them."""
+    """Return DeepSpeed's sum over ranks, this job's names in /dev/shm, and True if this rank maps an unlinked one."""
     numbers = torch.full((1000,), runtime.comm.rank + 1.0)
     deepspeed.comm.all_reduce(numbers)
     runtime.comm.barrier()

@@ -1,4 +1,4 @@
-"""Runs on every rank of test_teacher.py: the same step with the teacher sharded and run in several ways."""
+"""Functions that every rank of test_teacher.py runs: the same steps with several options of the teacher."""
 
 from __future__ import annotations
 
@@ -22,13 +22,16 @@ from ddk_ds.train.step import train_step
 from tests.dist.tiny import VOCAB, save_model, tiny_config
 
 MICRO_BATCHES, SAMPLES, LENGTH = 4, 2, 16
-# Above the size (10^5 elements) under which ZeRO-3 keeps tensors whole: all but norms are gathered for each use.
+# Matrices have more than the 10^5 elements below which ZeRO-3 keeps tensors on every rank: each use gathers them.
 TEACHER = {"hidden": 384, "vocab": VOCAB + 200, "intermediate_size": 400, "num_key_value_heads": 4}
 
 
 def steps(runtime: Runtime, folder: str, cases: list[tuple[Any, ...]]) -> list[dict[str, Any]]:
-    """Three steps of each case, a method and sections of its configuration: losses, norm, bytes gathered, what is left
-    whole."""
+    """Run three steps of each case, which is a method and sections of its configuration.
+
+    Returns for each case the losses and the gradient norm of every step ("losses"), the bytes gathered ("bytes") and
+    the number of large weights of the teacher that are still gathered at the end ("left").
+    """
     root = Path(folder)
     if runtime.comm.rank == 0:
         save_model(root / "student", vocab=VOCAB + 6, tied=True, seed=1)
@@ -50,15 +53,15 @@ def _steps(runtime: Runtime, root: Path, method: str, sections: dict[str, Any]) 
         parameter.ds_persist = False  # tiny matrices would stay gathered
     gathers = Gathers(teacher)
     student = load_student(config, files, VOCAB, comm, shape)
-    made = make_method(config, teacher, Options(VOCAB, gamma=0.0, chunk_tokens=16), 1, {})
+    method_object = make_method(config, teacher, Options(VOCAB, gamma=0.0, chunk_tokens=16), 1, {})
     rows = torch.randint(0, VOCAB, (3, samples, LENGTH), generator=torch.Generator().manual_seed(0))
-    found: dict[str, Any] = {"losses": [], "bytes": [], "left": 0}
+    results: dict[str, Any] = {"losses": [], "bytes": [], "left": 0}
     for step in rows:
-        ours = step.reshape(MICRO_BATCHES, comm.world_size, SAMPLES, LENGTH)[:, comm.rank]
-        batches: Any = [{"input_ids": ids, "domain": torch.zeros(SAMPLES, dtype=torch.int64)} for ids in ours]
+        rank_rows = step.reshape(MICRO_BATCHES, comm.world_size, SAMPLES, LENGTH)[:, comm.rank]
+        batches: Any = [{"input_ids": ids, "domain": torch.zeros(SAMPLES, dtype=torch.int64)} for ids in rank_rows]
         metrics = train_step(
             student,
-            made,
+            method_object,
             batches,
             learning_rate=1e-3,
             progress=0.0,
@@ -67,18 +70,18 @@ def _steps(runtime: Runtime, root: Path, method: str, sections: dict[str, Any]) 
             device=runtime.device,
             comm=comm,
         )
-        found["losses"].append([metrics.loss, metrics.ce, metrics.kl, metrics.grad_norm])
-        found["bytes"].append(gathers.take())
+        results["losses"].append([metrics.loss, metrics.ce, metrics.kl, metrics.grad_norm])
+        results["bytes"].append(gathers.take())
     gathers.close()
     weights = [*teacher.engine.module.parameters(), *(part for part in teacher.head._head[:2] if part is not None)]
-    found["left"] = sum(p.ds_status.name != "NOT_AVAILABLE" for p in weights if p.ds_numel > 1e5)
-    return found
+    results["left"] = sum(p.ds_status.name != "NOT_AVAILABLE" for p in weights if p.ds_numel > 1e5)
+    return results
 
 
 class Gathers:
-    """Bytes of the teacher's weights that collectives gather on this rank: in all, and by those that span nodes of two.
+    """Counter of the bytes of the teacher's weights that this rank gathers: all, and those between nodes of two ranks.
 
-    ZeRO-3 gathers the teacher's weights within its pass, and its head where that is entered.
+    ZeRO-3 gathers the weights of the backbone during the teacher's pass, and the head in `head.gathered`.
     """
 
     def __init__(self, teacher: Teacher) -> None:
@@ -102,7 +105,7 @@ class Gathers:
         partition_parameters._dist_allgather_fn = self._gather
 
     def take(self) -> dict[str, int]:
-        """What was counted since the last call."""
+        """Return the bytes counted since the last call."""
         taken, self.counted = self.counted, dict.fromkeys(self.counted, 0)
         return taken
 

@@ -1,4 +1,4 @@
-"""tools/export_hf.py on checkpoints of real runs: the training model's logits, its own export, its masters; memory."""
+"""tools/export_hf.py gives the run's own export, its logits and its master weights, with one tensor in memory."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.saved_run import save_run
 from tools.bench.small_run import write_config
 from tools.export_hf import main
 
-SLACK_BYTES = 48 * 2**20  # what is mapped at a time, one tensor, and the allocator's; seen: 39 MB
+SLACK_BYTES = 48 * 2**20  # for mapped pages, one tensor and the allocator; measured: 39 MB
 SHORT: dict[str, Any] = {
     "mixture": {"interval_steps": 2, "ratio_cap": None, "initial_floor": 0.0},
     "stop": {"steps": 3},
@@ -30,7 +30,7 @@ SHORT: dict[str, Any] = {
 
 @pytest.fixture(scope="module")
 def runs(workspace: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A tied student in fp32, an untied one in bf16, and a frozen one, each trained on two ranks; by name."""
+    """Directories by name of runs on two ranks: a tied student in fp32, an untied one and a frozen one in bf16."""
     folder = tmp_path_factory.mktemp("export")
     untied = {"student": {"path": str(workspace / "teacher")}, "method": "cpt", "teacher": None}
     options: dict[str, dict[str, Any]] = {
@@ -44,7 +44,7 @@ def runs(workspace: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
 
 
 def exported(run: Path, *options: str) -> dict[str, torch.Tensor]:
-    """The tensors that the tool writes."""
+    """Run the tool and return the tensors that it writes."""
     out = run / f"out{'-'.join(options)}"
     assert main([str(run), "--out", str(out), *options]) == 0
     weights: dict[str, torch.Tensor] = {}

@@ -1,4 +1,4 @@
-"""A rank that ends, however it ends, leaves no shared memory behind: its names are gone while it runs."""
+"""No rank leaves shared memory behind, even if it is killed: the names are removed while the rank runs."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ def test_no_name_is_left_in_shared_memory() -> None:
     total, names, mapped = run_ranks("tests.dist.runtime_worker:shared_memory", 2)
     assert total == 3.0
     assert not names
-    assert mapped  # DeepSpeed does use it here: without, there would be nothing to leave
+    assert mapped  # else DeepSpeed would not use shared memory here, and the test would show nothing
 
 
 @pytest.mark.long  # it compiles
-def test_a_lock_that_a_killed_process_left_holds_nobody_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_lock_file_of_a_killed_process_blocks_no_later_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     compiled = Path(os.environ.get("TORCH_EXTENSIONS_DIR", Path(sys.prefix) / "torch_extensions"))
     shutil.copytree(compiled / "deepspeed_shm_comm", tmp_path / "deepspeed_shm_comm")
     (tmp_path / "deepspeed_shm_comm" / "lock").touch()

@@ -1,6 +1,6 @@
-"""A run goes on with another number of ranks: the same samples in the same order, and the same losses but for rounding.
+"""A run continues with another number of ranks: same samples, same order, and the same losses up to rounding.
 
-Through DeepSpeed's universal checkpoint, made here by all ranks; held against the one that DeepSpeed makes.
+It continues from DeepSpeed's universal checkpoint, which all ranks make here; it equals the one that DeepSpeed makes.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from tests.dist.resume_worker import run_dir
 from tools.bench.small_run import without_clock, write_config
 
 WORKER = "tests.dist.resume_worker:"
-# Two groups of parameters with different weight decay; the break falls into an interval. Under AdamW's usual epsilon
-# rounding noise of near-zero gradients would move a weight by the learning rate.
+# Two groups of parameters with different weight decay; the run is cut within an interval. With AdamW's usual epsilon
+# the rounding noise of gradients near zero would move a weight by the learning rate.
 OPTIONS: dict[str, Any] = {
     "mixture": {"interval_steps": 4},
     "stop": {"steps": 9},
@@ -32,14 +32,14 @@ OPTIONS: dict[str, Any] = {
 
 @pytest.fixture(scope="module")
 def whole(workspace: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Configuration of an undisturbed run on two ranks, which is done."""
+    """Configuration of a finished run on two ranks that was never interrupted."""
     config = write_config(workspace, tmp_path_factory.mktemp("universal"), **OPTIONS)
     run_ranks(f"{WORKER}go_on", 2, timeout_s=300, config_path=str(config), name="whole")
     return config
 
 
 def assert_near(directory: Path, reference: Path) -> None:
-    """Equal but for rounding: integers and hashes to the last one, numbers to 1e-5."""
+    """Check that two ledgers are equal: floating-point numbers to 1e-5, everything else exactly."""
     ours, theirs = without_clock(directory), without_clock(reference)
     assert len(ours) == len(theirs)
     for line, expected in zip(ours, theirs, strict=True):
@@ -60,7 +60,7 @@ def test_two_ranks_then_others(whole: Path, ranks: int) -> None:
     run_ranks(f"{WORKER}go_on", ranks, timeout_s=300, config_path=str(whole), name=name)
     directory = run_dir(str(whole), name)
     assert_near(directory, run_dir(str(whole), "whole"))
-    # The universal one is gone: a newer checkpoint is complete.
+    # The universal checkpoint is removed once a newer checkpoint is complete.
     assert not list((directory / "checkpoints").glob("universal-*"))
 
 

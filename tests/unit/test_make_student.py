@@ -1,4 +1,4 @@
-"""tools/make_student.py: a student cut out of a teacher, held against models that are built without the rest."""
+"""tools/make_student.py prunes a teacher to the same student as a model that is built without the removed parts."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def batches() -> list[torch.Tensor]:
 
 
 def built_without(model: Any, kept: Sequence[int]) -> Any:
-    """A new model of the kept layers alone, its weights copied by name: none of the tool's code."""
+    """Build a new model of the kept layers only, with its weights copied by name, without using the tool's code."""
     config = copy.deepcopy(model.config)
     config.num_hidden_layers = len(kept)
     if getattr(config, "layer_types", None):
@@ -72,17 +72,17 @@ def built_without(model: Any, kept: Sequence[int]) -> Any:
     result = AutoModelForCausalLM.from_config(config).eval()
     weights = {}
     for name, value in model.state_dict().items():
-        if found := re.search(r"\.layers\.(\d+)\.", name):
-            if int(found[1]) not in kept:
+        if match := re.search(r"\.layers\.(\d+)\.", name):
+            if int(match[1]) not in kept:
                 continue
-            name = name.replace(found[0], f".layers.{kept.index(int(found[1]))}.")
+            name = name.replace(match[0], f".layers.{kept.index(int(match[1]))}.")
         weights[name] = value
     result.load_state_dict(weights)
     return result
 
 
 def loss_of(model: Any, texts: Sequence[torch.Tensor]) -> float:
-    """Mean over tokens, by the loss that transformers computes itself."""
+    """Return the mean loss over tokens, from the loss that transformers computes."""
     with torch.no_grad():
         sums = [float(model(input_ids=ids, labels=ids).loss) * ids[:, 1:].numel() for ids in texts]
     return sum(sums) / sum(ids[:, 1:].numel() for ids in texts)
@@ -100,7 +100,7 @@ def others(number: int) -> list[int]:
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One token a byte."""
+    """A tokenizer that makes one token of each byte."""
     folder = tmp_path_factory.mktemp("tokenizer")
     result = Tokenizer(models.BPE())
     result.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -126,7 +126,7 @@ def save(model: Any, tokenizer: Path, folder: Path) -> Path:
 
 
 def cut(teacher: Path, text: Path, out: Path, *options: str) -> int:
-    """Run the tool with 4 samples of 32 tokens."""
+    """Run the tool on 4 samples of 32 tokens, and return its exit code."""
     size = ["--samples", "4", "--sequence-length", "32"]
     return main(["--teacher", str(teacher), "--out", str(out), "--text", str(text), *size, *options])
 
@@ -147,7 +147,7 @@ def test_leaving_out_a_layer_computes_the_layers_after_it_alone() -> None:
     for number, layer in enumerate(model.base_model.layers):
         layer.register_forward_hook(lambda *_, number=number: calls.append(number))
     pruning.losses_without_each(model, batches()[:1])
-    # Layer n runs in the whole model's pass and for each of the n layers before it that is left out.
+    # Layer n is computed in the complete model's pass, and once for each of the n layers before it that is left out.
     assert [calls.count(number) for number in range(LAYERS)] == [1 + number for number in range(LAYERS)]
 
 
@@ -205,7 +205,7 @@ def test_the_student_is_the_model_of_the_layers_kept(
 def test_weights_keep_their_dtype_and_bits(tokenizer: Path, text: Path, tmp_path: Path) -> None:
     model = random_model("llama").to(torch.bfloat16)
     teacher, out = save(model, tokenizer, tmp_path / "teacher"), tmp_path / "student"
-    out.mkdir()  # an empty one may be there
+    out.mkdir()  # an empty directory is accepted
     assert cut(teacher, text, out, "--layers", "3") == 0
     stored = load_file(out / "model.safetensors")
     expected = built_without(model, [0, 1, LAYERS - 1]).to(torch.bfloat16).state_dict()
@@ -265,7 +265,7 @@ def test_a_student_from_shards_is_ready_for_a_run(workspace: Path, tmp_path: Pat
 
 
 def error_of(capsys: pytest.CaptureFixture[str], code: int) -> str:
-    """What the user reads; checks that it is one line and that the code is 2."""
+    """Return the message that the user reads, after checking that it is one line and that the exit code is 2."""
     error = capsys.readouterr().err.splitlines()
     assert code == 2 and error[-1].startswith("error: "), error
     assert sum(line.startswith(("error", "Traceback")) for line in error) == 1, error
@@ -325,7 +325,7 @@ def test_a_student_that_its_files_do_not_give_is_refused(
     tokenizer: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     keep_layers = pruning.keep_layers
-    # As a configuration that says less of a layer than its place did.
+    # The changed configuration describes a model with other results.
     monkeypatch.setattr(pruning, "keep_layers", lambda *given: keep_layers(*given) | {"rope_theta": 7.0})
     teacher, out = save(random_model("llama"), tokenizer, tmp_path / "teacher"), tmp_path / "student"
     assert "layers depend on their places" in error_of(capsys, cut(teacher, text, out, "--layers", "4"))

@@ -1,4 +1,4 @@
-"""Seconds and peaks of a step's parts."""
+"""The stage clock sums seconds and keeps peak memory for each stage of a step."""
 
 from __future__ import annotations
 
@@ -43,17 +43,17 @@ def test_a_peak_belongs_to_the_stage_that_it_was_reached_in() -> None:
     clock = StageClock("cpu", measure_memory=True)
 
     def hold(megabytes: int) -> None:
-        np.ones(megabytes * 2**20, np.uint8).sum()  # freed at once: as large a block is given back
+        np.ones(megabytes * 2**20, np.uint8).sum()  # a block of this size is given back as soon as it is freed
 
     with clock.stage("forward"):
         hold(64)
         with clock.stage("head"):
             hold(256)
-        with clock.waiting("gather"):  # too many and short for a look at the memory
+        with clock.waiting("gather"):  # waits are too many and too short to read the memory
             hold(128)
     peaks = clock.take_peaks()
     assert set(peaks) == {OTHER, "forward", "head"}
     assert peaks["head"] - peaks["forward"] == pytest.approx(128 * 2**20, rel=0.1)
     with clock.stage("forward"):
         pass
-    assert clock.take_peaks()["forward"] < peaks["forward"] - 100 * 2**20, "a peak begins anew with each step"
+    assert clock.take_peaks()["forward"] < peaks["forward"] - 100 * 2**20, "each step begins a new peak"

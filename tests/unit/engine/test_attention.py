@@ -1,4 +1,4 @@
-"""Masks: none where attention is plainly causal, transformers' own where it is not, the same numbers in both."""
+"""Attention has no mask where it is simply causal and transformers' own mask elsewhere, with the same results."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def _own_masks() -> Iterator[None]:
 
 @pytest.fixture
 def masks(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor | None]:
-    """The mask of each call of torch's attention."""
+    """The masks that torch's attention is called with, one for each call."""
     seen: list[torch.Tensor | None] = []
     attention = torch.nn.functional.scaled_dot_product_attention
 
