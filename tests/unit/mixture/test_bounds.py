@@ -7,7 +7,7 @@ from typing import Any, get_args
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ddk_ds.config.sections import ControllerKind
@@ -84,6 +84,7 @@ def test_a_fork_that_excludes_a_domain_divides_its_proportion() -> None:
     np.testing.assert_allclose(decision.proportions, [1 / 3, 0, 1 / 3, 1 / 3], rtol=1e-14)
 
 
+@settings(deadline=None)
 @given(perplexities, perplexities, st.lists(st.floats(0, 0.25), min_size=4, max_size=4))
 def test_floors_hold_in_every_interval(first: Any, second: Any, least: list[float]) -> None:
     floors = dict(zip(NAMES, least, strict=True))
@@ -93,6 +94,7 @@ def test_floors_hold_in_every_interval(first: Any, second: Any, least: list[floa
         np.testing.assert_allclose(proportions.sum(1), 1, rtol=1e-12)
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(0, 1000), min_size=4, max_size=4).filter(any), st.lists(st.floats(0, 0.25), min_size=4))
 def test_raising_to_a_floor_keeps_the_ratios_of_the_others(weights: list[int], least: list[float]) -> None:
     before, least = np.array(weights) / sum(weights), least[:4]

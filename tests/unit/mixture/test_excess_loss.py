@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ddk_ds.errors import ConfigError, DataError
@@ -35,6 +35,7 @@ def doremi(proportions: list[float], student: list[float], reference: list[float
     return [(1 - c) * value / sum(raised) + c * (1 / len(raised)) for value in raised]
 
 
+@settings(deadline=None)
 @given(losses, losses, st.floats(0, 3), st.floats(0, 1))
 def test_updates_are_the_papers(student: list[float], teacher: list[float], eta: float, c: float) -> None:
     proportions = [0.1, 0.3, 0.6]
