@@ -16,7 +16,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 from ddk_ds.data.tokenizer import load_tokenizer
 from ddk_ds.errors import ConfigError, DataError
 from tools.bench import fetch_smollm2
-from tools.bench import gguf_model as conversion
 
 needs_gguf = pytest.mark.skipif(find_spec("gguf") is None, reason="gguf is not installed: pip install -e '.[gguf]'")
 
@@ -103,7 +102,7 @@ def write_gguf(path: Path, model: LlamaForCausalLM, *, pre: str = "smollm", with
 @needs_gguf
 def test_the_model_and_its_tokenizer(tmp_path: Path) -> None:
     model, out = tiny_model(), tmp_path / "out"
-    converted = conversion.convert_gguf(write_gguf(tmp_path / "tiny.gguf", model), out)
+    converted = fetch_smollm2.convert_gguf(write_gguf(tmp_path / "tiny.gguf", model), out)
     assert (converted.num_parameters, converted.vocab_size) == (model.num_parameters(), len(TOKENS))
     reloaded = AutoModelForCausalLM.from_pretrained(out)
     input_ids = torch.randint(len(TOKENS), (2, 20), generator=torch.Generator().manual_seed(1))
@@ -128,15 +127,15 @@ def test_the_model_and_its_tokenizer(tmp_path: Path) -> None:
 @needs_gguf
 def test_perplexity_is_the_windows_own(tmp_path: Path) -> None:
     model, out = tiny_model(), tmp_path / "out"
-    conversion.convert_gguf(write_gguf(tmp_path / "tiny.gguf", model), out)
+    fetch_smollm2.convert_gguf(write_gguf(tmp_path / "tiny.gguf", model), out)
     text = "hello hell 1234 " * 20
     ids = torch.tensor(AutoTokenizer.from_pretrained(out)(text)["input_ids"])[:96].reshape(3, 32)
     with torch.no_grad():
         expected = model(ids, labels=ids).loss.exp().item()
-    measured = conversion.perplexity(out, text, context_tokens=32, max_tokens=100)
+    measured = fetch_smollm2.perplexity(out, text, context_tokens=32, max_tokens=100)
     assert measured == pytest.approx(expected, rel=1e-5)
     with pytest.raises(DataError, match="fewer than one window of 512"):
-        conversion.perplexity(out, "hello")
+        fetch_smollm2.perplexity(out, "hello")
 
 
 @needs_gguf
@@ -150,7 +149,7 @@ def test_perplexity_is_the_windows_own(tmp_path: Path) -> None:
 def test_another_kind_of_file_is_refused(tmp_path: Path, change: dict[str, str], says: str) -> None:
     path = write_gguf(tmp_path / "tiny.gguf", tiny_model(), **change)  # type: ignore[arg-type]
     with pytest.raises(DataError, match=says):
-        conversion.convert_gguf(path, tmp_path / "out")
+        fetch_smollm2.convert_gguf(path, tmp_path / "out")
     assert sorted(found.name for found in tmp_path.iterdir()) == ["tiny.gguf"]
 
 
@@ -160,7 +159,7 @@ def test_damage_is_named(tmp_path: Path) -> None:
     for data in (b"no such thing", path.read_bytes()[:200], path.read_bytes()[:-500]):
         path.write_bytes(data)
         with pytest.raises(DataError, match=r"tiny\.gguf"):
-            conversion.convert_gguf(path, tmp_path / "out")
+            fetch_smollm2.convert_gguf(path, tmp_path / "out")
 
 
 @needs_gguf
@@ -186,13 +185,13 @@ def test_the_tool_takes_the_package_that_is_there(
 def test_without_gguf_the_fix_is_said_before_anything_is_downloaded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(conversion.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(fetch_smollm2.importlib.util, "find_spec", lambda name: None)
     assert fetch_smollm2.main(["--out", str(tmp_path / "out")]) == 2
     error = capsys.readouterr().err
     assert "pip install -e '.[gguf]'" in error
     assert error.count("\n") == 1
     with pytest.raises(ConfigError, match="needs the package gguf"):
-        conversion.convert_gguf(tmp_path / "x.gguf", tmp_path / "out")
+        fetch_smollm2.convert_gguf(tmp_path / "x.gguf", tmp_path / "out")
 
 
 def test_the_english_is_prose_enough() -> None:
