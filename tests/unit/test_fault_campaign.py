@@ -9,7 +9,7 @@ import pytest
 
 from ddk_ds.files import size_and_xxh64
 from tools.bench.fault_campaign import Outcome, compare, resumed_from, summary
-from tools.bench.faults import KINDS, MOMENTS, whole_checkpoints
+from tools.bench.faults import KINDS, MOMENTS, intact_checkpoints
 
 
 def write_ledger(run_dir: Path, *losses: float, tokens: int = 7) -> Path:
@@ -37,7 +37,7 @@ def test_a_checkpoint_is_whole_by_its_hashes(tmp_path: Path) -> None:
         (directory / "manifest.json").write_text(json.dumps({"files": files}))
     (directory / "shard").write_bytes(b"harmes")
     (tmp_path / "checkpoints/step-3").mkdir()
-    assert [path.name for path in whole_checkpoints(tmp_path)] == ["step-1"]
+    assert [path.name for path in intact_checkpoints(tmp_path)] == ["step-1"]
 
 
 def test_only_the_last_start_counts(tmp_path: Path) -> None:

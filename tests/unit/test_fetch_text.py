@@ -180,7 +180,7 @@ def test_what_is_there_is_not_fetched_again(
     monkeypatch.setenv("PATH", "")
     (place / "list.yaml").write_text(yaml.safe_dump(spec(max_chars=30)))
     assert fetch_text.main(arguments) == 2
-    assert capsys.readouterr().err.startswith("fetch_text: debian:books needs apt-get, which is not here")
+    assert capsys.readouterr().err.startswith("fetch_text: debian:books needs apt-get, which is not installed")
     (place / "list.yaml").write_text(yaml.safe_dump(spec()))
     assert fetch_text.main(arguments) == 0
     write(place / "text/book.jsonl", "{}\n")

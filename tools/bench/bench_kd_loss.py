@@ -1,10 +1,10 @@
-"""Time, memory and error of the distillation head, beside other projects' losses and the bare matmuls.
+"""Compare time, memory and error of the distillation loss with other projects' losses and the bare matmuls.
 
     python -m tools.bench.bench_kd_loss [--case 4096,50257,768,1600] --json bench.json --picture bench.png
     python -m tools.bench.bench_kd_loss --near-teacher --json near.json --picture near.png
 
-What is computed: CE + gamma * T^2 * KL(teacher || student) from hidden states, and its gradients to the student's
-hidden states and head weight. Projects that are not installed are listed with the reason: liger-kernel, trl, torchtune.
+Each computes CE + gamma * T^2 * KL(teacher || student) from hidden states, and its gradients to the student's hidden
+states and head weight. Projects that are not installed (liger-kernel, trl, torchtune) are listed with the reason.
 """
 
 from __future__ import annotations
@@ -40,11 +40,11 @@ FLOORS = ("floor_whole", "floor_chunked")
 NAMES = ("floor", *(name for name in IMPLEMENTATIONS if name not in FLOORS))
 NEAR_NAMES = ("ours", "ours_model_dtype", "naive", "liger", "trl")
 NEAR_KL = [10 ** (1 - 5 * i / 8) for i in range(9)]  # 10 to 1e-4 nats per token
-# Relative errors of the loss and of its gradients that "ours" must keep to at every KL.
+# Bounds of the relative errors of the loss and of its gradients, which "ours" must meet at every KL.
 BOUNDS = {"loss_error": 1e-4, "grad_error": 5e-3}
 COLOURS = ("#0072B2", "#56B4E9", "#E69F00", "#D55E00", "#009E73")  # Okabe and Ito's
 CPU_FLAGS = ("avx2", "avx512f", "avx512_bf16", "avx512_fp16", "amx_tile", "amx_bf16")
-# Titles of a table of cases: key of the JSON, unit, format.
+# Columns of the table of cases: title, and key in the JSON, unit and format.
 COLUMNS = {
     "time s": ("time_s", 1, ".3f"),
     "wall s": ("wall_s", 1, ".3f"),
@@ -57,7 +57,7 @@ COLUMNS = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Returns the exit code: 0, 1 where this project's own loss fails, 2 for an error that the user can mend."""
+    """Run the benchmark. Returns 0, 1 if this project's loss fails, or 2 after an error that the user can fix."""
     options = _parse(arguments)
     torch.set_num_threads(options.threads)
     try:
@@ -70,14 +70,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--case", action="append", default=[], metavar="n,V,Hs,Ht[,dtype]", help="sizes; repeatable")
-    parser.add_argument("--only", action="append", choices=NAMES, help="this loss; repeatable (default: all)")
+    parser.add_argument("--only", action="append", choices=NAMES, help="a loss to measure; repeatable (default: all)")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", choices=("cpu", "cuda"), default=device, help="default: %(default)s")
-    parser.add_argument("--repeats", type=int, default=5, choices=range(1, 100), metavar="N", help="timed calls each")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of the CPU")
+    parser.add_argument(
+        "--repeats", type=int, default=5, choices=range(1, 100), metavar="N", help="number of timed calls of each loss"
+    )
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="number of CPU threads")
     parser.add_argument("--gamma", type=float, default=0.5, help="weight of the KL (default: %(default)s)")
-    parser.add_argument("--temperature", type=float, default=1.0, help="of both softmaxes (default: %(default)s)")
-    parser.add_argument("--near-teacher", action="store_true", help="errors of the KL alone, from 10 to 1e-4 nats")
+    parser.add_argument(
+        "--temperature", type=float, default=1.0, help="temperature of both softmaxes (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--near-teacher", action="store_true", help="measure the errors of the KL alone, from 10 to 1e-4 nats"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="file for the numbers")
     parser.add_argument("--picture", type=Path, metavar="FILE.png", help="file for a picture; needs matplotlib")
     return parser.parse_args(arguments)
@@ -121,12 +127,12 @@ def _about(options: argparse.Namespace) -> Row:
 
 
 def measure(case: Case, options: argparse.Namespace) -> list[Row]:
-    """One row for each implementation, printed as a table too."""
-    torch.compiler.reset()  # a second shape would make what is compiled general, and slower
+    """Measure every implementation on a case, print a table, and return a row for each."""
+    torch.compiler.reset()  # for a second shape, the compiler would generate general and slower code
     problem = kd_peers.make_problem(case, options.device, options.gamma, options.temperature)
     rows = _compare(_wanted(NAMES, case, options), problem, case, options)
     ready = [row for row in rows if row["grad_error"] is not None]
-    # Rounds, so that a change of the machine's speed hits all alike.
+    # In rounds, so that a change of the machine's speed affects all alike.
     rounds = [[_seconds(IMPLEMENTATIONS[row["impl"]].run, problem) for row in ready] for _ in range(options.repeats)]
     for row, *pairs in zip(ready, *rounds, strict=True):
         row["time_s"], row["wall_s"] = (median(part) for part in zip(*pairs, strict=True))
@@ -150,7 +156,10 @@ def measure(case: Case, options: argparse.Namespace) -> list[Row]:
 
 
 def near_teacher(case: Case, options: argparse.Namespace) -> list[Row]:
-    """Errors of the KL alone (ce_weight 0) while the student nears the teacher: rows by KL and implementation."""
+    """Measure the errors of the KL alone while the student approaches the teacher.
+
+    Returns a row for each KL and implementation.
+    """
     if case.student != case.teacher:
         raise ConfigError(f"--case has sizes {case.student} and {case.teacher}: near the teacher both share one head")
     names, rows = _wanted(NEAR_NAMES, case, options), []
@@ -174,37 +183,39 @@ def _wanted(names: Sequence[str], case: Case, options: argparse.Namespace) -> li
 
 
 def _compare(names: list[str], problem: Problem, case: Case, options: argparse.Namespace) -> list[Row]:
-    """Rows without times: each implementation is called once, and held against float64."""
+    """Call each implementation once, and return rows with its errors against float64, still without times."""
     target, rows = kd_peers.truth(problem), []
     shape: Row = {"device": options.device, "dtype": case.dtype, "n": case.n, "vocab": case.vocab}
     shape["hidden"] = [case.student, case.teacher]
     empty = dict.fromkeys(key for key, *_ in COLUMNS.values()) if problem.ce_weight else {"kl": target.kl}
     for name in names:
-        one = IMPLEMENTATIONS[name]
-        result, fault = _attempt(one.run, problem)
-        loss, grad = (None, None) if result is None else kd_peers.errors(result, target, one, problem.kd_weight)
-        rows.append({"impl": name, **shape, **empty, "loss_error": loss, "grad_error": grad, "note": fault or one.note})
+        peer = IMPLEMENTATIONS[name]
+        result, fault = _attempt(peer.run, problem)
+        loss, grad = (None, None) if result is None else kd_peers.errors(result, target, peer, problem.kd_weight)
+        rows.append(
+            {"impl": name, **shape, **empty, "loss_error": loss, "grad_error": grad, "note": fault or peer.note}
+        )
     return rows
 
 
 def _attempt(function: Callable[..., Any], *arguments: Any) -> tuple[Any, str]:
-    """(value, "") or (None, why not): a peer that fails is a line of the table, not the end."""
+    """Call a function. Returns (value, "") or, if it raises, (None, reason), so that a failing peer is only a row."""
     try:
         return function(*arguments), ""
     except Exception as error:
-        what = "not installed" if isinstance(error, ImportError) else f"failed: {type(error).__name__}"
-        return None, f"{what}: {' '.join(str(error).split())[:160]}"
+        reason = "not installed" if isinstance(error, ImportError) else f"failed: {type(error).__name__}"
+        return None, f"{reason}: {' '.join(str(error).split())[:160]}"
 
 
 def _seconds(run: Callable[[Problem], Result], problem: Problem) -> tuple[float, float]:
-    """(CPU time of all threads; wall time) of one call; on a GPU its own time, twice."""
+    """Return CPU time of all threads and wall time of one call, in seconds; on a GPU, twice the GPU's time."""
     if not problem.labels.is_cuda:
         wall, cpu = time.perf_counter(), time.process_time()
         run(problem)
         return time.process_time() - cpu, time.perf_counter() - wall
     torch.cuda.synchronize()
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda._sleep(5_000_000)  # it works on, as in training, while Python prepares the call
+    torch.cuda._sleep(5_000_000)  # keeps the GPU busy, as in training, while Python prepares the call
     start.record()
     run(problem)
     end.record()
@@ -213,18 +224,21 @@ def _seconds(run: Callable[[Problem], Result], problem: Problem) -> tuple[float,
 
 
 def _peak_in_child(name: str, case: Case, options: argparse.Namespace) -> int:
-    """In a process of its own: what others leave in this one's heap would hide a part."""
+    """Return the peak memory in bytes, measured in a new process, whose heap holds nothing of other calls."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         return pool.submit(_peak_bytes, name, case, options).result()
 
 
 def _peak_bytes(name: str, case: Case, options: argparse.Namespace) -> int:
-    """Peak memory of a second call over inputs and the two gradients; what the first one kept for it counts."""
+    """Return the peak memory in bytes of a second call, without inputs and gradients.
+
+    Memory that the first call has kept for the second is included.
+    """
     torch.set_num_threads(options.threads)
     run = IMPLEMENTATIONS[name].run
     shapes = (case._replace(n=16, vocab=min(case.vocab, 256)), case)
     small, problem = (kd_peers.make_problem(s, options.device, options.gamma, options.temperature) for s in shapes)
-    run(small)  # loads libraries, which are not the call's memory
+    run(small)  # loads libraries, whose memory does not count
     torch.compiler.reset()
     before = _settled_bytes(options.device)
     run(problem)
@@ -250,8 +264,8 @@ def _title(row: Row) -> str:
     return "n {n}, V {vocab}, hidden sizes {hidden}, {dtype}".format(**row)
 
 
-def _print(table: Table, rows: list[Row], what: str) -> None:
-    table.title, table.title_justify = f"{_title(rows[0])}: {what}", "left"
+def _print(table: Table, rows: list[Row], content: str) -> None:
+    table.title, table.title_justify = f"{_title(rows[0])}: {content}", "left"
     for column in table.columns[1:]:
         column.justify, column.overflow = "right", "fold"
     notes = dict.fromkeys(f"{row['impl']}: {row['note']}" for row in rows)
@@ -260,13 +274,13 @@ def _print(table: Table, rows: list[Row], what: str) -> None:
 
 def _draw_near(rows: list[Row], plt: Any) -> Any:
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
-    for axis, (key, bound), what in zip(axes, BOUNDS.items(), ("KL", "its gradients"), strict=True):
+    for axis, (key, bound), quantity in zip(axes, BOUNDS.items(), ("KL", "its gradients"), strict=True):
         for name, colour, style in zip(NEAR_NAMES, COLOURS, ("o-", "s:", "D--", "^-", "v-"), strict=True):
             part = [row for row in rows if row["impl"] == name and row[key] is not None]
             x, y = [row["kl"] for row in part], [row[key] for row in part]
             axis.loglog(x, y, style, color=colour, fillstyle="none", label=name if part else f"{name}: no result")
         axis.axhline(bound, color="black", linestyle="--", label=f"bound of ours: {bound:g}")
-        axis.set(xlabel="KL(teacher || student) [nats per token]", ylabel=f"relative error of {what}")
+        axis.set(xlabel="KL(teacher || student) [nats per token]", ylabel=f"relative error of {quantity}")
         axis.legend(fontsize="small")
     return figure
 
@@ -284,7 +298,7 @@ def _draw_cases(rows: list[Row], plt: Any) -> Any:
             axis.bar_label(bars, [_text(number, form) for number in numbers], padding=3)
             axis.margins(x=0.15)
         pair[0].set(title=case, xlabel="time [s]")
-        pair[1].set_xlabel("peak memory beside inputs and gradients [MB]")
+        pair[1].set_xlabel("peak memory without inputs and gradients [MB]")
     return figure
 
 

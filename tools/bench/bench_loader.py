@@ -1,9 +1,9 @@
-"""How fast samples come: this project's loader, mosaicml-streaming's own, and a bare memory map as the floor.
+"""Compare the speed of this project's loader, mosaicml-streaming's loader, and a bare memory map as the floor.
 
     python -m tools.bench.bench_loader [--samples 20000] --json FILE
 
-Random shards of uint16 tokens are written to a temporary directory; all three read the same samples in the same order
-in one run. Then: the first batch of an interval, and the seconds that planning an interval takes.
+All three read the same random samples of uint16 tokens in one run. Also measured are the time to an interval's first
+batch, and the time and memory that planning an interval takes.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ PLANNED_SAMPLES = 1000 * 1024
 
 
 def make_data(root: Path, num_samples: int, length: int) -> None:
-    """Domains of random tokens."""
+    """Write prepared data with domains of random tokens to `root`."""
     generator = np.random.default_rng(0)
     domains = {}
     for number in range(NUM_DOMAINS):
@@ -65,7 +65,7 @@ def make_data(root: Path, num_samples: int, length: int) -> None:
 
 
 def order_of(dataset: MixtureDataset, num_samples: int) -> Ids:
-    """An interval over all domains alike, as training has it."""
+    """Return the sample ids of an interval with equal proportions, in the order of training."""
     orders = [DomainOrder(name, sizes, seed=0) for name, sizes in zip(dataset.names, dataset.shard_sizes, strict=True)]
     entries = [{"name": n, "num_samples": int(s), "sha": ""} for n, s in zip(dataset.names, dataset.sizes, strict=True)]
     state = IntervalState.new(entries, seed=0).advance([1 / len(orders)] * len(orders), num_samples)  # type: ignore[arg-type]
@@ -73,7 +73,7 @@ def order_of(dataset: MixtureDataset, num_samples: int) -> Ids:
 
 
 def read_ours(root: Path, ids: Ids, workers: int, cache: Path | None, limit_gb: float | None) -> tuple[float, float]:
-    """(seconds to the first batch, seconds in all)."""
+    """Read by this project's loader. Returns the seconds to the first batch, and the seconds in total."""
     store = None if cache is None else CachedStore(str(root), CacheOptions(cache, limit_gb, 60.0, 2))
     names = [f"domain{number}" for number in range(NUM_DOMAINS)]
     dataset = MixtureDataset(root if store is None else store, names)
@@ -84,7 +84,7 @@ def read_ours(root: Path, ids: Ids, workers: int, cache: Path | None, limit_gb: 
 def read_streaming(
     root: Path, ids: Ids, workers: int, cache: Path | None, limit_gb: float | None
 ) -> tuple[float, float]:
-    """mosaicml-streaming's StreamingDataset and StreamingDataLoader over the same domains, its own order."""
+    """Read by mosaicml-streaming's dataset and loader, in their own order. Returns what `read_ours` does."""
     from streaming import Stream, StreamingDataLoader, StreamingDataset
     from streaming.base.util import clean_stale_shared_memory
 
@@ -102,7 +102,7 @@ def read_streaming(
 
 
 class _Mapped(Dataset[torch.Tensor]):
-    """The samples as one memory-mapped matrix, without any check: what no reader can be faster than."""
+    """The samples as one memory-mapped matrix without any checks, which bounds the speed of every reader."""
 
     def __init__(self, path: Path, length: int) -> None:
         self._path, self._length = path, length
@@ -115,7 +115,7 @@ class _Mapped(Dataset[torch.Tensor]):
 
 
 def read_mapped(root: Path, ids: Ids, workers: int, length: int) -> tuple[float, float]:
-    """A DataLoader over a memory map."""
+    """Read by a DataLoader over a memory map. Returns what `read_ours` does."""
     started = time.perf_counter()
     batches = ids.reshape(-1, MICRO_BATCH).tolist()
     return _drain(started, DataLoader(_Mapped(root / "flat.bin", length), batch_sampler=batches, num_workers=workers))
@@ -131,20 +131,20 @@ def _drain(started: float, batches: Any) -> tuple[float, float]:
 
 
 def in_child(read: Callable[..., tuple[float, float]], *arguments: Any) -> tuple[float, float]:
-    """In a process of its own: no reader has the other's shared memory, workers or caches."""
+    """Call `read` in a new process, so that readers share no memory, workers or caches."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), _fork_workers) as pool:
         return pool.submit(read, *arguments).result()
 
 
 def _fork_workers() -> None:
-    """A spawned process would spawn its workers too, as a training process does not."""
+    """Make the workers of a spawned process forked, as those of a training process are."""
     multiprocessing.set_start_method("fork", force=True)
     warnings.filterwarnings("ignore", message="The given NumPy array is not writable")  # of streaming's loader
 
 
 @contextmanager
 def scratch(wanted: bool) -> Iterator[Path | None]:
-    """A new cache directory, or none."""
+    """Yield a new temporary directory for a cache, or None if none is wanted."""
     if not wanted:
         yield None
         return
@@ -153,29 +153,29 @@ def scratch(wanted: bool) -> Iterator[Path | None]:
 
 
 def measure(root: Path, ids: Ids, length: int, options: argparse.Namespace) -> list[Row]:
-    """One row for each reader, number of workers and way to hold the data; medians of the repeats."""
+    """Return a row for each reader, number of workers and kind of cache, with medians of the repeats."""
     rows: list[Row] = []
     total_bytes = len(ids) * length * 2
-    ways = (("local", None), ("cache", None), ("cache with a limit", max(total_bytes / 4, 8.0 * SHARD_BYTES) / 1e9))
+    small_cache_gb = max(total_bytes / 4, 8.0 * SHARD_BYTES) / 1e9
     for workers in (0, 2):
-        for way, limit in ways:
+        for source, limit in (("local", None), ("cache", None), ("cache with a limit", small_cache_gb)):
             readers: dict[str, Callable[..., tuple[float, float]]] = {"ours": read_ours, "streaming": read_streaming}
-            found: dict[str, list[tuple[float, float]]] = {name: [] for name in readers}
-            for _ in range(options.repeats):  # in turn, so that a change of the machine's speed hits all
+            times_by_reader: dict[str, list[tuple[float, float]]] = {name: [] for name in readers}
+            for _ in range(options.repeats):  # in turn, so that a change of the machine's speed affects all alike
                 for name, read in readers.items():
-                    with scratch(way != "local") as cache:
-                        found[name].append(in_child(read, root, ids, workers, cache, limit))
-                if way == "local":
+                    with scratch(source != "local") as cache:
+                        times_by_reader[name].append(in_child(read, root, ids, workers, cache, limit))
+                if source == "local":
                     mapped = in_child(read_mapped, root, ids, workers, length)
-                    found.setdefault("memory map", []).append(mapped)
-            for name, times in found.items():
-                seconds = median(total - first for first, total in times)  # workers' start is first_batch_s
+                    times_by_reader.setdefault("memory map", []).append(mapped)
+            for name, times in times_by_reader.items():
+                seconds = median(total - first for first, total in times)  # the workers' start is in first_batch_s
                 num_samples = len(ids) - MICRO_BATCH
                 rows.append(
                     {
                         "reader": name,
                         "workers": workers,
-                        "data": way,
+                        "data": source,
                         "samples_per_s": num_samples / seconds,
                         "tokens_per_s": num_samples * length / seconds,
                         "first_batch_s": median(first for first, _ in times),
@@ -185,7 +185,7 @@ def measure(root: Path, ids: Ids, length: int, options: argparse.Namespace) -> l
 
 
 def planning(num_domains: int) -> tuple[float, float]:
-    """(seconds, peak bytes) of planning an interval of 1,000 steps x 1,024 samples."""
+    """Plan an interval of 1,000 steps x 1,024 samples, and return the seconds and the peak memory in bytes."""
     orders = [DomainOrder(f"d{number}", [16_384] * 8, seed=0) for number in range(num_domains)]
     entries: Any = [{"name": order.name, "num_samples": order.num_samples, "sha": ""} for order in orders]
     offsets = np.arange(num_domains) * orders[0].num_samples
@@ -196,7 +196,7 @@ def planning(num_domains: int) -> tuple[float, float]:
     state.seal(interval_ids(orders, offsets, state))
     seconds = time.perf_counter() - started
     for order in orders:
-        order._pass = None  # planned anew, to see what it holds
+        order._pass = None  # planned again, to measure its memory
     tracemalloc.start()
     interval_ids(orders, offsets, state)
     peak = tracemalloc.get_traced_memory()[1]
@@ -205,13 +205,13 @@ def planning(num_domains: int) -> tuple[float, float]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure, print tables, write the JSON."""
+    """Measure all readers and the planning, print tables and write the JSON file. Returns 0."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--samples", type=int, default=16_384, help="of an interval (default: %(default)s)")
+    parser.add_argument("--samples", type=int, default=16_384, help="samples of an interval (default: %(default)s)")
     parser.add_argument("--sequence-length", type=int, default=2048, help="tokens of a sample (default: %(default)s)")
-    parser.add_argument("--repeats", type=int, default=3, help="of each reading (default: %(default)s)")
+    parser.add_argument("--repeats", type=int, default=3, help="number of readings of each kind (default: %(default)s)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="file for the numbers")
     options = parser.parse_args(arguments)
     unit = MICRO_BATCH * NUM_DOMAINS
@@ -236,7 +236,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def summarise(rows: list[Row], plans: dict[int, tuple[float, float]]) -> Row:
-    """What goes to the JSON file."""
+    """Return the content of the JSON file."""
     speed = {(row["reader"], row["workers"], row["data"]): row["samples_per_s"] for row in rows}
     return {
         "cores": len(os.sched_getaffinity(0)),
@@ -256,7 +256,7 @@ def summarise(rows: list[Row], plans: dict[int, tuple[float, float]]) -> Row:
 
 
 def show(result: Row, console: Console) -> None:
-    """The same as tables."""
+    """Print the result as a table, and the planning as lines."""
     table = Table("reader", "workers", "data", "samples/s", "tokens/s", "first batch ms")
     for row in result["cases"]:
         table.add_row(

@@ -1,9 +1,9 @@
-"""Time whole distillation steps side by side: this project's, bare passes of both models, a plain loop, TRL's trainers.
+"""Compare the time of distillation steps: this project's, bare passes of both models, a plain loop, TRL's trainers.
 
     python -m tools.bench.bench_step --json step.json --picture step.png
     python -m tools.bench.bench_step --trl-python trl-env/bin/python --json step.json --picture step.png
 
-docs/benchmarks.md says what is compared, and how to make an environment for TRL.
+docs/benchmarks.md describes what is compared, and how to make an environment for TRL.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).resolve().parents[2]
 OURS = ("floor", "kd", "cpt", "full_logits")
 TRLS = ("trl", "trl_gkd")
-# What it needs there beside TRL: this project's ddk_ds/engine/runtime.py, which starts its ranks too.
+# TRL's environment also needs the packages of ddk_ds/engine/runtime.py, which starts the ranks there.
 TRL_CHECK = """
 import importlib.metadata, json, trl, trl.experimental.gkd, xxhash
 trl.DistillationTrainer
@@ -56,7 +56,7 @@ NAMES = {
     "trl": "TRL, chunked loss",
     "trl_gkd": "TRL, GKD",
 }
-# Key, unit, format, and what it is.
+# Panels of the picture: key of the JSON, unit, format and label.
 PANELS = (("tokens_per_s", 1.0, ",.0f", "tokens/s"), ("peak_bytes", 1e9, ".2f", "peak memory of a rank, GB"))
 Row = dict[str, Any]
 
@@ -66,7 +66,7 @@ class RankFailed(UserError):
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Returns 0; 2 where a case failed of anything but memory."""
+    """Run the benchmark. Returns 0, or 2 after an error; a case that runs out of memory is no error."""
     options = _parse(arguments)
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 150)
     try:
@@ -83,28 +83,34 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: %(default)s")
-    parser.add_argument("--impl", nargs="+", choices=(*OURS, *TRLS), help="what to time (default: all that can run)")
+    parser.add_argument("--impl", nargs="+", choices=(*OURS, *TRLS), help="cases to time (default: all that can run)")
     parser.add_argument(
         "--variant",
         action="append",
         default=[],
         metavar="KEY=VALUE[,KEY=VALUE...]",
-        help="time kd once more, with this changed in its configuration; repeatable",
+        help="time kd again with this change of its configuration; repeatable",
     )
     parser.add_argument("--trl-python", type=Path, metavar="FILE", help="interpreter of an environment that has TRL")
     parser.add_argument("--ranks", type=positive, nargs="+", default=[1, 2], help="default: 1 2")
     parser.add_argument(
         "--accumulation", type=positive, nargs="+", default=[2], help="micro-batches a step (default: 2)"
     )
-    parser.add_argument("--tokens", type=positive, default=4096, help="of a step on one rank (%(default)s)")
-    parser.add_argument("--length", type=positive, default=512, help="of a sample (%(default)s)")
     parser.add_argument(
-        "--vocab", type=positive, help="tokens of the vocabulary (32000; 1000 of the sizes host and quick)"
+        "--tokens", type=positive, default=4096, help="tokens of a step on one rank (default: %(default)s)"
     )
-    parser.add_argument("--steps", type=positive, default=5, help="timed, after two more (%(default)s)")
-    parser.add_argument("--threads", type=positive, default=1, help="of each rank on a CPU (%(default)s)")
+    parser.add_argument("--length", type=positive, default=512, help="tokens of a sample (default: %(default)s)")
     parser.add_argument(
-        "--size", choices=SIZES, help="of both models (default: the device's; tools/bench/step_setting.py)"
+        "--vocab", type=positive, help="size of the vocabulary (default: 32000; 1000 with the sizes host and quick)"
+    )
+    parser.add_argument(
+        "--steps", type=positive, default=5, help="timed steps, after two untimed ones (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--threads", type=positive, default=1, help="threads of each rank on a CPU (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--size", choices=SIZES, help="size of both models in tools/bench/step_setting.py (default: the device's)"
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="file for the numbers")
     parser.add_argument("--picture", type=Path, metavar="FILE", help="file for a picture; needs matplotlib")
@@ -125,7 +131,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _run(options: argparse.Namespace, console: Console) -> Row:
-    """Measure every case; what has been measured is in the JSON file at any time."""
+    """Measure every case, and write the JSON file after each."""
     if options.picture and find_spec("matplotlib") is None:
         raise ConfigError("--picture needs matplotlib: pip install matplotlib, or leave it out")
     result: Row = {**describe(options.device), "threads": options.threads, "cases": []}
@@ -134,12 +140,12 @@ def _run(options: argparse.Namespace, console: Console) -> Row:
     with tempfile.TemporaryDirectory(prefix="bench-step-") as folder:
         console.print("models of random weights")
         precision = "bf16" if options.device == "cuda" else "fp32"
-        # In a process of its own: what that takes of a GPU or of the host is free again before anything is measured.
+        # In another process, so that its memory on GPU and host is free again before anything is measured.
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
             pool.submit(make_models, Path(folder), options.size, options.vocab, precision, options.device).result()
         cases = _cases(options, folder, precision)
         for case in cases:
-            case_config(case)  # a variant that is no configuration is known before anything is measured
+            case_config(case)  # raises an error of a variant before anything is measured
         for case in cases:
             console.print(
                 f"{case.impl} {', '.join(case.options)}, {case.ranks} ranks, {case.accumulation} micro-batches"
@@ -154,24 +160,24 @@ def _run(options: argparse.Namespace, console: Console) -> Row:
 
 
 def _check_trl(python: Path) -> Row:
-    """Versions in TRL's environment. Raises ConfigError where it cannot run the cases."""
+    """Return the versions in TRL's environment. Raises ConfigError if it cannot run the cases."""
     try:
-        # From the root directory, so that it is that environment's packages which are found.
-        found = subprocess.run([python.absolute(), "-c", TRL_CHECK], capture_output=True, text=True, cwd="/")
+        # From the root directory, so that only that environment's packages are imported.
+        done = subprocess.run([python.absolute(), "-c", TRL_CHECK], capture_output=True, text=True, cwd="/")
     except OSError as error:
         raise ConfigError(f"--trl-python {python}: cannot be run: {error}") from error
-    if found.returncode:
-        last = (found.stderr.strip().splitlines() or ["it printed nothing"])[-1]
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or ["it printed nothing"])[-1]
         raise ConfigError(
             f"--trl-python {python}: cannot import what TRL's cases need ({last}): "
             "pip install trl deepspeed datasets there (docs/benchmarks.md)"
         )
-    versions: Row = json.loads(found.stdout.strip().splitlines()[-1])
+    versions: Row = json.loads(done.stdout.strip().splitlines()[-1])
     return versions
 
 
 def _cases(options: argparse.Namespace, folder: str, precision: str) -> list[Case]:
-    """Every case; bare passes know one rank alone."""
+    """Return every case; bare passes run only on one rank."""
     return [
         Case(
             impl=impl,
@@ -187,56 +193,57 @@ def _cases(options: argparse.Namespace, folder: str, precision: str) -> list[Cas
         )
         for accumulation in options.accumulation
         for ranks in options.ranks
-        for impl, variant in [*((impl, "") for impl in options.impl), *(("kd", one) for one in options.variant)]
+        for impl, variant in [*((impl, "") for impl in options.impl), *(("kd", variant) for variant in options.variant)]
         if impl != "floor" or ranks == 1
     ]
 
 
 def _measure(case: Case, options: argparse.Namespace, device_name: str) -> Row:
-    """A row of the results; one without numbers where memory ran out. Raises RankFailed where a rank fails."""
+    """Measure a case, and return its row, without numbers if memory ran out. Raises RankFailed if a rank fails."""
     row: Row = {"impl": case.impl, "ranks": case.ranks, "accumulation": case.accumulation}
     setting = {key: value for key, value in asdict(case).items() if key not in (*row, "folder")}
-    nothing = dict.fromkeys(("tokens_per_s", "over_floor", "of_linear", "peak_bytes", "mfu", "step_s", "spread_s"))
-    row |= {**nothing, "tokens": case.tokens, "parts_s": {}, "error": None, **setting}
+    numbers = dict.fromkeys(("tokens_per_s", "over_floor", "of_linear", "peak_bytes", "mfu", "step_s", "spread_s"))
+    row |= {**numbers, "tokens": case.tokens, "parts_s": {}, "error": None, **setting}
     try:
-        found = _start(case, options)
+        measured = _start(case, options)
     except RankFailed as error:
         if "OutOfMemoryError" not in str(error):
             raise
         return {**row, "error": "out of memory"}
-    seconds = statistics.median(found["steps_s"])
-    names = dict.fromkeys(name for parts in found["parts_s"] for name in parts)
+    seconds = statistics.median(measured["steps_s"])
+    names = dict.fromkeys(name for parts in measured["parts_s"] for name in parts)
     return row | {
         "tokens_per_s": case.tokens / seconds,
-        "peak_bytes": found["peak_bytes"],
+        "peak_bytes": measured["peak_bytes"],
         "mfu": utilisation(case_flops(case), seconds, device_name),
         "step_s": seconds,
-        "spread_s": max(found["steps_s"]) - min(found["steps_s"]),
-        "parts_s": {name: statistics.median(parts.get(name, 0.0) for parts in found["parts_s"]) for name in names},
+        "spread_s": max(measured["steps_s"]) - min(measured["steps_s"]),
+        "parts_s": {name: statistics.median(parts.get(name, 0.0) for parts in measured["parts_s"]) for name in names},
     }
 
 
 def _start(case: Case, options: argparse.Namespace) -> Row:
-    """Start the ranks of a case, wait for them, and return what rank 0 found. Raises RankFailed where one fails."""
+    """Start the ranks of a case, wait for them, and return rank 0's result. Raises RankFailed if a rank fails."""
     ours: list[str | Path] = [sys.executable, "-m", "tools.bench.step_cases"]
     trls: list[str | Path] = [options.trl_python, "-m", "tools.bench.trl_peer"]
-    place: Row = {"WORLD_SIZE": case.ranks, "LOCAL_WORLD_SIZE": case.ranks, "MASTER_PORT": free_port()}
-    place |= {"OMP_NUM_THREADS": options.threads, "MASTER_ADDR": "127.0.0.1", "PYTHONPATH": ROOT}
+    variables: Row = {"WORLD_SIZE": case.ranks, "LOCAL_WORLD_SIZE": case.ranks, "MASTER_PORT": free_port()}
+    variables |= {"OMP_NUM_THREADS": options.threads, "MASTER_ADDR": "127.0.0.1", "PYTHONPATH": ROOT}
     with tempfile.TemporaryDirectory() as folder:
         result = Path(folder) / "result.json"
         command = [*(trls if case.impl in TRLS else ours), json.dumps(asdict(case)), result]
         logs = [Path(folder) / f"{rank}.txt" for rank in range(case.ranks)]
         workers = []
         for rank, log in enumerate(logs):
-            env = os.environ | {key: str(value) for key, value in (place | {"RANK": rank, "LOCAL_RANK": rank}).items()}
+            own = variables | {"RANK": rank, "LOCAL_RANK": rank}
+            env = os.environ | {key: str(value) for key, value in own.items()}
             with log.open("w") as output:
                 workers.append(subprocess.Popen(command, env=env, stdout=output, stderr=output))
         failed = wait_for(workers)
         if failed:
-            said = "\n".join(f"rank {rank} ended with {code}:\n{_end(logs[rank])}" for rank, code in failed.items())
-            raise RankFailed(f"{case.impl} on {case.ranks} ranks: {said}")
-        found: Row = json.loads(result.read_text())
-    return found
+            ends = "\n".join(f"rank {rank} ended with {code}:\n{_end(logs[rank])}" for rank, code in failed.items())
+            raise RankFailed(f"{case.impl} on {case.ranks} ranks: {ends}")
+        measured: Row = json.loads(result.read_text())
+    return measured
 
 
 def _end(log: Path) -> str:
@@ -244,9 +251,9 @@ def _end(log: Path) -> str:
 
 
 def wait_for(workers: Sequence[subprocess.Popen[bytes]]) -> dict[int, int]:
-    """Wait until all have ended; exit codes of the first that failed, by rank.
+    """Wait for the end of all ranks. Returns the exit codes of the ranks that failed first, by rank.
 
-    The others are ended then, and all are if this is interrupted: a rank whose fellow is gone waits for it in vain.
+    After a failure the other ranks are killed, since they would wait forever; so are all if this is interrupted.
     """
     try:
         while True:
@@ -263,20 +270,18 @@ def wait_for(workers: Sequence[subprocess.Popen[bytes]]) -> dict[int, int]:
 
 
 def relate(cases: Sequence[Row]) -> None:
-    """Add to each case its relation to the bare passes, and to as many ranks of its own that cost one another nothing.
+    """Add to each case its time relative to the bare passes, and its speed relative to linear scaling.
 
-    Every rank has the same number of tokens, so both are relations of tokens/s: `over_floor` is ranks x the floor's on
-    one rank over the case's, `of_linear` the case's over ranks x its own on one rank.
+    Every rank has the same number of tokens, so both are ratios of tokens/s: `over_floor` is ranks x the floor on one
+    rank / the case, `of_linear` is the case / (ranks x the same case on one rank).
     """
     speed = {(c["impl"], *c["options"], c["ranks"], c["accumulation"]): c["tokens_per_s"] for c in cases}
     for case in cases:
-        mine, ranks, accumulation = case["tokens_per_s"], case["ranks"], case["accumulation"]
-        floor, alone = (
-            speed.get(("floor", 1, accumulation)),
-            speed.get((case["impl"], *case["options"], 1, accumulation)),
-        )
-        case["over_floor"] = ranks * floor / mine if floor and mine else None
-        case["of_linear"] = mine / (ranks * alone) if alone and mine else None
+        own, ranks, accumulation = case["tokens_per_s"], case["ranks"], case["accumulation"]
+        floor = speed.get(("floor", 1, accumulation))
+        one_rank = speed.get((case["impl"], *case["options"], 1, accumulation))
+        case["over_floor"] = ranks * floor / own if floor and own else None
+        case["of_linear"] = own / (ranks * one_rank) if one_rank and own else None
 
 
 def _table(result: Row) -> Table:
@@ -305,11 +310,8 @@ def _table(result: Row) -> Table:
 
 
 def draw(result: dict[str, Any], path: Path) -> None:
-    """Write the picture of the benchmark's result, bars by implementation, ranks and micro-batches, to `path`.
-
-    Variants of a configuration are left to the table.
-    """
-    # Only here: numbers alone need no matplotlib.
+    """Write a picture with bars by implementation, ranks and micro-batches to `path`, without the variants of kd."""
+    # Imported here, since only a picture needs matplotlib.
     from matplotlib.figure import Figure
 
     cases = [case for case in result["cases"] if not case["options"]]
@@ -318,19 +320,19 @@ def draw(result: dict[str, Any], path: Path) -> None:
     height = 1.4 + len(impls) * (0.25 + 0.22 * len(kinds))
     figure = Figure(figsize=(2 * WIDTH, height), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
-    for axes, (key, unit, form, what) in zip((left, right), PANELS, strict=True):
-        for place, kind in enumerate(kinds):
-            found = [case for case in cases if (case["ranks"], case["accumulation"]) == kind]
-            _bars(axes, found, impls, place, len(kinds), (key, unit, form), label=_label(kind, kinds))
-        axes.set_xlabel(what)
+    for axes, (key, unit, form, label) in zip((left, right), PANELS, strict=True):
+        for index, kind in enumerate(kinds):
+            of_kind = [case for case in cases if (case["ranks"], case["accumulation"]) == kind]
+            _bars(axes, of_kind, impls, index, len(kinds), (key, unit, form), label=_label(kind, kinds))
+        axes.set_xlabel(label)
         axes.margins(x=0.18)
         tidy(axes, "x")
     left.set_yticks(range(len(impls)), [NAMES[impl] for impl in impls])
     left.invert_yaxis()
-    one = cases[0]
+    first = cases[0]
     setting = (
-        f"{result['device']}, {one['precision']}, {one['tokens'] // one['ranks']:,} tokens a step and rank, "
-        f"samples of {one['length']:,}, vocabulary {one['vocab_size']:,}"
+        f"{result['device']}, {first['precision']}, {first['tokens'] // first['ranks']:,} tokens a step and rank, "
+        f"samples of {first['length']:,}, vocabulary {first['vocab_size']:,}"
     )
     handles, labels = left.get_legend_handles_labels()
     look: dict[str, Any] = {"frameon": False, "fontsize": 9, "alignment": "left", "title_fontsize": 9}
@@ -349,19 +351,19 @@ def _bars(
     axes: Axes,
     cases: list[dict[str, Any]],
     impls: list[str],
-    place: int,
-    places: int,
+    index: int,
+    num_kinds: int,
     column: tuple[str, float, str],
     label: str,
 ) -> None:
-    """Bars of one number of ranks and micro-batches, the `place`-th of `places` beside one another."""
+    """Draw the bars of one number of ranks and micro-batches, which is kind `index` of `num_kinds`."""
     key, unit, form = column
-    thick = 0.8 / places
-    at = [impls.index(case["impl"]) + (place - (places - 1) / 2) * thick for case in cases]
+    thick = 0.8 / num_kinds
+    positions = [impls.index(case["impl"]) + (index - (num_kinds - 1) / 2) * thick for case in cases]
     values = [(case[key] or 0.0) / unit for case in cases]
-    bars = axes.barh(at, values, thick, label=label, linewidth=0.5, **bar_style(place))
-    words = [case["error"] or format(value, form) for case, value in zip(cases, values, strict=True)]
-    axes.bar_label(bars, words, padding=3, fontsize=8)
+    bars = axes.barh(positions, values, thick, label=label, linewidth=0.5, **bar_style(index))
+    texts = [case["error"] or format(value, form) for case, value in zip(cases, values, strict=True)]
+    axes.bar_label(bars, texts, padding=3, fontsize=8)
 
 
 if __name__ == "__main__":

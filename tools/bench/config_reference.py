@@ -35,11 +35,11 @@ _BOUNDS = {"ge": ">= {}", "gt": "> {}", "le": "<= {}", "lt": "< {}", "min_length
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Returns 0; with --check 1 where the page is not what the configuration says."""
+    """Write or check the page. Returns 0, or 1 if --check finds that the page is out of date."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--check", action="store_true", help="write nothing, say whether the page is up to date")
+    parser.add_argument("--check", action="store_true", help="write nothing, only check that the page is up to date")
     options = parser.parse_args(arguments)
     text = reference()
     if not options.check:
@@ -55,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def reference() -> str:
-    """The page."""
+    """Return the text of the page."""
     top = {name: field for name, field in Config.model_fields.items() if section_of(field) is None}
     parts = [_HEAD, "## The run\n", _table("", top)]
     for name, field in Config.model_fields.items():
@@ -68,9 +68,9 @@ def reference() -> str:
 
 
 def section_of(field: FieldInfo) -> type[BaseModel] | None:
-    """The section that a key of the run's holds, or None."""
+    """Return the section that is the value of a top-level key, or None if the value is no section."""
     options = (field.annotation, *get_args(field.annotation))
-    return next((one for one in options if isinstance(one, type) and issubclass(one, BaseModel)), None)
+    return next((kind for kind in options if isinstance(kind, type) and issubclass(kind, BaseModel)), None)
 
 
 def _table(prefix: str, fields: dict[str, FieldInfo]) -> str:
@@ -86,7 +86,7 @@ def _markdown(rows: Sequence[Sequence[str]]) -> str:
 
 
 def _kind(annotation: Any, metadata: Sequence[Any] = ()) -> str:
-    """A type in words: `Annotated[int, Field(ge=1)] | None` -> "integer >= 1, or null"."""
+    """Return a type in words: `Annotated[int, Field(ge=1)] | None` -> "integer >= 1, or null"."""
     bounds = ", ".join(_bounds(metadata))
     if get_origin(annotation) is Annotated:
         inner, *more = get_args(annotation)
@@ -96,13 +96,13 @@ def _kind(annotation: Any, metadata: Sequence[Any] = ()) -> str:
         case origin if origin is Literal:
             return ", ".join(f"`{value}`" for value in arguments)
         case origin if origin in (Union, types.UnionType):
-            return ", or ".join(_kind(one, metadata) if one is not type(None) else "null" for one in arguments)
+            return ", or ".join(_kind(part, metadata) if part is not type(None) else "null" for part in arguments)
         case origin if origin is dict:
             return f"mapping of {_kind(arguments[1])}"
         case origin if origin is tuple and arguments[-1] is Ellipsis:
             return f"list of {_kind(arguments[0])}"
         case origin if origin is tuple:
-            return f"[{', '.join(_kind(one) for one in arguments)}]"
+            return f"[{', '.join(_kind(part) for part in arguments)}]"
     return f"{_KINDS[annotation]} {bounds}".rstrip()
 
 

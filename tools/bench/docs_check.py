@@ -1,6 +1,4 @@
-"""The commands that a page of documentation shows, and the command lines that the tools take.
-
-Check every command, key, file and link that README.md, CONTRIBUTING.md and docs/ show, without running them.
+"""Check every command, key, file and link in README.md, CONTRIBUTING.md and docs/, without running the commands.
 
 python -m tools.bench.docs_check
 """
@@ -39,17 +37,19 @@ _INLINE = re.compile(rf"`((?:{'|'.join(PROGRAMS)}) [^`]+)`")
 
 @dataclass(frozen=True)
 class Command:
-    """One command of a page."""
+    """A command that a page shows."""
 
     line: int
     text: str
     script: str = ""
-    """What follows it up to END, for `python - <<'END'`."""
+    """The lines up to END, for `python - <<'END'`; else empty."""
 
     @property
     def words(self) -> list[str]:
-        """Its words, without variables before it. `[...]` is taken for given, of `a|b` the first, a name such as DIR
-        for any value. Raises ValueError where quotes do not close."""
+        """Return the command's words, without the variables before it. Raises ValueError if a quote does not close.
+
+        The content of `[...]` is kept, `a|b` becomes `a`, and a placeholder such as DIR becomes `1`.
+        """
         text = re.sub(r"\[((?:--|key=value)[^\]]*)\]", r"\1", self.text).replace("key=value", "")
         text = re.sub(r"\b(\w+)(?:\|\w+)+", r"\1", re.sub(r"<<'?\w+'?", "", text))
         words = shlex.split(text, comments=True)
@@ -59,7 +59,7 @@ class Command:
 
 
 def commands(text: str) -> Iterator[Command]:
-    """Those of indented blocks and of `code` in the text that begin with one of PROGRAMS."""
+    """Yield the commands in indented blocks and in `code` of a page that begin with one of PROGRAMS."""
     lines = text.split("\n")
     number = 0
     while number < len(lines):
@@ -91,13 +91,13 @@ def _begins_with_program(text: str) -> bool:
 
 
 class _Captured(BaseException):
-    """Carries a tool's parser out of its main()."""
+    """An exception that carries a tool's parser out of its main()."""
 
 
 def parser_of(path: Path) -> argparse.ArgumentParser | None:
-    """The parser that a script below the project's root makes; None: it takes no arguments.
+    """Return the parser of a script below the project's root, or None if it takes no arguments.
 
-    Nothing of it runs beyond the making of the parser.
+    The script's main() runs until it has made its parser.
     """
     if "ArgumentParser(" not in (ROOT / path).read_text(encoding="utf-8"):
         return None
@@ -119,20 +119,20 @@ def parser_of(path: Path) -> argparse.ArgumentParser | None:
 
 
 def scripts() -> list[Path]:
-    """Every script that a user starts, relative to the root."""
-    found = [path for tree in ("launch", "tools") for path in sorted((ROOT / tree).rglob("*.py"))]
+    """Return every script that a user can start, relative to the root."""
+    files = [path for tree in ("launch", "tools") for path in sorted((ROOT / tree).rglob("*.py"))]
     starts = re.compile(r"^if __name__ ==", re.MULTILINE)
-    return [path.relative_to(ROOT) for path in found if starts.search(path.read_text(encoding="utf-8"))]
+    return [path.relative_to(ROOT) for path in files if starts.search(path.read_text(encoding="utf-8"))]
 
 
 def parse(parser: argparse.ArgumentParser, words: Sequence[str]) -> argparse.Namespace:
-    """What the tool would take from its command line. Raises ValueError with argparse's own words."""
+    """Parse a tool's command line. Raises ValueError with argparse's message."""
     with _raising(parser):
         return parser.parse_intermixed_args(list(words))
 
 
 def unknown_options(parser: argparse.ArgumentParser, words: Sequence[str]) -> list[str]:
-    """The options among `words` that the tool does not have: for a command that is not shown whole."""
+    """Return the options among `words` that the tool lacks, for a command that is shown in part."""
     known = {option for action in parser._actions for option in action.option_strings}
     return [word for word in words if word.startswith("--") and word.partition("=")[0] not in known]
 
@@ -147,9 +147,9 @@ def _raising(parser: argparse.ArgumentParser) -> Iterator[None]:
 
 
 def help_faults(parser: argparse.ArgumentParser) -> list[str]:
-    """Where a tool's --help is not in the manner of all: a line about the tool, one for each argument."""
+    """Return the faults of a tool's --help, which must have a sentence about the tool and a line per argument."""
     first = (parser.description or "").strip().partition("\n")[0]
-    faults = [] if first.endswith((".", ".)")) else [f"{first!r} is no sentence that says what it does"]
+    faults = [] if first.endswith((".", ".)")) else [f"{first!r} is not a sentence"]
     for action in parser._actions:
         text, name = action.help, "/".join(action.option_strings) or str(action.metavar or action.dest)
         if isinstance(action, argparse._HelpAction) or text == argparse.SUPPRESS:
@@ -162,7 +162,7 @@ def help_faults(parser: argparse.ArgumentParser) -> list[str]:
 
 
 LAUNCHER_OPTIONS = {"--num_gpus": 1, "--num_nodes": 1, "--hostfile": 1, "--master_port": 1, "--quiet": 0}
-# What `key=value` sets; of all others the run's configuration.
+# The section that `key=value` belongs to, by tool; for all other tools, the run's configuration.
 OVERRIDDEN: dict[str, type[BaseModel]] = {"prepare_data": Recipe, "train_tokenizer": Recipe, "replay": Mixture}
 _PATH = re.compile(
     r"(?<![\w/.*-])((?:docs|tools|configs|ddk_ds|tests|launch)/[\w./-]+\.(?:md|py|yaml|json|png|sbatch))\b"
@@ -172,40 +172,40 @@ _KEY = re.compile(r"`([a-z]+)\.([a-z_]+)(?:=[^`]*|: [^`]*)?`")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Returns 0, or 1 where something on a page is not so; each is a line with page and line."""
+    """Print a line for each fault. Returns 0, or 1 if there is a fault."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("pages", nargs="*", type=Path, help="pages to check (default: all)")
     options = parser.parse_args(arguments)
     faults = [] if options.pages else [f"{path} --help: {fault}" for path in scripts() for fault in _help(path)]
-    found = 0
+    num_commands = 0
     for page in options.pages or pages():
         text = page.read_text(encoding="utf-8")
         shown = list(commands(text))
-        found += len(shown)
+        num_commands += len(shown)
         where = page.resolve().relative_to(ROOT) if page.resolve().is_relative_to(ROOT) else page
         faults += [f"{where}:{line}: {fault}" for line, fault in page_faults(page, text, shown)]
     for fault in faults:
         print(fault, file=sys.stderr)
-    print(f"{found} commands checked, {len(faults)} faults")
+    print(f"{num_commands} commands checked, {len(faults)} faults")
     return int(bool(faults))
 
 
 def pages() -> list[Path]:
-    """All pages of documentation but the log, which tells of what was."""
+    """Return all pages of documentation except the log, which describes older states."""
     docs = [path for path in sorted((ROOT / "docs").glob("*.md")) if path.name != "log.md"]
     return [path for path in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *docs) if path.is_file()]
 
 
 def page_faults(page: Path, text: str, shown: Sequence[Command]) -> Iterator[tuple[int, str]]:
-    """Line and fault of everything on a page that is not so."""
+    """Yield the line and the message of each fault of a page."""
     for command in shown:
         for fault in command_faults(command):
             yield command.line, f"{command.text}: {fault}"
     for number, line in enumerate(text.split("\n"), 1):
         for path in _PATH.findall(line):
-            if not (ROOT / path).exists() and (ROOT / path).parent.is_dir():  # else of another project
+            if _missing([path]) and (ROOT / path).parent.is_dir():  # else it is another project's
                 yield number, f"{path}: there is no such file"
         for link in _LINK.findall(line):
             if "://" not in link and not (page.parent / link).exists():
@@ -216,7 +216,7 @@ def page_faults(page: Path, text: str, shown: Sequence[Command]) -> Iterator[tup
 
 
 def command_faults(command: Command) -> list[str]:
-    """What is wrong with a command: a tool, target, option, configuration or key that is not there."""
+    """Return the faults of a command: a tool, target, option, configuration or key that does not exist."""
     try:
         program, *words = command.words
     except ValueError as error:
@@ -253,17 +253,19 @@ def _python_faults(words: Sequence[str], script: str) -> list[str]:
 
 
 def _launched_faults(words: Sequence[str]) -> list[str]:
-    left = list(words)
-    while left and left[0].startswith("-"):
-        option = left.pop(0)
+    rest = list(words)
+    while rest and rest[0].startswith("-"):
+        option = rest.pop(0)
         if option not in LAUNCHER_OPTIONS:
             return [f"{option}: not one of the launcher's options that are used here"]
-        del left[: LAUNCHER_OPTIONS[option]]
-    return _python_faults(left, "")
+        del rest[: LAUNCHER_OPTIONS[option]]
+    return _python_faults(rest, "")
 
 
 def _tool_faults(path: Path, words: Sequence[str]) -> list[str]:
     faults = _missing([word for word in words if word.startswith("configs/")])
+    if path.stem == "X":
+        return faults
     parser = _parser(path)
     if parser is None:
         return faults + [f"{path} takes no arguments" for _ in words[:1]]
@@ -307,8 +309,8 @@ def _pip_faults(words: Sequence[str]) -> list[str]:
 
 
 def _missing(paths: Sequence[str]) -> list[str]:
-    """Those that are not there; `$name` in one stands for anything."""
-    globs = {path: re.sub(r"\$\w+", "*", path) for path in paths}
+    """Return a fault for each path that does not exist; `$name` and `X` in a path stand for anything."""
+    globs = {path: re.sub(r"\$\w+|\bX\b", "*", path) for path in paths}
     return [f"{path}: there is no such file" for path, glob in globs.items() if not any(ROOT.glob(glob))]
 
 
@@ -324,8 +326,8 @@ def _parser(path: Path) -> argparse.ArgumentParser | None:
 
 @cache
 def _sections() -> dict[str, set[str]]:
-    found = {name: section_of(field) for name, field in Config.model_fields.items()}
-    return {name: set(section.model_fields) for name, section in found.items() if section is not None}
+    sections = {name: section_of(field) for name, field in Config.model_fields.items()}
+    return {name: set(section.model_fields) for name, section in sections.items() if section is not None}
 
 
 @cache

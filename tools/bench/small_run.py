@@ -1,6 +1,6 @@
-"""A small run on real text, made with the project's own tools: tokenizer, shards, two models, a configuration.
+"""A small run on real text for the fault campaign and the tests: tokenizer, shards, two models, a configuration.
 
-For the fault campaign and the tests; the text is that of the installed Python packages.
+They are made with the project's own tools; the text is that of the installed Python packages.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ MODELS = {"teacher": (48, 3), "student": (32, 2)}
 
 
 def run_tool(*command: str, check: bool = True) -> subprocess.CompletedProcess[str]:
-    """Run `python <command>` from the project's root."""
+    """Run `python <command>` from the project's root. Raises AssertionError with the output if `check` and it fails."""
     done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert not check or done.returncode == 0, f"{command}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
     return done
 
 
 def make_workspace(folder: Path) -> Path:
-    """Fill `folder` with tokenizer/, shards/, teacher/ and student/; returns it."""
+    """Write tokenizer/, shards/, teacher/ and student/ to `folder`, and return it."""
     folder.mkdir(parents=True, exist_ok=True)
     recipe = folder / "recipe.yaml"
     recipe.write_text(OmegaConf.to_yaml(OmegaConf.create(RECIPE)))
@@ -56,7 +56,10 @@ def make_workspace(folder: Path) -> Path:
 
 
 def write_config(workspace: Path, folder: Path, **sections: Any) -> Path:
-    """A run configuration over the workspace, its runs below `folder`; sections are merged in."""
+    """Write the configuration of a run with the workspace's models and data, and return its path.
+
+    The run's directory will be below `folder`. `sections` are merged into the configuration.
+    """
     values: dict[str, Any] = {
         "name": "run",
         "output_dir": str(folder / "runs"),
@@ -78,6 +81,6 @@ def write_config(workspace: Path, folder: Path, **sections: Any) -> Path:
 
 
 def without_clock(run_dir: Path) -> list[dict[str, Any]]:
-    """A run's ledger but for what the clock decides."""
+    """Return a run's ledger without the values that depend on the clock."""
     records = [json.loads(line) for line in (run_dir / "ledger.jsonl").read_text().splitlines()]
     return [{key: value for key, value in record.items() if key != "clock"} for record in records]

@@ -1,4 +1,4 @@
-"""One rank of tools/bench/bench_step.py: a distillation step in one of several ways, timed.
+"""One rank of tools/bench/bench_step.py: it times the distillation step of one implementation.
 
 RANK=0 WORLD_SIZE=1 ... python -m tools.bench.step_cases SPECIFICATION RESULT
 """
@@ -35,7 +35,7 @@ Step = Callable[[Sequence[torch.Tensor]], dict[str, float]]
 
 
 def main() -> None:
-    """Run the case of the environment's rank; rank 0 writes the result."""
+    """Run the case as the rank that the environment names; rank 0 writes the result."""
     case = Case(**json.loads(sys.argv[1]))
     runtime = start_runtime()
     result = run_case(case, runtime)
@@ -44,18 +44,18 @@ def main() -> None:
 
 
 def run_case(case: Case, runtime: Runtime) -> dict[str, Any]:
-    """Seconds of each timed step and of its parts, and the most memory that a rank has held."""
+    """Return the seconds of each timed step and of its parts, and the largest peak memory of a rank."""
     batches = _batches(case, runtime)
     step = _make_step(case, runtime)
     seconds, parts = [], []
     for number in range(case.warm_up + case.steps):
         synchronize(runtime)
         started = time.perf_counter()
-        found = step(batches)
+        part_seconds = step(batches)
         synchronize(runtime)
         if number >= case.warm_up:
             seconds.append(time.perf_counter() - started)
-            parts.append(found)
+            parts.append(part_seconds)
     return {"steps_s": seconds, "parts_s": parts, "peak_bytes": max_peak_bytes(runtime)}
 
 
@@ -74,7 +74,7 @@ def _batches(case: Case, runtime: Runtime) -> list[torch.Tensor]:
 
 
 def _ours(case: Case, runtime: Runtime) -> Step:
-    """The step of a run: the same engines, method and loss."""
+    """Return the step of a real run: its engines, method and loss."""
     comm, clock = runtime.comm, StageClock(runtime.device.type)
     config = case_config(case)
     teacher = None
@@ -105,10 +105,9 @@ def _ours(case: Case, runtime: Runtime) -> Step:
 
 
 def bare_passes(config: Config, device: torch.device) -> Step:
-    """Each model by itself: the teacher's forward, the student's forward, cross-entropy and backward, AdamW.
+    """Return a step of bare models: the teacher's forward, the student's forward, cross-entropy, backward and AdamW.
 
-    No engine, no divergence: a distillation step does all of this and more. The step takes micro-batches (B, L) and
-    returns the seconds of its parts.
+    It has no engine and no divergence, so every distillation step does at least this much.
     """
     teacher, student = _models(config, device)
     optimizer = torch.optim.AdamW(student.parameters(), lr=config.optimizer.learning_rate)
@@ -133,7 +132,7 @@ def bare_passes(config: Config, device: torch.device) -> Step:
 
 
 def full_logits(config: Config, device: torch.device, world_size: int) -> Step:
-    """Two ZeRO-3 engines around whole models, all logits of a micro-batch of both, torch's own losses."""
+    """Return the step of a plain loop: two ZeRO-3 engines, all logits of a micro-batch, and torch's losses."""
     teacher, student = _models(config, device)
     optimizer = torch.optim.AdamW(student.parameters(), lr=config.optimizer.learning_rate)
     trained, *_ = deepspeed.initialize(model=student, optimizer=optimizer, config=student_ds_config(config, world_size))
@@ -144,10 +143,11 @@ def full_logits(config: Config, device: torch.device, world_size: int) -> Step:
     def step(batches: Sequence[torch.Tensor]) -> dict[str, float]:
         for ids in batches:
             with torch.no_grad():
-                theirs = frozen(ids, use_cache=False).logits[:, :-1].flatten(0, 1)
-            ours = trained(ids, use_cache=False).logits[:, :-1].flatten(0, 1)
-            kl = F.kl_div(ours.log_softmax(-1), theirs.log_softmax(-1), log_target=True, reduction="batchmean")
-            trained.backward(F.cross_entropy(ours, ids[:, 1:].flatten()) + gamma * kl)
+                teacher_logits = frozen(ids, use_cache=False).logits[:, :-1].flatten(0, 1)
+            logits = trained(ids, use_cache=False).logits[:, :-1].flatten(0, 1)
+            log_p, log_q = logits.log_softmax(-1), teacher_logits.log_softmax(-1)
+            kl = F.kl_div(log_p, log_q, log_target=True, reduction="batchmean")
+            trained.backward(F.cross_entropy(logits, ids[:, 1:].flatten()) + gamma * kl)
             trained.step()
         return {}
 
@@ -155,7 +155,7 @@ def full_logits(config: Config, device: torch.device, world_size: int) -> Step:
 
 
 def _models(config: Config, device: torch.device) -> tuple[Any, Any]:
-    """Teacher, frozen, and student."""
+    """Return the frozen teacher and the student on `device`."""
     assert config.teacher is not None, "both models are measured"
     dtype = DTYPES[config.train.precision]
     models: list[Any] = [

@@ -1,4 +1,4 @@
-"""Where the time of one distillation step goes on one device: plain torch, random weights, no ZeRO-3.
+"""Time the parts of a distillation step on one device, with plain torch, random weights and no ZeRO-3.
 
 python -m tools.bench.step_profile --device cuda --out FILE
 """
@@ -23,7 +23,7 @@ from ddk_ds.engine.stage_clock import StageClock
 from ddk_ds.kernels import Options, linear_kd_loss
 from ddk_ds.planner.known_points import FULL, Setting, Shape
 
-# A size that a CPU runs in seconds.
+# Models so small that a CPU needs seconds.
 QUICK = Setting(Shape("qwen2", 64, 2, 4, 2, 128, 1000), Shape("llama", 32, 2, 4, 2, 64, 1000), 2, 64, steps=3)
 
 FLOPS_COUNTED = (
@@ -34,7 +34,7 @@ FLOPS_COUNTED = (
 
 
 def step_flops(setting: Setting) -> dict[str, float]:
-    """FLOPs of a step by part; `FLOPS_COUNTED` says how."""
+    """Return the FLOPs of a step by part, counted as `FLOPS_COUNTED` describes."""
     tokens = setting.samples * setting.length
     teacher, student = (tokens * _layer_flops(shape, setting.length) for shape in (setting.teacher, setting.student))
     width = setting.teacher.hidden_size + 3 * setting.student.hidden_size
@@ -52,7 +52,7 @@ def _layer_flops(shape: Shape, length: int) -> float:
 
 
 class _Adam:
-    """AdamW on float32 copies of the weights: the memory and the traffic that ZeRO-3's optimizer has on one rank."""
+    """AdamW on float32 copies of the weights, with the memory and traffic of ZeRO-3's optimizer on one rank."""
 
     def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
         self._parameters: list[torch.Tensor] = list(parameters)
@@ -61,9 +61,9 @@ class _Adam:
 
     @torch.no_grad()
     def step(self) -> None:
-        """Update the weights and drop their gradients."""
+        """Update the weights and delete their gradients."""
         for parameter, master in zip(self._parameters, self._masters, strict=True):
-            assert parameter.grad is not None, "a weight of the student took no part"
+            assert parameter.grad is not None, "a weight of the student has no gradient"
             master.grad, parameter.grad = parameter.grad.float(), None
         self._optimizer.step()
         self._optimizer.zero_grad()
@@ -71,7 +71,7 @@ class _Adam:
 
 
 class _Step:
-    """Both models, one batch of random tokens, and a step over them."""
+    """Both models, a batch of random tokens, and the step on it."""
 
     def __init__(self, setting: Setting, device: torch.device, dtype: torch.dtype) -> None:
         torch.manual_seed(0)
@@ -84,7 +84,7 @@ class _Step:
         self.num_valid = torch.tensor(self.labels.numel(), device=device)
 
     def run(self, clock: StageClock) -> torch.Tensor:
-        """One step; the loss, a detached scalar."""
+        """Make a step, and return the loss, a detached scalar."""
         with clock.stage("teacher_forward"), torch.inference_mode():
             teacher_hidden = self._hidden(self.teacher)
         with clock.stage("student_forward"):
@@ -106,12 +106,12 @@ class _Step:
         return loss.detach()
 
     def _hidden(self, model: Any) -> torch.Tensor:
-        """Last hidden states (tokens, H)."""
+        """Return the last hidden states (tokens, H) of a model."""
         return model.base_model(input_ids=self.ids, use_cache=False).last_hidden_state.flatten(0, 1)
 
 
 def _build(shape: Shape, device: torch.device, dtype: torch.dtype) -> Any:
-    # Only now: what is above is of use where transformers cannot be imported.
+    # Imported here, because the rest is useful without transformers.
     from transformers import AutoConfig, AutoModelForCausalLM
 
     with device:
@@ -120,9 +120,9 @@ def _build(shape: Shape, device: torch.device, dtype: torch.dtype) -> Any:
 
 
 def profile_step(setting: Setting, device: torch.device) -> dict[str, Any]:
-    """Median milliseconds of a step's parts, tokens/s, FLOPs, MFU and peak memory; bf16 on CUDA, float32 elsewhere.
+    """Measure a step's parts (median milliseconds), tokens/s, MFU and peak memory; bf16 on CUDA, float32 on a CPU.
 
-    The head's gradients are computed in its forward pass, so that they count there and not under `backward`.
+    The head's gradients are computed in its forward pass, so they count there and not under `backward`.
 
     Raises:
         ArithmeticError: the loss is not finite.
@@ -163,8 +163,10 @@ def profile_step(setting: Setting, device: torch.device) -> dict[str, Any]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Profile and write the result as JSON; the exit code."""
-    parser = argparse.ArgumentParser(description="Time one distillation step, part by part.")
+    """Profile a step and write the result as JSON. Returns 0."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="default: %(default)s")
     parser.add_argument("--quick", action="store_true", help="tiny models")
     parser.add_argument("--out", type=Path, required=True, help="JSON file to write")

@@ -1,4 +1,4 @@
-"""What benchmarks of a step share: the machine's description, a case and its configuration, random models."""
+"""Common parts of the benchmarks of a step: a case and its configuration, random models, and the machine."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from ddk_ds.version import commit
 
 PACKAGES = ("torch", "triton", "deepspeed", "transformers")
 LLAMA = {"model_type": "llama", "max_position_embeddings": 4096, "tie_word_embeddings": True}
-# Layers, width, heads, MLP: a teacher of 21 M and a student of 5 M parameters beside their vocabularies; 7 B and 1 B;
-# two that are nothing but the host's own work; two to try the tool with.
+# Layers, width, heads, MLP of teacher and student. cpu: 21 M and 5 M parameters without embeddings; cuda: 7 B and 1 B;
+# host: so small that only the host's work takes time; quick: for tests.
 SIZES = {
     "cpu": {"teacher": (12, 384, 6, 1024), "student": (6, 256, 4, 704)},
     "cuda": {"teacher": (32, 4096, 32, 11008), "student": (22, 2048, 32, 5632)},
@@ -32,38 +32,40 @@ GAMMA = 0.2
 
 @dataclass(frozen=True)
 class Case:
-    """What one process group measures."""
+    """One measurement, made by one process group."""
 
     impl: str
-    """kd or cpt: this project's; floor: bare passes of both models; full_logits: engines as one writes them.
+    """Implementation of the step.
 
-    trl or trl_gkd: TRL's trainers.
+    kd and cpt are this project's, floor is bare passes of both models, full_logits is a plain loop with two engines,
+    trl and trl_gkd are TRL's trainers.
     """
     folder: str
-    """Holds the models: teacher/ and student/."""
+    """Directory that holds the models teacher/ and student/."""
     ranks: int
     accumulation: int
-    """Micro-batches of one step on one rank."""
+    """Number of micro-batches of a step on one rank."""
     samples: int
-    """Of one micro-batch."""
+    """Number of samples of a micro-batch."""
     length: int
+    """Number of tokens of a sample."""
     vocab_size: int
     precision: str
     steps: int
-    """That are timed."""
+    """Number of timed steps."""
     warm_up: int = 2
-    """Steps before them."""
+    """Number of untimed steps before them."""
     options: tuple[str, ...] = ()
-    """key=value: what this case's configuration has otherwise."""
+    """Changes of the configuration, as key=value."""
 
     @property
     def tokens(self) -> int:
-        """Of a step, over all ranks."""
+        """Return the number of tokens of a step over all ranks."""
         return self.ranks * self.accumulation * self.samples * self.length
 
 
 def case_config(case: Case) -> Config:
-    """The run that the case is a step of."""
+    """Return the configuration of the run whose step the case measures."""
     root = Path(case.folder)
     values: dict[str, Any] = {
         "name": "bench",
@@ -91,7 +93,7 @@ def case_flops(case: Case) -> float:
 
 
 def describe(device: str) -> dict[str, Any]:
-    """The machine and the versions that the results hold for."""
+    """Return the device, versions and commit of a result."""
     return {
         "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
         "python": sys.version.split()[0],
@@ -102,8 +104,8 @@ def describe(device: str) -> dict[str, Any]:
 
 
 def make_models(folder: Path, size: str, vocab_size: int, precision: str, device: str) -> None:
-    """Write teacher/ and student/ of one of SIZES, with a tokenizer, to `folder`."""
-    # Only here: the process that measures nothing itself goes without DeepSpeed and transformers.
+    """Write random models teacher/ and student/ of one of SIZES, with a tokenizer, to `folder`."""
+    # Imported here, because the parent process of the benchmark needs neither DeepSpeed nor transformers.
     from ddk_ds.engine.whole_models import make_random_model
 
     save_byte_tokenizer(vocab_size, folder / "tokenizer")
@@ -121,8 +123,8 @@ def make_models(folder: Path, size: str, vocab_size: int, precision: str, device
 
 
 def save_byte_tokenizer(vocab_size: int, directory: Path) -> None:
-    """A tokenizer of bytes whose other ids are tokens that no text has: a vocabulary of any size without training."""
-    # Only now: the other parts go without the data room's libraries.
+    """Write a tokenizer of bytes; unused tokens fill its vocabulary up to `vocab_size`, so it needs no training."""
+    # Imported here, because the other parts do not need these libraries.
     from tokenizers import Tokenizer, models, pre_tokenizers
 
     from ddk_ds.data.tokenizer import EOS_TOKEN, PAD_TOKEN, save_tokenizer

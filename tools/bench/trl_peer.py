@@ -1,4 +1,4 @@
-"""One rank of tools/bench/bench_step.py in TRL's own environment: its trainers' steps with DeepSpeed ZeRO-3, timed.
+"""One rank of tools/bench/bench_step.py in TRL's environment: it times the steps of TRL's trainers with ZeRO-3.
 
 RANK=0 WORLD_SIZE=1 ... python -m tools.bench.trl_peer SPECIFICATION RESULT
 """
@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 from ddk_ds.engine.runtime import Runtime, max_peak_bytes, start_runtime, synchronize
 
-# What the student's and the teacher's engine of this project have too (engine/ds_config.py); TRL makes the teacher's.
+# The same settings as this project's engines have (engine/ds_config.py); TRL derives the teacher's from the student's.
 ZERO = {"stage": 3, "contiguous_gradients": True, "overlap_comm": True}
 ENGINE: dict[str, Any] = {
     "train_batch_size": "auto",
@@ -35,11 +35,11 @@ ENGINE: dict[str, Any] = {
 }
 
 Parts = tuple[Any, Any, Any, dict[str, Any]]
-"""A trainer's class, its arguments, its data, and what else it takes."""
+"""A trainer's class, its arguments, its data, and further keyword arguments."""
 
 
 class StepTimer(TrainerCallback):
-    """Seconds of each optimizer step, from its first micro-batch's forward to the update; fetching data is left out."""
+    """A callback that times each optimizer step, from the first micro-batch's forward to the update."""
 
     def __init__(self, runtime: Runtime) -> None:
         self._runtime = runtime
@@ -47,18 +47,18 @@ class StepTimer(TrainerCallback):
         self.seconds: list[float] = []
 
     def on_step_begin(self, *_: Any, **__: Any) -> None:
-        """All ranks begin together, as in tools/bench/step_cases.py."""
+        """Start the time when all ranks are ready, as in tools/bench/step_cases.py."""
         synchronize(self._runtime)
         self._started = time.perf_counter()
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
-        """The optimizer has made its step."""
+        """Record the time after the optimizer's step."""
         synchronize(self._runtime)
         self.seconds.append(time.perf_counter() - self._started)
 
 
 def train(case: dict[str, Any], runtime: Runtime, output: str) -> list[float]:
-    """Train with TRL and return the seconds of each step; `case` is step_cases.py's, `output` a directory."""
+    """Train with TRL and return the seconds of each step; `case` is a `Case` as JSON, `output` a directory."""
     make = {"trl": _distillation, "trl_gkd": _gkd}[case["impl"]]
     on_gpu = runtime.device.type == "cuda"
     dtype = torch.bfloat16 if case["precision"] == "bf16" else torch.float32
@@ -75,7 +75,7 @@ def train(case: dict[str, Any], runtime: Runtime, output: str) -> list[float]:
         "max_grad_norm": 1.0,
         "beta": 0.0,  # the forward KL
         "disable_dropout": False,
-        # What costs time or memory and is no part of a step.
+        # Things that cost time or memory but are not part of a step.
         "gradient_checkpointing": False,
         "logging_strategy": "no",
         "save_strategy": "no",
@@ -83,7 +83,7 @@ def train(case: dict[str, Any], runtime: Runtime, output: str) -> list[float]:
         "logging_nan_inf_filter": False,
         "disable_tqdm": True,
     }
-    # Under this configuration, which the options register, from_pretrained partitions weights while it loads them.
+    # The options register a DeepSpeed configuration, with which from_pretrained partitions weights as it loads them.
     trainer_class, arguments, dataset, more = make(options, case, runtime)
     student, teacher = (
         AutoModelForCausalLM.from_pretrained(f"{case['folder']}/{name}", dtype=dtype) for name in ("student", "teacher")
@@ -103,7 +103,7 @@ def train(case: dict[str, Any], runtime: Runtime, output: str) -> list[float]:
 
 
 def _gkd(options: dict[str, Any], case: dict[str, Any], _: Runtime) -> Parts:
-    """TRL's trainer that takes given text (lmbda 0: none is generated); whole logits of both models."""
+    """Return TRL's GKD trainer, which has all logits of both models; with lmbda 0 it generates no text."""
     gkd = importlib.import_module("trl.experimental.gkd")
     arguments = gkd.GKDConfig(**options, lmbda=0.0, max_length=case["length"])
 
@@ -115,9 +115,9 @@ def _gkd(options: dict[str, Any], case: dict[str, Any], _: Runtime) -> Parts:
 
 
 def _distillation(options: dict[str, Any], case: dict[str, Any], runtime: Runtime) -> Parts:
-    """TRL's maintained trainer, whose loss goes chunk by chunk.
+    """Return TRL's maintained trainer, whose loss is computed in chunks.
 
-    It learns only from what the student generates: given text takes that text's place here, and generation no time.
+    It learns only from text that the student generates. Here random text replaces it, so that generation takes no time.
     """
     trl = importlib.import_module("trl")
 
@@ -138,7 +138,7 @@ def _distillation(options: dict[str, Any], case: dict[str, Any], runtime: Runtim
 
 
 def _dataset(case: dict[str, Any], column: str) -> Any:
-    """Random tokens, enough of them for all ranks."""
+    """Return a data set of random tokens, enough for all steps of all ranks."""
     rows = case["samples"] * case["accumulation"] * (case["warm_up"] + case["steps"]) * case["ranks"]
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(case["vocab_size"], (rows, case["length"]), generator=generator)
@@ -146,9 +146,9 @@ def _dataset(case: dict[str, Any], column: str) -> Any:
 
 
 def main() -> None:
-    """Run the case of the environment's rank; rank 0 writes the result."""
+    """Run the case as the rank that the environment names; rank 0 writes the result."""
     case = json.loads(sys.argv[1])
-    # What DeepSpeed compiles is of this environment's versions alone.
+    # DeepSpeed's compiled extensions depend on this environment's versions.
     os.environ["TORCH_EXTENSIONS_DIR"] = str(Path(sys.prefix) / "torch_extensions")
     runtime = start_runtime()
     with tempfile.TemporaryDirectory() as output:

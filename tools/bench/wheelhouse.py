@@ -1,4 +1,4 @@
-"""Collect the wheels that a CUDA machine without network needs beside the torch that it has.
+"""Collect the wheels that a CUDA machine without network needs in addition to its torch.
 
 python -m tools.bench.wheelhouse --out DIR --python 3.12
 """
@@ -25,24 +25,24 @@ from ddk_ds.errors import ConfigError, UserError
 from ddk_ds.files import new_directory
 
 ROOT = Path(__file__).resolve().parents[2]
-# Taken to be there with a CUDA build of torch and the Hugging Face stack: large, or bound to the machine's CUDA.
+# Packages that the machine is assumed to have: they are large, or depend on the machine's CUDA.
 HAVE = (
     *("torch", "torchvision", "triton", "numpy", "transformers", "tokenizers", "safetensors", "huggingface-hub"),
     "pyarrow",
 )
-# mosaicml-streaming needs these for clouds and plots alone, and imports them when it is asked for those.
+# mosaicml-streaming needs these only for clouds and plots, and imports them only then.
 LEFT_OUT = (
     *("azure-identity", "azure-storage-blob", "azure-storage-file-datalake", "boto3", "google-cloud-storage", "oci"),
     *("matplotlib", "paramiko"),
 )
 TEST_TOOLS = ("pytest", "pytest-timeout")
 SOURCE_ONLY = ("deepspeed",)  # its index has no wheel
-# Of manylinux_2_N: the older names of the same promise.
+# Older names of the platform tags manylinux_2_N.
 LEGACY = {17: "manylinux2014", 12: "manylinux2010", 5: "manylinux1"}
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """The command line."""
+    """Return the options of the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
@@ -51,7 +51,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--platform",
         action="append",
-        help="newest wheel tag that it takes, older ones of its kind included; may be given more than once "
+        help="newest wheel tag that it accepts, with all older ones of its kind; can be given more than once "
         "(default: manylinux_2_28_x86_64)",
     )
     parser.add_argument(
@@ -59,27 +59,29 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         nargs="*",
         default=list(HAVE),
         metavar="PACKAGE",
-        help="what it has, not collected, nor what only that needs (default: " + " ".join(HAVE) + ")",
+        help="packages that it has, which are not collected with their own dependencies (default: "
+        + " ".join(HAVE)
+        + ")",
     )
     return parser.parse_args(arguments)
 
 
 def wanted(have: Sequence[str], python: str, root: Path = ROOT) -> list[str]:
-    """`name==version` of each package to collect, sorted: what pyproject.toml needs, as constraints.txt pins it.
+    """Return `name==version` of each package to collect, sorted: the needs of pyproject.toml, as constraints.txt pins.
 
-    What these need in turn is read from the packages installed here.
+    Their own dependencies are read from the packages that are installed here.
 
     Raises:
         ConfigError: a package is not installed here, or constraints.txt does not know its version.
     """
     project = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     versions = dict(_pinned(root / "constraints.txt"))
-    known_there = {canonicalize_name(name) for name in (*have, *LEFT_OUT)}
+    present = {canonicalize_name(name) for name in (*have, *LEFT_OUT)}
     names: set[str] = set()
     waiting = [canonicalize_name(Requirement(text).name) for text in (*project["dependencies"], *TEST_TOOLS)]
     while waiting:
         name = waiting.pop()
-        if name in known_there or name in names:
+        if name in present or name in names:
             continue
         if name not in versions:
             raise ConfigError(f"constraints.txt has no version of {name}: renew it as its first lines say")
@@ -96,20 +98,20 @@ def _pinned(constraints: Path) -> Iterator[tuple[str, str]]:
 
 
 def _needs(name: str, python: str) -> list[NormalizedName]:
-    there = {"python_version": python, "python_full_version": f"{python}.0", "extra": ""}
-    there |= {"sys_platform": "linux", "platform_system": "Linux", "os_name": "posix"}
+    target = {"python_version": python, "python_full_version": f"{python}.0", "extra": ""}
+    target |= {"sys_platform": "linux", "platform_system": "Linux", "os_name": "posix"}
     try:
         parsed = [Requirement(text) for text in requires(name) or ()]
     except PackageNotFoundError as error:
         raise ConfigError(f"{name} is not installed beside {sys.executable}: run it from .venv (make setup)") from error
-    return [canonicalize_name(need.name) for need in parsed if need.marker is None or need.marker.evaluate(there)]
+    return [canonicalize_name(need.name) for need in parsed if need.marker is None or need.marker.evaluate(target)]
 
 
 def platform_tags(platforms: Sequence[str]) -> list[str]:
-    """Each platform and, of manylinux_2_N, every older one: pip takes the names that it is given literally.
+    """Return each platform and, for manylinux_2_N, every older tag, since pip does not add these itself.
 
     Raises:
-        ConfigError: one is not a wheel's platform tag.
+        ConfigError: a platform is not a wheel's platform tag.
     """
     tags: list[str] = []
     for platform in platforms:
@@ -127,7 +129,7 @@ def platform_tags(platforms: Sequence[str]) -> list[str]:
 
 
 def collect(out: Path, packages: Sequence[str], python: str, tags: Sequence[str]) -> list[Path]:
-    """Download or build the wheels of `packages` into `out`, which appears whole or not at all; the wheels, by name.
+    """Download or build the wheels of `packages` into `out`, complete or not at all, and return them by name.
 
     Raises:
         ConfigError: pip failed, or a wheel was built that runs on this machine only.
@@ -139,7 +141,7 @@ def collect(out: Path, packages: Sequence[str], python: str, tags: Sequence[str]
         target += [part for tag in tags for part in ("--platform", tag)]
         _pip("download", "--no-deps", "--only-binary", ":all:", *target, "--dest", str(partial), *ready)
         if built:
-            # In this environment: an isolated one would have torch downloaded for it.
+            # Built in this environment, because an isolated one would download torch.
             _pip("wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", str(partial), *built)
         for package in built:
             _check_runs_anywhere(partial, package)
@@ -149,19 +151,19 @@ def collect(out: Path, packages: Sequence[str], python: str, tags: Sequence[str]
 
 
 def install_line(directory: Path) -> str:
-    """The command for the other machine, where `directory` lies there."""
+    """Return the command that installs the wheels on the other machine, from `directory` there."""
     return f"pip install --no-index --no-deps {directory}/*.whl"
 
 
 def _pip(*arguments: str) -> None:
     command = [sys.executable, "-m", "pip", "--disable-pip-version-check", *arguments]
-    # DeepSpeed's set-up compiles its operators, for this machine, where it is asked to.
+    # Without this, DeepSpeed's set-up could compile its operators for this machine.
     run = subprocess.run(
         command, capture_output=True, text=True, check=False, env={**os.environ, "DS_BUILD_OPS": "0"}, cwd=ROOT
     )
     if run.returncode:
-        said = [line.strip() for line in run.stderr.splitlines() if line.strip()]
-        reasons = [line.removeprefix("ERROR: ") for line in said if line.startswith("ERROR: ")] or said
+        lines = [line.strip() for line in run.stderr.splitlines() if line.strip()]
+        reasons = [line.removeprefix("ERROR: ") for line in lines if line.startswith("ERROR: ")] or lines
         raise ConfigError(f"pip {arguments[0]} failed: {reasons[-1] if reasons else f'exit code {run.returncode}'}")
 
 
@@ -173,7 +175,7 @@ def _check_runs_anywhere(directory: Path, package: str) -> None:
 
 
 def table(wheels: Sequence[Path]) -> Table:
-    """Each wheel and its size, and their sum."""
+    """Return the table of wheels with their sizes and the sum."""
     total = sum(wheel.stat().st_size for wheel in wheels)
     result = Table(box=box.SIMPLE_HEAD, show_footer=True, pad_edge=False)
     result.add_column("wheel", footer=f"{len(wheels)} wheels", overflow="fold")
@@ -184,7 +186,7 @@ def table(wheels: Sequence[Path]) -> Table:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the tool; 0, or 2 after an error that the user can mend."""
+    """Collect the wheels. Returns the exit code: 0, or 2 after an error that the user can fix."""
     options = parse_arguments(arguments)
     console = Console()
     try:
