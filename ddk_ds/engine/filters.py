@@ -1,4 +1,4 @@
-"""Hidden states of chosen layers, and the linear filters that take them to one width (TED, arXiv 2210.01351)."""
+"""Hidden states of chosen layers, and the linear filters that map them to one width (TED, arXiv 2210.01351)."""
 
 from __future__ import annotations
 
@@ -28,16 +28,16 @@ DEFAULT_PAIRS = 4
 
 @dataclass(frozen=True)
 class FilterShape:
-    """The matched layers and both models' widths."""
+    """The matched layers, and the widths of both models."""
 
     pairs: tuple[tuple[int, int], ...]
-    """(student's layer, teacher's layer), from 0."""
+    """(student's layer, teacher's layer) of each pair, counted from 0."""
     student_width: int
     teacher_width: int
 
 
 def filter_shape(config: Config, student: ModelFiles, teacher: ModelFiles) -> FilterShape:
-    """What `ted.layers` comes to for this pair of models. Raises ConfigError where a layer is not there."""
+    """Return the layers that `ted.layers` or its default matches; ConfigError for a layer that does not exist."""
     depths = student.num_layers, teacher.num_layers
     pairs = config.ted.layers
     if pairs is None:
@@ -52,57 +52,57 @@ def filter_shape(config: Config, student: ModelFiles, teacher: ModelFiles) -> Fi
 
 
 def check_filters(path: Path, shape: FilterShape) -> str:
-    """xxh64 of the file `ted.filters`. Raises ConfigError where it is not there, or its filters are not of `shape`."""
+    """Return the xxh64 of the file `ted.filters`; ConfigError if it is missing or its filters do not fit `shape`."""
     if not path.is_file():
         raise ConfigError(f"ted.filters {path}: there is no such file: it is what a run of method: ted_filters exports")
     widths = {"student": shape.student_width, "teacher": shape.teacher_width}
     pairs = range(len(shape.pairs))
-    wanted = {f"{m}.{pair}.weight": [shape.teacher_width, width] for m, width in widths.items() for pair in pairs}
+    expected = {f"{m}.{pair}.weight": [shape.teacher_width, width] for m, width in widths.items() for pair in pairs}
     try:
         with safe_open(path, "pt") as file:
-            found = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118 (no mapping)
+            stored = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118 (no mapping)
     except (SafetensorError, OSError) as error:
-        raise ConfigError(f"ted.filters {path}: is no file of safetensors: {error}") from error
-    if wanted != found:
+        raise ConfigError(f"ted.filters {path}: is not a safetensors file: {error}") from error
+    if stored != expected:
         raise ConfigError(
-            f"ted.filters {path}: holds filters {found}, this run has {wanted}: give ted.layers and models as there"
+            f"ted.filters {path}: holds filters {stored}, this run has {expected}: give ted.layers and models as there"
         )
     return size_and_xxh64(path)[1]
 
 
 class LayerTaps:
-    """Takes the outputs of some of a backbone's layers in passing; nothing else is kept."""
+    """Hooks that record the outputs of some layers of a backbone during its forward pass."""
 
     def __init__(self, backbone: nn.Module, layers: Sequence[int], depth: int) -> None:
-        self._taken: dict[int, torch.Tensor] | None = None
+        self._outputs: dict[int, torch.Tensor] | None = None
         self._order = tuple(layers)
         blocks = layers_of(backbone, depth)
         for layer in set(layers):
             blocks[layer].register_forward_hook(self._hook(layer))
 
     @contextmanager
-    def open(self) -> Iterator[list[torch.Tensor]]:
-        """Around a forward pass; the list is filled at its end: (B*L, H) of each layer asked for, in that order."""
+    def recording(self) -> Iterator[list[torch.Tensor]]:
+        """Record a forward pass inside; at the end the list holds (B*L, H) of each layer in the order of `layers`."""
         states: list[torch.Tensor] = []
-        self._taken = {}
+        self._outputs = {}
         try:
             yield states
-            states += [self._taken[layer].flatten(0, 1) for layer in self._order]
+            states += [self._outputs[layer].flatten(0, 1) for layer in self._order]
         finally:
-            self._taken = None  # gradient checkpointing runs the layers, and the hooks, again in the backward pass
+            self._outputs = None  # gradient checkpointing runs the layers, and the hooks, again in the backward pass
 
     def _hook(self, layer: int) -> Any:
-        def take(module: nn.Module, inputs: Any, output: Any) -> None:
-            if self._taken is not None:
-                self._taken[layer] = output[0] if isinstance(output, tuple) else output
+        def record(module: nn.Module, inputs: Any, output: Any) -> None:
+            if self._outputs is not None:
+                self._outputs[layer] = output[0] if isinstance(output, tuple) else output
 
-        return take
+        return record
 
 
 class Filter(nn.Linear):
-    """hidden (n, H) -> W rms_norm(hidden), (n, Ht). Residual streams grow from layer to layer: normalised they compare.
+    """A linear map W rms_norm(hidden). Residual streams grow from layer to layer; normalised they are comparable.
 
-    It begins as the identity, where the widths differ as a random projection that keeps lengths.
+    W begins as the identity, or as a random projection that preserves lengths if the widths differ.
     """
 
     def __init__(self, width: int, out: int, seed: int) -> None:
@@ -110,7 +110,7 @@ class Filter(nn.Linear):
         super().__init__(width, out, bias=False)
 
     def reset_parameters(self) -> None:
-        """Called by torch at construction."""
+        """Initialise the weight; torch calls this at construction."""
         if self.in_features == self.out_features:
             nn.init.eye_(self.weight)
         else:
@@ -120,7 +120,7 @@ class Filter(nn.Linear):
                 self.weight.copy_(drawn)
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        """See the class."""
+        """Map hidden (n, H) to (n, Ht)."""
         scale = hidden.float().pow(2).mean(-1, keepdim=True).add(1e-6).rsqrt()
         return super().forward((hidden * scale).to(self.weight.dtype))
 
@@ -139,14 +139,14 @@ class LayerFilters(nn.Module):
     def forward(
         self, student: Sequence[torch.Tensor], teacher: Sequence[torch.Tensor]
     ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        """Hidden states (n, Hs) and (n, Ht) of each pair -> both filtered, (n, Ht)."""
-        ours = [one(states) for one, states in zip(self.student, student, strict=True)]
-        theirs = [one(states) for one, states in zip(self.teacher, teacher, strict=True)]
-        return ours, theirs
+        """Filter the hidden states (n, Hs) and (n, Ht) of each pair; both results are lists of (n, Ht)."""
+        of_student = [layer(states) for layer, states in zip(self.student, student, strict=True)]
+        of_teacher = [layer(states) for layer, states in zip(self.teacher, teacher, strict=True)]
+        return of_student, of_teacher
 
 
 def build_filters(config: Config, shape: FilterShape, ds_config: dict[str, Any], comm: Comm) -> LayerFilters:
-    """Sharded filters: new ones, or for `method: ted` those of `ted.filters`, the teacher's frozen. Collective."""
+    """Make sharded filters, new or from `ted.filters` with the teacher's frozen (see `Preset.filters`). Collective."""
     with deepspeed.zero.Init(config_dict_or_path=ds_config):
         filters = LayerFilters(shape, config.seed)
     if config.preset.filters == "loaded":
@@ -161,7 +161,7 @@ def build_filters(config: Config, shape: FilterShape, ds_config: dict[str, Any],
 
 
 def write_filters(filters: LayerFilters, path: Path, comm: Comm) -> None:
-    """Write all filters as safetensors. Collective."""
+    """Write all filters to one safetensors file. Collective."""
     values = {}
     for name, parameter in filters.named_parameters():
         with GatheredParameters([parameter]):

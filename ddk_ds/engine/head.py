@@ -1,8 +1,8 @@
-"""The student engine's root and the two output heads.
+"""The root module of the student's engine, and the output heads of both models.
 
 DeepSpeed gathers a module's own parameters around its call. So the student's head is a module that owns the output
-weight and runs the loss inside its forward, and the root runs backbone and head in one forward: calling the two
-beside the engine makes micro-batches overwrite one another's gradients.
+weight and runs the loss inside its forward. The root runs backbone and head in one forward: if they were called
+outside of the engine, micro-batches would overwrite one another's gradients.
 """
 
 from __future__ import annotations
@@ -20,23 +20,23 @@ from ddk_ds.engine.stage_clock import StageClock
 from ddk_ds.kernels import LogitForm
 
 TEACHER_GATHER = "teacher_gather"
-"""Stage of a step: waiting for the teacher's weights."""
+"""The stage of a step in which it waits for the teacher's weights."""
 
 
 class OutputHead(NamedTuple):
-    """Weight (V, H) and bias (V,) or None of an output head, gathered, and what the model does to its logits."""
+    """A gathered output head: weight (V, H), bias (V,) or None, and the form of the model's logits."""
 
     weight: torch.Tensor
     bias: torch.Tensor | None
     form: LogitForm = LogitForm()
 
 
-# (hidden (n, H), head) -> whatever the caller wants of the logits; runs while the head is gathered.
+# A function of (hidden (n, H), head), called while the head is gathered: the loss, or whatever else needs logits.
 HeadFunction = Callable[[torch.Tensor, OutputHead], Any]
 
 
 class StudentHead(nn.Module):
-    """Owns the student's output weight (tied or not) and applies a function to it and the hidden states."""
+    """The owner of the student's output weight (tied or not), which calls a function of it and the hidden states."""
 
     def __init__(self, head: nn.Module, form: LogitForm) -> None:
         super().__init__()
@@ -45,12 +45,12 @@ class StudentHead(nn.Module):
         self.bias: nn.Parameter | None = getattr(head, "bias", None)
 
     def forward(self, hidden: torch.Tensor, function: HeadFunction) -> Any:
-        """hidden (n, H) -> function(hidden, gathered head)."""
+        """Return function(hidden, gathered head) for hidden (n, H)."""
         return function(hidden, OutputHead(self.weight, self.bias, self.form))
 
 
 class StudentRoot(nn.Module):
-    """What the student's engine wraps: token ids and a function of the hidden states in, its result out."""
+    """The module that the student's engine wraps: backbone, head, and TED's filters if there are any."""
 
     def __init__(
         self, backbone: nn.Module, head: nn.Module, form: LogitForm, filters: LayerFilters | None, depth: int
@@ -67,15 +67,15 @@ class StudentRoot(nn.Module):
         function: HeadFunction | None,
         teacher_states: Sequence[torch.Tensor] | None = None,
     ) -> Any:
-        """input_ids (B, L) int64 -> function(hidden (B*L, H), head).
+        """Return function(hidden (B*L, H), head) for input_ids (B, L) int64; None without a function.
 
-        With the teacher's hidden states of the matched layers: that (None without a function), and the filtered states.
+        With the teacher's hidden states of the matched layers: a pair of that and of the filters' results.
         """
         if teacher_states is None:
             return self._head(self._hidden(input_ids), function)
         filters: Any = self.filters
         assert filters is not None and self._taps is not None, "built without filters"
-        with self._taps.open() as states:
+        with self._taps.recording() as states:
             hidden = self._hidden(input_ids)
         return self._head(hidden, function), filters(states, teacher_states)
 
@@ -89,8 +89,8 @@ class StudentRoot(nn.Module):
 class FrozenHead:
     """A frozen model's sharded output head, gathered only inside `gathered()`.
 
-    It belongs to no engine's module tree at the time of use, so that it can be gathered within the student's forward
-    without entering the student's parameter trace.
+    It belongs to no engine's module tree, so it can be gathered during the student's forward without entering the trace
+    of the student's parameters.
     """
 
     def __init__(self, head: nn.Module, form: LogitForm, clock: StageClock) -> None:
@@ -99,14 +99,14 @@ class FrozenHead:
 
     @contextmanager
     def gathered(self) -> Iterator[OutputHead]:
-        """The whole head on this rank; released at the end unless it was there before (a collective)."""
-        parts: list[Any] = [part for part in self._head[:2] if part is not None]
-        away = [part for part in parts if part.ds_status == ZeroParamStatus.NOT_AVAILABLE]
-        if away:
+        """Yield the complete head; at the end release what this call has gathered. Collective."""
+        parts: list[Any] = [part for part in (self._head.weight, self._head.bias) if part is not None]
+        sharded = [part for part in parts if part.ds_status == ZeroParamStatus.NOT_AVAILABLE]
+        if sharded:
             with self._clock.waiting(TEACHER_GATHER):
-                away[0].all_gather(param_list=away)
+                sharded[0].all_gather(param_list=sharded)
         try:
             yield self._head
         finally:
-            if away:
-                away[0].partition(param_list=away)
+            if sharded:
+                sharded[0].partition(param_list=sharded)

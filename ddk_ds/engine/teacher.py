@@ -55,7 +55,7 @@ class Teacher:
     def hidden_with_layers(self, batches: Sequence[torch.Tensor]) -> list[tuple[torch.Tensor, list[torch.Tensor]]]:
         """Return for each micro-batch its last hidden states, and those (B*L, H) of the layers that TED matches."""
         assert self._taps is not None, "the teacher was loaded without matched layers"
-        with self._taps.open() as states:
+        with self._taps.recording() as states:
             hidden = self.hidden(batches)
         # Autograd does not accept tensors that were made in inference mode.
         layers = [[part.clone() for part in state.chunk(len(batches))] for state in states]

@@ -59,11 +59,11 @@ class Stateless:
     """A base of methods without metrics, state or files of their own."""
 
     def end_step(self, comm: Comm) -> dict[str, Any]:
-        """Return no metrics."""
+        """Return no metrics of the method."""
         return {}
 
     def state_dict(self) -> dict[str, Any]:
-        """Return an empty state."""
+        """Return an empty state, {}."""
         return {}
 
     def export(self, student: Student, directory: Path, names: Sequence[str], comm: Comm) -> None:

@@ -1,4 +1,4 @@
-"""Runs on every rank of test_methods.py: a first step of each method on the engines, and the same in plain torch."""
+"""The ranks of test_methods.py: a first step of each method on the engines, and the same in plain torch."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ WEIGHTS = [0.5, 0.3, 0.2]
 
 
 def first_step(runtime: Runtime, folder: str, method: str, divergence: str | None, progress: float) -> dict[str, Any]:
-    """Losses and gradients of one step of `method`, on the engines and plainly (rank 0)."""
+    """Return losses and gradients of one step of `method`, on the engines and in plain torch (on rank 0)."""
     comm, root = runtime.comm, Path(folder)
     if comm.rank == 0:
         save_model(root / "student", vocab=VOCAB + 6, tied=True, seed=1)
@@ -41,8 +41,8 @@ def first_step(runtime: Runtime, folder: str, method: str, divergence: str | Non
     teacher = None if teacher_files is None else load_teacher(config, teacher_files, VOCAB, comm, shape)
     student = load_student(config, files, VOCAB, comm, shape)
     start = {"weights": WEIGHTS, "sum": [0.0] * DOMAINS, "steps": 0} if method == "doremi_proxy" else {}
-    made = make_method(config, teacher, Options(VOCAB, gamma=0.0, chunk_tokens=16), DOMAINS, start)
-    metrics, gradients = _step(student, made, runtime, progress)
+    method_object = make_method(config, teacher, Options(VOCAB, gamma=0.0, chunk_tokens=16), DOMAINS, start)
+    metrics, gradients = _step(student, method_object, runtime, progress)
     frozen = [name for name, p in student.engine.module.named_parameters() if not p.requires_grad]
     if comm.rank:
         return {}
@@ -56,7 +56,7 @@ def first_step(runtime: Runtime, folder: str, method: str, divergence: str | Non
         "plain_gradients": sorted(theirs),
         "frozen": frozen,
         "method_metrics": metrics.method,
-        "state": made.state_dict(),
+        "state": method_object.state_dict(),
         "plain": plain,
     }
 
@@ -94,7 +94,7 @@ def _samples() -> tuple[torch.Tensor, torch.Tensor]:
 def _step(
     student: Student, method: Method, runtime: Runtime, progress: float
 ) -> tuple[StepMetrics, dict[str, torch.Tensor]]:
-    """Two micro-batches a rank, and what the gradients are when the optimizer gets them."""
+    """Run a step of two micro-batches a rank; return its metrics and the gradients that the optimizer gets."""
     comm = runtime.comm
     samples, domains = _samples()
     batches: Any = [
@@ -107,8 +107,8 @@ def _step(
     def watched(learning_rate: float) -> float:
         for name, parameter in student.engine.module.named_parameters():
             if parameter.requires_grad:
-                found = safe_get_full_grad(parameter)
-                gradients[name] = torch.zeros(parameter.ds_shape) if found is None else found.clone()
+                grad = safe_get_full_grad(parameter)
+                gradients[name] = torch.zeros(parameter.ds_shape) if grad is None else grad.clone()
         return update(learning_rate)
 
     student.update = watched  # type: ignore[method-assign]
@@ -117,7 +117,7 @@ def _step(
 
 
 def _plain(root: Path, config: Config, progress: float) -> dict[str, Any]:
-    """The same step as one would write it without DeepSpeed, chunks or shards."""
+    """Compute the same step without DeepSpeed, chunks or shards."""
     samples, domains = _samples()
     student = AutoModelForCausalLM.from_pretrained(root / "student")
     teacher = AutoModelForCausalLM.from_pretrained(root / "teacher").requires_grad_(False)
@@ -160,7 +160,7 @@ def _root_name(name: str) -> str:
 
 
 def _watched(model: Any, layers: list[int]) -> list[torch.Tensor]:
-    """The outputs of the layers, filled by the next forward pass."""
+    """Return the list of the layers' outputs, which the next forward pass fills."""
     taken: list[torch.Tensor] = [torch.empty(0)] * len(layers)
     for place, layer in enumerate(layers):
 
@@ -202,7 +202,7 @@ def _mse(
 
 
 def _divergence(kind: str, q: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
-    """Mean over tokens of D(teacher p, student q), from log-probabilities, as its papers define it."""
+    """Compute the mean over tokens of D(teacher p, student q) from log-probabilities, as its papers define it."""
 
     def kl(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         return (a.exp() * (a - b)).sum(-1).mean()
@@ -233,5 +233,5 @@ def _doremi_weights(
 
 
 def first_steps(runtime: Runtime, folder: str, cases: list[tuple[str, str | None, float]]) -> list[dict[str, Any]]:
-    """`first_step` of each case (method, divergence, progress), one after the other."""
+    """Run `first_step` for each case (method, divergence, progress) in turn."""
     return [first_step(runtime, folder, *case) for case in cases]

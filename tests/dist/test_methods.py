@@ -50,7 +50,7 @@ def test_the_models_and_the_teachers_filters_are_frozen(results: list[dict[str, 
     assert by_method["ted"]["frozen"] == [f"filters.teacher.{pair}.weight" for pair in (0, 1)]
 
 
-def test_what_the_methods_report(results: list[dict[str, Any]]) -> None:
+def test_the_methods_own_metrics(results: list[dict[str, Any]]) -> None:
     by_method = {case[0]: result for case, result in zip(CASES, results, strict=True)}
     ted, proxy = by_method["ted"], by_method["doremi_proxy"]
     assert ted["method_metrics"]["mse"] == pytest.approx(ted["plain"]["mse"], rel=1e-5)

@@ -19,14 +19,14 @@ FORMS = [LogitForm(), LogitForm(0.6), LogitForm(1.3, 20.0)]
 
 
 def naive_grad_error(case: Case, expected: list[torch.Tensor]) -> float:
-    """What full float32 logits and autograd get wrong."""
+    """Return the largest error of the gradients by full float32 logits and autograd."""
     loss = case.run(naive_loss)
     grads = torch.autograd.grad(loss, case.leaves())
     return max(error(grad, want) for grad, want in zip(grads, expected, strict=True))
 
 
 def naive_loss(student_hidden, student_weight, teacher_hidden, teacher_weight, labels, *, num_valid, options, **_):  # type: ignore[no-untyped-def]
-    """The loss as one writes it, in the dtype of the inputs, softmaxes in float32 (forward KL)."""
+    """Compute the loss the plain way: the inputs' dtype, softmaxes in float32, forward KL."""
     valid = labels != -100
     student = (student_hidden @ student_weight.T)[valid].float()
     teacher = (teacher_hidden @ teacher_weight.T)[valid].float()
@@ -95,7 +95,7 @@ def test_no_worse_than_naive_where_float32_ends(engine: Engine) -> None:
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_constant_rows(engine: Engine, divergence: Divergence) -> None:
-    """All logits alike in both models: uniform, no divergence, and its gradient 0."""
+    """With equal logits in both models the distributions are uniform: divergence and gradient are 0."""
     case = make(9, 123, divergence=divergence, ce_weight=0.0)
     with torch.no_grad():
         case.student_hidden.zero_()

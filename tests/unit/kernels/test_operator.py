@@ -1,4 +1,4 @@
-"""The operator around the loss: torch.compile, gradients into a buffer, rows left out, losses by token."""
+"""The operator around the loss: torch.compile, options, a buffer for gradients, rows left out, losses by token."""
 
 from __future__ import annotations
 
@@ -151,14 +151,14 @@ def test_chunks_are_chosen_by_vocabulary_and_device() -> None:
 def test_half_precision_gradients_of_several_chunks(
     monkeypatch: pytest.MonkeyPatch, engine: Engine, rows: bool
 ) -> None:
-    """As on a GPU, or a CPU that multiplies bfloat16: float32 logits, the gradients of 4 chunks in one matmul."""
+    """On a GPU, or a CPU that multiplies bfloat16, gradients of 4 chunks of float32 logits go through one matmul."""
     monkeypatch.setattr(chunked, "has_fast_half", lambda weight: weight.dtype == torch.bfloat16)
     case = make(150, 507, (64, 96), std=3.0, dtype=torch.bfloat16, bias=True, padded=(5, 0))
     valid = (case.labels != -100).nonzero().squeeze(1) if rows else None
     assert_agrees(case, 5e-7, 5e-3, engine=engine, chunk_tokens=16, valid_rows=valid)
 
 
-def test_no_compiler_is_said_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_compiler_is_one_warning(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CXX", raising=False)
     monkeypatch.setenv("PATH", "")
     rows_native.load.cache_clear()

@@ -19,7 +19,7 @@ LINEAR, BENT = 0, 2
 
 @pytest.fixture(scope="module")
 def compiled() -> list[dict]:  # type: ignore[type-arg]
-    """One record a variant; in a process of its own, for this one interprets Triton."""
+    """Return one record for each variant, from a separate process, because this one interprets Triton."""
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     done = subprocess.run([sys.executable, _WORKER], capture_output=True, text=True, env=environment, timeout=500)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -37,12 +37,12 @@ def test_no_variant_spills(compiled: list[dict]) -> None:  # type: ignore[type-a
 
 
 def test_forward_kl_keeps_to_64_registers(compiled: list[dict]) -> None:  # type: ignore[type-arg]
-    """Four programs a multiprocessor: enough loads in flight to fill the memory's bandwidth."""
+    """Four programs fit a multiprocessor: enough loads in flight to fill the memory's bandwidth."""
     assert all(r["registers"] <= 64 for r in compiled if r["kind"] == 1 and r["form"] == LINEAR)
 
 
 def test_bytes_by_element(compiled: list[dict]) -> None:  # type: ignore[type-arg]
-    """CE + forward KL: both logits read twice, a bf16 gradient written once: 18 bytes an element."""
+    """CE + forward KL reads both logits twice and writes a bf16 gradient once: 18 bytes an element."""
     seen = Counter(record["kind"] for record in compiled)
     assert seen[1] >= 4
     for record in compiled:

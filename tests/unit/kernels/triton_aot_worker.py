@@ -1,4 +1,4 @@
-"""Compiles variants of the Triton row kernel without a GPU and prints what the assembler says, as JSON."""
+"""Compile variants of the Triton row kernel without a GPU; print the assembler's figures as JSON."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _INTEGERS = ("s_stride", "t_stride", "g_stride", "V")
 
 
 def compile_variant(kind: int, capability: int, one_softmax: bool, form: int) -> dict[str, Any]:
-    """Registers, spills and bytes of one variant on sm_<capability>."""
+    """Compile one variant for sm_<capability>; return its registers, spills and bytes moved."""
     names = row_kernel.arg_names
     constants = {
         "KIND": kind,
@@ -57,15 +57,15 @@ def _assemble(ptx: str) -> dict[str, int]:
         file = Path(folder) / "kernel.ptx"
         file.write_text(ptx)
         command = [_PTXAS, f"-arch={found.group(1)}", "-v", file, "-o", Path(folder) / "kernel.cubin"]
-        said = subprocess.run(command, check=True, capture_output=True, text=True).stderr
-    registers = re.search(r"Used (\d+) registers", said)
-    spills = re.findall(r"(\d+) bytes spill", said)
-    assert registers is not None and spills, said
+        report = subprocess.run(command, check=True, capture_output=True, text=True).stderr
+    registers = re.search(r"Used (\d+) registers", report)
+    spills = re.findall(r"(\d+) bytes spill", report)
+    assert registers is not None and spills, report
     return {"registers": int(registers.group(1)), "spill_bytes": sum(map(int, spills))}
 
 
 def _bytes(ptx: str) -> dict[str, Any]:
-    """Bytes of the loads and stores that the kernel's loops make once for each block, by element of the block."""
+    """Count bytes of the loads and stores that the kernel's loops make for each block, by element of the block."""
     threads = NUM_WARPS * 32
     moved = {"ld": 0.0, "st": 0.0}
     vectorised = True
