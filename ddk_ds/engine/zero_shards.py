@@ -43,7 +43,7 @@ _MAPPED_BYTES = 16 * 2**20
 
 
 def load_shard(path: Path, *, mapped: bool) -> Any:
-    """Return the content of a file, with its tensors on the host. No object other than plain values is unpickled.
+    """Return the content of a file, with its tensors on the host. Only tensors and plain values are unpickled.
 
     With `mapped` a tensor is read from the disk when it is used.
     """
@@ -53,8 +53,8 @@ def load_shard(path: Path, *, mapped: bool) -> Any:
 class ShardWriter(TorchCheckpointEngine):
     """DeepSpeed's writer of this rank's checkpoint files, which can write in the background and hashes each file.
 
-    DeepSpeed's ranks wait for each other while they save, so that a rank that raised would leave the others waiting: a
-    failure is kept and returned by `wait`.
+    DeepSpeed's ranks wait for each other while they save. A rank that raised an error would leave the others waiting;
+    so an error is kept, and `wait` returns its message.
     """
 
     def __init__(self) -> None:
@@ -139,9 +139,9 @@ class ZeroShards:
 
     def __init__(self, directory: Path, ranks: int) -> None:
         self._files = [_optimizer_file(directory, rank) for rank in range(ranks)]
-        self.model: dict[str, Any] = load_shard(directory / MODEL_FILE, mapped=False)
+        self.model_states: dict[str, Any] = load_shard(directory / MODEL_FILE, mapped=False)
         """Content of `MODEL_FILE`; its key "run" is the run's own state."""
-        self._slots = _slots(self.model["param_shapes"], ranks)
+        self._slots = _slots(self.model_states["param_shapes"], ranks)
         self._opened: list[dict[str, Any]] = []
         self._read_bytes = 0
 
@@ -188,25 +188,6 @@ class ZeroShards:
         return self._opened
 
 
-class UniversalShards:
-    """The master weights of a universal checkpoint, with the interface of `ZeroShards`."""
-
-    def __init__(self, directory: Path) -> None:
-        self._directory = directory
-        self.model: dict[str, Any] = load_shard(directory / MODEL_FILE, mapped=False)
-        """Content of `MODEL_FILE`; its key "run" is the run's own state."""
-
-    @property
-    def shapes(self) -> dict[str, torch.Size]:
-        """Shapes of the trained parameters, by their names in the student's root module."""
-        return {name: shape for group in self.model["param_shapes"] for name, shape in group.items()}
-
-    def read(self, name: str, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        """Return a parameter's master weight as (numel,)."""
-        tensor: torch.Tensor = load_shard(self._directory / "zero" / name / "fp32.pt", mapped=True)
-        return tensor.to(dtype, copy=True)
-
-
 def _optimizer_file(directory: Path, rank: int) -> Path:
     name = f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"
     return next(path for path in (directory / name, directory / f"bf16_{name}") if path.exists())
@@ -226,6 +207,25 @@ def _flat(shard: dict[str, Any], group: int, key: str) -> torch.Tensor:
     return shard["fp32_flat_groups"][group] if key == "fp32" else shard["optimizer_state_dict"]["state"][group][key]
 
 
+class UniversalShards:
+    """The master weights of a universal checkpoint, with the interface of `ZeroShards`."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self.model_states: dict[str, Any] = load_shard(directory / MODEL_FILE, mapped=False)
+        """Content of `MODEL_FILE`; its key "run" is the run's own state."""
+
+    @property
+    def shapes(self) -> dict[str, torch.Size]:
+        """Shapes of the trained parameters, by their names in the student's root module."""
+        return {name: shape for group in self.model_states["param_shapes"] for name, shape in group.items()}
+
+    def read(self, name: str, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """Return a parameter's master weight as (numel,)."""
+        tensor: torch.Tensor = load_shard(self._directory / "zero" / name / "fp32.pt", mapped=True)
+        return tensor.to(dtype, copy=True)
+
+
 def write_universal(
     source: Path, target: Path, *, source_ranks: int, rank: int, world_size: int
 ) -> tuple[dict[Path, tuple[int, str]], str]:
@@ -242,5 +242,5 @@ def write_universal(
                 writer.save(shards.read(name, key), str(target / "zero" / name / f"{key}.pt"))
     if rank == 0:
         writer.save(shards.common(), str(target / "zero" / "optimizer_state.pt"))
-        writer.save(shards.model, str(target / MODEL_FILE))
+        writer.save(shards.model_states, str(target / MODEL_FILE))
     return writer.wait()
