@@ -27,9 +27,9 @@ if TYPE_CHECKING:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Returns the exit code.
+    """Run the command and return its exit code.
 
-    0 done; 2 an error that the user can mend; 3 numbers gone wrong; 75 interrupted by a signal and saved.
+    0: done; 2: an error that the user can mend; 3: numbers went wrong; 75: interrupted by a signal and saved.
     """
     options = _parse(arguments)
     try:
@@ -43,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         _console(stderr=True).print("ended at once: start the same command again to go on from the newest checkpoint")
         sys.stderr.flush()
-        os._exit(130)  # other ranks may wait in a collective that this one will not join
+        os._exit(130)  # other ranks may wait in a collective that this rank will not join
     except UserError as error:
         shown = redact(f"error: {error}")
         _console(stderr=True).print(shown, style="bold red", highlight=False, soft_wrap=True, markup=False)
@@ -60,18 +60,18 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         allow_abbrev=False,
     )
     parser.add_argument("--config", required=True, help="YAML file of the run, see configs/")
-    parser.add_argument("--print-config", action="store_true", help="show the resolved configuration and exit")
-    parser.add_argument("--dry-run", action="store_true", help="check all that can be checked without training")
+    parser.add_argument("--print-config", action="store_true", help="print the resolved configuration and exit")
+    parser.add_argument("--dry-run", action="store_true", help="check everything that needs no training, and exit")
     parser.add_argument(
-        "--no-preflight", dest="preflight", action="store_false", help="do not check the machines first"
+        "--no-preflight", dest="preflight", action="store_false", help="start without checking the machines"
     )
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="configuration values to replace")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="values that replace configuration values")
     return parser.parse_intermixed_args(arguments)  # overrides may stand between options
 
 
 def _run(config: Config, *, dry_run: bool, preflight: bool) -> int:
-    # Only now: importing DeepSpeed and Transformers takes seconds that a misspelt key need not wait for.
+    # Imported here: DeepSpeed and Transformers take seconds, for which a misspelt key should not have to wait.
     from ddk_ds.engine.runtime import start_runtime
     from ddk_ds.train.inputs import check_inputs
     from ddk_ds.train.run_dir import check_run_dir, claim_run_dir, run_identity
@@ -107,7 +107,7 @@ def _run(config: Config, *, dry_run: bool, preflight: bool) -> int:
 
 
 def _check_machines(config: Config, inputs: Inputs, runtime: Runtime) -> None:
-    """The cheap part of launch/preflight.py. Warnings are printed; raises UserError on every rank where one fails."""
+    """Make the cheap checks of launch/preflight.py, and print warnings. Raise UserError on every rank if one fails."""
     from ddk_ds.train.preflight import preflight
 
     rows = preflight(config, runtime.comm, runtime.device, inputs=inputs)

@@ -1,9 +1,9 @@
-"""Check a run and the machines that it will have, and say what to mend.
+"""Check a run and its machines before it starts, and say what to mend.
 
 python launch/preflight.py --config configs/demo.yaml [key=value ...]
 deepspeed launch/preflight.py --config configs/demo.yaml [key=value ...]
 
-The first checks what one machine can know, `--ranks` says for how many ranks; the second, or srun, all ranks together.
+The first command checks one machine, for a run of `--ranks` ranks. The second, or srun, checks all ranks together.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _STYLES = {"pass": "green", "warn": "yellow", "fail": "bold red"}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Returns the exit code: 0 every check passed or warns; 2 one failed."""
+    """Run the command and return its exit code: 0 if every check passed or warned, 2 if one failed."""
     options = _parse(arguments)
     try:
         return _run(options)
@@ -49,10 +49,10 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--config", required=True, help="YAML file of the run, see configs/")
     parser.add_argument("--ranks", type=int, help="without a launcher: number of ranks that the run will have")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there too")
-    parser.add_argument("--no-collectives", action="store_true", help="leave out their bandwidths, which take longest")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the rows to this file")
+    parser.add_argument("--no-collectives", action="store_true", help="do not measure collectives, which takes longest")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="configuration values to replace")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="values that replace configuration values")
     return parser.parse_intermixed_args(arguments)
 
 

@@ -1,4 +1,4 @@
-"""Runs on every rank of test_exhaustion_run.py: runs with limited domains, one of them moved to another micro-batch."""
+"""Function for every rank of test_exhaustion_run.py: runs with limited domains, one with another micro-batch later."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from tests.dist.resume_worker import BreakOff, prepare
 
 
 def limited_runs(runtime: Runtime, config_path: str, other_path: str, stop_path: str, lines: int) -> list[str]:
-    """`whole`; `moved`, broken off after so many ledger lines and gone on with `other_path`'s batches; and `stopped`.
+    """Run `whole`; `moved`, broken off after that many ledger lines and resumed with another batch; and `stopped`.
 
-    Returns why each ended.
+    Return the reasons for which they ended.
     """
     reasons = [train(prepare(runtime, config_path, "whole", None))["reason"]]
     try:

@@ -1,4 +1,4 @@
-"""Runs on every rank of test_guard.py: a run whose loss is NaN on one rank at given steps."""
+"""Function for every rank of test_guard.py: a run whose loss is NaN on one rank at given steps."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.dist.resume_worker import BreakOff, prepare
 
 
 class Poisoned:
-    """A method whose loss is NaN on the samples of some steps."""
+    """A method whose loss is NaN on the samples of certain steps."""
 
     def __init__(self, method: Any, run: Any, steps: list[int]) -> None:
         self._method, self._run, self._steps = method, run, steps
@@ -22,14 +22,14 @@ class Poisoned:
         return getattr(self._method, name)
 
     def loss(self, *arguments: Any) -> Any:
-        """The method's own, or NaN with its graph."""
+        """Return the loss of the method, or NaN with the same graph."""
         result = self._method.loss(*arguments)
         poisoned = self._run.state.position // 8 + 1 in self._steps
         return result._replace(loss=result.loss * torch.nan) if poisoned else result
 
 
 def poison(runtime: Runtime, config_path: str, name: str, steps: list[int], lines: int | None = None) -> str:
-    """Train, and break off after so many lines of the ledger; what the run ended with."""
+    """Train, break off after that many lines of the ledger, and return how the run ended."""
     run = prepare(runtime, config_path, name, lines)
     if runtime.comm.rank == 1:
         make = run.make_method

@@ -1,4 +1,4 @@
-"""Runs on every rank of test_preflight.py: a fault planted on one rank, and what preflight says of it."""
+"""Functions for every rank of test_preflight.py: faults planted on one rank, and the rows of a preflight."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _NEW_MOUNTS = 0x00020000  # CLONE_NEWNS
 
 
 def planted(runtime: Runtime, config_path: str, faults: list[str]) -> dict[str, list[dict[str, str]]]:
-    """The rows of a preflight for each fault, which rank 1 has alone; "none" is none, "lone" must be the last."""
+    """Return the rows of a preflight for each fault, which only rank 1 has; "none" is no fault, "lone" must be last."""
     agreement.SEEN_WITHIN_S = 2.0
     found = {}
     for fault in faults:
@@ -41,7 +41,7 @@ def planted(runtime: Runtime, config_path: str, faults: list[str]) -> dict[str, 
 
 
 def _plant(fault: str, config_path: str) -> list[tuple[Any, str, Any]]:
-    """Make the fault; what is to be put back afterwards."""
+    """Make the fault; return the (module, name, value) to restore afterwards."""
     versions, now, shards = agreement.versions, agreement._now, in_order._shards
     if fault == "versions":
         agreement.versions = lambda: {**versions(), "torch": "2.0.1"}
@@ -57,7 +57,7 @@ def _plant(fault: str, config_path: str) -> list[tuple[Any, str, Any]]:
 
 
 def _cover(directory: Path) -> None:
-    """Give this process another file system in the place of `directory`."""
+    """Mount another file system at `directory`, for this process alone."""
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.unshare(_NEW_MOUNTS):
         raise OSError(ctypes.get_errno(), "unshare")
@@ -66,7 +66,7 @@ def _cover(directory: Path) -> None:
 
 
 def silent(runtime: Runtime, limit_s: float) -> None:
-    """Rank 1 does not come to the collectives."""
+    """Measure collectives, to which rank 1 does not come."""
     if runtime.comm.rank == 1:
         time.sleep(600)
     measure_collectives(runtime.comm, runtime.device, limit_s)
@@ -74,7 +74,7 @@ def silent(runtime: Runtime, limit_s: float) -> None:
 
 
 def measured_memory(runtime: Runtime, config_path: str) -> dict[str, dict[str, int]]:
-    """Bytes of this rank's engines by part, beside the estimate."""
+    """Return the bytes of this rank's engines by part, measured and estimated."""
     config, comm = load_config(config_path), runtime.comm
     inputs = check_inputs(config, comm)
     assert inputs.teacher is not None

@@ -1,4 +1,4 @@
-"""Runs on every rank of test_resume.py: a run that breaks off at each of its steps, and the same run resumed."""
+"""Functions for every rank of test_resume.py and others: runs that break off at a line of the ledger and resume."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from ddk_ds.train.setup import prepare_run
 
 
 class BreakOff(Exception):
-    """Stands for the end of the process."""
+    """Stands in for the end of the process."""
 
 
 def break_and_resume(runtime: Runtime, config_path: str, names: dict[str, int | None]) -> list[str]:
-    """One run for each name, broken off after that many ledger lines (None: not at all). Returns what was done."""
+    """Run once for each name, broken off after that many ledger lines (None: not at all); return as `run_all` does."""
     return run_all(runtime, [(config_path, name, lines) for name, lines in names.items()])
 
 
 def run_all(runtime: Runtime, starts: list[tuple[str, str, int | None]]) -> list[str]:
-    """One run after the other: (configuration, name, ledger lines after which it breaks off and is resumed).
+    """Run each (configuration, name, ledger lines after which it breaks off and is resumed), one after the other.
 
-    Returns the names of those that broke off.
+    Return the names of the runs that broke off.
     """
     broken = []
     for config_path, name, lines in starts:
@@ -42,18 +42,18 @@ def run_all(runtime: Runtime, starts: list[tuple[str, str, int | None]]) -> list
 
 
 def break_off(runtime: Runtime, config_path: str, name: str, lines: int) -> None:
-    """A run that ends after that many lines of its ledger."""
+    """Train until that many lines of the ledger are written."""
     with contextlib.suppress(BreakOff):
         train(prepare(runtime, config_path, name, lines))
 
 
 def go_on(runtime: Runtime, config_path: str, name: str) -> None:
-    """The run, to its end."""
+    """Train the run to its end."""
     train(prepare(runtime, config_path, name))
 
 
 def prepare(runtime: Runtime, config_path: str, name: str, lines: int | None = None) -> Run:
-    """A run that is ready to go; it breaks off after so many lines of its ledger."""
+    """Return a run that is ready to train; it breaks off after that many lines of its ledger (None: not at all)."""
     config = load_config(config_path, [f"name={name}"])
     inputs = check_inputs(config, runtime.comm)
     identity = run_identity(config, inputs.fingerprints)
@@ -80,5 +80,5 @@ def _break_after(run: Run, lines: int) -> None:
 
 
 def run_dir(config_path: str, name: str) -> Path:
-    """Where that run lies."""
+    """Return the directory of the run with that name."""
     return load_config(config_path, [f"name={name}"]).run_dir

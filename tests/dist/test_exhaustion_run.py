@@ -1,4 +1,4 @@
-"""Domains with limits in a run: what the ledger says of them, a resume with other micro-batches, the end by stop."""
+"""Domains with limits in a run: their lines of the ledger, a resume with other micro-batches, the end by `stop`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SHARES = {"python": 0.25, "cpp": 0.25, "mathematics": 0.5}
 
 
 def limited(workspace: Path, folder: Path, policy: str, micro_batch: int, samples: int) -> Path:
-    """A run of three intervals of 16 samples in which mathematics may be drawn `samples` times."""
+    """Write the configuration of three intervals of 16 samples, with a limit of `samples` on mathematics."""
     manifest = json.loads((workspace / "shards" / "domains.json").read_text())
     passes = (samples + 0.5) / manifest["domains"]["mathematics"]["train"]["samples"]
     mixture: dict[str, Any] = {"controller": "static", "proportions": SHARES, "interval_steps": 2}

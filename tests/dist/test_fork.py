@@ -1,4 +1,4 @@
-"""A run that begins from another's checkpoint, by `init_from`, under another configuration."""
+"""Forks: runs that begin from the checkpoint of another run, by `init_from`, under another configuration."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ WORKER = "tests.dist.resume_worker:"
 
 @pytest.fixture(scope="module")
 def source(workspace: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Configuration of a run of 6 steps with checkpoints at 3 and 6, done."""
+    """Return the configuration of a finished run of 6 steps with checkpoints at steps 3 and 6."""
     config = write_config(workspace, tmp_path_factory.mktemp("fork"), name="source", stop={"steps": 6})
     run_ranks(f"{WORKER}go_on", 2, timeout_s=300, config_path=str(config), name="source")
     return config
 
 
 def fork(source: Path, workspace: Path, **sections: Any) -> Path:
-    """Configuration of a fork of the source's step 3."""
+    """Return the configuration of a fork of the source at step 3."""
     checkpoint = source.parent / "runs/source/checkpoints/step-00000003"
     return write_config(workspace, source.parent, **{"init_from": str(checkpoint), "stop": {"steps": 6}, **sections})
 

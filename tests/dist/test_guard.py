@@ -1,4 +1,4 @@
-"""A gradient that is not finite on one rank: the step is skipped on all, and too many end the run or roll it back."""
+"""A step whose gradient is not finite on one rank is skipped on all; too many end the run or roll it back."""
 
 from __future__ import annotations
 

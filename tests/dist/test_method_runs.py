@@ -1,4 +1,4 @@
-"""Whole runs of the methods: broken off and resumed they are the same, and what one leaves the next one takes."""
+"""Complete runs of the methods: interrupted and resumed they are the same, and one method uses files of another."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SHORT: dict[str, Any] = {"mixture": MIXTURE, "stop": {"steps": 4}, "checkpoint":
 
 @pytest.fixture(scope="module")
 def configs(workspace: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """By name; all of them have run on two ranks. Those of `twice` have run whole, and broken off and resumed."""
+    """Return configurations by name, run on two ranks; `twice` ran uninterrupted, and interrupted and resumed."""
     folder = tmp_path_factory.mktemp("methods")
     filters = str(folder / "ted_filters/runs/broken/export/filters.safetensors")
     twice: dict[str, dict[str, Any]] = {
@@ -50,7 +50,7 @@ def configs(workspace: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[s
 
 
 def ledger_of_both(config: Path) -> list[dict[str, Any]]:
-    """The ledger of the whole run, which the resumed one's equals."""
+    """Return the ledger of the uninterrupted run; assert that the resumed one has the same."""
     whole, broken = (without_clock(run_dir(str(config), name)) for name in ("whole", "broken"))
     assert len(whole) == 2 + 4 + 1
     assert broken == whole

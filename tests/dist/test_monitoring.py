@@ -1,4 +1,4 @@
-"""A run's numbers in every monitor, under the same names and equal to its ledger's; and the replay of its decisions."""
+"""Monitors have the numbers of the ledger under the same names, and a replay makes the same decisions."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from tools import replay
 from tools.bench.small_run import write_config
 
 DOMAINS = ("cpp", "mathematics", "python")
-# The tiny student's tensors are never away, so that none is gathered.
+# The tiny student's tensors are never partitioned, so that none is gathered.
 PARTS = ("data", "sync", "teacher", "teacher_gather", "forward", "head", "backward", "reduce", "optimizer")
 
 
 @pytest.fixture(scope="module")
 def run(workspace: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The directory of a run that broke off and went on, with all monitors."""
+    """Return the directory of a run with all monitors that broke off and was resumed."""
     folder = tmp_path_factory.mktemp("monitored")
     # Each domain's ratio differs: without cap and floor, decisions are sharp enough to tell options apart.
     config = write_config(
@@ -42,7 +42,7 @@ def run(workspace: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
             "every_s": 0.0,
         },
     )
-    # In the ledger: an interval, two steps, an interval, a step. What comes after step 2 is done again.
+    # The ledger has an interval, two steps, an interval, a step. All after step 2 is done again.
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("WANDB_MODE", "offline")
         run_ranks("tests.dist.resume_worker:run_all", 1, starts=[(str(config), "run", 5)])
@@ -50,7 +50,7 @@ def run(workspace: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def series(run: Path, key: str) -> dict[int, float]:
-    """A key of the ledger's step lines by step."""
+    """Return the values of a key in the step lines of the ledger, by step."""
     return {line["step"]: line[key] for line in read_ledger(run) if line["kind"] == "step"}
 
 

@@ -1,4 +1,4 @@
-"""Faults that only several ranks can have; a rank that does not answer; the memory's estimate beside real engines."""
+"""Preflight finds faults of one rank and a rank that does not answer, and estimates the memory of real engines."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.dist.ranks import run_ranks
 from tools.bench.small_run import ROOT, write_config
 
 DEEPSPEED = str(Path(sys.executable).with_name("deepspeed"))
-# fault on rank 1 -> the row that finds it, its result, what it says
+# fault on rank 1 -> (name of the row that finds it, its status, parts of its message)
 FAULTS = {
     "none": ("", "pass", ()),
     "versions": ("versions", "fail", ("torch is 2.0.1, on rank 0", "rank 1 on", "the same environment")),

@@ -1,4 +1,4 @@
-"""Interrupted at any line of its ledger and resumed, a run's ledger is the uninterrupted one's, to the last bit."""
+"""A run that is interrupted at any line of its ledger and resumed has the uninterrupted run's ledger, bit for bit."""
 
 from __future__ import annotations
 

@@ -41,7 +41,7 @@ CASES: list[tuple[str, dict[str, Any], tuple[str, ...]]] = [
 
 
 def error_of(config: Path, capsys: pytest.CaptureFixture[str]) -> str:
-    """What the user reads; checks that it is one line and that the code is 2."""
+    """Return the error that the user reads; assert that it is one line and that the exit code is 2."""
     assert main(["--config", str(config), "--dry-run"]) == 2
     text = capsys.readouterr().err
     assert text.startswith("error: ") and text.count("\n") == 1, text

@@ -30,12 +30,12 @@ from tools.bench.small_run import write_config
 
 
 def rows_of(config: Path, ranks: int | None = None) -> dict[str, Row]:
-    """Every row of a preflight by one process."""
+    """Return every row of a preflight of one process, by name."""
     return {row.name: row for row in preflight(load_config(config), SingleProcess(), torch.device("cpu"), ranks)}
 
 
 def check(rows: dict[str, Row], name: str, *parts: str, status: str = "fail") -> None:
-    """That row alone is not passed, and its message has these parts."""
+    """Assert that only this row does not pass, and that its message has these parts."""
     row = rows[name]
     assert row.status == status, row
     assert all(part in f"{row.found} {row.fix}" for part in parts), row
@@ -45,7 +45,7 @@ def check(rows: dict[str, Row], name: str, *parts: str, status: str = "fail") ->
 
 @contextlib.contextmanager
 def tmpfs(directory: Path, options: str) -> Iterator[Path]:
-    """A file system of its own; skips the test where that cannot be had."""
+    """Mount a separate file system at `directory`; skip the test if that is not possible."""
     directory.mkdir(parents=True)
     done = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", directory], capture_output=True, text=True)
     if done.returncode:
@@ -120,7 +120,7 @@ def test_truncated_safetensors(workspace: Path, tmp_path: Path, model: Path, kep
 
 
 def split_in_two(model: Path) -> dict[str, str]:
-    """The model's safetensors as two files with an index; returns its weight map."""
+    """Split the model's safetensors into two files with an index; return its weight map."""
     from safetensors.torch import load_file, save_file
 
     tensors = load_file(model / "model.safetensors")
@@ -244,7 +244,7 @@ def test_directory_in_use(workspace: Path, tmp_path: Path) -> None:
 
 
 def write_checkpoint(config: Path, step: int) -> Path:
-    """What a checkpoint of that step looks like; its one file is the directory's first."""
+    """Write a checkpoint of that step with one file of 1000 bytes; return its directory."""
     loaded = load_config(config)
     directory = loaded.run_dir / "checkpoints" / f"step-{step:08d}"
     directory.mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""What can be known before a run waits in a queue, or spends a cluster's time, on something that cannot work."""
+"""Preflight: checks of a run and its machines before it waits in a queue or spends a cluster's time."""
 
 from __future__ import annotations
 

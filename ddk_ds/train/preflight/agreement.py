@@ -1,4 +1,7 @@
-"""What all ranks must have alike, and how they reach one another. Every function here is collective."""
+"""Checks across ranks: what must be the same on all of them, and how fast they reach one another.
+
+Every function that takes a `Job` or a `Comm` is collective.
+"""
 
 from __future__ import annotations
 
@@ -24,32 +27,36 @@ from ddk_ds.files import nearest_existing
 from ddk_ds.train.preflight.rows import Row, deadline, judged
 from ddk_ds.version import versions
 
-# Rows of the ledger and files of several nodes are compared by their times; certificates and leases fail by minutes.
+# Events and files of several nodes are compared by their times; certificates and leases fail at minutes of skew.
 SKEW_WARN_S, SKEW_FAIL_S = 2.0, 60.0
 _CLOCK_ROUNDS = 5
-# A shared file system may show a new file to another node late.
+# A shared file system may show a new file to another node with a delay.
 SEEN_WITHIN_S = 10.0
 COLLECTIVE_S = 60.0
 _REPEATS = 3
-# Bytes of the two sizes that bandwidth is measured with.
+# Two sizes in bytes with which bandwidth is measured.
 SIZES = {"cpu": (1 << 16, 1 << 22), "cuda": (1 << 20, 1 << 26)}
 
 
 @dataclass(frozen=True)
 class Job:
-    """The ranks that met; without a launcher, one that stands for `ranks`."""
+    """The ranks of this job; a process without a launcher stands for `ranks` ranks."""
 
     comm: Comm
     device: torch.device
     hosts: list[str]
-    """Of each rank."""
+    """Host name of each rank."""
     ranks: int
     local_ranks: int
     """Ranks on this node."""
 
     @classmethod
     def meet(cls, comm: Comm, device: torch.device, ranks: int | None) -> Job:
-        """Collective."""
+        """Return the job of all ranks, which end with EXIT_FAILED if one does not come. Collective.
+
+        Args:
+            ranks: number of ranks that a process without a launcher stands for; None for 1.
+        """
         with deadline("all ranks meet", COLLECTIVE_S):
             places = comm.gather_objects((platform.node(), comm.local_rank))
         hosts = [host for host, _ in places]
@@ -61,7 +68,7 @@ class Job:
 
 
 def ranks_row(job: Job) -> Row:
-    """Who is there."""
+    """Return the row that names the number of ranks and their nodes; it always passes."""
     nodes = list(dict.fromkeys(job.hosts))
     shown = ", ".join(nodes[:4]) + (", ..." if len(nodes) > 4 else "")
     if job.ranks != job.comm.world_size:
@@ -70,7 +77,7 @@ def ranks_row(job: Job) -> Row:
 
 
 def same_versions(job: Job) -> Row:
-    """Versions of what computes, and the project's own files."""
+    """Check that all ranks have the same versions of packages and the same files of ddk_ds."""
     found = {**versions(), "mosaicml-streaming": version("mosaicml-streaming"), "files of ddk_ds": _code_hash()}
     if job.device.type == "cuda":
         found["nccl"] = ".".join(map(str, torch.cuda.nccl.version()))
@@ -86,7 +93,7 @@ def _code_hash() -> str:
 
 
 def same_devices(job: Job) -> Row:
-    """Type and number of a node's devices."""
+    """Check that all nodes have the same type and number of devices."""
     found = {"device": job.device.type, "ranks on the node": str(job.local_ranks)}
     if job.device.type == "cuda":
         found["device"] = torch.cuda.get_device_name(job.device)
@@ -95,7 +102,7 @@ def same_devices(job: Job) -> Row:
 
 
 def same_configuration(job: Job, config: Config) -> Row:
-    """Every line of the resolved configuration."""
+    """Check that all ranks have the same resolved configuration, line by line."""
     text = to_yaml(config)
     found = {f"line {number}": line.strip() for number, line in enumerate(text.splitlines(), 1)}
     row = same_as_first(job, "same configuration", found, "start every rank with the same file and overrides")
@@ -104,17 +111,17 @@ def same_configuration(job: Job, config: Config) -> Row:
 
 
 def same_files(job: Job, fingerprints: dict[str, Any]) -> Row:
-    """Fingerprints of models, tokenizer and shards."""
+    """Check that all ranks have the same fingerprints of models, tokenizer and shards."""
     found = {key: str(value) for key, value in fingerprints.items()}
     row = same_as_first(job, "same files on all ranks", found, "copy models and data anew to the nodes that differ")
     return Row(row.name, "pass", "models, tokenizer and shards") if row.status == "pass" else row
 
 
 def same_as_first(job: Job, name: str, found: dict[str, str], fix: str) -> Row:
-    """Compare this rank's values with rank 0's."""
-    theirs = job.comm.broadcast_object(found)
-    differing = [key for key in sorted({**found, **theirs}) if found.get(key) != theirs.get(key)]
-    shown = "; ".join(f"{key} is {found.get(key)}, on rank 0 {theirs.get(key)}" for key in differing[:3])
+    """Return a row that fails if this rank's values in `found` differ from those of rank 0."""
+    first = job.comm.broadcast_object(found)
+    differing = [key for key in sorted({**found, **first}) if found.get(key) != first.get(key)]
+    shown = "; ".join(f"{key} is {found.get(key)}, on rank 0 {first.get(key)}" for key in differing[:3])
     return judged(name, shown or ", ".join(f"{key} {value}" for key, value in found.items()), fail=bool(shown), fix=fix)
 
 
@@ -123,7 +130,7 @@ def _now() -> float:
 
 
 def clocks(job: Job) -> Row:
-    """How far this rank's clock is from rank 0's."""
+    """Check that this rank's clock is close to that of rank 0."""
     stamps = []
     for _ in range(_CLOCK_ROUNDS):
         before = _now()
@@ -136,9 +143,12 @@ def clocks(job: Job) -> Row:
 
 
 def clock_offset(first: Sequence[tuple[float, float]], mine: Sequence[tuple[float, float]]) -> float:
-    """Seconds by which my clock is ahead of the first's, from the times before and after barriers of both.
+    """Return the seconds by which my clock is ahead of the first rank's; 0 if the bounds on it include 0.
 
-    Nobody leaves a barrier before everyone came: each pair bounds the offset from either side. 0 where it may be 0.
+    No rank leaves a barrier before all have come, so each barrier bounds the offset from both sides.
+
+    Args:
+        first, mine: times before and after each barrier, on the first rank and on mine.
     """
     low = max(before - after for (before, _), (_, after) in zip(mine, first, strict=True))
     high = min(after - before for (_, after), (before, _) in zip(mine, first, strict=True))
@@ -146,7 +156,7 @@ def clock_offset(first: Sequence[tuple[float, float]], mine: Sequence[tuple[floa
 
 
 def output_directory(job: Job, config: Config) -> Row:
-    """All ranks write into one directory that rank 0 made and renamed, as they do when they save a checkpoint."""
+    """Check that all ranks can write into a directory that rank 0 made and renamed, as they do for a checkpoint."""
     name = "output directory"
     parent = nearest_existing(Path(config.output_dir))
     fix = "let output_dir name a writable directory on a file system that all nodes share"
@@ -203,9 +213,10 @@ def _within(seconds: float, condition: Callable[[], bool]) -> bool:
 
 
 def measure_collectives(comm: Comm, device: torch.device, limit_s: float = COLLECTIVE_S) -> list[Row]:
-    """Every kind of collective that the run uses, with two sizes: its time, and its bandwidth where it moves tensors.
+    """Measure each kind of collective that a run uses, with two sizes; return rows with its time or its bandwidth.
 
-    Takes seconds. A collective beyond `limit_s` ends the process with EXIT_FAILED, naming the ranks that did not come.
+    Takes seconds. If a collective takes longer than `limit_s`, the process names the ranks that did not come to it and
+    ends with EXIT_FAILED.
     """
     if comm.world_size == 1:
         return [Row("collectives", "pass", "one rank alone has none: under the launcher they are measured")]
@@ -216,7 +227,7 @@ def measure_collectives(comm: Comm, device: torch.device, limit_s: float = COLLE
                 times.setdefault(name, []).append(_seconds(call, device))
     with deadline("times of all ranks", limit_s):
         by_rank = comm.gather_objects(times)
-    slowest = {name: np.max([theirs[name] for theirs in by_rank], axis=0).tolist() for name in times}
+    slowest = {name: np.max([of_rank[name] for of_rank in by_rank], axis=0).tolist() for name in times}
     return [_speed(name, seconds, device) for name, seconds in slowest.items()]
 
 

@@ -1,4 +1,4 @@
-"""The checks in their order. All but `measure_collectives` are cheap: no weights are read, nothing large is sent."""
+"""All checks of a preflight in their order. They are cheap: no weights are read and nothing large is sent."""
 
 from __future__ import annotations
 
@@ -27,12 +27,14 @@ FILES_S, DOWNLOAD_S = 300.0, 7200.0
 def preflight(
     config: Config, comm: Comm, device: torch.device, ranks: int | None = None, inputs: Inputs | None = None
 ) -> list[Row]:
-    """Everything that takes seconds: the machines, and the run's configuration, inputs, directory, disks and memory.
+    """Check the machines and the run's configuration, inputs, directory, disks and memory; return the rows.
 
-    The same rows on every rank; what needs a file that is at fault has none. A process without a launcher stands for
-    `ranks` (None: 1). `inputs` that are checked already are not read again. Collective, before the run directory is
-    claimed. Where a rank does not come to a check, the
-    process ends with EXIT_FAILED.
+    Collective: the rows are the same on every rank. It takes seconds, and must come before `claim_run_dir`. A check
+    that needs a file at fault has no row. If a rank does not come to a check, the process ends with EXIT_FAILED.
+
+    Args:
+        ranks: number of ranks that a process without a launcher stands for; None for 1.
+        inputs: inputs that are checked already and are not read again.
     """
     job = Job.meet(comm, device, ranks)
     rows = _machine(job)
@@ -45,7 +47,7 @@ def preflight(
 
 
 def preflight_machine(comm: Comm, device: torch.device) -> list[Row]:
-    """The part that needs no configuration. Collective, the same rows on every rank."""
+    """Check the machines alone, without a configuration; return the rows. Collective: the same on every rank."""
     job = Job.meet(comm, device, None)
     return _together(job, _machine(job))
 
@@ -81,7 +83,7 @@ def _batch(config: Config, ranks: int) -> Row:
 
 
 def _inputs(config: Config, job: Job, known: Inputs | None) -> list[Row]:
-    """Models and shards by themselves; then, if these are whole on all ranks, what they are together."""
+    """Check models and shards one by one; then, if they are intact on all ranks, whether they fit together."""
     rows = []
     paths: dict[str, Path] = {}
     for key, model in (("student", config.student), ("teacher", config.teacher)):
@@ -97,7 +99,7 @@ def _inputs(config: Config, job: Job, known: Inputs | None) -> list[Row]:
         if all(job.comm.gather_objects(bool(checked))):
             together += _with_inputs(config, job, checked[0])
         together.append(_on_first(job, "newest checkpoint", path_checks.checkpoints, config, job.ranks))
-    return [*rows, *_of_models(config, job, paths), *together]
+    return [*rows, *_model_checks(config, job, paths), *together]
 
 
 def _model(key: str, path: str, job: Job, paths: dict[str, Path]) -> Row:
@@ -116,7 +118,7 @@ def _shards(config: Config, known: Inputs | None) -> Row:
 
 
 def _found(config: Config, paths: dict[str, Path]) -> Config:
-    """The configuration as far as `check_inputs` is still to check it: models are found, the batch has its own row."""
+    """Return the configuration for `check_inputs`, with local model paths and a batch that always passes."""
     student = config.student.model_copy(update={"path": str(paths["student"])})
     teacher = config.teacher and config.teacher.model_copy(update={"path": str(paths["teacher"])})
     train = config.train.model_copy(update={"micro_batch_samples": 1})
@@ -129,8 +131,8 @@ def _fit(config: Config, known: Inputs | None, checked: list[Inputs]) -> Row:
     return Row("tokenizers and data", "pass", found)
 
 
-def _of_models(config: Config, job: Job, paths: dict[str, Path]) -> list[Row]:
-    """Precision, memory and disks: what needs the models alone, whatever else failed. No collective."""
+def _model_checks(config: Config, job: Job, paths: dict[str, Path]) -> list[Row]:
+    """Check precision, memory and disks, which need the models alone. Not collective."""
     models = {key: read_model(directory, f"{key}.path") for key, directory in paths.items()}
     rows = [
         attempt(f"{key} precision", path_checks.precision, config, model, key, job.device)
@@ -150,7 +152,7 @@ def _of_models(config: Config, job: Job, paths: dict[str, Path]) -> list[Row]:
 
 
 def _memory(config: Config, job: Job, student: ModelShape, teacher: ModelShape | None, place: str) -> Row:
-    # Not the tokenizer's size: a vocabulary that cannot be read is another row's affair, and the head is never less.
+    # By the head, which is never smaller than the tokenizer: an unreadable tokenizer has a row of its own.
     vocab_size = student.head // max(1, student.hidden)
     shapes = student, teacher, vocab_size
     estimate = estimate_memory(config, *shapes, job.ranks, job.device.type, job.local_ranks)
@@ -160,7 +162,7 @@ def _memory(config: Config, job: Job, student: ModelShape, teacher: ModelShape |
 
 
 def _with_inputs(config: Config, job: Job, inputs: Inputs) -> list[Row]:
-    """The run's directory, which rank 0 looks at for all, and what the ranks' inputs have in common."""
+    """Check the run's directory, the same inputs on all ranks, and the space for the data cache."""
     rows = [
         attempt("same files on all ranks", agreement.same_files, job, inputs.fingerprints),
         _on_first(job, "run directory", path_checks.run_directory, config, inputs.fingerprints),
@@ -171,6 +173,6 @@ def _with_inputs(config: Config, job: Job, inputs: Inputs) -> list[Row]:
 
 
 def _on_first(job: Job, name: str, check: Callable[..., Row], *arguments: Any) -> Row:
-    """Rank 0's row on every rank: thousands of ranks must not all look at every file of a checkpoint."""
+    """Return rank 0's row on every rank, since thousands of ranks must not look at every file of a checkpoint."""
     row: Row = job.comm.broadcast_object(attempt(name, check, *arguments) if job.comm.rank == 0 else None)
     return row

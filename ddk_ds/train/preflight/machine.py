@@ -1,4 +1,4 @@
-"""What one machine has, whatever the run: memory that processes share, files, ports, space for temporary files."""
+"""Checks of one machine, mostly without a run: shared memory, open files, temporary files, ports, free memory."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from ddk_ds.engine.memory_estimate import MEMORY_MARGIN, MemoryEstimate
 from ddk_ds.train.preflight.rows import Row, judged
 
 # DeepSpeed maps 66 MiB a rank on a CPU, NCCL tens of MB a rank between the GPUs of a node, loader workers the batches
-# on their way. Docker gives a container 64 MB.
+# that they send. Docker gives a container 64 MB.
 SHM_BYTES_PER_RANK = 100_000_000
-# NCCL and gloo hold sockets to many ranks, loaders and shards files; some systems' default is 1024.
+# NCCL and gloo hold sockets to many ranks, loaders hold shards open; some systems allow 1024 by default.
 FEWEST_OPEN_FILES, ENOUGH_OPEN_FILES = 512, 4096
-# Compilers (Triton, DeepSpeed's extensions) write there.
+# Compilers (Triton, DeepSpeed's extensions) write temporary files.
 LEAST_TMP_BYTES, ENOUGH_TMP_BYTES = 100_000_000, 1_000_000_000
 DEFAULT_PORT = 29500
 
 
 def shared_memory(local_ranks: int, directory: Path = Path("/dev/shm")) -> Row:
-    """Free space of /dev/shm."""
+    """Check the free space of /dev/shm for all ranks of this node."""
     free, needed = shutil.disk_usage(directory).free, SHM_BYTES_PER_RANK * local_ranks
     found = f"{directory} has {size(free)} free; needed are {size(needed)}; ranks on the node: {local_ranks}"
     wanted = f"--shm-size={2 * needed // 10**6}m"
@@ -34,7 +34,7 @@ def shared_memory(local_ranks: int, directory: Path = Path("/dev/shm")) -> Row:
 
 
 def open_files() -> Row:
-    """The limit of files that this process may have open."""
+    """Check the limit on the open files of this process."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     fix = f"ulimit -n {ENOUGH_OPEN_FILES} before the launcher (hard limit: {hard})"
     few = soft < FEWEST_OPEN_FILES
@@ -42,7 +42,7 @@ def open_files() -> Row:
 
 
 def temporary_files() -> Row:
-    """Free space of TMPDIR."""
+    """Check the free space of the directory for temporary files (TMPDIR)."""
     directory = tempfile.gettempdir()
     free = shutil.disk_usage(directory).free
     few, warn = free < LEAST_TMP_BYTES, free < ENOUGH_TMP_BYTES
@@ -51,7 +51,7 @@ def temporary_files() -> Row:
 
 
 def master_port() -> Row:
-    """Without a launcher: is the port that ranks would meet at free; within a job: can this rank reach it."""
+    """Check the port at which ranks meet: free, without a launcher; reachable from this rank, within a job."""
     address = os.environ.get("MASTER_ADDR", "127.0.0.1")
     port = int(os.environ.get("MASTER_PORT", DEFAULT_PORT))
     if "RANK" in os.environ:
@@ -71,22 +71,22 @@ def master_port() -> Row:
 
 
 def device_memory(estimate: MemoryEstimate, device: torch.device, world_size: int) -> Row:
-    """The estimate against a GPU's free memory."""
+    """Compare the estimate for one rank with the free memory of its GPU."""
     free, total = torch.cuda.mem_get_info(device)
     return _memory("device memory", estimate.device_bytes, free, f"of {size(total)} free", estimate, world_size)
 
 
 def host_memory(estimate: MemoryEstimate, device: torch.device, world_size: int, local_ranks: int) -> Row:
-    """The estimate of all ranks of this node against its free memory; on a CPU that is the device's too."""
+    """Compare the estimate for all ranks of this node with its free memory, which on a CPU also holds the models."""
     needed = local_ranks * (estimate.total if device.type == "cpu" else estimate.host_bytes)
     free = available_bytes()
     return _memory("host memory", needed, free, f"available; ranks on the node: {local_ranks}", estimate, world_size)
 
 
-def _memory(name: str, needed: int, free: int, what: str, estimate: MemoryEstimate, world_size: int) -> Row:
+def _memory(name: str, needed: int, free: int, free_of: str, estimate: MemoryEstimate, world_size: int) -> Row:
     largest = sorted(estimate.parts.items(), key=lambda part: -part[1])[:3]
     shown = ", ".join(f"{part} {size(taken)}" for part, taken in largest)
-    found = f"estimated {size(needed)}, {size(free)} {what}; of {world_size} ranks each: {shown}, ..."
+    found = f"estimated {size(needed)}, {size(free)} {free_of}; of {world_size} ranks each: {shown}, ..."
     fix = (
         "more ranks, train.micro_batch_samples lower, student.gradient_checkpointing: true, or "
         "optimizer.offload: cpu (without a launcher, --ranks says how many there will be)"
@@ -95,19 +95,19 @@ def _memory(name: str, needed: int, free: int, what: str, estimate: MemoryEstima
 
 
 def available_bytes(proc: Path = Path("/proc/meminfo"), group: Path = Path("/sys/fs/cgroup")) -> int:
-    """Memory that processes can still get: the machine's, or what the container's limit leaves."""
+    """Return the bytes of memory that processes can still get, within the machine and the container's limit."""
     meminfo = dict(line.split(":") for line in proc.read_text().splitlines())
     available = int(meminfo["MemAvailable"].split()[0]) * 1024
     try:
         limit, used = ((group / name).read_text().strip() for name in ("memory.max", "memory.current"))
         cached = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())["inactive_file"]
-    except (OSError, KeyError, ValueError):  # another version of control groups, or none
+    except (OSError, KeyError, ValueError):  # an older version of control groups, or none
         return available
     return available if limit == "max" else min(available, int(limit) - int(used) + int(cached))
 
 
 def size(num_bytes: float) -> str:
-    """Bytes as a user reads them."""
+    """Return bytes as text in kB, MB or GB (powers of 1000)."""
     unit, name = next(
         item for item in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")) if num_bytes >= item[0] or item[0] == 1e3
     )

@@ -1,4 +1,4 @@
-"""What the run reads and writes: model files, the run's directory, and whether the disks hold what it will write."""
+"""Checks of paths that a run reads and writes: model files, its directory and checkpoints, space on disks."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ _FLOATS = {"F64", "F32", "BF16", "F16"}
 
 
 def model_files(directory: Path, key: str) -> Row:
-    """Every safetensors file is there and as long as its header says, and holds what the index and config.json name.
+    """Check that each safetensors file exists with the size in its header, and that index and config.json fit to them.
 
-    Raises UserError, OSError or ValueError where they cannot be read.
+    Raises UserError, OSError or ValueError if they cannot be read.
     """
     name = f"{key} files"
     try:
@@ -53,7 +53,7 @@ def model_files(directory: Path, key: str) -> Row:
 
 
 def _cut_short(path: Path) -> str:
-    try:  # for torch it would map the file as memory that may be written, which a small machine refuses
+    try:  # with framework "pt" it would map the file as writable memory, which a small machine refuses
         with safe_open(path, framework="np"):
             return ""
     except SafetensorError as error:
@@ -83,7 +83,7 @@ def _layer_fault(files: ModelFiles) -> str:
 
 
 def precision(config: Config, files: ModelFiles, key: str, device: torch.device) -> Row:
-    """How the model's weights are stored, against `train.precision`."""
+    """Compare the dtypes in which the model's weights are stored with `train.precision`."""
     name, wanted = f"{key} precision", config.train.precision
     stored: set[str] = set()
     for path in sorted({tensor.file for tensor in files.tensors.values()}):
@@ -100,7 +100,10 @@ def precision(config: Config, files: ModelFiles, key: str, device: torch.device)
 
 
 def run_directory(config: Config, fingerprints: dict[str, Any]) -> Row:
-    """Whose the directory is, and whether a process runs in it. Raises CheckpointError. Before `claim_run_dir` only."""
+    """Check that the directory is free or this run's, and that no process runs in it; must come before `claim_run_dir`.
+
+    Raises CheckpointError as `check_run_dir` does.
+    """
     check_run_dir(config, run_identity(config, fingerprints))
     lock = config.run_dir / ".lock"
     if lock.is_file():
@@ -117,13 +120,13 @@ def run_directory(config: Config, fingerprints: dict[str, Any]) -> Row:
 
 
 def checkpoints(config: Config, ranks: int) -> Row:
-    """The checkpoint that the run goes on from: complete, by the sizes of its files, and of how many ranks."""
+    """Check that the newest checkpoint is complete, by the sizes of its files, and that `ranks` ranks can load it."""
     name, root = "newest checkpoint", config.run_dir / "checkpoints"
     newest = newest_checkpoint(config.run_dir)
     last = max(root.glob("step-*"), default=None)
     if last is not None and (newest is None or newest[0] != last):
         goes_on = "none is complete" if newest is None else f"the run would go on from {newest[0].name}"
-        found = f"{last}: {_what_is_wrong(last)}; {goes_on}"
+        found = f"{last}: {_fault_of(last)}; {goes_on}"
         return judged(name, found, fail=newest is None, warn=True, fix="put its files back, or move it away")
     if newest is None:
         return Row(name, "pass", "none: the run begins anew")
@@ -135,7 +138,7 @@ def checkpoints(config: Config, ranks: int) -> Row:
     return judged(name, found + (", so it is converted first" if differs else ""), fail=fails, fix=fix)
 
 
-def _what_is_wrong(directory: Path) -> str:
+def _fault_of(directory: Path) -> str:
     try:
         files = json.loads((directory / MANIFEST).read_text())["files"]
         for file, (expected, _) in sorted(files.items()):
@@ -149,41 +152,40 @@ def _what_is_wrong(directory: Path) -> str:
 
 
 def checkpoint_space(config: Config, student: ModelShape) -> Row:
-    """Space for the checkpoints that are kept, one more while it is written, and the export."""
+    """Check the space for the checkpoints that are kept, one more while it is written, and the export."""
     directory = nearest_existing(config.run_dir)
     compute = COMPUTE_BYTES[config.train.precision]
-    one = (OPTIMIZER_BYTES + compute) * student.parameters
+    each = (OPTIMIZER_BYTES + compute) * student.parameters
     keep = config.checkpoint
     count = keep.keep_last + 1
     if keep.keep_every_steps is not None and config.stop.steps is not None:
         count += config.stop.steps // keep.keep_every_steps
-    there = sum(manifest.num_bytes for _, manifest in complete_checkpoints(config.run_dir / "checkpoints"))
-    needed = max(0, count * one - there) + compute * student.parameters
+    existing = sum(manifest.num_bytes for _, manifest in complete_checkpoints(config.run_dir / "checkpoints"))
+    needed = max(0, count * each - existing) + compute * student.parameters
     free = shutil.disk_usage(directory).free
-    found = (
-        f"{directory} has {size(free)} free; {count} checkpoints of {size(one)} and the export need {size(needed)} more"
-    )
+    required = f"{count} checkpoints of {size(each)} and the export need {size(needed)} more"
+    found = f"{directory} has {size(free)} free; {required}"
     fix = "free space there, lower checkpoint.keep_last, or set output_dir to another disk"
     return judged("disk for checkpoints", found, fail=free < needed, fix=fix)
 
 
 def cache_space(config: Config, manifest: Manifest, names: list[str]) -> Row:
-    """Space for what `data.cache_dir` will hold."""
+    """Check the space that `data.cache_dir` will grow to."""
     assert config.data.cache_dir is not None, "space was asked for a cache that is not there"
     splits = [getattr(manifest.domains[name], split) for name in names for split in SPLITS]
     total = sum(split.tokens for split in splits) * np.dtype(manifest.dtype).itemsize
     limit = config.data.cache_limit_gb
     needed = total if limit is None else min(total, int(limit * 1e9))
     directory = Path(config.data.cache_dir)
-    there = sum(path.stat().st_size for path in directory.rglob("*.mds"))
+    cached = sum(path.stat().st_size for path in directory.rglob("*.mds"))
     free = shutil.disk_usage(nearest_existing(directory)).free
-    found = f"data.cache_dir {directory} has {size(free)} free and holds {size(there)}; it grows to {size(needed)}"
+    found = f"data.cache_dir {directory} has {size(free)} free and holds {size(cached)}; it grows to {size(needed)}"
     fix = "free space there, or set data.cache_limit_gb to what there is"
-    return judged("disk for the data cache", found, fail=free < needed - there, fix=fix)
+    return judged("disk for the data cache", found, fail=free < needed - cached, fix=fix)
 
 
 def nvme_space(config: Config, job: Job, student: ModelShape, teacher: ModelShape | None) -> Row:
-    """Space for what is offloaded to `train.nvme_path`, and whether it can be written."""
+    """Check that `train.nvme_path` can be written and has space for all that is offloaded to it."""
     directory = Path(config.train.nvme_path or "")
     compute = COMPUTE_BYTES[config.train.precision]
     needed = OPTIMIZER_BYTES * student.shard(job.ranks) if config.optimizer.offload == "nvme" else 0

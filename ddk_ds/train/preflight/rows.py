@@ -1,4 +1,4 @@
-"""A check's result, the results of all ranks as one, and the limit of a wait."""
+"""The result of a check, the results of all ranks merged into one, and the time limit of a wait."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from ddk_ds.errors import UserError
 EXIT_FAILED = 2
 Status = Literal["pass", "warn", "fail"]
 _SEVERITY: dict[str, int] = {"pass": 0, "warn": 1, "fail": 2}
-# What the rank that reports a wait without an end is ahead of the others: the launcher ends all when one is gone.
+# Lead of the rank that reports an endless wait: the launcher ends all ranks as soon as one has ended.
 _REPORT_S = 2.0
 
 
 @dataclass(frozen=True)
 class Row:
-    """What one check found, and what to do about it."""
+    """Result of one check: its name and status, the finding, and the fix ("" if the check passed)."""
 
     name: str
     status: Status
@@ -32,13 +32,13 @@ class Row:
 
 
 def judged(name: str, found: str, *, fail: bool, warn: bool = False, fix: str = "") -> Row:
-    """A row by its two conditions; the fix is shown where one of them holds."""
+    """Return a row that fails or warns under these conditions; it has the fix only if it does not pass."""
     status: Status = "fail" if fail else "warn" if warn else "pass"
     return Row(name, status, found, fix if status != "pass" else "")
 
 
 def attempt(name: str, check: Callable[..., Row], *arguments: Any) -> Row:
-    """The row of check(*arguments); an error is a row too, so that the checks after it are still made."""
+    """Return the row of check(*arguments), or a failed row if it raises, so that later checks are still made."""
     try:
         return check(*arguments)
     except UserError as error:
@@ -48,14 +48,19 @@ def attempt(name: str, check: Callable[..., Row], *arguments: Any) -> Row:
 
 
 def merge(by_rank: Sequence[Sequence[Row]], hosts: Sequence[str]) -> list[Row]:
-    """One row for each check: the worst, and on which ranks it is so."""
+    """Return one row for each check: the worst of all ranks, with the rank and its host if not all ranks have it.
+
+    Args:
+        by_rank: the rows of each rank.
+        hosts: the host of each rank.
+    """
     merged: dict[str, Row] = {}
     names = dict.fromkeys(row.name for rows in by_rank for row in rows)
     for name in names:
-        found = [(rank, row) for rank, rows in enumerate(by_rank) for row in rows if row.name == name]
-        rank, worst = max(found, key=lambda item: (_SEVERITY[item[1].status], -item[0]))
-        alike = sum(row.status == worst.status for _, row in found)
-        if worst.status != "pass" and any(row != worst for _, row in found):
+        ranked = [(rank, row) for rank, rows in enumerate(by_rank) for row in rows if row.name == name]
+        rank, worst = max(ranked, key=lambda item: (_SEVERITY[item[1].status], -item[0]))
+        alike = sum(row.status == worst.status for _, row in ranked)
+        if worst.status != "pass" and any(row != worst for _, row in ranked):
             more = f" and {alike - 1} more" if alike > 1 else ""
             worst = replace(worst, found=f"rank {rank} on {hosts[rank]}{more}: {worst.found}")
         merged[name] = worst
@@ -63,15 +68,15 @@ def merge(by_rank: Sequence[Sequence[Row]], hosts: Sequence[str]) -> list[Row]:
 
 
 def failed(rows: Sequence[Row]) -> bool:
-    """Whether a run must not start."""
+    """Return True if a check failed, so that the run must not start."""
     return any(row.status == "fail" for row in rows)
 
 
 @contextmanager
 def deadline(place: str, seconds: float) -> Iterator[None]:
-    """Where the body takes longer, say which ranks never came to `place`, and end this process with EXIT_FAILED.
+    """Limit the time of the body: beyond it, print the ranks that did not reach `place` and exit with EXIT_FAILED.
 
-    A collective that hangs cannot be left otherwise: it is a thread that ends the process.
+    A thread ends the process, because a collective that hangs cannot be left otherwise.
     """
     announce(place)
     timer = threading.Timer(seconds, _give_up, (place, seconds))

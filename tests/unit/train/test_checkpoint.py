@@ -1,4 +1,4 @@
-"""Checkpoints on disk: what counts as complete, and what is never lost."""
+"""Checkpoints on the disk: only complete ones count, and none is lost."""
 
 from __future__ import annotations
 
@@ -42,18 +42,18 @@ class FileStudent:
 
 
 def saver_of(run_dir: Path, **keep: int) -> Saver:
-    """Of a run."""
+    """Return a saver for the run in `run_dir`."""
     return Saver(run_dir, {"seed": 0}, SingleProcess(), Checkpoint(**keep))
 
 
 def state_at(step: int) -> RunState:
-    """A run's state."""
+    """Return the state of a run after `step` steps."""
     entries: Any = [{"name": "a", "num_samples": 4, "sha": "0"}]
     return RunState(data=IntervalState.new(entries, seed=0), step=step)
 
 
 def save(run_dir: Path, step: int, failure: str = "", **keep: int) -> Path:
-    """A checkpoint of `step`."""
+    """Save a checkpoint of `step` and return its directory."""
     student: Any = FileStudent(failure)
     saver = saver_of(run_dir, **keep)
     assert saver.begin(student, state_at(step), ledger_bytes=0)
@@ -63,7 +63,7 @@ def save(run_dir: Path, step: int, failure: str = "", **keep: int) -> Path:
 
 
 def newest_step(run_dir: Path) -> int | None:
-    """Step of the newest complete checkpoint."""
+    """Return the step of the newest complete checkpoint, or None."""
     found = newest_checkpoint(run_dir)
     return None if found is None else found[1].step
 
@@ -118,7 +118,7 @@ def test_a_complete_one_is_left_alone(tmp_path: Path) -> None:
 
 
 def steps(run_dir: Path) -> list[int]:
-    """Of the checkpoints that are there."""
+    """Return the steps of the checkpoints in `run_dir`, ascending."""
     return sorted(int(path.name.removeprefix("step-")) for path in (run_dir / "checkpoints").glob("step-*"))
 
 

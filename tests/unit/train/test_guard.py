@@ -1,4 +1,4 @@
-"""When numbers are called wrong, on losses as they come."""
+"""The guard: skipped steps, spikes of the loss and alarms of the mixture, on sequences of losses and ratios."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_the_state_goes_through_a_checkpoint() -> None:
 
 
 def alarms(ratios: list[list[float]], proportions: list[float], options: Guard | None = None) -> list[list[str]]:
-    """Of intervals with these ratios and the same proportions."""
+    """Return the alarms of intervals with these ratios and the same proportions."""
     state = fresh()
     state.data = state.data.begin([4])
     found = []

@@ -1,4 +1,4 @@
-"""The ledger's lines as events, and how they are handed on."""
+"""Lines of the ledger become events, which a thread hands to the monitors."""
 
 from __future__ import annotations
 
@@ -93,31 +93,31 @@ def test_events_are_written_together() -> None:
 
 
 def test_a_monitor_that_fails_ends_nothing_but_itself() -> None:
-    said: list[str] = []
+    warnings: list[str] = []
     written: list[int] = []
 
     def broken(batch: Sequence[Event]) -> None:
         raise OSError("disk full")
 
-    feed = MonitorFeed({"csv": broken, "list": lambda batch: written.append(len(batch))}, 0, said.append)
+    feed = MonitorFeed({"csv": broken, "list": lambda batch: written.append(len(batch))}, 0, warnings.append)
     feed.add(STEP)
     while not written:
         time.sleep(0.001)
     feed.add(STEP)
     feed.close()
     assert written == [10, 10]
-    assert said == ["warning: monitor csv failed and is left out from here on: disk full"]
+    assert warnings == ["warning: monitor csv failed and is left out from here on: disk full"]
 
 
 def test_a_monitor_that_hangs_does_not_hold_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ddk_ds.train.ledger._LONGEST_CLOSE_S", 0.05)
-    said: list[str] = []
+    warnings: list[str] = []
     answer = threading.Event()
-    feed = MonitorFeed({"far": lambda batch: answer.wait() and None}, 0, said.append)
+    feed = MonitorFeed({"far": lambda batch: answer.wait() and None}, 0, warnings.append)
     feed.add(STEP)
     feed.close()
     answer.set()
-    assert said == ["warning: a monitor does not answer; its last numbers may be missing"]
+    assert warnings == ["warning: a monitor does not answer; its last numbers may be missing"]
 
 
 def test_without_monitors_nothing_is_collected() -> None:

@@ -1,4 +1,4 @@
-"""As few passes of the teacher as memory allows."""
+"""The teacher makes as few passes as memory allows."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def settled(usable: float, **teacher: Any) -> int:
     [(MICRO_BATCHES, 16), (15, 8), (8, 8), (7, 6), (5, 4), (2, 2), (1, 1)],
 )
 def test_the_most_that_memory_holds(holds: int, per_pass: int) -> None:
-    """Of 16: 16 in one pass, 8 in two, 6 in three (6, 6, 4), 4 in four, ..."""
+    """16 micro-batches are 16 in one pass, 8 in two, 6 in three (6, 6, 4), 4 in four, ..."""
     assert settled(needed(holds)) == per_pass
 
 
