@@ -10,7 +10,7 @@
 #include <immintrin.h>
 #endif
 
-// GCC calls what is marked inline alone: constants and packs would go through memory at each exp.
+// With `inline` alone GCC makes calls, and constants and packs would go through memory at each exp.
 #define INLINE inline __attribute__((always_inline))
 
 namespace {
@@ -51,7 +51,7 @@ INLINE void write(bfloat16* out, V v) {  // to nearest, ties to even; NaN stays 
   std::memcpy(out, &h, sizeof h);
 }
 
-// The larger one; b where either is NaN.
+// The larger of a and b; b if either is NaN.
 INLINE W max_(W a, W b) { return a > b ? a : b; }
 INLINE V max_(V a, V b) {
 #ifdef __AVX512F__

@@ -53,7 +53,7 @@ INLINE void compare(P q, P p, P r, F b, P& value, P& h) {
   }
 }
 
-// What a model does to its raw logits: cap * tanh(scale * x / cap), or scale * x where cap is 0.
+// The form of a model's logits x: cap * tanh(scale * x / cap), or scale * x where cap is 0.
 template <typename F>
 struct Form {
   using P = typename Lanes<F>::V;
@@ -76,8 +76,8 @@ struct Form {
   }
 };
 
-// A row's softmax: its maximum, its sum, and exp(x * scale - maximum of the block) of every element, which the second
-// pass reads back, since an exp costs more. That memory is the thread's own and is kept.
+// A row's softmax: its maximum, its sum, and exp(x * scale - maximum of the block) of every element. The second pass
+// reads these back, because an exp costs more. The memory belongs to the thread and is kept for the next row.
 template <typename F>
 class Softmax {
   using P = typename Lanes<F>::V;
@@ -116,7 +116,7 @@ class Softmax {
   }
   double log_sum() const { return max + std::log(sum); }
   const F* kept() const { return powers.get(); }
-  // What the powers of the block at `begin` are multiplied by to be probabilities.
+  // The factor that turns the powers of the block at `begin` into probabilities.
   F factor(int64_t begin) const { return F(std::exp(double(tops[size_t(begin / BLOCK)]) - max) / sum); }
 
  private:
@@ -133,7 +133,7 @@ class Softmax {
 extern "C" struct RowArguments {
   void* student;          // (rows, classes) logits; overwritten where they have a scale or a cap
   void* teacher;          // the same, or null
-  void* grad;             // the same, or null: not wanted; may be the student's logits themselves
+  void* grad;             // the same, null if not wanted; can be the student's logits themselves
   const int64_t* labels;  // (rows,); a row whose label is not in 0..classes-1 gives zeros
   double* ce;             // (rows,)
   double* divergence;     // (rows,)
@@ -195,7 +195,7 @@ class RowKernel {
     int64_t label;
   };
 
-  // With CENTRING sum(p h), else the divergence; and the gradient where `out` is not null.
+  // Returns sum(p h) with CENTRING, otherwise the divergence; writes the gradient if `out` is not null.
   template <bool CENTRING>
   double run(const Row& s, const Row& t, const Pass& pass, F centre, G* out) const {
     const F offset = KIND == NONE ? F(0) : F(pass.student.log_sum() - pass.teacher.log_sum());

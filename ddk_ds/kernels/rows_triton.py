@@ -1,8 +1,8 @@
 """The element-wise part on a GPU: one Triton program a row reads both models' logits and writes the gradient.
 
 The formulas are those of divergences.py, and rows.cpp computes the same on a CPU. Each pass over a row reads 4 bytes an
-element of each model; the last one writes the gradient, in half precision into the first half of the student's own row.
-Cross-entropy with forward KL takes two passes: 18 bytes an element. Other divergences need sum(p h) first: one more.
+element of each model, and the last one writes the gradient. Cross-entropy with forward KL takes two passes: with a
+half-precision gradient 18 bytes an element. Other divergences need sum(p h) first, which is one pass more.
 """
 
 from __future__ import annotations
