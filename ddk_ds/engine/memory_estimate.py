@@ -93,49 +93,62 @@ def estimate_memory(
 
     A node needs the host's bytes for each of its ranks. With `ranks_per_node` None all ranks are on one node.
     """
-    raw = config.deepspeed.get("zero_optimization", {})  # holds for the student; the teacher's engine has the defaults
-    buckets = {name.removeprefix("stage3_"): size for name, size in bucket_sizes(student.largest_layer).items()}
-    defaults = {**_DEFAULTS, **buckets}
-    zero = {name: int(raw.get(f"stage3_{name}", raw.get(name, default))) for name, default in defaults.items()}
+    zero = _zero_sizes(config, student)
     compute = COMPUTE_BYTES[config.train.precision]
-    if teacher is not None and config.teacher is not None:
-        teacher = teacher.as_sharded(config.teacher, config.train.precision)
-    shard = student.shard(world_size)
-    resident: dict[str, int] = {"CUDA context and NCCL": CONTEXT_BYTES if device_type == "cuda" else 0}
+    resident = {"CUDA context and NCCL": CONTEXT_BYTES if device_type == "cuda" else 0}
     host = {"process": PROCESS_BYTES}
     weights: dict[str, tuple[Model, ModelShape]] = {"student shards": (config.student, student)}
-    if teacher is not None and config.teacher is not None:
-        weights["teacher shards"] = (config.teacher, teacher)
+    together = 1  # micro-batches in one pass of the teacher
+    if config.teacher is not None:
+        micro_batches = config.train.global_batch_samples // (config.train.micro_batch_samples * world_size)
+        together = max(1, min(config.teacher.per_pass, micro_batches))
+        if teacher is not None:
+            teacher = teacher.as_sharded(config.teacher, config.train.precision)
+            weights["teacher shards"] = (config.teacher, teacher)
     for name, (model, shape) in weights.items():
         place = {"none": resident, "cpu": host, "nvme": {}}[model.offload_params]
         place[name] = compute * shape.shard(shard_ranks(model, world_size, ranks_per_node))
         if model.offload_params == "nvme":
             host[f"{name}: nvme buffers"] = compute * _NVME_PARAMETERS
-    optimizer = {"none": resident, "cpu": host, "nvme": {}}[config.optimizer.offload]
-    optimizer["master weights and moments"] = OPTIMIZER_BYTES * shard
-    (resident if config.optimizer.offload == "none" else host)["gradient sums"] = GRADIENT_BYTES * shard
-    sub_group = min(shard, zero["sub_group_size"])
-    if config.optimizer.offload == "nvme":
-        host["optimizer: nvme buffers"] = 4 * _NVME_SUB_GROUPS * sub_group
-    if config.checkpoint.in_background:
-        host["checkpoint's copy"] = (OPTIMIZER_BYTES + compute) * shard
-    bucket = (
-        zero["reduce_bucket_size"] if device_type == "cuda" else min(zero["reduce_bucket_size"], student.parameters)
-    )
-    resident["gradient bucket"] = compute * bucket
+    update = _add_optimizer(resident, host, config, student.shard(world_size), zero["sub_group_size"])
+    bucket = zero["reduce_bucket_size"]
+    resident["gradient bucket"] = compute * (bucket if device_type == "cuda" else min(bucket, student.parameters))
     small = sum(size for size in student.tensors if size <= zero["param_persistence_threshold"])
     resident["small parameters"] = compute * small
-    # A sub-group's gradients as one float32 tensor, and an intermediate result of AdamW of the same size.
-    update = {"gradient and intermediate of the update": 2 * 4 * sub_group}
-    if config.optimizer.offload != "none":
-        host |= update
-        update = {}
-    together = 1  # micro-batches in one pass of the teacher
-    if config.teacher is not None:
-        micro_batches = config.train.global_batch_samples // (config.train.micro_batch_samples * world_size)
-        together = max(1, min(config.teacher.per_pass, micro_batches))
     passes = _passes(config, student, teacher, vocab_size, zero, device_type, together)
     return MemoryEstimate(resident, passes, update, host)
+
+
+def _zero_sizes(config: Config, student: ModelShape) -> dict[str, int]:
+    """Return ZeRO-3's sizes in elements, by DeepSpeed's keys without "stage3_", for the student's engine.
+
+    Section `deepspeed:` changes them for the student alone; the teacher's engine has the defaults.
+    """
+    raw = config.deepspeed.get("zero_optimization", {})
+    buckets = {name.removeprefix("stage3_"): size for name, size in bucket_sizes(student.largest_layer).items()}
+    defaults = {**_DEFAULTS, **buckets}
+    return {name: int(raw.get(f"stage3_{name}", raw.get(name, default))) for name, default in defaults.items()}
+
+
+def _add_optimizer(
+    resident: dict[str, int], host: dict[str, int], config: Config, shard: int, max_sub_group: int
+) -> dict[str, int]:
+    """Add the optimizer's parts for a rank's `shard` of elements to `resident` and `host`; return the update's parts."""
+    offload = config.optimizer.offload
+    place = {"none": resident, "cpu": host, "nvme": {}}[offload]
+    place["master weights and moments"] = OPTIMIZER_BYTES * shard
+    (resident if offload == "none" else host)["gradient sums"] = GRADIENT_BYTES * shard
+    sub_group = min(shard, max_sub_group)
+    if offload == "nvme":
+        host["optimizer: nvme buffers"] = 4 * _NVME_SUB_GROUPS * sub_group
+    if config.checkpoint.in_background:
+        host["checkpoint's copy"] = (OPTIMIZER_BYTES + COMPUTE_BYTES[config.train.precision]) * shard
+    # A sub-group's gradients as one float32 tensor, and an intermediate result of AdamW of the same size.
+    update = {"gradient and intermediate of the update": 2 * 4 * sub_group}
+    if offload == "none":
+        return update
+    host |= update
+    return {}
 
 
 def fewest_passes(config: Config, micro_batches: int, fits: Callable[[Config], bool]) -> Config:
