@@ -133,7 +133,7 @@ def _zero_sizes(config: Config, student: ModelShape) -> dict[str, int]:
 def _add_optimizer(
     resident: dict[str, int], host: dict[str, int], config: Config, shard: int, max_sub_group: int
 ) -> dict[str, int]:
-    """Add the optimizer's parts for a rank's `shard` of elements to `resident` and `host`; return the update's parts."""
+    """Add the optimizer's parts for a `shard` of elements to `resident` and `host`; return the parts of the update."""
     offload = config.optimizer.offload
     place = {"none": resident, "cpu": host, "nvme": {}}[offload]
     place["master weights and moments"] = OPTIMIZER_BYTES * shard
