@@ -41,7 +41,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise UserError("start it with the launcher: deepspeed launch/distill.py --config ...")
         return _run(config, dry_run=options.dry_run, preflight=options.preflight)
     except KeyboardInterrupt:
-        _console(stderr=True).print("ended at once: start the same command again to go on from the newest checkpoint")
+        _console(stderr=True).print(
+            "ended at once: start the same command again to continue from the newest checkpoint"
+        )
         sys.stderr.flush()
         os._exit(130)  # other ranks may wait in a collective that this rank will not join
     except UserError as error:

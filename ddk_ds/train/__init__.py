@@ -1,1 +1,1 @@
-"""The run: loop, step, interval, evaluation, checkpoints, ledger."""
+"""The training of a run: loop, interval, step, evaluation, guard, checkpoints, ledger and results."""

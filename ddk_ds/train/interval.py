@@ -72,7 +72,7 @@ class Mixer:
     def ids(self, state: RunState) -> Ids:
         """Return the global sample ids (total,) of the interval that `state` is in, in global order.
 
-        Their hash is written to the state, or compared with the one there: CheckpointError if it is another.
+        The state gets their hash. Raises CheckpointError if it has another one already.
         """
         ids = interval_ids(self._orders, self._offsets, state.data)
         state.data = state.data.seal(ids)

@@ -79,7 +79,7 @@ class Ledger:
         except OSError as error:
             raise CheckpointError(
                 f"{path} cannot be written: {error.strerror}; make room, then start the same command again: the run "
-                "goes on from its newest checkpoint"
+                "continues from its newest checkpoint"
             ) from error
 
 

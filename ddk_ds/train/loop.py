@@ -56,6 +56,7 @@ def train(run: Run) -> dict[str, Any]:
 
 
 def _train_to_the_end(run: Run) -> dict[str, Any]:
+    """Train interval after interval until a stop condition holds; finish the run and return its summary. Collective."""
     while True:
         if run.state.data.done:
             student_ppl, measure_s = _measure(run)
@@ -103,12 +104,13 @@ def _begin_interval(run: Run, student_ppl: Array, measure_s: float) -> Ids:
 
 
 def _interval_samples(run: Run) -> int:
-    """Return the samples of the next interval; the last one of a run may be shorter."""
+    """Return the samples of the next interval; the last one of a run can be shorter."""
     steps = interval_steps(run.config.mixture, run.state.data.interval + 1)
     return min(steps, run.total_steps - run.state.step) * run.config.train.global_batch_samples
 
 
 def _record_interval(run: Run, student_ppl: Array, clock: dict[str, float]) -> None:
+    """Write the line of the interval that has just begun, and announce alarms and warnings about its mixture."""
     state, names = run.state, run.inputs.names
     ratio = ratio_to_teacher(student_ppl, run.teacher_ppl)
     alarms = check_interval(
@@ -184,7 +186,7 @@ def _read_step(
         read = list(islice(batches, micro_batches))
     except UserError as error:
         failure = error
-    # Two numbers a step; an error itself travels only where a rank has one.
+    # Each step reduces two numbers; an error itself is sent only if a rank has one.
     failed, signal = interruption.highest(failure is not None)
     if failed:
         raise_together(comm, failure)
@@ -254,7 +256,7 @@ def _save_interrupted(run: Run, signal: str) -> None:
     saved = "saved" if _save_now(run) else "NOT saved"
     run.progress.stop()
     step = run.state.step
-    message = f"interrupted by {signal} and {saved} at step {step}: start the same command again to go on"
+    message = f"interrupted by {signal} and {saved} at step {step}: start the same command again to continue"
     run.announce("interrupted", message, step=step, signal=signal)
 
 

@@ -119,7 +119,7 @@ def _restore(run: Run, start: Start | None) -> None:
         run.ledger.event("start", **setting, versions=versions())
         return
     for path in start.damaged:
-        message = f"warning: {path} is damaged, its files are not what their hashes say; going on from an older one"
+        message = f"warning: {path} is damaged, its files are not what their hashes say; continuing from an older one"
         run.announce("damaged", message, path=str(path))
     restore(run, start)
     kind, done = ("fork", "forked") if start.forked else ("resume", "resumed")

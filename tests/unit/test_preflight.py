@@ -116,7 +116,7 @@ def test_truncated_safetensors(workspace: Path, tmp_path: Path, model: Path, kep
     file = model / "model.safetensors"
     file.write_bytes(file.read_bytes()[:kept])
     rows = rows_of(write_config(workspace, tmp_path, student={"path": str(model)}))
-    check(rows, "student files", "student.path", str(model), "copy the model's directory again")
+    check(rows, "student files", "student.path", str(model), "copy the complete model directory again")
 
 
 def split_in_two(model: Path) -> dict[str, str]:
@@ -272,7 +272,7 @@ def test_newest_checkpoint_damaged(workspace: Path, tmp_path: Path, older: bool)
     rows = rows_of(config)
     parts = (str(newest), "shard.pt has 990 bytes, manifest.json says 1,000", "move it away")
     if older:
-        check(rows, "newest checkpoint", *parts, "go on from step-00000003", status="warn")
+        check(rows, "newest checkpoint", *parts, "continue from step-00000003", status="warn")
     else:
         row = rows["newest checkpoint"]
         assert row.status == "fail" and all(part in f"{row.found} {row.fix}" for part in parts), row

@@ -64,7 +64,7 @@ def put_in_place(partial: Path, final: Path, manifest: Manifest) -> str:
     An incomplete directory in the place of `final` is kept under another name.
     """
     try:
-        for path in sorted(partial.rglob("*")):  # DeepSpeed copies a script that joins the shards beside them
+        for path in sorted(partial.rglob("*")):  # DeepSpeed copies a script that joins the shards next to them
             if path.is_file() and str(path.relative_to(partial)) not in manifest.files:
                 manifest.files[str(path.relative_to(partial))] = size_and_xxh64(path)
         write_text(partial / MANIFEST, json.dumps(asdict(manifest), indent=1))

@@ -140,8 +140,8 @@ def check_fork(init_from: str, identity: dict[str, Any]) -> str:
     if differing:
         shown = "; ".join(f"{key} was {manifest.run.get(key)!r}, is {identity.get(key)!r}" for key in differing[:4])
         raise CheckpointError(
-            f"init_from: {directory} cannot go on under this configuration: {shown}. A fork keeps the start model, the "
-            "tokenizer, domains and shards, the seed, sequence length, global batch and precision; all else may change"
+            f"init_from: {directory} cannot continue under this configuration: {shown}. A fork keeps the start model, "
+            "the tokenizer, domains and shards, seed, sequence length, global batch and precision; all else can change"
         )
     return size_and_xxh64(directory / MANIFEST)[1]
 

@@ -25,7 +25,7 @@ from ddk_ds.train.preflight.machine import size
 from ddk_ds.train.preflight.rows import Row, judged
 from ddk_ds.train.run_dir import check_run_dir, run_identity
 
-_COPY = "copy the model's directory again, whole"
+_COPY = "copy the complete model directory again"
 _OF = re.compile(r"-of-(\d+)\.safetensors$")
 _LAYER = re.compile(r"\.(?:layers|h|blocks)\.(\d+)\.")
 _FLOATS = {"F64", "F32", "BF16", "F16"}
@@ -48,7 +48,7 @@ def model_files(directory: Path, key: str) -> Row:
     paths = sorted({tensor.file for tensor in files.tensors.values()})
     fault = next(filter(None, map(_cut_short, paths)), "") or _index_fault(files, paths) or _layer_fault(files)
     num_bytes = sum(path.stat().st_size for path in paths)
-    found = f"{key}.path: {fault}" if fault else f"{directory}: {len(paths)} safetensors, {size(num_bytes)}, whole"
+    found = f"{key}.path: {fault}" if fault else f"{directory}: {len(paths)} safetensors, {size(num_bytes)}, complete"
     return judged(name, found, fail=bool(fault), fix=_COPY)
 
 
@@ -125,8 +125,8 @@ def checkpoints(config: Config, ranks: int) -> Row:
     newest = newest_checkpoint(config.run_dir)
     last = max(root.glob("step-*"), default=None)
     if last is not None and (newest is None or newest[0] != last):
-        goes_on = "none is complete" if newest is None else f"the run would go on from {newest[0].name}"
-        found = f"{last}: {_fault_of(last)}; {goes_on}"
+        choice = "none is complete" if newest is None else f"the run would continue from {newest[0].name}"
+        found = f"{last}: {_fault_of(last)}; {choice}"
         return judged(name, found, fail=newest is None, warn=True, fix="put its files back, or move it away")
     if newest is None:
         return Row(name, "pass", "none: the run begins anew")
