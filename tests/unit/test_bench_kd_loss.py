@@ -1,4 +1,4 @@
-"""The benchmark of the distillation head: its float64 truth, its peers' conventions, and what it writes."""
+"""The benchmark of the distillation loss: its float64 result, its peers' conventions, and its files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""tools/bench/bench_step.py: a real run of every case that needs no other environment, and how it relates them."""
+"""tools/bench/bench_step.py measures every case that needs no other environment, and relates the cases."""
 
 from __future__ import annotations
 
@@ -85,6 +85,6 @@ def test_bad_arguments(arguments: list[str], said: str, capsys: pytest.CaptureFi
     ],
 )
 def test_what_cannot_be_measured(arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """Before any case."""
+    """The error comes before any case is measured."""
     assert main([*SMALL, "--impl", "floor", *(["trl"] if "--trl-python" in arguments else []), *arguments]) == 2
     assert said in capsys.readouterr().err

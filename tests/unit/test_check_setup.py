@@ -1,4 +1,4 @@
-"""The check that runs before anything is installed: one line for each missing thing, and no traceback."""
+"""The check before the installation prints one line for each missing thing, and no traceback."""
 
 from __future__ import annotations
 

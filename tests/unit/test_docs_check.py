@@ -1,4 +1,4 @@
-"""tools/bench/docs_check.py: the pages are right, and a page that is not is told."""
+"""tools/bench/docs_check.py accepts the pages of documentation, and finds faults in wrong ones."""
 
 from __future__ import annotations
 

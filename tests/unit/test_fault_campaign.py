@@ -1,4 +1,4 @@
-"""What the fault campaign calls whole, resumed and identical, on files made here."""
+"""The fault campaign recognises intact checkpoints, resumed runs and identical ledgers in files made here."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tools.bench.faults import KINDS, MOMENTS, intact_checkpoints
 
 
 def write_ledger(run_dir: Path, *losses: float, tokens: int = 7) -> Path:
-    """A ledger with these losses."""
+    """Write a ledger with these losses, and return the run's directory."""
     run_dir.mkdir(parents=True, exist_ok=True)
     lines = [{"kind": "step", "loss": loss, "domain_tokens": [tokens], "clock": {"step_s": loss}} for loss in losses]
     (run_dir / "ledger.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))

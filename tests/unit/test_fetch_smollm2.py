@@ -1,4 +1,4 @@
-"""The teacher out of its package: a tiny GGUF file, converted; nothing is downloaded."""
+"""The conversion of a GGUF file, with a tiny model; nothing is downloaded."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tools.bench import fetch_smollm2
 needs_gguf = pytest.mark.skipif(find_spec("gguf") is None, reason="gguf is not installed: pip install -e '.[gguf]'")
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-MERGES = ["h e", "l l", "he ll", "hell o", "1 2"]  # the last is never used: digits stand alone
+MERGES = ["h e", "l l", "he ll", "hell o", "1 2"]  # the last is never used, because digits are split
 TOKENS = [*SPECIAL, *sorted(pre_tokenizers.ByteLevel.alphabet()), *(merge.replace(" ", "") for merge in MERGES)]
 NAMES = {
     "self_attn.q_proj": "attn_q",
@@ -40,7 +40,7 @@ def tiny_model() -> LlamaForCausalLM:
     shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
     config = LlamaConfig(vocab_size=len(TOKENS), num_key_value_heads=2, tie_word_embeddings=True, **shape)
     model = LlamaForCausalLM(config).eval()
-    for parameter in model.parameters():  # norms too, or two swapped ones would not be seen
+    for parameter in model.parameters():  # norms too, or swapped norms would not be noticed
         torch.nn.init.normal_(parameter, std=0.2)
     return model
 
@@ -55,7 +55,7 @@ def gguf_name(name: str) -> str:
 
 
 def interleaved(weight: np.ndarray[Any, Any], heads: int) -> np.ndarray[Any, Any]:
-    """GGUF has the two halves of each rotary pair side by side: row 2 i + h of a head is row h * dim / 2 + i."""
+    """Put the two halves of each rotary pair side by side, as GGUF does: row 2 i + h is row h * dim / 2 + i."""
     rows, columns = weight.shape
     return weight.reshape(heads, 2, rows // heads // 2, columns).swapaxes(1, 2).reshape(rows, columns)
 

@@ -1,4 +1,4 @@
-"""Text out of packages: what the readers give, what is written, and the errors; nothing is downloaded."""
+"""Text from packages: the readers' results, the written files, and the errors; nothing is downloaded."""
 
 from __future__ import annotations
 
@@ -138,7 +138,7 @@ def spec(**changes: Any) -> dict[str, Any]:
 
 @pytest.fixture
 def world(tmp_path: Path) -> tuple[Path, list[str]]:
-    """A list and two packages that are there; the arguments that use them."""
+    """Return a directory with a list and two unpacked packages, and the arguments that use them."""
     books, pages = tmp_path / "packages/debian/books@2:1.0-1", tmp_path / "packages/pypi/pages@1.0"
     write(books / "usr/b.txt", "second book\n" * 9)
     write(books / "usr/a.txt.gz", gzip.compress(b"first book"))
@@ -232,7 +232,7 @@ def test_packages_are_written_in_one_way() -> None:
 
 
 class Clients:
-    """Stand in for the registries' clients: leave an archive, or fail."""
+    """A replacement of the registries' clients that writes an archive or fails."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, error: str = "") -> None:
         self.commands: list[list[str]] = []

@@ -1,4 +1,4 @@
-"""The GPU suite without a GPU: its profile on tiny models, and that one part's failure does not stop the others."""
+"""The GPU suite without a GPU: it profiles tiny models, and a failed part does not stop the others."""
 
 from __future__ import annotations
 

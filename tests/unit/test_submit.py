@@ -1,7 +1,7 @@
-"""launch/slurm: what is submitted, and what the batch script does.
+"""launch/slurm/submit.py submits the right job, and the batch script behaves as documented.
 
-`srun`, `scontrol` and `sbatch` are stand-ins here, small scripts that a test writes: they show what the batch script
-asks of Slurm, not that Slurm does it. tests/slurm runs the same on a real Slurm.
+`srun`, `scontrol` and `sbatch` are replaced by small scripts, which record what the batch script asks of Slurm.
+tests/slurm runs the same on a real Slurm.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from launch.slurm.submit import main, time_limit_s
 from tools.bench.small_run import write_config
 
 STAND_INS = {
-    # Numbers jobs from 7 on.
+    # Numbers the jobs from 7.
     "sbatch": """printf '%s\\n' "$*" >> "$STAND_IN/submitted"; echo $((6 + $(wc -l < "$STAND_IN/submitted")))""",
-    # One task; USR1 goes on to it. Its options are noted.
+    # Runs one task, passes USR1 to it, and records its options.
     "srun": """
         printf '%s\\0' "$@" > "$STAND_IN/srun"
         while [[ $1 == --* ]]; do shift; done
@@ -34,29 +34,29 @@ STAND_INS = {
         trap 'kill -s USR1 $task' USR1
         while wait $task; kill -0 $task 2>/dev/null; do :; done
         wait $task""",
-    # Requeuing ends the batch script.
+    # Ends the batch script when it requeues itself.
     "scontrol": """
         case $1 in
             show) echo node7; echo node8 ;;
             --oneliner) echo "NodeName=$4 Arch=x86_64 NodeAddr=10.0.0.7 NodeHostName=$4" ;;
             requeue) echo "$2" >> "$STAND_IN/requeued"; kill -s TERM $PPID ;;
         esac""",
-    # For the ranks' python: what it does is the test's.
+    # Replaces the ranks' python; each test writes its behaviour.
     "python": """
         printf '%s\\0' "$@" > "$STAND_IN/arguments"
         env -0 > "$STAND_IN/environment"
         source "$STAND_IN/behaviour" """,
-    # A container's, and what starts containers.
+    # Python in a container, and the command that starts containers.
     "python3": "exit 0",
     "apptainer": "exit 0",
 }
-# A rank that saves when it is asked to, and one that is not yet listening.
+# A rank that saves when it gets the signal, and one that does not listen yet.
 SAVES = "trap 'exit 75' USR1; touch $STAND_IN/at_work; while :; do sleep 0.02; done"
 DIES = "touch $STAND_IN/at_work; while :; do sleep 0.02; done"
 
 
 class Desk:
-    """A directory to submit from, with stand-ins for Slurm."""
+    """A directory to submit from, with scripts that replace Slurm's commands."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -73,13 +73,13 @@ class Desk:
         self.environment = {"PATH": f"{commands}:{os.environ['PATH']}", "STAND_IN": str(self.notes)}
 
     def submit(self, *options: str) -> int:
-        """Exit code of a submission of two nodes with two ranks each."""
+        """Submit two nodes with two ranks each, and return the exit code."""
         config = write_config(self.folder, self.folder, output_dir="runs")
         size = ["--nodes", "2", "--gpus-per-node", "0", "--ranks-per-node", "2", "--time", "30"]
         return main(["--config", str(config), *size, "--python", self.python, *options])
 
     def job(self, behaviour: str, *, send: signal.Signals | None = None, **variables: str) -> tuple[int, str]:
-        """Run the batch script as Slurm does, with a signal once the rank is at work: exit code and output."""
+        """Run the batch script as Slurm does, with a signal once the rank runs. Returns exit code and output."""
         (self.notes / "behaviour").write_text(behaviour)
         (self.notes / "at_work").unlink(missing_ok=True)
         job = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "node[7-8]"}
@@ -106,7 +106,7 @@ class Desk:
         return process.returncode, output
 
     def noted(self, name: str) -> list[str]:
-        """What a stand-in noted: lines, or words that end in a zero byte."""
+        """Return what a replaced command recorded: lines, or words that end in a zero byte."""
         path = self.notes / name
         text = path.read_text() if path.exists() else ""
         return text.split("\0")[:-1] if "\0" in text else text.splitlines()
@@ -122,7 +122,7 @@ def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Desk]:
 
 
 def directives(script: str) -> dict[str, str | None]:
-    """sbatch's options in a script, their values unquoted as sbatch does it."""
+    """Return the options of sbatch in a script, with their values unquoted as sbatch does."""
     lines = [line for line in script.splitlines() if line.startswith("#SBATCH ")]
     words = [shlex.split(line)[1:] for line in lines]
     assert all(len(line) == 1 for line in words), lines
@@ -131,7 +131,7 @@ def directives(script: str) -> dict[str, str | None]:
 
 
 def shown(desk: Desk, capsys: pytest.CaptureFixture[str], *options: str) -> str:
-    """The script that --dry-run shows; bash accepts it, and nothing is written or submitted."""
+    """Return the script that --dry-run shows, after checking that bash accepts it and nothing is written."""
     assert desk.submit("--dry-run", *options) == 0
     script = capsys.readouterr().out
     checked = subprocess.run(["bash", "-n"], input=script, text=True, capture_output=True)
@@ -333,7 +333,7 @@ def test_ends(desk: Desk, behaviour: str, code: int, ends: bool, chain: str) -> 
 def test_the_time_limit(desk: Desk, behaviour: str, chain: str, requeued: list[str]) -> None:
     assert desk.submit("--chain", chain) == 0
     code, output = desk.job(behaviour, send=signal.SIGUSR1)
-    # A rank that dies of the signal gives 128 + 10.
+    # A rank that the signal kills has exit code 128 + 10.
     assert code == (75 if requeued or behaviour == SAVES else 138), output
     assert "got USR1, ranks are asked to save" in output
     assert desk.noted("requeued") == requeued and not (desk.snapshot / "ended").exists()
@@ -381,7 +381,7 @@ def test_later_jobs_of_a_chain_leave_at_once(desk: Desk, code: int) -> None:
 
 
 def checkpoint(step: int, *, run: str = "run", complete: bool = True) -> str:
-    """What a rank does to leave a checkpoint and end as one that saved."""
+    """Return the shell code of a rank that writes a checkpoint and ends like a rank that has saved."""
     folder = f"runs/{run}/checkpoints/step-{step:08d}"
     return f"mkdir -p {folder}; {f'touch {folder}/manifest.json; ' if complete else ''}exit 75"
 
@@ -398,7 +398,7 @@ def test_requeuing_ends_where_nothing_is_gained(desk: Desk) -> None:
     assert code == 4, output
     assert "two starts, and no checkpoint after step-00000011: not requeued; give it more --time" in output
     assert len(desk.noted("requeued")) == 5 and not (desk.snapshot / "ended").exists()
-    # Submitted once more, with another limit: counted anew.
+    # After a new submission with another limit, restarts are counted from zero.
     assert desk.job("exit 75", SLURM_JOB_ID="9")[0] == 75
     assert desk.noted("requeued")[-1] == "9"
 

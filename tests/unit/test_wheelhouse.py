@@ -1,4 +1,4 @@
-"""The wheelhouse's errors, its list of packages and what it asks pip for; nothing is downloaded."""
+"""The wheelhouse's errors, list of packages and calls of pip; nothing is downloaded."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tools.bench import wheelhouse
 
 
 class Pip:
-    """Stands in for pip: records commands, makes empty wheels, fails where it is told to."""
+    """A replacement of pip that records commands, makes empty wheels, and fails on request."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, fails: str = "", tag: str = "py3-none-any") -> None:
         self.commands: list[list[str]] = []

@@ -1,4 +1,4 @@
-"""Made-up documents in each benchmark's own columns, and models that know the answers."""
+"""Invented documents in each benchmark's columns, and models that know their answers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ddk_ds.evaluation.suites import BENCHMARKS, SUBJECT
 
 Row = dict[str, Any]
 DOCUMENTS = 4
-"""Of each benchmark; of one with subjects two in each."""
+"""Number of documents of each benchmark; a benchmark with subjects has two in each."""
 _NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven")
 
 
@@ -99,7 +99,7 @@ def write_rows(path: Path, rows: Sequence[Row]) -> None:
 
 
 def write_benchmarks(root: Path) -> None:
-    """Every benchmark's evaluated split and its examples, below `root`."""
+    """Write every benchmark's evaluated split and examples below `root`."""
     for name, make in ROWS.items():
         benchmark = BENCHMARKS[name]
         has_subjects = SUBJECT in benchmark.data.config
@@ -113,7 +113,7 @@ def write_benchmarks(root: Path) -> None:
 
 
 class Knower(LM):
-    """Gives the right answer to the documents whose number it `knows`, a wrong one to all others."""
+    """A model that answers correctly the documents whose number it `knows`, and wrongly all others."""
 
     def __init__(self, knows: Callable[[int], bool]) -> None:
         super().__init__()
@@ -139,7 +139,7 @@ WRONG = "    return None\n\nThat makes 999."
 
 
 def right_choice(document: Row) -> int:
-    """Place of the right one among a document's choices."""
+    """Return the index of the right choice of a document."""
     if "problems" in document:
         return "ABCD".index(ast.literal_eval(document["problems"])[-1]["answer"])
     if "choice" in document:
@@ -153,5 +153,5 @@ def right_choice(document: Row) -> int:
 
 
 def right_answer(document: Row) -> str:
-    """The right text of a document that asks for one."""
+    """Return the right answer of a document that asks for text."""
     return str(document.get("canonical_solution") or document.get("code") or document["answer"])

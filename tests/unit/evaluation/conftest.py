@@ -1,8 +1,9 @@
-"""A tiny model with its tokenizer and shards, every benchmark's files, and a network that nobody may use."""
+"""Fixtures: a tiny model with its tokenizer and shards, every benchmark's files, and a network that fails the test."""
 
 from __future__ import annotations
 
 import json
+import shutil
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,7 +20,7 @@ from tests.unit.data.corpus import make_texts, write_recipe
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """model/ (a random Llama with its tokenizer) and shards/ of the domains `plain` and `accents`."""
+    """Return a directory with model/ (a random Llama with its tokenizer) and shards/ of two domains."""
     root = tmp_path_factory.mktemp("tiny")
     for seed, name in enumerate(("plain", "accents")):
         texts = [text.replace("a", "ä") if seed else text for text in make_texts(seed, 60)]
@@ -30,7 +31,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_tokenizer(train_tokenizer(recipe, 300), root / "model")
     plan = Plan(sequence_length=32, validation_samples=9, workers=1)
     prepare(recipe, root / "model", root / "shards", plan)
-    # 8 rows of the head beyond the tokenizer's.
+    # The head has 8 rows more than the tokenizer has tokens.
     save_model(root / "model", vocab=308, tied=False, seed=3)
     return root
 
@@ -47,14 +48,21 @@ def benchmark_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def no_network(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Fails the test that looks up or connects to anything."""
-    asked: list[Any] = []
+    """Fail a test that resolves a name or opens a connection."""
+    requests: list[Any] = []
 
     def refuse(*arguments: Any, **_options: Any) -> Any:
-        asked.append(arguments)
+        requests.append(arguments)
         raise OSError("no network in this test")
 
     for name in ("getaddrinfo", "create_connection"):
         monkeypatch.setattr(socket, name, refuse)
     yield
-    assert not asked
+    assert not requests
+
+
+@pytest.fixture(scope="session")
+def bwrap() -> None:
+    """Skip a test that runs generated programs on a machine without bubblewrap."""
+    if shutil.which("bwrap") is None:
+        pytest.skip("bubblewrap is not installed (apt-get install bubblewrap)")

@@ -1,4 +1,4 @@
-"""Every benchmark with models whose score is known."""
+"""Every benchmark gives models their known scores."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SUBJECTS = {"ceval": 52, "mmlu": 57}
 
 
 @pytest.fixture(scope="module")
-def paper(benchmark_files: Path) -> list[harness.Loaded]:
+def paper(bwrap: None, benchmark_files: Path) -> list[harness.Loaded]:
     return [harness.load_tasks(chosen, benchmark_files) for chosen in choose("paper", None)]
 
 
@@ -39,10 +39,10 @@ def test_who_knows_one_of_four_has_a_quarter(paper: list[harness.Loaded]) -> Non
     found = scores(Knower(lambda number: number == 0), paper)
     for name, score in found.items():
         assert score.value == pytest.approx(0.5 if name in SUBJECTS else 0.25), name
-    # Standard deviation of (1, 0, 0, 0) with n - 1 is 1/2, over the root of 4.
+    # The sample standard deviation of (1, 0, 0, 0) is 1/2, which is divided by the root of 4.
     for name in ("arc_easy", "gsm8k", "humaneval", "race", "c3"):
         assert found[name].stderr == pytest.approx(0.25), name
-    # Subjects of two documents each, one right: the pooled variance of all, over their number.
+    # Each subject has two documents, one answered correctly: the pooled variance divided by the number of documents.
     assert found["mmlu"].stderr == pytest.approx(math.sqrt(0.5 / (2 * SUBJECTS["mmlu"])))
     assert found["arc_easy"].more["acc,none"] == pytest.approx(0.25)
 

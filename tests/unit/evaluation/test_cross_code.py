@@ -1,4 +1,4 @@
-"""CrossCodeEval: both metrics against known answers, the files, the prompts, and the way to a score."""
+"""CrossCodeEval: its metrics agree with known values; files, prompts and scores are as documented."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from ddk_ds.evaluation.results import ModelResult, as_json
 
 
 class Letters:
-    """A tokenizer of one token a character."""
+    """A model whose tokenizer has one token per character."""
 
     def __init__(self, window: int = 100_000) -> None:
         self.max_length = window
@@ -59,7 +59,7 @@ def test_edit_similarity_of_known_pairs(first: str, second: str, known: float) -
 
 
 def longest_common_subsequence(first: str, second: str) -> int:
-    """By the textbook's table."""
+    """Compute the length of the longest common subsequence by the textbook's table."""
     row = [0] * (len(second) + 1)
     for a in first:
         last = row

@@ -1,4 +1,4 @@
-"""tools/evaluate.py with a real model: tables, JSON, and what it refuses before a model is loaded."""
+"""tools/evaluate.py with a real model: tables, JSON, and errors that come before a model is loaded."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def languages(tmp_path: Path) -> Path:
     return root
 
 
-@pytest.mark.usefixtures("no_network")
+@pytest.mark.usefixtures("bwrap", "no_network")
 def test_tables_and_json(
     tiny: Path, benchmark_files: Path, languages: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -70,7 +70,7 @@ def test_tables_and_json(
 
 
 def own_choice(model: Any, tokenizer: Any, document: dict[str, Any]) -> tuple[int, int]:
-    """The likeliest choice, by sum and by bytes, from plain transformers."""
+    """Compute the likeliest choice by sum and by bytes, with plain transformers."""
     before = f"Question: {document['question']}\nAnswer:"
     sums, sizes = [], []
     for choice in document["choices"]["text"]:
@@ -162,6 +162,36 @@ def test_a_suite_leaves_code_out_where_it_is_not_allowed(
     assert content["models"][0]["average"]["of"] == 1
 
 
+MBPP = ["--suite", "paper", "--tasks", "mbpp", "--device", "cpu"]
+
+
+@pytest.mark.usefixtures("no_model", "no_network")
+def test_without_bubblewrap_code_is_refused_before_a_model_is_loaded(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert main([str(tiny / "model"), *MBPP, "--allow-code-execution"]) == 2
+    error = capsys.readouterr().err
+    assert "apt-get install bubblewrap, or dnf install bubblewrap" in error and "--unsafe-run-code" in error
+
+
+def test_unsafe_code_runs_without_bubblewrap_and_is_warned_of(
+    tiny: Path,
+    benchmark_files: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    out = tmp_path / "scores.json"
+    options = ["--unsafe-run-code", "--data", str(benchmark_files), "--limit", "1", "--out", str(out)]
+    assert main([str(tiny / "model"), *MBPP, *options]) == 0
+    (warning,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning:")]
+    assert "--unsafe-run-code" in warning
+    assert json.loads(out.read_text())["code_shut_in_by"] == "nothing"
+
+
+@pytest.mark.usefixtures("bwrap")
 def test_a_window_shorter_than_an_answer_is_refused(
     tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -1,4 +1,4 @@
-"""Perplexity and bits per byte by domain, against models and texts whose values are known."""
+"""Perplexity and bits per byte by domain agree with known values of models and texts."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def files(tiny: Path) -> ModelFiles:
 
 
 def whole_logits_losses(model: Any, samples: list[Any], vocab_size: int) -> list[float]:
-    """Each sample's summed loss by plain transformers and torch."""
+    """Compute each sample's summed loss with plain transformers and torch."""
     with torch.no_grad():
         losses = []
         for sample in samples:
@@ -62,7 +62,7 @@ def test_a_model_that_knows_nothing_has_the_vocabularys_perplexity(tiny: Path, f
 
 
 def test_bytes_are_those_of_the_text(tiny: Path, files: ModelFiles) -> None:
-    """A character of two bytes counts as two; a token that is cut off its character as the three of U+FFFD."""
+    """A character of two bytes counts as two; a token with a part of a character counts as U+FFFD, three bytes."""
     held_out = open_held_out(tiny / "shards")
     plain, accents = score_domains(load_model(files.directory), files, held_out, batch_size=8, limit=None)
     for score in (plain, accents):
@@ -107,7 +107,7 @@ def test_shards_of_another_tokenizer_are_refused(tiny: Path, tmp_path: Path) -> 
 
 
 def test_it_is_the_perplexity_of_a_run(tiny: Path, files: ModelFiles) -> None:
-    """The evaluation in training, run on the same model without its engine."""
+    """The evaluation during training, run on the same model without its engine, gives the same perplexity."""
     from contextlib import nullcontext
 
     from ddk_ds.engine.head import OutputHead
@@ -116,7 +116,7 @@ def test_it_is_the_perplexity_of_a_run(tiny: Path, files: ModelFiles) -> None:
     model, held_out = load_model(files.directory), open_held_out(tiny / "shards")
 
     class Plain:
-        """What `perplexities` asks of a student or teacher."""
+        """A model with the methods that `perplexities` calls of a student or teacher."""
 
         def evaluating(self) -> Any:
             return nullcontext()

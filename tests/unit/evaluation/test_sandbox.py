@@ -29,11 +29,11 @@ def run(source: str) -> Outcome:
 
 MARK = f"ddk{os.getpid()}"
 BE_MARKED = f"import ctypes\nctypes.CDLL(None).prctl(15, {MARK.encode()!r})\n"
-"""Gives a program and what it forks a name (PR_SET_NAME) that no other test's has."""
+"""Gives a program and its children a name (PR_SET_NAME) that only this test process uses."""
 
 
 def marked() -> list[Path]:
-    """Processes of this machine that have the name."""
+    """Return the processes of this machine that have the name."""
     found = []
     for path in Path("/proc").glob("[0-9]*/comm"):
         try:
@@ -116,7 +116,7 @@ def test_a_file_is_bounded_and_goes_with_the_program() -> None:
     ["os.remove(path)", "open(path, 'a').write('x')", "os.truncate(path, 0)", "os.rename(path, path + '2')"],
 )
 def test_files_outside_stay_as_they_are(attempt: str) -> None:
-    # Below /tmp, where permissions alone would let any user do it.
+    # Below /tmp, where file permissions would allow it to any user.
     with tempfile.TemporaryDirectory() as directory:
         Path(directory).chmod(0o777)
         kept = Path(directory) / "kept.txt"

@@ -1,4 +1,4 @@
-"""Benchmarks' files by path: where they are found, and one error for all that is missing."""
+"""Benchmarks' files are found by path, and one error names everything that is missing."""
 
 from __future__ import annotations
 
