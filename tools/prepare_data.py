@@ -189,7 +189,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"prepare_data: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("prepare_data: interrupted; the same command goes on from here", file=sys.stderr)
+        print("prepare_data: interrupted; the same command continues", file=sys.stderr)
         return 130
     return 0
 

@@ -99,7 +99,7 @@ def _overrides(chosen: Chosen, data: Path | None, subject: str) -> dict[str, Any
         "test_split": source.split,
         "validation_split": None,
         "training_split": None,
-        # Without examples, their split may be missing.
+        # Without examples, the data need not have their split.
         "fewshot_split": source.examples if chosen.shots else None,
     }
     if data is not None:

@@ -110,7 +110,7 @@ def benchmark_table(
     """
     lines = ["per cent ± standard error; " + _shots(ran)]
     if limit is not None:
-        lines.append(f"the first {limit:,} documents of each task alone")
+        lines.append(f"the first {limit:,} documents of each task only")
     if left_out:
         titles = ", ".join(chosen.benchmark.title for chosen in left_out)
         lines.append(f"{titles} left out: they run generated code, which --allow-code-execution allows")

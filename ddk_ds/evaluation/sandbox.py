@@ -7,6 +7,7 @@ is no defence against code that attacks the kernel: use a virtual machine for th
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -46,8 +47,9 @@ if os.getpid() == process:
 """
 """The Python program that limits itself and then executes the program on its standard input."""
 _SYSTEM_PATHS = ("/usr", "/bin", "/lib", "/lib64", "/etc/ld.so.cache")
-"""What Python needs besides its own installation; paths that a machine lacks are skipped."""
+"""Paths that Python needs in addition to its own directory; those that a machine lacks are skipped."""
 _FIRST_PRIVATE_ID = 2_000_000_000
+"""Start of the range of user ids from which each program of root gets one."""
 _ALL_IDS = ["0", "0", "4294967295"]
 """Content of /proc/self/uid_map outside of user namespaces."""
 
@@ -136,7 +138,7 @@ def run_program(source: str, limits: Limits = Limits(), *, walls: bool = True) -
             _end(process, info if walls else None)
         progress = _content(status).split()
         last = (_content(errors).strip().splitlines() or [""])[-1]
-    if not progress:
+    if not progress and code is not None:
         raise ConfigError(
             f"--allow-code-execution: bubblewrap cannot start on this machine ({last or 'no reason given'}): "
             f"allow user namespaces; {UNSAFE_ADVICE}"
@@ -163,16 +165,16 @@ def _is_host_root() -> bool:
 
 
 def _bwrap(limits: Limits, info: int) -> list[str]:
-    """Return the command line that shuts in the command behind it; its first process' id goes to the file `info`."""
+    """Return bubblewrap's command line, without the command to run; `info` is the file for its process id."""
     if _is_host_root():
-        # No user namespace: the kernel limits the number of processes of every user but root, so that the driver has
-        # to become another user, whom a namespace made here would not have.
+        # The kernel does not limit root's number of processes, so the driver becomes another user. Bubblewrap's user
+        # namespace would have no other user.
         rights = ["--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID"]
         rights += ["--unshare-ipc", "--unshare-pid", "--unshare-net", "--unshare-uts", "--unshare-cgroup-try"]
     else:
         rights = ["--unshare-all", "--unshare-user", "--uid", "1000", "--gid", "1000"]
     python = Path(sys.base_prefix).resolve()
-    above = [str(path) for path in reversed(python.parents)]  # made anew: readable by the other user, too
+    above = [str(path) for path in reversed(python.parents)]  # created with mode 755, since their own can exclude users
     return [
         *(_bwrap_path(), "--die-with-parent", "--new-session", "--clearenv", "--cap-drop", "ALL", *rights),
         *(word for path in _SYSTEM_PATHS for word in ("--ro-bind-try", path, path)),
@@ -185,7 +187,7 @@ def _bwrap(limits: Limits, info: int) -> list[str]:
 
 
 def _python(limits: Limits, status: int, walls: bool) -> list[str]:
-    """Return the command line of the driver. Not by a virtual environment's link, which the sandbox does not show."""
+    """Return the driver's command line; `status` is the file for its progress."""
     values = {
         "RLIMIT_CPU": limits.cpu_s,
         "RLIMIT_AS": limits.memory_bytes,
@@ -193,24 +195,23 @@ def _python(limits: Limits, status: int, walls: bool) -> list[str]:
         "RLIMIT_NOFILE": 64,
         "RLIMIT_CORE": 0,
     }
-    if walls:  # outside, all processes of the user would count
+    if walls:  # without walls, all processes of the user would count
         values["RLIMIT_NPROC"] = limits.processes
-    # Processes are counted by user, so that programs that run at the same time need different ones.
+    # Processes are counted per user, so programs that run at the same time need different users.
     user_id = _FIRST_PRIVATE_ID + secrets.randbelow(_FIRST_PRIVATE_ID) if walls and _is_host_root() else None
     options = {"user_id": user_id, "limits": values, "status": status}
+    # The sandbox does not contain a virtual environment's link to Python.
     return [os.path.realpath(sys.executable), "-I", "-S", "-B", "-c", _DRIVER, json.dumps(options)]
 
 
 def _end(process: subprocess.Popen[bytes], info: IO[bytes] | None) -> None:
-    """Kill what still runs, and wait for it: all processes of a sandbox end before bubblewrap does."""
-    first = None if info is None else re.search(r'"child-pid": (\d+)', _content(info))
-    try:
-        if process.poll() is None and first is not None:
-            os.kill(int(first[1]), signal.SIGKILL)
-        else:
+    """Kill the program and wait for its end; bubblewrap ends after all processes of its sandbox."""
+    with contextlib.suppress(ProcessLookupError):
+        if info is None:
             os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
+        elif process.poll() is None:
+            first = re.search(r'"child-pid": (\d+)', _content(info))
+            os.kill(int(first[1]) if first else process.pid, signal.SIGKILL)
     process.wait()
 
 

@@ -84,7 +84,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--dry-run", action="store_true", help="check, show the batch script, write nothing")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="configuration values to replace")
-    return parser.parse_intermixed_args(arguments)  # overrides may stand between options
+    return parser.parse_intermixed_args(arguments)  # allows overrides between options
 
 
 def make_job(options: argparse.Namespace, config: Config) -> Job:

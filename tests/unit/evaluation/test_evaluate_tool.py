@@ -14,6 +14,7 @@ from transformers import AutoTokenizer
 
 from ddk_ds.engine.whole_models import load_model
 from ddk_ds.evaluation import benchmark_run as run
+from ddk_ds.evaluation import sandbox
 from ddk_ds.evaluation.cross_code import LANGUAGES
 from tests.unit.evaluation.benchmarks import ROWS, write_rows
 from tools.evaluate import main
@@ -182,7 +183,7 @@ def test_unsafe_code_runs_without_bubblewrap_and_is_warned_of(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(sandbox.shutil, "which", lambda _name: None)
     out = tmp_path / "scores.json"
     options = ["--unsafe-run-code", "--data", str(benchmark_files), "--limit", "1", "--out", str(out)]
     assert main([str(tiny / "model"), *MBPP, *options]) == 0
