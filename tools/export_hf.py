@@ -106,11 +106,13 @@ def export(options: argparse.Namespace, bar: Progress) -> tuple[Path, str]:
         shards = UniversalShards(state) if checkpoint.universal else ZeroShards(state, manifest.world_size)
         work = CheckpointExport(shards, files, DTYPES[dtype], trusted=config.student.trust_remote_code)
         check_room(out, int(_ROOM * work.num_bytes))
-        beside = companions(
+        companion_files = companions(
             options.run, config, files, RunState.from_json(shards.model_states["run"]), manifest.versions
         )
         task = bar.add_task("writing", total=work.num_bytes)
-        work.write(out, beside, int(options.max_shard_gb * 1e9), lambda num_bytes: bar.advance(task, num_bytes))
+        work.write(
+            out, companion_files, int(options.max_shard_gb * 1e9), lambda num_bytes: bar.advance(task, num_bytes)
+        )
     except OSError as error:
         if not checkpoint.directory.is_dir():
             deleted = f"{checkpoint.directory} was deleted while it was read"
