@@ -1,6 +1,6 @@
-"""What a run leaves to read in its directory: ledger.jsonl, events.jsonl, summary.json. Needs no torch.
+"""Readers of the files in a run's directory: ledger.jsonl, events.jsonl, summary.json. They need no torch.
 
-A line that a crash cut off at a file's end is left out; a line that is damaged elsewhere is an error.
+A last line that a crash cut off is left out; a line that is damaged elsewhere is an error.
 """
 
 from __future__ import annotations
@@ -17,32 +17,39 @@ _STEP = b'{"kind": "step"'
 
 
 def read_ledger(run_dir: Path) -> list[dict[str, Any]]:
-    """Every whole line of a run's ledger. Raises CheckpointError where there is none or a line is damaged."""
-    return _whole_lines(run_dir, "ledger.jsonl")
+    """Return every complete line of a run's ledger. Raises CheckpointError if the file is missing or damaged."""
+    return _complete_lines(run_dir, "ledger.jsonl")
 
 
 def read_events(run_dir: Path) -> list[dict[str, Any]]:
-    """Every whole line of what happened to a run. Raises CheckpointError as `read_ledger` does."""
-    return _whole_lines(run_dir, "events.jsonl")
+    """Return every complete line of a run's events.jsonl. Raises CheckpointError if it is missing or damaged."""
+    return _complete_lines(run_dir, "events.jsonl")
 
 
 def read_ledger_end(run_dir: Path, *, steps: int, measurements: int) -> list[dict[str, Any]]:
-    """The last lines of a ledger, in its order: so many of steps, so many of measurements, read from the end."""
+    """Return the last lines of a ledger in its order, read from the end of the file.
+
+    Args:
+        steps: number of lines of steps.
+        measurements: number of lines of intervals, each with a measurement.
+
+    Raises CheckpointError if the file is missing or damaged.
+    """
     path = _existing(run_dir, "ledger.jsonl")
-    found: list[dict[str, Any]] = []
+    records: list[dict[str, Any]] = []
     for line in _lines_from_end(path):
         is_step = line.startswith(_STEP)
         if is_step and steps <= 0:
             continue
-        found.append(_parse(path, "near its end", line))
+        records.append(_parse(path, "near its end", line))
         steps, measurements = steps - is_step, measurements - (not is_step)
         if steps <= 0 and measurements <= 0:
             break
-    return found[::-1]
+    return records[::-1]
 
 
 def read_summary(run_dir: Path) -> dict[str, Any]:
-    """The summary of a finished run. CheckpointError where there is none."""
+    """Return the summary of a finished run. Raises CheckpointError if there is none."""
     if not is_finished(run_dir):
         raise CheckpointError(f"{run_dir}: holds no summary.json: no such run, or it is not finished")
     summary: dict[str, Any] = json.loads((run_dir / "summary.json").read_text())
@@ -50,7 +57,7 @@ def read_summary(run_dir: Path) -> dict[str, Any]:
 
 
 def is_finished(run_dir: Path) -> bool:
-    """Whether the run in this directory has come to its end."""
+    """Return True if the run in this directory has come to its end."""
     return (run_dir / "summary.json").is_file()
 
 
@@ -61,7 +68,7 @@ def _existing(run_dir: Path, name: str) -> Path:
     return path
 
 
-def _whole_lines(run_dir: Path, name: str) -> list[dict[str, Any]]:
+def _complete_lines(run_dir: Path, name: str) -> list[dict[str, Any]]:
     path = _existing(run_dir, name)
     lines = path.read_bytes().split(b"\n")
     return [_parse(path, f"line {number}", line) for number, line in enumerate(lines[:-1], 1)]
@@ -79,7 +86,7 @@ def _parse(path: Path, where: str, line: bytes) -> dict[str, Any]:
 
 
 def _lines_from_end(path: Path) -> Iterator[bytes]:
-    """Whole lines of a file, the last one first."""
+    """Yield the complete lines of a file, the last line first."""
     with path.open("rb") as stream:
         position = stream.seek(0, 2)
         rest, at_end = b"", True
@@ -88,10 +95,10 @@ def _lines_from_end(path: Path) -> Iterator[bytes]:
             position -= size
             stream.seek(position)
             lines = (stream.read(size) + rest).split(b"\n")
-            rest = lines[0]  # its beginning lies in the block before, unless there is none
-            whole = lines[1:]
-            if at_end and whole:
-                whole, at_end = whole[:-1], False  # what follows the last line break is nothing, or cut off
-            yield from reversed(whole)
+            rest = lines[0]  # its beginning is in the block before, if there is one
+            complete = lines[1:]
+            if at_end and complete:
+                complete, at_end = complete[:-1], False  # after the last line break is nothing, or a cut-off line
+            yield from reversed(complete)
         if not at_end:
             yield rest

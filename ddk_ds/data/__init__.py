@@ -1,1 +1,1 @@
-"""Text to packed token shards (prepare.py and what it uses), and shards to micro-batches (loader.py)."""
+"""Text becomes packed token shards (prepare.py), and shards become micro-batches (loader.py)."""

@@ -1,15 +1,15 @@
 """A node's cache of a remote data directory: each shard is fetched once, verified, and evicted when space is short.
 
-All processes of a node share it through files alone. A shard is fetched under a lock of its own, so that the others
-wait for it; space is found under one lock for all. The kernel frees the locks of a process that was killed, and what it
-left half-written is removed by the next job that has the cache for itself.
+All processes of a node share the cache through its files alone. A shard is fetched under a lock of its own, for which
+the other processes wait; space is found under one lock for all shards. The kernel frees the locks of a process that
+was killed, and its half-written files are removed by the next job that uses the cache alone.
 
-    <cache_dir>/cache.json      which remote this is, and the limit
+    <cache_dir>/cache.json      the remote's address and the limit
     <cache_dir>/data/...        files as the remote has them; the access time is the last use
-    <cache_dir>/fetching/...    what is being fetched, and the space kept for it
+    <cache_dir>/fetching/...    files that are being fetched, and the space reserved for them
     <cache_dir>/locks/...
 
-Shards fetched ahead of their first sample, by one thread on each node.
+One thread on each node, the prefetcher, fetches shards before the training reads their first sample.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ from ddk_ds.files import write_text
 
 MIN_SHARDS = 4
 _GB = 10**9
-# Seconds between two marks of a shard's use by one process.
+# Least seconds between two marks of a shard's use by one process.
 _MARK_S = 2.0
 
 
 @dataclass(frozen=True)
 class CacheOptions:
-    """How a remote is cached: the keys of the configuration's section data."""
+    """Options of a cache, which are keys of the configuration's section data."""
 
     directory: Path
     limit_gb: float | None
@@ -49,7 +49,7 @@ class CacheOptions:
 
 
 class CachedStore:
-    """A remote directory behind a cache on this node. See `store.Store`."""
+    """A `store.Store` of a remote directory, with a cache on this node."""
 
     def __init__(self, location: str, options: CacheOptions) -> None:
         self.location = location
@@ -65,7 +65,7 @@ class CachedStore:
 
     @property
     def limit_bytes(self) -> int | None:
-        """Bytes that shards, whole or on their way, may take; None: no limit."""
+        """Most bytes that shards may take, those being fetched included; None: no limit."""
         return None if self.options.limit_gb is None else int(self.options.limit_gb * _GB)
 
     def read(self, name: str, *, fresh: bool = False) -> bytes:
@@ -94,13 +94,13 @@ class CachedStore:
                 self._fetch(shard, path)
 
     def holds(self, shard: Shard) -> bool:
-        """Whether the shard is here, verified or not."""
+        """Return True if the cache has the shard, verified or not."""
         return (self._data / shard.name).is_file()
 
     def _mark(self, shard: Shard, path: Path) -> None:
         now = time.monotonic()
         if now - self._marked.get(shard.name, -_MARK_S) >= _MARK_S:
-            # The modification time stays: by it a process knows that a file is still the one that it verified.
+            # The modification time stays: it tells a process that the file is still the one that it verified.
             os.utime(path, ns=(time.time_ns(), path.stat().st_mtime_ns))
             self._marked[shard.name] = now
 
@@ -114,12 +114,12 @@ class CachedStore:
                 path.unlink()
             except FileNotFoundError:
                 pass
-            kept = self._fetching / f"{_key(shard.name)}.space"
-            self._make_room(kept, shard.num_bytes)
+            reserved = self._fetching / f"{_key(shard.name)}.space"
+            self._make_room(reserved, shard.num_bytes)
             try:
                 self._download(shard.name, self._fetching / _key(shard.name), path, shard)
             finally:
-                kept.unlink(missing_ok=True)
+                reserved.unlink(missing_ok=True)
 
     def _download(self, name: str, partial: Path, path: Path, shard: Shard | None = None) -> None:
         _make(path.parent)
@@ -136,20 +136,20 @@ class CachedStore:
         finally:
             partial.unlink(missing_ok=True)
 
-    def _make_room(self, kept: Path, num_bytes: int) -> None:
-        """Evict the shards that were not used for longest until `num_bytes` more fit, and keep that space."""
+    def _make_room(self, reserved: Path, num_bytes: int) -> None:
+        """Evict the least recently used shards until `num_bytes` more fit; the file `reserved` reserves that space."""
         with self._lock("space"):
             if self.limit_bytes is not None:
-                spaces = [size for _, size, _ in _files(self._fetching, ".space")]
+                reservations = [size for _, size, _ in _files(self._fetching, ".space")]
                 files = sorted(_files(self._data, ".mds"))
-                excess = sum(spaces) + sum(size for _, size, _ in files) + num_bytes - self.limit_bytes
+                excess = sum(reservations) + sum(size for _, size, _ in files) + num_bytes - self.limit_bytes
                 for _, size, path in files:
                     if excess <= 0:
                         break
                     path.unlink(missing_ok=True)
                     excess -= size
-            with kept.open("wb") as stream:
-                stream.truncate(num_bytes)  # a hole: it is counted and takes no space
+            with reserved.open("wb") as stream:
+                stream.truncate(num_bytes)  # a hole: its size counts, but it takes no space
 
     @contextmanager
     def _lock(self, name: str) -> Iterator[None]:
@@ -162,7 +162,7 @@ _claims: dict[Path, IO[bytes]] = {}
 
 
 def open_store(data: Data) -> Store:
-    """Where the data of a configuration lies; the cache of a remote is this process's to use until it ends.
+    """Return the store of a configuration's data; this process takes part in the use of its cache until it ends.
 
     Raises ConfigError where the cache belongs to another remote, or a running job uses another limit.
     """
@@ -171,16 +171,16 @@ def open_store(data: Data) -> Store:
     directory = Path(data.cache_dir)
     options = CacheOptions(directory, data.cache_limit_gb, data.download_timeout_s, data.download_retries)
     store = CachedStore(data.path, options)
-    if place := _claims.pop(directory.resolve(), None):
-        place.close()
+    if earlier := _claims.pop(directory.resolve(), None):
+        earlier.close()
     _claims[directory.resolve()] = _claim(store)
     return store
 
 
 def _claim(store: CachedStore) -> IO[bytes]:
-    """Take part in the use of the cache until the file that is returned is closed.
+    """Take part in the use of the cache; closing the returned file ends it.
 
-    Whoever has it alone removes what a killed job left. Jobs with the same remote and limit share it.
+    A job that is the only one removes what killed jobs left. Jobs with the same remote and limit share a cache.
 
     Raises:
         ConfigError: the directory belongs to another remote, or a running job uses another limit.
@@ -190,23 +190,24 @@ def _claim(store: CachedStore) -> IO[bytes]:
     try:
         fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        fcntl.flock(stream, fcntl.LOCK_SH)  # waits for whoever has it alone, which is short
+        fcntl.flock(stream, fcntl.LOCK_SH)  # waits while another job is the only one, which is short
         alone = False
     else:
         alone = True
     wanted = {"remote": store.location, "limit_gb": store.options.limit_gb}
-    found = _read_json(directory / "cache.json")
-    if found is not None and found["remote"] != store.location:
+    recorded = _read_json(directory / "cache.json")
+    if recorded is not None and recorded["remote"] != store.location:
         stream.close()
         raise ConfigError(
-            f"data.cache_dir {directory} holds {found['remote']}, data.path is {store.location}: give each its own "
+            f"data.cache_dir {directory} holds {recorded['remote']}, data.path is {store.location}: give each its own "
             "directory"
         )
-    if not alone and found != wanted:
+    if not alone and recorded != wanted:
         stream.close()
         raise ConfigError(
-            f"data.cache_dir {directory} is in use by a job with data.cache_limit_gb {found and found['limit_gb']}, "
-            f"here it is {store.options.limit_gb}: give the same limit or another directory"
+            f"data.cache_dir {directory} is in use by a job with data.cache_limit_gb "
+            f"{recorded and recorded['limit_gb']}, here it is {store.options.limit_gb}: give the same limit or "
+            "another directory"
         )
     if alone:
         for leftover in (directory / "fetching").iterdir():
@@ -225,7 +226,7 @@ def _read_json(path: Path) -> dict[str, Any] | None:
 
 
 def _files(directory: Path, suffix: str) -> Iterator[tuple[float, int, Path]]:
-    """(last use, bytes, path) of every file below the directory; others may come and go meanwhile."""
+    """Yield (last use, bytes, path) of every file below the directory; other processes may add and remove files."""
     for path in directory.rglob(f"*{suffix}"):
         try:
             status = path.stat()
@@ -247,14 +248,14 @@ def _key(name: str) -> str:
     return hashlib.blake2b(name.encode(), digest_size=16).hexdigest()
 
 
-# Of the cache's limit, what may be fetched before it is used: more would evict what is in use.
+# Share of the cache's limit that may be fetched before it is used: more would evict what is in use.
 _AHEAD_SHARE = 0.5
 
 
 class Prefetcher:
-    """Fetches the shards that the training comes to next, in the order of their first use.
+    """A thread that fetches the shards that the training reads next, in the order of their first use.
 
-    An error is left to the process that comes to read the shard: it reports it in its place.
+    It ignores errors: the process that reads the shard gets the same error and reports it.
     """
 
     def __init__(self, store: CachedStore) -> None:
@@ -267,20 +268,20 @@ class Prefetcher:
         self._thread.start()
 
     def follow(self, uses: Iterable[tuple[int, Shard]]) -> None:
-        """From now on fetch these shards. `uses`: (position of its first sample, shard), positions ascending."""
+        """Fetch these shards instead of the earlier ones. `uses`: (position of first sample, shard), by position."""
         with self._changed:
             self._waiting = list(uses)
             self._position = 0
             self._changed.notify()
 
     def advance(self, position: int) -> None:
-        """The training has come to `position`."""
+        """Note that the training has reached the sample at `position`."""
         with self._changed:
             self._position = position
             self._changed.notify()
 
     def close(self) -> None:
-        """End the thread, after the shard that it is at."""
+        """End the thread, after the shard that it is fetching."""
         with self._changed:
             self._closed = True
             self._changed.notify()
@@ -294,11 +295,11 @@ class Prefetcher:
                 continue
 
     def _next(self) -> Shard | None:
-        """The first shard that is not here and may be fetched now; waits for one, None at the end."""
+        """Return the next shard to fetch, waiting until there is one; None once the prefetcher is closed."""
         limit = self._store.limit_bytes
         with self._changed:
             while not self._closed:
-                # What the training has passed was fetched by whoever needed it.
+                # Shards that the training has passed were fetched by the process that read them.
                 self._waiting = [use for use in self._waiting if use[0] >= self._position]
                 ahead = 0
                 for number, (_, shard) in enumerate(self._waiting):

@@ -1,6 +1,6 @@
-"""The texts of one file: every format and compression, with errors that name the file.
+"""The documents of a domain: the texts of its files, within the domain's limits and without exact duplicates.
 
-The documents of a domain: its texts, limited, without exact duplicates.
+Every format and compression of a file is read here; errors name the file.
 """
 
 from __future__ import annotations
@@ -34,11 +34,33 @@ _READ_BYTES = 1 << 17
 _PARQUET_ROWS = 128
 
 
+@dataclass(frozen=True)
+class Document:
+    """One text with its size in UTF-8; `digest` (16 bytes) depends on the text and the seed alone."""
+
+    text: str
+    num_bytes: int
+    digest: bytes
+
+
+@dataclass
+class Position:
+    """The place up to which a domain is read; reading can continue there.
+
+    All files before number `file` are read, and `texts` texts of that file; the documents so far have `num_bytes`
+    bytes.
+    """
+
+    file: int = 0
+    texts: int = 0
+    num_bytes: int = 0
+
+
 @dataclass
 class Dropped:
-    """What did not come through, counted: documents, except `tail_tokens` (tokens that fill no sample).
+    """Numbers of documents that were left out or changed, and `tail_tokens`, the tokens that fill no sample.
 
-    `missing` texts are null, `undecodable` ones no UTF-8; those that are `cut` at max_chars are kept.
+    `missing` texts are null and `undecodable` ones are not UTF-8; documents `cut` at max_chars are kept.
     """
 
     duplicates: int = 0
@@ -51,24 +73,103 @@ class Dropped:
 
 @dataclass
 class Meter:
-    """Bytes read from files, as they lie on the disk."""
+    """Number of bytes read from files, compressed as they are on the disk."""
 
     disk_bytes: int = 0
+
+
+class Seen(Protocol):
+    """Digests of all documents so far: a set, or a database where memory cannot hold it."""
+
+    def __contains__(self, digest: object, /) -> bool: ...
+
+    def add(self, digest: bytes, /) -> None: ...
+
+
+def read_documents(
+    domain: Domain,
+    files: Sequence[SourceFile],
+    *,
+    seed: int,
+    seen: Seen,
+    dropped: Dropped,
+    position: Position | None = None,
+    meter: Meter | None = None,
+    scratch: Path | None = None,
+) -> Iterator[Document]:
+    """Yield the documents of one domain in the order of its files; `dropped` counts what is left out.
+
+    Args:
+        seed: keys the digests, and so decides which documents are held out.
+        seen: digests of the documents so far; grows. All domains of a preparation share it, so that a text stays in
+            the first domain that has it.
+        position: the place to begin at, after the last document of an earlier call; kept up to date.
+        meter: counts the bytes read.
+        scratch: directory that holds a remote file while it is read.
+
+    Raises:
+        DataError: a file is damaged, is not of its format, lacks the text field, or cannot be downloaded.
+    """
+    key = seed.to_bytes(8, "little")
+    position = position or Position()
+    for number in range(position.file, len(files)):
+        if number != position.file:
+            position.file, position.texts = number, 0
+        for text in _texts_from(files[number], position.texts, dropped, meter, scratch):
+            if domain.max_bytes is not None and position.num_bytes >= domain.max_bytes:
+                return
+            position.texts += 1
+            document = _make_document(text, domain, key, dropped)
+            if document is None:
+                continue
+            if document.digest in seen:
+                dropped.duplicates += 1
+                continue
+            seen.add(document.digest)
+            position.num_bytes += document.num_bytes
+            yield document
+
+
+def _texts_from(
+    file: SourceFile, taken: int, dropped: Dropped, meter: Meter | None, scratch: Path | None
+) -> Iterator[str]:
+    """Yield the texts of a file after the first `taken`, which were counted when they were read."""
+    counted = Dropped(**vars(dropped))
+    for number, text in enumerate(read_texts(file, dropped, meter=meter, scratch=scratch), 1):
+        if number > taken:
+            yield text
+        elif number == taken:
+            vars(dropped).update(vars(counted))
+
+
+def _make_document(text: str, domain: Domain, key: bytes, dropped: Dropped) -> Document | None:
+    if len(text) < domain.min_chars or text.isspace():
+        dropped.too_short += 1
+        return None
+    if domain.max_chars is not None and len(text) > domain.max_chars:
+        text = text[: domain.max_chars]
+        dropped.cut += 1
+    try:
+        data = text.encode()
+    except UnicodeEncodeError:  # JSON can spell half a surrogate pair, which is no text
+        dropped.undecodable += 1
+        return None
+    return Document(text, len(data), hashlib.blake2b(data, digest_size=16, key=key).digest())
 
 
 def read_texts(
     file: SourceFile, dropped: Dropped, *, meter: Meter | None = None, scratch: Path | None = None
 ) -> Iterator[str]:
-    """Every text of one file, whole; undecodable files (jsonl: lines) and nulls are skipped and counted.
+    """Yield every text of one file, uncut; undecodable files (jsonl: lines) and nulls are skipped and counted.
 
-    Formats: `text`, the file is one document; `jsonl`, one object a line, text in `text_field`;
-    `json_strings`, one JSON value, each string under the key `text_field` at any depth is a document;
-    `parquet`, one row one document, text in the column `text_field`. All but parquet may be compressed
-    (.gz, .zst).
+    Formats: in `text` the file is one document; in `jsonl` each line is an object with its text in `text_field`; in
+    `json_strings` the file is one JSON value, and each string under the key `text_field` at any depth is a document; in
+    `parquet` each row is a document with its text in the column `text_field`. All formats except parquet can be
+    compressed (.gz, .zst).
 
     Args:
         meter: counts the bytes read.
-        scratch: where a remote file lies while it is read; None: in the system's temporary directory.
+        scratch: directory that holds a remote file while it is read; None: the system's temporary directory.
 
     Raises:
         DataError: names the file, and the line where there is one.
@@ -94,14 +195,14 @@ def _format_of(path: Path) -> Format:
     name = path.name.lower().removesuffix(".gz").removesuffix(".zst")
     if name.endswith(".parquet"):
         return "parquet"
-    # Corpora publish .json.gz files of one object a line (C4); a plain .json file is one text like any other.
-    lines = (".jsonl", ".ndjson") if name == path.name.lower() else (".jsonl", ".ndjson", ".json")
-    return "jsonl" if name.endswith(lines) else "text"
+    # Corpora publish .json.gz files with one object in each line (C4); a plain .json file is read as one text.
+    line_suffixes = (".jsonl", ".ndjson") if name == path.name.lower() else (".jsonl", ".ndjson", ".json")
+    return "jsonl" if name.endswith(line_suffixes) else "text"
 
 
 @contextmanager
 def _opened(path: Path, meter: Meter) -> Iterator[BinaryIO]:
-    """The uncompressed bytes of a file; what is read of it is counted."""
+    """Yield a stream of the uncompressed bytes of a file; the meter counts the compressed bytes that are read."""
     with io.BufferedReader(_Metered(path, meter), _READ_BYTES) as stream:
         if path.suffix.lower() == ".gz":
             with gzip.GzipFile(fileobj=stream) as uncompressed:
@@ -113,7 +214,7 @@ def _opened(path: Path, meter: Meter) -> Iterator[BinaryIO]:
 
 
 class _Metered(io.RawIOBase):
-    """A file that counts what is read of it."""
+    """A file whose reads are counted by a meter."""
 
     def __init__(self, path: Path, meter: Meter) -> None:
         self._stream = path.open("rb", buffering=0)
@@ -133,9 +234,10 @@ class _Metered(io.RawIOBase):
 
 
 class _ZstdFrames(io.RawIOBase):
-    """A .zst file of any number of frames (parallel compressors and appending make several), of long windows.
+    """The uncompressed bytes of a .zst file with any number of frames and with long windows.
 
-    zstandard's own stream_reader takes a file that ends inside a frame for a whole one: this raises EOFError.
+    Parallel compressors and appending write several frames. A file that ends inside a frame raises EOFError, where
+    zstandard's own stream_reader raises nothing.
     """
 
     def __init__(self, stream: BinaryIO) -> None:
@@ -219,7 +321,7 @@ def _read_parquet(path: Path, file: SourceFile, dropped: Dropped, meter: Meter) 
         for batch in table.iter_batches(batch_size=_PARQUET_ROWS, columns=[column]):
             rows += batch.num_rows
             meter.disk_bytes = start + size * rows // table.metadata.num_rows
-            # As bytes: pyarrow does not check the UTF-8 that a writer promised.
+            # Cast to bytes, because pyarrow does not check that a writer's strings are UTF-8.
             for data in batch.column(0).cast(pyarrow.large_binary()).to_pylist():
                 text = None if data is None else _decode(data, dropped)
                 dropped.missing += data is None
@@ -253,7 +355,7 @@ def _field(record: Any, file: SourceFile, where: str) -> str | None:
 
 
 def _strings(value: Any, key: str) -> Iterator[str]:
-    """Each string under `key` at any depth, in the document's order."""
+    """Yield each string under `key` at any depth, in the order of the file."""
     if isinstance(value, dict):
         for name, item in value.items():
             if name == key and isinstance(item, str):
@@ -266,110 +368,6 @@ def _strings(value: Any, key: str) -> Iterator[str]:
 
 
 def _strip_html(text: str) -> str:
-    """The readable text of an HTML fragment: a line for each block, no tags, entities resolved."""
+    """Return the readable text of an HTML fragment: a line for each block, no tags, entities resolved."""
     text = html.unescape(_TAG.sub("", _BLOCK_END.sub("\n", text)))
     return _BLANK_LINES.sub("\n", text).strip()
-
-
-__all__ = ["Document", "Dropped", "Position", "Seen", "read_documents", "read_texts"]
-
-
-class Seen(Protocol):
-    """Digests met so far: a set, or what stands for one that memory would not hold."""
-
-    def __contains__(self, digest: object, /) -> bool: ...
-
-    def add(self, digest: bytes, /) -> None: ...
-
-
-@dataclass(frozen=True)
-class Document:
-    """One text. `digest` (16 bytes) depends on the text and the seed alone."""
-
-    text: str
-    num_bytes: int
-    digest: bytes
-
-
-@dataclass
-class Position:
-    """How far a domain is read: enough to go on from there.
-
-    `texts` texts of file number `file` are taken, and all of the files before it; the documents so far have
-    `num_bytes` bytes.
-    """
-
-    file: int = 0
-    texts: int = 0
-    num_bytes: int = 0
-
-
-def read_documents(
-    domain: Domain,
-    files: Sequence[SourceFile],
-    *,
-    seed: int,
-    seen: Seen,
-    dropped: Dropped,
-    position: Position | None = None,
-    meter: Meter | None = None,
-    scratch: Path | None = None,
-) -> Iterator[Document]:
-    """The documents of one domain, in the order of its files; counts what it leaves out in `dropped`.
-
-    Args:
-        seed: keys the digests, and so decides which documents are held out.
-        seen: digests met so far; grows. Shared by all domains of a preparation, it keeps every text in the
-            first domain that has it.
-        position: where to begin, after the last document that came from there; kept up to date.
-        meter: counts the bytes read.
-        scratch: where a remote file lies while it is read.
-
-    Raises:
-        DataError: a file is damaged, is not of its format, lacks the text field, or cannot be downloaded.
-    """
-    key = seed.to_bytes(8, "little")
-    position = position or Position()
-    for number in range(position.file, len(files)):
-        if number != position.file:
-            position.file, position.texts = number, 0
-        for text in _texts_from(files[number], position.texts, dropped, meter, scratch):
-            if domain.max_bytes is not None and position.num_bytes >= domain.max_bytes:
-                return
-            position.texts += 1
-            document = _make_document(text, domain, key, dropped)
-            if document is None:
-                continue
-            if document.digest in seen:
-                dropped.duplicates += 1
-                continue
-            seen.add(document.digest)
-            position.num_bytes += document.num_bytes
-            yield document
-
-
-def _texts_from(
-    file: SourceFile, taken: int, dropped: Dropped, meter: Meter | None, scratch: Path | None
-) -> Iterator[str]:
-    """The texts of a file after the first `taken`, which were counted when they were taken."""
-    counted = Dropped(**vars(dropped))
-    for number, text in enumerate(read_texts(file, dropped, meter=meter, scratch=scratch), 1):
-        if number > taken:
-            yield text
-        elif number == taken:
-            vars(dropped).update(vars(counted))
-
-
-def _make_document(text: str, domain: Domain, key: bytes, dropped: Dropped) -> Document | None:
-    if len(text) < domain.min_chars or text.isspace():
-        dropped.too_short += 1
-        return None
-    if domain.max_chars is not None and len(text) > domain.max_chars:
-        text = text[: domain.max_chars]
-        dropped.cut += 1
-    try:
-        data = text.encode()
-    except UnicodeEncodeError:  # JSON can spell half a surrogate pair, which is no text
-        dropped.undecodable += 1
-        return None
-    return Document(text, len(data), hashlib.blake2b(data, digest_size=16, key=key).digest())

@@ -1,4 +1,4 @@
-"""domains.json: what a prepared data directory holds. Written last, so that it marks a complete directory."""
+"""domains.json, the content of a prepared data directory; written last, so that it marks a complete directory."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SPLITS = ("train", "validation")
 
 @dataclass(frozen=True)
 class SplitInfo:
-    """One split of one domain: `bytes` of its documents' text (UTF-8), `tokens` in whole samples."""
+    """Sizes of one split of one domain: `bytes` of its documents' text (UTF-8), `tokens` in complete samples."""
 
     documents: int
     tokens: int
@@ -32,7 +32,7 @@ class SplitInfo:
 
 @dataclass(frozen=True)
 class DomainInfo:
-    """One domain's two splits, and what the preparation dropped."""
+    """One domain's two splits, and the counts of what the preparation dropped."""
 
     train: SplitInfo
     validation: SplitInfo
@@ -41,7 +41,7 @@ class DomainInfo:
 
 @dataclass(frozen=True)
 class Manifest:
-    """A prepared data directory; `domains` are in the recipe's order. `root` is a path, of a remote one its URL."""
+    """A prepared data directory: `root` is its path or, if remote, its address; `domains` has the recipe's order."""
 
     root: Path | str
     sequence_length: int
@@ -52,14 +52,14 @@ class Manifest:
     domains: dict[str, DomainInfo]
 
     def require(self, names: Sequence[str]) -> None:
-        """DataError if one of `names` is not among the domains."""
+        """Raise DataError if one of `names` is not among the domains."""
         for name in names:
             if name not in self.domains:
                 raise DataError(f"{self.root} has no domain {name!r}; it has {', '.join(self.domains)}")
 
 
 def write_manifest(manifest: Manifest) -> None:
-    """Write `manifest.root`/domains.json atomically."""
+    """Write `manifest.root`/domains.json, which appears complete or not at all."""
     content = {
         "format": FORMAT,
         "sequence_length": manifest.sequence_length,
@@ -77,7 +77,8 @@ def write_manifest(manifest: Manifest) -> None:
 def load_manifest(root: str | Path | Store) -> Manifest:
     """Read domains.json and check every domain's shards against it.
 
-    Of a local directory: presence, sizes, hashes of the indices; of a remote one the hashes of the indices.
+    For a local directory it checks presence and sizes of the shards and hashes of the indices; for a remote one the
+    hashes of the indices.
 
     Raises:
         DataError: the directory is missing or half-written, domains.json is broken, a shard is missing,
@@ -134,7 +135,7 @@ def _check_split(store: Store, manifest: Manifest, directory: str, info: SplitIn
         raise DataError(f"domain {name!r} of {store.location} is empty: no {split} sample; prepare it with more text")
     index = read_index(store, directory)
     if index.sha != info.sha:
-        index = read_index(store, directory, fresh=True)  # a cache may hold that of an earlier preparation
+        index = read_index(store, directory, fresh=True)  # a cache can hold the index of an earlier preparation
     if (index.num_samples, index.sha) != (info.samples, info.sha):
         raise DataError(
             f"{store.location}/{directory} is not what {store.location}/{FILE_NAME} describes "

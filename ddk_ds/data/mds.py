@@ -1,6 +1,7 @@
-"""Pure decisions about token sequences: which documents are held out, and how documents become samples.
+"""One split of one domain: documents are packed into samples of L tokens, which an MDS directory holds.
 
-One split of one domain on disk: an MDS directory of samples of exactly L tokens; write, check, read.
+A split is written with mosaicml-streaming's MDSWriter, checked by its index, and read sample by sample with streaming's
+own reader.
 """
 
 from __future__ import annotations
@@ -20,60 +21,13 @@ from ddk_ds.errors import DataError
 
 Ids = npt.NDArray[np.unsignedinteger[Any]]
 """Token ids in the shards' dtype, uint16 or uint32."""
-
-
-Keys = npt.NDArray[np.uint64]
-Counts = npt.NDArray[np.int64]
-
-
-@dataclass(frozen=True)
-class HeldOut:
-    """Which documents are held out: those whose key is under `key`, and of those that have it the first ones,
-    up to document number `last`."""
-
-    key: int
-    last: int = -1
-
-    def mask(self, keys: Keys, first: int) -> npt.NDArray[np.bool_]:
-        """(n,) whether each document is held out.
-
-        Args:
-            keys: (n,) of consecutive documents.
-            first: number of the first of them.
-        """
-        key = np.uint64(self.key)
-        return np.asarray((keys < key) | ((keys == key) & (np.arange(first, first + len(keys)) <= self.last)))
-
-
-def choose_validation(
-    chunks: Iterable[tuple[Keys, Counts]], *, min_tokens: int | None = None, fraction: float | None = None
-) -> HeldOut:
-    """Choose the documents with the smallest keys, whatever their order; memory holds a chunk and the chosen ones.
-
-    Args:
-        chunks: keys (n,), a hash of each document's content, uniform over 64 bits; tokens (n,) of each document.
-        min_tokens: take the smallest keys until this many tokens are held out, or all documents.
-        fraction: or take keys under `fraction` of the range. Exactly one of the two is given.
-    """
-    assert (min_tokens is None) != (fraction is None), "exactly one of min_tokens and fraction"
-    if fraction is not None:
-        return HeldOut(int(fraction * 2.0**64))
-    first = 0
-    keys, numbers, lengths = np.zeros(0, np.uint64), np.zeros(0, np.int64), np.zeros(0, np.int64)
-    for new_keys, new_lengths in chunks:
-        keys = np.concatenate([keys, new_keys])
-        numbers = np.concatenate([numbers, np.arange(first, first + len(new_keys))])
-        lengths = np.concatenate([lengths, new_lengths])
-        order = np.argsort(keys, kind="stable")
-        before = np.cumsum(lengths[order]) - lengths[order]
-        kept = order[before < min_tokens]
-        keys, numbers, lengths = keys[kept], numbers[kept], lengths[kept]
-        first += len(new_keys)
-    return HeldOut(int(keys[-1]), int(numbers[-1])) if len(keys) else HeldOut(0)
+SHARD_BYTES = 1 << 26
+_COLUMN = "tokens"
+_VERSION = 2
 
 
 def pack(documents: Iterable[Ids], sequence_length: int) -> Iterator[Ids]:
-    """Cut the joined documents into samples of `sequence_length` ids; a tail that fills none is dropped."""
+    """Yield samples of `sequence_length` ids cut from the joined documents; a tail shorter than a sample is dropped."""
     buffer: list[Ids] = []
     buffered_tokens = 0
     for document in documents:
@@ -82,19 +36,14 @@ def pack(documents: Iterable[Ids], sequence_length: int) -> Iterator[Ids]:
         if buffered_tokens < sequence_length:
             continue
         joined = np.concatenate(buffer)
-        whole_tokens = buffered_tokens - buffered_tokens % sequence_length
-        yield from joined[:whole_tokens].reshape(-1, sequence_length)
-        buffer = [joined[whole_tokens:]]
-        buffered_tokens -= whole_tokens
-
-
-SHARD_BYTES = 1 << 26
-_COLUMN = "tokens"
-_VERSION = 2
+        packed_tokens = buffered_tokens - buffered_tokens % sequence_length
+        yield from joined[:packed_tokens].reshape(-1, sequence_length)
+        buffer = [joined[packed_tokens:]]
+        buffered_tokens -= packed_tokens
 
 
 def token_dtype(vocab_size: int) -> str:
-    """The narrowest dtype of the shards that holds every id."""
+    """Return the narrowest dtype of the shards that holds every id: "uint16" or "uint32"."""
     return "uint16" if vocab_size <= 1 << 16 else "uint32"
 
 
@@ -106,7 +55,7 @@ def write_split(
     dtype: str,
     shard_bytes: int = SHARD_BYTES,
 ) -> dict[str, Any]:
-    """Write samples, (sequence_length,) each, to a new directory; returns {"samples": int, "sha": str}."""
+    """Write samples, each (sequence_length,), to a new directory and return {"samples": int, "sha": str}."""
     # Importing streaming takes seconds (torchvision, transformers), which checking an index must not pay.
     from streaming import MDSWriter
 
@@ -120,7 +69,7 @@ def write_split(
 
 @dataclass(frozen=True)
 class SplitIndex:
-    """What the index.json of a split says. `sha` covers sizes, samples and content hashes of every shard."""
+    """The content of a split's index.json. `sha` covers size, number of samples and content hash of every shard."""
 
     directory: str
     entries: list[dict[str, Any]]
@@ -131,18 +80,18 @@ class SplitIndex:
 
     @property
     def num_samples(self) -> int:
-        """Samples of all shards."""
+        """Return the number of samples of all shards."""
         return int(self.shard_sizes.sum())
 
     def check_format(self, dtype: str, sequence_length: int) -> None:
-        """DataError if a shard's samples are not `sequence_length` ids of `dtype`."""
+        """Raise DataError if a shard's samples are not `sequence_length` ids of `dtype`."""
         wanted = f"ndarray:{dtype}:{sequence_length}"
         if other := self.encodings - {wanted}:
             raise DataError(f"{self.directory} holds samples of {other.pop()}, the data's are {wanted}; {AGAIN}")
 
 
 def read_index(store: Store, directory: str, *, fresh: bool = False) -> SplitIndex:
-    """Read a split's index.json and check what can be without reading shards: presence and sizes of local ones.
+    """Read a split's index.json and check presence and sizes of local shards, without reading the shards.
 
     Raises:
         DataError: names the file that is missing, unreadable, of another version or truncated.
@@ -176,15 +125,15 @@ class Split:
     """Random access to the samples of one split, through streaming's own MDS reader: no locks, no open files.
 
     Attributes:
-        shard_sizes: (S,) samples of each shard.
-        shards: their files.
-        num_samples: sum of shard_sizes.
+        shard_sizes: (S,) number of samples of each shard.
+        shards: the S shard files.
+        num_samples: number of samples of all shards.
         sha: hash of the index.
     """
 
     def __init__(self, store: Store, index: SplitIndex, vocab_size: int | None = None) -> None:
-        """`vocab_size`: refuse samples with ids from here on; None: any."""
-        # As in write_split; not delayed until the first read: forked workers have it from their parent.
+        """Open the split of an index. Samples with ids >= `vocab_size` raise DataError; None: any id is accepted."""
+        # Imported here as in write_split, and not at the first read, so that forked workers have it from their parent.
         from streaming.base.format import reader_from_json
 
         self._store = store
@@ -200,7 +149,10 @@ class Split:
         return self.num_samples
 
     def tokens(self, i: int) -> Ids:
-        """(L,) ids of sample `i` in the shards' dtype. Raises DataError where its shard is damaged or cannot be had."""
+        """Return the ids (L,) of sample `i` in the shards' dtype.
+
+        Raises DataError where its shard is damaged or cannot be fetched, or holds an id outside of the vocabulary.
+        """
         if not 0 <= i < self.num_samples:
             raise IndexError(f"sample {i} of a split that has {self.num_samples}")
         number = int(np.searchsorted(self._first, i, side="right")) - 1
@@ -222,5 +174,5 @@ class Split:
 
 
 def open_split(store: Store, directory: str, vocab_size: int | None = None) -> Split:
-    """Check a split against its index and open it; DataError names the file that is wrong."""
+    """Check a split against its index and open it. Raises DataError naming the file that is wrong."""
     return Split(store, read_index(store, directory), vocab_size)

@@ -1,7 +1,8 @@
 """Text to prepared data: every domain of a recipe is read, encoded, split and packed into MDS shards.
 
-Everything grows in a directory beside the output, `.<out>.partial`, which is renamed at the end. A preparation that
-was killed, or met a full disk, goes on there. Memory holds a few batches of text and the held-out documents' keys.
+A directory next to the output, `.<out>.partial`, holds the unfinished preparation, and its data are renamed to the
+output at the end. After a kill or a full disk the same command continues there. Memory holds a few batches of text and
+the keys of the held-out documents.
 """
 
 from __future__ import annotations
@@ -17,8 +18,8 @@ import numpy.typing as npt
 
 from ddk_ds.data.documents import Dropped
 from ddk_ds.data.manifest import FILE_NAME, DomainInfo, Manifest, SplitInfo, load_manifest, write_manifest
-from ddk_ds.data.mds import HeldOut, choose_validation, pack, token_dtype, write_split
-from ddk_ds.data.reading import DomainText, Progress, Spool
+from ddk_ds.data.mds import pack, token_dtype, write_split
+from ddk_ds.data.reading import DomainText, HeldOut, Progress, Spool, choose_validation
 from ddk_ds.data.recipe import Recipe, list_files
 from ddk_ds.data.tokenizer import BatchEncoder, TokenizerInfo, batch_encoder, load_tokenizer
 from ddk_ds.data.workdir import Reading, WorkDir, open_work
@@ -30,9 +31,9 @@ _SHARD_BYTES = 1 << 25
 
 @dataclass(frozen=True)
 class Plan:
-    """What to make of a recipe's text.
+    """Options of a preparation.
 
-    Exactly one of `validation_samples` (held-out samples that each domain has at least) and
+    Exactly one of `validation_samples` (least number of held-out samples of each domain) and
     `validation_fraction` (share of the documents) is given. `seed` decides which documents are held out.
     """
 
@@ -66,16 +67,16 @@ def prepare(
     progress: Progress = lambda _domain, _done, _total: None,
     start_anew: bool = False,
 ) -> Manifest:
-    """Prepare all domains of `recipe` into the new directory `out`; the same for any number of workers and kills.
+    """Prepare all domains of `recipe` into the new directory `out`; the result depends on neither workers nor kills.
 
     Args:
         tokenizer: directory of the tokenizer, which must name an EOS token.
         progress: called after every batch.
-        start_anew: forget what an earlier call left unfinished.
+        start_anew: delete what an earlier call left unfinished.
 
     Raises:
         DataError: `out` exists, the tokenizer has no EOS, text cannot be read, a domain has too little, the disk
-            is full, another process prepares the same directory, or what lies there unfinished is of another
+            is full, another process prepares the same directory, or the unfinished preparation has another
             recipe, tokenizer or plan.
     """
     _refuse_existing(out)
@@ -106,7 +107,7 @@ def _refuse_existing(out: Path) -> None:
 
 
 def _settings(info: TokenizerInfo, tokenizer: Path, plan: Plan) -> dict[str, Any]:
-    """What every part depends on, beside the text."""
+    """Return the settings that every part depends on; with others an unfinished preparation cannot continue."""
     return {
         "tokenizer": hashlib.sha256((tokenizer / "tokenizer.json").read_bytes()).hexdigest(),
         "eos_token_id": info.eos_token_id,
@@ -149,7 +150,7 @@ def _prepare_domain(
 
 
 def _pack_domain(text: DomainText, spool: Spool, reading: Reading, directory: Path, plan: Plan) -> DomainInfo:
-    """Split the spooled documents and write both splits."""
+    """Choose the held-out documents and write both splits."""
     if not spool.num_documents:
         raise DataError(
             f"domain {text.name!r} is empty: no document is left of {len(text.files)} files "
@@ -181,7 +182,7 @@ def _pack_domain(text: DomainText, spool: Spool, reading: Reading, directory: Pa
 
 
 def _totals(spool: Spool, held_out: HeldOut) -> npt.NDArray[np.int64]:
-    """(2, 3): documents, bytes and tokens of train and of validation."""
+    """Return (2, 3): documents, bytes and tokens of the training and the validation split."""
     totals = np.zeros((2, 3), np.int64)
     for first, chunk in spool.records():
         mask = held_out.mask(chunk["key"], first)

@@ -1,8 +1,7 @@
-"""A domain's ids on the disk while it is read, before the split is decided: they grow at the end, and can be cut back.
+"""A domain's documents are read, encoded and spooled to the disk part by part; then the held-out ones are chosen.
 
-Two files: `<domain>.ids` holds all ids in a row, `<domain>.documents` a record of 24 bytes a document.
-
-A domain's documents read, encoded and spooled, part by part; a killed preparation goes on at the last part's end.
+A killed preparation continues after its last finished part: what the spool holds beyond that part is cut off. A spool
+is two files: `<domain>.ids` holds all ids in a row, `<domain>.documents` a record of 24 bytes for each document.
 """
 
 from __future__ import annotations
@@ -10,7 +9,7 @@ from __future__ import annotations
 import io
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -19,26 +18,82 @@ import numpy as np
 import numpy.typing as npt
 
 from ddk_ds.data.documents import Dropped, Meter, Position, read_documents
-from ddk_ds.data.mds import HeldOut, Ids
+from ddk_ds.data.mds import Ids
 from ddk_ds.data.recipe import Domain, SourceFile
 from ddk_ds.data.tokenizer import BatchEncoder
 from ddk_ds.data.workdir import Reading, WorkDir
 
+BATCH_BYTES = 1 << 19
+PART_SECONDS = 15.0
+Progress = Callable[[str, int, int], None]
+"""Called with a domain's name, how much of the domain is encoded, and how much it has: bytes on the disk, or bytes of a
+capped domain's text. How much it has is an estimate where a store does not know the sizes of its files."""
+Keys = npt.NDArray[np.uint64]
+Counts = npt.NDArray[np.int64]
 _RECORD = np.dtype([("key", "<u8"), ("bytes", "<i8"), ("tokens", "<i8")])
 _RECORDS = 1 << 16
 _IDS = 1 << 20
 
 
+@dataclass(frozen=True)
+class HeldOut:
+    """The documents that are held out for validation.
+
+    They are the documents with a key less than `key`, and those with that very key up to document number `last`.
+    """
+
+    key: int
+    last: int = -1
+
+    def mask(self, keys: Keys, first: int) -> npt.NDArray[np.bool_]:
+        """Return (n,) bool: True for each document that is held out.
+
+        Args:
+            keys: (n,) keys of consecutive documents.
+            first: number of the first of these documents.
+        """
+        key = np.uint64(self.key)
+        return np.asarray((keys < key) | ((keys == key) & (np.arange(first, first + len(keys)) <= self.last)))
+
+
+def choose_validation(
+    chunks: Iterable[tuple[Keys, Counts]], *, min_tokens: int | None = None, fraction: float | None = None
+) -> HeldOut:
+    """Choose the documents with the smallest keys, in any order of documents; memory holds a chunk and the chosen ones.
+
+    Args:
+        chunks: pairs of keys (n,), a hash of each document's content that is uniform over 64 bits, and tokens (n,),
+            the number of tokens of each document.
+        min_tokens: hold out documents by ascending key until they have this many tokens, or all documents.
+        fraction: hold out the keys in this share of the range. Exactly one of the two is given.
+    """
+    assert (min_tokens is None) != (fraction is None), "exactly one of min_tokens and fraction"
+    if fraction is not None:
+        return HeldOut(int(fraction * 2.0**64))
+    first = 0
+    keys, numbers, lengths = np.zeros(0, np.uint64), np.zeros(0, np.int64), np.zeros(0, np.int64)
+    for new_keys, new_lengths in chunks:
+        keys = np.concatenate([keys, new_keys])
+        numbers = np.concatenate([numbers, np.arange(first, first + len(new_keys))])
+        lengths = np.concatenate([lengths, new_lengths])
+        order = np.argsort(keys, kind="stable")
+        before = np.cumsum(lengths[order]) - lengths[order]
+        kept = order[before < min_tokens]
+        keys, numbers, lengths = keys[kept], numbers[kept], lengths[kept]
+        first += len(new_keys)
+    return HeldOut(int(keys[-1]), int(numbers[-1])) if len(keys) else HeldOut(0)
+
+
 class Spool:
-    """The ids of one domain's documents.
+    """The ids of one domain's documents on the disk.
 
     Attributes:
-        dtype: of the ids.
-        num_documents, num_tokens: what it holds.
+        dtype: dtype of the ids.
+        num_documents, num_tokens: number of documents and of tokens in the spool.
     """
 
     def __init__(self, directory: Path, name: str, dtype: str, *, num_documents: int = 0, num_tokens: int = 0) -> None:
-        """Open or make the files, and cut what lies behind the given documents and tokens."""
+        """Open or create the files, and cut them after the given numbers of documents and tokens."""
         self.dtype = dtype
         self._dtype = np.dtype(dtype)
         self._paths = directory / f"{name}.ids", directory / f"{name}.documents"
@@ -51,9 +106,9 @@ class Spool:
     def append(
         self, ids: Ids, lengths: npt.NDArray[np.int64], digests: Sequence[bytes], num_bytes: Sequence[int]
     ) -> None:
-        """Add documents: their ids in a row, and of each its number of ids, digest, and bytes of text."""
+        """Add documents: all their ids in a row, and each document's number of ids, digest, and bytes of text."""
         records = np.empty(len(lengths), _RECORD)
-        # The first 8 of a digest's 16 bytes: enough to rank by.
+        # The first 8 of a digest's 16 bytes are enough to rank by.
         records["key"] = np.frombuffer(b"".join(digests), ">u8")[::2]
         records["bytes"] = num_bytes
         records["tokens"] = lengths
@@ -63,13 +118,13 @@ class Spool:
         self.num_tokens += len(ids)
 
     def sync(self) -> None:
-        """Bring everything to the disk."""
+        """Write everything to the disk, by fsync."""
         for stream in self._streams:
             stream.flush()
             os.fsync(stream.fileno())
 
     def close(self) -> None:
-        """Close the files; what was not synchronised may be lost, on a full disk too."""
+        """Close the files. What was not synchronised can be lost; a full disk raises no error."""
         for stream in self._streams:
             try:
                 stream.close()
@@ -77,13 +132,13 @@ class Spool:
                 stream.raw.close()
 
     def remove(self) -> None:
-        """Delete the files."""
+        """Close and delete both files."""
         self.close()
         for path in self._paths:
             path.unlink(missing_ok=True)
 
     def records(self) -> Iterator[tuple[int, npt.NDArray[np.void]]]:
-        """(number of the first, a chunk of records with the fields key, bytes, tokens), over all documents."""
+        """Yield (number of the first document, chunk of records with the fields key, bytes, tokens)."""
         with self._paths[1].open("rb") as stream:
             first = 0
             while len(chunk := np.fromfile(stream, _RECORD, _RECORDS)):
@@ -91,7 +146,7 @@ class Spool:
                 first += len(chunk)
 
     def ids(self, held_out: HeldOut, *, validation: bool) -> Iterator[Ids]:
-        """The ids of one split's documents, joined in order, in pieces of any size."""
+        """Yield the ids of one split's documents, joined in order, in pieces of any size."""
         with self._paths[0].open("rb") as stream:
             start = 0
             for first, chunk in self.records():
@@ -111,16 +166,9 @@ class Spool:
             yield ids
 
 
-BATCH_BYTES = 1 << 19
-PART_SECONDS = 15.0
-Progress = Callable[[str, int, int], None]
-"""Told a domain's name, how much of it is encoded, and how much it has: bytes on the disk, or of a capped
-domain's text; an estimate where a store does not tell sizes."""
-
-
 @dataclass(frozen=True)
 class _Batch:
-    """Some documents, and the reader's state after the last of them."""
+    """Documents that are encoded together, and the reader's state after the last of them."""
 
     texts: list[str]
     digests: list[bytes]
@@ -132,7 +180,7 @@ class _Batch:
 
 @dataclass(frozen=True)
 class DomainText:
-    """One domain of a recipe: `number` is its place, `seed` keys the digests."""
+    """The text of one domain of a recipe: `number` is its place in the recipe, `seed` keys the digests."""
 
     name: str
     number: int
@@ -141,7 +189,7 @@ class DomainText:
     seed: int
 
     def spool(self, work: WorkDir, dtype: str, encode: BatchEncoder, progress: Progress) -> tuple[Spool, Reading]:
-        """Read and encode what is not yet in the domain's spool; returns it, complete and on the disk.
+        """Read and encode what the domain's spool lacks; return the spool, complete and on the disk, and the reading.
 
         Raises:
             DataError: text cannot be read.
@@ -151,16 +199,18 @@ class DomainText:
         spool = Spool(work.path, self.name, dtype, num_documents=reading.documents, num_tokens=reading.tokens)
         try:
             if not reading.done:
-                self._read_on(work, spool, reading, encode, progress)
+                self._read_new(work, spool, reading, encode, progress)
         except BaseException:
             spool.close()
             raise
         return spool, reading
 
-    def _read_on(self, work: WorkDir, spool: Spool, reading: Reading, encode: BatchEncoder, progress: Progress) -> None:
+    def _read_new(
+        self, work: WorkDir, spool: Spool, reading: Reading, encode: BatchEncoder, progress: Progress
+    ) -> None:
         position, dropped = replace(reading.position), replace(reading.dropped)
         meter = Meter(sum(file.num_bytes for file in self.files[: position.file]))
-        progress(self.name, *self._done(reading.position, meter.disk_bytes))
+        progress(self.name, *self._progress(reading.position, meter.disk_bytes))
         last_commit = time.monotonic()
         for batch, (ids, lengths) in encode(self._batches(work, position, dropped, meter)):
             spool.append(ids, lengths, batch.digests, batch.num_bytes)
@@ -169,13 +219,13 @@ class DomainText:
             if time.monotonic() - last_commit >= PART_SECONDS:
                 self._commit(work, spool, reading)
                 last_commit = time.monotonic()
-            progress(self.name, *self._done(batch.position, batch.disk_bytes))
+            progress(self.name, *self._progress(batch.position, batch.disk_bytes))
         reading.position, reading.dropped, reading.done = position, dropped, True
         self._commit(work, spool, reading)
-        progress(self.name, *self._done(position, meter.disk_bytes))
+        progress(self.name, *self._progress(position, meter.disk_bytes))
 
     def _batches(self, work: WorkDir, position: Position, dropped: Dropped, meter: Meter) -> Iterator[_Batch]:
-        """Batches of about BATCH_BYTES; `position` and `dropped` move."""
+        """Yield batches of about BATCH_BYTES, keeping `position` and `dropped` up to date."""
 
         def batch() -> _Batch:
             return _Batch(texts, digests, num_bytes, replace(position), replace(dropped), meter.disk_bytes)
@@ -212,11 +262,11 @@ class DomainText:
 
     @cached_property
     def disk_bytes(self) -> int:
-        """Size of all files, where it is known."""
+        """Size of all files in bytes; files of unknown size count as 0."""
         return sum(file.num_bytes for file in self.files)
 
-    def _done(self, position: Position, disk_bytes: int) -> tuple[int, int]:
-        """What is done and what there is to do."""
+    def _progress(self, position: Position, disk_bytes: int) -> tuple[int, int]:
+        """Return how much is encoded and how much there is, as `Progress` takes them."""
         total = max(self.disk_bytes, disk_bytes, 1)
         cap = self.domain.max_bytes
         if cap is None or cap >= total:

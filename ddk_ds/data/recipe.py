@@ -1,11 +1,10 @@
-"""The recipe: a YAML file that names each domain's text sources, and the files that they stand for.
+"""The recipe, a YAML file that names each domain's text sources, and the files that the sources match.
 
-A source's `path` is a file or a glob below the recipe's `root`. Root or path may be an address that
-mosaicml-streaming downloads from (s3://, gs://, az://, hf://datasets/..., ...) or http(s)://; globs there are for s3://
-only, other stores take addresses or a list of them. Or it is
+A source's `path` is a file or a glob below the recipe's `root`. Root or path can be an address that mosaicml-streaming
+downloads from (s3://, gs://, az://, hf://datasets/..., ...) or http(s)://. Globs work on s3:// only; other stores need
+addresses or a list of addresses. Or `path` is a locator:
 
-- `list:FILE`: a file below the root that names one path or address a line
-
+- `list:FILE`: a file below the root with one path or address in each line
 - `stdlib:GLOB`: the standard library's source
 - `package:NAME/GLOB`: the directory of an installed package (found without importing it)
 - `site-packages:GLOB`: the directories that hold installed distributions (their `*.dist-info`)
@@ -39,32 +38,32 @@ DomainName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 
 
 def _path_to_source(value: Any) -> Any:
-    """A bare string in a list of sources is a source that has nothing but a path."""
+    """Turn a bare string in a list of sources into a source with that path."""
     return {"path": value} if isinstance(value, str) else value
 
 
 class Source(Section):
-    """Where some of a domain's text is, and how it is read."""
+    """Files with some of a domain's text, and how they are read."""
 
     path: str
     """File or glob below the recipe's root, absolute path, address, or locator (see the module's docstring)."""
     exclude: list[str] = Field(default_factory=list)
     """Shell patterns of names, relative to the base, that are left out; `*` crosses directories."""
     format: Format | None = None
-    """How the files are read (documents.py); null: by the suffix."""
+    """Format of the files (documents.py); null: chosen by the suffix."""
     text_field: str = "text"
     """Field (jsonl), column (parquet) or key at any depth (json_strings) that holds the text."""
     strip_html: bool = False
-    """Take HTML tags and entities out of the text."""
+    """Remove HTML tags and resolve HTML entities."""
 
 
 class Domain(Section):
     """One domain: its sources and limits."""
 
     sources: Annotated[list[Annotated[Source, BeforeValidator(_path_to_source)]], Field(min_length=1)]
-    """Files of the domain; no file may be in two domains."""
+    """Sources of the domain; no file can be in two domains."""
     max_bytes: Positive | None = None
-    """Stop once this much UTF-8 text is read (bytes); null: no limit."""
+    """Reading stops after this much UTF-8 text (bytes); null: no limit."""
     min_chars: Positive = 1
     """Shorter documents are dropped (characters)."""
     max_chars: Positive | None = None
@@ -82,10 +81,10 @@ class Recipe(Section):
 
 @dataclass(frozen=True)
 class SourceFile:
-    """One file of a domain. `name` is relative to the source's base: the same on every machine.
+    """One file of a domain. `name` is relative to the source's base and so the same on every machine.
 
-    `remote` is the address of a file that is not on this machine (`path` then means nothing). `num_bytes` is its
-    size as stored, 0 where a store does not tell; `stamp` changes with its content.
+    `remote` is the address of a file that is not on this machine; `path` is then not used. `num_bytes` is the stored
+    size, 0 where the store does not report it; `stamp` changes with the content.
     """
 
     path: Path
@@ -97,17 +96,17 @@ class SourceFile:
 
     @property
     def where(self) -> str:
-        """Path or address, for messages."""
+        """Return the file's path or address, for messages."""
         return self.remote or str(self.path)
 
 
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Read a recipe, apply `key.path=value` overrides, check it; its `root` comes back absolute.
+    """Read a recipe, apply `key.path=value` overrides and check it; the returned `root` is absolute.
 
-    A root among the overrides is relative to the working directory, as a path on a command line is.
+    A root among the overrides is relative to the working directory, like every path on a command line.
 
     Raises:
-        ConfigError: the file is missing, is no YAML mapping, has an unknown key or a wrong value.
+        ConfigError: the file is missing, is not a YAML mapping, has an unknown key or a wrong value.
     """
     if not path.is_file():
         raise ConfigError(f"recipe {path} does not exist; configs/data/demo.yaml is one to start from")
@@ -123,8 +122,8 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     except ValidationError as error:
         raise ConfigError(f"recipe {path}: " + "; ".join(map(_explain, error.errors()))) from error
     except InterpolationResolutionError as error:
-        what = str(error).splitlines()[0]
-        raise ConfigError(f"recipe {path}: {what}; set the variable, or give the key as key=value") from error
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"recipe {path}: {reason}; set the variable, or give the key as key=value") from error
     except (OmegaConfBaseException, YAMLError, OSError, ValueError, TypeError) as error:
         raise ConfigError(f"recipe {path}: cannot be read as YAML: {error}") from error
     if is_remote(recipe.root):
@@ -142,10 +141,10 @@ def _explain(item: Any) -> str:
 
 
 def list_files(recipe: Recipe) -> dict[str, list[SourceFile]]:
-    """The files of every domain, in the order in which they are read: sorted by name within each source.
+    """Return the files of every domain in the order in which they are read: sorted by name within each source.
 
-    A domain with `max_bytes` has its files in the order of a hash of their names instead, so that the cap
-    takes a sample of the whole tree and not the head of the alphabet.
+    The files of a domain with `max_bytes` are sorted by a hash of their names instead, so that the cap takes a sample
+    of the entire tree and not the first names of the alphabet.
 
     Raises:
         DataError: a source matches no file, or one file is in two domains.
@@ -188,7 +187,7 @@ def _source_files(domain: str, source: Source, root: str) -> list[SourceFile]:
 
 
 def _find(domain: str, source: Source, path: str, root: str) -> Iterator[SourceFile]:
-    """The files that a path stands for, in the order of their names; those of a list in the list's."""
+    """Yield the files that a path matches, sorted by name; those of a list in the order of the list."""
     if path.startswith("list:"):
         yield from _listed(domain, source, path.removeprefix("list:"), root)
     elif is_remote(path) or (is_remote(root) and not _is_locator(path)):
@@ -199,11 +198,11 @@ def _find(domain: str, source: Source, path: str, root: str) -> Iterator[SourceF
             yield SourceFile(Path(name), name, source, found.url, found.num_bytes, found.stamp)
     else:
         bases, pattern = _locate(domain, path, Path(root))
-        names = {(path.relative_to(base).as_posix(), path) for base in bases for path in base.glob(pattern)}
-        for name, place in sorted(names):
-            if place.is_file():
-                status = place.stat()
-                yield SourceFile(place, name, source, None, status.st_size, str(status.st_mtime_ns))
+        named = {(file.relative_to(base).as_posix(), file) for base in bases for file in base.glob(pattern)}
+        for name, file in sorted(named):
+            if file.is_file():
+                status = file.stat()
+                yield SourceFile(file, name, source, None, status.st_size, str(status.st_mtime_ns))
 
 
 def _listed(domain: str, source: Source, path: str, root: str) -> Iterator[SourceFile]:
@@ -232,7 +231,7 @@ def _is_locator(path: str) -> bool:
 
 
 def _locate(domain: str, path: str, root: Path) -> tuple[Sequence[Path], str]:
-    """The directories below which a source is searched, and the glob to search for."""
+    """Return the directories that a source is searched in, and the glob to search for."""
     scheme, colon, rest = path.partition(":")
     if colon and scheme == "stdlib":
         return [Path(sysconfig.get_path("stdlib"))], rest

@@ -1,6 +1,6 @@
-"""One file of a remote directory to a local path: mosaicml-streaming's downloaders, retried, timed and verified.
+"""Files on object stores and web servers: fetch a file to a local path, list files, download text while it is read.
 
-Text on object stores and web servers: list it, and have one file at a time on the disk while it is read.
+`Fetcher` uses mosaicml-streaming's downloaders and adds retries, a time limit and verification.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ from ddk_ds.redact import redact
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 _FIRST_WAIT_S, _LONGEST_WAIT_S = 0.5, 30.0
-# Words of a store's error that time does not mend.
+# Codes of a store's error that another attempt does not mend.
 _GONE = {"404", "NoSuchKey", "NoSuchBucket", "NotFound"}
 _DENIED = {"401", "403", "AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken"}
 
 
 class Missing(DataError):
-    """The remote has no such file."""
+    """A file that the remote does not have."""
 
 
 class Fetcher:
-    """Fetches files below a location: a URL of mosaicml-streaming's, or a directory."""
+    """Fetches files below a location: a URL that mosaicml-streaming downloads from, or a directory."""
 
     def __init__(self, location: str, *, timeout_s: float, retries: int) -> None:
         self.location = location.rstrip("/")
@@ -48,11 +48,11 @@ class Fetcher:
         return self.__dict__ | {"_downloaders": {}}
 
     def fetch(self, name: str, path: Path, shard: Shard | None = None) -> None:
-        """Write `name` to `path`, verified where a shard describes it; what was there is replaced.
+        """Write the file `name` to `path`, replacing it, and verify it if `shard` is given.
 
         Raises:
             Missing: the remote has no such file.
-            DataError: access is denied; or what the last of 1 + `retries` attempts failed of.
+            DataError: access is denied, or 1 + `retries` attempts failed; names the last attempt's error.
             OSError: `path` cannot be written.
         """
         for attempt in range(self.retries + 1):
@@ -78,7 +78,7 @@ class Fetcher:
         )
 
     def _download(self, name: str, path: Path) -> None:
-        """In a thread, which is left behind when the time is over: some stores' clients wait for ever."""
+        """Download in a thread that is abandoned after the time limit, because some stores' clients wait for ever."""
         outcome: list[BaseException | None] = []
 
         def work() -> None:
@@ -98,16 +98,17 @@ class Fetcher:
             raise outcome[0]
 
     def _downloader(self) -> Any:
-        """One a process: clients do not outlive a fork."""
-        found = self._downloaders.get(os.getpid())
-        if found is None:
-            from streaming.base.storage.download import CloudDownloader  # seconds, which local data need not wait for
+        """Return this process's downloader: a client cannot be used after a fork."""
+        downloader = self._downloaders.get(os.getpid())
+        if downloader is None:
+            # Importing it takes seconds, which local data need not wait for.
+            from streaming.base.storage.download import CloudDownloader
 
-            found = self._downloaders[os.getpid()] = CloudDownloader.get(self.location)
-        return found
+            downloader = self._downloaders[os.getpid()] = CloudDownloader.get(self.location)
+        return downloader
 
     def _raise_final(self, error: Exception, name: str, path: Path) -> None:
-        """Raise what another attempt would not mend."""
+        """Raise the errors that another attempt would not mend; return after all others."""
         code = str(getattr(error, "response", {}).get("Error", {}).get("Code", ""))
         if isinstance(error, FileNotFoundError) or code in _GONE:
             raise Missing(f"{self.location}/{name} does not exist; check the address") from None
@@ -125,21 +126,21 @@ class Fetcher:
 
 
 def _describe(error: BaseException) -> str:
-    """Type and message on one line, without what may be a credential."""
+    """Return type and message of an error on one line, with credentials removed."""
     text = " ".join(str(error).split())[:300]
     return f"{type(error).__name__}: {redact(text)}"
 
 
 _WEB = ("http", "https")
 _TIMEOUT_SECONDS = 60
-# Of a whole file, which may be of many GB.
+# Time limit and retries of one file of text, which can have many GB.
 _FILE_SECONDS, _RETRIES = 7200.0, 3
 _WILDCARD = re.compile(r"[*?\[]")
 
 
 @dataclass(frozen=True)
 class RemoteFile:
-    """An address; bytes and a stamp that changes with the content, where the store tells them (else 0, "")."""
+    """An address, with the file's bytes and a stamp that changes with its content (0 and "" where unknown)."""
 
     url: str
     num_bytes: int = 0
@@ -147,15 +148,15 @@ class RemoteFile:
 
 
 def is_remote(path: str) -> bool:
-    """Whether a path is an address: s3://, gs://, hf://, https://, ..."""
+    """Return True if a path is an address: s3://, gs://, hf://, https://, ..."""
     return "://" in path
 
 
 def list_remote(url: str) -> list[RemoteFile]:
-    """The files that an address or, on s3://, a glob stands for.
+    """Return the files that an address matches; on s3:// it can be a glob.
 
     Raises:
-        DataError: the store cannot be listed, or has no listing here.
+        DataError: the store cannot be listed, or `url` is a glob on a store other than s3://.
     """
     scheme = urlsplit(url).scheme
     if scheme == "s3":
@@ -177,7 +178,7 @@ def _list_s3(url: str) -> list[RemoteFile]:
     try:
         try:
             objects = _s3_objects(bucket, prefix, signed=True)
-        except NoCredentialsError:  # as streaming's downloader does for public buckets
+        except NoCredentialsError:  # a public bucket; streaming's downloader does the same
             objects = _s3_objects(bucket, prefix, signed=False)
     except (BotoCoreError, ClientError) as error:
         raise DataError(f"{url} cannot be listed: {error}; check the address and the credentials") from error
@@ -194,14 +195,14 @@ def _s3_objects(bucket: str, prefix: str, *, signed: bool) -> list[dict[str, Any
     from botocore.config import Config
 
     config = Config(read_timeout=_TIMEOUT_SECONDS, **({} if signed else {"signature_version": UNSIGNED}))
-    # The variable that streaming's downloader reads too.
+    # Streaming's downloader reads the same variable.
     client = boto3.session.Session().client("s3", config=config, endpoint_url=os.environ.get("S3_ENDPOINT_URL"))
     pages = client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix)
     return [found for page in pages for found in page.get("Contents", ())]
 
 
 def glob_pattern(glob: str) -> str:
-    """A regular expression for what pathlib's glob matches: `*` and `?` stay in a directory, `**/` crosses any."""
+    """Return a regular expression that matches as pathlib's glob: only `**/` crosses directories, not `*` or `?`."""
     pattern = ""
     for part in re.split(r"(\*\*/|\*|\?|\[[^]]+\])", glob):
         if part.startswith("[") and part.endswith("]"):
@@ -213,7 +214,10 @@ def glob_pattern(glob: str) -> str:
 
 @contextmanager
 def downloaded(url: str, directory: Path | None) -> Iterator[Path]:
-    """The file of an address, on the disk below `directory` (None: the system's) until the block ends.
+    """Yield the path of the downloaded file, which is deleted when the block ends.
+
+    Args:
+        directory: the file is below it; None: below the system's temporary directory.
 
     Raises:
         DataError: it cannot be downloaded.
@@ -223,11 +227,11 @@ def downloaded(url: str, directory: Path | None) -> Iterator[Path]:
         directory.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="download-", dir=directory) as scratch:
         path = Path(scratch) / (Path(urlsplit(url).path).name or "file")
-        _download(url, path)
+        _download_text(url, path)
         yield path
 
 
-def _download(url: str, path: Path) -> None:
+def _download_text(url: str, path: Path) -> None:
     try:
         if urlsplit(url).scheme in _WEB:
             with urllib.request.urlopen(url, timeout=_TIMEOUT_SECONDS) as response, path.open("wb") as stream:
@@ -236,11 +240,11 @@ def _download(url: str, path: Path) -> None:
             if expected is not None and path.stat().st_size != int(expected):
                 raise OSError(f"{path.stat().st_size:,} of {int(expected):,} bytes came")
         else:
-            place, _, name = url.rpartition("/")
-            Fetcher(place, timeout_s=_FILE_SECONDS, retries=_RETRIES).fetch(name, path)
+            location, _, name = url.rpartition("/")
+            Fetcher(location, timeout_s=_FILE_SECONDS, retries=_RETRIES).fetch(name, path)
     except DataError:
         raise
-    except Exception as error:  # urllib has several
+    except Exception as error:  # urllib raises several types
         if isinstance(error, OSError) and error.errno in DISK_FULL:
             raise
         raise DataError(f"{url} cannot be downloaded: {error}; check address, credentials, and run again") from error

@@ -1,7 +1,7 @@
-"""Where prepared data lies: a directory, or a remote one of which each node keeps a cache (cache.py).
+"""The place of prepared data: a directory, or a remote directory of which each node keeps a cache (cache.py).
 
-A shard's content is compared with the hash in its index before its first sample is read, and again when the file
-has changed since: a flipped byte must not become a token.
+A process compares a shard with the hash in its index before it reads the first sample, and again when the file has
+changed since: a flipped byte must not become a token.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ AGAIN = "prepare the data again, or copy it again whole"
 
 @dataclass(frozen=True)
 class Shard:
-    """One shard file as its index describes it; `name` is relative to the root of the data."""
+    """One shard file as its index describes it; `name` is its path below the root of the data."""
 
     name: str
     num_bytes: int
@@ -27,38 +27,41 @@ class Shard:
 
     @property
     def domain(self) -> str:
-        """The directory below the root, which is the domain's name."""
+        """Name of the domain: the first directory of `name`."""
         return self.name.partition("/")[0]
 
 
 class Damaged(DataError):
-    """A shard that is not what its index says."""
+    """A shard whose size or content differs from its index."""
 
 
 class Store(Protocol):
     """Files of one prepared data directory. It can be pickled and forked: no open file, no lock object."""
 
     location: str
-    """The root, as the user knows it."""
+    """The root as the user wrote it: a path or an address."""
 
     def read(self, name: str, *, fresh: bool = False) -> bytes:
-        """A small file: domains.json or an index. `fresh`: not from a cache. Raises FileNotFoundError, DataError."""
+        """Return the content of a small file, domains.json or an index; `fresh`: not from a cache.
+
+        Raises FileNotFoundError or DataError.
+        """
 
     def check(self, directory: str, shards: list[Shard]) -> None:
-        """Whether the directory holds these shards, as far as that can be told without reading them: DataError."""
+        """Raise DataError if the directory lacks one of these shards, as far as can be seen without reading them."""
 
     def shard(self, shard: Shard) -> Path:
-        """A verified local copy, for now: another process may take it away. Raises DataError."""
+        """Return the path of a verified local copy, which another process can evict at any time. Raises DataError."""
 
 
 class Verified:
-    """The files that this process has hashed, as they were then."""
+    """The shard files that this process has verified, with their modification time, size and inode at that time."""
 
     def __init__(self) -> None:
         self._seen: dict[str, tuple[int, int, int]] = {}
 
     def check(self, shard: Shard, path: Path) -> None:
-        """Hash the file unless this very file was hashed before. Raises FileNotFoundError, Damaged."""
+        """Verify the file unless it is unchanged since the last time. Raises FileNotFoundError, Damaged."""
         status = path.stat()
         signature = (status.st_mtime_ns, status.st_size, status.st_ino)
         if self._seen.get(shard.name) != signature:
@@ -67,11 +70,11 @@ class Verified:
 
 
 def verify(shard: Shard, path: Path) -> None:
-    """Compare a file's size and content with its index.
+    """Compare a file's size and xxh64 with its index.
 
     Raises:
         FileNotFoundError: there is no such file.
-        Damaged: names the file, the domain, what was expected and what was found.
+        Damaged: names the file, the domain, and the expected and the actual value.
     """
     num_bytes = path.stat().st_size
     if num_bytes != shard.num_bytes:

@@ -1,6 +1,6 @@
-"""Tokenizers: load a Hugging Face directory, fingerprint its map; train a byte-level BPE and save it.
+"""Tokenizers: load and fingerprint one, train and save a byte-level BPE, and encode documents in parallel.
 
-Encoding in parallel: documents to ids with EOS, in the same order for any number of processes.
+Encoding closes each document with the EOS token; its order is the same for any number of processes.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ PAD_TOKEN = "<|pad|>"
 
 @dataclass(frozen=True)
 class TokenizerInfo:
-    """A tokenizer and what identifies it.
+    """A tokenizer and its identity.
 
     `vocab` maps token to id, added tokens included; `vocab_size` is the largest id + 1; `fingerprint` is the
     sha256 of the sorted (token, id) map: equal fingerprints mean that every id has the same meaning.
@@ -78,7 +78,7 @@ def load_tokenizer(directory: Path) -> TokenizerInfo:
 
 
 def fingerprint(vocab: Mapping[str, int]) -> str:
-    """sha256 over the sorted (token, id) map, hexadecimal."""
+    """Return the sha256 (hexadecimal) of the sorted (token, id) map."""
     return hashlib.sha256(json.dumps(sorted(vocab.items())).encode()).hexdigest()
 
 
@@ -102,10 +102,10 @@ def _eos_token_id(directory: Path, vocab: Mapping[str, int]) -> int | None:
 
 
 def train_tokenizer(recipe: Recipe, vocab_size: int, *, domain_bytes: int = 1_000_000) -> Tokenizer:
-    """Train a byte-level BPE on up to `domain_bytes` of text (UTF-8) of each domain: balanced, not by size.
+    """Train a byte-level BPE on up to `domain_bytes` of UTF-8 text of each domain, so that domains weigh the same.
 
     Raises:
-        DataError: `vocab_size` does not hold all bytes, or the text is too little for so many tokens.
+        DataError: `vocab_size` is less than all bytes and special tokens, or the text gives fewer tokens.
     """
     least = len(pre_tokenizers.ByteLevel.alphabet()) + 2
     if vocab_size < least:
@@ -140,7 +140,7 @@ def _sample(recipe: Recipe, domain_bytes: int) -> Iterator[str]:
 
 
 def save_tokenizer(tokenizer: Tokenizer, directory: Path) -> None:
-    """Write a directory that `transformers.AutoTokenizer.from_pretrained` and `load_tokenizer` read.
+    """Write a directory that `transformers.AutoTokenizer.from_pretrained` and `load_tokenizer` can read.
 
     Raises:
         DataError: the directory already holds a tokenizer.
@@ -162,7 +162,7 @@ def save_tokenizer(tokenizer: Tokenizer, directory: Path) -> None:
 
 
 def refuse_existing(directory: Path) -> None:
-    """DataError if the directory already holds a tokenizer."""
+    """Raise DataError if the directory already holds a tokenizer."""
     if (directory / "tokenizer.json").exists():
         raise DataError(f"{directory} already holds a tokenizer; choose another directory or delete it first")
 
@@ -176,7 +176,7 @@ _BATCHES_AHEAD = 3
 
 
 class Batch(Protocol):
-    """Texts that are encoded together; what else the caller keeps with them comes back beside their ids."""
+    """Texts that are encoded together. The encoder returns the batch object itself with the ids."""
 
     @property
     def texts(self) -> list[str]: ...
@@ -186,13 +186,13 @@ AnyBatch = TypeVar("AnyBatch", bound=Batch)
 
 
 class BatchEncoder(Protocol):
-    """Batches to (batch, its ids), in order, reading only a few batches ahead."""
+    """A function from batches to pairs (batch, its ids), in order; it reads only a few batches ahead."""
 
     def __call__(self, batches: Iterable[AnyBatch], /) -> Iterator[tuple[AnyBatch, Encoded]]: ...
 
 
 class TextEncoder:
-    """Texts to ids of `dtype`, each text closed by the tokenizer's EOS."""
+    """A function from texts to their ids in `dtype`, each text closed by the tokenizer's EOS."""
 
     def __init__(self, info: TokenizerInfo, dtype: str) -> None:
         assert info.eos_token_id is not None, "prepare refuses a tokenizer without EOS"
@@ -201,7 +201,7 @@ class TextEncoder:
         self._dtype = dtype
 
     def __call__(self, texts: list[str]) -> Encoded:
-        """The ids of all texts in a row (n,), and the number of ids of each text (len(texts),)."""
+        """Return the ids of all texts in a row (n,), and the number of ids of each text (len(texts),)."""
         encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
         ids = [encoding.ids + self._eos for encoding in encodings]
         lengths = np.array([len(document) for document in ids], np.int64)
@@ -220,7 +220,7 @@ def _start_worker(directory: Path, dtype: str) -> None:
 
 
 def _end_with_parent() -> None:
-    """A killed parent closes no queue: its workers would wait for ever."""
+    """End this worker when its parent has ended; a killed parent closes no queue, and workers would wait for ever."""
     parent = multiprocessing.parent_process()
     assert parent is not None, "runs in a worker"
     parent.join()
@@ -234,24 +234,24 @@ def _encode(texts: list[str]) -> Encoded:
 
 @contextmanager
 def batch_encoder(directory: Path, dtype: str, workers: int) -> Iterator[BatchEncoder]:
-    """A function from batches of texts to their ids.
+    """Yield a function from batches of texts to their ids.
 
     Args:
-        directory: the tokenizer's.
-        dtype: of the ids.
-        workers: processes; 1 encodes in this one.
+        directory: directory of the tokenizer.
+        dtype: dtype of the ids.
+        workers: number of encoding processes; 1: this process encodes.
 
     Raises:
         DataError: a worker died.
     """
     if workers == 1:
-        yield partial(_here, TextEncoder(load_tokenizer(directory), dtype))
+        yield partial(_encode_here, TextEncoder(load_tokenizer(directory), dtype))
         return
     # spawn: a fork would copy locks that the caller's threads hold (progress bar, tokenizers' own pool).
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, context, _start_worker, (directory, dtype)) as pool:
         try:
-            yield partial(_in_order, pool, _BATCHES_AHEAD * workers)
+            yield partial(_encode_in_pool, pool, _BATCHES_AHEAD * workers)
         except BrokenProcessPool as error:
             raise DataError(
                 f"a tokenising process died ({error}); if memory ran out, give fewer --workers; "
@@ -261,12 +261,12 @@ def batch_encoder(directory: Path, dtype: str, workers: int) -> Iterator[BatchEn
             pool.shutdown(cancel_futures=True)
 
 
-def _here(encoder: TextEncoder, batches: Iterable[AnyBatch]) -> Iterator[tuple[AnyBatch, Encoded]]:
+def _encode_here(encoder: TextEncoder, batches: Iterable[AnyBatch]) -> Iterator[tuple[AnyBatch, Encoded]]:
     for batch in batches:
         yield batch, encoder(batch.texts)
 
 
-def _in_order(
+def _encode_in_pool(
     pool: ProcessPoolExecutor, max_waiting: int, batches: Iterable[AnyBatch]
 ) -> Iterator[tuple[AnyBatch, Encoded]]:
     waiting: deque[tuple[AnyBatch, Future[Encoded]]] = deque()

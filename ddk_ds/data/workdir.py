@@ -1,7 +1,7 @@
-"""The directory of an unfinished preparation: what is finished in it, and all digests; survives any kill.
+"""The directory of an unfinished preparation, which survives any kill: its finished parts and all digests.
 
-`state.sqlite` is the truth: a part (some documents of a domain) is finished once the transaction that names it is
-committed, after its ids are on the disk. Whatever else lies around is cut back or written again.
+A part is some documents of a domain. It is finished once the transaction that names it is committed to `state.sqlite`,
+after its ids are on the disk. Everything else in the directory is cut back or written again.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _CACHE_KIB = 1 << 15
 
 @dataclass
 class Reading:
-    """How far a domain is read: `documents` and `tokens` are in its spool; `done`: nothing is left to read."""
+    """State of a domain's reading: `documents` and `tokens` are those in its spool; `done`: all is read."""
 
     position: Position = field(default_factory=Position)
     dropped: Dropped = field(default_factory=Dropped)
@@ -44,12 +44,12 @@ class Reading:
 
 
 class WorkDir:
-    """An unfinished preparation. Made by `open_work`, which lets one process at a time have it.
+    """An unfinished preparation, opened by `open_work` for one process at a time.
 
     Attributes:
         path: the directory.
-        data: where the prepared data grow.
-        scratch: for downloads.
+        data: directory of the prepared data, which becomes the output.
+        scratch: directory for downloads.
     """
 
     def __init__(self, path: Path, database: sqlite3.Connection) -> None:
@@ -62,10 +62,10 @@ class WorkDir:
         shutil.rmtree(self.scratch, ignore_errors=True)
 
     def claim(self, settings: dict[str, Any]) -> None:
-        """Begin, or go on with, the preparation of these settings.
+        """Begin or continue the preparation that has these settings.
 
         Raises:
-            DataError: the directory holds parts of one that has others.
+            DataError: the directory holds parts of a preparation with other settings.
         """
         known = dict(self._database.execute("SELECT name, value FROM settings"))
         wanted = {name: json.dumps(value) for name, value in settings.items()}
@@ -76,7 +76,7 @@ class WorkDir:
             self._database.executemany("INSERT OR REPLACE INTO settings VALUES (?, ?)", wanted.items())
 
     def claim_domains(self, domains: dict[str, Domain], files: dict[str, list[SourceFile]]) -> None:
-        """Check that what is read so far is what these domains begin with.
+        """Check that the parts so far were read from the same domains, limits and files.
 
         Raises:
             DataError: names the first domain, limit or file that differs.
@@ -99,10 +99,10 @@ class WorkDir:
         if reading.done and not _capped(domain, reading) and count < len(files):
             raise self._other(f"domain {name!r} has a new file {files[count].name!r}")
 
-    def _other(self, what: str) -> DataError:
+    def _other(self, difference: str) -> DataError:
         return DataError(
-            f"{self.path} holds an unfinished preparation that differs: {what}; go on with the one that it holds, "
-            "or give --start-anew to delete it"
+            f"{self.path} holds an unfinished preparation that differs: {difference}; go on with the one that it "
+            "holds, or give --start-anew to delete it"
         )
 
     def __contains__(self, digest: object) -> bool:
@@ -111,16 +111,16 @@ class WorkDir:
         )
 
     def add(self, digest: bytes) -> None:
-        """Remember a digest; for good only when `keep` is told that its document is spooled."""
+        """Remember a digest in memory; `keep` makes it permanent once its document is spooled."""
         self._pending.add(digest)
 
     def keep(self, digests: Sequence[bytes]) -> None:
-        """These documents are spooled: the next `commit` makes their digests last."""
+        """Store the digests of spooled documents, which the next `commit` makes permanent."""
         self._database.executemany("INSERT INTO digests VALUES (?)", ((digest,) for digest in sorted(digests)))
         self._pending.difference_update(digests)
 
     def reading(self, name: str) -> Reading:
-        """How far a domain was read when last committed."""
+        """Return the state of a domain's reading at its last commit."""
         row = self._database.execute("SELECT reading FROM domains WHERE name = ?", (name,)).fetchone()
         if row is None:
             return Reading()
@@ -128,7 +128,7 @@ class WorkDir:
         return Reading(**{**saved, "position": Position(**saved["position"]), "dropped": Dropped(**saved["dropped"])})
 
     def commit(self, name: str, number: int, domain: Domain, files: Sequence[SourceFile], reading: Reading) -> None:
-        """Finish a part: the ids of `reading.documents` documents are on the disk."""
+        """Finish a part, when the ids of `reading.documents` documents are on the disk."""
         begun = self._database.execute("SELECT COUNT(*) FROM files WHERE domain = ?", (name,)).fetchone()[0]
         end = len(files) if reading.done and not _capped(domain, reading) else reading.position.file + 1
         self._database.executemany(
@@ -142,18 +142,18 @@ class WorkDir:
         self._database.commit()
 
     def result(self, name: str) -> dict[str, Any] | None:
-        """What `finish` was given for a domain, None if it is not finished."""
+        """Return the result that `finish` stored for a domain; None if the domain is not finished."""
         row = self._database.execute("SELECT result FROM domains WHERE name = ?", (name,)).fetchone()
         return None if row is None or row[0] is None else dict(json.loads(row[0]))
 
     def finish(self, name: str, result: dict[str, Any]) -> None:
-        """A domain's shards are complete."""
+        """Store the result of a domain whose shards are complete."""
         with self._database:
             self._database.execute("UPDATE domains SET result = ? WHERE name = ?", (json.dumps(result), name))
 
 
 def _capped(domain: Domain, reading: Reading) -> bool:
-    """Whether max_bytes ended the reading: files that follow were not looked at."""
+    """Return True if max_bytes ended the reading, so that later files were not looked at."""
     return domain.max_bytes is not None and reading.position.num_bytes >= domain.max_bytes
 
 
@@ -162,16 +162,16 @@ def _limits(domain: Domain) -> str:
 
 
 def _identity(file: SourceFile) -> str:
-    how = file.source.model_dump(exclude={"path", "exclude"})
-    return json.dumps([file.name, file.num_bytes, file.stamp, how])
+    options = file.source.model_dump(exclude={"path", "exclude"})
+    return json.dumps([file.name, file.num_bytes, file.stamp, options])
 
 
 @contextmanager
 def open_work(path: Path, *, start_anew: bool = False) -> Iterator[WorkDir]:
-    """The work directory at `path`, made or found; locked while the block runs, and left there by it.
+    """Yield the work directory at `path`, created if missing; it is locked while the block runs, and not deleted.
 
     Raises:
-        DataError: another process has it, the disk is full, or its state is damaged.
+        DataError: another process uses it, the disk is full, or its state is damaged.
     """
     path.mkdir(parents=True, exist_ok=True)
     with (path / "lock").open("w") as lock:
@@ -196,7 +196,7 @@ def open_work(path: Path, *, start_anew: bool = False) -> Iterator[WorkDir]:
 
 @contextmanager
 def _explained(path: Path) -> Iterator[None]:
-    """Turn a full disk and a damaged state into errors that say what to do."""
+    """Turn a full disk and a damaged state into a DataError that tells the user what to do."""
     try:
         yield
     except (OSError, sqlite3.Error) as error:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from ddk_ds.data.mds import HeldOut, choose_validation, pack
+from ddk_ds.data.mds import pack
+from ddk_ds.data.reading import HeldOut, choose_validation
 
 
 @pytest.mark.parametrize("sequence_length", [1, 4, 7, 100, 101])
