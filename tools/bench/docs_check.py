@@ -33,6 +33,58 @@ _PROPER = ("Hugging Face", "Python", "Slurm")
 _BLOCK = re.compile(r"^(?: {4,}|\t)\S")
 _VARIABLE = re.compile(r"^[A-Za-z_]\w*=\S*$")
 _INLINE = re.compile(rf"`((?:{'|'.join(PROGRAMS)}) [^`]+)`")
+LAUNCHER_OPTIONS = {"--num_gpus": 1, "--num_nodes": 1, "--hostfile": 1, "--master_port": 1, "--quiet": 0}
+# The section that `key=value` belongs to, by tool; for all other tools, the run's configuration.
+OVERRIDDEN: dict[str, type[BaseModel]] = {"prepare_data": Recipe, "train_tokenizer": Recipe, "replay": Mixture}
+_PATH = re.compile(
+    r"(?<![\w/.*-])((?:docs|tools|configs|ddk_ds|tests|launch)/[\w./-]+\.(?:md|py|yaml|json|png|sbatch))\b"
+)
+_LINK = re.compile(r"\]\(([^)#\s]+)(?:#[^)]*)?\)")
+_KEY = re.compile(r"`([a-z]+)\.([a-z_]+)(?:=[^`]*|: [^`]*)?`")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Print a line for each fault. Returns 0, or 1 if there is a fault."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("pages", nargs="*", type=Path, help="pages to check (default: all)")
+    options = parser.parse_args(arguments)
+    faults = [] if options.pages else [f"{path} --help: {fault}" for path in scripts() for fault in _help(path)]
+    num_commands = 0
+    for page in options.pages or pages():
+        text = page.read_text(encoding="utf-8")
+        shown = list(commands(text))
+        num_commands += len(shown)
+        where = page.resolve().relative_to(ROOT) if page.resolve().is_relative_to(ROOT) else page
+        faults += [f"{where}:{line}: {fault}" for line, fault in page_faults(page, text, shown)]
+    for fault in faults:
+        print(fault, file=sys.stderr)
+    print(f"{num_commands} commands checked, {len(faults)} faults")
+    return int(bool(faults))
+
+
+def pages() -> list[Path]:
+    """Return all pages of documentation except the log, which describes older states."""
+    docs = [path for path in sorted((ROOT / "docs").glob("*.md")) if path.name != "log.md"]
+    return [path for path in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *docs) if path.is_file()]
+
+
+def page_faults(page: Path, text: str, shown: Sequence[Command]) -> Iterator[tuple[int, str]]:
+    """Yield the line and the message of each fault of a page."""
+    for command in shown:
+        for fault in command_faults(command):
+            yield command.line, f"{command.text}: {fault}"
+    for number, line in enumerate(text.split("\n"), 1):
+        for path in _PATH.findall(line):
+            if _missing([path]) and (ROOT / path).parent.is_dir():  # else it is another project's
+                yield number, f"{path}: there is no such file"
+        for link in _LINK.findall(line):
+            if "://" not in link and not (page.parent / link).exists():
+                yield number, f"link to {link}: there is no such file"
+        for section, key in _KEY.findall(line):
+            if section in _sections() and key not in _sections()[section]:
+                yield number, f"{section}.{key}: there is no such key"
 
 
 @dataclass(frozen=True)
@@ -159,60 +211,6 @@ def help_faults(parser: argparse.ArgumentParser) -> list[str]:
         elif text.endswith(".") or (re.match(r"[A-Z][a-z]", text) and not text.startswith(_PROPER)):
             faults.append(f"{name}: {text!r} begins with a capital or ends with a full stop")
     return faults
-
-
-LAUNCHER_OPTIONS = {"--num_gpus": 1, "--num_nodes": 1, "--hostfile": 1, "--master_port": 1, "--quiet": 0}
-# The section that `key=value` belongs to, by tool; for all other tools, the run's configuration.
-OVERRIDDEN: dict[str, type[BaseModel]] = {"prepare_data": Recipe, "train_tokenizer": Recipe, "replay": Mixture}
-_PATH = re.compile(
-    r"(?<![\w/.*-])((?:docs|tools|configs|ddk_ds|tests|launch)/[\w./-]+\.(?:md|py|yaml|json|png|sbatch))\b"
-)
-_LINK = re.compile(r"\]\(([^)#\s]+)(?:#[^)]*)?\)")
-_KEY = re.compile(r"`([a-z]+)\.([a-z_]+)(?:=[^`]*|: [^`]*)?`")
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Print a line for each fault. Returns 0, or 1 if there is a fault."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    parser.add_argument("pages", nargs="*", type=Path, help="pages to check (default: all)")
-    options = parser.parse_args(arguments)
-    faults = [] if options.pages else [f"{path} --help: {fault}" for path in scripts() for fault in _help(path)]
-    num_commands = 0
-    for page in options.pages or pages():
-        text = page.read_text(encoding="utf-8")
-        shown = list(commands(text))
-        num_commands += len(shown)
-        where = page.resolve().relative_to(ROOT) if page.resolve().is_relative_to(ROOT) else page
-        faults += [f"{where}:{line}: {fault}" for line, fault in page_faults(page, text, shown)]
-    for fault in faults:
-        print(fault, file=sys.stderr)
-    print(f"{num_commands} commands checked, {len(faults)} faults")
-    return int(bool(faults))
-
-
-def pages() -> list[Path]:
-    """Return all pages of documentation except the log, which describes older states."""
-    docs = [path for path in sorted((ROOT / "docs").glob("*.md")) if path.name != "log.md"]
-    return [path for path in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *docs) if path.is_file()]
-
-
-def page_faults(page: Path, text: str, shown: Sequence[Command]) -> Iterator[tuple[int, str]]:
-    """Yield the line and the message of each fault of a page."""
-    for command in shown:
-        for fault in command_faults(command):
-            yield command.line, f"{command.text}: {fault}"
-    for number, line in enumerate(text.split("\n"), 1):
-        for path in _PATH.findall(line):
-            if _missing([path]) and (ROOT / path).parent.is_dir():  # else it is another project's
-                yield number, f"{path}: there is no such file"
-        for link in _LINK.findall(line):
-            if "://" not in link and not (page.parent / link).exists():
-                yield number, f"link to {link}: there is no such file"
-        for section, key in _KEY.findall(line):
-            if section in _sections() and key not in _sections()[section]:
-                yield number, f"{section}.{key}: there is no such key"
 
 
 def command_faults(command: Command) -> list[str]:
