@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from ddk_ds.command_line import positive
-from ddk_ds.errors import ConfigError, UserError
+from ddk_ds.command_line import positive, reports_user_errors
+from ddk_ds.errors import ConfigError
 from ddk_ds.evaluation.results import ModelResult, as_json, benchmark_table, code_table, domain_table
 from ddk_ds.evaluation.suites import SUITES, Chosen, choose
 from ddk_ds.files import nearest_existing, write_text
@@ -29,6 +29,7 @@ PIPE_WIDTH = 240
 """Width of the tables when the output is no terminal."""
 
 
+@reports_user_errors
 def main(arguments: Sequence[str] | None = None) -> int:
     """Evaluate and print the tables. Returns the exit code: 0, or 2 after an error that the user can fix."""
     options = parse_arguments(arguments)
@@ -36,21 +37,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from ddk_ds.evaluation.benchmark_run import measure, prepare
 
     console = Console(width=None if sys.stdout.isatty() else PIPE_WIDTH)
-    try:
-        wanted = [] if options.suite is None else choose(options.suite, options.tasks)
-        left_out = left_out_code(options, wanted)
-        _check_out(options.out)
-        with console.status("checking models and data"):
-            prepared = prepare(_request(options, [chosen for chosen in wanted if chosen not in left_out]))
-        _warn_of_unsafe_code(prepared)
-        results = measure(
-            prepared,
-            lambda line: print(line, file=sys.stderr, flush=True),
-            lambda results: _save(options, prepared, left_out, results),
-        )
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    wanted = [] if options.suite is None else choose(options.suite, options.tasks)
+    left_out = left_out_code(options, wanted)
+    _check_out(options.out)
+    with console.status("checking models and data"):
+        prepared = prepare(_request(options, [chosen for chosen in wanted if chosen not in left_out]))
+    _warn_of_unsafe_code(prepared)
+    results = measure(
+        prepared,
+        lambda line: print(line, file=sys.stderr, flush=True),
+        lambda results: _save(options, prepared, left_out, results),
+    )
     if prepared.loaded:
         request = prepared.request
         console.print(benchmark_table(results, request.benchmarks, left_out, request.benchmark_limit))

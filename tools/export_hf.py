@@ -10,7 +10,6 @@ model card.
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,12 +18,13 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ddk_ds.comm import SingleProcess
+from ddk_ds.command_line import reports_user_errors
 from ddk_ds.config import Config, load_config
 from ddk_ds.engine.export import CheckpointExport, check_room, check_target
 from ddk_ds.engine.model_files import ModelFiles, check_code, model_directory, read_model
 from ddk_ds.engine.student import DTYPES
 from ddk_ds.engine.zero_shards import UniversalShards, ZeroShards
-from ddk_ds.errors import CheckpointError, ConfigError, UserError
+from ddk_ds.errors import CheckpointError, ConfigError
 from ddk_ds.files import size_and_xxh64
 from ddk_ds.train.checkpoint.checkpoint_files import TAG, Manifest, complete_checkpoints, read_manifest
 from ddk_ds.train.run_end import companions
@@ -52,20 +52,17 @@ class Checkpoint:
         return [name for name in sorted(self.manifest.files) if Path(name).name not in skipped]
 
 
+@reports_user_errors
 def main(arguments: Sequence[str] | None = None) -> int:
     """Export the student. Returns the exit code: 0, or 2 after an error that the user can fix."""
     options = _parse(arguments)
     console = Console()
-    try:
-        with Progress(
-            *(TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn()),
-            console=console,
-            transient=True,
-        ) as bar:
-            out, about = export(options, bar)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    with Progress(
+        *(TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn()),
+        console=console,
+        transient=True,
+    ) as bar:
+        out, about = export(options, bar)
     console.print(f"{out}: {about}", soft_wrap=True, highlight=False)
     return 0
 

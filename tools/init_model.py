@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
+from ddk_ds.command_line import reports_user_errors
 from ddk_ds.engine.whole_models import make_random_model
-from ddk_ds.errors import UserError
 
 
-def main() -> int:
+@reports_user_errors
+def main(arguments: Sequence[str] | None = None) -> int:
     """Write the model. Returns the exit code: 0, or 2 after an error that the user can fix."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
@@ -25,12 +27,8 @@ def main() -> int:
     parser.add_argument(
         "--device", choices=("cpu", "cuda"), default="cpu", help="device that draws the weights (default: %(default)s)"
     )
-    options = parser.parse_args()
-    try:
-        parameters = make_random_model(options.config, options.tokenizer, options.out, options.seed, options.device)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    options = parser.parse_args(arguments)
+    parameters = make_random_model(options.config, options.tokenizer, options.out, options.seed, options.device)
     print(f"{options.out}: {parameters / 1e6:.2f} M parameters")
     return 0
 

@@ -24,6 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ddk_ds.comm import SingleProcess
+from ddk_ds.command_line import reports_user_errors
 from ddk_ds.data.documents import Dropped, read_texts
 from ddk_ds.data.manifest import load_manifest
 from ddk_ds.data.mds import open_split
@@ -34,7 +35,7 @@ from ddk_ds.engine import pruning
 from ddk_ds.engine.model_files import ModelFiles, read_model
 from ddk_ds.engine.weights import save_weights
 from ddk_ds.engine.whole_models import load_model
-from ddk_ds.errors import ConfigError, DataError, UserError
+from ddk_ds.errors import ConfigError, DataError
 from ddk_ds.files import new_directory, write_text
 
 BATCH_TOKENS = 1024  # keeps the logits small: 0.6 GB for a vocabulary of 152,000
@@ -54,21 +55,18 @@ class Result:
     """Number of parameters of teacher and student."""
 
 
+@reports_user_errors
 def main(arguments: Sequence[str] | None = None) -> int:
     """Make the student. Returns the exit code: 0, or 2 after an error that the user can fix."""
     options = parse_arguments(arguments)
     console = Console()
-    try:
-        files = read_model(options.teacher, "--teacher")
-        check(options, files)
-        batches = read_batches(options, load_tokenizer(options.teacher))
-        with console.status("cutting"):
-            result = make_student(options, files, batches)
-        if options.json is not None:
-            write_text(options.json, report(options, result))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    files = read_model(options.teacher, "--teacher")
+    check(options, files)
+    batches = read_batches(options, load_tokenizer(options.teacher))
+    with console.status("cutting"):
+        result = make_student(options, files, batches)
+    if options.json is not None:
+        write_text(options.json, report(options, result))
     console.print(table(result.ranking))
     before, after = (number / 1e6 for number in result.parameters)
     console.print(f"loss on the text: {result.ranking.loss:.4f}, of the student {result.student_loss:.4f}")

@@ -16,6 +16,7 @@ from pydantic import ValidationError
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
+from ddk_ds.command_line import reports_user_errors
 from ddk_ds.config import Data
 from ddk_ds.data.cache import open_store
 from ddk_ds.data.manifest import SPLITS, load_manifest
@@ -49,6 +50,7 @@ def broken_shards(store: Store, shards: Sequence[Shard], workers: int, bar: Prog
     return [errors[number] for number in sorted(errors)]
 
 
+@reports_user_errors
 def main(arguments: Sequence[str] | None = None) -> int:
     """Verify the data. Returns 0, 1 if a shard is damaged, or 2 after an error that the user can fix."""
     parser = argparse.ArgumentParser(
@@ -70,14 +72,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         TransferSpeedColumn(),
         TimeRemainingColumn(),
     )
-    try:
-        store = open_store(_data(options))
-        shards = list(shards_of(store))
-        with Progress(*columns, console=console, transient=True) as bar:
-            broken = broken_shards(store, shards, max(1, options.workers), bar)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    store = open_store(_data(options))
+    shards = list(shards_of(store))
+    with Progress(*columns, console=console, transient=True) as bar:
+        broken = broken_shards(store, shards, max(1, options.workers), bar)
     for text in broken:
         console.print(text, style="bold red", highlight=False, soft_wrap=True, markup=False)
     size = sum(shard.num_bytes for shard in shards)

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from ddk_ds.command_line import reports_user_errors
 from ddk_ds.config import Config, load_config
 from ddk_ds.errors import UserError
 from ddk_ds.slurm.batch_script import ROOT, Container, Job, next_snapshot, render, write_snapshot
@@ -28,22 +29,19 @@ _RESERVED = (
 )
 
 
+@reports_user_errors
 def main(arguments: Sequence[str] | None = None) -> int:
     """Submit or show the job. Returns the exit code: 0, or 2 after an error that the user can fix."""
     options = _parse(arguments)
-    try:
-        config = load_config(options.config, options.overrides)
-        job = make_job(options, config)
-        script = render(job)
-        if not options.dry_run and shutil.which("sbatch") is None:
-            raise UserError("sbatch is not on PATH: submit on a login node of the cluster, or look with --dry-run")
-        print(script)
-        if not options.dry_run:
-            write_snapshot(job.snapshot, config, script)
-            _submit(job, options.chain)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    config = load_config(options.config, options.overrides)
+    job = make_job(options, config)
+    script = render(job)
+    if not options.dry_run and shutil.which("sbatch") is None:
+        raise UserError("sbatch is not on PATH: submit on a login node of the cluster, or look with --dry-run")
+    print(script)
+    if not options.dry_run:
+        write_snapshot(job.snapshot, config, script)
+        _submit(job, options.chain)
     return 0
 
 

@@ -29,8 +29,9 @@ import torch
 from rich.console import Console
 from rich.table import Column, Table
 
+from ddk_ds.command_line import reports_user_errors
 from ddk_ds.engine.process_memory import held_bytes, peak_bytes, reset_peak
-from ddk_ds.errors import ConfigError, UserError
+from ddk_ds.errors import ConfigError
 from ddk_ds.files import write_text
 from tools.bench import kd_peers
 from tools.bench.kd_peers import IMPLEMENTATIONS, Case, Problem, Result
@@ -56,15 +57,12 @@ COLUMNS = {
 }
 
 
+@reports_user_errors
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the benchmark. Returns 0, 1 if this project's loss fails, or 2 after an error that the user can fix."""
     options = _parse(arguments)
     torch.set_num_threads(options.threads)
-    try:
-        return _run(options)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return _run(options)
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:

@@ -28,7 +28,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from ddk_ds.command_line import positive
+from ddk_ds.command_line import positive, reports_user_errors
 from ddk_ds.comparison.method_stages import free_port
 from ddk_ds.drawing import WIDTH, bar_style, tidy
 from ddk_ds.engine.flops import utilisation
@@ -65,15 +65,12 @@ class RankFailed(UserError):
     """A rank of a case ended with an error."""
 
 
+@reports_user_errors
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the benchmark. Returns 0, or 2 after an error; a case that runs out of memory is no error."""
     options = _parse(arguments)
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 150)
-    try:
-        result = _run(options, console)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    result = _run(options, console)
     console.print(_table(result))
     return 0
 
