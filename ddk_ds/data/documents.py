@@ -131,14 +131,14 @@ def read_documents(
 
 
 def _texts_from(
-    file: SourceFile, taken: int, dropped: Dropped, meter: Meter | None, scratch: Path | None
+    file: SourceFile, num_read: int, dropped: Dropped, meter: Meter | None, scratch: Path | None
 ) -> Iterator[str]:
-    """Yield the texts of a file after the first `taken`, which were counted when they were read."""
+    """Yield the texts of a file after the first `num_read`, which were counted when they were read."""
     counted = Dropped(**vars(dropped))
     for number, text in enumerate(read_texts(file, dropped, meter=meter, scratch=scratch), 1):
-        if number > taken:
+        if number > num_read:
             yield text
-        elif number == taken:
+        elif number == num_read:
             vars(dropped).update(vars(counted))
 
 

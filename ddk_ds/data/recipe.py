@@ -152,15 +152,15 @@ def list_files(recipe: Recipe) -> dict[str, list[SourceFile]]:
     owner: dict[str, str] = {}
     files = {}
     for name, domain in recipe.domains.items():
-        found = {
+        matched = {
             file.remote or str(file.path.resolve()): file
             for source in domain.sources
             for file in _source_files(name, source, recipe.root)
         }
-        for path in found:
+        for path in matched:
             if owner.setdefault(path, name) != name:
                 raise DataError(f"{path} is in two domains, {owner[path]!r} and {name!r}; exclude it from one of them")
-        files[name] = list(found.values())
+        files[name] = list(matched.values())
         if domain.max_bytes is not None:
             files[name].sort(key=lambda file: (_name_hash(file.name), file.name))
     return files
@@ -172,16 +172,16 @@ def _name_hash(name: str) -> bytes:
 
 def _source_files(domain: str, source: Source, root: str) -> list[SourceFile]:
     try:
-        found = list(_find(domain, source, source.path, root))
+        matched = list(_find(domain, source, source.path, root))
     except (ValueError, NotImplementedError) as error:
         if isinstance(error, UserError):
             raise
         raise ConfigError(f"domain {domain!r}: source {source.path!r} is no valid glob: {error}") from None
-    kept = [file for file in found if not any(fnmatchcase(file.name, excluded) for excluded in source.exclude)]
+    kept = [file for file in matched if not any(fnmatchcase(file.name, excluded) for excluded in source.exclude)]
     if not kept:
         raise DataError(
             f"domain {domain!r}: source {source.path!r} matches no file below {_below(domain, source, root)} "
-            f"({len(found)} excluded); for a directory write DIR/**/*.txt"
+            f"({len(matched)} excluded); for a directory write DIR/**/*.txt"
         )
     return kept
 
@@ -193,9 +193,9 @@ def _find(domain: str, source: Source, path: str, root: str) -> Iterator[SourceF
     elif is_remote(path) or (is_remote(root) and not _is_locator(path)):
         url = path if is_remote(path) else f"{root.rstrip('/')}/{path}"
         base = url.removesuffix(path) if path != url else "/".join(url.split("/", 3)[:3]) + "/"
-        for found in sorted(list_remote(url), key=lambda remote: remote.url):
-            name = found.url.removeprefix(base)
-            yield SourceFile(Path(name), name, source, found.url, found.num_bytes, found.stamp)
+        for remote in sorted(list_remote(url), key=lambda file: file.url):
+            name = remote.url.removeprefix(base)
+            yield SourceFile(Path(name), name, source, remote.url, remote.num_bytes, remote.stamp)
     else:
         bases, pattern = _locate(domain, path, Path(root))
         named = {(file.relative_to(base).as_posix(), file) for base in bases for file in base.glob(pattern)}
@@ -214,10 +214,10 @@ def _listed(domain: str, source: Source, path: str, root: str) -> Iterator[Sourc
         raise DataError(f"domain {domain!r}: the list {Path(root) / path} cannot be read: {error}") from None
     for line in map(str.strip, lines):
         if line and not line.startswith("#"):
-            found = list(_find(domain, source, line, root))
-            if not found:
+            matched = list(_find(domain, source, line, root))
+            if not matched:
                 raise DataError(f"domain {domain!r}: {line!r} in the list {Path(root) / path} matches no file")
-            yield from found
+            yield from matched
 
 
 def _below(domain: str, source: Source, root: str) -> str:
@@ -236,7 +236,7 @@ def _locate(domain: str, path: str, root: Path) -> tuple[Sequence[Path], str]:
     if colon and scheme == "stdlib":
         return [Path(sysconfig.get_path("stdlib"))], rest
     if colon and scheme == "site-packages":
-        return sorted({Path(str(found.locate_file(""))) for found in distributions()}), rest
+        return sorted({Path(str(installed.locate_file(""))) for installed in distributions()}), rest
     if colon and scheme == "package":
         package, _, pattern = rest.partition("/")
         spec = find_spec(package)

@@ -183,9 +183,9 @@ def _list_s3(url: str) -> list[RemoteFile]:
     except (BotoCoreError, ClientError) as error:
         raise DataError(f"{url} cannot be listed: {error}; check the address and the credentials") from error
     return [
-        RemoteFile(f"s3://{bucket}/{found['Key']}", int(found["Size"]), str(found["ETag"]))
-        for found in objects
-        if matches.fullmatch(found["Key"])
+        RemoteFile(f"s3://{bucket}/{entry['Key']}", int(entry["Size"]), str(entry["ETag"]))
+        for entry in objects
+        if matches.fullmatch(entry["Key"])
     ]
 
 
@@ -198,7 +198,7 @@ def _s3_objects(bucket: str, prefix: str, *, signed: bool) -> list[dict[str, Any
     # Streaming's downloader reads the same variable.
     client = boto3.session.Session().client("s3", config=config, endpoint_url=os.environ.get("S3_ENDPOINT_URL"))
     pages = client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix)
-    return [found for page in pages for found in page.get("Contents", ())]
+    return [entry for page in pages for entry in page.get("Contents", ())]
 
 
 def glob_pattern(glob: str) -> str:

@@ -84,10 +84,10 @@ def verify(shard: Shard, path: Path) -> None:
         )
     if shard.xxh64 is None:
         return
-    _, found = size_and_xxh64(path)
-    if found != shard.xxh64:
+    _, digest = size_and_xxh64(path)
+    if digest != shard.xxh64:
         raise Damaged(
-            f"shard {path} of domain {shard.domain!r} is damaged: its xxh64 is {found}, its index says "
+            f"shard {path} of domain {shard.domain!r} is damaged: its xxh64 is {digest}, its index says "
             f"{shard.xxh64}; {AGAIN}"
         )
 

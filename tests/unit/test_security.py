@@ -1,4 +1,4 @@
-"""What a run must not do with files, code and credentials that are not its own."""
+"""A run unpickles nothing, runs no untrusted code and writes no credentials."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def calls() -> Iterator[tuple[str, ast.Call]]:
-    """Every call in the project's own code, by file and line."""
+    """Yield every call in the project's own code, with its file and line."""
     for tree in ("ddk_ds", "launch", "tools"):
         for path in (ROOT / tree).rglob("*.py"):
             for node in ast.walk(ast.parse(path.read_text())):
@@ -32,7 +32,7 @@ def calls() -> Iterator[tuple[str, ast.Call]]:
                     yield f"{path.relative_to(ROOT)}:{node.lineno}", node
 
 
-def test_nothing_is_unpickled_but_tensors() -> None:
+def test_only_tensors_are_unpickled() -> None:
     loads = 0
     for where, call in calls():
         name = ast.unparse(call.func)
@@ -61,14 +61,14 @@ def test_no_shell_and_no_code_from_text() -> None:
         assert all(keyword.arg != "shell" for keyword in call.keywords), where
 
 
-def test_weights_are_safetensors_alone(workspace: Path, tmp_path: Path) -> None:
+def test_weights_are_only_safetensors(workspace: Path, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text((workspace / "student/config.json").read_text())
     torch.save({}, tmp_path / "pytorch_model.bin")
     with pytest.raises(ConfigError, match=r"holds no safetensors weights"):
         read_model(tmp_path, "student.path")
 
 
-def test_code_of_a_model_is_run_only_if_it_is_trusted(workspace: Path, tmp_path: Path) -> None:
+def test_a_models_code_runs_only_if_it_is_trusted(workspace: Path, tmp_path: Path) -> None:
     student = tmp_path / "student"
     student.mkdir()
     for path in (workspace / "student").iterdir():
@@ -105,7 +105,7 @@ def test_a_configuration_takes_no_credentials(
     assert shown in error.replace("\n", "") and "sesame" not in error
 
 
-def test_what_is_written_is_struck_of_credentials(tmp_path: Path) -> None:
+def test_credentials_are_removed_from_what_is_written(tmp_path: Path) -> None:
     ledger = Ledger(tmp_path, rank=0)
     ledger.event("data", reason="https://user:sesame@store/x failed: token=sesame, next")
     ledger.write({"kind": "step", "domain_tokens": [1, 2], "text": "password: sesame"})
@@ -115,6 +115,6 @@ def test_what_is_written_is_struck_of_credentials(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "ledger.jsonl").read_text())["domain_tokens"] == [1, 2]
 
 
-def test_ordinary_text_is_left_alone() -> None:
+def test_ordinary_text_is_not_changed() -> None:
     for text in ("s3://bucket/a@b/c", "12 tokens/s", "tokenizer: x", "data.path=/a/b", '{"domain_tokens": [1]}'):
         assert redact(text) == text

@@ -15,7 +15,7 @@ from tests.unit.data.corpus import PLAN, make_texts, write_recipe
 
 @pytest.fixture(scope="session")
 def recipe_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Domains `small` (jsonl), `tree` (text files), `large` (jsonl): 60, 80 and 200 documents."""
+    """Write a recipe with the domains `small` (jsonl), `tree` (text files), `large` (jsonl): 60, 80, 200 documents."""
     root = tmp_path_factory.mktemp("corpus")
     for seed, (name, count) in enumerate((("small", 60), ("large", 200))):
         lines = [json.dumps({"text": text}) for text in make_texts(seed, count)]
@@ -36,7 +36,7 @@ def recipe_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def tokenizer_dir(recipe_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A byte-level BPE of 400 tokens."""
+    """Train a byte-level BPE of 400 tokens on the recipe and return its directory."""
     directory = tmp_path_factory.mktemp("tokenizer")
     save_tokenizer(train_tokenizer(load_recipe(recipe_path), 400), directory)
     return directory
@@ -44,7 +44,7 @@ def tokenizer_dir(recipe_path: Path, tmp_path_factory: pytest.TempPathFactory) -
 
 @pytest.fixture(scope="session")
 def prepared(recipe_path: Path, tokenizer_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The corpus prepared by PLAN; tests that damage it copy it first."""
+    """Prepare the corpus by PLAN and return the directory; tests that damage it copy it first."""
     out = tmp_path_factory.mktemp("prepared") / "data"
     prepare(load_recipe(recipe_path), tokenizer_dir, out, PLAN)
     return out

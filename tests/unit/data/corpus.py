@@ -14,7 +14,7 @@ PLAN = Plan(sequence_length=32, validation_samples=7)
 
 
 def make_texts(seed: int, count: int, num_words: int = 60) -> list[str]:
-    """Distinct documents of made-up words."""
+    """Return `count` distinct documents of made-up words."""
     source = random.Random(seed)
     words = ["".join(source.choices("abcdefghijklmnop", k=source.randint(2, 7))) for _ in range(200)]
     return [
@@ -24,6 +24,6 @@ def make_texts(seed: int, count: int, num_words: int = 60) -> list[str]:
 
 
 def write_recipe(path: Path, domains: dict[str, Any]) -> Path:
-    """A recipe file with these domains; paths are relative to it."""
+    """Write a recipe file with these domains, whose paths are relative to it."""
     path.write_text(OmegaConf.to_yaml(OmegaConf.create({"domains": domains})), encoding="utf-8")
     return path

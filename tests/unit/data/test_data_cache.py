@@ -1,4 +1,4 @@
-"""A node's cache of a remote: one fetch a shard, a bound, integrity, and what happens when the remote fails."""
+"""A node's cache fetches each shard once, keeps its limit and its integrity, and survives a remote that fails."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ GB = 10**9
 
 @pytest.fixture
 def remote(prepared: Path, tmp_path: Path) -> Path:
-    """The prepared data with shards of two samples, as another machine would hold it."""
+    """Copy the prepared data with shards of two samples, as another machine would hold them."""
     root = tmp_path / "remote"
     shutil.copytree(prepared, root)
     content = json.loads((root / FILE_NAME).read_text())
@@ -123,7 +123,7 @@ def test_a_limit_under_four_shards_is_refused(remote: Path, tmp_path: Path) -> N
         ({"path": "data", "cache_dir": "c", "cache_limit_gb": 0.0}, "greater than 0"),
     ],
 )
-def test_configurations_that_cannot_be(values: dict[str, object], message: str) -> None:
+def test_invalid_configurations_are_refused(values: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Data(**values)  # type: ignore[arg-type]
 
@@ -159,12 +159,12 @@ def test_an_index_of_an_earlier_preparation_is_fetched_again(remote: Path, tmp_p
     assert load_manifest(cached(remote, tmp_path)).domains["small"].train.samples > 0
 
 
-def test_a_remote_that_is_gone(tmp_path: Path) -> None:
+def test_a_missing_remote_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"no domains\.json|domains\.json does not exist; check the address"):
         load_manifest(cached(tmp_path / "nothing", tmp_path))
 
 
-def test_a_slow_remote_is_given_up(remote: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_slow_remote_ends_in_an_error(remote: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from streaming.base.storage.download import LocalDownloader
 
     here = MixtureDataset(cached(remote, tmp_path, timeout_s=0.3, retries=1), NAMES)
@@ -175,7 +175,7 @@ def test_a_slow_remote_is_given_up(remote: Path, tmp_path: Path, monkeypatch: py
     assert time.monotonic() - started < 5
 
 
-def test_attempts_that_fail_are_made_again(remote: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failed_attempts_are_repeated(remote: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from streaming.base.storage.download import LocalDownloader
 
     original, calls = LocalDownloader._download_file_impl, []
@@ -196,7 +196,7 @@ def test_attempts_that_fail_are_made_again(remote: Path, tmp_path: Path, monkeyp
     assert "password" not in str(error.value)
 
 
-def test_ids_beyond_the_vocabulary(remote: Path) -> None:
+def test_ids_beyond_the_vocabulary_are_refused(remote: Path) -> None:
     content = json.loads((remote / FILE_NAME).read_text())
     content["tokenizer"]["vocab_size"] = 3
     (remote / FILE_NAME).write_text(json.dumps(content))
@@ -247,13 +247,13 @@ def test_processes_share_a_cache_that_is_too_small(remote: Path, tmp_path: Path,
     assert found == [sum(int(there[i]["input_ids"].sum()) for i in range(len(there)))] * 3
 
 
-def test_it_is_pickled_without_clients(remote: Path, tmp_path: Path) -> None:
+def test_a_store_is_pickled_without_its_clients(remote: Path, tmp_path: Path) -> None:
     store = cached(remote, tmp_path)
     store.read(FILE_NAME)
     assert pickle.loads(pickle.dumps(store)).fetcher._downloaders == {}
 
 
-def test_what_a_killed_job_left_is_removed_and_what_another_job_has_is_not(remote: Path, tmp_path: Path) -> None:
+def test_files_of_a_killed_job_are_removed_and_those_of_a_running_job_are_not(remote: Path, tmp_path: Path) -> None:
     data = Data(path=str(remote), cache_dir=str(tmp_path / "cache"))
     open_store(data).read(FILE_NAME)
     left = tmp_path / "cache/fetching/left"
@@ -269,7 +269,7 @@ def test_what_a_killed_job_left_is_removed_and_what_another_job_has_is_not(remot
         return subprocess.run(command, capture_output=True, text=True, env=os.environ).stderr
 
     assert another(remote) == ""  # shares it
-    assert left.exists()  # may be this process's
+    assert left.exists()  # it can belong to this process
     assert "is in use by a job with data.cache_limit_gb None, here it is 1.0" in another(remote, "1.0")
     cache_module._claims.popitem()[1].close()
     assert another(remote, "1.0") == ""
@@ -277,7 +277,7 @@ def test_what_a_killed_job_left_is_removed_and_what_another_job_has_is_not(remot
     assert "give each its own directory" in another(remote.parent)
 
 
-def test_the_prefetcher_fetches_in_order_and_no_further_than_it_may(remote: Path, tmp_path: Path) -> None:
+def test_the_prefetcher_fetches_in_order_and_keeps_its_limit(remote: Path, tmp_path: Path) -> None:
     there = MixtureDataset(remote, NAMES)
     largest = max(file.stat().st_size for file in remote.rglob("*.mds"))
     store = cached(remote, tmp_path, limit_gb=8 * largest / GB)
@@ -303,7 +303,7 @@ def test_the_prefetcher_fetches_in_order_and_no_further_than_it_may(remote: Path
     prefetcher.close()
 
 
-def test_the_local_store_says_what_is_gone(remote: Path) -> None:
+def test_the_local_store_names_a_missing_file(remote: Path) -> None:
     data = MixtureDataset(remote, NAMES)
     (remote / "large/train/shard.00000.mds").unlink()
     with pytest.raises(DataError, match=r"shard\.00000\.mds of domain 'large' is gone"):
@@ -315,7 +315,7 @@ def test_the_local_store_says_what_is_gone(remote: Path) -> None:
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 1 MB."""
+    """Mount a file system of 1 MB (needs root)."""
     place = tmp_path / "disk"
     place.mkdir()
     done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "none", str(place)], capture_output=True, text=True)
@@ -327,7 +327,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
         subprocess.run(["umount", "-l", str(place)], check=True)
 
 
-def test_a_full_disk_is_said_and_what_was_fetched_is_kept(remote: Path, small_disk: Path) -> None:
+def test_a_full_disk_is_named_and_fetched_shards_are_kept(remote: Path, small_disk: Path) -> None:
     there = MixtureDataset(remote, NAMES)
     store = CachedStore(str(remote), CacheOptions(small_disk, None, 20.0, 2))
     here = MixtureDataset(store, NAMES)

@@ -146,7 +146,7 @@ def test_exact_duplicates_are_dropped_here_and_in_later_domains(tmp_path: Path) 
     assert dropped.duplicates == 1
 
 
-def test_limits(tmp_path: Path) -> None:
+def test_short_documents_are_dropped_and_long_ones_cut(tmp_path: Path) -> None:
     texts = ["x", "  \n ", "a" * 30, "b" * 10, "c" * 10, "ä" * 10]
     file = file_of(tmp_path / "a.jsonl", "".join(json.dumps({"text": text}) + "\n" for text in texts).encode())
     found, dropped = documents_of([file], min_chars=3, max_chars=20, max_bytes=40)
@@ -163,7 +163,7 @@ def test_the_seed_keys_the_digests(tmp_path: Path) -> None:
     assert not set(digests[0]) & set(digests[2])
 
 
-def test_reading_goes_on_at_any_position_with_the_same_account(tmp_path: Path) -> None:
+def test_reading_continues_at_any_position_with_the_same_counts(tmp_path: Path) -> None:
     null = b'{"text": null}\n'
     bad = b'{"text": "\xff"}\n'
     files = [

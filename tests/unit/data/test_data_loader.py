@@ -42,13 +42,13 @@ def test_global_ids_follow_the_order_of_names(dataset: MixtureDataset, prepared:
         dataset[len(expected)]
 
 
-def test_validation_split_as_a_dataset(prepared: Path) -> None:
+def test_the_validation_split_is_a_dataset(prepared: Path) -> None:
     held_out = MixtureDataset(prepared, ["tree"], split="validation")
     split = open_split(LocalStore(prepared), "tree/validation")
     np.testing.assert_array_equal(held_out[3]["input_ids"].numpy(), split.tokens(3))
 
 
-def test_unknown_domain(prepared: Path) -> None:
+def test_an_unknown_domain_is_named(prepared: Path) -> None:
     with pytest.raises(DataError, match="no domain 'medium'"):
         MixtureDataset(prepared, ["large", "medium"])
 
@@ -93,7 +93,7 @@ def test_loading_leaves_the_training_rng_alone(dataset: MixtureDataset) -> None:
 
 
 @pytest.mark.parametrize(("total", "start"), [(23, 0), (24, 6), (24, 36)])
-def test_samples_that_do_not_divide(dataset: MixtureDataset, total: int, start: int) -> None:
+def test_samples_must_divide_into_ranks_and_micro_batches(dataset: MixtureDataset, total: int, start: int) -> None:
     with pytest.raises(AssertionError, match=r"do not divide into 4 ranks x 3"):
         interval_loader(dataset, draw(dataset, total), rank=0, world=4, micro_batch=3, start_sample=start)
 
@@ -126,6 +126,6 @@ def test_validation_is_the_same_samples_for_any_world_size(prepared: Path, world
         assert all(not ids[~real].any() for ids, real in in_order)
 
 
-def test_too_few_validation_samples(prepared: Path) -> None:
+def test_too_few_validation_samples_are_named(prepared: Path) -> None:
     with pytest.raises(DataError, match=r"domain 'tree' .* validation samples, 1,000 are asked for"):
         validation_batches(prepared, ["tree"], num_samples=1000, rank=0, world=1, micro_batch=2)

@@ -1,4 +1,4 @@
-"""MDS splits and domains.json: what is written is what is read, and every damage is named."""
+"""MDS splits and domains.json are read as they were written, and every damage is named."""
 
 from __future__ import annotations
 
@@ -129,7 +129,7 @@ def test_damage_is_named(prepared: Path, tmp_path: Path, damage: Callable[[Path]
         load_manifest(root)
 
 
-def test_a_domain_that_the_data_lacks(prepared: Path) -> None:
+def test_a_missing_domain_is_named(prepared: Path) -> None:
     manifest = load_manifest(prepared)
     manifest.require(["large", "small"])
     with pytest.raises(DataError, match="no domain 'medium'; it has small, tree, large"):

@@ -33,7 +33,7 @@ prepare.prepare(recipe, Path(sys.argv[2]), Path(sys.argv[3]), prepare.Plan(512, 
 
 
 def peak(root: Path, tokenizer_dir: Path, num_bytes: int) -> tuple[int, int]:
-    """(training tokens, peak resident KiB) of preparing so much text."""
+    """Prepare `num_bytes` of text; return (training tokens, peak resident memory in KiB)."""
     root.mkdir()
     texts = make_texts(0, 100, num_words=400)
     written = number = 0

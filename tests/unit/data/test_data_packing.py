@@ -22,13 +22,13 @@ def test_samples_are_the_joined_documents_cut_at_every_length(sequence_length: i
 
 
 def chosen(keys: np.ndarray, lengths: np.ndarray, chunk: int = 7, **rule: float) -> np.ndarray:  # type: ignore[type-arg]
-    """The choice over chunks, as one mask."""
+    """Choose held-out documents from chunks and return one mask (n,) over all documents."""
     starts = range(0, len(keys), chunk)
     held_out = choose_validation(((keys[i : i + chunk], lengths[i : i + chunk]) for i in starts), **rule)  # type: ignore[arg-type]
     return np.concatenate([held_out.mask(keys[i : i + chunk], i) for i in starts])
 
 
-def test_held_out_documents_are_the_smallest_keys_whatever_the_order_and_the_chunks() -> None:
+def test_held_out_documents_are_the_smallest_keys_in_any_order_and_chunks() -> None:
     source = np.random.default_rng(1)
     keys = source.integers(0, 2**63, 500).astype(np.uint64) * np.uint64(2)
     lengths = source.integers(1, 40, 500)
@@ -41,7 +41,7 @@ def test_held_out_documents_are_the_smallest_keys_whatever_the_order_and_the_chu
         np.testing.assert_array_equal(chosen(keys[order], lengths[order], chunk, min_tokens=1000), held_out[order])
 
 
-def test_of_equal_keys_the_first_documents_are_held_out() -> None:
+def test_the_first_documents_of_equal_keys_are_held_out() -> None:
     keys = np.array([5, 9, 5, 5, 9, 1], np.uint64)
     mask = chosen(keys, np.full(6, 10), chunk=2, min_tokens=25)
     assert mask.tolist() == [True, False, True, False, False, True]

@@ -1,4 +1,4 @@
-"""The whole preparation: nothing on both sides, the same for any worker count, nothing half-written."""
+"""A preparation puts no text on both sides, is the same for any worker count, and leaves nothing half-written."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def write_lines(path: Path, texts: list[str]) -> None:
 
 
 def documents_on(root: Path, split: str, tokenizer_dir: Path) -> list[str]:
-    """The split's whole documents, decoded; the last is cut where the dropped tail begins."""
+    """Return the split's documents, decoded; the last one is cut where the dropped tail begins."""
     info = load_tokenizer(tokenizer_dir)
     opened = open_split(LocalStore(root), split)
     ids = np.concatenate([opened.tokens(i) for i in range(len(opened))])
@@ -52,16 +52,16 @@ def test_every_document_comes_back_on_one_side_and_no_duplicate_on_any(tokenizer
         for split in ("train", "validation")
     }
     # A dropped tail is shorter than a document, so it cuts at most the last one of a split.
-    whole = {side: found[:-1] for side, found in sides.items()}
-    everything = [text for found in whole.values() for text in found]
+    complete = {side: found[:-1] for side, found in sides.items()}
+    everything = [text for found in complete.values() for text in found]
     assert len(everything) == len(set(everything))
     assert set(everything) <= {*texts, *make_texts(6, 40)}
     counts = {side: getattr(manifest.domains[side[0]], side[1]).documents for side in sides}
     assert sum(counts.values()) == 80 + 40
-    assert all(counts[side] - len(found) in (0, 1) for side, found in whole.items())
+    assert all(counts[side] - len(found) in (0, 1) for side, found in complete.items())
     assert manifest.domains["a"].dropped.duplicates == len(texts[::3])
     assert manifest.domains["b"].dropped.duplicates == len(texts[::2])
-    positions = [texts.index(text) for text in whole["a", "train"]]
+    positions = [texts.index(text) for text in complete["a", "train"]]
     assert positions == sorted(positions)
 
 
@@ -111,29 +111,29 @@ def test_progress_ends_at_the_size_of_the_files(
     recipe_path: Path, tokenizer_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(reading_module, "BATCH_BYTES", 500)
-    told: dict[str, list[tuple[int, int]]] = {}
+    reported: dict[str, list[tuple[int, int]]] = {}
     recipe = load_recipe(recipe_path)
     prepare(
         recipe,
         tokenizer_dir,
         tmp_path / "out",
         PLAN,
-        progress=lambda name, done, total: told.setdefault(name, []).append((done, total)),
+        progress=lambda name, done, total: reported.setdefault(name, []).append((done, total)),
     )
     for name, files in list_files(recipe).items():
         size = sum(file.path.stat().st_size for file in files)
-        assert told[name][-1] == (size, size)
-        assert told[name] == sorted(told[name])
-        assert told[name][0][0] == 0
-    assert len({done for done, _ in told["tree"]}) > 10
+        assert reported[name][-1] == (size, size)
+        assert reported[name] == sorted(reported[name])
+        assert reported[name][0][0] == 0
+    assert len({done for done, _ in reported["tree"]}) > 10
 
 
 def test_progress_of_a_capped_domain_is_of_its_cap(recipe_path: Path, tokenizer_dir: Path, tmp_path: Path) -> None:
-    told: list[tuple[int, int]] = []
+    reported: list[tuple[int, int]] = []
     recipe = load_recipe(recipe_path, ["domains.large.max_bytes=9000"])
-    progress = lambda name, done, total: told.append((done, total)) if name == "large" else None  # noqa: E731
+    progress = lambda name, done, total: reported.append((done, total)) if name == "large" else None  # noqa: E731
     prepare(recipe, tokenizer_dir, tmp_path / "out", PLAN, progress=progress)
-    assert told[-1] == (9000, 9000)
+    assert reported[-1] == (9000, 9000)
 
 
 @pytest.mark.parametrize(
@@ -182,7 +182,7 @@ def test_nothing_is_overwritten(recipe_path: Path, tokenizer_dir: Path, tmp_path
     assert (tmp_path / "mine").read_text(encoding="utf-8") == "x"
 
 
-def test_a_tokenizer_without_eos(recipe_path: Path, tokenizer_dir: Path, tmp_path: Path) -> None:
+def test_a_tokenizer_without_eos_is_refused(recipe_path: Path, tokenizer_dir: Path, tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_bytes((tokenizer_dir / "tokenizer.json").read_bytes())
     with pytest.raises(DataError, match="names no EOS token"):
         prepare(load_recipe(recipe_path), tmp_path, tmp_path / "out", PLAN)
@@ -200,6 +200,6 @@ def test_a_tokenizer_without_eos(recipe_path: Path, tokenizer_dir: Path, tmp_pat
         ({"sequence_length": 8, "validation_samples": 1, "validation_fraction": 0.1}, "either a number"),
     ],
 )
-def test_plans_that_cannot_be(options: dict[str, Any], message: str) -> None:
+def test_invalid_plans_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(DataError, match=message):
         Plan(**options)

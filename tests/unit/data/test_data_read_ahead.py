@@ -1,4 +1,4 @@
-"""What a node fetches before the training asks for it."""
+"""A node fetches shards before the training reads them."""
 
 from __future__ import annotations
 

@@ -45,7 +45,7 @@ def test_wrong_recipes_name_the_key_and_the_value(tmp_path: Path, text: str, mes
         load_recipe(recipe_of(tmp_path, text))
 
 
-def test_missing_recipe(tmp_path: Path) -> None:
+def test_a_missing_recipe_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="does not exist"):
         load_recipe(tmp_path / "none.yaml")
 
@@ -71,7 +71,7 @@ def test_a_capped_domain_reads_a_sample_of_the_tree_in_the_same_order_everywhere
     assert sorted(orders[0]) == names != orders[0]
 
 
-def test_a_file_in_two_domains_is_refused_whatever_its_spelling(tmp_path: Path) -> None:
+def test_a_file_in_two_domains_is_refused_in_any_spelling(tmp_path: Path) -> None:
     touch(tmp_path, "d/x.txt")
     path = recipe_of(tmp_path, f"domains: {{a: {{sources: ['d/*']}}, b: {{sources: ['{tmp_path}/d/x.txt']}}}}")
     with pytest.raises(DataError, match="in two domains, 'a' and 'b'"):
@@ -98,7 +98,7 @@ def test_locators_find_what_is_installed(tmp_path: Path) -> None:
     assert [file.path.name for file in files["c"]] == ["METADATA"]
 
 
-def test_a_package_that_is_not_installed(tmp_path: Path) -> None:
+def test_a_package_that_is_not_installed_is_named(tmp_path: Path) -> None:
     path = recipe_of(tmp_path, "domains: {a: {sources: ['package:no_such_package/*.py']}}")
     with pytest.raises(DataError, match=r"'no_such_package' .* is not installed"):
         list_files(load_recipe(path))

@@ -42,7 +42,7 @@ COUNT = 40
 
 
 def write_texts(path: Path, texts: list[str], field: str) -> None:
-    """A file of the schema that its name tells: RedPajama's lines, or parquet with other columns beside the text."""
+    """Write a file in the schema of its suffix: RedPajama's lines, or parquet with other columns next to the text."""
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".parquet":
         columns = {"url": ["u"] * len(texts), field: texts, "metadata": ["{}"] * len(texts)}
@@ -55,7 +55,7 @@ def write_texts(path: Path, texts: list[str], field: str) -> None:
 
 @pytest.fixture(params=["paper", "stack_v2", "ten_domains"])
 def corpus(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Path, Path, dict[str, list[str]]]:
-    """(recipe, root, texts by domain)."""
+    """Write small files for a shipped recipe; return (recipe, root, texts by domain)."""
     layouts = {"paper": (PAPER, "text"), "stack_v2": (STACK, "content"), "ten_domains": (TEN, "text")}
     layout, field = layouts[request.param]
     texts = {}
@@ -82,13 +82,13 @@ def test_a_recipe_runs_unchanged_with_the_root_from_the_environment(
         assert domain.train.bytes + domain.validation.bytes == sum(len(text.encode()) for text in texts[name])
 
 
-def test_the_root_may_be_an_override(corpus: tuple[Path, Path, dict[str, list[str]]], tmp_path: Path) -> None:
+def test_the_root_can_be_an_override(corpus: tuple[Path, Path, dict[str, list[str]]], tmp_path: Path) -> None:
     path, root, texts = corpus
     files = list_files(load_recipe(path, [f"root={root}"]))
     assert {name: len(found) for name, found in files.items()} == dict.fromkeys(texts, 1)
 
 
-def test_a_root_that_is_not_given_is_named(
+def test_a_missing_root_is_named(
     corpus: tuple[Path, Path, dict[str, list[str]]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("DDK_TEXT", raising=False)

@@ -38,7 +38,7 @@ FILES = {
 
 @pytest.fixture
 def local(tmp_path: Path) -> Path:
-    """FILES on the disk."""
+    """Write FILES to the disk and return their directory."""
     for name, data in FILES.items():
         path = tmp_path / "local" / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -48,7 +48,7 @@ def local(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """FILES in a bucket below corpus/; the address of that."""
+    """Put FILES into a bucket below corpus/ and yield the address."""
     from moto.server import ThreadedMotoServer
 
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
@@ -72,7 +72,7 @@ def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
 
 @pytest.fixture
 def web(local: Path) -> Iterator[str]:
-    """FILES on a web server; its address."""
+    """Serve FILES on a web server and yield its address."""
 
     class Quiet(SimpleHTTPRequestHandler):
         def log_message(self, *_arguments: Any) -> None:
@@ -120,7 +120,7 @@ def test_a_list_of_addresses(web: str, tokenizer_dir: Path, tmp_path: Path, loca
     assert manifest.domains == prepare(here, tokenizer_dir, tmp_path / "here", PLAN).domains
 
 
-def test_what_cannot_be_had_is_named(s3: str, web: str, tmp_path: Path) -> None:
+def test_missing_and_denied_files_are_named(s3: str, web: str, tmp_path: Path) -> None:
     def texts(path: str) -> list[str]:
         recipe = load_recipe(write_recipe(tmp_path / "r.yaml", {"a": {"sources": [path]}}))
         return [text for file in list_files(recipe)["a"] for text in read_texts(file, Dropped())]
@@ -145,7 +145,7 @@ def test_a_damaged_remote_file_is_named_by_its_address(web: str, local: Path, tm
         list(read_texts(list_files(recipe)["a"][0], Dropped()))
 
 
-def test_a_download_is_gone_when_it_is_read(web: str, tmp_path: Path) -> None:
+def test_a_download_is_deleted_after_it_is_read(web: str, tmp_path: Path) -> None:
     with downloaded(f"{web}/a/0.jsonl", tmp_path / "scratch") as path:
         assert path.read_bytes() == FILES["a/0.jsonl"]
         assert path.suffix == ".jsonl"

@@ -1,4 +1,4 @@
-"""An interrupted preparation: it goes on without doing finished parts again, and ends as an uninterrupted one."""
+"""An interrupted preparation continues without repeating finished parts, and ends as an uninterrupted one."""
 
 from __future__ import annotations
 
@@ -55,14 +55,14 @@ prepare(load_recipe(Path(recipe)), Path(tokenizer), Path(out), Plan(32, validati
 
 @pytest.fixture(autouse=True)
 def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A part is finished after every batch."""
+    """Finish a part after every batch."""
     monkeypatch.setattr(reading_module, "BATCH_BYTES", BATCH_BYTES)
     monkeypatch.setattr(reading_module, "PART_SECONDS", 0.0)
 
 
 @pytest.fixture
 def encoded(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
-    """All texts that are encoded in this process."""
+    """Yield the list of all texts that are encoded in this process."""
     texts: list[str] = []
     encode = TextEncoder.__call__
 
@@ -79,7 +79,7 @@ def children_of(pid: int) -> list[int]:
 
 
 @pytest.mark.parametrize(("workers", "commits"), [(1, 30), (2, 45)])
-def test_a_killed_preparation_goes_on_and_leaves_no_process(
+def test_a_killed_preparation_continues_and_leaves_no_process(
     recipe_path: Path,
     tokenizer_dir: Path,
     tmp_path: Path,
@@ -121,7 +121,7 @@ def test_a_killed_preparation_goes_on_and_leaves_no_process(
         ("write_manifest", 1),
     ],
 )
-def test_an_error_anywhere_costs_unfinished_parts_alone(
+def test_an_error_anywhere_costs_only_unfinished_parts(
     recipe_path: Path,
     tokenizer_dir: Path,
     tmp_path: Path,
@@ -132,13 +132,13 @@ def test_an_error_anywhere_costs_unfinished_parts_alone(
     count: int,
 ) -> None:
     owner: Any = {"append": Spool, "keep": WorkDir, "commit": WorkDir, "finish": WorkDir}.get(place, prepare_module)
-    whole, calls = getattr(owner, place), []
+    original, calls = getattr(owner, place), []
 
     def failing(*arguments: Any, **options: Any) -> Any:
         calls.append(None)
         if len(calls) == count:
             raise KeyboardInterrupt
-        return whole(*arguments, **options)
+        return original(*arguments, **options)
 
     recipe = load_recipe(recipe_path)
     with monkeypatch.context() as patch:
@@ -152,7 +152,7 @@ def test_an_error_anywhere_costs_unfinished_parts_alone(
 
 
 def interrupted(recipe: Path, tokenizer_dir: Path, out: Path, commits: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Leave a preparation behind that was interrupted after so many parts."""
+    """Run a preparation that is interrupted after `commits` parts."""
     commit, calls = WorkDir.commit, []
 
     def failing(*arguments: Any) -> None:
@@ -169,7 +169,7 @@ def interrupted(recipe: Path, tokenizer_dir: Path, out: Path, commits: int, monk
 
 @pytest.fixture
 def two_domains(tmp_path: Path) -> Path:
-    """Recipe of `a` (two files of 80 documents each), `b` (one of 60)."""
+    """Write a recipe with the domains `a` (two files of 80 documents each) and `b` (one of 60)."""
     for seed, name, count in ((5, "a0", 80), (6, "a1", 80), (7, "b", 60)):
         write_lines(tmp_path / f"{name}.jsonl", make_texts(seed, count))
     return write_recipe(tmp_path / "r.yaml", {"a": {"sources": ["a*.jsonl"]}, "b": {"sources": ["b*.jsonl"]}})
@@ -194,7 +194,7 @@ def edit(path: Path, old: str, new: str) -> None:
         (3, lambda root: edit(root / "r.yaml", "  a:", "  c:"), "domain number 1 was 'a'"),
     ],
 )
-def test_what_was_read_and_is_changed_is_named(
+def test_changed_files_and_limits_are_named(
     two_domains: Path,
     tokenizer_dir: Path,
     tmp_path: Path,
@@ -219,7 +219,7 @@ def test_another_plan_is_refused_and_named(
     prepare(load_recipe(two_domains), tokenizer_dir, tmp_path / "out", replace(PLAN, workers=2))
 
 
-def test_a_damaged_file_is_named_and_what_was_done_before_it_is_kept(
+def test_a_damaged_file_is_named_and_earlier_parts_are_kept(
     two_domains: Path, tokenizer_dir: Path, tmp_path: Path, encoded: list[str]
 ) -> None:
     with (tmp_path / "b1.jsonl").open("w") as stream:
@@ -263,13 +263,13 @@ def test_a_full_disk_is_named_and_finished_parts_are_kept(
     encoded: list[str],
     place: str,
 ) -> None:
-    whole, calls = getattr(Spool, place), []
+    original, calls = getattr(Spool, place), []
 
     def failing(*arguments: Any) -> None:
         calls.append(None)
         if len(calls) == 20:
             raise OSError(errno.ENOSPC, "No space left on device")
-        whole(*arguments)
+        original(*arguments)
 
     with monkeypatch.context() as patch:
         patch.setattr(Spool, place, failing)
@@ -280,8 +280,10 @@ def test_a_full_disk_is_named_and_finished_parts_are_kept(
 
 
 @pytest.mark.parametrize("kib", [20, 60, 110])
-def test_a_full_file_system(two_domains: Path, tokenizer_dir: Path, tmp_path: Path, kib: int) -> None:
-    """For real: a small tmpfs that is full at the state, the ids or the shards, and then is made larger."""
+def test_a_preparation_continues_after_a_full_file_system(
+    two_domains: Path, tokenizer_dir: Path, tmp_path: Path, kib: int
+) -> None:
+    """A tmpfs that is full at the state, the ids or the shards, and then is made larger."""
     disk = tmp_path / "disk"
     disk.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", f"size={kib}k", "tmpfs", str(disk)]

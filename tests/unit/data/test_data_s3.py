@@ -43,10 +43,10 @@ def test_two_nodes_read_the_order_of_the_local_data(
     together = [row for step in zip(*found, strict=True) for batch in step for row in batch]
     assert together == [row for batch in expected for row in batch["input_ids"].tolist()]
     shards = {key: count for key, count in s3.got.items() if key.endswith("mds")}
-    assert shards and set(shards.values()) == {2}  # once a node
+    assert shards and set(shards.values()) == {2}  # once on each node
 
 
-def test_what_does_not_exist_and_what_is_denied(s3: S3Server, prepared: Path, tmp_path: Path) -> None:
+def test_missing_and_denied_files_are_named(s3: S3Server, prepared: Path, tmp_path: Path) -> None:
     url = s3.upload(prepared, "data")
     with pytest.raises(DataError, match=r"s3://corpus/other/domains\.json does not exist; check the address"):
         load_manifest(CachedStore("s3://corpus/other", CacheOptions(tmp_path / "a", None, 20.0, 4)))
@@ -56,7 +56,7 @@ def test_what_does_not_exist_and_what_is_denied(s3: S3Server, prepared: Path, tm
     assert ENVIRONMENT["AWS_SECRET_ACCESS_KEY"] not in str(error.value)
 
 
-def test_a_store_that_went_away_names_the_shard(
+def test_an_error_of_a_store_that_is_down_names_the_shard(
     s3: S3Server, prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     dataset = node(s3.upload(prepared, "data"), tmp_path / "cache", retries=1)

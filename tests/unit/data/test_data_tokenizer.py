@@ -49,7 +49,7 @@ def test_text_that_spells_eos_stays_text(tokenizer_dir: Path) -> None:
     assert info.tokenizer.decode(tokens[: lengths[0] - 1].tolist()) == f"a{EOS_TOKEN}b"
 
 
-def test_fingerprint_is_of_the_map_alone() -> None:
+def test_the_fingerprint_depends_only_on_the_map() -> None:
     assert fingerprint({"a": 0, "b": 1}) == fingerprint({"b": 1, "a": 0})
     assert len({fingerprint(vocab) for vocab in ({"a": 0, "b": 1}, {"a": 1, "b": 0}, {"a": 0})}) == 3
 
@@ -63,7 +63,7 @@ def test_fingerprint_is_of_the_map_alone() -> None:
         ("other.json", {}, None),
     ],
 )
-def test_where_eos_is_named(
+def test_eos_is_read_from_either_file(
     tokenizer_dir: Path, tmp_path: Path, name: str, content: dict[str, object], expected: int | None
 ) -> None:
     shutil.copy(tokenizer_dir / "tokenizer.json", tmp_path)
@@ -86,13 +86,13 @@ def test_broken_files_are_named(tokenizer_dir: Path, tmp_path: Path, name: str, 
         load_tokenizer(tmp_path)
 
 
-def test_no_tokenizer(tmp_path: Path) -> None:
+def test_a_missing_tokenizer_is_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"holds no tokenizer\.json"):
         load_tokenizer(tmp_path)
 
 
 @pytest.mark.parametrize(("size", "message"), [(200, "too small: .* 258"), (100_000, "tokens, not 100,000")])
-def test_vocabulary_sizes_that_cannot_be(recipe_path: Path, size: int, message: str) -> None:
+def test_impossible_vocabulary_sizes_are_refused(recipe_path: Path, size: int, message: str) -> None:
     with pytest.raises(DataError, match=message):
         train_tokenizer(load_recipe(recipe_path), size)
 

@@ -47,7 +47,7 @@ def test_errors_are_one_line_and_exit_with_2(
     assert error.count("\n") == 1
 
 
-def test_an_interrupt_says_how_to_go_on(
+def test_an_interrupt_prints_how_to_continue(
     tokenizer_dir: Path,
     tmp_path: Path,
     recipe_path: Path,
@@ -62,7 +62,7 @@ def test_an_interrupt_says_how_to_go_on(
     assert "the same command goes on" in capsys.readouterr().err
 
 
-def test_a_line_tells_speed_and_time_left_of_this_run_alone() -> None:
+def test_a_line_has_speed_and_time_left_of_only_this_run() -> None:
     line = prepare_data.progress_line("a", 600_000_000, 1_000_000_000, new=100_000_000, seconds=10.0)
     assert line == "a: 600 of 1,000 MB (60%), 10.0 MB/s, 40 s left"
     assert prepare_data.progress_line("a", 0, 10, new=0, seconds=0.0).endswith("time left unknown")

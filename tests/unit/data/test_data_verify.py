@@ -16,7 +16,7 @@ def flip(file: Path) -> None:
     file.write_bytes(data)
 
 
-def test_whole_data(prepared: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_intact_data_passes(prepared: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([str(prepared)]) == 0
     assert "6 shards" in (out := capsys.readouterr().out) and "0 broken" in out
 
