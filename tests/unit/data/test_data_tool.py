@@ -59,7 +59,7 @@ def test_an_interrupt_prints_how_to_continue(
 
     monkeypatch.setattr(prepare_data, "prepare", interrupted)
     assert prepare_data.main(arguments(recipe_path, tokenizer_dir, tmp_path / "out")) == 130
-    assert "the same command goes on" in capsys.readouterr().err
+    assert "the same command continues" in capsys.readouterr().err
 
 
 def test_a_line_has_speed_and_time_left_of_only_this_run() -> None:
