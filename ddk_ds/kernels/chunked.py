@@ -117,7 +117,7 @@ def run_chunks(call: Call, options: Options) -> Sums:
     sum. With `valid_rows` other rows are left out before the matmuls. A label outside the vocabulary is a RuntimeError,
     on a GPU a device assertion.
     """
-    sums = _zeros(call, options)
+    sums = _zeros(call)
     targets = torch.where(call.labels == options.ignore_index, -1, call.labels)
     torch._assert_async(
         (targets < options.vocab_size).all() & (targets >= 0).eq(call.labels != options.ignore_index).all(),
@@ -130,7 +130,8 @@ def run_chunks(call: Call, options: Options) -> Sums:
     return sums._replace(total=options.ce_weight * ce + options.kd_weight * kl, ce=ce, kl=kl)
 
 
-def _zeros(call: Call, options: Options) -> Sums:
+def _zeros(call: Call) -> Sums:
+    """Make the sums at their start; `_Loop` writes the weight's gradient, which is left uninitialised."""
     (hidden, weight, _), wanted = call.student, call.wanted
     dtype = compute_dtype(hidden)
     scalar, by_token = (hidden.new_zeros(shape, dtype=torch.float64) for shape in ((), (len(hidden),)))
@@ -139,7 +140,7 @@ def _zeros(call: Call, options: Options) -> Sums:
         ce=scalar,
         kl=scalar,
         hidden_grad=torch.zeros_like(hidden, dtype=dtype) if wanted.hidden else None,
-        weight_grad=torch.empty_like(weight, dtype=dtype) if wanted.weight else None,  # `_Loop` writes it
+        weight_grad=torch.empty_like(weight, dtype=dtype) if wanted.weight else None,
         bias_grad=weight.new_zeros(len(weight), dtype=dtype) if wanted.bias else None,
         token_ce=by_token,
         token_kl=by_token.clone(),
