@@ -21,8 +21,8 @@ def test_every_case_is_measured(tmp_path: Path) -> None:
     out, picture = tmp_path / "step.json", tmp_path / "step.png"
     variant = ["--variant", "teacher.micro_batches_per_pass=2,student.gradient_checkpointing=selective"]
     assert main([*SMALL, *variant, "--ranks", "1", "--json", str(out), "--picture", str(picture)]) == 0
-    found = json.loads(out.read_text())
-    cases = {(case["impl"], *case["options"]): case for case in found["cases"]}
+    result = json.loads(out.read_text())
+    cases = {(case["impl"], *case["options"]): case for case in result["cases"]}
     changed = ("kd", "teacher.micro_batches_per_pass=2", "student.gradient_checkpointing=selective")
     assert list(cases) == [("floor",), ("kd",), ("cpt",), ("full_logits",), changed]
     for case in cases.values():
@@ -32,7 +32,7 @@ def test_every_case_is_measured(tmp_path: Path) -> None:
         assert case["peak_bytes"] > 10**8 and case["mfu"] is None
     assert {"teacher", "forward", "head", "backward", "optimizer"} <= cases[("kd",)]["parts_s"].keys()
     assert "teacher" not in cases[("cpt",)]["parts_s"]
-    assert found["commit"] and found["torch"] and picture.stat().st_size > 10_000
+    assert result["commit"] and result["torch"] and picture.stat().st_size > 10_000
 
 
 def row(impl: str, ranks: int, speed: float | None, **more: Any) -> dict[str, Any]:
@@ -62,7 +62,7 @@ def test_a_rank_that_fails_ends_the_others() -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (["--impl", "trl"], "--trl-python"),
         (["--vocab", "100"], "--vocab 100"),
@@ -70,21 +70,21 @@ def test_a_rank_that_fails_ends_the_others() -> None:
         (["--tokens", "100"], "--tokens 100"),
     ],
 )
-def test_bad_arguments(arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bad_arguments(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         main([*SMALL, *arguments])
-    assert ended.value.code == 2 and said in capsys.readouterr().err
+    assert ended.value.code == 2 and message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (["--variant", "student.leaf=1"], "student.leaf"),
         (["--trl-python", "/nowhere/python"], "cannot be run"),
         (["--trl-python", sys.executable], "cannot import what TRL's cases need"),
     ],
 )
-def test_what_cannot_be_measured(arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_cannot_be_measured(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     """The error comes before any case is measured."""
     assert main([*SMALL, "--impl", "floor", *(["trl"] if "--trl-python" in arguments else []), *arguments]) == 2
-    assert said in capsys.readouterr().err
+    assert message in capsys.readouterr().err

@@ -39,8 +39,8 @@ def test_commands_of_a_page() -> None:
 Text with `make demo` and `python -m tools.bench.bench_loader
 --json FILE`, but `python` alone is no command.
 """
-    found = list(commands(text))
-    assert [(one.line, one.text.split()[0]) for one in found] == [
+    shown = list(commands(text))
+    assert [(command.line, command.text.split()[0]) for command in shown] == [
         (4, "A=b"),
         (7, "deepspeed"),
         (9, "make"),
@@ -48,9 +48,9 @@ Text with `make demo` and `python -m tools.bench.bench_loader
         (14, "make"),
         (14, "python"),
     ]
-    assert found[0].words == ["python", "tools/summary.py", "runs/demo"]
-    assert found[3].script == "import sys"
-    assert found[5].words == ["python", "-m", "tools.bench.bench_loader", "--json", "1"]
+    assert shown[0].words == ["python", "tools/summary.py", "runs/demo"]
+    assert shown[3].script == "import sys"
+    assert shown[5].words == ["python", "-m", "tools.bench.bench_loader", "--json", "1"]
 
 
 def test_what_is_optional_is_parsed_too() -> None:
@@ -85,8 +85,8 @@ def test_what_is_optional_is_parsed_too() -> None:
     ],
 )
 def test_a_wrong_command_is_found(command: str, fault: str) -> None:
-    found = docs_check.command_faults(Command(1, command))
-    assert (fault in "; ".join(found)) if fault else found == []
+    faults = docs_check.command_faults(Command(1, command))
+    assert (fault in "; ".join(faults)) if fault else faults == []
 
 
 def test_wrong_files_links_and_keys_are_found(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

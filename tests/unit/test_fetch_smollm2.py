@@ -140,17 +140,17 @@ def test_perplexity_is_the_windows_own(tmp_path: Path) -> None:
 
 @needs_gguf
 @pytest.mark.parametrize(
-    ("change", "says"),
+    ("change", "message"),
     [
         ({"pre": "llama-bpe"}, "'gpt2', 'llama-bpe'; only 'gpt2', 'smollm' can be converted"),
         ({"without": "blk.1.attn_k.weight"}, "1 tensors do not fit .* model.layers.1.self_attn.k_proj.weight"),
     ],
 )
-def test_another_kind_of_file_is_refused(tmp_path: Path, change: dict[str, str], says: str) -> None:
+def test_another_kind_of_file_is_refused(tmp_path: Path, change: dict[str, str], message: str) -> None:
     path = write_gguf(tmp_path / "tiny.gguf", tiny_model(), **change)  # type: ignore[arg-type]
-    with pytest.raises(DataError, match=says):
+    with pytest.raises(DataError, match=message):
         fetch_smollm2.convert_gguf(path, tmp_path / "out")
-    assert sorted(found.name for found in tmp_path.iterdir()) == ["tiny.gguf"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["tiny.gguf"]
 
 
 @needs_gguf

@@ -68,7 +68,7 @@ def test_strings_of_an_r_database(tmp_path: Path) -> None:
 
     # a string that holds what looks like another string's head
     objects = [vector(b"It is a truth", b"", None, b"a\x00\x04\x00\x09b"), vector("caf\u00e9".encode())]
-    data = b"".join(struct.pack(">i", len(one)) + zlib.compress(one) for one in objects)
+    data = b"".join(struct.pack(">i", len(block)) + zlib.compress(block) for block in objects)
     assert read_text(write(tmp_path / "x.rdb", data), "r_data") == "It is a truth\n\na\x00\x04\x00\x09b\n\ncaf\u00e9"
 
 
@@ -188,7 +188,7 @@ def test_what_is_there_is_not_fetched_again(
 
 
 @pytest.mark.parametrize(
-    ("change", "says"),
+    ("change", "message"),
     [
         ({"max_chars": "8"}, "max_chars: Input should be a valid integer"),
         ({"domians": {}}, "domians: Extra inputs are not permitted"),
@@ -196,13 +196,13 @@ def test_what_is_there_is_not_fetched_again(
     ],
 )
 def test_a_wrong_list_is_one_line(
-    world: tuple[Path, list[str]], capsys: pytest.CaptureFixture[str], change: dict[str, Any], says: str
+    world: tuple[Path, list[str]], capsys: pytest.CaptureFixture[str], change: dict[str, Any], message: str
 ) -> None:
     place, arguments = world
     (place / "list.yaml").write_text(yaml.safe_dump(spec(**change)))
     assert fetch_text.main(arguments) == 2
     error = capsys.readouterr().err
-    assert says in error
+    assert message in error
     assert error.count("\n") == 1
 
 

@@ -27,15 +27,15 @@ def bench(tmp_path: Path) -> Bench:
 
 
 def test_profile_of_tiny_models() -> None:
-    found = profile_step(replace(QUICK, steps=2, warm_up_steps=1), torch.device("cpu"))
-    assert list(found["ms"]) == ["teacher_forward", "student_forward", "head", "backward", "optimizer"]
-    assert all(value > 0 for value in found["ms"].values())
-    assert found["step_ms"] >= max(found["ms"].values())
-    assert found["tokens"] == 128
-    assert found["tokens_per_s"] == pytest.approx(128 / found["step_ms"] * 1e3)
-    assert found["loss"][-1] < found["loss"][0]  # the same batch again: it learns
-    assert found["mfu"] is None
-    json.dumps(found)
+    outcome = profile_step(replace(QUICK, steps=2, warm_up_steps=1), torch.device("cpu"))
+    assert list(outcome["ms"]) == ["teacher_forward", "student_forward", "head", "backward", "optimizer"]
+    assert all(value > 0 for value in outcome["ms"].values())
+    assert outcome["step_ms"] >= max(outcome["ms"].values())
+    assert outcome["tokens"] == 128
+    assert outcome["tokens_per_s"] == pytest.approx(128 / outcome["step_ms"] * 1e3)
+    assert outcome["loss"][-1] < outcome["loss"][0]  # the same batch again: it learns
+    assert outcome["mfu"] is None
+    json.dumps(outcome)
 
 
 def test_flops_are_those_of_the_matmuls() -> None:
@@ -63,9 +63,9 @@ def test_a_command_fails_with_its_last_line(bench: Bench) -> None:
         bench.run(sys.executable, "-c", "raise SystemExit('out of memory')")
         return {}
 
-    found = run_part(work, bench, 60.0)
-    assert found["status"] == "failed"
-    assert "out of memory; see" in found["error"]
+    outcome = run_part(work, bench, 60.0)
+    assert outcome["status"] == "failed"
+    assert "out of memory; see" in outcome["error"]
     assert "out of memory" in (bench.out / "part.log").read_text()
 
 
@@ -74,9 +74,9 @@ def test_a_command_ends_at_the_time_limit(bench: Bench) -> None:
         bench.run(sys.executable, "-c", "import time; time.sleep(60)")
         return {}
 
-    found = run_part(work, bench, 0.5)
-    assert "ran past the part's time limit" in found["error"]
-    assert found["seconds"] < 30
+    outcome = run_part(work, bench, 0.5)
+    assert "ran past the part's time limit" in outcome["error"]
+    assert outcome["seconds"] < 30
 
 
 def test_every_part_runs_and_is_recorded(
@@ -97,10 +97,10 @@ def test_every_part_runs_and_is_recorded(
     parts = {"a": (fails, 1.0), "b": (breaks, 1.0), "c": (absent, 1.0), "d": (works, 1.0)}
     monkeypatch.setattr(gpu_suite, "PARTS", parts)
     assert gpu_suite.main(["--device", "cpu", "--quick", "--out", str(tmp_path)]) == 1
-    found = json.loads((tmp_path / "gpu_suite.json").read_text())
-    assert [part["status"] for part in found["parts"].values()] == ["failed", "failed", "skipped", "passed"]
-    assert found["parts"]["b"]["error"] == "ZeroDivisionError: by zero"
-    assert torch.__version__.startswith(found["torch"])
+    outcome = json.loads((tmp_path / "gpu_suite.json").read_text())
+    assert [part["status"] for part in outcome["parts"].values()] == ["failed", "failed", "skipped", "passed"]
+    assert outcome["parts"]["b"]["error"] == "ZeroDivisionError: by zero"
+    assert torch.__version__.startswith(outcome["torch"])
     shown = capsys.readouterr().out
     assert "2 tests failed" in shown
     assert "3 tests, 1 of them skipped" in shown

@@ -40,19 +40,19 @@ def test_the_list_is_what_the_project_needs_beside_what_is_there() -> None:
     packages = wheelhouse.wanted(wheelhouse.HAVE, "3.12")
     constraints = (wheelhouse.ROOT / "constraints.txt").read_text().lower().replace("_", "-").splitlines()
     assert set(packages) <= set(constraints)
-    found = names(packages)
+    collected = names(packages)
     direct = {"deepspeed", "mosaicml-streaming", "omegaconf", "pydantic", "rich", "pytest", "pytest-timeout"}
     indirect = {"hjson", "msgpack", "py-cpuinfo", "einops", "ninja", "zstd", "brotli", "cramjam", "pydantic-core"}
-    assert direct | indirect <= found
-    assert not found & {*wheelhouse.HAVE, *wheelhouse.LEFT_OUT}
-    assert not found & {"botocore", "cryptography", "sympy", "pillow", "regex"}  # needed by those alone
-    assert not any(name.startswith("nvidia-") for name in found)
+    assert direct | indirect <= collected
+    assert not collected & {*wheelhouse.HAVE, *wheelhouse.LEFT_OUT}
+    assert not collected & {"botocore", "cryptography", "sympy", "pillow", "regex"}  # needed by those alone
+    assert not any(name.startswith("nvidia-") for name in collected)
 
 
 def test_a_package_that_is_there_goes_with_what_only_it_needs() -> None:
-    found = names(wheelhouse.wanted([*wheelhouse.HAVE, "rich", "pytest"], "3.12"))
-    assert not found & {"rich", "markdown-it-py", "mdurl", "pytest", "iniconfig"}
-    assert {"pluggy", "pygments"} & found == set()
+    collected = names(wheelhouse.wanted([*wheelhouse.HAVE, "rich", "pytest"], "3.12"))
+    assert not collected & {"rich", "markdown-it-py", "mdurl", "pytest", "iniconfig"}
+    assert {"pluggy", "pygments"} & collected == set()
     assert "pyarrow" in names(wheelhouse.wanted([name for name in wheelhouse.HAVE if name != "pyarrow"], "3.12"))
 
 
