@@ -36,6 +36,13 @@ class Batch:
     """Fraction of the run's steps that are done, 0..1."""
 
 
+def next_token_labels(input_ids: torch.Tensor) -> torch.Tensor:
+    """Return labels (B, L) of input_ids (B, L): the next token; the last position has IGNORE_INDEX."""
+    labels = torch.full_like(input_ids, IGNORE_INDEX)
+    labels[:, :-1] = input_ids[:, 1:]
+    return labels
+
+
 class Method(Protocol):
     """A loss and what belongs to it. The loop makes a new object for each interval, from `state_dict` of the last."""
 

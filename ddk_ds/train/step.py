@@ -18,8 +18,7 @@ from ddk_ds.config import Optimizer
 from ddk_ds.data.loader import MicroBatch
 from ddk_ds.engine.flops import utilisation
 from ddk_ds.engine.student import Student
-from ddk_ds.methods import IGNORE_INDEX, Batch, Method
-from ddk_ds.train.validation import next_token_labels
+from ddk_ds.methods import IGNORE_INDEX, Batch, Method, next_token_labels
 
 
 def learning_rate(step: int, total_steps: int, options: Optimizer) -> float:

@@ -18,17 +18,10 @@ from ddk_ds.engine.student import Student
 from ddk_ds.engine.teacher import Teacher
 from ddk_ds.files import write_text
 from ddk_ds.kernels import Options
-from ddk_ds.methods import IGNORE_INDEX, token_losses
+from ddk_ds.methods import IGNORE_INDEX, next_token_labels, token_losses
 
 # For each domain micro-batches of (input_ids (B, L) int64, real (B,) bool), the same number on every rank.
 ValidationBatches = Sequence[Sequence[tuple[torch.Tensor, torch.Tensor]]]
-
-
-def next_token_labels(input_ids: torch.Tensor) -> torch.Tensor:
-    """Return labels (B, L) of input_ids (B, L): the next token; the last position has IGNORE_INDEX."""
-    labels = torch.full_like(input_ids, IGNORE_INDEX)
-    labels[:, :-1] = input_ids[:, 1:]
-    return labels
 
 
 def perplexities(

@@ -17,9 +17,9 @@ from ddk_ds.engine.runtime import Runtime
 from ddk_ds.engine.student import Student, load_student
 from ddk_ds.engine.teacher import Teacher, load_teacher
 from ddk_ds.kernels import Options
-from ddk_ds.methods import make_method
+from ddk_ds.methods import make_method, next_token_labels
 from ddk_ds.train.step import learning_rate, train_step
-from ddk_ds.train.validation import next_token_labels, perplexities
+from ddk_ds.train.validation import perplexities
 from tests.dist.tiny import VOCAB, save_model, tiny_config
 
 STEPS, SAMPLES, LENGTH = 5, 8, 24
