@@ -36,137 +36,6 @@ _IDS = 1 << 20
 
 
 @dataclass(frozen=True)
-class HeldOut:
-    """The documents that are held out for validation.
-
-    They are the documents with a key less than `key`, and those with that very key up to document number `last`.
-    """
-
-    key: int
-    last: int = -1
-
-    def mask(self, keys: Keys, first: int) -> npt.NDArray[np.bool_]:
-        """Return (n,) bool: True for each document that is held out.
-
-        Args:
-            keys: (n,) keys of consecutive documents.
-            first: number of the first of these documents.
-        """
-        key = np.uint64(self.key)
-        return np.asarray((keys < key) | ((keys == key) & (np.arange(first, first + len(keys)) <= self.last)))
-
-
-def choose_validation(
-    chunks: Iterable[tuple[Keys, Counts]], *, min_tokens: int | None = None, fraction: float | None = None
-) -> HeldOut:
-    """Choose the documents with the smallest keys, in any order of documents; memory holds a chunk and the chosen ones.
-
-    Args:
-        chunks: pairs of keys (n,), a hash of each document's content that is uniform over 64 bits, and tokens (n,),
-            the number of tokens of each document.
-        min_tokens: hold out documents by ascending key until they have this many tokens, or all documents.
-        fraction: hold out the keys in this share of the range. Exactly one of the two is given.
-    """
-    assert (min_tokens is None) != (fraction is None), "exactly one of min_tokens and fraction"
-    if fraction is not None:
-        return HeldOut(int(fraction * 2.0**64))
-    first = 0
-    keys, numbers, lengths = np.zeros(0, np.uint64), np.zeros(0, np.int64), np.zeros(0, np.int64)
-    for new_keys, new_lengths in chunks:
-        keys = np.concatenate([keys, new_keys])
-        numbers = np.concatenate([numbers, np.arange(first, first + len(new_keys))])
-        lengths = np.concatenate([lengths, new_lengths])
-        order = np.argsort(keys, kind="stable")
-        before = np.cumsum(lengths[order]) - lengths[order]
-        kept = order[before < min_tokens]
-        keys, numbers, lengths = keys[kept], numbers[kept], lengths[kept]
-        first += len(new_keys)
-    return HeldOut(int(keys[-1]), int(numbers[-1])) if len(keys) else HeldOut(0)
-
-
-class Spool:
-    """The ids of one domain's documents on the disk.
-
-    Attributes:
-        dtype: dtype of the ids.
-        num_documents, num_tokens: number of documents and of tokens in the spool.
-    """
-
-    def __init__(self, directory: Path, name: str, dtype: str, *, num_documents: int = 0, num_tokens: int = 0) -> None:
-        """Open or create the files, and cut them after the given numbers of documents and tokens."""
-        self.dtype = dtype
-        self._dtype = np.dtype(dtype)
-        self._paths = directory / f"{name}.ids", directory / f"{name}.documents"
-        self.num_documents, self.num_tokens = num_documents, num_tokens
-        sizes = num_tokens * self._dtype.itemsize, num_documents * _RECORD.itemsize
-        self._streams = [path.open("ab") for path in self._paths]
-        for stream, size in zip(self._streams, sizes, strict=True):
-            stream.truncate(size)
-
-    def append(
-        self, ids: Ids, lengths: npt.NDArray[np.int64], digests: Sequence[bytes], num_bytes: Sequence[int]
-    ) -> None:
-        """Add documents: all their ids in a row, and each document's number of ids, digest, and bytes of text."""
-        records = np.empty(len(lengths), _RECORD)
-        # The first 8 of a digest's 16 bytes are enough to rank by.
-        records["key"] = np.frombuffer(b"".join(digests), ">u8")[::2]
-        records["bytes"] = num_bytes
-        records["tokens"] = lengths
-        self._streams[0].write(ids.data)
-        self._streams[1].write(records.data)
-        self.num_documents += len(lengths)
-        self.num_tokens += len(ids)
-
-    def sync(self) -> None:
-        """Write everything to the disk, by fsync."""
-        for stream in self._streams:
-            stream.flush()
-            os.fsync(stream.fileno())
-
-    def close(self) -> None:
-        """Close the files. What was not synchronised can be lost; a full disk raises no error."""
-        for stream in self._streams:
-            try:
-                stream.close()
-            except OSError:
-                stream.raw.close()
-
-    def remove(self) -> None:
-        """Close and delete both files."""
-        self.close()
-        for path in self._paths:
-            path.unlink(missing_ok=True)
-
-    def records(self) -> Iterator[tuple[int, npt.NDArray[np.void]]]:
-        """Yield (number of the first document, chunk of records with the fields key, bytes, tokens)."""
-        with self._paths[1].open("rb") as stream:
-            first = 0
-            while len(chunk := np.fromfile(stream, _RECORD, _RECORDS)):
-                yield first, chunk
-                first += len(chunk)
-
-    def ids(self, held_out: HeldOut, *, validation: bool) -> Iterator[Ids]:
-        """Yield the ids of one split's documents, joined in order, in pieces of any size."""
-        with self._paths[0].open("rb") as stream:
-            start = 0
-            for first, chunk in self.records():
-                ends = start + np.cumsum(chunk["tokens"])
-                chosen = held_out.mask(chunk["key"], first) == validation
-                changes = np.flatnonzero(np.diff(chosen)) + 1
-                for begin, end in zip([0, *changes], [*changes, len(chunk)], strict=True):
-                    if chosen[begin]:
-                        yield from self._piece(stream, int(ends[begin - 1]) if begin else start, int(ends[end - 1]))
-                start = int(ends[-1])
-
-    def _piece(self, stream: io.BufferedReader, start: int, end: int) -> Iterator[Ids]:
-        stream.seek(start * self._dtype.itemsize)
-        while start < end:
-            ids = np.fromfile(stream, self._dtype, min(_IDS, end - start))
-            start += len(ids)
-            yield ids
-
-
-@dataclass(frozen=True)
 class _Batch:
     """Documents that are encoded together, and the reader's state after the last of them."""
 
@@ -273,3 +142,134 @@ class DomainText:
             return disk_bytes, total
         share = max(min(position.num_bytes / cap, 1.0), disk_bytes / total)
         return int(share * cap), cap
+
+
+class Spool:
+    """The ids of one domain's documents on the disk.
+
+    Attributes:
+        dtype: dtype of the ids.
+        num_documents, num_tokens: number of documents and of tokens in the spool.
+    """
+
+    def __init__(self, directory: Path, name: str, dtype: str, *, num_documents: int = 0, num_tokens: int = 0) -> None:
+        """Open or create the files, and cut them after the given numbers of documents and tokens."""
+        self.dtype = dtype
+        self._dtype = np.dtype(dtype)
+        self._paths = directory / f"{name}.ids", directory / f"{name}.documents"
+        self.num_documents, self.num_tokens = num_documents, num_tokens
+        sizes = num_tokens * self._dtype.itemsize, num_documents * _RECORD.itemsize
+        self._streams = [path.open("ab") for path in self._paths]
+        for stream, size in zip(self._streams, sizes, strict=True):
+            stream.truncate(size)
+
+    def append(
+        self, ids: Ids, lengths: npt.NDArray[np.int64], digests: Sequence[bytes], num_bytes: Sequence[int]
+    ) -> None:
+        """Add documents: all their ids in a row, and each document's number of ids, digest, and bytes of text."""
+        records = np.empty(len(lengths), _RECORD)
+        # The first 8 of a digest's 16 bytes are enough to rank by.
+        records["key"] = np.frombuffer(b"".join(digests), ">u8")[::2]
+        records["bytes"] = num_bytes
+        records["tokens"] = lengths
+        self._streams[0].write(ids.data)
+        self._streams[1].write(records.data)
+        self.num_documents += len(lengths)
+        self.num_tokens += len(ids)
+
+    def sync(self) -> None:
+        """Write everything to the disk, by fsync."""
+        for stream in self._streams:
+            stream.flush()
+            os.fsync(stream.fileno())
+
+    def close(self) -> None:
+        """Close the files. What was not synchronised can be lost; a full disk raises no error."""
+        for stream in self._streams:
+            try:
+                stream.close()
+            except OSError:
+                stream.raw.close()
+
+    def remove(self) -> None:
+        """Close and delete both files."""
+        self.close()
+        for path in self._paths:
+            path.unlink(missing_ok=True)
+
+    def records(self) -> Iterator[tuple[int, npt.NDArray[np.void]]]:
+        """Yield (number of the first document, chunk of records with the fields key, bytes, tokens)."""
+        with self._paths[1].open("rb") as stream:
+            first = 0
+            while len(chunk := np.fromfile(stream, _RECORD, _RECORDS)):
+                yield first, chunk
+                first += len(chunk)
+
+    def ids(self, held_out: HeldOut, *, validation: bool) -> Iterator[Ids]:
+        """Yield the ids of one split's documents, joined in order, in pieces of any size."""
+        with self._paths[0].open("rb") as stream:
+            start = 0
+            for first, chunk in self.records():
+                ends = start + np.cumsum(chunk["tokens"])
+                chosen = held_out.mask(chunk["key"], first) == validation
+                changes = np.flatnonzero(np.diff(chosen)) + 1
+                for begin, end in zip([0, *changes], [*changes, len(chunk)], strict=True):
+                    if chosen[begin]:
+                        yield from self._piece(stream, int(ends[begin - 1]) if begin else start, int(ends[end - 1]))
+                start = int(ends[-1])
+
+    def _piece(self, stream: io.BufferedReader, start: int, end: int) -> Iterator[Ids]:
+        stream.seek(start * self._dtype.itemsize)
+        while start < end:
+            ids = np.fromfile(stream, self._dtype, min(_IDS, end - start))
+            start += len(ids)
+            yield ids
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """The documents that are held out for validation.
+
+    They are the documents with a key less than `key`, and those with that very key up to document number `last`.
+    """
+
+    key: int
+    last: int = -1
+
+    def mask(self, keys: Keys, first: int) -> npt.NDArray[np.bool_]:
+        """Return (n,) bool: True for each document that is held out.
+
+        Args:
+            keys: (n,) keys of consecutive documents.
+            first: number of the first of these documents.
+        """
+        key = np.uint64(self.key)
+        return np.asarray((keys < key) | ((keys == key) & (np.arange(first, first + len(keys)) <= self.last)))
+
+
+def choose_validation(
+    chunks: Iterable[tuple[Keys, Counts]], *, min_tokens: int | None = None, fraction: float | None = None
+) -> HeldOut:
+    """Choose the documents with the smallest keys, in any order of documents; memory holds a chunk and the chosen ones.
+
+    Args:
+        chunks: pairs of keys (n,), a hash of each document's content that is uniform over 64 bits, and tokens (n,),
+            the number of tokens of each document.
+        min_tokens: hold out documents by ascending key until they have this many tokens, or all documents.
+        fraction: hold out the keys in this share of the range. Exactly one of the two is given.
+    """
+    assert (min_tokens is None) != (fraction is None), "exactly one of min_tokens and fraction"
+    if fraction is not None:
+        return HeldOut(int(fraction * 2.0**64))
+    first = 0
+    keys, numbers, lengths = np.zeros(0, np.uint64), np.zeros(0, np.int64), np.zeros(0, np.int64)
+    for new_keys, new_lengths in chunks:
+        keys = np.concatenate([keys, new_keys])
+        numbers = np.concatenate([numbers, np.arange(first, first + len(new_keys))])
+        lengths = np.concatenate([lengths, new_lengths])
+        order = np.argsort(keys, kind="stable")
+        before = np.cumsum(lengths[order]) - lengths[order]
+        kept = order[before < min_tokens]
+        keys, numbers, lengths = keys[kept], numbers[kept], lengths[kept]
+        first += len(new_keys)
+    return HeldOut(int(keys[-1]), int(numbers[-1])) if len(keys) else HeldOut(0)
