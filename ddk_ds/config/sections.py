@@ -203,9 +203,9 @@ class Mixture(Section):
                     f"mixture.controller to {' or '.join(controllers)}"
                 )
         if self.controller == "static" and self.proportions is None:
-            raise ValueError("controller: static needs proportions: set one for each domain, with the sum 1")
+            raise ValueError("controller: static needs mixture.proportions: set one for each domain, with the sum 1")
         if self.controller == "schedule" and self.schedule_file is None:
-            raise ValueError("controller: schedule needs schedule_file: set it to a YAML file of proportions")
+            raise ValueError("controller: schedule needs mixture.schedule_file: set it to a YAML file of proportions")
         if self.initial == "equal" and self.initial_floor:
             raise ValueError(f"initial_floor is {self.initial_floor:g}, which initial: equal does not use: remove it")
         return self

@@ -151,7 +151,7 @@ def test_ddk_needs_the_perplexities_of_both_models(kind: str) -> None:
         ("ddk_no_smoothing", {"initial_floor": -0.1}, "mixture.initial_floor: .* got -0.1"),
         ("ddk", {"ppl_smoothing": float("nan")}, "mixture.ppl_smoothing: .* got nan"),
         ("ddk", {"proportions": PROPORTIONS}, "mixture: proportions is .* set mixture.controller to static"),
-        ("static", {"proportions": None}, "mixture: controller: static needs proportions"),
+        ("static", {"proportions": None}, "mixture: controller: static needs mixture.proportions"),
         ("static", {"proportions": [0.5, 0.3, 0.2]}, "mixture.proportions: .* dictionary"),
         ("static", {"proportions": dict.fromkeys(NAMES, 0.5)}, "sum 1.5"),
         ("static", {"proportions": {"code": 0.5, "maths": 0.5}}, "'prose' has no proportion"),
