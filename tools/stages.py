@@ -2,8 +2,9 @@
 
     python tools/stages.py --config my.yaml --method doremi --ranks 2 [key=value ...]
 
-A finished stage is not run again, an unfinished one continues from its newest checkpoint. The last stage has the run's
-own name, an earlier one that name and its suffix. What a stage prints goes to <output_dir>/<name>.log.
+Start the same command again to continue: finished stages are skipped, an unfinished one continues from its newest
+checkpoint. The last stage has the run's own name, an earlier one that name and its suffix. A stage's output goes to
+<output_dir>/<name>.log.
 """
 
 from __future__ import annotations
@@ -14,37 +15,35 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from ddk_ds.command_line import EXIT_INTERRUPTED, positive
+from ddk_ds.command_line import EXIT_INTERRUPTED, positive, reports_user_errors
 from ddk_ds.comparison.method_stages import STAGES, Job, RunInterrupted, StageFailed, run_job
 from ddk_ds.config import load_config
-from ddk_ds.errors import UserError
 
 
+@reports_user_errors
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Returns the exit code: 0 done, 1 a stage failed, 2 an error that the user can mend, 75 interrupted."""
+    """Return 0 if done, 1 if a stage failed, 2 for an error that the user can mend, 75 if interrupted."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("--config", type=Path, required=True, help="YAML file of the run")
     parser.add_argument("--method", required=True, choices=tuple(STAGES), help="method of all its stages")
-    parser.add_argument(
-        "--ranks", type=positive, help="of each stage (default: one for each accelerator of the machine)"
-    )
+    parser.add_argument("--ranks", type=positive, help="ranks of each stage (default: one for each accelerator)")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="configuration values to replace")
     options = parser.parse_intermixed_args(arguments)
+    first = STAGES[options.method][0]
+    config = load_config(options.config, [*options.overrides, *first.overrides])
+    job = Job(options.config, options.method, config.name, Path(config.output_dir), tuple(options.overrides))
+    job.check()
     try:
-        first = STAGES[options.method][0]
-        resolved = load_config(options.config, [*options.overrides, *first.overrides])
-        job = Job(options.config, options.method, resolved.name, Path(resolved.output_dir), tuple(options.overrides))
-        job.check()
         for line in run_job(job, options.ranks):
             print(line, flush=True)
     except (KeyboardInterrupt, RunInterrupted) as interrupted:
-        print(f"interrupted: start the same command again to go on. {interrupted}", file=sys.stderr)
+        print(f"interrupted: start the same command again to continue. {interrupted}", file=sys.stderr)
         return EXIT_INTERRUPTED
-    except UserError as error:
+    except StageFailed as error:
         print(f"error: {error}", file=sys.stderr)
-        return 1 if isinstance(error, StageFailed) else 2
+        return 1
     return 0
 
 

@@ -1,1 +1,1 @@
-"""Methods side by side: their stages, runs, differences and costs."""
+"""Comparison of methods: their stages, runs, differences and costs."""

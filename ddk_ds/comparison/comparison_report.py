@@ -1,24 +1,39 @@
-"""The table and the picture of a comparison."""
+"""The report on a comparison: comparison.json, its tables as Markdown, and its picture."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ddk_ds.drawing import bar_style, tidy
+from ddk_ds.drawing import bar_style, log_if_wide, tidy
+from ddk_ds.files import write_text
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-_DECADE = 10.0
 _SLANTED: dict[str, Any] = {"rotation": 30, "ha": "right", "rotation_mode": "anchor"}
 
 
+def write_report(comparison: dict[str, Any], out: Path) -> bool:
+    """Write comparison.json, comparison.md and comparison.png to `out`; return False where matplotlib is missing.
+
+    Without matplotlib the picture is left out.
+    """
+    write_text(out / "comparison.json", json.dumps(comparison, indent=1) + "\n")
+    write_text(out / "comparison.md", markdown(comparison))
+    if find_spec("matplotlib") is None:
+        return False
+    draw(comparison, out / "comparison.png")
+    return True
+
+
 def markdown(comparison: dict[str, Any]) -> str:
-    """What comparison.md holds."""
+    """Return the text of comparison.md."""
     methods = comparison["methods"]
     parts = [
         "# Comparison",
@@ -47,26 +62,26 @@ def _perplexities(comparison: dict[str, Any], methods: dict[str, Any]) -> str:
             name,
             "-" if teacher is None else _number(teacher[name]),
             _number(start[name]),
-            *(_spread(one["ppl"][name]) for one in methods.values()),
+            *(_spread(method["ppl"][name]) for method in methods.values()),
         ]
         for name in comparison["domains"]
     ]
     last = ["" if teacher is None else "1.000", _number(comparison["start_score"], 3)]
-    rows.append([comparison["score"], *last, *(_spread(one["score"], 3) for one in methods.values())])
-    headings = [f"{label} ({len(one['seeds'])})" for label, one in methods.items()]
+    rows.append([comparison["score"], *last, *(_spread(method["score"], 3) for method in methods.values())])
+    headings = [f"{label} ({len(method['seeds'])})" for label, method in methods.items()]
     return _table(["domain", "teacher", "before", *headings], rows)
 
 
 def _costs(methods: dict[str, Any]) -> str:
     headings = ["method", "tokens", "time, s", "FLOPs", "evaluation, FLOPs", "evaluation, time"]
-    earlier = any(one["earlier_tokens"] for one in methods.values())
+    earlier = any(method["earlier_tokens"] for method in methods.values())
     rows = []
-    for label, one in methods.items():
-        row = [label, _number(one["tokens"], 0), _number(one["wall_s"], 1), _flops(one["flops"])]
-        row += [_percent(one["evaluation_flops_share"]), _percent(one["evaluation_time_share"])]
+    for label, method in methods.items():
+        row = [label, _number(method["tokens"], 0), _number(method["wall_s"], 1), _flops(method["flops"])]
+        row += [_percent(method["evaluation_flops_share"]), _percent(method["evaluation_time_share"])]
         if earlier:
-            # None of them but for methods of several stages.
-            tokens, wall_s, flops = (one[f"earlier_{key}"] or None for key in ("tokens", "wall_s", "flops"))
+            # Only methods of several stages have them.
+            tokens, wall_s, flops = (method[f"earlier_{key}"] or None for key in ("tokens", "wall_s", "flops"))
             row += [_number(tokens, 0), _number(wall_s, 1), _flops(flops)]
         rows.append(row)
     return _table([*headings, *(["earlier tokens", "earlier time, s", "earlier FLOPs"] if earlier else [])], rows)
@@ -75,11 +90,11 @@ def _costs(methods: dict[str, Any]) -> str:
 def _differences(comparison: dict[str, Any]) -> list[str]:
     score = comparison["score"]
     rows = []
-    for label, found in comparison["differences"].items():
-        one = found["score"]
-        interval = "-" if one["low"] is None else f"{one['low']:+.4f} to {one['high']:+.4f}"
-        mean, error = (_signed(one[key], 4) for key in ("mean", "standard_error"))
-        rows.append([label, str(one["seeds"]), mean, error.lstrip("+"), interval, one["verdict"]])
+    for label, by_quantity in comparison["differences"].items():
+        difference = by_quantity["score"]
+        interval = "-" if difference["low"] is None else f"{difference['low']:+.4f} to {difference['high']:+.4f}"
+        mean, error = (_signed(difference[key], 4) for key in ("mean", "standard_error"))
+        rows.append([label, str(difference["seeds"]), mean, error.lstrip("+"), interval, difference["verdict"]])
     headings = ["method", "seeds", f"{score}, difference", "standard error", "95 % interval", "against the spread"]
     labels = list(comparison["differences"])
     by_domain = [
@@ -96,11 +111,12 @@ def _differences(comparison: dict[str, Any]) -> list[str]:
     ]
 
 
-def _difference(one: dict[str, Any]) -> str:
-    if one["mean"] is None:
+def _difference(difference: dict[str, Any]) -> str:
+    if difference["mean"] is None:
         return "-"
-    error = "" if one["standard_error"] is None else f" ± {one['standard_error']:.2f}"
-    return f"{one['mean']:+.2f}{error}{' *' if one['verdict'] == 'exceeds the spread' else ''}"
+    error = "" if difference["standard_error"] is None else f" ± {difference['standard_error']:.2f}"
+    star = " *" if difference["verdict"] == "exceeds the spread" else ""
+    return f"{difference['mean']:+.2f}{error}{star}"
 
 
 def _table(headings: list[str], rows: list[list[str]]) -> str:
@@ -124,12 +140,12 @@ def _percent(value: float | None) -> str:
     return "-" if value is None else f"{value:.1%}"
 
 
-def _spread(one: dict[str, Any], digits: int = 2) -> str:
-    return _number(one["mean"], digits) + ("" if one["sd"] is None else f" ± {_number(one['sd'], digits)}")
+def _spread(spread: dict[str, Any], digits: int = 2) -> str:
+    return _number(spread["mean"], digits) + ("" if spread["sd"] is None else f" ± {_number(spread['sd'], digits)}")
 
 
 def draw(comparison: dict[str, Any], path: Path) -> None:
-    """Perplexity by domain, and the score of each run by method. Needs matplotlib."""
+    """Draw perplexity by domain, and the score of each run by method. Needs matplotlib."""
     # Only here: the report's text needs no matplotlib, which not every machine has.
     from matplotlib.figure import Figure
 
@@ -144,33 +160,25 @@ def draw(comparison: dict[str, Any], path: Path) -> None:
 
 
 def _draw_domains(axes: Axes, comparison: dict[str, Any]) -> None:
-    from matplotlib.ticker import LogLocator, NullFormatter
-
     methods, domains = comparison["methods"], comparison["domains"]
     places, width = np.arange(len(domains)), 0.8 / len(methods)
-    for number, (label, one) in enumerate(methods.items()):
-        spreads = [one["ppl"][name] for name in domains]
+    for number, (label, method) in enumerate(methods.items()):
+        spreads = [method["ppl"][name] for name in domains]
         axes.bar(
             places - 0.4 + width * (number + 0.5),
-            [found["mean"] for found in spreads],
+            [spread["mean"] for spread in spreads],
             width,
-            yerr=None if spreads[0]["sd"] is None else [found["sd"] for found in spreads],
+            yerr=None if spreads[0]["sd"] is None else [spread["sd"] for spread in spreads],
             **bar_style(number),
             linewidth=0.6,
-            label=f"{label} ({len(one['seeds'])})",
+            label=f"{label} ({len(method['seeds'])})",
             capsize=2,
         )
     for key, colour, label in (("start_ppl", "0.5", "before training"), ("teacher_ppl", "black", "teacher")):
         if comparison[key] is not None:
             levels = [comparison[key][name] for name in domains]
             axes.hlines(levels, places - 0.45, places + 0.45, colors=colour, linewidth=2, label=label)
-    shown = list(_levels(comparison))
-    if max(shown) > _DECADE * min(shown):
-        axes.set_yscale("log")
-        axes.set_ylim(min(shown) / 1.5, max(shown) * 1.3)
-        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axes.yaxis.set_major_formatter("{x:g}")
-        axes.yaxis.set_minor_formatter(NullFormatter())
+    log_if_wide(axes, list(_levels(comparison)))
     axes.set_ylabel("perplexity on held-out text (per token)")
     axes.set_xlabel("domain")
     axes.set_xticks(places, domains, **_SLANTED)
@@ -181,16 +189,17 @@ def _draw_domains(axes: Axes, comparison: dict[str, Any]) -> None:
 
 
 def _levels(comparison: dict[str, Any]) -> Iterable[float]:
+    """Yield every perplexity of the picture."""
     for key in ("start_ppl", "teacher_ppl"):
         yield from (comparison[key] or {}).values()
-    for one in comparison["methods"].values():
-        yield from (found["mean"] for found in one["ppl"].values())
+    for method in comparison["methods"].values():
+        yield from (spread["mean"] for spread in method["ppl"].values())
 
 
 def _draw_score(axes: Axes, comparison: dict[str, Any]) -> None:
-    for number, one in enumerate(comparison["methods"].values()):
-        found, values = one["score"], one["score"]["values"]
-        axes.errorbar(number, found["mean"], yerr=found["sd"], fmt="_", color="black", markersize=24, capsize=4)
+    for number, method in enumerate(comparison["methods"].values()):
+        score, values = method["score"], method["score"]["values"]
+        axes.errorbar(number, score["mean"], yerr=score["sd"], fmt="_", color="black", markersize=24, capsize=4)
         offsets = np.linspace(-0.15, 0.15, len(values)) if len(values) > 1 else [0.0]
         axes.scatter(
             number + np.array(offsets), values, color=bar_style(number)["color"], edgecolor="black", zorder=3, s=36

@@ -1,4 +1,4 @@
-"""The stages of a method, each a run of launch/distill.py of its own, and how they are run one after the other."""
+"""The stages of each method, and how they are run: each stage is a separate run of launch/distill.py."""
 
 from __future__ import annotations
 
@@ -26,12 +26,13 @@ from ddk_ds.run_files import is_finished
 DISTIL = Path(__file__).resolve().parents[2] / "launch/distill.py"
 FILTERS, REFERENCE, PROXY = "filters", "reference", "proxy"
 SUFFIXES = (FILTERS, REFERENCE, PROXY)
+"""Endings of the names of runs that come before a method's last stage."""
 _CPT = ("method=cpt", "teacher=null")
-# Where a run lies and how it saves changes none of its numbers.
 _FREE = ("output_dir", "checkpoint", "limits")
+"""Sections that change no number of a run: where it lies and how it saves."""
 
 RunDir = Callable[[str], Path]
-"""Directory of a method's stage, by its suffix."""
+"""Gives the directory of a method's stage by the stage's suffix."""
 
 
 def _filters(run_dir: RunDir) -> list[str]:
@@ -45,19 +46,19 @@ def _reference(run_dir: RunDir) -> list[str]:
 def _proportions(run_dir: RunDir) -> list[str]:
     path = run_dir(PROXY) / "export/proportions.yaml"
     if not path.is_file():
-        raise CheckpointError(f"{path}: there is no such file; did the run of the proxy model come to its end?")
+        raise CheckpointError(f"{path}: there is no such file; did the proxy model's run finish?")
     return [f"mixture.proportions={json.dumps(yaml.safe_load(path.read_text()), separators=(',', ':'))}"]
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One run of a method."""
+    """One run of a method of one or several stages."""
 
     suffix: str
-    """What its name has beside the method's; empty: it is the last stage, whose student is the method's result."""
+    """Ending of the run's name; empty for the last stage, whose student is the method's result."""
     overrides: tuple[str, ...]
-    takes: Callable[[RunDir], list[str]] | None = None
-    """Overrides that an earlier stage's results give. Raises CheckpointError where they are missing."""
+    from_earlier: Callable[[RunDir], list[str]] | None = None
+    """Makes the overrides that name an earlier stage's results. Raises CheckpointError where these are missing."""
 
 
 STAGES: dict[str, tuple[Stage, ...]] = {
@@ -65,10 +66,10 @@ STAGES: dict[str, tuple[Stage, ...]] = {
     for name, preset in SINGLE_STAGE.items()
     if name not in ("ted_filters", "doremi_proxy")
 } | {
-    # TED (arXiv 2210.01351): the filters, with both models frozen; then the student and its filters.
+    # TED (arXiv 2210.01351): first the filters, with both models frozen; then the student and its filters.
     "ted": (Stage(FILTERS, ("method=ted_filters",)), Stage("", ("method=ted",), _filters)),
-    # DoReMi (arXiv 2305.10429): a reference model; a proxy model by group DRO against it, the reference in the
-    # teacher's place; then continued pre-training by the proxy's mean proportions.
+    # DoReMi (arXiv 2305.10429): first a reference model; then a proxy model by group DRO, with the reference as its
+    # teacher; then continued pre-training with the proxy's mean proportions.
     "doremi": (
         Stage(REFERENCE, _CPT),
         Stage(PROXY, ("method=doremi_proxy",), _reference),
@@ -78,16 +79,16 @@ STAGES: dict[str, tuple[Stage, ...]] = {
 
 
 class StageFailed(UserError):
-    """A stage's run did not come to its end."""
+    """A stage's run failed before its end."""
 
 
 class RunInterrupted(Exception):
-    """A stage's run was ended by a signal; the same command goes on with it."""
+    """A signal ended a stage's run; the same command continues it."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """One method from one start to its result: its stages, one after the other."""
+    """One method from its starting student to its result: all its stages, one after the other."""
 
     config: Path
     method: str
@@ -101,50 +102,50 @@ class Job:
 
     @property
     def stages(self) -> tuple[Stage, ...]:
-        """In their order; the last one's run has the job's name."""
+        """Return the stages in their order; the run of the last one has the job's name."""
         return STAGES[self.method]
 
     def run_name(self, suffix: str) -> str:
-        """Of the stage with this suffix."""
+        """Return the name of the run of the stage with this suffix."""
         return f"{self.name}-{suffix}" if suffix else self.name
 
     def run_dir(self, suffix: str) -> Path:
-        """Of the stage with this suffix."""
+        """Return the directory of the run of the stage with this suffix."""
         return self.output_dir / self.run_name(suffix)
 
     def arguments(self, stage: Stage) -> list[str]:
-        """All overrides of a stage's run; those of the stage win over the job's."""
-        taken = stage.takes(self.run_dir) if stage.takes else []
+        """Return all overrides of a stage's run; later ones win, so the stage's over the job's."""
+        results = stage.from_earlier(self.run_dir) if stage.from_earlier else []
         place = [f"name={self.run_name(stage.suffix)}", f"output_dir={self.output_dir}"]
-        return [*self.overrides, *stage.overrides, *taken, *place]
+        return [*self.overrides, *stage.overrides, *results, *place]
 
     def check(self) -> None:
-        """Raise ConfigError where a stage's configuration is wrong, or a finished run of its name is another one.
+        """Raise ConfigError where a stage's configuration is wrong, or a finished run of its name had another one.
 
-        A stage that takes an earlier one's results is looked at once that one is finished.
+        Stages after the first unfinished one are not checked, since they can need its results.
         """
         for stage in self.stages:
             if not self.is_done(stage):
                 return
 
     def is_done(self, stage: Stage) -> bool:
-        """Whether the stage's run is finished. Raises ConfigError where that run had another configuration."""
+        """Return True if the stage's run is finished. Raises ConfigError where that run had another configuration."""
         wanted, run_dir = load_config(self.config, self.arguments(stage)), self.run_dir(stage.suffix)
         if not is_finished(run_dir):
             return False
-        found = load_config(run_dir / "config.yaml")
-        changed = [f"{key} was {old!r}, is {new!r}" for key, old, new in differences(found, wanted)]
+        finished = load_config(run_dir / "config.yaml")
+        changed = [f"{key} was {old!r}, is {new!r}" for key, old, new in differences(finished, wanted)]
         if changed:
             raise ConfigError(
                 f"{run_dir} holds a finished run of another configuration: {'; '.join(changed[:4])}. Give another "
-                "directory, or the values it had"
+                "directory, or the values of that run"
             )
         return True
 
 
-def differences(found: Config, wanted: Config) -> list[tuple[str, Any, Any]]:
-    """Keys whose values differ, but for where a run lies and how it saves."""
-    old, new = (_flat(config.model_dump(mode="json", exclude=set(_FREE))) for config in (found, wanted))
+def differences(finished: Config, wanted: Config) -> list[tuple[str, Any, Any]]:
+    """Return (key, old, new) of values that differ, except for where a run lies and how it saves."""
+    old, new = (_flat(config.model_dump(mode="json", exclude=set(_FREE))) for config in (finished, wanted))
     return [(key, old.get(key), new.get(key)) for key in sorted({*old, *new}) if old.get(key) != new.get(key)]
 
 
@@ -156,9 +157,9 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def run_job(job: Job, ranks: int | None) -> Iterator[str]:
-    """Run the stages that are not finished; yields a line for each.
+    """Run the stages that are not finished, and yield a line of text for each stage.
 
-    Raises StageFailed naming the log, RunInterrupted, and UserError where a stage cannot begin.
+    Raises StageFailed naming the log, RunInterrupted after a signal, and UserError where a stage cannot begin.
     """
     for stage in job.stages:
         run = job.run_name(stage.suffix)
@@ -169,16 +170,17 @@ def run_job(job: Job, ranks: int | None) -> Iterator[str]:
         code = launch(job.config, job.arguments(stage), ranks, log)
         if code == EXIT_INTERRUPTED:
             raise RunInterrupted(f"{run} was interrupted by a signal")
-        # The launcher exits with 0 when a signal ends what it started: only the summary says that the run is done.
+        # The launcher exits with 0 when a signal ends its ranks: only the summary proves that the run is done.
         if code != 0 or not is_finished(job.run_dir(stage.suffix)):
             raise StageFailed(f"{run} failed with exit code {code}: see {log}")
         yield f"{run}: finished in {time.monotonic() - began:.0f} s"
 
 
 def launch(config: Path, overrides: Sequence[str], ranks: int | None, log: Path) -> int:
-    """Start a run by the `deepspeed` launcher, its output appended to `log`, and wait; returns the exit code.
+    """Start a run by the `deepspeed` launcher, append its output to `log`, wait, and return the exit code.
 
-    `ranks` None: as many as the machine has accelerators. On KeyboardInterrupt the run is ended first; it saves.
+    With `ranks` None there is a rank for each accelerator of the machine. On KeyboardInterrupt the run is ended first;
+    it saves.
     """
     python = Path(sys.executable)
     script = python.with_name("deepspeed")
@@ -199,16 +201,16 @@ def launch(config: Path, overrides: Sequence[str], ranks: int | None, log: Path)
     try:
         return process.wait()
     except KeyboardInterrupt:
-        # The outer launcher would die of a signal and leave its child; that one passes it on to the ranks.
+        # A signal would kill the outer launcher and leave its child alive; the child passes a signal on to the ranks.
         launcher = psutil.Process(process.pid)
-        for one in launcher.children() or [launcher]:
-            one.terminate()
+        for child in launcher.children() or [launcher]:
+            child.terminate()
         process.wait()
         raise
 
 
 def free_port() -> int:
-    """A port of the loopback that nobody listens on."""
+    """Return a port of the loopback that no process listens on."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return int(free.getsockname()[1])

@@ -1,6 +1,7 @@
-"""What a finished run has cost: tokens, time, and an estimate of its floating-point operations.
+"""Results of finished runs side by side, by method and seed: perplexities, their spread and differences, and costs.
 
-Finished runs of several methods and seeds, side by side: means, spreads, and whether a difference exceeds them.
+A method's differences to the baseline are paired by seed. A run's cost is its tokens, its time, and an estimate of its
+floating-point operations.
 """
 
 from __future__ import annotations
@@ -23,24 +24,101 @@ from ddk_ds.engine.model_files import model_directory, read_model
 from ddk_ds.errors import DataError, UserError
 from ddk_ds.run_files import is_finished, read_ledger, read_summary
 
+_T95 = (12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622, 2.2281)
+"""Two-sided 95 % quantiles of Student's t for 1 to 10 degrees of freedom."""
+_Z95 = 1.959964
+_SAME = 1e-4
+"""Relative difference below which two measurements of one model count as equal: other ranks round differently."""
+
 
 @dataclass(frozen=True)
 class RunCost:
-    """Of one run."""
+    """Cost of one run."""
 
     tokens: int
-    """Trained on: targets of the loss."""
+    """Tokens trained on: targets of the loss."""
     wall_s: float
-    """Of steps and measurements."""
+    """Time of all steps and measurements."""
     evaluation_time_share: float
-    """Of wall time in measurements (at the start, between intervals, at the end) and the controller's decisions."""
+    """Share of the time that measurements (at the start, between intervals, at the end) and decisions took."""
     flops: float | None
-    """Training and evaluation; None where the models' files are gone."""
+    """FLOPs of training and evaluation; None where the models' files are gone."""
     evaluation_flops: float | None
 
 
+@dataclass(frozen=True)
+class Result:
+    """One finished run of a method, and the costs of the method's earlier stages."""
+
+    label: str
+    seed: int
+    summary: dict[str, Any]
+    cost: RunCost
+    earlier: tuple[RunCost, ...] = ()
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Mean and spread of one quantity over seeds."""
+
+    mean: float
+    sd: float | None
+    """Sample standard deviation (n - 1); None with one value."""
+    values: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Difference of one quantity between a method and the baseline, paired by seed."""
+
+    seeds: int
+    """Seeds that both have."""
+    mean: float | None
+    """Method minus baseline; None without a common seed."""
+    standard_error: float | None
+    low: float | None
+    """Lower end of the mean's 95 % t interval; None with fewer than two seeds."""
+    high: float | None
+    """Upper end of that interval."""
+    verdict: str
+    """Sentence about the difference and the spread, for the report."""
+
+
+def compare_runs(
+    directory: Path, baseline: str | None, labels: Sequence[str] | None = None, seeds: Iterable[int] | None = None
+) -> dict[str, Any]:
+    """Return the content of comparison.json for the finished runs <label>-s<seed> in a directory.
+
+    The baseline is the first label unless it is given; None for labels or seeds takes all that are finished. Raises
+    DataError where no run is finished.
+    """
+    results = read_results(directory, labels, seeds)
+    if not results:
+        raise DataError(f"{directory}: no run <method>-s<seed> in it is finished: nothing to report")
+    baseline = baseline or (labels or [results[0].label])[0]
+    return {**compare(results, baseline), **about(directory, results)}
+
+
+def read_results(
+    directory: Path, labels: Sequence[str] | None = None, seeds: Iterable[int] | None = None
+) -> list[Result]:
+    """Read the finished runs <label>-s<seed> of a directory, in the order of labels and seeds; None takes all."""
+    results = []
+    for path in directory.glob("*-s*"):
+        named = re.fullmatch(r"(.+)-s(\d+)", path.name)
+        if named is None or not is_finished(path):
+            continue
+        label, seed = named[1], int(named[2])
+        if (labels is None or label in labels) and (seeds is None or seed in seeds):
+            stages = [directory / f"{path.name}-{suffix}" for suffix in SUFFIXES]
+            earlier = tuple(run_cost(stage) for stage in stages if is_finished(stage))
+            results.append(Result(label, seed, read_summary(path), run_cost(path), earlier))
+    order = list(labels or sorted({result.label for result in results}))
+    return sorted(results, key=lambda result: (order.index(result.label), result.seed))
+
+
 def run_cost(run_dir: Path) -> RunCost:
-    """Read a finished run's directory. Raises CheckpointError where it holds none."""
+    """Read the cost of a finished run from its directory. Raises CheckpointError if it holds no finished run."""
     summary, records = read_summary(run_dir), read_ledger(run_dir)
     config = load_config(run_dir / "config.yaml")
     measurements = [record for record in records if record["kind"] in ("interval", "end")]
@@ -76,122 +154,11 @@ def _clock(records: list[dict[str, Any]], key: str) -> float:
     return math.fsum(record["clock"].get(key, 0.0) for record in records)
 
 
-def start_event(run_dir: Path) -> dict[str, Any]:
-    """What the run's first start noted: number of ranks and versions."""
-    with (run_dir / "events.jsonl").open() as stream:
-        return dict(json.loads(stream.readline()))
-
-
-# Two-sided 95 % quantiles of Student's t for 1 to 10 degrees of freedom.
-_T95 = (12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622, 2.2281)
-_Z95 = 1.959964
-_SAME = 1e-4
-"""Relative difference under which two measurements of one model are equal: other ranks round differently."""
-
-
-@dataclass(frozen=True)
-class Result:
-    """One finished run of a method, with its earlier stages."""
-
-    label: str
-    seed: int
-    summary: dict[str, Any]
-    cost: RunCost
-    earlier: tuple[RunCost, ...] = ()
-
-
-@dataclass(frozen=True)
-class Spread:
-    """Of one quantity over seeds."""
-
-    mean: float
-    sd: float | None
-    """Sample standard deviation (n - 1); None with one value."""
-    values: tuple[float, ...]
-
-
-@dataclass(frozen=True)
-class Difference:
-    """Of one quantity between a method and the baseline, paired by seed."""
-
-    seeds: int
-    mean: float | None
-    """Method less baseline."""
-    standard_error: float | None
-    low: float | None
-    """Of the 95 % t interval of the mean."""
-    high: float | None
-    verdict: str
-
-
-def spread(values: Iterable[float]) -> Spread:
-    """Mean and sample standard deviation."""
-    array = np.array(list(values), np.float64)
-    return Spread(float(array.mean()), float(array.std(ddof=1)) if len(array) > 1 else None, tuple(array.tolist()))
-
-
-def t_quantile(degrees: int) -> float:
-    """Two-sided 95 % quantile of Student's t; beyond 10 degrees of freedom by its expansion around the normal's.
-
-    Abramowitz and Stegun, 26.7.5; off by less than 2e-4 there.
-    """
-    if degrees <= len(_T95):
-        return _T95[degrees - 1]
-    z, n = _Z95, degrees
-    terms = (
-        (z**3 + z) / (4 * n),
-        (5 * z**5 + 16 * z**3 + 3 * z) / (96 * n**2),
-        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * n**3),
-    )
-    return z + math.fsum(terms)
-
-
-def paired_difference(method: Mapping[int, float], baseline: Mapping[int, float]) -> Difference:
-    """Method less baseline over the seeds that both have (values by seed), with a paired t interval."""
-    seeds = sorted(method.keys() & baseline.keys())
-    if not seeds:
-        return Difference(0, None, None, None, None, "no seed in common")
-    found = spread(method[seed] - baseline[seed] for seed in seeds)
-    if found.sd is None:
-        return Difference(1, found.mean, None, None, None, "one seed: no spread is known")
-    error = found.sd / math.sqrt(len(seeds))
-    half = t_quantile(len(seeds) - 1) * error
-    low, high = found.mean - half, found.mean + half
-    verdict = "exceeds the spread" if low > 0 or high < 0 else "does not exceed the spread"
-    return Difference(len(seeds), found.mean, error, low, high, verdict)
-
-
-def read_results(
-    directory: Path, labels: Sequence[str] | None = None, seeds: Iterable[int] | None = None
-) -> list[Result]:
-    """The finished runs <label>-s<seed> in a directory, by label and seed; None: all that are there."""
-    results = []
-    for path in directory.glob("*-s*"):
-        named = re.fullmatch(r"(.+)-s(\d+)", path.name)
-        if named is None or not is_finished(path):
-            continue
-        label, seed = named[1], int(named[2])
-        if (labels is None or label in labels) and (seeds is None or seed in seeds):
-            stages = [directory / f"{path.name}-{suffix}" for suffix in SUFFIXES]
-            earlier = tuple(run_cost(stage) for stage in stages if is_finished(stage))
-            results.append(Result(label, seed, read_summary(path), run_cost(path), earlier))
-    order = list(labels or sorted({result.label for result in results}))
-    return sorted(results, key=lambda result: (order.index(result.label), result.seed))
-
-
-def about(directory: Path, results: Sequence[Result]) -> dict[str, Any]:
-    """Versions and numbers of ranks that the runs noted at their start."""
-    events = [start_event(directory / f"{result.label}-s{result.seed}") for result in results]
-    versions: dict[str, set[str]] = {}
-    for event in events:
-        for name, version in event.get("versions", {}).items():
-            versions.setdefault(name, set()).add(version)
-    ranks = sorted({event["world_size"] for event in events if "world_size" in event})
-    return {"ranks": ranks, "versions": {name: sorted(found) for name, found in versions.items()}}
-
-
 def compare(results: Sequence[Result], baseline: str) -> dict[str, Any]:
-    """Everything that comparison.json holds. Raises DataError where the runs have not the same domains."""
+    """Compare the runs with those of the baseline. Raises DataError where their domains differ.
+
+    The result is what comparison.json holds, except versions and ranks.
+    """
     labels = list(dict.fromkeys(result.label for result in results))
     names = [domain["name"] for domain in results[0].summary["domains"]]
     for result in results:
@@ -201,12 +168,12 @@ def compare(results: Sequence[Result], baseline: str) -> dict[str, Any]:
     teacher = _by_domain(teachers[0], "teacher_ppl") if teachers else None
     start = _by_domain(results[0], "student_ppl_before")
     after = {(r.label, r.seed): _by_domain(r, "student_ppl_after") for r in results}
-    # Without any teacher there is no ratio: the geometric mean says how well a model does over all domains.
+    # Without any teacher there is no ratio: the geometric mean scores a model over all domains.
     score = {key: _mean_ratio(ppl, teacher) if teacher else _geometric_mean(ppl) for key, ppl in after.items()}
 
     def values(label: str, domain: str | None) -> dict[int, float]:
         by_run = score if domain is None else {key: ppl[domain] for key, ppl in after.items()}
-        return {seed: value for (one, seed), value in by_run.items() if one == label}
+        return {seed: value for (method, seed), value in by_run.items() if method == label}
 
     quantities = {"score": None, **{name: name for name in names}}
     return {
@@ -251,7 +218,7 @@ def _geometric_mean(ppl: Mapping[str, float]) -> float:
 
 
 def _costs(results: Sequence[Result]) -> dict[str, Any]:
-    """Means over seeds; `earlier_*` are the sums over the method's stages before its last."""
+    """Return mean costs over seeds; `earlier_*` sum over the method's stages before its last, if it has several."""
 
     def mean(values: Iterable[float | None]) -> float | None:
         known = list(values)
@@ -276,13 +243,13 @@ def _total(values: Iterable[float | None]) -> float | None:
 
 
 def _remarks(results: Sequence[Result], start: Mapping[str, float], teacher: Mapping[str, float] | None) -> list[str]:
-    """What makes the comparison less than fair, or incomplete."""
+    """Return a sentence for everything that makes the comparison unfair or incomplete."""
 
     def differ(key: str, expected: Mapping[str, float]) -> list[str]:
-        found = [(f"{r.label}-s{r.seed}", _by_domain(r, key)) for r in results]
+        by_run = [(f"{r.label}-s{r.seed}", _by_domain(r, key)) for r in results]
         return [
             run
-            for run, ppl in found
+            for run, ppl in by_run
             if any(ppl[name] is not None and abs(ppl[name] / expected[name] - 1) > _SAME for name in expected)
         ]
 
@@ -299,3 +266,58 @@ def _remarks(results: Sequence[Result], start: Mapping[str, float], teacher: Map
     if max(tokens) > 1.01 * min(tokens):
         remarks.append(f"the runs trained on {min(tokens):,} to {max(tokens):,} tokens, so not on the same number")
     return remarks
+
+
+def spread(values: Iterable[float]) -> Spread:
+    """Return mean and sample standard deviation of at least one value."""
+    array = np.array(list(values), np.float64)
+    return Spread(float(array.mean()), float(array.std(ddof=1)) if len(array) > 1 else None, tuple(array.tolist()))
+
+
+def t_quantile(degrees: int) -> float:
+    """Return the two-sided 95 % quantile of Student's t.
+
+    Beyond 10 degrees of freedom it is the expansion around the normal distribution's quantile (Abramowitz and Stegun,
+    26.7.5), which is off by less than 2e-4 there.
+    """
+    if degrees <= len(_T95):
+        return _T95[degrees - 1]
+    z, n = _Z95, degrees
+    terms = (
+        (z**3 + z) / (4 * n),
+        (5 * z**5 + 16 * z**3 + 3 * z) / (96 * n**2),
+        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * n**3),
+    )
+    return z + math.fsum(terms)
+
+
+def paired_difference(method: Mapping[int, float], baseline: Mapping[int, float]) -> Difference:
+    """Compare values by seed over the seeds that both have: method minus baseline, with a paired t interval."""
+    seeds = sorted(method.keys() & baseline.keys())
+    if not seeds:
+        return Difference(0, None, None, None, None, "no seed in common")
+    differences = spread(method[seed] - baseline[seed] for seed in seeds)
+    if differences.sd is None:
+        return Difference(1, differences.mean, None, None, None, "one seed: no spread is known")
+    error = differences.sd / math.sqrt(len(seeds))
+    half = t_quantile(len(seeds) - 1) * error
+    low, high = differences.mean - half, differences.mean + half
+    verdict = "exceeds the spread" if low > 0 or high < 0 else "does not exceed the spread"
+    return Difference(len(seeds), differences.mean, error, low, high, verdict)
+
+
+def about(directory: Path, results: Sequence[Result]) -> dict[str, Any]:
+    """Return the versions and numbers of ranks that the runs noted at their start."""
+    events = [_start_event(directory / f"{result.label}-s{result.seed}") for result in results]
+    versions: dict[str, set[str]] = {}
+    for event in events:
+        for name, version in event.get("versions", {}).items():
+            versions.setdefault(name, set()).add(version)
+    ranks = sorted({event["world_size"] for event in events if "world_size" in event})
+    return {"ranks": ranks, "versions": {name: sorted(values) for name, values in versions.items()}}
+
+
+def _start_event(run_dir: Path) -> dict[str, Any]:
+    """Return the event of the run's first start, with number of ranks and versions."""
+    with (run_dir / "events.jsonl").open() as stream:
+        return dict(json.loads(stream.readline()))

@@ -1,6 +1,6 @@
-"""The style sheet of the report: one column on a phone, two where there is room, and for the printer.
+"""The report as one HTML page that needs nothing else: no network, no script, no font.
 
-The report as one HTML page that needs nothing else: no network, no script, no font.
+Its pictures are written as files too.
 """
 
 from __future__ import annotations
@@ -9,13 +9,16 @@ import base64
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from html import escape
+from pathlib import Path
 
 import numpy as np
 
 from ddk_ds.drawing import Array, Picture
+from ddk_ds.errors import ConfigError
+from ddk_ds.files import write_text
 from ddk_ds.report.domains import mixture, over_tokens, perplexity_bars, realised
 from ddk_ds.report.happenings import checkpoint_seconds, event_rows, progress
-from ddk_ds.report.records import DomainResult, RunRecord
+from ddk_ds.report.records import DomainResult, RunRecord, read_runs
 from ddk_ds.report.run_progress import duration
 from ddk_ds.report.training import speed_pictures, spent, training_pictures
 from ddk_ds.version import VERSION
@@ -84,6 +87,24 @@ class Section:
     title: str
     html: str
     pictures: Sequence[Picture]
+
+
+def write_page(run_dirs: Sequence[Path], out: Path) -> Path:
+    """Write report.html and its pictures to `out`, and return the page's path.
+
+    Raises CheckpointError where a run cannot be read, ConfigError where `out` cannot be written.
+    """
+    runs = read_runs(run_dirs)
+    parts = sections(runs)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        for part in parts:
+            for picture in part.pictures:
+                write_text(out / f"{picture.name}.svg", picture.svg)
+        write_text(out / "report.html", page(runs, parts))
+    except OSError as error:
+        raise ConfigError(f"--out {out}: cannot be written: {error.strerror}; name another directory") from error
+    return out / "report.html"
 
 
 def sections(runs: Sequence[RunRecord]) -> list[Section]:

@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 from ddk_ds.comparison import method_stages as stages
+from ddk_ds.comparison.comparison_jobs import ComparisonPlan, read_grid
 from ddk_ds.comparison.comparison_report import draw, markdown
 from ddk_ds.comparison.method_stages import STAGES, Job, run_job
 from ddk_ds.comparison.results_table import (
@@ -28,7 +29,6 @@ from ddk_ds.config import load_config, to_yaml
 from ddk_ds.errors import ConfigError, DataError
 from tools import compare as command
 from tools import stages as stages_command
-from tools.compare import make_jobs, read_grid
 
 CONFIG = {
     "name": "base",
@@ -49,11 +49,9 @@ def config(tmp_path: Path) -> Path:
     return path
 
 
-def options(config: Path, out: Path, **values: Any) -> Any:
-    """What the command line gives."""
-    return command._parse(
-        ["--config", str(config), "--out", str(out), *(f"--{key}={value}" for key, value in values.items())]
-    )
+def plan_of(config: Path, out: Path, *overrides: str, **values: Any) -> ComparisonPlan:
+    """A comparison of cpt and kd, with one seed each, unless `values` say otherwise."""
+    return ComparisonPlan(config, overrides, out, **{"seeds": 1, "methods": ("cpt", "kd"), **values})
 
 
 def summary(teacher: list[float] | None, before: list[float], after: list[float], tokens: int = 100) -> dict[str, Any]:
@@ -224,8 +222,7 @@ def test_the_picture_holds_many_variants(tmp_path: Path) -> None:
 
 
 def test_jobs_of_methods(tmp_path: Path, config: Path) -> None:
-    given = options(config, tmp_path / "out", methods="cpt,ddk", seeds=2)
-    jobs = make_jobs(given, command._entries(given))
+    jobs = plan_of(config, tmp_path / "out", methods=("cpt", "ddk"), seeds=2).make_jobs()
     assert [job.name for job in jobs] == ["cpt-s0", "ddk-s0", "cpt-s1", "ddk-s1"]
     resolved = [load_config(config, job.arguments(job.stages[0])) for job in jobs]
     assert [one.seed for one in resolved] == [0, 0, 1, 1]
@@ -246,13 +243,12 @@ def test_jobs_of_methods(tmp_path: Path, config: Path) -> None:
     ],
 )
 def test_a_configuration_that_cannot_be_compared(
-    tmp_path: Path, values: dict[str, Any], extra: list[str], message: str, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, values: dict[str, Any], extra: list[str], message: str
 ) -> None:
     path = tmp_path / "base.yaml"
     path.write_text(yaml.safe_dump(CONFIG | values))
     with pytest.raises(ConfigError, match=message):
-        given = command._parse(["--config", str(path), "--out", str(tmp_path / "out"), "--methods", "kd,cpt", *extra])
-        make_jobs(given, command._entries(given))
+        plan_of(path, tmp_path / "out", *extra).make_jobs()
     assert not (tmp_path / "out").exists()
 
 
@@ -267,8 +263,7 @@ def test_a_grids_variants_are_runs(tmp_path: Path) -> None:
     config.write_text(yaml.safe_dump(CONFIG | {"mixture": {"controller": "equal"}}))
     variants = {"0.1": ["loss.gamma=0.1"], "kd": ["method=kd", "mixture.controller=by_size"]}
     grid.write_text(yaml.safe_dump({"variants": variants}))
-    given = options(config, tmp_path / "out", grid=grid, seeds=1)
-    jobs = make_jobs(given, command._entries(given))
+    jobs = plan_of(config, tmp_path / "out", grid=grid).make_jobs()
     resolved = [load_config(config, job.arguments(job.stages[0])) for job in jobs]
     assert [(one.name, one.method, one.mixture.controller, one.loss.gamma) for one in resolved] == [
         ("0.1-s0", "ddk", "equal", 0.1),
@@ -276,7 +271,7 @@ def test_a_grids_variants_are_runs(tmp_path: Path) -> None:
     ]
     grid.write_text(yaml.safe_dump({"variants": {"kd": ["method=kd"]}}))
     with pytest.raises(ConfigError, match=r"mixture\.controller"):
-        make_jobs(given, command._entries(given))
+        plan_of(config, tmp_path / "out", grid=grid).make_jobs()
 
 
 @pytest.mark.parametrize(

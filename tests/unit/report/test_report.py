@@ -16,11 +16,11 @@ import pytest
 
 from ddk_ds.errors import CheckpointError
 from ddk_ds.report.domains import asked_and_realised
-from ddk_ds.report.page import sections
+from ddk_ds.report.page import sections, write_page
 from ddk_ds.report.records import PARTS, read_run
 from ddk_ds.report.training import parts_of_steps, spent
 from tests.unit.report.made_run import DOMAINS, TOKENS_A_STEP, make_run
-from tools.report import main, write_report
+from tools.report import main
 
 ALL = {"perplexity", "ratio", "mixture", "tokens", "loss", "grad_norm", "learning_rate", "speed", "step_parts", "time"}
 ALL |= {"memory", "progress"}
@@ -80,7 +80,7 @@ def test_any_length_of_run_with_and_without_a_teacher(
     tmp_path: Path, teacher: bool, steps: int, finished: bool
 ) -> None:
     run_dir = make_run(tmp_path, steps=steps, finished=finished, teacher=teacher)
-    path = write_report([run_dir], tmp_path / "out")
+    path = write_page([run_dir], tmp_path / "out")
     figures = {str(item["id"]) for item in Page(path.read_text()).all("figure")}
     assert figures == (ALL if teacher else ALL - {"ratio"} | {"perplexity_over_tokens"})
 
@@ -89,7 +89,7 @@ def test_before_the_first_step_there_is_a_page_too(tmp_path: Path) -> None:
     run_dir = make_run(tmp_path, finished=False)
     lines = (run_dir / "ledger.jsonl").read_text().splitlines(keepends=True)
     (run_dir / "ledger.jsonl").write_text(lines[0])
-    text = write_report([run_dir], tmp_path / "out").read_text()
+    text = write_page([run_dir], tmp_path / "out").read_text()
     assert "No step is done yet" in text and 'id="perplexity"' in text and 'id="mixture"' in text
 
 
@@ -148,7 +148,7 @@ def test_secrets_do_not_leave_the_run(tmp_path: Path) -> None:
     run_dir = make_run(tmp_path, steps=12)
     with (run_dir / "config.yaml").open("a") as stream:
         stream.write("hub_token: hf_abcdef\nremote: s3://user:pass@host/x\n")
-    text = write_report([run_dir], tmp_path / "out").read_text()
+    text = write_page([run_dir], tmp_path / "out").read_text()
     assert "hf_abcdef" not in text and "user:pass" not in text
     assert "hub_token: ***" in text and "chunk_tokens: null" in text and "s3://***@host" in text
 
@@ -157,7 +157,7 @@ def test_other_runs_stand_beside_the_first(tmp_path: Path) -> None:
     first = make_run(tmp_path / "a", steps=20)
     second = make_run(tmp_path / "b", steps=20)
     third = make_run(tmp_path / "c", name="plain", steps=20, teacher=False, domains=(*DOMAINS[1:], "new"))
-    text = write_report([first, second, third], tmp_path / "out").read_text()
+    text = write_page([first, second, third], tmp_path / "out").read_text()
     figures = [str(item["id"]) for item in Page(text).all("figure")]
     assert len(figures) == len(set(figures))
     assert sum(name.startswith("ratio") for name in figures) == 2 and "perplexity_over_tokens_plain" in figures
@@ -172,7 +172,7 @@ def test_a_ledger_of_100_000_steps(tmp_path: Path) -> None:
     at = text.index('"grad_norm"', len(text) // 3)
     (run_dir / "ledger.jsonl").write_text(text[:at] + spike + text[text.index(", ", at) :])
     started = time.perf_counter()
-    path = write_report([run_dir], tmp_path / "out")
+    path = write_page([run_dir], tmp_path / "out")
     assert time.perf_counter() - started < 60  # 20 s on an idle machine; others may be at work on this one
     assert path.stat().st_size < 5e6
     assert "and 987.5" in path.read_text() and "334 steps are put together" in path.read_text()
@@ -189,7 +189,7 @@ def test_a_run_that_no_measurement_has_begun(tmp_path: Path) -> None:
 @pytest.mark.parametrize("width", [1280, 390])
 def test_a_browser_shows_it_without_complaint(tmp_path: Path, width: int) -> None:
     """No console error, no broken picture, and nothing wider than the window."""
-    path = write_report([make_run(tmp_path)], tmp_path / "out")
+    path = write_page([make_run(tmp_path)], tmp_path / "out")
     # The page itself has no script; this one only looks.
     probe = (
         "<script>addEventListener('load', () => { console.log('FOUND ' + JSON.stringify({"

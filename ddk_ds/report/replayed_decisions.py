@@ -1,0 +1,187 @@
+"""A run's decisions on its mixture, taken again from its ledger: they must come out equal; also by another controller.
+
+The ledger's measurements are the input, so another controller is only compared on the perplexities of this run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.table import Table
+
+from ddk_ds.drawing import Array, tidy
+from ddk_ds.errors import CheckpointError, DataError
+from ddk_ds.mixture.decide import Controller, Decision, decide
+from ddk_ds.mixture.exhaustion import largest_remainder
+from ddk_ds.run_files import read_events, read_ledger
+
+
+@dataclass(frozen=True)
+class RecordedDecision:
+    """One decision of the ledger and its inputs; vectors (N,) are in the order of the domains."""
+
+    interval: int
+    step: int
+    student_ppl: Array
+    teacher_ppl: Array | None
+    decision: Decision
+    asked: tuple[int, ...]
+    """Samples of each domain that the proportions ask for."""
+
+
+@dataclass(frozen=True)
+class RecordedRun:
+    """The decisions of a run, and what its controller knew from the start."""
+
+    domains: list[str]
+    decisions: list[RecordedDecision]
+    train_tokens: dict[str, int]
+    """Size of each domain."""
+    schedule: Any
+    """Content of `mixture.schedule_file`, or None."""
+
+
+def read_recorded_run(run_dir: Path) -> RecordedRun:
+    """Read the decisions from a run's directory. Raises CheckpointError where there are none."""
+    records = [record for record in read_ledger(run_dir) if record["kind"] == "interval"]
+    if not records:
+        raise CheckpointError(f"{run_dir / 'ledger.jsonl'}: no interval has begun yet")
+    start = next((event["mixture"] for event in read_events(run_dir) if "mixture" in event), None)
+    if start is None:
+        raise CheckpointError(
+            f"{run_dir / 'events.jsonl'}: no start event has the sizes of the domains: an older version wrote it"
+        )
+    domains = list(records[0]["proportions"])
+    decisions = [_recorded_decision(record, domains) for record in records]
+    return RecordedRun(domains, decisions, start["train_tokens"], start["schedule"])
+
+
+def _recorded_decision(record: dict[str, Any], domains: Sequence[str]) -> RecordedDecision:
+    def vector(key: str) -> list[float]:
+        return [] if record[key] is None else [record[key][name] for name in domains]
+
+    return RecordedDecision(
+        interval=record["interval"],
+        step=record["step"],
+        student_ppl=np.array(vector("student_ppl")),
+        teacher_ppl=None if record["teacher_ppl"] is None else np.array(vector("teacher_ppl")),
+        decision=Decision(vector("proportions"), vector("smoothed_ppl")),
+        asked=tuple(int(record["asked"][name]) for name in domains),
+    )
+
+
+@dataclass(frozen=True)
+class Replay:
+    """How many decisions came out equal."""
+
+    num_replayed: int
+    """All decisions of the ledger, except the first of a fork, which continues from another run's decision."""
+    unequal: list[int]
+    """Intervals whose decision did not come out equal to the last bit."""
+
+
+def replay(controller: Controller, recorded: Sequence[RecordedDecision]) -> Replay:
+    """Take each decision again, from the recorded decision before it, by the run's own controller."""
+    num_replayed, unequal, last = 0, [], None
+    for number, entry in enumerate(recorded):
+        if number > 0 or entry.interval == 0:
+            taken = decide(controller, last, entry.student_ppl, entry.teacher_ppl, interval=entry.interval)
+            num_replayed += 1
+            if not _is_equal(entry, taken):
+                unequal.append(entry.interval)
+        last = entry.decision
+    return Replay(num_replayed, unequal)
+
+
+def _is_equal(entry: RecordedDecision, taken: Decision) -> bool:
+    """Return True if the decision, and the samples that it asks for, are the recorded ones to the last bit."""
+    return taken == entry.decision and _num_samples(entry, taken) == entry.asked
+
+
+def _num_samples(entry: RecordedDecision, taken: Decision) -> tuple[int, ...]:
+    return tuple(largest_remainder(taken.proportions, sum(entry.asked)).tolist())
+
+
+def decide_otherwise(controller: Controller, recorded: Sequence[RecordedDecision]) -> list[Decision]:
+    """Return the decisions of another controller, each continuing its own last one; a fork's first is the recorded one.
+
+    Raises DataError where the controller needs a teacher and the run has none.
+    """
+    decisions: list[Decision] = []
+    for entry in recorded:
+        if not decisions and entry.interval > 0:
+            decisions.append(entry.decision)
+            continue
+        if controller.uses_teacher and entry.teacher_ppl is None:
+            raise DataError(f"controller {controller.name} compares with a teacher, and this run has none")
+        last = decisions[-1] if decisions else None
+        decisions.append(decide(controller, last, entry.student_ppl, entry.teacher_ppl, interval=entry.interval))
+    return decisions
+
+
+def mixture_table(run: RecordedRun, other: Sequence[Decision], overrides: str) -> Table:
+    """Make the table of each domain's share, as run and by the other decisions."""
+    own = [entry.decision for entry in run.decisions]
+    own_shares, other_shares = (_shares(run.decisions, decisions) for decisions in (own, other))
+    table = Table(title=f"mixture as run, and with {overrides}", title_justify="left")
+    table.add_column("domain")
+    for heading in ("samples, as run", "would be", "last interval, as run", "would be"):
+        table.add_column(heading, justify="right")
+    for place, name in enumerate(run.domains):
+        last = own[-1].proportions[place], other[-1].proportions[place]
+        table.add_row(name, *(f"{value:.1%}" for value in (own_shares[place], other_shares[place], *last)))
+    return table
+
+
+def _shares(recorded: Sequence[RecordedDecision], decisions: Sequence[Decision]) -> Array:
+    """Return the share (N,) of the run's samples that the decisions ask for."""
+    samples = np.array([sum(entry.asked) for entry in recorded], np.float64)
+    return samples @ np.array([decision.proportions for decision in decisions]) / samples.sum()
+
+
+def replay_json(
+    run: RecordedRun, replayed: Replay, other: Sequence[Decision] | None, overrides: Sequence[str]
+) -> dict[str, Any]:
+    """Return every decision as plain JSON values; `other` are those of another controller, if one was tried."""
+    rows: list[dict[str, Any]] = []
+    for place, entry in enumerate(run.decisions):
+        equal = entry.interval not in replayed.unequal
+        row: dict[str, Any] = {"interval": entry.interval, "step": entry.step, "equal": equal}
+        row["proportions"] = dict(zip(run.domains, entry.decision.proportions, strict=True))
+        if other is not None:
+            row["otherwise"] = dict(zip(run.domains, other[place].proportions, strict=True))
+        rows.append(row)
+    return {"unequal": replayed.unequal, "overrides": list(overrides), "intervals": rows}
+
+
+def draw_replay(path: Path, run: RecordedRun, other: Sequence[Decision] | None, overrides: str) -> None:
+    """Draw each domain's proportion over the run, as it was and as the other decisions have it. Needs matplotlib."""
+    # Only here: the check needs no picture.
+    from matplotlib.figure import Figure
+
+    columns = min(5, len(run.domains))
+    rows = -(-len(run.domains) // columns)
+    figure = Figure(figsize=(2.4 * columns + 0.6, 2.0 * rows + 0.9), layout="constrained")
+    panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).flatten()
+    steps = [entry.step for entry in run.decisions]
+    for place, (name, axes) in enumerate(zip(run.domains, panels, strict=False)):
+        proportions = [entry.decision.proportions[place] for entry in run.decisions]
+        axes.plot(steps, proportions, color="black", marker="o", markersize=3, drawstyle="steps-post", label="as run")
+        if other is not None:
+            style: dict[str, Any] = {"color": "#D55E00", "marker": "s", "markersize": 3, "linestyle": "--"}
+            proportions = [decision.proportions[place] for decision in other]
+            axes.plot(steps, proportions, drawstyle="steps-post", label=overrides, **style)
+        axes.set_title(name, fontsize=9)
+        tidy(axes, "both")
+    for axes in panels[len(run.domains) :]:
+        axes.set_visible(False)
+    panels[0].set_ylim(bottom=0)
+    figure.supxlabel("optimizer step", fontsize=9)
+    figure.supylabel("proportion of the samples", fontsize=9)
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=2, frameon=False, fontsize=9)
+    figure.savefig(path, dpi=150)

@@ -1,0 +1,60 @@
+"""A run's decisions come out equal when they are taken again; tests/dist/test_monitoring.py replays a real run."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+
+from ddk_ds.config import Mixture
+from ddk_ds.mixture.controllers import make_controller
+from ddk_ds.mixture.decide import Controller, decide
+from ddk_ds.mixture.exhaustion import largest_remainder
+from ddk_ds.report.replayed_decisions import RecordedDecision, RecordedRun, decide_otherwise, replay, replay_json
+
+SIZES = {"python": 1000, "cpp": 2000, "mathematics": 500}
+
+
+def controller(**options: float) -> Controller:
+    return make_controller(Mixture.model_validate(options), SIZES)
+
+
+def recorded(count: int = 4) -> list[RecordedDecision]:
+    """Decisions as a run's ledger holds them."""
+    rng, last, entries = np.random.default_rng(0), None, []
+    for number in range(count):
+        student, teacher = rng.uniform(10, 30, 3), rng.uniform(5, 10, 3)
+        last = decide(controller(), last, student, teacher, interval=number)
+        asked = tuple(largest_remainder(last.proportions, 160).tolist())
+        entries.append(RecordedDecision(number, 10 * number, student, teacher, last, asked))
+    return entries
+
+
+def test_a_runs_own_decisions_come_out_equal() -> None:
+    found = replay(controller(), recorded())
+    assert (found.num_replayed, found.unequal) == (4, [])
+
+
+def test_a_changed_measurement_or_number_of_samples_does_not() -> None:
+    entries = recorded()
+    entries[2] = replace(entries[2], student_ppl=entries[2].student_ppl * np.array([1, 1 + 1e-12, 1]))
+    first, second, *others = entries[3].asked
+    entries[3] = replace(entries[3], asked=(first + 1, second - 1, *others))
+    assert replay(controller(), entries).unequal == [2, 3]
+
+
+def test_a_fork_begins_with_the_recorded_decision() -> None:
+    entries = recorded()[1:]
+    assert replay(controller(), entries).num_replayed == 2
+    other = decide_otherwise(controller(alpha=0.0), entries)
+    assert other[0] == entries[0].decision
+    np.testing.assert_allclose(other[1].proportions, 1 / 3)
+
+
+def test_json_has_both_decisions() -> None:
+    entries = recorded()
+    run = RecordedRun(list(SIZES), entries, SIZES, None)
+    other = decide_otherwise(controller(alpha=0.0), entries)
+    written = replay_json(run, replay(controller(), entries), other, ["alpha=0"])
+    assert written["overrides"] == ["alpha=0"] and [row["step"] for row in written["intervals"]] == [0, 10, 20, 30]
+    assert written["intervals"][1]["otherwise"].keys() == SIZES.keys()
