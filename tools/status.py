@@ -1,4 +1,4 @@
-"""Show on one screen where a run stands; any machine that sees its directory can.
+"""Show the state of a run on one screen, from any machine that can read its directory.
 
 python tools/status.py runs/demo
 python tools/status.py runs/demo --watch 5
@@ -24,44 +24,46 @@ from ddk_ds.train.checkpoint.checkpoint_files import MANIFEST, newest_checkpoint
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Returns the exit code: 0, or 2 where the run has not begun or cannot be read."""
+    """Show the screen; return 0, or 2 where the run has not begun or cannot be read."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("run", type=Path, metavar="RUN", help="directory of a run, finished or not")
-    parser.add_argument("--watch", type=float, metavar="SECONDS", help="show it anew so often, until Ctrl-C")
+    parser.add_argument(
+        "--watch", type=float, metavar="SECONDS", help="show it again after so many seconds, until Ctrl-C"
+    )
     options = parser.parse_args(arguments)
     console = Console(highlight=False)
     if options.watch is not None:
         return watch(options.run, max(0.2, options.watch), console)
     try:
-        console.print(look(options.run, console))
+        console.print(current_screen(options.run, console))
     except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
 
 
-def look(run_dir: Path, console: Console) -> RenderableType:
-    """The screen as it is now. UserError where the run has not begun or cannot be read."""
+def current_screen(run_dir: Path, console: Console) -> RenderableType:
+    """Return the screen as it is now. Raises UserError where the run has not begun or cannot be read."""
     newest = newest_checkpoint(run_dir)
-    found = None
+    checkpoint = None
     if newest is not None:
         directory, manifest = newest
-        found = manifest.step, (directory / MANIFEST).stat().st_mtime, manifest.num_bytes
+        checkpoint = manifest.step, (directory / MANIFEST).stat().st_mtime, manifest.num_bytes
     free = shutil.disk_usage(nearest_existing(run_dir)).free
-    # What is printed once, or to a file, can be of any height.
+    # A file, or a screen that is printed once, can have any height.
     rows = max(3, console.height - OTHER_LINES) if console.is_terminal else None
-    return screen(run_dir, Surroundings(time.time(), found, free), rows)
+    return screen(run_dir, Surroundings(time.time(), checkpoint, free), rows)
 
 
 def watch(run_dir: Path, every_s: float, console: Console) -> int:
-    """Show the screen anew every so often; a run that has not begun yet is waited for."""
+    """Show the screen again every `every_s` seconds until Ctrl-C; wait for a run that has not begun."""
 
     def now() -> RenderableType:
         try:
-            return look(run_dir, console)
-        except (UserError, OSError) as error:  # a file may go or be half written while it is read
+            return current_screen(run_dir, console)
+        except (UserError, OSError) as error:  # a file can vanish or be half written while it is read
             return Text(str(error))
 
     try:

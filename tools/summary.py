@@ -6,31 +6,28 @@ python tools/summary.py runs/demo runs/demo-equal
 from __future__ import annotations
 
 import argparse
-import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from ddk_ds.errors import UserError
+from ddk_ds.command_line import reports_user_errors
 from ddk_ds.run_files import read_summary
 from ddk_ds.train.run_end import summary_table
 
 
-def main() -> int:
-    """Returns the exit code."""
+@reports_user_errors
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Print the tables; return 0, or 2 for an error that the user can mend."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="directory of a finished run")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     console = Console()
-    try:
-        summaries = [read_summary(run) for run in options.runs]
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    summaries = [read_summary(run) for run in options.runs]
     for summary in summaries:
         console.print(summary_table(summary))
     if len(summaries) > 1:
@@ -39,7 +36,7 @@ def main() -> int:
 
 
 def comparison_table(summaries: list[dict[str, Any]]) -> Table:
-    """By domain: each run's perplexity after training and its share of the tokens."""
+    """Make the table of each run's perplexity after training and share of the tokens, by domain."""
     table = Table(title="student perplexity after (share of tokens)", title_justify="left")
     table.add_column("domain")
     for summary in summaries:
@@ -57,4 +54,4 @@ def comparison_table(summaries: list[dict[str, Any]]) -> Table:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(main())

@@ -1,4 +1,4 @@
-"""What to change where a run does not fit: each change tried by the estimate itself. Pure."""
+"""Changes that make a run fit its devices, each tried by the estimate of memory itself. Pure."""
 
 from __future__ import annotations
 
@@ -12,21 +12,22 @@ from ddk_ds.planner.gpus import Cluster
 from ddk_ds.planner.plan_inputs import Models
 
 MOST_NODES = 128
+"""Largest number of nodes that is tried."""
 
 
 @dataclass(frozen=True)
 class Advice:
-    """One change, and what it gives."""
+    """One change, or several together, and the memory with it."""
 
     change: str
-    """As it is written on the command line."""
+    """The change as it is written on the command line."""
     nodes: int
     device_bytes: int
     host_bytes: int
-    """Of a node."""
+    """Bytes on the host of a node."""
     fits: bool
     price: str
-    """What it costs."""
+    """Cost of the change, in words."""
 
 
 @dataclass(frozen=True)
@@ -44,16 +45,15 @@ class _Change:
 
 
 def advise(config: Config, models: Models, cluster: Cluster) -> list[Advice]:
-    """Every single change; where none is enough, one on the other until the run fits; and more nodes."""
-    singles = list(_changes(config, cluster, plan_memory(config, models, cluster)))
+    """Try every single change and more nodes; if no single change is enough, add one to the other until the run fits."""
+    singles = list(_changes(config, plan_memory(config, models, cluster)))
     tried = [_try(config, models, cluster, [change]) for change in singles]
-    if any(one.fits for one in tried):
+    if any(advice.fits for advice in tried):
         return [*tried, *_more_nodes(config, models, cluster, [])]
     if config.train.micro_batch_samples > 1 and config.train.global_batch_samples % cluster.ranks == 0:
-        # Dearer than to compute twice, cheaper than to offload.
-        singles.insert(
-            sum("gradient_checkpointing" in one.sections.get("student", {}) for one in singles), _micro_batch(1)
-        )
+        # It costs more than computing twice, and less than offloading.
+        num_checkpointing = sum("gradient_checkpointing" in change.sections.get("student", {}) for change in singles)
+        singles.insert(num_checkpointing, _micro_batch(1))
     together: list[_Change] = []
     for change in singles:
         together.append(change)
@@ -62,27 +62,28 @@ def advise(config: Config, models: Models, cluster: Cluster) -> list[Advice]:
             if tried[-1].fits:
                 break
     tried += _more_nodes(config, models, cluster, [])
-    return tried if any(one.fits for one in tried) else [*tried, *_more_nodes(config, models, cluster, together)]
+    return tried if any(advice.fits for advice in tried) else [*tried, *_more_nodes(config, models, cluster, together)]
 
 
 def _micro_batch(samples: int) -> _Change:
-    price = "gathers and the host's work come for fewer tokens at a time"
+    price = "the same gathers and work of the host for fewer tokens"
     return _Change({"train": {"micro_batch_samples": samples}}, price)
 
 
 def _widened(config: Config, models: Models, cluster: Cluster, changes: list[_Change]) -> list[_Change]:
-    """The changes, with the largest micro-batch in place of 1 that fits with the others."""
-    most = plan_memory(changed(config, **_merged(changes)), models, cluster).max_dividing
-    most = min(most, config.train.micro_batch_samples)
-    return [_micro_batch(most) if most and "train" in one.sections else one for one in changes]
+    """Return the changes with the largest micro-batch that fits together with the others, instead of 1."""
+    largest = plan_memory(changed(config, **_merged(changes)), models, cluster).max_dividing
+    largest = min(largest, config.train.micro_batch_samples)
+    return [_micro_batch(largest) if largest and "train" in change.sections else change for change in changes]
 
 
-def _changes(config: Config, cluster: Cluster, now: MemoryPlan) -> Iterator[_Change]:
+def _changes(config: Config, now: MemoryPlan) -> Iterator[_Change]:
+    """Yield every single change that is left, in the order of their costs."""
     if not config.student.gradient_checkpointing:
-        price = "what is cheap in the student's layers is computed twice forward"
+        price = "the cheap operations of the student's layers are computed twice"
         yield _Change({"student": {"gradient_checkpointing": "selective"}}, price)
     if config.student.gradient_checkpointing is not True:
-        yield _Change({"student": {"gradient_checkpointing": True}}, "the student's layers are computed twice forward")
+        yield _Change({"student": {"gradient_checkpointing": True}}, "the student's forward pass is computed twice")
     if 0 < now.max_dividing < config.train.micro_batch_samples:
         yield _micro_batch(now.max_dividing)
     if config.optimizer.offload == "none":
@@ -92,25 +93,25 @@ def _changes(config: Config, cluster: Cluster, now: MemoryPlan) -> Iterator[_Cha
 
 
 def _more_nodes(config: Config, models: Models, cluster: Cluster, changes: list[_Change]) -> list[Advice]:
-    """The fewest nodes, by doubling, on which it fits with these changes; with none that fit, the most that were tried.
+    """Double the nodes until the run fits with these changes; return that, or the largest cluster that was tried.
 
-    A rank's samples of a step become fewer, so the micro-batch becomes smaller where it must.
+    A rank has fewer samples of a step there, so the micro-batch is made smaller where it must.
     """
-    found: list[Advice] = []
+    tried: list[Advice] = []
     nodes = 2 * cluster.nodes
     while nodes <= MOST_NODES:
         larger = replace(cluster, nodes=nodes)
-        per_rank, rest = divmod(config.train.global_batch_samples, larger.ranks)
-        if rest or not per_rank:
+        per_rank, remainder = divmod(config.train.global_batch_samples, larger.ranks)
+        if remainder or not per_rank:
             break
         wanted = changed(config, **_merged(changes)).train.micro_batch_samples
         samples = next(n for n in range(min(wanted, per_rank), 0, -1) if per_rank % n == 0)
         smaller = [_micro_batch(samples)] if samples < wanted else []
-        found = [_try(config, models, larger, [*changes, *smaller], nodes)]
-        if found[0].fits:
+        tried = [_try(config, models, larger, [*changes, *smaller], nodes)]
+        if tried[0].fits:
             break
         nodes *= 2
-    return found
+    return tried
 
 
 def _try(config: Config, models: Models, cluster: Cluster, changes: list[_Change], nodes: int | None = None) -> Advice:

@@ -1,4 +1,4 @@
-"""What a plan knows of a GPU and of the cluster that it stands in."""
+"""Figures of GPUs and of the cluster, as far as a plan needs them."""
 
 from __future__ import annotations
 
@@ -14,33 +14,33 @@ from ddk_ds.config.sections import OpenFraction, PositiveFloat
 from ddk_ds.engine.flops import PEAK_FLOP_PER_S
 from ddk_ds.errors import ConfigError
 
-# Of a link's nominal bandwidth, what large collectives get.
 LINK_EFFICIENCY = 0.8
-# Of the memory's nominal bandwidth, what kernels that only read and write get.
+"""Share of a link's nominal bandwidth that large collectives reach."""
 MEMORY_EFFICIENCY = 0.8
+"""Share of the memory's nominal bandwidth that kernels which only read and write reach."""
 
 
 class Gpu(Section):
     """A GPU and its links, in bytes and seconds; bandwidths are of one direction."""
 
     name: str
-    """As it is printed."""
+    """Name in tables."""
     peak_flop_per_s: PositiveFloat
-    """Dense bf16 (not the figure with sparsity, which is twice as high)."""
+    """Peak for dense bf16 (not the figure with sparsity, which is twice as high)."""
     memory_bytes: PositiveFloat
-    """Its memory."""
+    """Size of its memory."""
     hbm_bytes_per_s: PositiveFloat
-    """Its memory's bandwidth."""
+    """Bandwidth of its memory."""
     nvlink_bytes_per_s: PositiveFloat
-    """To the other GPUs of its node."""
+    """Bandwidth to the other GPUs of its node."""
     network_bytes_per_s: PositiveFloat
-    """To other nodes: a node's adapters divided by its GPUs."""
+    """Bandwidth to other nodes: that of a node's adapters, divided by its GPUs."""
     host_bytes_per_s: PositiveFloat = 25e9
-    """To its host's memory (PCIe)."""
+    """Bandwidth to its host's memory (PCIe)."""
     compute_efficiency: OpenFraction = 0.4
-    """Of the peak, what a step's matmuls reach while nothing waits."""
+    """Share of the peak that a step's matmuls reach while nothing waits."""
     source: str = "given by the user"
-    """Where the figures are from."""
+    """Source of the figures, for the plan's list of assumptions."""
 
 
 _SHEETS = "NVIDIA's data sheets of {} (peak, memory, NVLink) and of {} (network)"
@@ -84,7 +84,7 @@ GPUS = {
 
 
 def find_gpu(name: str) -> Gpu:
-    """The GPU of that name, or the one that a YAML file of `Gpu`'s keys describes. Raises ConfigError for neither."""
+    """Return the GPU of that name, or read a YAML file of `Gpu`'s keys. Raises ConfigError if it is neither."""
     if name in GPUS:
         return GPUS[name]
     path = Path(name)
@@ -97,7 +97,7 @@ def find_gpu(name: str) -> Gpu:
     if not isinstance(values, dict):
         raise ConfigError(f"--gpu {name}: holds {type(values).__name__}, expected keys: {', '.join(Gpu.model_fields)}")
     try:
-        # YAML reads 312e12 as text, since it has no sign after the e: that is a number all the same.
+        # YAML reads 312e12, which has no sign after the e, as text; here it counts as a number.
         return Gpu.model_validate({key: _number(value) for key, value in values.items()})
     except ValidationError as error:
         wrong = "; ".join(f"{'.'.join(map(str, item['loc']))}: {item['msg'].lower()}" for item in error.errors())
@@ -115,7 +115,7 @@ def _number(value: Any) -> Any:
 
 @dataclass(frozen=True)
 class Cluster:
-    """As many nodes, of as many GPUs each."""
+    """Nodes of equal GPUs."""
 
     gpu: Gpu
     nodes: int
@@ -123,5 +123,5 @@ class Cluster:
 
     @property
     def ranks(self) -> int:
-        """GPUs in all."""
+        """Return the number of GPUs of all nodes."""
         return self.nodes * self.gpus_per_node

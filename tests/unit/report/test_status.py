@@ -19,7 +19,7 @@ from ddk_ds.report.screen import Surroundings, screen
 from ddk_ds.run_files import read_events, read_ledger, read_ledger_end
 from ddk_ds.train.checkpoint.checkpoint_files import FORMAT
 from tests.unit.report.made_run import make_run
-from tools.status import look, main
+from tools.status import current_screen, main
 
 ROOT = Path(__file__).parents[3]
 GB = 10**9
@@ -137,11 +137,11 @@ def test_the_newest_complete_checkpoint_is_shown(tmp_path: Path) -> None:
         (directory / "manifest.json").write_text(json.dumps({**manifest, "files": {"a.pt": [5, "x"]}}))
         os.utime(directory / "manifest.json", (time.time() - 300, time.time() - 300))
     console = Console(file=io.StringIO(), width=80)
-    console.print(look(run_dir, console))
+    console.print(current_screen(run_dir, console))
     assert isinstance(console.file, io.StringIO)
     assert "checkpoint of step 16, 5 min 00 s old" in console.file.getvalue()
     (run_dir / "checkpoints" / "step-00000016" / "a.pt").write_bytes(b"1")  # cut: it is none
-    console.print(look(run_dir, console))
+    console.print(current_screen(run_dir, console))
     assert "checkpoint of step 8" in console.file.getvalue()
 
 
