@@ -29,9 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("run", type=Path, metavar="RUN", help="directory of a run, finished or not")
-    parser.add_argument(
-        "--watch", type=float, metavar="SECONDS", help="show it again after so many seconds, until Ctrl-C"
-    )
+    parser.add_argument("--watch", type=float, metavar="SECONDS", help="show it again and again, until Ctrl-C")
     options = parser.parse_args(arguments)
     console = Console(highlight=False)
     if options.watch is not None:

@@ -1,1 +1,1 @@
-"""What a run will take of memory, time, disks and network, computed from a configuration and a cluster alone. Pure."""
+"""Memory, time, disks and network that a run will take, estimated from its configuration and a cluster alone."""

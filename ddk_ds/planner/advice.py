@@ -45,7 +45,7 @@ class _Change:
 
 
 def advise(config: Config, models: Models, cluster: Cluster) -> list[Advice]:
-    """Try every single change and more nodes; if no single change is enough, add one to the other until the run fits."""
+    """Try every single change and more nodes; if no single change is enough, combine them until the run fits."""
     singles = list(_changes(config, plan_memory(config, models, cluster)))
     tried = [_try(config, models, cluster, [change]) for change in singles]
     if any(advice.fits for advice in tried):

@@ -1,1 +1,1 @@
-"""What a person looks at: a run as a page of pictures and tables, and as one screen of a terminal."""
+"""A run as a person reads it: a page of pictures and tables, one screen of a terminal, its decisions replayed."""

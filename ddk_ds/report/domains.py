@@ -1,4 +1,4 @@
-"""Pictures by domain: perplexities (Figure 1 of the paper), ratios over tokens (Figure 3), mixture, tokens."""
+"""Pictures by domain: perplexities (the paper's Figure 1), ratios over tokens (Figure 3), mixture, tokens."""
 
 from __future__ import annotations
 
@@ -37,19 +37,19 @@ _WORD: dict[str, Any] = {"textcoords": "offset points", "ha": "left", "va": "top
 
 
 def perplexity_bars(runs: Sequence[RunRecord]) -> Picture:
-    """Figure 1: student before and after, the other runs' students, the teacher."""
+    """Draw Figure 1: the student before and after training, the other runs' students, the teacher."""
     run = runs[0]
     domains = run.domains
     series: list[tuple[str, dict[str, Any], dict[str, float | None]]] = [
-        ("student before", _BEFORE, {one.name: one.before for one in run.results})
+        ("student before", _BEFORE, {result.name: result.before for result in run.results})
     ]
     for number, other in enumerate(runs):
         when = "after" if other.summary is not None else f"at step {other.measurements[-1]['step']:,}"
         label = f"student {when}" if len(runs) == 1 else f"{other.name} {when}"
-        series.append((label, bar_style(number), {one.name: one.after for one in other.results}))
+        series.append((label, bar_style(number), {result.name: result.after for result in other.results}))
     if run.has_teacher:
-        series.append(("teacher", _TEACHER, {one.name: one.teacher_ppl for one in run.results}))
-    values = np.array([[_value(found.get(name)) for name in domains] for _, _, found in series])
+        series.append(("teacher", _TEACHER, {result.name: result.teacher_ppl for result in run.results}))
+    values = np.array([[_value(by_domain.get(name)) for name in domains] for _, _, by_domain in series])
 
     def draw(figure: Figure) -> None:
         axes = figure.subplots()
@@ -70,7 +70,7 @@ def perplexity_bars(runs: Sequence[RunRecord]) -> Picture:
         for place, name in enumerate(domains)
     )
     height = 1.0 + 0.12 * len(series) + len(domains) * max(0.3, _BAR_INCHES * len(series) + 0.06)
-    caption = "Less is better. The same held-out samples for all. As Figure 1 of arXiv 2407.16154."
+    caption = "Lower is better. All are measured on the same held-out samples. As Figure 1 of arXiv 2407.16154."
     title = "Perplexity by domain"
     return Picture("perplexity", title, to_svg(draw, height), f"Bars of perplexity by domain. {shown}.", caption)
 
@@ -80,14 +80,14 @@ def _value(value: float | None) -> float:
 
 
 def over_tokens(run: RunRecord, top: float | None, title: str = "") -> Picture:
-    """Figure 3: the ratio of each domain over tokens; without a teacher the student's perplexity.
+    """Draw Figure 3: each domain's ratio to the teacher over tokens; without a teacher the student's perplexity.
 
-    `top`: greatest ratio of all runs beside one another, so that their axes are equal.
+    `top` is the greatest ratio of all runs on the page, which makes their axes equal; None for a single run.
     """
     values = run.by_domain("ratio" if run.has_teacher else "student_ppl")
     tokens = run.by_domain("domain_tokens").sum(1)
     by, word = count_unit(float(tokens[-1]))
-    what = "perplexity, student / teacher" if run.has_teacher else "perplexity (per token)"
+    quantity = "perplexity, student / teacher" if run.has_teacher else "perplexity (per token)"
 
     def draw(figure: Figure) -> None:
         axes = figure.subplots()
@@ -104,7 +104,7 @@ def over_tokens(run: RunRecord, top: float | None, title: str = "") -> Picture:
             axes.set_ylim(top=top * 1.05)
         axes.set_xlim(0, max(1.0, 1.02 * tokens[-1] / by))
         axes.set_xlabel(f"{word}tokens trained on")
-        axes.set_ylabel(what)
+        axes.set_ylabel(quantity)
         legend_above(axes)
         tidy(axes)
 
@@ -112,7 +112,7 @@ def over_tokens(run: RunRecord, top: float | None, title: str = "") -> Picture:
     kind = "Ratio of perplexities" if run.has_teacher else "Perplexity"
     caption = "Measured between intervals on held-out samples." + thinned(len(values), "measurements")
     if run.has_teacher:
-        caption = "1: as good as the teacher. As Figure 3 of arXiv 2407.16154. " + caption
+        caption = "At 1 the student is as good as the teacher. As Figure 3 of arXiv 2407.16154. " + caption
     return Picture(
         f"ratio{_suffix(title)}" if run.has_teacher else f"perplexity_over_tokens{_suffix(title)}",
         f"{kind} by domain over tokens{title and f': {title}'}",
@@ -123,7 +123,7 @@ def over_tokens(run: RunRecord, top: float | None, title: str = "") -> Picture:
 
 
 def mixture(run: RunRecord, title: str = "") -> Picture:
-    """The proportions over the run, stacked."""
+    """Draw the proportions over the run, stacked."""
     intervals = run.intervals
     shares = run.by_domain("proportions", intervals)
     starts = np.array([record["step"] for record in intervals], np.float64)
@@ -148,7 +148,7 @@ def mixture(run: RunRecord, title: str = "") -> Picture:
         legend_above(axes)
 
     ends = ", ".join(f"{name} {shares[0, i]:.1%} to {shares[-1, i]:.1%}" for i, name in enumerate(run.domains))
-    caption = "Proportions that the controller decided, held for an interval." + describe_marks(run)
+    caption = "Proportions that the controller decided for each interval." + describe_marks(run)
     if binned[0].per_bin > 1:
         caption += f" Means over {binned[0].per_bin:,} intervals each."
     return Picture(
@@ -170,7 +170,7 @@ def _step_axis(axes: Axes, run: RunRecord) -> None:
 
 
 def asked_and_realised(run: RunRecord) -> tuple[Array, Array]:
-    """(N,) shares of all tokens so far: by the proportions of the intervals that they were drawn in, and as drawn."""
+    """Return two shares (N,) of all tokens so far: asked for by the intervals' proportions, and drawn."""
     intervals = run.intervals
     totals = run.by_domain("domain_tokens").sum(1)
     totals = np.append(totals[: len(intervals)], run.domain_tokens.sum())
@@ -181,7 +181,7 @@ def asked_and_realised(run: RunRecord) -> tuple[Array, Array]:
 
 
 def realised(run: RunRecord) -> Picture:
-    """Tokens drawn by domain beside what the proportions asked for."""
+    """Draw the tokens of each domain, as the proportions asked and as drawn."""
     asked, drawn = asked_and_realised(run)
     by_rows = (("by the proportions", _BEFORE, asked), ("tokens drawn", bar_style(0), drawn))
 
@@ -200,8 +200,8 @@ def realised(run: RunRecord) -> Picture:
 
     shown = "; ".join(f"{n}: asked {a:.1%}, drawn {d:.1%}" for n, a, d in zip(run.domains, asked, drawn, strict=True))
     caption = (
-        "White: each interval's proportions, weighted by its tokens. They differ by rounding to whole samples, by "
-        "padding, and where a domain is at its cap."
+        "White: the intervals' proportions, weighted by their tokens. Drawn tokens differ by rounding to whole "
+        "samples, by padding, and where a domain is at its cap."
     )
     height = 1.1 + 0.36 * len(run.domains)
     return Picture("tokens", "Tokens by domain", to_svg(draw, height), f"Bars of token shares. {shown}.", caption)

@@ -1,4 +1,4 @@
-"""What happened to a run: marks on the step axis, and the run's progress over the time of day."""
+"""Events of a run: marks on the axis of steps, the table of events, and the run's progress over time."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ _BEGINNINGS = ("start", "resume", "fork")
 
 
 def marked_events(run: RunRecord) -> list[tuple[_Kind, list[float]]]:
-    """Each kind of mark with the steps at which it happened; the run's first start is none."""
-    found = []
+    """Return each kind of mark with the steps at which it happened; the run's first start has no mark."""
+    marks = []
     for kind in _KINDS:
         steps = [
             float(event.get("step", 0))
@@ -48,8 +48,8 @@ def marked_events(run: RunRecord) -> list[tuple[_Kind, list[float]]]:
             if event["event"] in kind.events and not (number == 0 and event["event"] == "start")
         ]
         if steps:
-            found.append((kind, steps))
-    return found
+            marks.append((kind, steps))
+    return marks
 
 
 def draw_marks(axes: Axes, run: RunRecord) -> None:
@@ -67,20 +67,20 @@ def draw_marks(axes: Axes, run: RunRecord) -> None:
 
 
 def step_axis(axes: Axes) -> None:
-    """Name the axis of optimizer steps."""
+    """Label the x axis as optimizer steps, with whole numbers."""
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     axes.xaxis.set_major_formatter("{x:,.0f}")
     axes.set_xlabel("optimizer step")
 
 
 def describe_marks(run: RunRecord) -> str:
-    """The sentence of a caption that explains the marks, or nothing."""
-    found = [f"{len(steps)} {kind.label}{'s' if len(steps) > 1 else ''}" for kind, steps in marked_events(run)]
-    return f" Vertical lines: {', '.join(found)}." if found else ""
+    """Return the sentence of a caption that explains the marks, or an empty text without marks."""
+    counts = [f"{len(steps)} {kind.label}{'s' if len(steps) > 1 else ''}" for kind, steps in marked_events(run)]
+    return f" Vertical lines: {', '.join(counts)}." if counts else ""
 
 
 def progress(run: RunRecord) -> Picture | None:
-    """Steps over the time of day, from the events; None where they hold no time."""
+    """Draw the steps over time, from the events; None without events."""
     points = [(event["time_s"], float(event.get("step", 0)), event["event"]) for event in run.events]
     if not points:
         return None
@@ -120,33 +120,33 @@ def progress(run: RunRecord) -> Picture | None:
     starts = len(pieces)
     alt = f"Optimizer step over time: {run.last_step:,} steps in {duration(end_s - began)}, {starts} starts."
     caption = (
-        "Steps as the events tell them. Dotted: from the last that a start wrote to the next start; steps after the "
-        "checkpoint that this began with were done again."
+        "Steps as the events record them. Dotted lines go from the last event of a start to the next start; steps "
+        "after the checkpoint that it continued from were done again."
     )
     return Picture("progress", "Progress and restarts", to_svg(draw), alt, caption)
 
 
 def event_rows(events: Sequence[dict[str, Any]], limit: int) -> list[tuple[str, str, str, str]]:
-    """Time (UTC), event, step and the rest of the last `limit` events that are no ordinary checkpoint."""
+    """Return time (UTC), event, step and details of the last `limit` events, checkpoints left out."""
     shown = [event for event in events if event["event"] != "checkpoint"][-limit:]
     rows = []
     for event in shown:
         when = time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(event["time_s"]))
         left_out = ("event", "time_s", "step", "mixture", "versions")
         rest = "; ".join(
-            f"{key}: {_said(value)}" for key, value in event.items() if key not in left_out and value != {}
+            f"{key}: {_value_text(value)}" for key, value in event.items() if key not in left_out and value != {}
         )
         rows.append((when, event["event"], str(event.get("step", "")), rest))
     return rows
 
 
-def _said(value: Any) -> str:
+def _value_text(value: Any) -> str:
     return ", ".join(f"{key} {change}" for key, change in value.items()) if isinstance(value, dict) else str(value)
 
 
 def checkpoint_seconds(run: RunRecord) -> tuple[int, float, float]:
-    """Checkpoints written, seconds that training waited for them, seconds of writing."""
+    """Return the number of checkpoints, the seconds that training waited for them, and the seconds of writing."""
     saved = [event for event in run.events if event["event"] == "checkpoint"]
     pauses = np.array([event.get("pause_s", 0.0) for event in saved], np.float64)
-    whole = np.array([event.get("seconds", 0.0) for event in saved], np.float64)
-    return len(saved), float(pauses.sum()), float(whole.sum())
+    writing = np.array([event.get("seconds", 0.0) for event in saved], np.float64)
+    return len(saved), float(pauses.sum()), float(writing.sum())

@@ -1,4 +1,4 @@
-"""A run as its directory tells it, finished or not: columns of numbers, measurements, events."""
+"""A run, finished or not, as its directory records it: columns of numbers, measurements, events."""
 
 from __future__ import annotations
 
@@ -18,7 +18,6 @@ from ddk_ds.redact import names_a_secret, redact
 from ddk_ds.report.run_progress import State, expected_steps, run_state
 from ddk_ds.run_files import is_finished, read_events, read_ledger, read_summary
 
-# Of a step's seconds, in their order; what they leave of step_s is "other".
 PARTS = {
     "data_s": "waiting for data",
     "sync_s": "waiting for ranks",
@@ -31,8 +30,9 @@ PARTS = {
     "reduce_s": "reduction",
     "optimizer_s": "optimizer",
 }
+"""Names of a step's parts, by the keys of the ledger's clock, in their order; the rest of step_s is "other"."""
 _NUMBERS = ("loss", "ce", "kl", "grad_norm", "learning_rate")
-_NO_TEXT = re.compile(r"null|true|false|[-+.\de]+")
+_NUMBER_OR_CONSTANT = re.compile(r"null|true|false|[-+.\de]+")
 _CLOCK = ("step_s", *PARTS, "monitor_s", "tokens_per_s", "mfu", "peak_memory_gb")
 
 
@@ -54,7 +54,7 @@ class Steps:
 
 @dataclass(frozen=True)
 class DomainResult:
-    """What became of a domain; None where there is no teacher."""
+    """Perplexities and tokens of a domain; teacher and ratios are None in a run without a teacher."""
 
     name: str
     teacher_ppl: float | None
@@ -64,12 +64,12 @@ class DomainResult:
     ratio_after: float | None
     tokens: int
     share: float
-    """Of all tokens."""
+    """Share of all tokens."""
 
 
 @dataclass(frozen=True)
 class RunRecord:
-    """One run."""
+    """Everything that a run's directory holds, ready for pictures and tables."""
 
     run_dir: Path
     name: str
@@ -79,54 +79,54 @@ class RunRecord:
     """The ledger's lines of intervals and of the end; at least one."""
     events: list[dict[str, Any]]
     config: Config | None
-    """None where this version cannot read it."""
+    """None if this version cannot read it."""
     config_text: str
-    """YAML, without secrets."""
+    """YAML text without secrets; empty if the directory has no config.yaml."""
     summary: dict[str, Any] | None
-    """Of a finished run."""
+    """Content of summary.json; None if the run is not finished."""
     state: State
     expected_steps: int | None
 
     @property
     def has_teacher(self) -> bool:
-        """Whether perplexities are compared with a teacher's."""
+        """Return True if perplexities are compared with a teacher's."""
         return self.measurements[0]["ratio"] is not None
 
     @property
     def last_step(self) -> int:
-        """Optimizer steps done."""
+        """Return the number of optimizer steps done."""
         return int(max([self.measurements[-1]["step"], *self.steps.step[-1:]]))
 
     def by_domain(self, key: str, records: Sequence[dict[str, Any]] | None = None) -> Array:
-        """(M, N) of the measurements that have `key`, by domain."""
+        """Return the values (M, N) of the M measurements that have `key`, by domain."""
         chosen = self.measurements if records is None else records
         rows = [[record[key][name] for name in self.domains] for record in chosen if record[key] is not None]
         return np.array(rows, np.float64).reshape(-1, len(self.domains))
 
     @property
     def intervals(self) -> list[dict[str, Any]]:
-        """The measurements after which an interval began."""
+        """Return the measurements after which an interval began."""
         return [record for record in self.measurements if record["kind"] == "interval"]
 
     @property
     def domain_tokens(self) -> Array:
-        """(N,) tokens trained on so far."""
+        """Return the tokens (N,) trained on so far."""
         last = self.measurements[-1]
         since = self.steps.tokens[self.steps.step > last["step"]].sum(0)
         return self.by_domain("domain_tokens", [last])[0] + since
 
     @property
     def results(self) -> list[DomainResult]:
-        """By domain: at the run's beginning, and at the last measurement."""
+        """Return each domain's result: at the run's beginning, and at the last measurement."""
         first, last, tokens = self.measurements[0], self.measurements[-1], self.domain_tokens
         before = dict(first["student_ppl"])
-        if self.summary is not None:  # of a run that was forked, the first line here is not its beginning
+        if self.summary is not None:  # the ledger of a forked run does not start at the beginning
             before |= {domain["name"]: domain["student_ppl_before"] for domain in self.summary["domains"]}
-        found = []
+        results = []
         for place, name in enumerate(self.domains):
             teacher = None if last["teacher_ppl"] is None else last["teacher_ppl"][name]
             after = last["student_ppl"][name]
-            one = DomainResult(
+            result = DomainResult(
                 name=name,
                 teacher_ppl=teacher,
                 before=before[name],
@@ -136,12 +136,12 @@ class RunRecord:
                 tokens=int(tokens[place]),
                 share=float(tokens[place] / max(1.0, tokens.sum())),
             )
-            found.append(one)
-        return found
+            results.append(result)
+        return results
 
 
 def read_run(run_dir: Path) -> RunRecord:
-    """Read a run's directory. Raises CheckpointError where it holds none, or where nothing is measured yet."""
+    """Read a run's directory. Raises CheckpointError if it holds no run, or if nothing is measured yet."""
     records, events = read_ledger(run_dir), read_events(run_dir)
     try:
         return _run_record(run_dir, records, events)
@@ -155,7 +155,7 @@ def read_run(run_dir: Path) -> RunRecord:
 
 
 def read_runs(run_dirs: Sequence[Path]) -> list[RunRecord]:
-    """Read several, with names that tell them apart: of two directories of one name, by their whole paths."""
+    """Read several runs and give them different names: directories of the same name are named by their full paths."""
     runs = [read_run(run_dir) for run_dir in run_dirs]
     names = [run.name for run in runs]
     return [replace(run, name=str(run.run_dir)) if names.count(run.name) > 1 else run for run in runs]
@@ -204,11 +204,11 @@ def _read_config(run_dir: Path) -> tuple[Config | None, str]:
     text = "\n".join(_without_secret(line) for line in lines)
     try:
         return load_config(path), text
-    except UserError:  # of another version: the text is shown all the same
+    except UserError:  # from another version: the text is shown anyway
         return None, text
 
 
 def _without_secret(line: str) -> str:
     key, _, value = line.partition(": ")
-    secret = names_a_secret(key.strip(" -")) and not _NO_TEXT.fullmatch(value.strip())
+    secret = names_a_secret(key.strip(" -")) and not _NUMBER_OR_CONSTANT.fullmatch(value.strip())
     return f"{key}: ***" if value and secret else redact(line)

@@ -1,4 +1,4 @@
-"""Where a run stands, from nothing but the files in its directory: any machine that sees them can tell."""
+"""The state of a run, read from the files in its directory alone, so that any machine that sees them can tell."""
 
 from __future__ import annotations
 
@@ -15,25 +15,25 @@ from ddk_ds.run_files import is_finished
 Kind = Literal["running", "silent", "finished", "interrupted", "stopped", "timed out"]
 _ENDS: dict[str, Kind] = {"interrupted": "interrupted", "stopped": "stopped"}
 _PATIENCE_S = 60.0
-# Of the times that a step and a measurement took last: a run that shows nothing for longer is called silent.
-_STEPS, _MEASUREMENTS = 10.0, 2.0
+_PATIENCE_STEPS, _PATIENCE_MEASUREMENTS = 10.0, 2.0
+"""A run is silent after _PATIENCE_S, that many last steps or that many last measurements, whichever is longest."""
 _TIMED_OUT = "Timeout"
 _PHASE = re.compile(r"(step|evaluation|controller|checkpoint|export) after step (\d+)")
 
 
 @dataclass(frozen=True)
 class State:
-    """Of a run."""
+    """State of a run at one moment."""
 
     kind: Kind
     text: str
-    """A sentence about it, for a person."""
+    """Phrase about the state, for a person."""
     age_s: float
-    """Since the run last wrote anything, by the file system's clock and this machine's."""
+    """Time since the run last wrote anything, by the file system's clock and this machine's."""
 
 
 def run_state(run_dir: Path, events: Sequence[dict[str, Any]], records: Sequence[dict[str, Any]], now: float) -> State:
-    """State of a run from its events and its last records; `now` in seconds since 1970."""
+    """Return the state of a run from its events and its last records; `now` is in seconds since 1970."""
     age_s = max(0.0, now - _last_sign(run_dir))
     last = events[-1] if events else {}
     if is_finished(run_dir):
@@ -45,21 +45,21 @@ def run_state(run_dir: Path, events: Sequence[dict[str, Any]], records: Sequence
         return State(kind, f"{kind} at step {last.get('step', '?')}: {why}", age_s)
     stacks = _stacks(run_dir / "stacks" / "rank-0.txt")
     silent = age_s > _patience(records)
-    if silent:  # only then: there may be thousands of ranks
+    if silent:  # only then, since there can be thousands of ranks
         names = (run_dir / "stacks").glob("rank-*.txt")
-        texts = (_stacks(path) for path in sorted(names) if path.stem.count("-") == 1)  # others are of earlier starts
+        texts = (_stacks(path) for path in sorted(names) if path.stem.count("-") == 1)  # others are from earlier starts
         stacks = next((text for text in texts if _TIMED_OUT in text), stacks)
     phase = _PHASE.search(stacks)
     where = f", in {phase[1]} after step {int(phase[2]):,}" if phase else ""
     if _TIMED_OUT in stacks:
-        return State("timed out", f"timed out{where}: stacks/ has what each rank was doing", age_s)
+        return State("timed out", f"timed out{where}: stacks/ shows what each rank was doing", age_s)
     if silent:
         return State("silent", f"silent for {duration(age_s)}{where}", age_s)
     return State("running", f"running{where}", age_s)
 
 
 def expected_steps(config: Config | None, events: Sequence[dict[str, Any]]) -> int | None:
-    """Optimizer steps of the whole run; None where configuration or the domains' sizes are not known."""
+    """Return the optimizer steps of the complete run; None if its configuration or its domains' sizes are unknown."""
     if config is None:
         return None
     tokens: dict[str, int] = next((event["mixture"]["train_tokens"] for event in events if "mixture" in event), {})
@@ -71,13 +71,13 @@ def expected_steps(config: Config | None, events: Sequence[dict[str, Any]]) -> i
 
 
 def duration(seconds: float) -> str:
-    """In the two units that say most: 3 h 05 min."""
-    whole = round(seconds)
-    if whole < 120:
-        return f"{whole} s"
-    if whole < 7200:
-        return f"{whole // 60} min {whole % 60:02d} s"
-    hours, minutes = whole // 3600, whole % 3600 // 60
+    """Write a time in its two largest units, for example 3 h 05 min."""
+    rounded = round(seconds)
+    if rounded < 120:
+        return f"{rounded} s"
+    if rounded < 7200:
+        return f"{rounded // 60} min {rounded % 60:02d} s"
+    hours, minutes = rounded // 3600, rounded % 3600 // 60
     return f"{hours} h {minutes:02d} min" if hours < 48 else f"{hours // 24} d {hours % 24:02d} h"
 
 
@@ -88,15 +88,15 @@ def _patience(records: Sequence[dict[str, Any]]) -> float:
         return clock.get(key, 0.0)
 
     step_s, measure_s = last(("step",), "step_s"), last(("interval", "end"), "measure_s")
-    return max(_PATIENCE_S, _STEPS * step_s, _MEASUREMENTS * measure_s)
+    return max(_PATIENCE_S, _PATIENCE_STEPS * step_s, _PATIENCE_MEASUREMENTS * measure_s)
 
 
 def _last_sign(run_dir: Path) -> float:
     names = ("ledger.jsonl", "events.jsonl", "stacks/rank-0.txt", "run.json")
-    found = [(run_dir / name).stat().st_mtime for name in names if (run_dir / name).is_file()]
-    return max(found, default=0.0)
+    times = [(run_dir / name).stat().st_mtime for name in names if (run_dir / name).is_file()]
+    return max(times, default=0.0)
 
 
 def _stacks(path: Path) -> str:
-    """What the watchdog of a rank has written."""
+    """Read the file that a rank's watchdog writes; empty if there is none."""
     return path.read_text(errors="replace") if path.is_file() else ""

@@ -1,4 +1,4 @@
-"""A run on one screen of a terminal, from the end of its ledger and nothing but files."""
+"""A run on one screen of a terminal, from the end of its ledger and its other files alone."""
 
 from __future__ import annotations
 
@@ -34,25 +34,25 @@ _PARTS = {
     "reduce": ("reduce_s",),
     "optimizer": ("optimizer_s",),
 }
-"""Keys of the ledger's clock by the word for them."""
+"""Keys of the ledger's clock, by the word that the screen shows."""
 _SHOWN_PARTS = 6
 OTHER_LINES = 13
-"""Lines of the screen that are no domain's."""
+"""Lines of the screen without the domains' own."""
 
 
 @dataclass(frozen=True)
 class Surroundings:
-    """What the ledger does not say."""
+    """Facts about a run that are not in its ledger."""
 
     now_s: float
     """Seconds since 1970."""
     checkpoint: tuple[int, float, int] | None
-    """Of the newest complete checkpoint: step, time it was written at (seconds since 1970), bytes."""
+    """Step, time of writing (seconds since 1970) and bytes of the newest complete checkpoint; None if there is none."""
     disk_free_bytes: int
 
 
 def screen(run_dir: Path, around: Surroundings, max_domains: int | None = None) -> Group:
-    """The screen of a run. Raises CheckpointError where the directory holds none, or a damaged one."""
+    """Return the screen of a run. Raises CheckpointError if the directory holds no run, or a damaged one."""
     if not run_dir.is_dir():
         raise CheckpointError(f"{run_dir}: there is no such directory")
     if not (run_dir / "events.jsonl").is_file():
@@ -110,17 +110,19 @@ def _ranks(events: Sequence[dict[str, Any]]) -> int:
     return next((int(event["world_size"]) for event in reversed(events) if "world_size" in event), 0)
 
 
-def _counted(number: int, what: str) -> str:
-    return f"{number} {what}{'' if number == 1 else 's'}"
+def _counted(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def _pace(config: Config, records: Sequence[dict[str, Any]]) -> float | None:
-    """Seconds a step from now on, measurements between intervals included; None before the first step."""
-    taken = [record["clock"]["step_s"] for record in records if record["kind"] == "step"]
+    """Estimate the seconds of each further step, with its share of measurements; None before the first step."""
+    step_times = [record["clock"]["step_s"] for record in records if record["kind"] == "step"]
     measured = [record["clock"].get("measure_s", 0.0) for record in records if record["kind"] != "step"]
-    if not taken:
+    if not step_times:
         return None
-    return float(sum(taken) / len(taken) + (measured[-1] / config.mixture.interval_steps if measured else 0.0))
+    return float(
+        sum(step_times) / len(step_times) + (measured[-1] / config.mixture.interval_steps if measured else 0.0)
+    )
 
 
 def _progress(
@@ -130,7 +132,7 @@ def _progress(
     try:
         config = load_config(run_dir / "config.yaml")
         total, pace_s = expected_steps(config, events), _pace(config, records)
-    except UserError:  # of another version, or not there
+    except UserError:  # from another version, or missing
         pass
     if total is None or finished:
         return _line(f"step {step:,}" + (" of ?" if not finished else ""))
@@ -155,12 +157,12 @@ def _numbers(steps: Sequence[dict[str, Any]]) -> Iterator[Text]:
         word: sum(clock.get(key, 0.0) for clock in clocks for key in keys) / seconds for word, keys in _PARTS.items()
     }
     largest = sorted(parts, key=lambda word: parts[word], reverse=True)[:_SHOWN_PARTS]
-    told = " ".join(f"{word} {parts[word]:.0%}" for word in largest if parts[word] >= 0.005)
+    parts_text = " ".join(f"{word} {parts[word]:.0%}" for word in largest if parts[word] >= 0.005)
     memory = clocks[-1].get("peak_memory_gb")
     peak = "" if memory is None else f", peak memory {memory:.1f} GB"
     pace = f"{tokens / seconds:,.0f} tokens/s, {seconds / len(steps):.3g} s a step"
     yield _line(f"{pace} (last {_counted(len(steps), 'step')}){peak}")
-    yield _line(f"of a step: {told}")
+    yield _line(f"step time: {parts_text}")
 
 
 def _number(value: float | None) -> str:
@@ -214,11 +216,11 @@ def _change(value: float) -> str:
 
 
 def _alarms(events: Sequence[dict[str, Any]]) -> list[str]:
-    """The last things that went wrong."""
+    """Return a line for each of the last alarms and faults."""
     kinds = ("alarm", "warning", "checkpoint_failed", "roll_back", "skipped", "damaged")
-    found = [event for event in events if event["event"] in kinds][-_ALARMS:]
+    last = [event for event in events if event["event"] in kinds][-_ALARMS:]
     return [
         f"{event['event']} at step {event.get('step', '?')}: "
         f"{event.get('text') or event.get('reason') or event.get('path') or 'no finite gradient'}"
-        for event in found
+        for event in last
     ]
