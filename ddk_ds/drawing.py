@@ -1,6 +1,6 @@
-"""Colours, lines and hatches that are told apart in print and by colour-blind readers; a picture as SVG or PNG.
+"""How pictures are drawn: styles that differ in print and for colour-blind readers, long series in bins, SVG.
 
-Long series made short: the mean, least and greatest value of each bin, so that no spike is lost.
+A long series is drawn as the mean, least and greatest value of each bin, so that no spike is lost.
 """
 
 from __future__ import annotations
@@ -18,18 +18,20 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Okabe and Ito's colours, which colour-blind readers tell apart; hatches and dashes do so in print.
+Array = npt.NDArray[np.float64]
+
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#999999")
+"""Okabe and Ito's colours, which differ for colour-blind readers; hatches and dashes differ in print."""
 HATCHES = ("", "//", "..", "xx", "\\\\", "++", "--", "oo")
 DASHES: tuple[Any, ...] = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (8, 2)), (0, (3, 1)), (0, (1, 3)))
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
-# On white, yellow is no colour for a thin line.
+# A thin yellow line cannot be seen on white.
 _LINE_COLOURS = tuple("#8A7F00" if colour == "#F0E442" else colour for colour in COLOURS)
 WIDTH = 4.8
-"""Inches; small enough that letters of 9 or 10 points can be read on a phone that shows a picture over its width."""
+"""Width of a picture in inches: on a phone as wide as the picture, letters of 9 or 10 points can be read."""
 _SETTINGS: dict[str, Any] = {
     "font.size": 10.0,
-    "text.parse_math": False,  # a domain's name is no formula
+    "text.parse_math": False,  # the name of a domain is no formula
     "svg.hashsalt": "ddk_ds",  # the same numbers give the same file
     "hatch.linewidth": 0.5,
     "path.simplify": True,
@@ -38,47 +40,46 @@ _SETTINGS: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture of the report."""
+    """A picture of the report, with the words that belong to it."""
 
     name: str
-    """Of its file, without the ending."""
+    """Name of its file, without the ending."""
     title: str
     svg: str
     alt: str
-    """What it shows, in words and numbers."""
+    """Content of the picture in words and numbers, for readers who do not see it."""
     caption: str
 
 
 def bar_style(number: int) -> dict[str, Any]:
-    """Of the bars or areas of the number-th thing."""
-    return {"color": COLOURS[number % len(COLOURS)], "hatch": _moved(HATCHES, number), "edgecolor": "black"}
+    """Return the style of the bars or areas of series `number`, from 0."""
+    return {"color": COLOURS[number % len(COLOURS)], "hatch": _shifted(HATCHES, number), "edgecolor": "black"}
 
 
 def line_style(number: int) -> dict[str, Any]:
-    """Of the line of the number-th thing; its colour is that of `bar_style`."""
-    return {"color": _LINE_COLOURS[number % len(COLOURS)], "linestyle": _moved(DASHES, number)}
+    """Return the style of the line of series `number`, in nearly the colour of its `bar_style`."""
+    return {"color": _LINE_COLOURS[number % len(COLOURS)], "linestyle": _shifted(DASHES, number)}
 
 
 def marker(number: int) -> str:
-    """Of the points of the number-th thing."""
-    found: str = _moved(MARKERS, number)
-    return found
+    """Return the marker of the points of series `number`."""
+    return str(_shifted(MARKERS, number))
 
 
-def _moved(kinds: tuple[Any, ...], number: int) -> Any:
-    # Beyond the number of colours they move on, so that no two things look the same.
+def _shifted(kinds: tuple[Any, ...], number: int) -> Any:
+    # Each further round of the colours starts one kind later, so that no two series look the same.
     return kinds[(number + number // len(COLOURS)) % len(kinds)]
 
 
 def tidy(axes: Axes, grid: str = "y") -> None:
-    """Leave out what says nothing."""
+    """Remove the frame's upper and right lines, and put a pale grid behind the data."""
     axes.grid(axis=grid, alpha=0.3)  # type: ignore[arg-type]
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
 
 
 def legend_above(axes: Axes, columns: int = 3) -> None:
-    """The legend at the picture's upper edge, where it hides nothing; long names get fewer columns."""
+    """Put the legend above the picture, where it hides nothing; long names get fewer columns."""
     handles, labels = axes.get_legend_handles_labels()
     figure: Figure = axes.figure  # type: ignore[assignment]
     # Inches: a handle with its gaps, and a letter of 9 points.
@@ -90,8 +91,8 @@ def legend_above(axes: Axes, columns: int = 3) -> None:
 
 
 def to_svg(draw: Callable[[Figure], None], height: float = 3.0) -> str:
-    """What `draw` puts on a figure of WIDTH x height inches, as SVG whose letters need no font."""
-    # Only here: a terminal's screen needs no matplotlib.
+    """Call `draw` on a figure of WIDTH x height inches, and return it as SVG whose letters need no font."""
+    # Only here: the screen of a terminal needs no matplotlib.
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -103,10 +104,6 @@ def to_svg(draw: Callable[[Figure], None], height: float = 3.0) -> str:
     return stream.getvalue()
 
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-
-Array = npt.NDArray[np.float64]
 BINS = 300
 _FEW = 40
 _LONG_SPANS = ((172800.0, 86400.0, "days"), (7200.0, 3600.0, "hours"), (180.0, 60.0, "minutes"))
@@ -115,19 +112,19 @@ _COUNTS = ((2e9, 1e9, "billion "), (2e6, 1e6, "million "), (2e4, 1e3, "thousand 
 
 @dataclass(frozen=True)
 class Envelope:
-    """Of B bins; vectors are (B,). A bin without a finite value is NaN."""
+    """A series put into B bins; vectors are (B,). A bin without a finite value is NaN."""
 
     x: Array
-    """Of each bin's last point."""
+    """Position of each bin's last point."""
     mean: Array
     low: Array
     high: Array
     per_bin: int
-    """Points in a bin; 1: nothing was put together."""
+    """Points in a bin; 1 if the series is as it was."""
 
 
 def envelope(x: Array, y: Array, bins: int = BINS) -> Envelope:
-    """Put the points (P,) together into at most `bins` bins, if there are more than twice as many."""
+    """Put points (P,) into at most `bins` bins, if there are more than twice as many points as bins."""
     points = len(x)
     if points <= 2 * bins:
         return Envelope(x, y, y, y, 1)
@@ -142,35 +139,37 @@ def envelope(x: Array, y: Array, bins: int = BINS) -> Envelope:
 
 
 def draw_curve(axes: Axes, x: Array, y: Array, label: str, style: dict[str, Any], marker: str = "") -> None:
-    """A line through the points, or through the bins' means with a band from the least to the greatest value."""
-    found = envelope(x, y)
-    if found.per_bin > 1:
-        axes.fill_between(found.x, found.low, found.high, color=style["color"], alpha=0.25, linewidth=0)
+    """Draw a line through the points, or through the bins' means with a band from least to greatest value."""
+    binned = envelope(x, y)
+    if binned.per_bin > 1:
+        axes.fill_between(binned.x, binned.low, binned.high, color=style["color"], alpha=0.25, linewidth=0)
     few = np.count_nonzero(np.isfinite(y)) <= _FEW
-    axes.plot(found.x, found.mean, label=label, linewidth=1.3, marker=marker if few else "", markersize=3.5, **style)
+    axes.plot(binned.x, binned.mean, label=label, linewidth=1.3, marker=marker if few else "", markersize=3.5, **style)
 
 
-def thinned(points: int, what: str) -> str:
-    """The sentence of a caption that says how points were put together, or nothing."""
+def describe_bins(points: int, noun: str) -> str:
+    """Return the sentence of a caption about the bins that `draw_curve` makes, or an empty text without bins."""
     per_bin = 1 if points <= 2 * BINS else -(-points // BINS)
     if per_bin == 1:
         return ""
-    return f" {per_bin:,} {what} are put together in a bin: line = mean, band = least to greatest value of the bin."
+    return (
+        f" A bin has {per_bin:,} {noun}: the line is its mean, the band reaches from its least to its greatest value."
+    )
 
 
 def count_unit(largest: float) -> tuple[float, str]:
-    """What to divide counts by, and the word for it with a space behind."""
+    """Return the divisor for counts up to `largest`, and its name with a space after it."""
     return next(((by, word) for least, by, word in _COUNTS if largest >= least), (1.0, ""))
 
 
 def time_unit(longest_s: float) -> tuple[float, str]:
-    """What to divide seconds by, and the unit's name."""
+    """Return the divisor for seconds up to `longest_s`, and the unit's name."""
     return next(((by, word) for least, by, word in _LONG_SPANS if longest_s >= least), (1.0, "seconds"))
 
 
 def log_if_wide(axes: Axes, values: Sequence[float] | Array, axis: str = "y") -> bool:
-    """A logarithmic axis where the greatest of the values is more than ten times the least; whether it is."""
-    # Only here: a terminal's screen needs no matplotlib.
+    """Make the axis logarithmic if the greatest value is more than ten times the least; return True if it was made."""
+    # Only here: the screen of a terminal needs no matplotlib.
     from matplotlib.ticker import LogLocator, NullFormatter
 
     shown = np.asarray(values, np.float64)

@@ -1,4 +1,4 @@
-"""The simulated step beside throughputs that others have measured and published, and beside one measured here.
+"""Throughputs that were measured, most of them by others, and what the simulated step gives for the same runs.
 
 python tools/plan.py --known-points
 """
@@ -15,9 +15,9 @@ from ddk_ds.planner.gpus import GPUS, Cluster
 from ddk_ds.planner.plan_inputs import Models, PlannedModel
 from ddk_ds.planner.step_time import HOST_S_PER_LAYER, simulate_step
 
-_PREFETCH = 50_000_000  # elements: DeepSpeed's default, with which these ran
+_PREFETCH = 50_000_000
+"""Elements gathered ahead: DeepSpeed's default, with which these runs were measured."""
 _GPUS_PER_NODE = 8
-# MPT's models: layers, width; a tied head of 50,368 rows, 2,048 learned positions, an MLP of 4 x width.
 _MPT = {
     "1b": (24, 2048),
     "3b": (32, 2560),
@@ -26,8 +26,9 @@ _MPT = {
     "30b": (48, 7168),
     "70b": (80, 8192),
 }
-# Of the DeepSpeed team's runs: layers, width; Megatron's vocabulary of 51,200.
+"""MPT's models: layers, width. A tied head of 50,368 rows, 2,048 learned positions, an MLP of 4 x width."""
 _MEGATRON = {"175b": (96, 12288), "1t": (128, 25600), "2t": (160, 32768)}
+"""Models of the DeepSpeed team's runs: layers, width; Megatron's vocabulary of 51,200."""
 
 FOUNDRY = (
     "llm-foundry, scripts/train/benchmarking/README.md (FSDP FULL_SHARD, bf16, MPT models, 2,048 tokens a sample; A100 "
@@ -42,7 +43,7 @@ HERE = "docs/results/gpu_suite_h100.json (Qwen2.5 1.5 B to 0.5 B, 8,192 tokens, 
 
 @dataclass(frozen=True)
 class Shape:
-    """A model's Hugging Face configuration, as far as time and FLOPs depend on it; its head is its embedding."""
+    """The part of a Hugging Face configuration that time and FLOPs depend on; the head is the embedding."""
 
     model_type: str
     hidden_size: int
@@ -56,7 +57,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class Setting:
-    """What is timed: two models and the tokens of a step, samples x length."""
+    """Two models and the tokens of a step, samples x length, that are timed."""
 
     teacher: Shape
     student: Shape
@@ -66,14 +67,13 @@ class Setting:
     warm_up_steps: int = 2
 
 
-# Qwen2.5's 1.5 B and 0.5 B, 8,192 tokens a step.
 FULL = Setting(
     Shape("qwen2", 1536, 28, 12, 2, 8960, 151936), Shape("qwen2", 896, 24, 14, 2, 4864, 151936), 4, 2048, steps=6
 )
 
 
 class Published(NamedTuple):
-    """A row of llm-foundry's table."""
+    """One row of llm-foundry's table of throughputs."""
 
     gpu: str
     model: str
@@ -128,12 +128,12 @@ class Point:
 
     @property
     def error(self) -> float:
-        """Simulated over measured - 1."""
+        """Return simulated / measured - 1."""
         return self.simulated / self.measured - 1
 
 
 def known_points() -> list[Point]:
-    """Every point."""
+    """Simulate every run of which a throughput is known."""
     return [*map(_foundry, FOUNDRY_ROWS), *_deepspeed(), *_here()]
 
 
@@ -146,31 +146,31 @@ def _foundry(row: Published) -> Point:
         global_batch=row.micro_batch * row.micro_batches * row.gpus,
         checkpointing=row.checkpointing,
     )
-    # FSDP's hooks are one for a block.
-    found = _tokens_per_s_per_gpu(config, Models(model, None, 50368), row.gpu, row.gpus, 0.0)
+    # FSDP has only one hook for each block.
+    simulated = _tokens_per_s_per_gpu(config, Models(model, None, 50368), row.gpu, row.gpus, 0.0)
     name = f"MPT {row.model}, {row.gpu}, micro-batch {row.micro_batch} x {row.micro_batches}"
     if row.checkpointing:
         name += ", checkpointing"
-    return Point(name, row.gpus, row.tokens_per_s_per_gpu, found, FOUNDRY)
+    return Point(name, row.gpus, row.tokens_per_s_per_gpu, simulated, FOUNDRY)
 
 
 def _deepspeed() -> list[Point]:
     points = []
-    for name, gpus, micro_batch, length, flop_per_s in (
+    for model_name, gpus, micro_batch, length, flop_per_s in (
         ("175b", 256, 32, 512, 204.49e12),
         ("1t", 1024, 8, 1024, 165.36e12),
         ("2t", 1024, 8, 1024, 157e12),
     ):
-        layers, hidden = _MEGATRON[name]
-        # Their FLOPs of a token: four forward passes, the one that is computed again counted too.
+        layers, hidden = _MEGATRON[model_name]
+        # Their FLOPs of a token: four forward passes, since they count the recomputed one.
         flops = 96 * layers * hidden**2 * (1 + length / (6 * hidden) + 51200 / (16 * layers * hidden))
         model = dense_model(layers, hidden, vocab_size=51200, length=length)
         config = _config(
             length=length, micro_batch=micro_batch, global_batch=micro_batch * gpus, checkpointing=True, offload="cpu"
         )
-        found = _tokens_per_s_per_gpu(config, Models(model, None, 51200), "a100-80g", gpus, HOST_S_PER_LAYER)
-        name = f"GPT {name}, a100-80g, micro-batch {micro_batch}, checkpointing"
-        points.append(Point(name, gpus, flop_per_s / flops, found, DEEPSPEED))
+        simulated = _tokens_per_s_per_gpu(config, Models(model, None, 51200), "a100-80g", gpus, HOST_S_PER_LAYER)
+        name = f"GPT {model_name}, a100-80g, micro-batch {micro_batch}, checkpointing"
+        points.append(Point(name, gpus, flop_per_s / flops, simulated, DEEPSPEED))
     return points
 
 
@@ -215,7 +215,7 @@ def _config(
 
 
 def dense_model(layers: int, hidden: int, *, vocab_size: int, length: int) -> PlannedModel:
-    """A GPT: 12 H^2 weights a layer, a tied head, as many learned positions as tokens."""
+    """Describe a GPT: 12 H^2 weights a layer, a tied head, as many learned positions as tokens."""
     layer = (3 * hidden**2, hidden**2, 4 * hidden**2, 4 * hidden**2)
     shape = ModelShape(
         tensors=(vocab_size * hidden, length * hidden, *layer * layers),
@@ -234,7 +234,7 @@ def dense_model(layers: int, hidden: int, *, vocab_size: int, length: int) -> Pl
 
 
 def profiled_model(shape: Shape, length: int) -> PlannedModel:
-    """A model of engine.profile: Qwen2's layers and a tied head."""
+    """Describe a model of a `Setting`: Qwen2's layers and a tied head."""
     key_value = shape.hidden_size // shape.num_attention_heads * shape.num_key_value_heads
     attention = 2 * shape.hidden_size * (shape.hidden_size + key_value)
     layer = (attention, *[shape.hidden_size * shape.intermediate_size] * 3)

@@ -171,10 +171,10 @@ def known_points_table(points: Sequence[Point]) -> Table:
 
 
 def draw_scaling(curves: Sequence[Curve], plan: Plan, path: Path) -> None:
-    """Throughput and MFU over the number of GPUs. Hollow points do not fit the devices' memory. Needs matplotlib."""
+    """Draw throughput and MFU over the number of GPUs; hollow points do not fit the memory. Needs matplotlib."""
     if find_spec("matplotlib") is None:
-        raise ConfigError(f"--scaling {path}: it needs matplotlib (pip install matplotlib), or leave it out")
-    # Only here: all else needs no matplotlib, which not every machine has.
+        raise ConfigError(f"--scaling {path}: matplotlib is missing: pip install matplotlib, or leave the option out")
+    # Only here: everything else works without matplotlib, which not every machine has.
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 4.6), layout="constrained")
@@ -253,10 +253,10 @@ def _clusters(points: Sequence[LayoutPoint]) -> Iterator[tuple[tuple[float, int]
 
 
 def draw_layouts(points: Sequence[LayoutPoint], plan: Plan, path: Path) -> None:
-    """Tokens/s a GPU over the number of GPUs, a panel for each network. Hollow points do not fit. Needs matplotlib."""
+    """Draw tokens/s a GPU over the number of GPUs, a panel for each network; hollow points do not fit the memory."""
     if find_spec("matplotlib") is None:
-        raise ConfigError(f"--layouts {path}: it needs matplotlib (pip install matplotlib), or leave it out")
-    # Only here: all else needs no matplotlib, which not every machine has.
+        raise ConfigError(f"--layouts {path}: matplotlib is missing: pip install matplotlib, or leave the option out")
+    # Only here: everything else works without matplotlib, which not every machine has.
     from matplotlib.figure import Figure
 
     links = list(dict.fromkeys(point.link_bytes_per_s for point in points))

@@ -13,13 +13,13 @@ from ddk_ds.drawing import (
     Picture,
     bar_style,
     count_unit,
+    describe_bins,
     draw_curve,
     envelope,
     legend_above,
     line_style,
     log_if_wide,
     marker,
-    thinned,
     tidy,
     to_svg,
 )
@@ -110,7 +110,7 @@ def over_tokens(run: RunRecord, top: float | None, title: str = "") -> Picture:
 
     ends = ", ".join(f"{name} {values[0, i]:.3g} to {values[-1, i]:.3g}" for i, name in enumerate(run.domains))
     kind = "Ratio of perplexities" if run.has_teacher else "Perplexity"
-    caption = "Measured between intervals on held-out samples." + thinned(len(values), "measurements")
+    caption = "Measured between intervals on held-out samples." + describe_bins(len(values), "measurements")
     if run.has_teacher:
         caption = "At 1 the student is as good as the teacher. As Figure 3 of arXiv 2407.16154. " + caption
     return Picture(

@@ -81,7 +81,7 @@ Rows = Sequence[Sequence[str]]
 
 @dataclass(frozen=True)
 class Section:
-    """A part of the page: what is written, then pictures side by side."""
+    """A part of the page: text and tables, then pictures side by side."""
 
     anchor: str
     title: str
@@ -108,31 +108,31 @@ def write_page(run_dirs: Sequence[Path], out: Path) -> Path:
 
 
 def sections(runs: Sequence[RunRecord]) -> list[Section]:
-    """What the page of these runs holds; the first one is the page's, the others stand beside it."""
+    """Make all parts of the page about the first run; the others are compared with it."""
     run = runs[0]
-    beside = len(runs) > 1
-    titles = [one.name if beside else "" for one in runs]
+    several = len(runs) > 1
+    titles = [one.name if several else "" for one in runs]
     ratios = [one.by_domain("ratio") for one in runs if one.has_teacher]
-    top = max(float(np.nanmax(values)) for values in ratios) if beside and ratios else None
-    results = f'<div class="tables">{_results(run)}{_side_by_side(runs) if beside else ""}</div>'
+    top = max(float(np.nanmax(values)) for values in ratios) if several and ratios else None
+    results = f'<div class="tables">{_results(run)}{_side_by_side(runs) if several else ""}</div>'
     curves = [
         over_tokens(one, top if one.has_teacher else None, title) for one, title in zip(runs, titles, strict=True)
     ]
     mixtures = [mixture(one, title) for one, title in zip(runs, titles, strict=True)]
-    told = progress(run)
+    over_time = progress(run)
     return [
         Section("result", "Result", results, [perplexity_bars(runs), *curves]),
         Section("mixture", "Mixture", "", [*mixtures, realised(run)]),
         Section("training", "Training", _nothing_yet(run), training_pictures(run)),
         Section("speed", "Speed and memory", _nothing_yet(run), speed_pictures(run)),
-        Section("events", "What happened", _events(run), [told] if told is not None else []),
+        Section("events", "What happened", _events(run), [] if over_time is None else [over_time]),
         Section("configuration", "Configuration", _configuration(run), []),
         Section("versions", "Versions", _versions(run), []),
     ]
 
 
 def page(runs: Sequence[RunRecord], parts: Sequence[Section]) -> str:
-    """The HTML of the page."""
+    """Return the HTML of the page with these parts."""
     run = runs[0]
     links = "".join(f'<li><a href="#{part.anchor}">{part.title}</a></li>' for part in parts)
     body = "".join(_section(part) for part in parts)
@@ -144,7 +144,7 @@ def page(runs: Sequence[RunRecord], parts: Sequence[Section]) -> str:
         f"<header><h1>{escape(run.name)}{escape(others)}</h1>"
         f'<p class="state {run.state.kind.split()[0]}">{escape(run.state.text)}</p>{_numbers(run)}'
         f'<nav aria-label="Contents"><ul>{links}</ul></nav></header>\n<main>{body}</main>'
-        f"<footer><p>ddk_ds {VERSION}. Pictures are vectors, and lie beside this page as .svg files.</p></footer>"
+        f"<footer><p>ddk_ds {VERSION}. Each picture is also an .svg file in the directory of this page.</p></footer>"
         "</body></html>\n"
     )
 
@@ -166,12 +166,12 @@ def _figure(picture: Picture) -> str:
 
 
 def _numbers(run: RunRecord) -> str:
-    """The few numbers that one looks for first."""
+    """Return the run's most important numbers as HTML."""
     total = run.expected_steps
     done = f"{run.last_step:,}" + (f" of {total:,}" if total is not None and run.summary is None else "")
     columns = run.steps.columns
     speed, mfu, memory = (_finite(columns[key]) for key in ("tokens_per_s", "mfu", "peak_memory_gb"))
-    found = {
+    numbers = {
         "steps": done,
         "tokens": f"{int(run.domain_tokens.sum()):,}",
         "time": duration(sum(spent(run).values())),
@@ -183,10 +183,10 @@ def _numbers(run: RunRecord) -> str:
     }
     if run.has_teacher:
         ratios = run.by_domain("ratio").mean(1)
-        found["mean ratio to teacher"] = f"{ratios[0]:.3f} → {ratios[-1]:.3f}"
+        numbers["mean ratio to teacher"] = f"{ratios[0]:.3f} → {ratios[-1]:.3f}"
     if run.config is not None:
-        found = {"method": run.config.method, "controller": run.config.mixture.controller, **found}
-    cells = "".join(f"<div><dt>{escape(key)}</dt><dd>{escape(value)}</dd></div>" for key, value in found.items())
+        numbers = {"method": run.config.method, "controller": run.config.mixture.controller, **numbers}
+    cells = "".join(f"<div><dt>{escape(key)}</dt><dd>{escape(value)}</dd></div>" for key, value in numbers.items())
     return f'<dl class="numbers">{cells}</dl>'
 
 
@@ -195,16 +195,16 @@ def _finite(values: Array) -> Array:
 
 
 def table(headings: Sequence[str], rows: Rows, caption: str = "", css: str = "") -> str:
-    """An HTML table; the first column names the row. It scrolls by itself where it is too wide."""
+    """Return an HTML table whose first column names the row, and which scrolls by itself if it is too wide."""
     head = "".join(f'<th scope="col">{escape(heading)}</th>' for heading in headings)
     body = "".join(
         f'<tr><th scope="row">{escape(row[0])}</th>{"".join(f"<td>{escape(cell)}</td>" for cell in row[1:])}</tr>'
         for row in rows
     )
-    said = f"<caption>{escape(caption)}</caption>" if caption else ""
+    caption_html = f"<caption>{escape(caption)}</caption>" if caption else ""
     label = escape(caption or "table")
     return (
-        f'<div class="scroll" tabindex="0" role="region" aria-label="{label}"><table class="{css}">{said}'
+        f'<div class="scroll" tabindex="0" role="region" aria-label="{label}"><table class="{css}">{caption_html}'
         f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
     )
 
@@ -229,8 +229,9 @@ def _results(run: RunRecord) -> str:
 def _side_by_side(runs: Sequence[RunRecord]) -> str:
     rows = []
     for name in runs[0].domains:
-        found = [{one.name: one for one in run.results}.get(name) for run in runs]
-        rows.append([name, *("-" if one is None else f"{one.after:,.2f} ({one.share:.1%})" for one in found)])
+        results = [{result.name: result for result in run.results}.get(name) for run in runs]
+        cells = ("-" if result is None else f"{result.after:,.2f} ({result.share:.1%})" for result in results)
+        rows.append([name, *cells])
     ratios = [run.by_domain("ratio")[-1].mean() if run.has_teacher else None for run in runs]
     rows.append(["mean ratio to the teacher", *(_number(ratio, 3) for ratio in ratios)])
     rows.append(["tokens", *(f"{int(run.domain_tokens.sum()):,}" for run in runs)])
@@ -264,7 +265,7 @@ def _configuration(run: RunRecord) -> str:
 
 def _versions(run: RunRecord) -> str:
     rows = list(_version_rows(run))
-    return table(["package", "version"], rows, "As the run's starts noted them") if rows else "<p>Not noted.</p>"
+    return table(["package", "version"], rows, "Versions at the run's starts") if rows else "<p>Not recorded.</p>"
 
 
 def _version_rows(run: RunRecord) -> Iterator[list[str]]:

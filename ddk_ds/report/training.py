@@ -10,12 +10,12 @@ from ddk_ds.drawing import (
     Array,
     Picture,
     bar_style,
+    describe_bins,
     draw_curve,
     envelope,
     legend_above,
     line_style,
     log_if_wide,
-    thinned,
     tidy,
     time_unit,
     to_svg,
@@ -107,7 +107,7 @@ def _curve(
         tidy(axes)
 
     shown = "; ".join(f"{label}: {_first_to_last(values)}" for label, values in series.items())
-    caption += thinned(len(run.steps.step), "steps") + describe_marks(run)
+    caption += describe_bins(len(run.steps.step), "steps") + describe_marks(run)
     alt = f"{title} over {len(run.steps.step):,} steps. {shown}."
     return Picture(name, title, to_svg(draw, 2.9), alt, caption)
 

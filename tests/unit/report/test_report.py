@@ -175,7 +175,7 @@ def test_a_ledger_of_100_000_steps(tmp_path: Path) -> None:
     path = write_page([run_dir], tmp_path / "out")
     assert time.perf_counter() - started < 60  # 20 s on an idle machine; others may be at work on this one
     assert path.stat().st_size < 5e6
-    assert "and 987.5" in path.read_text() and "334 steps are put together" in path.read_text()
+    assert "and 987.5" in path.read_text() and "A bin has 334 steps" in path.read_text()
 
 
 def test_a_run_that_no_measurement_has_begun(tmp_path: Path) -> None:
