@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from itertools import groupby
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich import box
 from rich.markup import escape
@@ -19,7 +20,9 @@ from ddk_ds.planner.known_points import Point
 from ddk_ds.planner.run_plan import Plan
 from ddk_ds.planner.simulations import Curve, LayoutPoint, Variant, advised
 
-_STYLES = tuple({**line_style(number), "marker": marker(number)} for number in range(3))
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 
 def plan_tables(plan: Plan) -> Iterator[Table | Text]:
@@ -170,50 +173,6 @@ def known_points_table(points: Sequence[Point]) -> Table:
     return table
 
 
-def draw_scaling(curves: Sequence[Curve], plan: Plan, path: Path) -> None:
-    """Draw throughput and MFU over the number of GPUs; hollow points do not fit the memory. Needs matplotlib."""
-    if find_spec("matplotlib") is None:
-        raise ConfigError(f"--scaling {path}: matplotlib is missing: pip install matplotlib, or leave the option out")
-    # Only here: everything else works without matplotlib, which not every machine has.
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(11, 4.6), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    for style, curve in zip(_STYLES, curves, strict=False):
-        gpus = [point.gpus for point in curve.points]
-        for axes, values in (
-            (left, [point.tokens_per_s / 1e3 for point in curve.points]),
-            (right, [100 * point.mfu for point in curve.points]),
-        ):
-            axes.plot(gpus, values, label=curve.name, linewidth=1.6, markersize=6, **style)
-            for x, y, point in zip(gpus, values, curve.points, strict=True):
-                if not point.fits:
-                    axes.plot(x, y, marker=style["marker"], color=style["color"], markerfacecolor="white", zorder=3)
-    first = curves[-1].points[0]
-    ideal = [first.tokens_per_s / 1e3 * point.gpus / first.gpus for point in curves[-1].points]
-    left.plot([point.gpus for point in curves[-1].points], ideal, color="#666666", linestyle=":", label="in proportion")
-    left.set_yscale("log")
-    left.set_ylabel("throughput, thousand tokens/s")
-    right.set_ylim(bottom=0)
-    right.set_ylabel("model FLOPs utilisation, % of the peak")
-    ticks = sorted({point.gpus for curve in curves for point in curve.points})
-    for axes in (left, right):
-        axes.set_xscale("log", base=2)
-        axes.set_xticks(ticks, [str(tick) for tick in ticks])
-        axes.set_xlabel("number of GPUs")
-        axes.grid(alpha=0.3)
-        axes.spines[["top", "right"]].set_visible(False)
-    left.legend(frameon=False, fontsize=9)
-    config, cluster = plan.config, plan.cluster
-    figure.suptitle(
-        f"{config.name}: simulated step, {cluster.gpu.name}, {cluster.gpus_per_node} a node (hollow: does not fit)"
-    )
-    try:
-        figure.savefig(path, dpi=150)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"--scaling {path}: cannot be written: {error}") from error
-
-
 def layouts_table(points: Sequence[LayoutPoint]) -> Table:
     """Make the table of tokens/s a GPU by layout: a row for each network and number of GPUs, and the advised layout."""
     names = list(dict.fromkeys(point.name for point in points))
@@ -252,42 +211,89 @@ def _clusters(points: Sequence[LayoutPoint]) -> Iterator[tuple[tuple[float, int]
         yield cluster, list(row)
 
 
-def draw_layouts(points: Sequence[LayoutPoint], plan: Plan, path: Path) -> None:
-    """Draw tokens/s a GPU over the number of GPUs, a panel for each network; hollow points do not fit the memory."""
-    if find_spec("matplotlib") is None:
-        raise ConfigError(f"--layouts {path}: matplotlib is missing: pip install matplotlib, or leave the option out")
-    # Only here: everything else works without matplotlib, which not every machine has.
-    from matplotlib.figure import Figure
+def draw_scaling(curves: Sequence[Curve], plan: Plan, path: Path) -> None:
+    """Draw throughput and MFU over the number of GPUs; hollow points do not fit the memory. Needs matplotlib."""
+    figure = _new_figure("--scaling", path, width=11)
+    left, right = figure.subplots(1, 2)
+    for number, curve in enumerate(curves):
+        fits = [point.fits for point in curve.points]
+        gpus = [point.gpus for point in curve.points]
+        _draw_line(left, gpus, [point.tokens_per_s / 1e3 for point in curve.points], fits, curve.name, number)
+        _draw_line(right, gpus, [100 * point.mfu for point in curve.points], fits, curve.name, number)
+    weak = curves[-1].points
+    ideal = [weak[0].tokens_per_s / 1e3 * point.gpus / weak[0].gpus for point in weak]
+    left.plot([point.gpus for point in weak], ideal, color="#666666", linestyle=":", label="in proportion")
+    left.set_yscale("log")
+    left.set_ylabel("throughput, thousand tokens/s")
+    right.set_ylim(bottom=0)
+    right.set_ylabel("model FLOPs utilisation, % of the peak")
+    for axes in (left, right):
+        _gpu_axis(axes, [point.gpus for curve in curves for point in curve.points])
+        tidy(axes, "both")
+    left.legend(frameon=False, fontsize=9)
+    figure.suptitle(f"{_title(plan)} (hollow: does not fit)")
+    _save(figure, "--scaling", path)
 
+
+def draw_layouts(points: Sequence[LayoutPoint], plan: Plan, path: Path) -> None:
+    """Draw tokens/s a GPU over the number of GPUs, a panel for each network; hollow points do not fit the memory.
+
+    Needs matplotlib.
+    """
     links = list(dict.fromkeys(point.link_bytes_per_s for point in points))
     names = list(dict.fromkeys(point.name for point in points))
-    figure = Figure(figsize=(12, 4.6), layout="constrained")
+    figure = _new_figure("--layouts", path, width=12)
     panels = figure.subplots(1, len(links), sharey=True)
     for axes, link in zip(panels, links, strict=True):
         for number, name in enumerate(names):
             line = [point for point in points if point.name == name and point.link_bytes_per_s == link]
             gpus, speeds = [point.gpus for point in line], [point.tokens_per_s_per_gpu for point in line]
-            style = line_style(number)
-            axes.plot(gpus, speeds, marker=marker(number), markersize=6, linewidth=1.6, label=name, **style)
-            for x, y, point in zip(gpus, speeds, line, strict=True):
-                if not point.fits:
-                    axes.plot(x, y, marker=marker(number), color=style["color"], markerfacecolor="white", zorder=3)
-        axes.set_xscale("log", base=2)
-        ticks = sorted({point.gpus for point in points})
-        axes.set_xticks(ticks, [str(tick) for tick in ticks], rotation=45)
-        axes.set_xlabel("number of GPUs")
+            _draw_line(axes, gpus, speeds, [point.fits for point in line], name, number)
+        _gpu_axis(axes, [point.gpus for point in points], rotation=45)
         axes.set_title(f"network of {link / 1e9:g} GB/s a GPU", fontsize=10)
         tidy(axes)
     panels[0].set_ylim(bottom=0)
     panels[0].set_ylabel("tokens/s a GPU")
     handles, labels = panels[0].get_legend_handles_labels()
-    config, cluster = plan.config, plan.cluster
-    title = (
-        f"{config.name}: simulated step, {cluster.gpu.name}, {cluster.gpus_per_node} a node; "
-        "teacher.shard_within and micro_batches_per_pass (hollow: does not fit)"
-    )
+    title = f"{_title(plan)}; teacher.shard_within and micro_batches_per_pass (hollow: does not fit)"
     figure.legend(handles, labels, loc="outside upper left", ncols=5, title=title, frameon=False, alignment="left")
+    _save(figure, "--layouts", path)
+
+
+def _new_figure(option: str, path: Path, width: float) -> Figure:
+    """Make an empty figure. Raises ConfigError, naming the option, where matplotlib is missing."""
+    if find_spec("matplotlib") is None:
+        raise ConfigError(f"{option} {path}: matplotlib is missing: pip install matplotlib, or leave the option out")
+    # Only here: everything else works without matplotlib, which not every machine has.
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, 4.6), layout="constrained")
+
+
+def _draw_line(
+    axes: Axes, gpus: Sequence[int], values: Sequence[float], fits: Sequence[bool], label: str, number: int
+) -> None:
+    """Draw one series over the number of GPUs, hollow where it does not fit; `number` chooses its style."""
+    style, shape = line_style(number), marker(number)
+    axes.plot(gpus, values, label=label, linewidth=1.6, marker=shape, markersize=6, **style)
+    for x, y, fit in zip(gpus, values, fits, strict=True):
+        if not fit:
+            axes.plot(x, y, marker=shape, color=style["color"], markerfacecolor="white", zorder=3)
+
+
+def _gpu_axis(axes: Axes, gpus: Sequence[int], rotation: float = 0) -> None:
+    ticks = sorted(set(gpus))
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(ticks, [str(tick) for tick in ticks], rotation=rotation)
+    axes.set_xlabel("number of GPUs")
+
+
+def _title(plan: Plan) -> str:
+    return f"{plan.config.name}: simulated step, {plan.cluster.gpu.name}, {plan.cluster.gpus_per_node} a node"
+
+
+def _save(figure: Figure, option: str, path: Path) -> None:
     try:
         figure.savefig(path, dpi=150)
     except (OSError, ValueError) as error:
-        raise ConfigError(f"--layouts {path}: cannot be written: {error}") from error
+        raise ConfigError(f"{option} {path}: cannot be written: {error}") from error
