@@ -50,7 +50,7 @@ def markdown(comparison: dict[str, Any]) -> str:
         parts += [f"## Difference to {comparison['baseline']}, paired by seed", *_differences(comparison)]
     if comparison["remarks"]:
         parts += ["## Remarks", "\n".join(f"- {remark}" for remark in comparison["remarks"])]
-    versions = ", ".join(f"{name} {'/'.join(found)}" for name, found in comparison["versions"].items())
+    versions = ", ".join(f"{name} {'/'.join(values)}" for name, values in comparison["versions"].items())
     parts.append(f"Ranks: {', '.join(map(str, comparison['ranks']))}. Versions: {versions}.")
     return "\n\n".join(parts) + "\n"
 

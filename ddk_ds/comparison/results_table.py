@@ -33,7 +33,7 @@ _SAME = 1e-4
 
 @dataclass(frozen=True)
 class RunCost:
-    """Cost of one run."""
+    """Tokens, time and FLOPs that one run took."""
 
     tokens: int
     """Tokens trained on: targets of the loss."""

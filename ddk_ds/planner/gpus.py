@@ -115,7 +115,7 @@ def _number(value: Any) -> Any:
 
 @dataclass(frozen=True)
 class Cluster:
-    """Nodes of equal GPUs."""
+    """A number of nodes with the same number of the same GPU each."""
 
     gpu: Gpu
     nodes: int

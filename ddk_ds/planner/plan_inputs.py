@@ -61,7 +61,7 @@ class PlannedData:
     """Optimizer steps of the run, unless stop.discrepancy ends it earlier."""
     intervals: int
     source: str
-    """Where these numbers are from, for the plan's list of assumptions."""
+    """Origin of these numbers, for the plan's list of assumptions."""
 
     @property
     def measurements(self) -> int:

@@ -128,7 +128,7 @@ def mixture(run: RunRecord, title: str = "") -> Picture:
     shares = run.by_domain("proportions", intervals)
     starts = np.array([record["step"] for record in intervals], np.float64)
     binned = [envelope(starts, column) for column in shares.T]
-    lower = np.array([one.mean for one in binned])
+    lower = np.array([series.mean for series in binned])
     edges = starts if binned[0].per_bin == 1 else np.append(starts[0], binned[0].x[:-1])
     edges = np.append(edges, max(run.last_step, edges[-1] + 1))
 

@@ -111,14 +111,14 @@ def sections(runs: Sequence[RunRecord]) -> list[Section]:
     """Make all parts of the page about the first run; the others are compared with it."""
     run = runs[0]
     several = len(runs) > 1
-    titles = [one.name if several else "" for one in runs]
-    ratios = [one.by_domain("ratio") for one in runs if one.has_teacher]
+    titles = [each.name if several else "" for each in runs]
+    ratios = [each.by_domain("ratio") for each in runs if each.has_teacher]
     top = max(float(np.nanmax(values)) for values in ratios) if several and ratios else None
     results = f'<div class="tables">{_results(run)}{_side_by_side(runs) if several else ""}</div>'
     curves = [
-        over_tokens(one, top if one.has_teacher else None, title) for one, title in zip(runs, titles, strict=True)
+        over_tokens(each, top if each.has_teacher else None, title) for each, title in zip(runs, titles, strict=True)
     ]
-    mixtures = [mixture(one, title) for one, title in zip(runs, titles, strict=True)]
+    mixtures = [mixture(each, title) for each, title in zip(runs, titles, strict=True)]
     over_time = progress(run)
     return [
         Section("result", "Result", results, [perplexity_bars(runs), *curves]),
@@ -136,7 +136,7 @@ def page(runs: Sequence[RunRecord], parts: Sequence[Section]) -> str:
     run = runs[0]
     links = "".join(f'<li><a href="#{part.anchor}">{part.title}</a></li>' for part in parts)
     body = "".join(_section(part) for part in parts)
-    others = f" beside {', '.join(one.name for one in runs[1:])}" if len(runs) > 1 else ""
+    others = f" compared with {', '.join(other.name for other in runs[1:])}" if len(runs) > 1 else ""
     return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
@@ -156,7 +156,7 @@ def _section(part: Section) -> str:
 
 
 def _figure(picture: Picture) -> str:
-    # As an image, not inline: names inside one picture must not meet those of another.
+    # As an image, not inline: names inside two pictures must not clash.
     data = base64.b64encode(picture.svg.encode()).decode()
     return (
         f'<figure id="{escape(picture.name)}"><h3>{escape(picture.title)}</h3>'
@@ -211,18 +211,18 @@ def table(headings: Sequence[str], rows: Rows, caption: str = "", css: str = "")
 
 def _results(run: RunRecord) -> str:
     after = "after" if run.summary is not None else f"at step {run.measurements[-1]['step']:,}"
-    columns: dict[str, Callable[[DomainResult], str]] = {"before": lambda one: _number(one.before)}
-    columns[after] = lambda one: _number(one.after)
+    columns: dict[str, Callable[[DomainResult], str]] = {"before": lambda result: _number(result.before)}
+    columns[after] = lambda result: _number(result.after)
     means = []
     if run.has_teacher:
-        columns = {"teacher": lambda one: _number(one.teacher_ppl), **columns}
-        columns["ratio before"] = lambda one: _number(one.ratio_before, 3)
-        columns[f"ratio {after}"] = lambda one: _number(one.ratio_after, 3)
-        ratios = [np.mean([getattr(one, key) for one in run.results]) for key in ("ratio_before", "ratio_after")]
+        columns = {"teacher": lambda result: _number(result.teacher_ppl), **columns}
+        columns["ratio before"] = lambda result: _number(result.ratio_before, 3)
+        columns[f"ratio {after}"] = lambda result: _number(result.ratio_after, 3)
+        ratios = [np.mean([getattr(result, key) for result in run.results]) for key in ("ratio_before", "ratio_after")]
         means = [["mean", "", "", "", *(_number(float(ratio), 3) for ratio in ratios), "", ""]]
-    columns |= {"tokens": lambda one: f"{one.tokens:,}", "share": lambda one: f"{one.share:.1%}"}
+    columns |= {"tokens": lambda result: f"{result.tokens:,}", "share": lambda result: f"{result.share:.1%}"}
     headings = ["domain", *columns]
-    rows = [[one.name, *(cell(one) for cell in columns.values())] for one in run.results] + means
+    rows = [[result.name, *(cell(result) for cell in columns.values())] for result in run.results] + means
     return table(headings, rows, f"{run.name}: perplexity on held-out text by domain", "domains")
 
 
@@ -270,6 +270,6 @@ def _versions(run: RunRecord) -> str:
 
 def _version_rows(run: RunRecord) -> Iterator[list[str]]:
     for event in run.events:
-        yield from ([name, str(found)] for name, found in event.get("versions", {}).items())
+        yield from ([name, str(version)] for name, version in event.get("versions", {}).items())
         for name, change in event.get("changed_versions", {}).items():
             yield [name, f"{change}, at the restart from step {event.get('step', '?')}"]

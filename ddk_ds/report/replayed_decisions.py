@@ -76,10 +76,10 @@ def _recorded_decision(record: dict[str, Any], domains: Sequence[str]) -> Record
 
 @dataclass(frozen=True)
 class Replay:
-    """How many decisions came out equal."""
+    """Result of a replay: the decisions that were taken again, and those that differ."""
 
     num_replayed: int
-    """All decisions of the ledger, except the first of a fork, which continues from another run's decision."""
+    """Number of decisions taken again: all, except the first of a fork, which continues from another run's decision."""
     unequal: list[int]
     """Intervals whose decision did not come out equal to the last bit."""
 

@@ -1,4 +1,4 @@
-"""Comparing methods: the statistics by hand-computed numbers, the jobs, the stages, the report on made-up runs."""
+"""Comparing methods: statistics as computed by hand, jobs, stages, and the report on made-up runs."""
 
 from __future__ import annotations
 
@@ -153,7 +153,7 @@ def test_what_is_unfair_or_missing_is_said() -> None:
 
 
 def write_run(directory: Path, config: Path, after: list[float], *overrides: str) -> Path:
-    """A finished run's directory."""
+    """Write the directory of a finished run and return it."""
     directory.mkdir(parents=True)
     resolved = load_config(config, [*overrides, f"name={directory.name}", f"output_dir={directory.parent}"])
     (directory / "config.yaml").write_text(to_yaml(resolved))

@@ -1,6 +1,6 @@
-"""The estimate's parts beside what torch holds, and the largest micro-batch.
+"""The estimate's parts are close to what torch holds, and the largest micro-batch is the largest that fits.
 
-tests/dist/test_preflight.py holds shards, optimizer states and buffers beside DeepSpeed's own on two ranks.
+tests/dist/test_preflight.py compares shards, optimizer states and buffers with DeepSpeed's own on two ranks.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ def config_of(**values: Any) -> Config:
 
 
 def held(values: dict[str, Any], *, checkpointing: bool) -> int:
-    """Most bytes that torch holds in forward and backward of one sample, beside parameters and their gradients.
+    """Return torch's peak in forward and backward of one sample, without parameters and their gradients, in bytes.
 
-    Fake tensors have every size and no memory. Gradients are dropped as soon as they are there, as ZeRO-3 does.
+    Fake tensors have sizes and no memory. Gradients are dropped as soon as they exist, as ZeRO-3 does.
     """
     with FakeTensorMode():
         config = AutoConfig.for_model(**values)
@@ -58,7 +58,7 @@ def held(values: dict[str, Any], *, checkpointing: bool) -> int:
 @pytest.mark.parametrize("model", ["Qwen1.5-1.8B", "Qwen1.5-4B"])
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_activations_are_torchs(model: str, checkpointing: bool, tmp_path: Path) -> None:
-    """At full width; with 6 layers, since torch takes its time for each, and a small vocabulary."""
+    """Layers have their full width; there are only 6 of them and a small vocabulary, to save time."""
     values = json.loads((ROOT / f"configs/models/{model}.json").read_text())
     values |= {"num_hidden_layers": 6, "vocab_size": 1000}
     (tmp_path / "config.json").write_text(json.dumps(values))
@@ -72,7 +72,7 @@ def test_activations_are_torchs(model: str, checkpointing: bool, tmp_path: Path)
 
 
 def test_a_measured_gpu_step() -> None:
-    """Of the parts that a plain step on one device has, the sum is the peak that CUDA's allocator reported."""
+    """The parts that a plain step on one device has add up to the peak that CUDA's allocator reported."""
     measured = json.loads((ROOT / "docs/results/gpu_suite_h100.json").read_text())
     peak = measured["parts"]["step_profile"]["result"]["peak_memory_bytes"]
     teacher, student = (profiled_model(shape, FULL.length) for shape in (FULL.teacher, FULL.student))
@@ -119,7 +119,7 @@ def test_nothing_fits() -> None:
 
 
 def test_where_the_teacher_lies() -> None:
-    """A copy of its weights for each node or GPU, and hidden states of all micro-batches of a pass."""
+    """Each node or GPU holds a copy of its weights, and a pass holds the hidden states of all its micro-batches."""
 
     def parts(**teacher: Any) -> dict[str, int]:
         return plan_memory(changed(config_of(), teacher=teacher), MODELS, CLUSTER).device_parts

@@ -1,4 +1,4 @@
-"""tools/plan.py from the command line: what it writes, what it advises, and what it says of wrong input."""
+"""tools/plan.py from the command line: its results, its advice, and its errors for wrong input."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def planned(folder: Path, *arguments: str, config: Path = PAPER, gpu: str = "a10
 
 @pytest.fixture
 def small(tmp_path: Path) -> Path:
-    """A run's configuration whose student is a directory with config.json alone, and its teacher a file."""
+    """A run's configuration; the student is a directory with config.json alone, the teacher is a file."""
     (tmp_path / "student").mkdir()
     (tmp_path / "student/config.json").write_text(json.dumps(TINY))
     (tmp_path / "teacher.json").write_text(json.dumps(TINY | {"num_hidden_layers": 4}))
@@ -81,7 +81,7 @@ def test_the_keys(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert any(name.startswith(words) for name in parts), words
     assert found["fits"] is True
     assert found["max_micro_batch"] >= found["max_micro_batch_that_divides"] >= 8
-    # By the definition of MFU.
+    # The definition of MFU.
     per_token = (found["flops_of_this_run"] - found["controller_flops"]) / found["tokens"]
     assert found["tokens_per_s"] == pytest.approx(0.4 * 16 * 312e12 / per_token)
     assert found["gpu_hours"] == pytest.approx(16 * found["hours"])

@@ -1,4 +1,4 @@
-"""The simulated step: its limits by hand, what its options do, and how far off it is of what has been measured."""
+"""The simulated step: its limits by hand, the effect of options, and its distance from measured throughputs."""
 
 from __future__ import annotations
 
@@ -135,7 +135,7 @@ def test_scaling_reaches_from_2_to_1024() -> None:
         assert of_a_gpu[-1] < of_a_gpu[2]
 
 
-# What is off by more is said so in docs/planning.md; these bounds are what is reached, and one that grows fails.
+# docs/planning.md explains the larger errors. These bounds are what is reached today: an error that grows fails.
 def test_known_points() -> None:
     points = known_points()
     within = {

@@ -1,4 +1,4 @@
-"""A run's directory with a generated ledger, as the loop writes it: for what only reads it."""
+"""A run's directory with a generated ledger, in the form that the loop writes, for tests that only read it."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def make_run(
     finished: bool = True,
     events: Sequence[dict[str, Any]] = (),
 ) -> Path:
-    """Write <folder>/<name>; where it is not finished, the last interval has no end."""
+    """Write <folder>/<name> and return it; if it is not finished, the last interval has no end."""
     run_dir = folder / name
     run_dir.mkdir(parents=True)
     method = {"method": "ddk", "teacher": {"path": "models/teacher"}} if teacher else {"method": "cpt"}

@@ -1,4 +1,4 @@
-"""tools/report.py: one page of a run, whatever became of it."""
+"""tools/report.py writes one page for any run, finished or not."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shuti
 
 
 class Page(HTMLParser):
-    """What a browser would be told to show or to fetch."""
+    """The tags of a page, all of them closed."""
 
     def __init__(self, text: str) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""tools/status.py: where a run stands, from the files alone."""
+"""tools/status.py shows the state of a run from its files alone."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def shown(run_dir: Path, width: int = 80, *, later_s: float = 0.0, max_domains: 
 
 
 def watched(run_dir: Path, text: str, rank: int = 0) -> None:
-    """What the watchdog of a rank has written."""
+    """Write the file that a rank's watchdog writes."""
     (run_dir / "stacks").mkdir(exist_ok=True)
     (run_dir / "stacks" / f"rank-{rank}.txt").write_text(text)
 
@@ -147,7 +147,7 @@ def test_the_newest_complete_checkpoint_is_shown(tmp_path: Path) -> None:
 
 def test_watching_waits_for_the_run_and_ends_by_ctrl_c(tmp_path: Path) -> None:
     command = [sys.executable, "tools/status.py", str(tmp_path / "late"), "--watch", "0.2"]
-    # Where the tests run in a shell's background, SIGINT is ignored, and what they start inherits that.
+    # In a shell's background SIGINT is ignored, and processes that the tests start inherit that.
     heard = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, **heard)
     try:
