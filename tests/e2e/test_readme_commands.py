@@ -139,7 +139,7 @@ def test_the_extra_of_the_guide_is_installed() -> None:
 @pytest.mark.long
 @pytest.mark.parametrize("page", PAGES)
 def test_the_commands_run(page: str, workspace: Path, tmp_path: Path) -> None:
-    """From the first to the last, in one directory, each ending with exit code 0."""
+    """A page's commands run in their order in one directory, each with exit code 0, and make what the page says."""
     make_world(workspace, tmp_path, page)
     for command in commands((ROOT / page).read_text()):
         if command.text in RUN:
