@@ -118,7 +118,7 @@ def test_a_limit_under_four_shards_is_refused(remote: Path, tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"path": "s3://bucket/data"}, "give cache_dir"),
+        ({"path": "s3://bucket/data"}, "set cache_dir"),
         ({"path": "data", "cache_limit_gb": 1.0}, "without cache_dir"),
         ({"path": "data", "cache_dir": "c", "cache_limit_gb": 0.0}, "greater than 0"),
     ],
