@@ -6,7 +6,6 @@ floating-point operations.
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -22,7 +21,7 @@ from ddk_ds.config import load_config
 from ddk_ds.engine.flops import model_flops, run_flops
 from ddk_ds.engine.model_files import model_directory, read_model
 from ddk_ds.errors import DataError, UserError
-from ddk_ds.run_files import is_finished, read_ledger, read_summary
+from ddk_ds.run_files import is_finished, read_events, read_ledger, read_summary
 
 _T95 = (12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622, 2.2281)
 """Two-sided 95 % quantiles of Student's t for 1 to 10 degrees of freedom."""
@@ -96,7 +95,7 @@ def compare_runs(
     if not results:
         raise DataError(f"{directory}: no run <method>-s<seed> in it is finished: nothing to report")
     baseline = baseline or (labels or [results[0].label])[0]
-    return {**compare(results, baseline), **about(directory, results)}
+    return {**compare(results, baseline), **_ranks_and_versions(directory, results)}
 
 
 def read_results(
@@ -306,18 +305,12 @@ def paired_difference(method: Mapping[int, float], baseline: Mapping[int, float]
     return Difference(len(seeds), differences.mean, error, low, high, verdict)
 
 
-def about(directory: Path, results: Sequence[Result]) -> dict[str, Any]:
+def _ranks_and_versions(directory: Path, results: Sequence[Result]) -> dict[str, Any]:
     """Return the versions and numbers of ranks that the runs noted at their start."""
-    events = [_start_event(directory / f"{result.label}-s{result.seed}") for result in results]
+    events = [read_events(directory / f"{result.label}-s{result.seed}")[0] for result in results]
     versions: dict[str, set[str]] = {}
     for event in events:
         for name, version in event.get("versions", {}).items():
             versions.setdefault(name, set()).add(version)
     ranks = sorted({event["world_size"] for event in events if "world_size" in event})
     return {"ranks": ranks, "versions": {name: sorted(values) for name, values in versions.items()}}
-
-
-def _start_event(run_dir: Path) -> dict[str, Any]:
-    """Return the event of the run's first start, with number of ranks and versions."""
-    with (run_dir / "events.jsonl").open() as stream:
-        return dict(json.loads(stream.readline()))
