@@ -1,17 +1,26 @@
-"""A small run on real text for the fault campaign and the tests: tokenizer, shards, two models, a configuration.
+"""A small run on real text: tokenizer, shards, two models, a configuration, and the hash of the ledger's numbers.
 
-They are made with the project's own tools; the text is that of the installed Python packages.
+    python -m tools.bench.small_run --out DIR [--ranks 2] [--steps 40]
+
+Two commits compute the same if they print the same hash on one machine. The fault campaign and the tests use the parts:
+they are made with the project's own tools from the text of the installed Python packages.
 """
 
 from __future__ import annotations
 
+import argparse
+import hashlib
 import json
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
+
+from ddk_ds.command_line import positive
+from ddk_ds.comparison.method_stages import launch
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPE = {
@@ -84,3 +93,33 @@ def without_clock(run_dir: Path) -> list[dict[str, Any]]:
     """Return a run's ledger without the values that depend on the clock."""
     records = [json.loads(line) for line in (run_dir / "ledger.jsonl").read_text().splitlines()]
     return [{key: value for key, value in record.items() if key != "clock"} for record in records]
+
+
+def ledger_hash(run_dir: Path) -> str:
+    """Return the first 16 hexadecimal digits of the SHA-256 of a run's ledger without its clock."""
+    text = "\n".join(json.dumps(record, sort_keys=True) for record in without_clock(run_dir))
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run DDK and print the hash of the ledger's numbers; return the launcher's exit code."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--out", type=Path, required=True, help="new directory for data, models and the run")
+    parser.add_argument("--ranks", type=positive, default=2, help="ranks of the run (default: %(default)s)")
+    parser.add_argument("--steps", type=positive, default=40, help="optimizer steps (default: %(default)s)")
+    options = parser.parse_args(arguments)
+    workspace = make_workspace(options.out)
+    config = write_config(workspace, options.out, stop={"steps": options.steps}, checkpoint={"every_steps": 15})
+    log = options.out / "run.log"
+    code = launch(config, [], options.ranks, log)
+    if code:
+        print(f"the run ended with exit code {code}: see {log}", file=sys.stderr)
+        return code
+    print(f"{options.steps} steps on {options.ranks} ranks: {ledger_hash(options.out / 'runs/run')}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
