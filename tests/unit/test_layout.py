@@ -1,4 +1,4 @@
-"""The layout: imports point down, files and functions stay small, every shipped run configuration loads."""
+"""The layout: imports point down, files and functions stay small, docstrings read at once, configurations load."""
 
 from __future__ import annotations
 
@@ -16,6 +16,10 @@ ROOT = Path(__file__).parents[2]
 TREES = ("ddk_ds", "launch", "tools")
 MAX_FILE_LINES = 500
 MAX_FUNCTION_LINES = 60
+MAX_README_LINES = 99
+MAX_PAGES = 15
+# A docstring that begins with one of these is a fragment: say what the function does, or what the object is.
+FRAGMENTS = {"What", "Whether", "Of", "As", "By", "That", "How", "Where", "From"}
 
 # From the top down. A room imports from the floors below it, never from its own floor.
 FLOORS = (
@@ -39,24 +43,24 @@ ALLOWED = {"mixture": ("numpy", "ddk_ds.errors"), "kernels": ("torch", "triton",
 
 
 def within(name: str, parent: str) -> bool:
-    """Whether the dotted `name` is `parent` or lies in it."""
+    """Return True if the dotted `name` is `parent` or lies in it."""
     return name == parent or name.startswith(f"{parent}.")
 
 
 def room_of(name: str) -> str:
-    """Room of a dotted name: ddk_ds.data.mds -> data, tools.plan -> tools, ddk_ds -> ddk_ds."""
+    """Return the room of a dotted name: ddk_ds.data.mds -> data, tools.plan -> tools, ddk_ds -> ddk_ds."""
     parts = name.split(".")
     return parts[1] if parts[0] == "ddk_ds" and len(parts) > 1 else parts[0]
 
 
 def module_name(path: Path) -> str:
-    """Dotted name of a file, relative to the repository: ddk_ds/data/__init__.py -> ddk_ds.data."""
+    """Return the dotted name of a file of the repository: ddk_ds/data/__init__.py -> ddk_ds.data."""
     parts = path.with_suffix("").parts
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
 def imported_names(path: Path, source: str) -> Iterator[str]:
-    """Dotted names that a file imports, inside functions and by `torch.distributed.x` too."""
+    """Yield the dotted names that a file imports, inside functions and by `torch.distributed.x` too."""
     package = module_name(path.parent / "__init__.py").split(".")
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
@@ -73,7 +77,7 @@ def imported_names(path: Path, source: str) -> Iterator[str]:
 
 
 def import_faults(path: Path, source: str) -> list[str]:
-    """What is wrong with a file's imports; `path` is relative to the repository."""
+    """Return the faults of a file's imports; `path` is relative to the repository."""
     room = room_of(module_name(path))
     if room not in FLOOR and room != "ddk_ds":
         return [f"{path}: {room} has no floor in {Path(__file__).name}: give it one"]
@@ -99,7 +103,7 @@ def _objections(room: str, name: str, owners: dict[str, str]) -> Iterator[str]:
 
 
 def long_parts(path: Path, source: str) -> list[str]:
-    """The file and its functions that are longer than they may be."""
+    """Return the file, and each function in it, that is longer than allowed."""
     num_lines = len(source.splitlines())
     faults = [f"{path}: {num_lines} lines"] if num_lines > MAX_FILE_LINES else []
     for node in ast.walk(ast.parse(source)):
@@ -112,7 +116,7 @@ def long_parts(path: Path, source: str) -> list[str]:
 
 
 def project_files() -> dict[Path, str]:
-    """Every Python file of the project that is not a test, by path relative to the repository."""
+    """Return the source of every Python file outside tests/, by its path in the repository."""
     paths = [path for tree in TREES for path in sorted((ROOT / tree).rglob("*.py"))]
     assert paths, f"no Python file under {ROOT}"
     return {path.relative_to(ROOT): path.read_text(encoding="utf-8") for path in paths}
@@ -167,6 +171,33 @@ def _known_module(name: str, modules: dict[str, tuple[Path, str]]) -> str:
 def test_files_and_functions_are_small() -> None:
     faults = [fault for path, source in project_files().items() for fault in long_parts(path, source)]
     assert not faults, "\n".join(faults)
+
+
+def fragment_docstrings(path: Path, source: str) -> list[str]:
+    """Return the docstrings of functions and classes that begin with one of FRAGMENTS."""
+    documented = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
+    nodes = [node for node in ast.walk(ast.parse(source)) if isinstance(node, documented)]
+    texts = [(node, (ast.get_docstring(node) or "").split()) for node in nodes]
+    return [
+        f"{path}:{node.lineno}: {node.name}: {' '.join(words[:8])}"
+        for node, words in texts
+        if words[:1] and words[0] in FRAGMENTS
+    ]
+
+
+def test_docstrings_are_sentences() -> None:
+    faults = [fault for path, source in project_files().items() for fault in fragment_docstrings(path, source)]
+    assert not faults, "\n".join(faults)
+
+
+def test_a_fragment_is_found() -> None:
+    source = 'def f():\n    """Whether it is."""\n\ndef g():\n    """Return True if it is."""'
+    assert fragment_docstrings(Path("x.py"), source) == ["x.py:1: f: Whether it is."]
+
+
+def test_the_first_pages_stay_short() -> None:
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= MAX_README_LINES
+    assert len(list((ROOT / "docs").glob("*.md"))) <= MAX_PAGES
 
 
 def test_shipped_run_configurations_load() -> None:
