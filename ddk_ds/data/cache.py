@@ -65,7 +65,7 @@ class CachedStore:
 
     @property
     def limit_bytes(self) -> int | None:
-        """Most bytes that shards may take, those being fetched included; None: no limit."""
+        """Maximum number of bytes of all shards, including those that are being fetched; None if there is no limit."""
         return None if self.options.limit_gb is None else int(self.options.limit_gb * _GB)
 
     def read(self, name: str, *, fresh: bool = False) -> bytes:
@@ -162,7 +162,7 @@ _claims: dict[Path, IO[bytes]] = {}
 
 
 def open_store(data: Data) -> Store:
-    """Return the store of a configuration's data; this process takes part in the use of its cache until it ends.
+    """Return the store of a configuration's data. If it has a cache, register this process as a user until it ends.
 
     Raises ConfigError where the cache belongs to another remote, or a running job uses another limit.
     """
@@ -178,9 +178,10 @@ def open_store(data: Data) -> Store:
 
 
 def _claim(store: CachedStore) -> IO[bytes]:
-    """Take part in the use of the cache; closing the returned file ends it.
+    """Register this process as a user of the cache, until the returned file is closed.
 
-    A job that is the only one removes what killed jobs left. Jobs with the same remote and limit share a cache.
+    A process that finds no other user deletes the files that killed jobs left half-written. Jobs with the same remote
+    and limit share a cache.
 
     Raises:
         ConfigError: the directory belongs to another remote, or a running job uses another limit.
@@ -268,14 +269,19 @@ class Prefetcher:
         self._thread.start()
 
     def follow(self, uses: Iterable[tuple[int, Shard]]) -> None:
-        """Fetch these shards instead of the earlier ones. `uses`: (position of first sample, shard), by position."""
+        """Fetch the shards of `uses`, in this order, in place of all shards that are still to be fetched.
+
+        Args:
+            uses: pairs (position, shard), sorted by position: that of the shard's first sample among the samples that
+                the training reads from now on. `advance` counts positions from here on.
+        """
         with self._changed:
             self._waiting = list(uses)
             self._position = 0
             self._changed.notify()
 
     def advance(self, position: int) -> None:
-        """Note that the training has reached the sample at `position`."""
+        """Note that the training has reached the sample at `position`, counted from the last call of `follow`."""
         with self._changed:
             self._position = position
             self._changed.notify()

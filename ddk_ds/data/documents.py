@@ -355,7 +355,7 @@ def _field(record: Any, file: SourceFile, where: str) -> str | None:
 
 
 def _strings(value: Any, key: str) -> Iterator[str]:
-    """Yield each string under `key` at any depth, in the order of the file."""
+    """Yield each string that is the value of `key` in an object at any depth of `value`, in the order of the file."""
     if isinstance(value, dict):
         for name, item in value.items():
             if name == key and isinstance(item, str):

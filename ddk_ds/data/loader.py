@@ -71,9 +71,9 @@ class MixtureDataset(Dataset[Sample]):
         return self._splits[domain].tokens(place), domain
 
     def first_uses(self, ids: npt.NDArray[np.int64]) -> list[tuple[int, Shard]]:
-        """Return every shard that the samples `ids` (n,) lie in, with the position in `ids` of its first sample.
+        """Return a pair (position, shard) for every shard that holds one of the samples `ids` (n,), sorted by position.
 
-        The pairs (position, shard) are sorted by position.
+        The position is the index in `ids` of the first sample that lies in the shard.
         """
         ends = np.cumsum(np.concatenate(self.shard_sizes))
         numbers, positions = np.unique(np.searchsorted(ends, ids, side="right"), return_index=True)

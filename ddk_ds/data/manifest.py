@@ -75,12 +75,13 @@ def write_manifest(manifest: Manifest) -> None:
 
 
 def load_manifest(root: str | Path | Store) -> Manifest:
-    """Read domains.json and check every domain's shards against it.
+    """Read domains.json and check that every domain's two splits are those that it describes.
 
-    For a local directory it checks presence and sizes of the shards and hashes of the indices; for a remote one the
-    hashes of the indices.
+    Check the hash of each split's index, and in a local directory also that all shards exist with their sizes. No shard
+    is read.
 
     Raises:
+        ConfigError: the limit of a remote directory's cache is too small for the shards.
         DataError: the directory is missing or half-written, domains.json is broken, a shard is missing,
             truncated or of another preparation, or a domain is empty.
     """

@@ -174,5 +174,9 @@ class Split:
 
 
 def open_split(store: Store, directory: str, vocab_size: int | None = None) -> Split:
-    """Check a split against its index and open it. Raises DataError naming the file that is wrong."""
+    """Read the index of a split, check that its local shards exist with their sizes, and open it.
+
+    A sample with an id >= `vocab_size` raises DataError when it is read; None accepts any id. Raises DataError, naming
+    the file, if the index or a shard is missing or damaged.
+    """
     return Split(store, read_index(store, directory), vocab_size)

@@ -67,11 +67,13 @@ def prepare(
     progress: Progress = lambda _domain, _done, _total: None,
     start_anew: bool = False,
 ) -> Manifest:
-    """Prepare all domains of `recipe` into the new directory `out`; the result depends on neither workers nor kills.
+    """Prepare all domains of `recipe` into the new directory `out`, and return its manifest.
+
+    The files are the same for any number of workers, and also if the preparation was killed and continued.
 
     Args:
         tokenizer: directory of the tokenizer, which must name an EOS token.
-        progress: called after every batch.
+        progress: called after every batch with the amounts that `Progress` describes.
         start_anew: delete what an earlier call left unfinished.
 
     Raises:
@@ -87,7 +89,7 @@ def prepare(
     with open_work(out.parent / f".{out.name}.partial", start_anew=start_anew) as work:
         _refuse_existing(out)  # another process may have finished it in between
         work.claim(_settings(info, tokenizer, plan))
-        work.claim_domains(recipe.domains, files)
+        work.check_domains(recipe.domains, files)
         domains = {}
         with batch_encoder(tokenizer, token_dtype(info.vocab_size), plan.workers) as encode:
             for number, (name, domain) in enumerate(recipe.domains.items()):
@@ -107,7 +109,7 @@ def _refuse_existing(out: Path) -> None:
 
 
 def _settings(info: TokenizerInfo, tokenizer: Path, plan: Plan) -> dict[str, Any]:
-    """Return the settings that every part depends on; with others an unfinished preparation cannot continue."""
+    """Return the settings that all prepared data depend on. A preparation can continue only with the same settings."""
     return {
         "tokenizer": hashlib.sha256((tokenizer / "tokenizer.json").read_bytes()).hexdigest(),
         "eos_token_id": info.eos_token_id,
@@ -182,7 +184,7 @@ def _pack_domain(text: DomainText, spool: Spool, reading: Reading, directory: Pa
 
 
 def _totals(spool: Spool, held_out: HeldOut) -> npt.NDArray[np.int64]:
-    """Return (2, 3): documents, bytes and tokens of the training and the validation split."""
+    """Return counts (2, 3): rows for the training and validation split; columns documents, bytes of text, tokens."""
     totals = np.zeros((2, 3), np.int64)
     for first, chunk in spool.records():
         mask = held_out.mask(chunk["key"], first)

@@ -58,7 +58,9 @@ class DomainText:
     seed: int
 
     def spool(self, work: WorkDir, dtype: str, encode: BatchEncoder, progress: Progress) -> tuple[Spool, Reading]:
-        """Read and encode what the domain's spool lacks; return the spool, complete and on the disk, and the reading.
+        """Read and encode the documents that the spool lacks; return the complete spool and the state of the reading.
+
+        The spool's data are on the disk when this returns.
 
         Raises:
             DataError: text cannot be read.
@@ -131,7 +133,7 @@ class DomainText:
 
     @cached_property
     def disk_bytes(self) -> int:
-        """Size of all files in bytes; files of unknown size count as 0."""
+        """Size of all the domain's files in bytes, compressed as they are stored; files of unknown size count as 0."""
         return sum(file.num_bytes for file in self.files)
 
     def _progress(self, position: Position, disk_bytes: int) -> tuple[int, int]:
@@ -153,7 +155,7 @@ class Spool:
     """
 
     def __init__(self, directory: Path, name: str, dtype: str, *, num_documents: int = 0, num_tokens: int = 0) -> None:
-        """Open or create the files, and cut them after the given numbers of documents and tokens."""
+        """Open or create both files; truncate them to their first `num_documents` documents and `num_tokens` tokens."""
         self.dtype = dtype
         self._dtype = np.dtype(dtype)
         self._paths = directory / f"{name}.ids", directory / f"{name}.documents"
@@ -184,7 +186,7 @@ class Spool:
             os.fsync(stream.fileno())
 
     def close(self) -> None:
-        """Close the files. What was not synchronised can be lost; a full disk raises no error."""
+        """Close both files. Documents added since the last `sync` can be lost; a full disk raises no error."""
         for stream in self._streams:
             try:
                 stream.close()
@@ -230,7 +232,7 @@ class Spool:
 class HeldOut:
     """The documents that are held out for validation.
 
-    They are the documents with a key less than `key`, and those with that very key up to document number `last`.
+    They are the documents with a key less than `key`, and those with exactly that key up to document number `last`.
     """
 
     key: int
@@ -250,7 +252,7 @@ class HeldOut:
 def choose_validation(
     chunks: Iterable[tuple[Keys, Counts]], *, min_tokens: int | None = None, fraction: float | None = None
 ) -> HeldOut:
-    """Choose the documents with the smallest keys, in any order of documents; memory holds a chunk and the chosen ones.
+    """Choose the documents with the smallest keys for validation. Memory holds one chunk and the keys of the chosen.
 
     Args:
         chunks: pairs of keys (n,), a hash of each document's content that is uniform over 64 bits, and tokens (n,),

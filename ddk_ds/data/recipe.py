@@ -38,7 +38,7 @@ DomainName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 
 
 def _path_to_source(value: Any) -> Any:
-    """Turn a bare string in a list of sources into a source with that path."""
+    """Return {"path": value} for a string, the short form of a source; return any other value unchanged."""
     return {"path": value} if isinstance(value, str) else value
 
 

@@ -62,7 +62,7 @@ class WorkDir:
         shutil.rmtree(self.scratch, ignore_errors=True)
 
     def claim(self, settings: dict[str, Any]) -> None:
-        """Begin or continue the preparation that has these settings.
+        """Store the settings of a new preparation; for an unfinished one check that it has the same settings.
 
         Raises:
             DataError: the directory holds parts of a preparation with other settings.
@@ -75,11 +75,11 @@ class WorkDir:
         with self._database:
             self._database.executemany("INSERT OR REPLACE INTO settings VALUES (?, ?)", wanted.items())
 
-    def claim_domains(self, domains: dict[str, Domain], files: dict[str, list[SourceFile]]) -> None:
-        """Check that the parts so far were read from the same domains, limits and files.
+    def check_domains(self, domains: dict[str, Domain], files: dict[str, list[SourceFile]]) -> None:
+        """Check that the finished parts were read from the domains, limits and files that are given now.
 
         Raises:
-            DataError: names the first domain, limit or file that differs.
+            DataError: one of them differs; the message names the first.
         """
         for name, number, limits in self._database.execute("SELECT name, number, limits FROM domains ORDER BY number"):
             if list(domains)[number : number + 1] != [name]:
@@ -128,7 +128,7 @@ class WorkDir:
         return Reading(**{**saved, "position": Position(**saved["position"]), "dropped": Dropped(**saved["dropped"])})
 
     def commit(self, name: str, number: int, domain: Domain, files: Sequence[SourceFile], reading: Reading) -> None:
-        """Finish a part, when the ids of `reading.documents` documents are on the disk."""
+        """Record that a part is finished. The ids of `reading.documents` documents must already be on the disk."""
         begun = self._database.execute("SELECT COUNT(*) FROM files WHERE domain = ?", (name,)).fetchone()[0]
         end = len(files) if reading.done and not _capped(domain, reading) else reading.position.file + 1
         self._database.executemany(

@@ -93,7 +93,7 @@ class Watchdog:
         self._stream = path.open("w")
 
     def watch(self, phase: Phase, step: int) -> None:
-        """Note that `phase` begins, which ends the one before, and start its limit; a limit of 0 is none."""
+        """End the phase before and begin `phase` with its time limit; a limit of 0 s means no limit."""
         limit = getattr(self._limits, f"{'evaluation' if phase == 'controller' else phase}_s")
         self._stream.seek(0)
         self._stream.truncate()

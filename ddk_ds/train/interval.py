@@ -42,14 +42,23 @@ class Mixer:
     """Turns perplexities into the next interval's sample ids, the same on every rank."""
 
     def __init__(self, controller: Controller, orders: list[DomainOrder], offsets: Ids, comm: Comm) -> None:
-        """Take the draws of each domain and `offsets` (N,), the global id of each domain's first sample."""
+        """Store the parts of a run that decide which samples it draws.
+
+        Args:
+            controller: decides the proportions.
+            orders: for each of the N domains the order in which its samples are drawn.
+            offsets: (N,) global id of each domain's first sample.
+        """
         self._controller = controller
         self._orders = orders
         self._offsets = offsets
         self._comm = comm
 
     def decide(self, state: RunState, student_ppl: Array, teacher_ppl: Array | None) -> Decision:
-        """Decide on the proportions of the next interval from perplexities (N,); changes nothing. Collective."""
+        """Return the proportions of the next interval, decided from perplexities (N,). Collective.
+
+        The state is not changed: `begin` does that.
+        """
         decision = None
         if self._comm.rank == 0:
             last = Decision(state.proportions, state.smoothed_ppl) if state.proportions else None
@@ -72,7 +81,7 @@ class Mixer:
     def ids(self, state: RunState) -> Ids:
         """Return the global sample ids (total,) of the interval that `state` is in, in global order.
 
-        The state gets their hash. Raises CheckpointError if it has another one already.
+        Store the hash of these ids in the state. Raises CheckpointError if the state already has another hash.
         """
         ids = interval_ids(self._orders, self._offsets, state.data)
         state.data = state.data.seal(ids)
@@ -117,10 +126,13 @@ def interval_record(
 ) -> dict[str, Any]:
     """Return the ledger's line of an interval that has just begun, or of the run's end.
 
-    `asked` are the samples by the proportions alone, `counts` those drawn: they differ if a domain is at its cap.
+    In the line `counts` are the samples of each domain that are drawn, and `asked` those that the proportions alone
+    would give; they differ if the exhaustion policy caps a domain (mixture/exhaustion.py).
 
     Args:
+        student_ppl, teacher_ppl: (N,) perplexities; None for the teacher in a run without one.
         clock: seconds that the measurement and the decision took, by name.
+        alarms: messages of `check_interval`.
     """
     begun = kind == "interval"
 

@@ -49,7 +49,7 @@ class Ledger:
         return self._path.stat().st_size if self._writes and self._path.is_file() else 0
 
     def rewind(self, position: int) -> None:
-        """Cut ledger.jsonl to `position` bytes, as a checkpoint has it; later lines move to ledger.discarded.jsonl.
+        """Cut ledger.jsonl to `position` bytes, its length at a checkpoint; move later lines to ledger.discarded.jsonl.
 
         Raises CheckpointError if the file is shorter.
         """
@@ -114,10 +114,13 @@ def events(record: Mapping[str, Any]) -> list[Event]:
 
 
 class MonitorFeed:
-    """Hands events to the monitors in a thread of its own, in batches of `every_s` seconds."""
+    """Writes the ledger's numbers to the monitors in a separate thread, as one batch every `every_s` seconds."""
 
     def __init__(self, writers: Mapping[str, Writer], every_s: float, warn: Callable[[str], None]) -> None:
-        """Start the thread if there are `writers` (by name); `warn` is called with a message when a monitor fails."""
+        """Start the thread, unless `writers` (name of a monitor -> its writer) is empty.
+
+        `warn` is called with a message when a monitor fails, which then gets no more numbers.
+        """
         self._writers = dict(writers)
         self._every_s = every_s
         self._warn = warn
@@ -169,7 +172,7 @@ class MonitorFeed:
                 del self._writers[name]
 
     def _call(self, name: str, work: Callable[[], None]) -> bool:
-        """Do `work` and return True; on any error warn and return False, since a run must not end with its monitors."""
+        """Do `work` and return True; on any error warn and return False: a failed monitor must not end the run."""
         try:
             work()
         except Exception as error:  # a library or a remote service can raise anything
@@ -224,7 +227,7 @@ class RunProgress:
         self.say(f"interval {number}: {mixture}")
 
     def step(self, step: int, metrics: StepMetrics, tokens_per_s: float) -> None:
-        """Show the metrics of the optimizer step that is done."""
+        """Show loss and speed after optimizer step `step`; without a terminal at most every ten seconds."""
         text = f"loss {metrics.loss:.4f}  CE {metrics.ce:.4f}  KL {metrics.kl:.4f}  {tokens_per_s:,.0f} tokens/s"
         self._bar.update(self._task, completed=step, metrics=f"{self._interval}  {text}")
         now = time.monotonic()

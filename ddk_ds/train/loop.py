@@ -174,7 +174,7 @@ def _train_interval(run: Run, ids: Ids) -> None:
 def _read_step(
     batches: Iterator[MicroBatch], micro_batches: int, comm: Comm, interruption: Interruption
 ) -> list[MicroBatch]:
-    """Return the micro-batches of the next optimizer step; an empty list at the interval's end. Collective.
+    """Return this rank's micro-batches of the next optimizer step; [] at the end of the interval. Collective.
 
     Raises:
         UserError: a rank cannot read its samples. Every rank raises it, so that none waits in a forward pass.
@@ -247,7 +247,7 @@ def _warn_not_saved(run: Run, failure: SaveFailed) -> None:
 
 
 def _save_now(run: Run) -> bool:
-    """Save this step, wait until that is done, and return True if its checkpoint is complete. Collective."""
+    """Save a checkpoint of this step and wait for it; return False, after a warning, if that fails. Collective."""
     return _begin_checkpoint(run) and _finish_checkpoint(run)
 
 

@@ -15,17 +15,17 @@ from ddk_ds.mixture.order import DomainOrder
 
 
 class ReadAhead:
-    """Passes the order of the next samples to a node's prefetcher; does nothing where the data is read in place."""
+    """Tells a node's prefetcher which samples come next; does nothing if the data is local."""
 
     def __init__(self, store: Store, dataset: MixtureDataset, orders: Sequence[DomainOrder], *, enabled: bool) -> None:
-        """`enabled` is True on one rank of each node."""
+        """Start the prefetcher if `store` is a cache and `enabled` is True, which it is on one rank of each node."""
         self._prefetcher = Prefetcher(store) if enabled and isinstance(store, CachedStore) else None
         self._dataset = dataset
         self._orders = orders
         self._begin = 0
 
     def border(self, state: IntervalState, interval_samples: int) -> None:
-        """Fetch the next samples of each domain while the models are evaluated.
+        """Fetch the shards of each domain's next samples while the models are evaluated.
 
         A domain's next samples do not depend on the proportions that the evaluation decides: each domain gets an equal
         part of the next interval's `interval_samples`.
@@ -41,13 +41,16 @@ class ReadAhead:
         self._prefetcher.follow(self._dataset.first_uses(np.stack(by_domain, 1).ravel()))
 
     def interval(self, ids: npt.NDArray[np.int64], consumed: int) -> None:
-        """Fetch for an interval of the global sample ids `ids` (n,), of which the first `consumed` are trained."""
+        """Fetch the shards of an interval's samples `ids` (n,), global ids, after the first `consumed`.
+
+        The first `consumed` samples have been trained on before.
+        """
         self._begin = consumed
         if self._prefetcher is not None:
             self._prefetcher.follow(self._dataset.first_uses(ids[consumed:]))
 
     def advance(self, consumed: int) -> None:
-        """Note that the first `consumed` samples of the interval are trained."""
+        """Note that the first `consumed` samples of the interval have been trained on."""
         if self._prefetcher is not None:
             self._prefetcher.advance(consumed - self._begin)
 

@@ -50,7 +50,7 @@ class Run:
     """Floating-point operations of a step on one rank."""
 
     def record(self, record: dict[str, Any]) -> None:
-        """Write a line of numbers to the ledger and to the monitors."""
+        """Append `record` as a line to ledger.jsonl (on rank 0 only), and queue its numbers for the monitors."""
         self.ledger.write(record)
         self.monitor.add(record)
 

@@ -62,9 +62,10 @@ def claim_run_dir(config: Config, identity: dict[str, Any]) -> None:
 
 
 def check_run_dir(config: Config, identity: dict[str, Any]) -> None:
-    """Raise CheckpointError if the directory cannot be written or holds anything but this run.
+    """Raise CheckpointError if the directory cannot be written or holds anything but this run in this format.
 
-    It is raised too if the directory holds this run and `checkpoint.resume` is never, or another format.
+    Raise it also if the directory holds this run and `checkpoint.resume` is never, or if none of its checkpoints is
+    complete.
     """
     run_dir = config.run_dir
     existing = nearest_existing(run_dir)

@@ -219,7 +219,10 @@ def _is_hub_name(name: str) -> bool:
 
 
 def _licence(files: ModelFiles) -> dict[str, str]:
-    """Return the licence fields of the student's own card or config.json; empty if neither names a licence."""
+    """Return the licence fields (license, ...) of the student's own model card, or else of its config.json.
+
+    Return {} if neither names a licence.
+    """
     card = files.directory / "README.md"
     front: Any = None
     if card.is_file():

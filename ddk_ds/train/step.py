@@ -22,7 +22,7 @@ from ddk_ds.methods import IGNORE_INDEX, Batch, Method, next_token_labels
 
 
 def learning_rate(step: int, total_steps: int, options: Optimizer) -> float:
-    """Return the rate of step `step` (from 0): linear warm-up from 0, then a cosine to its least at `total_steps`."""
+    """Return the rate of step `step` (from 0): a linear warm-up, then a cosine down to its minimum at `total_steps`."""
     if step < options.warmup_steps:
         return options.learning_rate * (step + 1) / options.warmup_steps
     decay_steps = max(1, total_steps - options.warmup_steps)
@@ -63,12 +63,13 @@ def train_step(
 ) -> StepMetrics:
     """Accumulate the gradients of this rank's micro-batches and update the student once. Collective.
 
-    Sums over valid tokens are divided once, by the step's global number of valid tokens, which is reduced before the
-    first backward. DeepSpeed averages gradients over ranks, so the loss is multiplied by the world size.
+    A method divides its sums over valid tokens by the number of valid tokens in the complete step on all ranks (DoReMi:
+    by that of each domain). So these numbers are reduced before the first backward pass. DeepSpeed averages gradients
+    over ranks, so the loss is multiplied by the world size.
 
     Args:
         progress: share of the run's steps that are done, 0..1.
-        per_pass: micro-batches that the teacher computes in one pass.
+        per_pass: number of micro-batches that the teacher computes in one pass.
     """
     clock = student.clock
     labels = [next_token_labels(batch["input_ids"]) for batch in micro_batches]

@@ -17,8 +17,9 @@ def settle_passes(config: Config, inputs: Inputs, runtime: Runtime) -> Config:
     """Return the configuration with a number in place of `teacher.micro_batches_per_pass: auto`.
 
     Collective; called before the models are loaded. More micro-batches per pass never take longer: the teacher's
-    weights are gathered less often, at the cost of memory for hidden states. So there are as few passes as the estimate
-    of memory allows on every rank, of equal numbers; where nothing is gathered, each pass takes one.
+    weights are gathered less often, at the cost of memory for hidden states. So the number of passes is the smallest
+    that the estimate of memory allows on every rank, and all passes take equally many micro-batches. If every rank
+    holds the complete teacher, nothing is gathered and each pass takes one micro-batch.
     """
     teacher = config.teacher
     if teacher is None or teacher.micro_batches_per_pass != "auto" or inputs.teacher is None:

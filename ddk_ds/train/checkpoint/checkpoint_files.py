@@ -126,7 +126,10 @@ def read_manifest(directory: Path) -> Manifest | None:
 
 
 def other_format(directory: Path) -> int | None:
-    """Return the format of a checkpoint that another version of ddk_ds wrote; None for this version's or none."""
+    """Return the format number of a checkpoint that another version of ddk_ds wrote.
+
+    Return None if it has this version's format, or if the directory has no readable manifest.
+    """
     try:
         found = json.loads((directory / MANIFEST).read_text())["format"]
     except (OSError, ValueError, KeyError, TypeError):
@@ -135,7 +138,7 @@ def other_format(directory: Path) -> int | None:
 
 
 def is_intact(directory: Path, manifest: Manifest, comm: Comm) -> bool:
-    """Return True if every file has the hash of the manifest; each rank hashes its share. Collective."""
+    """Return True on all ranks if every file has its hash of the manifest. Each rank hashes a share. Collective."""
     share = sorted(manifest.files)[comm.rank :: comm.world_size]
     try:
         intact = all(size_and_xxh64(directory / name) == tuple(manifest.files[name]) for name in share)

@@ -56,9 +56,9 @@ class Start:
     forked: bool = False
     """True if it is another run's checkpoint, named by `init_from`."""
     universal: Path | None = None
-    """Its form for any number of ranks; None if this run has as many ranks as wrote it."""
+    """The same checkpoint converted for any number of ranks; None if as many ranks as this run has wrote it."""
     damaged: list[Path] = field(default_factory=list)
-    """Newer checkpoints, renamed, whose files do not have their hashes."""
+    """Newer checkpoints whose files do not match their hashes; each has been renamed."""
 
     @property
     def changed_versions(self) -> dict[str, str]:
@@ -67,7 +67,7 @@ class Start:
         return {name: f"{old.get(name)} -> {new[name]}" for name in new if old.get(name) != new[name]}
 
     def load(self, student: Student) -> RunState:
-        """Restore weights and optimizer in place and return the run's state. Collective."""
+        """Load the checkpoint's weights and optimizer state into `student`; return its state of the run. Collective."""
         return RunState.from_json(
             student.load(self.universal or self.directory, TAG, universal=self.universal is not None)
         )
@@ -199,8 +199,9 @@ def restore(run: Run, start: Start) -> None:
 def roll_back(run: Run, reason: str) -> bool:
     """Restore the last checkpoint, leave out the samples since then, and return True. Collective.
 
-    Return False if the configuration allows no further roll-back or there is no checkpoint. The roll-back is noted in
-    roll_backs.json, so that a run that is killed before its next checkpoint repeats it.
+    Return False if the configuration allows no further roll-back or there is no checkpoint. The roll-back and its
+    `reason` are written to roll_backs.json: if the run is killed before its next checkpoint, it leaves out the same
+    samples when it is started again.
     """
     config, comm = run.config, run.runtime.comm
     done = read_roll_backs(config.run_dir, comm)

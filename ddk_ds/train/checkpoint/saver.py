@@ -120,17 +120,18 @@ def finish_directory(
     partial: Path,
     final: Path,
     manifest: Manifest,
-    written: Callable[[], tuple[dict[Path, tuple[int, str]], str]],
+    wait_for_files: Callable[[], tuple[dict[Path, tuple[int, str]], str]],
 ) -> None:
     """Gather what every rank has written into the manifest and put the directory in its place. Collective.
 
     Args:
-        written: waits for this rank's files and returns them with size and hash, and why writing failed, or "".
+        wait_for_files: waits until this rank's files are written; returns them with size and hash, and why writing
+            failed, or "".
 
     Raises:
         SaveFailed: on every rank; the partial directory is deleted.
     """
-    paths, failure = written()
+    paths, failure = wait_for_files()
     by_rank = comm.gather_objects(({str(path.relative_to(partial)): entry for path, entry in paths.items()}, failure))
     failure = next((failure for _, failure in by_rank if failure), "")
     if comm.rank == 0:
@@ -149,7 +150,10 @@ def agree_on_failure(comm: Comm, failure: str) -> None:
 
 
 def make_room(run_dir: Path, partial: Path) -> str:
-    """Make the directory of a new checkpoint; return why that or one as large as the newest is not possible, or ""."""
+    """Make the directory `partial` of a new checkpoint and return "".
+
+    Return the reason if it cannot be made, or if the disk has no space for a checkpoint as large as the newest one.
+    """
     newest = newest_checkpoint(run_dir)
     needed = 0 if newest is None else int(_HEADROOM * newest[1].num_bytes)
     try:

@@ -81,7 +81,7 @@ def same_versions(job: Job) -> Row:
     found = {**versions(), "mosaicml-streaming": version("mosaicml-streaming"), "files of ddk_ds": _code_hash()}
     if job.device.type == "cuda":
         found["nccl"] = ".".join(map(str, torch.cuda.nccl.version()))
-    return same_as_first(job, "versions", found, "install the same environment on every node")
+    return same_as_rank_0(job, "versions", found, "install the same environment on every node")
 
 
 def _code_hash() -> str:
@@ -98,14 +98,14 @@ def same_devices(job: Job) -> Row:
     if job.device.type == "cuda":
         found["device"] = torch.cuda.get_device_name(job.device)
         found["devices on the node"] = str(torch.cuda.device_count())
-    return same_as_first(job, "devices", found, "give every node the same number of GPUs of one type")
+    return same_as_rank_0(job, "devices", found, "give every node the same number of GPUs of one type")
 
 
 def same_configuration(job: Job, config: Config) -> Row:
     """Check that all ranks have the same resolved configuration, line by line."""
     text = to_yaml(config)
     found = {f"line {number}": line.strip() for number, line in enumerate(text.splitlines(), 1)}
-    row = same_as_first(job, "same configuration", found, "start every rank with the same file and overrides")
+    row = same_as_rank_0(job, "same configuration", found, "start every rank with the same file and overrides")
     digest = hashlib.sha256(text.encode()).hexdigest()[:12]
     return Row(row.name, "pass", f"sha256 {digest}") if row.status == "pass" else row
 
@@ -113,12 +113,12 @@ def same_configuration(job: Job, config: Config) -> Row:
 def same_files(job: Job, fingerprints: dict[str, Any]) -> Row:
     """Check that all ranks have the same fingerprints of models, tokenizer and shards."""
     found = {key: str(value) for key, value in fingerprints.items()}
-    row = same_as_first(job, "same files on all ranks", found, "copy models and data anew to the nodes that differ")
+    row = same_as_rank_0(job, "same files on all ranks", found, "copy models and data anew to the nodes that differ")
     return Row(row.name, "pass", "models, tokenizer and shards") if row.status == "pass" else row
 
 
-def same_as_first(job: Job, name: str, found: dict[str, str], fix: str) -> Row:
-    """Return a row that fails if this rank's values in `found` differ from those of rank 0."""
+def same_as_rank_0(job: Job, name: str, found: dict[str, str], fix: str) -> Row:
+    """Return a row that fails if this rank's `found` (name of a value -> value) differs from rank 0's. Collective."""
     first = job.comm.broadcast_object(found)
     differing = [key for key in sorted({**found, **first}) if found.get(key) != first.get(key)]
     shown = "; ".join(f"{key} is {found.get(key)}, on rank 0 {first.get(key)}" for key in differing[:3])

@@ -25,7 +25,7 @@ DEFAULT_PORT = 29500
 
 
 def shared_memory(local_ranks: int, directory: Path = Path("/dev/shm")) -> Row:
-    """Check the free space of /dev/shm for all ranks of this node."""
+    """Return a row that fails if `directory` has less than SHM_BYTES_PER_RANK free for each rank of this node."""
     free, needed = shutil.disk_usage(directory).free, SHM_BYTES_PER_RANK * local_ranks
     found = f"{directory} has {size(free)} free; needed are {size(needed)}; ranks on the node: {local_ranks}"
     wanted = f"--shm-size={2 * needed // 10**6}m"
@@ -51,7 +51,7 @@ def temporary_files() -> Row:
 
 
 def master_port() -> Row:
-    """Check the port at which ranks meet: free, without a launcher; reachable from this rank, within a job."""
+    """Check MASTER_PORT, at which ranks meet: it must be free, or, if a launcher started this rank, answer."""
     address = os.environ.get("MASTER_ADDR", "127.0.0.1")
     port = int(os.environ.get("MASTER_PORT", DEFAULT_PORT))
     if "RANK" in os.environ:
@@ -77,7 +77,10 @@ def device_memory(estimate: MemoryEstimate, device: torch.device, world_size: in
 
 
 def host_memory(estimate: MemoryEstimate, device: torch.device, world_size: int, local_ranks: int) -> Row:
-    """Compare the estimate for all ranks of this node with its free memory, which on a CPU also holds the models."""
+    """Compare the estimate for all ranks of this node with the node's free memory.
+
+    If the device is the CPU, this memory also holds the models.
+    """
     needed = local_ranks * (estimate.total if device.type == "cpu" else estimate.host_bytes)
     free = available_bytes()
     return _memory("host memory", needed, free, f"available; ranks on the node: {local_ranks}", estimate, world_size)

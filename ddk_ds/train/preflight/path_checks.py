@@ -83,7 +83,10 @@ def _layer_fault(files: ModelFiles) -> str:
 
 
 def precision(config: Config, files: ModelFiles, key: str, device: torch.device) -> Row:
-    """Compare the dtypes in which the model's weights are stored with `train.precision`."""
+    """Return a row that fails if the stored weights are quantised or the GPU cannot compute in `train.precision`.
+
+    It warns if float16 weights lose bits in bf16.
+    """
     name, wanted = f"{key} precision", config.train.precision
     stored: set[str] = set()
     for path in sorted({tensor.file for tensor in files.tensors.values()}):
@@ -100,9 +103,11 @@ def precision(config: Config, files: ModelFiles, key: str, device: torch.device)
 
 
 def run_directory(config: Config, fingerprints: dict[str, Any]) -> Row:
-    """Check that the directory is free or this run's, and that no process runs in it; must come before `claim_run_dir`.
+    """Return a row that fails if a process runs in the run's directory; else it says if the directory is free.
 
-    Raises CheckpointError as `check_run_dir` does.
+    Must be called before `claim_run_dir`, because it would take this process's lock for another one's. `fingerprints`
+    are those of models, tokenizer and data. Raises CheckpointError, as `check_run_dir` does, if the directory holds
+    anything but this run.
     """
     check_run_dir(config, run_identity(config, fingerprints))
     lock = config.run_dir / ".lock"
@@ -152,7 +157,7 @@ def _fault_of(directory: Path) -> str:
 
 
 def checkpoint_space(config: Config, student: ModelShape) -> Row:
-    """Check the space for the checkpoints that are kept, one more while it is written, and the export."""
+    """Return a row that fails if the disk has no space for the checkpoints to keep, the export and a new checkpoint."""
     directory = nearest_existing(config.run_dir)
     compute = COMPUTE_BYTES[config.train.precision]
     each = (OPTIMIZER_BYTES + compute) * student.parameters
@@ -170,7 +175,7 @@ def checkpoint_space(config: Config, student: ModelShape) -> Row:
 
 
 def cache_space(config: Config, manifest: Manifest, names: list[str]) -> Row:
-    """Check the space that `data.cache_dir` will grow to."""
+    """Return a row that fails if the disk of `data.cache_dir` has less space than the cache will grow by."""
     assert config.data.cache_dir is not None, "space was asked for a cache that is not there"
     splits = [getattr(manifest.domains[name], split) for name in names for split in SPLITS]
     total = sum(split.tokens for split in splits) * np.dtype(manifest.dtype).itemsize
