@@ -141,7 +141,8 @@ class CheckpointExport:
 def check_target(directory: Path, *, overwrite: bool) -> None:
     """Raise CheckpointError if `directory` exists and must not be replaced.
 
-    An unchanged export can be replaced; with `overwrite` any directory of a model.
+    An empty directory can be replaced, and an export whose files are as they were written; with `overwrite` every
+    directory of a model, which is one with a config.json.
     """
     if not directory.exists() or (directory.is_dir() and not any(directory.iterdir())):
         return

@@ -115,13 +115,18 @@ class RunFlops:
 
     @property
     def kd_over_cpt(self) -> float | None:
-        """FLOPs of `kd` divided by those of `cpt`: 3.68 in the paper's Table 12 (Qwen1.5 14B to 1.8B)."""
+        """FLOPs of `kd` divided by those of `cpt`; None without a teacher.
+
+        The paper's Table 12 has 3.68 (Qwen1.5 14B to 1.8B).
+        """
         return None if self.kd is None else self.kd / self.cpt
 
     @property
     def ddk_over_kd(self) -> float | None:
-        """FLOPs of `ddk` divided by those of `kd`: 1.0069 in the paper's Table 12, which measures the teacher anew at
-        every interval."""
+        """FLOPs of `ddk` divided by those of `kd`; None without a teacher.
+
+        The paper's Table 12 has 1.0069, because it measures the teacher again at every interval.
+        """
         return None if self.kd is None or self.ddk is None else self.ddk / self.kd
 
 

@@ -99,7 +99,7 @@ class FrozenHead:
 
     @contextmanager
     def gathered(self) -> Iterator[OutputHead]:
-        """Yield the complete head; at the end release what this call has gathered. Collective."""
+        """Yield the complete head; at the end release it, unless an outer block had gathered it before. Collective."""
         parts: list[Any] = [part for part in (self._head.weight, self._head.bias) if part is not None]
         sharded = [part for part in parts if part.ds_status == ZeroParamStatus.NOT_AVAILABLE]
         if sharded:

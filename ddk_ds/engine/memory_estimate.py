@@ -71,12 +71,12 @@ class MemoryEstimate:
 
     @property
     def host_bytes(self) -> int:
-        """Return the bytes that the rank holds in the host's memory, without those of a CPU that is its device."""
+        """Return the bytes that the rank holds in the host's memory, without `device_bytes` of a CPU."""
         return sum(self.host.values())
 
     @property
     def total(self) -> int:
-        """Return the sum of device and host bytes, which counts if the device is the host's CPU."""
+        """Return the sum of device and host bytes: if the device is the CPU, both are in the host's memory."""
         return self.device_bytes + self.host_bytes
 
 
@@ -89,19 +89,20 @@ def estimate_memory(
     device_type: str = "cuda",
     ranks_per_node: int | None = None,
 ) -> MemoryEstimate:
-    """Estimate the memory of one of `world_size` ranks.
+    """Estimate the bytes of memory that one of `world_size` ranks needs.
 
-    A node needs the host's bytes for each of its ranks. With `ranks_per_node` None all ranks are on one node.
+    A node with n ranks needs n times the estimate's host bytes. `ranks_per_node` decides the size of the teacher's
+    shards if `teacher.shard_within` is node; None: all ranks are on one node.
     """
     zero = _zero_sizes(config, student)
     compute = COMPUTE_BYTES[config.train.precision]
     resident = {"CUDA context and NCCL": CONTEXT_BYTES if device_type == "cuda" else 0}
     host = {"process": PROCESS_BYTES}
     weights: dict[str, tuple[Model, ModelShape]] = {"student shards": (config.student, student)}
-    together = 1  # micro-batches in one pass of the teacher
+    per_pass = 1  # micro-batches in one pass of the teacher
     if config.teacher is not None:
         micro_batches = config.train.global_batch_samples // (config.train.micro_batch_samples * world_size)
-        together = max(1, min(config.teacher.per_pass, micro_batches))
+        per_pass = max(1, min(config.teacher.per_pass, micro_batches))
         if teacher is not None:
             teacher = teacher.as_sharded(config.teacher, config.train.precision)
             weights["teacher shards"] = (config.teacher, teacher)
@@ -115,7 +116,7 @@ def estimate_memory(
     resident["gradient bucket"] = compute * (bucket if device_type == "cuda" else min(bucket, student.parameters))
     small = sum(size for size in student.tensors if size <= zero["param_persistence_threshold"])
     resident["small parameters"] = compute * small
-    passes = _passes(config, student, teacher, vocab_size, zero, device_type, together)
+    passes = _passes(config, student, teacher, vocab_size, zero, device_type, per_pass)
     return MemoryEstimate(resident, passes, update, host)
 
 
@@ -152,7 +153,7 @@ def _add_optimizer(
 
 
 def fewest_passes(config: Config, micro_batches: int, fits: Callable[[Config], bool]) -> Config:
-    """Return the configuration with the fewest passes of the teacher over a step's `micro_batches` for which `fits`.
+    """Return the configuration with the fewest passes of the teacher, over a step's micro-batches, that `fits` accepts.
 
     All passes take equally many micro-batches, except that the last one can take fewer. If nothing fits, each pass
     takes one micro-batch.
@@ -182,9 +183,14 @@ def _passes(
     vocab_size: int,
     zero: dict[str, int],
     device_type: str,
-    together: int,
+    per_pass: int,
 ) -> dict[str, int]:
-    """Return the parts of a micro-batch's forward and backward; one pass of the teacher takes `together` of them."""
+    """Return the bytes on the device, by parts, at the peak of a micro-batch's forward and backward pass.
+
+    Args:
+        zero: ZeRO-3's sizes in elements, from `_zero_sizes`.
+        per_pass: number of micro-batches in one pass of the teacher.
+    """
     compute = COMPUTE_BYTES[config.train.precision]
     tokens = config.train.micro_batch_samples * config.data.sequence_length
     largest = max(student.largest_layer, student.head)
@@ -200,7 +206,7 @@ def _passes(
         # The sum in float32, and the same rounded to the parameter's dtype.
         "head's weight gradient": (4 + compute) * student.head,
         "hidden states": tokens
-        * (student.hidden * (compute + 4) + (together * teacher.hidden * compute if teacher else 0)),
+        * (student.hidden * (compute + 4) + (per_pass * teacher.hidden * compute if teacher else 0)),
         "logits of a chunk": chunk * vocab_size * logits * models,
         "activations": _activations(config, student, tokens, compute),
     }
@@ -211,7 +217,7 @@ def _passes(
         layer = _layer_activations(config.teacher, teacher, tokens, config.data.sequence_length, compute)
         gathered = compute * min(teacher.parameters, max(teacher.largest_layer, teacher.head) + prefetch)
         # A layer's input and output are those of all micro-batches of the pass; inside, one is computed at a time.
-        layer += 2 * (together - 1) * tokens * teacher.hidden * compute
+        layer += 2 * (per_pass - 1) * tokens * teacher.hidden * compute
         # The teacher's layers are released before its head is gathered, its activations before the student's begin.
         parts["teacher gathered"] = max(gathered, compute * teacher.head)
         parts["activations"] = max(parts["activations"], layer)

@@ -127,9 +127,10 @@ def read_model(directory: Path, key: str) -> ModelFiles:
 
 
 def configured_files(config: Path) -> ModelFiles:
-    """Return the files that the model of a Hugging Face configuration (a JSON file) would have.
+    """Return a description of the files that a model would have, from its Hugging Face configuration (a JSON file).
 
-    No weights exist: the `file` of each tensor is the configuration. Nothing of the model is built in memory.
+    There are no weights: each tensor has its shape, and as its `file` the path of the configuration. The model takes no
+    memory.
     """
     values = json.loads(config.read_text())
     model = meta_model(AutoConfig.for_model(**values))

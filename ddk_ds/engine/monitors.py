@@ -97,9 +97,10 @@ def _name_for_wandb(folder: Path, name: str) -> None:
 
 
 def _drop_after(folder: Path, step: int) -> list[str]:
-    """Remove from the CSV files the lines that a run continuing from `step` will write again; return the files' names.
+    """Remove from the CSV files of `folder` the lines that a run will write again when it resumes from `step`.
 
-    If `step` is the border of two intervals, the run will repeat the measurements of `step` itself.
+    These are the lines after `step`, and a measurement at `step` itself: a run that resumes at the border of two
+    intervals repeats it. Return the names of all the CSV files, without ".csv".
     """
     paths = sorted(folder.glob("*.csv"))
     for path in paths:

@@ -37,7 +37,8 @@ class Ranking:
     loss: float
     """Loss of the complete model."""
     losses: list[float]
-    """Loss without each layer; with `greedy` without the layers dropped before too, when it was last measured."""
+    """Loss of the model without each layer. With `greedy` it is the last loss measured without that layer; the
+    layers dropped before are absent too."""
     dropped: list[int]
     """Numbers of the dropped layers, the least important first."""
     kept: list[int]
@@ -45,7 +46,7 @@ class Ranking:
 
 
 def decoder_layers(model: Any) -> nn.ModuleList:
-    """Return the model's list of decoder layers. Raises ConfigError if the model is not one list of layers."""
+    """Return the model's list of decoder layers. Raises ConfigError if `model.layers` does not hold all its layers."""
     layers = getattr(model.base_model, "layers", None)
     if not isinstance(layers, nn.ModuleList) or len(layers) != getattr(model.config, "num_hidden_layers", None):
         raise ConfigError(
@@ -62,7 +63,7 @@ def kept_always(num_layers: int) -> set[int]:
 
 @torch.no_grad()
 def mean_loss(model: Any, batches: Batches) -> float:
-    """Return the mean next-token cross-entropy of the model in nats per token."""
+    """Return the model's mean next-token cross-entropy over all tokens of `batches`, in nats per token."""
     return sum(_summed_loss(model, input_ids) for input_ids in batches) / _num_labels(batches)
 
 
@@ -87,10 +88,11 @@ def losses_without_each(model: Any, batches: Batches) -> tuple[float, list[float
 
 
 def rank_layers(model: Any, batches: Batches, keep: int, *, greedy: bool = False) -> Ranking:
-    """Rank the layers and choose the `keep` (3 or more) most important ones; the model is not changed.
+    """Rank the layers by the loss of the model without each, and choose the `keep` layers to keep.
 
-    With `greedy` the losses are measured again after each layer that is dropped. Raises ConfigError if a loss is not
-    finite.
+    The layers of `kept_always` are kept, so `keep` is 3 or more, and those of the others without which the loss is
+    largest. With `greedy` the losses are measured again after each dropped layer, else only once. The model is not
+    changed. Raises ConfigError if a loss is not finite.
     """
     layers = list(decoder_layers(model))
     fixed = kept_always(len(layers))
@@ -113,7 +115,7 @@ def rank_layers(model: Any, batches: Batches, keep: int, *, greedy: bool = False
 
 
 def keep_layers(model: Any, kept: Sequence[int]) -> Changes:
-    """Remove all layers except those with the numbers `kept`, in this order."""
+    """Remove all layers except those with the numbers `kept`, which get this order; return the changes."""
     layers = decoder_layers(model)
     changes: Changes = {"num_hidden_layers": len(kept)}
     for key, value in model.config.to_dict().items():
@@ -129,9 +131,10 @@ def keep_layers(model: Any, kept: Sequence[int]) -> Changes:
 
 @torch.no_grad()
 def narrow_mlp(model: Any, batches: Batches, size: int) -> Changes:
-    """Keep in each gated MLP the `size` neurons with the largest mean |act(gate) * up| on the text.
+    """Cut each gated MLP to the `size` neurons with the largest mean |act(gate) * up| over the tokens of `batches`.
 
-    Raises ConfigError if the model is not like Llama.
+    The model is changed in place; the changes to its config.json are returned. Raises ConfigError if it is not like
+    Llama.
     """
     mlps = [layer.mlp for layer in _llama_like(model, "--intermediate")]
     sums = [torch.zeros(mlp.down_proj.weight.shape[1], dtype=torch.float64) for mlp in mlps]
@@ -147,7 +150,7 @@ def narrow_mlp(model: Any, batches: Batches, size: int) -> Changes:
 
 @torch.no_grad()
 def narrow_hidden(model: Any, batches: Batches, size: int) -> Changes:
-    """Keep the `size` hidden channels with the largest mean |activation| after the norms, over all layers.
+    """Keep the `size` hidden channels with the largest mean |activation| after the norms, over layers and tokens.
 
     The number and the size (`head_dim`) of attention heads stay. RMS norms divide by the mean over channels, so their
     weights are multiplied by sqrt(old / new size): removing channels that are zero then does not change the output.
@@ -184,7 +187,7 @@ def narrow_hidden(model: Any, batches: Batches, size: int) -> Changes:
 
 @contextmanager
 def using_layers(model: Any, layers: Sequence[nn.Module]) -> Iterator[None]:
-    """Make the model compute with these layers while inside."""
+    """Replace the model's layers by `layers` until the end of the block."""
     original = model.base_model.layers
     model.base_model.layers = nn.ModuleList(layers)
     try:
@@ -222,7 +225,7 @@ def _llama_like(model: Any, option: str) -> list[Any]:
 
 
 def _largest(totals: torch.Tensor, size: int) -> torch.Tensor:
-    """Return the indices of the `size` largest of `totals`, in ascending order."""
+    """Return the indices (size,) of the `size` largest elements of `totals` (C,); the indices ascend."""
     return totals.topk(size).indices.sort().values
 
 

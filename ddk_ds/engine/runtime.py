@@ -67,12 +67,15 @@ def quieten() -> None:
 
 
 def load_communication() -> None:
-    """Load DeepSpeed's shared-memory communication for ranks on a CPU; compile it if these versions have not yet.
+    """Load DeepSpeed's shared-memory communication for ranks on a CPU.
 
-    With torch's loader each start would ask ninja, which compiles again for a minute whenever a path is spelt
-    differently (.venv/bin/python, the script `deepspeed`). Its lock is a file, which a killed process leaves behind:
-    then every later start waits for ever. Our lock is freed by the kernel, and the process that holds it can remove
-    torch's lock file, since it must be left over.
+    It is compiled first, unless that was done with the same versions of Python, torch and DeepSpeed. Torch's loader is
+    used only for compiling, for two reasons:
+
+    - It asks ninja at each start, which compiles again, for a minute, whenever a path is spelt differently
+      (.venv/bin/python, the script `deepspeed`).
+    - Its lock is a file that a killed process leaves behind, and then every later start waits for ever. The lock taken
+      here is freed by the kernel. The process that holds it can delete a lock file of torch, which must be left over.
     """
     from deepspeed.ops.op_builder import ShareMemCommBuilder
     from torch.utils.cpp_extension import _get_build_directory, _import_module_from_library  # warns: there is no CUDA

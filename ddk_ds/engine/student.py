@@ -49,8 +49,8 @@ class Student:
     ) -> tuple[Any, tuple[list[torch.Tensor], list[torch.Tensor]]]:
         """Return the result of `__call__` (None without a function), and the filtered hidden states of both models.
 
-        `teacher_states` are the teacher's hidden states (B*L, Ht) of each layer that TED matches. The two lists, first
-        the student's and then the teacher's, hold one tensor for each pair of matched layers.
+        The two lists, the student's and then the teacher's, hold a tensor (B*L, Ht) for each pair of layers that TED
+        matches. `teacher_states` are the teacher's hidden states (B*L, Ht) of these pairs, before the filters.
         """
         with self.clock.stage("forward"):
             return self.engine(input_ids, None if function is None else self._timed(function), teacher_states)
@@ -126,7 +126,7 @@ class Student:
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
-        """Compute without gradients inside; at the end release the weights that were gathered and prefetched."""
+        """Run the block in evaluation mode, without gradients and timing; then release the gathered weights."""
         self.engine.eval()
         try:
             with torch.no_grad(), self.clock.paused():
@@ -146,7 +146,8 @@ def load_student(
 ) -> Student:
     """Load the student onto its training engine, with TED's filters if their `shape` is given. Collective.
 
-    `clock` measures the student's stages of a step; None makes a new one. Raises ConfigError if the files do not fit.
+    `clock` measures the seconds of the student's stages in each step; None makes a new clock. Raises ConfigError if the
+    model cannot be built or filled from `files`, or if its head has fewer rows than `vocab_size`.
     """
     buckets = bucket_sizes(model_shape(files).largest_layer)
     ds_config = student_ds_config(config, comm.world_size, buckets)

@@ -70,7 +70,7 @@ class Teacher:
 
     @contextmanager
     def shared_head(self, batches: Sequence[Any]) -> Iterator[None]:
-        """Keep the head gathered while inside if the pass has several micro-batches, so that they share one gather."""
+        """Keep the head gathered until the end of the block if there are several `batches`: they share one gather."""
         with self.head.gathered() if len(batches) > 1 else nullcontext():
             yield
 
@@ -82,7 +82,7 @@ class Teacher:
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
-        """Compute without gradients inside; at the end release the weights that were gathered and prefetched."""
+        """Run the block without gradients and without timing; then release the gathered and prefetched weights."""
         try:
             with torch.no_grad(), self.clock.paused():
                 yield
@@ -100,8 +100,9 @@ def load_teacher(
 ) -> Teacher:
     """Load the frozen teacher, without any optimizer state. Collective.
 
-    With `shape` it can also return the hidden states of the layers that TED matches. `clock` measures its stages of a
-    step; None makes a new one. Raises ConfigError if the files do not fit.
+    With `shape` it can also return the hidden states of the layers that TED matches. `clock` measures the seconds of
+    the teacher's stages in each step; None makes a new clock. Raises ConfigError if the model cannot be built, filled
+    from `files` or prepared as section teacher asks, or if its head has fewer rows than `vocab_size`.
     """
     assert config.teacher is not None, "the run has no teacher"
     stored = model_shape(files).as_sharded(config.teacher, config.train.precision)

@@ -155,7 +155,10 @@ def save_weights(
 
 
 def _gathered(parameters: dict[str, nn.Parameter], comm: Comm, poll: Callable[[], None]) -> Iterator[torch.Tensor]:
-    """Yield each parameter as a full tensor in host memory on rank 0, and as an empty tensor on the other ranks."""
+    """Yield each parameter as a full tensor in host memory on rank 0, and as an empty tensor on the other ranks.
+
+    `poll` is called before each parameter is gathered. Collective.
+    """
     for parameter in parameters.values():
         poll()
         with GatheredParameters([parameter]):

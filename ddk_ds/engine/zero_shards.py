@@ -126,7 +126,7 @@ class ShardWriter(TorchCheckpointEngine):
 
 
 class _Slot(NamedTuple):
-    """Position of a parameter in the flat groups of parameters, of which each rank holds an equal slice."""
+    """Position of a parameter in the flat groups of parameters. Each rank holds an equal slice of each group."""
 
     group: int
     start: int
@@ -135,7 +135,7 @@ class _Slot(NamedTuple):
 
 
 class ZeroShards:
-    """The shards that `ranks` ranks saved in `directory`. Little more than the tensor that is read is in memory."""
+    """The shards that `ranks` ranks saved in `directory`. Memory holds little more than the tensor being read."""
 
     def __init__(self, directory: Path, ranks: int) -> None:
         self._files = [_optimizer_file(directory, rank) for rank in range(ranks)]
@@ -151,9 +151,10 @@ class ZeroShards:
         return {name: slot.shape for name, slot in self._slots.items()}
 
     def read(self, name: str, key: str = "fp32", dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        """Return a parameter's master weight (`key` "fp32") or moment ("exp_avg", "exp_avg_sq") as (numel,).
+        """Return a parameter's master weight, or one of AdamW's moments, as a flat tensor (numel,) of `dtype`.
 
-        Raises CheckpointError if the shards do not contain it.
+        `key` is "fp32" for the weight, "exp_avg" or "exp_avg_sq" for a moment. Raises CheckpointError if the shards do
+        not contain the parameter, as with optimizer.offload: nvme.
         """
         group, start, shape = self._slots[name]
         tensor = torch.empty(shape.numel(), dtype=dtype)
@@ -171,7 +172,7 @@ class ZeroShards:
         return tensor
 
     def common(self) -> dict[str, Any]:
-        """Return rank 0's shard without its tensors of parameters: the part that all shards share."""
+        """Return the part that all ranks' shards share: that of rank 0 without weights and moments."""
         shard = self._shards()[0]
         optimizer = shard["optimizer_state_dict"]
         steps = {group: {"step": state["step"].clone()} for group, state in optimizer["state"].items()}
