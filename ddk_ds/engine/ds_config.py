@@ -71,7 +71,10 @@ def student_ds_config(config: Config, world_size: int, buckets: Mapping[str, int
 
 
 def teacher_ds_config(config: Config, buckets: Mapping[str, int] = _DEFAULT_BUCKETS) -> dict[str, Any]:
-    """Return DeepSpeed's configuration of the frozen teacher: ZeRO-3 without an optimizer; `buckets` as above."""
+    """Return DeepSpeed's configuration of the frozen teacher: ZeRO-3 without an optimizer.
+
+    `buckets` are the keys that `bucket_sizes` returns; without them DeepSpeed's defaults hold.
+    """
     assert config.teacher is not None, "the run has no teacher"
     return {
         "train_micro_batch_size_per_gpu": config.train.micro_batch_samples,

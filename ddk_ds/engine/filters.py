@@ -82,7 +82,7 @@ class LayerTaps:
 
     @contextmanager
     def recording(self) -> Iterator[list[torch.Tensor]]:
-        """Record a forward pass inside; at the end the list holds (B*L, H) of each layer in the order of `layers`."""
+        """Record the block's forward pass; then the list holds (B*L, H) of each layer, in the order of `layers`."""
         states: list[torch.Tensor] = []
         self._outputs = {}
         try:

@@ -93,7 +93,7 @@ class LayerByLayer:
 
     @contextmanager
     def parts(self, count: int) -> Iterator[None]:
-        """Split what the layers get inside into `count` micro-batches of equal shape, joined on the first axis."""
+        """Make the layers split their inputs in the block into `count` equal micro-batches on the first axis."""
         self._parts = count
         try:
             yield

@@ -28,7 +28,7 @@ def held_bytes(device_type: str) -> int:
 
 
 def peak_bytes(device_type: str) -> int:
-    """Return the most bytes held since `reset_peak`, or since the process began."""
+    """Return the maximum of the bytes held since `reset_peak`, or since the process began."""
     if device_type == "cuda":
         return torch.cuda.max_memory_allocated()
     try:
@@ -60,7 +60,7 @@ def _status_bytes(key: str) -> int:
 
 @contextmanager
 def freed_at_once() -> Iterator[None]:
-    """Give freed tensors back to the system while inside, instead of keeping holes in glibc's heap.
+    """Give tensors that are freed in the block back to the system, instead of keeping holes in glibc's heap.
 
     Measured on a 403 MB model on 2 ranks: the peak grows by 214 MB (the shards, 202 MB, and one tensor) instead of
     547 MB. Afterwards blocks up to 32 MB come from the heap again, glibc's own largest setting, because a new

@@ -39,7 +39,7 @@ class StageClock:
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Count the time of this rank's current stream while inside, and the peak memory."""
+        """Count the seconds of the block on this rank's current stream, and its peak memory, under `name`."""
         self._note_peak()
         with self.waiting(name):
             try:
@@ -49,7 +49,7 @@ class StageClock:
 
     @contextmanager
     def waiting(self, name: str) -> Iterator[None]:
-        """Count the time while inside, but no memory: for the many short waits for other ranks."""
+        """Count the seconds of the block under `name`, without memory: for the many short waits for other ranks."""
         if self._paused:
             yield
             return
@@ -63,7 +63,7 @@ class StageClock:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Count nothing while inside, for work that is not part of a training step."""
+        """Count nothing in the block, which is work outside of a training step."""
         self._paused = True
         try:
             yield
@@ -79,7 +79,7 @@ class StageClock:
         return dict(seconds)
 
     def take_peaks(self) -> dict[str, int]:
-        """Return the most bytes held in each stage, and outside of all (`OTHER`), since the last call."""
+        """Return the peak bytes in each stage, and outside of all stages (`OTHER`), since the last call."""
         self._note_peak()
         peaks, self._peaks = self._peaks, {}
         return peaks

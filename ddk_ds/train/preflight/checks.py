@@ -30,11 +30,11 @@ def preflight(
     """Check the machines and the run's configuration, inputs, directory, disks and memory; return the rows.
 
     Collective: the rows are the same on every rank. It takes seconds, and must come before `claim_run_dir`. A check
-    that needs a file at fault has no row. If a rank does not come to a check, the process ends with EXIT_FAILED.
+    that needs a faulty file is left out. If a rank does not come to a check, the process ends with EXIT_FAILED.
 
     Args:
         ranks: number of ranks that a process without a launcher stands for; None for 1.
-        inputs: inputs that are checked already and are not read again.
+        inputs: inputs that were checked before and are not read again; None: they are read and checked here.
     """
     job = Job.meet(comm, device, ranks)
     rows = _machine(job)
@@ -43,16 +43,16 @@ def preflight(
         rows.append(attempt("output directory", agreement.output_directory, job, config))
     rows.append(attempt("batch", _batch, config, job.ranks))
     rows += _inputs(config, job, inputs)
-    return _together(job, rows)
+    return _merge_ranks(job, rows)
 
 
 def preflight_machine(comm: Comm, device: torch.device) -> list[Row]:
     """Check the machines alone, without a configuration; return the rows. Collective: the same on every rank."""
     job = Job.meet(comm, device, None)
-    return _together(job, _machine(job))
+    return _merge_ranks(job, _machine(job))
 
 
-def _together(job: Job, rows: list[Row]) -> list[Row]:
+def _merge_ranks(job: Job, rows: list[Row]) -> list[Row]:
     with deadline("results of all ranks", FILES_S):
         return merge(job.comm.gather_objects(rows), job.hosts)
 
@@ -83,7 +83,7 @@ def _batch(config: Config, ranks: int) -> Row:
 
 
 def _inputs(config: Config, job: Job, known: Inputs | None) -> list[Row]:
-    """Check models and shards one by one; then, if they are intact on all ranks, whether they fit together."""
+    """Check models and shards one by one; then, if they are intact on all ranks, check that they fit together."""
     rows = []
     paths: dict[str, Path] = {}
     for key, model in (("student", config.student), ("teacher", config.teacher)):
@@ -95,10 +95,10 @@ def _inputs(config: Config, job: Job, known: Inputs | None) -> list[Row]:
     with deadline("models and shards", FILES_S):
         checked: list[Inputs] = []
         if not failed(rows):
-            together.append(attempt("tokenizers and data", _fit, _found(config, paths), known, checked))
+            together.append(attempt("tokenizers and data", _fit, _with_local_models(config, paths), known, checked))
         if all(job.comm.gather_objects(bool(checked))):
             together += _with_inputs(config, job, checked[0])
-        together.append(_on_first(job, "newest checkpoint", path_checks.checkpoints, config, job.ranks))
+        together.append(_on_rank_0(job, "newest checkpoint", path_checks.checkpoints, config, job.ranks))
     return [*rows, *_model_checks(config, job, paths), *together]
 
 
@@ -117,7 +117,7 @@ def _shards(config: Config, known: Inputs | None) -> Row:
     return Row("shards", "pass", found)
 
 
-def _found(config: Config, paths: dict[str, Path]) -> Config:
+def _with_local_models(config: Config, paths: dict[str, Path]) -> Config:
     """Return the configuration for `check_inputs`, with local model paths and a batch that always passes."""
     student = config.student.model_copy(update={"path": str(paths["student"])})
     teacher = config.teacher and config.teacher.model_copy(update={"path": str(paths["teacher"])})
@@ -165,14 +165,14 @@ def _with_inputs(config: Config, job: Job, inputs: Inputs) -> list[Row]:
     """Check the run's directory, the same inputs on all ranks, and the space for the data cache."""
     rows = [
         attempt("same files on all ranks", agreement.same_files, job, inputs.fingerprints),
-        _on_first(job, "run directory", path_checks.run_directory, config, inputs.fingerprints),
+        _on_rank_0(job, "run directory", path_checks.run_directory, config, inputs.fingerprints),
     ]
     if config.data.cache_dir is not None:
         rows.append(attempt("disk for the data cache", path_checks.cache_space, config, inputs.manifest, inputs.names))
     return rows
 
 
-def _on_first(job: Job, name: str, check: Callable[..., Row], *arguments: Any) -> Row:
-    """Return rank 0's row on every rank, since thousands of ranks must not look at every file of a checkpoint."""
+def _on_rank_0(job: Job, name: str, check: Callable[..., Row], *arguments: Any) -> Row:
+    """Return rank 0's row of `check` on all ranks: thousands of ranks must not look at every file of a checkpoint."""
     row: Row = job.comm.broadcast_object(attempt(name, check, *arguments) if job.comm.rank == 0 else None)
     return row
