@@ -51,7 +51,10 @@ def check_compiler(command: str) -> list[str]:
 
 
 def check_space(directory: Path, needed_bytes: int, fix: str) -> list[str]:
-    """Return a fault if the disk of `directory` has too little free space; none if there is no such directory."""
+    """Return a line if the disk of `directory` has less free space than needed; it ends with the advice `fix`.
+
+    The list is empty if there is enough space or no such directory.
+    """
     if not directory.is_dir():
         return []
     free_bytes = shutil.disk_usage(directory).free

@@ -16,7 +16,7 @@ from ddk_ds.engine.whole_models import make_random_model
 
 @reports_user_errors
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Write the model. Returns the exit code: 0, or 2 after an error that the user can fix."""
+    """Make and write the random model. Returns the exit code: 0, or 2 after an error that the user can fix."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )

@@ -58,9 +58,9 @@ class ComparisonPlan:
         return [_variant(label, items, self._own_method) for label, items in read_grid(self.grid).items()]
 
     def make_jobs(self) -> list[Job]:
-        """Make and check one job for each seed and column; raises ConfigError where one cannot be run or compared.
+        """Make and check a job for each seed and column. Raises ConfigError if a job cannot be run or compared.
 
-        All columns have their first seed before one has its second, so that a partial comparison has all columns.
+        The jobs of the first seed come first, for all columns, so that a partial comparison has all columns.
         """
         for column in self.columns:
             _check_own_keys((*self.overrides, *column.overrides))
@@ -93,7 +93,10 @@ class ComparisonPlan:
             raise ConfigError(f"--config {self.config}: cannot be read with the overrides given: {error}") from error
 
     def _check_preset_keys(self, column: Column) -> None:
-        """Raise ConfigError where the configuration sets what this column's method would set by itself."""
+        """Raise ConfigError if the configuration sets one of PRESET_KEYS, for which each method has its own value.
+
+        A column's own overrides can set them, and so can the configuration for a grid's variants of its own method.
+        """
         if self.grid is not None and column.method == self._own_method:
             return  # a variant of the configuration's own method keeps the configuration's values
         for key in PRESET_KEYS:
@@ -113,7 +116,7 @@ class ComparisonPlan:
 
 
 def read_grid(path: Path) -> dict[str, list[str]]:
-    """Read a grid's variants, key=value items by label. Raises ConfigError naming what is wrong in the file."""
+    """Read a grid's variants: a list of "key=value" for each label. Raises ConfigError that names the file's fault."""
     try:
         values = yaml.safe_load(path.read_text())
     except (OSError, yaml.YAMLError) as error:

@@ -33,7 +33,7 @@ def write_report(comparison: dict[str, Any], out: Path) -> bool:
 
 
 def markdown(comparison: dict[str, Any]) -> str:
-    """Return the text of comparison.md."""
+    """Return the text of comparison.md for the content of comparison.json."""
     methods = comparison["methods"]
     parts = [
         "# Comparison",
@@ -189,7 +189,7 @@ def _draw_domains(axes: Axes, comparison: dict[str, Any]) -> None:
 
 
 def _levels(comparison: dict[str, Any]) -> Iterable[float]:
-    """Yield every perplexity of the picture."""
+    """Yield every perplexity that the picture shows."""
     for key in ("start_ppl", "teacher_ppl"):
         yield from (comparison[key] or {}).values()
     for method in comparison["methods"].values():

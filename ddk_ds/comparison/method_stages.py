@@ -102,7 +102,7 @@ class Job:
 
     @property
     def stages(self) -> tuple[Stage, ...]:
-        """Return the stages in their order; the run of the last one has the job's name."""
+        """Return the method's stages in the order of running; the last stage's run is named like the job."""
         return STAGES[self.method]
 
     def run_name(self, suffix: str) -> str:
@@ -114,13 +114,13 @@ class Job:
         return self.output_dir / self.run_name(suffix)
 
     def arguments(self, stage: Stage) -> list[str]:
-        """Return all overrides of a stage's run; later ones win, so the stage's over the job's."""
+        """Return the overrides of a stage's run: the job's, then the stage's, since later ones win."""
         results = stage.from_earlier(self.run_dir) if stage.from_earlier else []
         place = [f"name={self.run_name(stage.suffix)}", f"output_dir={self.output_dir}"]
         return [*self.overrides, *stage.overrides, *results, *place]
 
     def check(self) -> None:
-        """Raise ConfigError where a stage's configuration is wrong, or a finished run of its name had another one.
+        """Raise ConfigError if a stage's configuration is wrong, or differs from that of its finished run.
 
         Stages after the first unfinished one are not checked, since they can need its results.
         """
@@ -129,7 +129,7 @@ class Job:
                 return
 
     def is_done(self, stage: Stage) -> bool:
-        """Return True if the stage's run is finished. Raises ConfigError where that run had another configuration."""
+        """Return True if the stage's run is finished. Raises ConfigError if it finished with another configuration."""
         wanted, run_dir = load_config(self.config, self.arguments(stage)), self.run_dir(stage.suffix)
         if not is_finished(run_dir):
             return False
@@ -144,7 +144,7 @@ class Job:
 
 
 def differences(finished: Config, wanted: Config) -> list[tuple[str, Any, Any]]:
-    """Return (key, old, new) of values that differ, except for where a run lies and how it saves."""
+    """Return (key, old, new) of each value that differs, except a run's place and the options of saving."""
     old, new = (_flat(config.model_dump(mode="json", exclude=set(_FREE))) for config in (finished, wanted))
     return [(key, old.get(key), new.get(key)) for key in sorted({*old, *new}) if old.get(key) != new.get(key)]
 
@@ -159,7 +159,8 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 def run_job(job: Job, ranks: int | None) -> Iterator[str]:
     """Run the stages that are not finished, and yield a line of text for each stage.
 
-    Raises StageFailed naming the log, RunInterrupted after a signal, and UserError where a stage cannot begin.
+    `ranks` is the number of processes; None starts one for each accelerator of the machine. Raises StageFailed that
+    names the log, RunInterrupted after a signal, and UserError if a stage cannot begin.
     """
     for stage in job.stages:
         run = job.run_name(stage.suffix)
@@ -210,7 +211,7 @@ def launch(config: Path, overrides: Sequence[str], ranks: int | None, log: Path)
 
 
 def free_port() -> int:
-    """Return a port of the loopback that no process listens on."""
+    """Return the number of a free TCP port of 127.0.0.1."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return int(free.getsockname()[1])

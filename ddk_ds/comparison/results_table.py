@@ -101,7 +101,10 @@ def compare_runs(
 def read_results(
     directory: Path, labels: Sequence[str] | None = None, seeds: Iterable[int] | None = None
 ) -> list[Result]:
-    """Read the finished runs <label>-s<seed> of a directory, in the order of labels and seeds; None takes all."""
+    """Read the finished runs <label>-s<seed> of a directory, in the order of labels and then of seeds.
+
+    None for labels or seeds takes all of them. Runs that are not finished are left out.
+    """
     results = []
     for path in directory.glob("*-s*"):
         named = re.fullmatch(r"(.+)-s(\d+)", path.name)
@@ -117,7 +120,10 @@ def read_results(
 
 
 def run_cost(run_dir: Path) -> RunCost:
-    """Read the cost of a finished run from its directory. Raises CheckpointError if it holds no finished run."""
+    """Read the tokens, seconds and estimated FLOPs of a finished run from its directory.
+
+    FLOPs are None if a model cannot be read. Raises CheckpointError if the directory holds no finished run.
+    """
     summary, records = read_summary(run_dir), read_ledger(run_dir)
     config = load_config(run_dir / "config.yaml")
     measurements = [record for record in records if record["kind"] in ("interval", "end")]
@@ -141,7 +147,10 @@ def run_cost(run_dir: Path) -> RunCost:
 
 
 def forward_flops(directory: Path, sequence_length: int) -> float:
-    """Return the FLOPs of one token's forward pass through a model's directory. Raises ConfigError if it is not one."""
+    """Return the FLOPs of the forward pass of one token in a sequence of `sequence_length`, for a model on disk.
+
+    Raises ConfigError if `directory` holds no model.
+    """
     return model_flops(read_model(directory, "model"), sequence_length)
 
 
@@ -217,7 +226,10 @@ def _geometric_mean(ppl: Mapping[str, float]) -> float:
 
 
 def _costs(results: Sequence[Result]) -> dict[str, Any]:
-    """Return mean costs over seeds; `earlier_*` sum over the method's stages before its last, if it has several."""
+    """Return the means over seeds of the costs of one method's last stage, and of its earlier stages as `earlier_*`.
+
+    The costs of all earlier stages are added; they are 0 for a method of one stage.
+    """
 
     def mean(values: Iterable[float | None]) -> float | None:
         known = list(values)
@@ -268,7 +280,7 @@ def _remarks(results: Sequence[Result], start: Mapping[str, float], teacher: Map
 
 
 def spread(values: Iterable[float]) -> Spread:
-    """Return mean and sample standard deviation of at least one value."""
+    """Return the mean and the sample standard deviation, which is None for a single value."""
     array = np.array(list(values), np.float64)
     return Spread(float(array.mean()), float(array.std(ddof=1)) if len(array) > 1 else None, tuple(array.tolist()))
 
@@ -306,7 +318,7 @@ def paired_difference(method: Mapping[int, float], baseline: Mapping[int, float]
 
 
 def _ranks_and_versions(directory: Path, results: Sequence[Result]) -> dict[str, Any]:
-    """Return the versions and numbers of ranks that the runs noted at their start."""
+    """Return the different versions and numbers of ranks that the runs recorded at their start."""
     events = [read_events(directory / f"{result.label}-s{result.seed}")[0] for result in results]
     versions: dict[str, set[str]] = {}
     for event in events:

@@ -161,6 +161,6 @@ def _measure_model(
 
 
 def versions() -> dict[str, str]:
-    """Return the versions of this package and of the installed packages that the numbers depend on."""
+    """Return versions by package: this one and the installed ones that the numbers depend on, such as torch."""
     names = ("torch", "transformers", "tokenizers", "lm_eval", "datasets")
     return {"ddk_ds": VERSION, **{name: version(name) for name in names if find_spec(name) is not None}}

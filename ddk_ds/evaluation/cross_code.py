@@ -56,12 +56,15 @@ def edit_similarity(first: str, second: str) -> float:
 
 
 def cut_answer(answer: str, groundtruth: str) -> list[str]:
-    """Return the answer's first lines that are not blank, as many as the groundtruth has, stripped."""
+    """Strip the lines of both texts, drop blank ones, and return as many of the answer's as the groundtruth has."""
     return _lines(answer)[: len(_lines(groundtruth))]
 
 
 def score_answer(answer: str, groundtruth: str) -> tuple[float, float]:
-    """Return exact match (0 or 1) and edit similarity (0 to 1) of an answer, both over stripped lines."""
+    """Return exact match (0 or 1) and edit similarity (0 to 1) of an answer.
+
+    Both compare stripped lines that are not blank, and the answer is first cut to as many lines as the groundtruth has.
+    """
     given, wanted = cut_answer(answer, groundtruth), _lines(groundtruth)
     return float(given == wanted), edit_similarity("\n".join(given), "\n".join(wanted))
 
@@ -104,9 +107,10 @@ def _read(path: Path) -> list[Completion]:
 
 
 def build_prompt(document: Completion, lm: Any) -> str:
-    """Return the beginning of the other files' context and the end of the prompt, as much as fits with the answer.
+    """Join the first CONTEXT_TOKENS of the other files' context and the end of the document's prompt.
 
-    `lm` is a model with tok_encode, tok_decode and max_length.
+    The prompt loses its beginning until everything fits into PROMPT_TOKENS, or into the model's window if that is
+    smaller, together with ANSWER_TOKENS for the answer. `lm` is a model with tok_encode, tok_decode and max_length.
     """
     room = min(PROMPT_TOKENS, lm.max_length) - ANSWER_TOKENS
     before = f"{_cut(lm, document.context, slice(CONTEXT_TOKENS))}\n" if document.context else ""
@@ -122,7 +126,11 @@ def _cut(lm: Any, text: str, part: slice) -> str:
 def score_languages(
     lm: Any, languages: Mapping[str, Sequence[Completion]], generate: Generate, *, limit: int | None
 ) -> list[Score]:
-    """Return two scores for each language, `exact_match` and `edit_similarity`; `lm` is that of `build_prompt`."""
+    """Let a model answer the documents of each language, and return its `exact_match` and `edit_similarity` for each.
+
+    `lm` is a model as `build_prompt` takes it, `generate` returns its answers to a list of prompts, and `limit` is the
+    number of documents of each language, or None for all.
+    """
     scores = []
     for language, title in LANGUAGES.items():
         documents = languages[language][:limit]

@@ -73,7 +73,7 @@ def load_tasks(chosen: Chosen, data: Path | None) -> Loaded:
 
 
 def subjects_of(benchmark: Benchmark) -> list[str]:
-    """Return the subjects of a benchmark; one empty name if it has none."""
+    """Return the subjects of a benchmark, or [""] if it has no subjects."""
     return list(_subjects(_manager(benchmark), benchmark).values())
 
 

@@ -36,7 +36,7 @@ class HeldOut:
             yield split.tokens(number).astype(np.int64)
 
     def check_model(self, directory: Path) -> None:
-        """Raise DataError if the shards were made with another tokenizer than the model's."""
+        """Raise DataError if the shards were made with another tokenizer than that of the model in `directory`."""
         if load_tokenizer(directory).fingerprint != self.manifest.tokenizer_fingerprint:
             raise DataError(
                 f"--shards {self.root} were made with another tokenizer than that of {directory}: prepare the same "
@@ -45,14 +45,18 @@ class HeldOut:
 
 
 def open_held_out(root: Path) -> HeldOut:
-    """Open the prepared data in `root`. Raises DataError if it is none, or is damaged."""
+    """Open the prepared data in `root`. Raises DataError if `root` holds no prepared data, or damaged data."""
     return HeldOut(load_manifest(root), root)
 
 
 def score_domains(
     model: Any, files: ModelFiles, held_out: HeldOut, *, batch_size: int, limit: int | None
 ) -> list[DomainScore]:
-    """Measure a transformers causal LM on its device; as in a run, the first token of a sample is not predicted."""
+    """Measure perplexity and bits per byte of a transformers causal LM on each domain, on the model's device.
+
+    `limit` is the number of samples of each domain, or None for all. As in a run, the first token of a sample is not
+    predicted.
+    """
     tokenizer = load_tokenizer(files.directory).tokenizer
     vocab_size = held_out.manifest.vocab_size
     scores = []
@@ -94,10 +98,11 @@ def sample_losses(
 def domain_score(
     domain: str, losses: npt.NDArray[np.float64], tokens_each: int, text_bytes: Sequence[int]
 ) -> DomainScore:
-    """Compute a domain's score from each sample's summed loss (n,) in nats and the bytes of its predicted text (n,).
+    """Compute perplexity and bits per byte of a domain, with their standard errors over the n samples.
 
-    Each sample has `tokens_each` predicted tokens. Standard errors are over samples; the perplexity's follows from the
-    loss's by the derivative.
+    `losses` (n,) holds the summed loss of each sample in nats, `text_bytes` (n,) the size of its predicted text, and
+    `tokens_each` is the number of predicted tokens of a sample. The perplexity's standard error is that of the mean
+    loss times the perplexity (delta method). Both errors are None for a single sample.
     """
     number, size = len(losses), np.array(text_bytes, np.float64)
     loss = float(losses.sum() / (number * tokens_each))

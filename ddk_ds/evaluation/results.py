@@ -139,7 +139,10 @@ def _metric(chosen: Chosen) -> str:
 
 
 def code_table(results: Sequence[ModelResult]) -> Table:
-    """Return the table of CrossCodeEval: exact match and edit similarity of each language, in per cent."""
+    """Return CrossCodeEval's table with a row for each model, in per cent with standard errors.
+
+    Its columns are exact match and edit similarity of each language, then their averages.
+    """
     table = Table(
         box=box.SIMPLE, title="CrossCodeEval", caption="per cent ± standard error: exact match, edit similarity"
     )
@@ -173,7 +176,7 @@ def domain_table(results: Sequence[ModelResult]) -> Table:
 
 
 def score_line(score: Score) -> str:
-    """Return a result as one line of progress."""
+    """Return one line with the title, value, standard error, metric and number of documents of a score."""
     return f"{score.title}: {_percent(score.value, score.stderr)} ({score.metric}, {score.documents:,} documents)"
 
 

@@ -105,8 +105,9 @@ def run_programs(sources: Sequence[str], limits: Limits = Limits(), *, walls: bo
 def run_program(source: str, limits: Limits = Limits(), *, walls: bool = True) -> Outcome:
     """Run a Python program that has only the standard library, and kill everything that it started.
 
-    Without `walls` it runs as an ordinary process of this user, in an empty directory, with limited time, memory and
-    file size; a process that it moves to another session survives.
+    The outcome tells a failure or a time-out of the program. Without `walls` the program runs as an ordinary process of
+    this user, in an empty directory, with limited time, memory and file size; a process that it moves to another
+    session survives.
 
     Raises ConfigError if bubblewrap is missing or cannot start on this machine.
     """
@@ -165,7 +166,10 @@ def _is_host_root() -> bool:
 
 
 def _bwrap(limits: Limits, info: int) -> list[str]:
-    """Return bubblewrap's command line, without the command to run; `info` is the file for its process id."""
+    """Return bubblewrap's command line up to the command that it runs.
+
+    `info` is the descriptor of the file into which it writes the process id of the sandbox's first process.
+    """
     if _is_host_root():
         # The kernel does not limit root's number of processes, so the driver becomes another user. Bubblewrap's user
         # namespace would have no other user.
@@ -187,7 +191,7 @@ def _bwrap(limits: Limits, info: int) -> list[str]:
 
 
 def _python(limits: Limits, status: int, walls: bool) -> list[str]:
-    """Return the driver's command line; `status` is the file for its progress."""
+    """Return the driver's command line; `status` is the descriptor of the file into which it writes its progress."""
     values = {
         "RLIMIT_CPU": limits.cpu_s,
         "RLIMIT_AS": limits.memory_bytes,
@@ -205,7 +209,11 @@ def _python(limits: Limits, status: int, walls: bool) -> list[str]:
 
 
 def _end(process: subprocess.Popen[bytes], info: IO[bytes] | None) -> None:
-    """Kill the program and wait for its end; bubblewrap ends after all processes of its sandbox."""
+    """Kill everything that the program started, and wait until it has ended.
+
+    `info` is the file into which bubblewrap wrote the process id of the sandbox's first process: killing that one ends
+    all others, and bubblewrap itself last. Without a sandbox `info` is None, and the process group is killed.
+    """
     with contextlib.suppress(ProcessLookupError):
         if info is None:
             os.killpg(process.pid, signal.SIGKILL)
@@ -237,12 +245,12 @@ def score_programs(
 
 
 def humaneval_program(document: Document, answer: str) -> str:
-    """Return the prompt's function, completed by the answer, and the call of its test."""
+    """Return a program of the prompt's function, completed by the answer, its test, and the call of that test."""
     return f"{document['prompt']}{answer}\n\n{document['test']}\n\ncheck({document['entry_point']})\n"
 
 
 def mbpp_program(document: Document, answer: str) -> str:
-    """Return the answer and the assertions on it."""
+    """Return a program of the answer, the document's set-up code and its assertions."""
     return "\n".join((answer, document["test_setup_code"], *document["test_list"], ""))
 
 

@@ -137,7 +137,7 @@ class Chosen:
 
 
 def choose(suite: str, tasks: Sequence[str] | None) -> list[Chosen]:
-    """Return the suite's benchmarks, or only those that `tasks` names, in the suite's order.
+    """Return the suite's benchmarks with their numbers of examples, or only those that `tasks` names, in its order.
 
     Raises ConfigError that names a task which the suite lacks.
     """
@@ -153,7 +153,11 @@ SplitFiles = dict[str, list[Path]]
 
 
 def split_directories(root: Path, benchmark: Benchmark, subject: str = "") -> list[Path]:
-    """Return the directories that can hold a benchmark's splits: with its name, or with that of its hub repository."""
+    """Return the directories below `root` that can hold a benchmark's splits; they need not exist.
+
+    The directory has the benchmark's name or its hub repository's last name; the splits lie in it, or in a directory of
+    the data set's configuration, which can depend on `subject`.
+    """
     data = benchmark.data
     config = data.config.replace(SUBJECT, subject)
     inner = [config] if SUBJECT in data.config else ["", config, "data"]
@@ -191,7 +195,7 @@ def _split_files(directory: Path, split: str) -> list[Path]:
 def check_files(root: Path, wanted: Sequence[Chosen], subjects: Mapping[str, Sequence[str]]) -> None:
     """Raise one DataError that lists every data set that is missing below `root` or lacks a column.
 
-    `subjects` holds each benchmark's subjects by its name; a benchmark without subjects has one empty subject.
+    `subjects` holds the list of subjects by benchmark name; a benchmark without subjects has the list [""].
     """
     faults = [fault for chosen in wanted for fault in _faults(root, chosen, subjects[chosen.benchmark.name])]
     if faults:

@@ -71,14 +71,14 @@ def _micro_batch(samples: int) -> _Change:
 
 
 def _widened(config: Config, models: Models, cluster: Cluster, changes: list[_Change]) -> list[_Change]:
-    """Return the changes with the largest micro-batch that fits together with the others, instead of 1."""
+    """Return the changes, but with the largest micro-batch that fits together with the others instead of 1."""
     largest = plan_memory(changed(config, **_merged(changes)), models, cluster).max_dividing
     largest = min(largest, config.train.micro_batch_samples)
     return [_micro_batch(largest) if largest and "train" in change.sections else change for change in changes]
 
 
 def _changes(config: Config, now: MemoryPlan) -> Iterator[_Change]:
-    """Yield every single change that is left, in the order of their costs."""
+    """Yield every change that saves memory and is not made in the configuration yet, the cheapest first."""
     if not config.student.gradient_checkpointing:
         price = "the cheap operations of the student's layers are computed twice"
         yield _Change({"student": {"gradient_checkpointing": "selective"}}, price)
@@ -93,9 +93,11 @@ def _changes(config: Config, now: MemoryPlan) -> Iterator[_Change]:
 
 
 def _more_nodes(config: Config, models: Models, cluster: Cluster, changes: list[_Change]) -> list[Advice]:
-    """Double the nodes until the run fits with these changes; return that, or the largest cluster that was tried.
+    """Double the number of nodes until the run fits with these changes, and return the last attempt as a list of one.
 
-    A rank has fewer samples of a step there, so the micro-batch is made smaller where it must.
+    It is the largest cluster that was tried if none fits. The list is empty if twice as many nodes are too many, or
+    cannot share the global batch equally. A rank has fewer samples on more nodes, so the micro-batch shrinks until it
+    divides them.
     """
     tried: list[Advice] = []
     nodes = 2 * cluster.nodes

@@ -93,7 +93,7 @@ def estimate(config: Config, models: Models, cluster: Cluster) -> MemoryEstimate
 
 
 def changed(config: Config, **sections: dict[str, Any]) -> Config:
-    """Return the configuration with other values: changed(config, train={"micro_batch_samples": 2})."""
+    """Return a copy of the configuration with other values: changed(config, train={"micro_batch_samples": 2})."""
     return config.model_copy(
         update={name: getattr(config, name).model_copy(update=values) for name, values in sections.items()}
     )
@@ -105,7 +105,7 @@ def with_micro_batch(config: Config, samples: int) -> Config:
 
 
 def _plan_parts(parts: dict[str, int]) -> dict[str, int]:
-    """Rename the estimate's parts, show the optimizer's states one by one, and leave out empty parts."""
+    """Rename the estimate's parts (bytes by name), split master weights from moments, and leave out empty parts."""
     renamed: dict[str, int] = {}
     for name, num_bytes in parts.items():
         if name == "master weights and moments":
@@ -118,7 +118,7 @@ def _plan_parts(parts: dict[str, int]) -> dict[str, int]:
 
 
 def _largest(fits: Callable[[int], bool]) -> int:
-    """Return the largest number that fits, or 0; with a number that fits every smaller one does too."""
+    """Return the largest number that fits, or 0, by bisection: every number below one that fits must fit too."""
     if not fits(1):
         return 0
     low, high = 1, 2

@@ -128,12 +128,12 @@ class Point:
 
     @property
     def error(self) -> float:
-        """Return simulated / measured - 1."""
+        """Return simulated / measured - 1, which is positive if the simulation is too fast."""
         return self.simulated / self.measured - 1
 
 
 def known_points() -> list[Point]:
-    """Simulate every run of which a throughput is known."""
+    """Simulate every run whose throughput was measured or published."""
     return [*map(_foundry, FOUNDRY_ROWS), *_deepspeed(), *_here()]
 
 
@@ -215,7 +215,7 @@ def _config(
 
 
 def dense_model(layers: int, hidden: int, *, vocab_size: int, length: int) -> PlannedModel:
-    """Describe a GPT: 12 H^2 weights a layer, a tied head, as many learned positions as tokens."""
+    """Describe a GPT with 12 `hidden`^2 weights in each layer, a tied head, and `length` learned positions."""
     layer = (3 * hidden**2, hidden**2, 4 * hidden**2, 4 * hidden**2)
     shape = ModelShape(
         tensors=(vocab_size * hidden, length * hidden, *layer * layers),
@@ -234,7 +234,7 @@ def dense_model(layers: int, hidden: int, *, vocab_size: int, length: int) -> Pl
 
 
 def profiled_model(shape: Shape, length: int) -> PlannedModel:
-    """Describe a model of a `Setting`: Qwen2's layers and a tied head."""
+    """Describe a model of a `Setting`, with Qwen2's layers and a tied head, on sequences of `length` tokens."""
     key_value = shape.hidden_size // shape.num_attention_heads * shape.num_key_value_heads
     attention = 2 * shape.hidden_size * (shape.hidden_size + key_value)
     layer = (attention, *[shape.hidden_size * shape.intermediate_size] * 3)

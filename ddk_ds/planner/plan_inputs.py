@@ -65,7 +65,7 @@ class PlannedData:
 
     @property
     def measurements(self) -> int:
-        """Return how often the student is measured: before each interval and at the end."""
+        """Return the number of times that the student is measured: before each interval and at the end."""
         return self.intervals + 1
 
 
@@ -86,7 +86,7 @@ def find_inputs(config: Config, model_dirs: tuple[Path, ...]) -> tuple[Models, P
 
 
 def find_model(path: str, key: str, model_dirs: tuple[Path, ...], sequence_length: int) -> PlannedModel:
-    """Describe the model that `path` names.
+    """Describe the model that `path` names, with the FLOPs of a token in a sequence of `sequence_length` tokens.
 
     `path` is a directory with weights, a directory with config.json alone, a config.json's own path, or a hub name
     whose `<last part>.json` lies in one of `model_dirs`. Raises ConfigError, naming the configuration `key`, where no

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 def plan_tables(plan: Plan) -> Iterator[Table | Text]:
-    """Yield everything that is printed about a plan, in its order."""
+    """Yield the tables and texts that are printed about a plan, in the order of printing."""
     yield _memory(plan)
     yield Text.from_markup(_verdict(plan))
     if plan.advice:
@@ -38,7 +38,7 @@ def plan_tables(plan: Plan) -> Iterator[Table | Text]:
 
 
 def _number_table(title: str, *columns: str) -> Table:
-    """Make a table whose first column holds words and whose others hold numbers."""
+    """Make a table without rows; its first column is aligned left for words, the others right for numbers."""
     table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
     for place, column in enumerate(columns):
         table.add_column(column, justify="right" if place else "left")

@@ -68,7 +68,7 @@ class Plan:
 
     @property
     def gpu_hours(self) -> float:
-        """Return the hours times the number of GPUs."""
+        """Return the hours of the run times the number of GPUs."""
         return self.hours * self.cluster.ranks
 
     @property
@@ -83,7 +83,7 @@ class Plan:
 
     @property
     def read_bytes_per_s(self) -> float:
-        """Return how fast all nodes together read the shards."""
+        """Return the rate at which all nodes together must read the shards, in bytes of tokens per second."""
         return self.tokens_per_s * self.data.token_bytes
 
 
@@ -171,7 +171,7 @@ def _assumptions(config: Config, cluster: Cluster, data: PlannedData, speed: Spe
 
 
 def plan_json(plan: Plan) -> dict[str, Any]:
-    """Return what `--json` writes: bytes, seconds and FLOPs, unless a key names another unit."""
+    """Return the content of `--json`; values are in bytes, seconds and FLOPs unless a key names another unit."""
     flops = {"cpt": plan.flops.cpt, "kd": plan.flops.kd, "ddk": plan.flops.ddk}
     memory, step = plan.memory, plan.step
     return {

@@ -99,7 +99,7 @@ def _complete_nodes(cluster: Cluster) -> Iterator[Cluster]:
 
 
 def _batch_for_most(config: Config) -> int:
-    """Double the configured global batch until each of MOST_GPUS has a sample."""
+    """Double the configured global batch until it has at least MOST_GPUS samples, and return it."""
     samples = config.train.global_batch_samples
     while samples < MOST_GPUS:
         samples *= 2
@@ -107,7 +107,10 @@ def _batch_for_most(config: Config) -> int:
 
 
 def _with_batch(config: Config, samples: int, ranks: int) -> Config:
-    """Set the global batch, and the largest micro-batch up to the configured one that divides a rank's samples."""
+    """Return the configuration with `samples` as the global batch.
+
+    Its micro-batch is the configured one, or the largest smaller one that divides the samples of a rank.
+    """
     per_rank = samples // ranks
     largest = min(config.train.micro_batch_samples, per_rank)
     micro_batch = next(n for n in range(largest, 0, -1) if per_rank % n == 0)
@@ -131,7 +134,7 @@ class LayoutPoint:
 
     @property
     def name(self) -> str:
-        """Return the layout as tables and pictures name it."""
+        """Return the label in tables and pictures: `node`, or `node, n a pass` if several micro-batches were tried."""
         return f"{self.shard_within}, n a pass" if self.several else self.shard_within
 
 
@@ -173,9 +176,9 @@ def simulate_layouts(
 
 
 def advised(points: Sequence[LayoutPoint]) -> LayoutPoint | None:
-    """Choose among one cluster's layouts the fastest that fits, among equally fast ones that of the least memory.
+    """Return the fastest of one cluster's layouts that fit into memory, or None if none fits.
 
-    None if no layout fits.
+    Layouts that are at most `_EQUAL` (a share) slower count as equally fast; the one with the least memory is chosen.
     """
     fitting = [point for point in points if point.fits]
     best = max((point.tokens_per_s_per_gpu for point in fitting), default=0.0)
@@ -206,9 +209,10 @@ def simulate_variants(
     model_dirs: tuple[Path, ...],
     storage_bytes_per_s: float,
 ) -> list[Variant]:
-    """Simulate the step for every combination of values; each item of `varied` is one option, "key=value,value,...".
+    """Simulate the step for every combination of the values in `varied`, whose items are "key=value,value,...".
 
-    Raises ConfigError where an item is not written so, or a combination is no valid configuration.
+    `overrides` ("key=value") hold for all combinations. Raises ConfigError if an item has another form, or if a
+    combination is no valid configuration.
     """
     choices = []
     for item in varied:

@@ -70,12 +70,12 @@ class Step:
 
     @property
     def tokens_per_s(self) -> float:
-        """Return the throughput of all ranks together."""
+        """Return the tokens that all ranks together train on per second."""
         return self.tokens / self.seconds
 
     @property
     def mfu(self) -> float:
-        """Return the model FLOPs utilisation, a share of the peak."""
+        """Return the model FLOPs utilisation, from 0 to 1: FLOPs per second over the peak of all ranks' GPUs."""
         return self.flops / self.seconds / self.peak_flop_per_s
 
 

@@ -123,7 +123,7 @@ def over_tokens(run: RunRecord, top: float | None, title: str = "") -> Picture:
 
 
 def mixture(run: RunRecord, title: str = "") -> Picture:
-    """Draw the proportions over the run, stacked."""
+    """Draw the stacked proportions of the domains over the steps of the run."""
     intervals = run.intervals
     shares = run.by_domain("proportions", intervals)
     starts = np.array([record["step"] for record in intervals], np.float64)
@@ -181,7 +181,7 @@ def asked_and_realised(run: RunRecord) -> tuple[Array, Array]:
 
 
 def realised(run: RunRecord) -> Picture:
-    """Draw the tokens of each domain, as the proportions asked and as drawn."""
+    """Draw two bars for each domain: the share of tokens that the proportions asked for, and the share drawn."""
     asked, drawn = asked_and_realised(run)
     by_rows = (("by the proportions", _BEFORE, asked), ("tokens drawn", bar_style(0), drawn))
 

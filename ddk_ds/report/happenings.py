@@ -53,7 +53,7 @@ def marked_events(run: RunRecord) -> list[tuple[_Kind, list[float]]]:
 
 
 def draw_marks(axes: Axes, run: RunRecord) -> None:
-    """Mark restarts, alarms and faults on an axis of steps."""
+    """Draw vertical lines at the steps of restarts, alarms and faults; the x axis must count steps."""
     for kind, steps in marked_events(run):
         width = max(1.0, run.last_step / _MARKS_ACROSS)
         places = sorted({round(step / width) * width if width > 1 else step for step in steps})
@@ -80,7 +80,7 @@ def describe_marks(run: RunRecord) -> str:
 
 
 def progress(run: RunRecord) -> Picture | None:
-    """Draw the steps over time, from the events; None without events."""
+    """Draw the run's optimizer step over wall time with its restarts and faults, or return None without events."""
     points = [(event["time_s"], float(event.get("step", 0)), event["event"]) for event in run.events]
     if not points:
         return None
@@ -127,7 +127,7 @@ def progress(run: RunRecord) -> Picture | None:
 
 
 def event_rows(events: Sequence[dict[str, Any]], limit: int) -> list[tuple[str, str, str, str]]:
-    """Return time (UTC), event, step and details of the last `limit` events, checkpoints left out."""
+    """Return time (UTC), event, step and details of the last `limit` events that are not checkpoints."""
     shown = [event for event in events if event["event"] != "checkpoint"][-limit:]
     rows = []
     for event in shown:
@@ -145,7 +145,7 @@ def _value_text(value: Any) -> str:
 
 
 def checkpoint_seconds(run: RunRecord) -> tuple[int, float, float]:
-    """Return the number of checkpoints, the seconds that training waited for them, and the seconds of writing."""
+    """Return the number of checkpoints and two sums: seconds that training waited, and seconds of writing."""
     saved = [event for event in run.events if event["event"] == "checkpoint"]
     pauses = np.array([event.get("pause_s", 0.0) for event in saved], np.float64)
     writing = np.array([event.get("seconds", 0.0) for event in saved], np.float64)

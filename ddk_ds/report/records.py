@@ -110,7 +110,7 @@ class RunRecord:
 
     @property
     def domain_tokens(self) -> Array:
-        """Return the tokens (N,) trained on so far."""
+        """Return the tokens (N,) of each domain that the run has trained on so far."""
         last = self.measurements[-1]
         since = self.steps.tokens[self.steps.step > last["step"]].sum(0)
         return self.by_domain("domain_tokens", [last])[0] + since

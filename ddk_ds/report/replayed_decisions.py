@@ -46,7 +46,10 @@ class RecordedRun:
 
 
 def read_recorded_run(run_dir: Path) -> RecordedRun:
-    """Read the decisions from a run's directory. Raises CheckpointError where there are none."""
+    """Read the decisions on a run's mixture, with their inputs, from the ledger and the events in its directory.
+
+    Raises CheckpointError if no interval has begun, or if the start event lacks the sizes of the domains.
+    """
     records = [record for record in read_ledger(run_dir) if record["kind"] == "interval"]
     if not records:
         raise CheckpointError(f"{run_dir / 'ledger.jsonl'}: no interval has begun yet")
@@ -85,7 +88,10 @@ class Replay:
 
 
 def replay(controller: Controller, recorded: Sequence[RecordedDecision]) -> Replay:
-    """Take each decision again, from the recorded decision before it, by the run's own controller."""
+    """Take each decision again with the run's own controller, and return how many there are and which ones differ.
+
+    Each starts from the recorded decision before it, so one difference does not cause others.
+    """
     num_replayed, unequal, last = 0, [], None
     for number, entry in enumerate(recorded):
         if number > 0 or entry.interval == 0:
@@ -124,7 +130,7 @@ def decide_otherwise(controller: Controller, recorded: Sequence[RecordedDecision
 
 
 def mixture_table(run: RecordedRun, other: Sequence[Decision], overrides: str) -> Table:
-    """Make the table of each domain's share, as run and by the other decisions."""
+    """Make the table of each domain's share of the samples, in the run and by the other decisions."""
     own = [entry.decision for entry in run.decisions]
     own_shares, other_shares = (_shares(run.decisions, decisions) for decisions in (own, other))
     table = Table(title=f"mixture as run, and with {overrides}", title_justify="left")
@@ -138,7 +144,7 @@ def mixture_table(run: RecordedRun, other: Sequence[Decision], overrides: str) -
 
 
 def _shares(recorded: Sequence[RecordedDecision], decisions: Sequence[Decision]) -> Array:
-    """Return the share (N,) of the run's samples that the decisions ask for."""
+    """Return the mean proportions (N,) of the decisions, weighted by the samples of each recorded interval."""
     samples = np.array([sum(entry.asked) for entry in recorded], np.float64)
     return samples @ np.array([decision.proportions for decision in decisions]) / samples.sum()
 
@@ -159,7 +165,10 @@ def replay_json(
 
 
 def draw_replay(path: Path, run: RecordedRun, other: Sequence[Decision] | None, overrides: str) -> None:
-    """Draw each domain's proportion over the run, as it was and as the other decisions have it. Needs matplotlib."""
+    """Draw each domain's proportion over the steps to `path`: in the run, and by the `other` decisions if given.
+
+    `overrides` is the legend's text for the other decisions. Needs matplotlib.
+    """
     # Only here: the check needs no picture.
     from matplotlib.figure import Figure
 

@@ -71,7 +71,7 @@ def expected_steps(config: Config | None, events: Sequence[dict[str, Any]]) -> i
 
 
 def duration(seconds: float) -> str:
-    """Write a time in its two largest units, for example 3 h 05 min."""
+    """Return a time as text in its two largest units, such as `3 h 05 min`; below two minutes in whole seconds."""
     rounded = round(seconds)
     if rounded < 120:
         return f"{rounded} s"
@@ -98,5 +98,5 @@ def _last_sign(run_dir: Path) -> float:
 
 
 def _stacks(path: Path) -> str:
-    """Read the file that a rank's watchdog writes; empty if there is none."""
+    """Return the phase and stacks that a rank's watchdog wrote to `path`, or an empty text if no file is there."""
     return path.read_text(errors="replace") if path.is_file() else ""

@@ -120,7 +120,7 @@ def _first_to_last(values: Array) -> str:
 
 
 def parts_of_steps(run: RunRecord) -> dict[str, Array]:
-    """Return the seconds (S,) of each part of a step that the ledger has, and of the rest as "other"."""
+    """Return the seconds (S,) in each of S steps by part that the ledger records; "other" holds the remainder."""
     columns = run.steps.columns
     parts = {word: np.nan_to_num(columns[key]) for key, word in PARTS.items() if np.isfinite(columns[key]).any()}
     rest = np.nan_to_num(columns["step_s"]) - sum(parts.values(), np.zeros(len(columns["step_s"])))
@@ -128,7 +128,7 @@ def parts_of_steps(run: RunRecord) -> dict[str, Array]:
 
 
 def step_parts(run: RunRecord) -> Picture:
-    """Draw the seconds of a step by part, stacked, over the run."""
+    """Draw the seconds of each part of a step as stacked areas over the steps of the run."""
     parts = parts_of_steps(run)
     binned = {word: envelope(run.steps.step, seconds) for word, seconds in parts.items()}
     x = next(iter(binned.values())).x
@@ -162,7 +162,7 @@ def step_parts(run: RunRecord) -> Picture:
 
 
 def spent(run: RunRecord) -> dict[str, float]:
-    """Return the seconds of the run by part: the parts of steps, and everything between steps."""
+    """Return the run's total seconds by part: each part of the steps, and all work between steps."""
     clocks = [record.get("clock", {}) for record in run.measurements]
     by_part = {word: float(seconds.sum()) for word, seconds in parts_of_steps(run).items()}
     by_part["measurement"] = sum(clock.get("measure_s", 0.0) for clock in clocks)
@@ -173,7 +173,7 @@ def spent(run: RunRecord) -> dict[str, float]:
 
 
 def time_spent(run: RunRecord) -> Picture:
-    """Draw the run's time by part."""
+    """Draw a bar for each part of the run's time, with its total and its share."""
     by_part = spent(run)
     total_s = sum(by_part.values()) or 1.0
     by, unit = time_unit(max(by_part.values()))
@@ -201,7 +201,7 @@ def time_spent(run: RunRecord) -> Picture:
 
 
 def duration_or_ms(seconds: float) -> str:
-    """Write a time as `duration` does, with one decimal below two minutes and in ms below a second."""
+    """Return a time as text: in ms below a second, in seconds with one decimal below two minutes, else `duration`."""
     if seconds < 1:
         return f"{1e3 * seconds:.3g} ms"
     return f"{seconds:.1f} s" if seconds < 120 else duration(seconds)

@@ -145,7 +145,7 @@ def _quoted(value: str) -> str:
 
 
 def next_snapshot(config: Config) -> Path:
-    """Return the absolute path of the first numbered directory that no submission of this run has taken."""
+    """Return the absolute path of the first directory <run>/slurm/1, 2, ... that does not exist; create nothing."""
     folder = (config.run_dir / "slurm").absolute()
     number = 1
     while (folder / str(number)).exists():
@@ -154,21 +154,28 @@ def next_snapshot(config: Config) -> Path:
 
 
 def write_snapshot(folder: Path, config: Config, script: str) -> None:
-    """Write configuration, code version and script to the new directory `folder`. Raises UserError if that fails."""
+    """Create `folder`, and write the configuration, the code's version with its uncommitted changes, and the script.
+
+    Raises UserError if the directory cannot be created or exists.
+    """
     try:
         folder.mkdir(parents=True)
     except OSError as error:
         raise UserError(f"{folder} cannot be made: {error.strerror}") from error
     changes = _git("diff", "--binary", "HEAD")
     write_text(folder / "config.yaml", to_yaml(config))
-    write_text(folder / "code.json", json.dumps(_code(bool(changes)), indent=1) + "\n")
+    write_text(folder / "code.json", json.dumps(_code_version(bool(changes)), indent=1) + "\n")
     if changes:
         write_text(folder / "diff.patch", changes)
     write_text(folder / "job.sbatch", script)
 
 
-def _code(changed: bool) -> dict[str, object]:
-    """Return the versions of code and packages; no environment variables, since these can be secrets."""
+def _code_version(changed: bool) -> dict[str, object]:
+    """Return the content of code.json: commit, Python's version, and the versions of all installed packages.
+
+    `changed` is True if tracked files differ from the commit. Environment variables are not written, since they can
+    hold secrets.
+    """
     packages = {item.name: item.version for item in distributions()}
     return {
         "commit": (_git("rev-parse", "HEAD") or "").strip() or None,
@@ -179,7 +186,7 @@ def _code(changed: bool) -> dict[str, object]:
 
 
 def _git(*arguments: str) -> str | None:
-    """Return git's output for this repository, or None if this is no checkout or git is missing."""
+    """Run git in this repository and return its output, or None if it fails, as outside a checkout or without git."""
     try:
         done = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, check=True)
     except (OSError, subprocess.CalledProcessError):

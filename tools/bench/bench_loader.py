@@ -84,7 +84,10 @@ def read_ours(root: Path, ids: Ids, workers: int, cache: Path | None, limit_gb: 
 def read_streaming(
     root: Path, ids: Ids, workers: int, cache: Path | None, limit_gb: float | None
 ) -> tuple[float, float]:
-    """Read by mosaicml-streaming's dataset and loader, in their own order. Returns what `read_ours` does."""
+    """Read all samples by mosaicml-streaming's dataset and loader, in the order that these choose.
+
+    Returns the seconds to the first batch, and the seconds in total.
+    """
     from streaming import Stream, StreamingDataLoader, StreamingDataset
     from streaming.base.util import clean_stale_shared_memory
 
@@ -115,7 +118,7 @@ class _Mapped(Dataset[torch.Tensor]):
 
 
 def read_mapped(root: Path, ids: Ids, workers: int, length: int) -> tuple[float, float]:
-    """Read by a DataLoader over a memory map. Returns what `read_ours` does."""
+    """Read by a DataLoader over a memory map. Returns the seconds to the first batch, and the seconds in total."""
     started = time.perf_counter()
     batches = ids.reshape(-1, MICRO_BATCH).tolist()
     return _drain(started, DataLoader(_Mapped(root / "flat.bin", length), batch_sampler=batches, num_workers=workers))
@@ -131,7 +134,7 @@ def _drain(started: float, batches: Any) -> tuple[float, float]:
 
 
 def in_child(read: Callable[..., tuple[float, float]], *arguments: Any) -> tuple[float, float]:
-    """Call `read` in a new process, so that readers share no memory, workers or caches."""
+    """Call `read` in a new process and return its two times; so readers share no memory, workers or caches."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), _fork_workers) as pool:
         return pool.submit(read, *arguments).result()
 

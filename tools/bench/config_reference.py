@@ -86,7 +86,7 @@ def _markdown(rows: Sequence[Sequence[str]]) -> str:
 
 
 def _kind(annotation: Any, metadata: Sequence[Any] = ()) -> str:
-    """Return a type in words: `Annotated[int, Field(ge=1)] | None` -> "integer >= 1, or null"."""
+    """Describe the type of a key in words: `Annotated[int, Field(ge=1)] | None` -> "integer >= 1, or null"."""
     bounds = ", ".join(_bounds(metadata))
     if get_origin(annotation) is Annotated:
         inner, *more = get_args(annotation)

@@ -178,7 +178,7 @@ def scripts() -> list[Path]:
 
 
 def parse(parser: argparse.ArgumentParser, words: Sequence[str]) -> argparse.Namespace:
-    """Parse a tool's command line. Raises ValueError with argparse's message."""
+    """Parse the `words` of a command by the tool's parser. Raises ValueError with argparse's message."""
     with _raising(parser):
         return parser.parse_intermixed_args(list(words))
 

@@ -117,6 +117,8 @@ def load_list(path: Path) -> TextList:
 def read_source(source: TextSource, store: PackageStore, min_chars: int, max_chars: int) -> Read:
     """Read the documents of a source, in the order of its packages and of the paths in them.
 
+    Texts are split into documents of `min_chars` to `max_chars` characters; shorter pieces are dropped.
+
     Raises:
         DataError: a package cannot be downloaded, or has none of the files.
     """
@@ -192,7 +194,7 @@ def _num_bytes(documents: Sequence[str]) -> int:
 
 
 def _digest(domain: TextDomain, listed: TextList) -> str:
-    """Return a hash of everything that the list asks of a domain."""
+    """Return a hash of the list's options for a domain, which changes if its text must be made again."""
     asked = [domain.model_dump(mode="json"), listed.min_chars, listed.max_chars]
     return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
 

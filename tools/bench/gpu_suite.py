@@ -260,7 +260,7 @@ def _case_summary(case: dict[str, Any]) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the parts. Returns 0, or 1 if a part failed; exits with 2 if the options do not fit this machine."""
+    """Run the chosen parts. Returns 0, or 1 if a part failed; exits with 2 if the options do not fit this machine."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )

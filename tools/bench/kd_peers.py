@@ -81,7 +81,7 @@ class Problem:
         return self.gamma * self.temperature**2
 
     def leaves(self) -> tuple[Tensor, Tensor]:
-        """Return the student's hidden states and weight as new leaves that require gradients."""
+        """Return the student's hidden states and head weight as new leaf tensors that require gradients."""
         return self.student_hidden.detach().requires_grad_(), self.student_weight.detach().requires_grad_()
 
 
@@ -114,7 +114,7 @@ class Implementation:
 
 
 def make_problem(case: Case, device: str, gamma: float, temperature: float) -> Problem:
-    """Return a problem with two unrelated models."""
+    """Draw a problem in which student and teacher are random and independent of each other."""
     draw = _Draw(case, device)
     student, teacher = draw.model(case.student, CASE_STD), draw.model(case.teacher, CASE_STD)
     return Problem(*student, *teacher, draw.labels(), 1.0, gamma, temperature)

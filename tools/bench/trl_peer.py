@@ -103,7 +103,7 @@ def train(case: dict[str, Any], runtime: Runtime, output: str) -> list[float]:
 
 
 def _gkd(options: dict[str, Any], case: dict[str, Any], _: Runtime) -> Parts:
-    """Return TRL's GKD trainer, which has all logits of both models; with lmbda 0 it generates no text."""
+    """Return TRL's GKD trainer, which computes all logits of both models; with lmbda 0 it generates no text."""
     gkd = importlib.import_module("trl.experimental.gkd")
     arguments = gkd.GKDConfig(**options, lmbda=0.0, max_length=case["length"])
 
@@ -115,9 +115,9 @@ def _gkd(options: dict[str, Any], case: dict[str, Any], _: Runtime) -> Parts:
 
 
 def _distillation(options: dict[str, Any], case: dict[str, Any], runtime: Runtime) -> Parts:
-    """Return TRL's maintained trainer, whose loss is computed in chunks.
+    """Return TRL's DistillationTrainer with its arguments and data set; it computes the loss in chunks.
 
-    It learns only from text that the student generates. Here random text replaces it, so that generation takes no time.
+    It trains only on text that the student generates. Random text replaces that here, so generation takes no time.
     """
     trl = importlib.import_module("trl")
 

@@ -67,9 +67,11 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def wanted(have: Sequence[str], python: str, root: Path = ROOT) -> list[str]:
-    """Return `name==version` of each package to collect, sorted: the needs of pyproject.toml, as constraints.txt pins.
+    """Return `name==version` of each package to collect, sorted by name, with the versions of constraints.txt.
 
-    Their own dependencies are read from the packages that are installed here.
+    These are the dependencies of pyproject.toml, the test tools, and the dependencies of both, which are read from the
+    packages installed here. Packages in `have` are on the other machine already and are left out; `python` is that
+    machine's version of Python.
 
     Raises:
         ConfigError: a package is not installed here, or constraints.txt does not know its version.
@@ -175,7 +177,7 @@ def _check_runs_anywhere(directory: Path, package: str) -> None:
 
 
 def table(wheels: Sequence[Path]) -> Table:
-    """Return the table of wheels with their sizes and the sum."""
+    """Return the table of wheels with their sizes in MB and the sum."""
     total = sum(wheel.stat().st_size for wheel in wheels)
     result = Table(box=box.SIMPLE_HEAD, show_footer=True, pad_edge=False)
     result.add_column("wheel", footer=f"{len(wheels)} wheels", overflow="fold")
