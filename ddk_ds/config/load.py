@@ -34,20 +34,28 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     return make_config(values, str(path), overrides)
 
 
-def make_config(given: Any, source: str, overrides: Sequence[str] = ()) -> Config:
-    """Apply `key.path=value` overrides to nested values and validate the result; errors name `source`."""
+def make_config(raw: Any, source: str, overrides: Sequence[str] = ()) -> Config:
+    """Apply `key.path=value` overrides to `raw` and validate the result.
+
+    Args:
+        raw: nested mapping, plain or of OmegaConf.
+        source: the origin of `raw`, for example a file's name; error messages begin with it.
+
+    Raises:
+        ConfigError: names each wrong key, its value and the fix.
+    """
     for item in overrides:
         if not re.match(r"^[A-Za-z_][\w.]*=", item):
             raise ConfigError(f"override {item!r}: write it as key.path=value, for example train.micro_batch_samples=2")
     try:
-        merged = OmegaConf.merge(given, OmegaConf.from_dotlist(list(overrides))) if overrides else given
+        merged = OmegaConf.merge(raw, OmegaConf.from_dotlist(list(overrides))) if overrides else raw
         values = OmegaConf.to_container(merged, resolve=True) if OmegaConf.is_config(merged) else merged
     except (OmegaConfBaseException, YAMLError, ValueError, TypeError) as error:
         raise ConfigError(f"{source}: cannot be read with the overrides given: {error}") from error
     if not isinstance(values, dict):
         raise ConfigError(f"{source}: holds {type(values).__name__}, expected keys and values")
     values = {str(key): value for key, value in values.items()}
-    _refuse_secrets(values, "", source)
+    _check_no_credentials(values, "", source)
     try:
         return Config.model_validate(_tuples(values))
     except ValidationError as error:
@@ -59,11 +67,15 @@ def to_yaml(config: Config) -> str:
     return OmegaConf.to_yaml(OmegaConf.create(config.model_dump(mode="json")))
 
 
-def _refuse_secrets(value: Any, key: str, source: str) -> None:
-    """Raise ConfigError for a credential: the run's directory and every checkpoint hold the resolved configuration."""
+def _check_no_credentials(value: Any, key: str, source: str) -> None:
+    """Raise ConfigError if a text under `key` is a credential, by the name of its key or by its form.
+
+    The run's directory and every checkpoint hold the resolved configuration, so it must not hold a secret. `value` can
+    be a section or a list, and `key` is its path; "" for the complete configuration.
+    """
     items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     for name, item in items:
-        _refuse_secrets(item, f"{key}.{name}" if key else str(name), source)
+        _check_no_credentials(item, f"{key}.{name}" if key else str(name), source)
     is_secret = names_a_secret(key.rpartition(".")[2])
     if isinstance(value, str) and (is_secret or redact(value) != value):
         raise ConfigError(
@@ -83,7 +95,7 @@ _EXPECTED = {"tuple_type": "a list, for example [a, b]", "model_type": "a sectio
 
 
 def _explain(error: Any) -> str:
-    """Return one of pydantic's errors as the key, the value and the fix."""
+    """Return the message of one of pydantic's errors: it names the key, the value and the fix."""
     key = ".".join(str(part) for part in error["loc"])
     if error["type"] == "extra_forbidden":
         known = _known_keys(error["loc"][:-1])

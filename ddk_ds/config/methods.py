@@ -117,7 +117,7 @@ class MethodSections(Section):
 
     @property
     def preset(self) -> Preset:
-        """The properties of the method."""
+        """Preset of the chosen method: its defaults for other keys, and what it needs from the run."""
         return METHODS[self.method]
 
     @model_validator(mode="before")

@@ -59,13 +59,13 @@ class Config(MethodSections):
 
     @property
     def run_dir(self) -> Path:
-        """The run's directory, <output_dir>/<name>."""
+        """Directory of the run, <output_dir>/<name>."""
         return Path(self.output_dir) / self.name
 
     @property
-    def per_pass(self) -> int:
-        """Micro-batches of one pass of the teacher; 1 without a teacher."""
-        return 1 if self.teacher is None else self.teacher.per_pass
+    def teacher_pass_size(self) -> int:
+        """Number of micro-batches that the teacher computes in one pass; 1 if the run has no teacher."""
+        return 1 if self.teacher is None else self.teacher.pass_size
 
     @model_validator(mode="after")
     def _sections_agree(self) -> Config:
@@ -85,7 +85,10 @@ class Config(MethodSections):
         return self
 
     def _check_teacher(self) -> None:
-        """Raise ValueError if there is no teacher and a section needs one, or if the method takes no teacher."""
+        """Raise ValueError if the method or a section needs a teacher and the run has none.
+
+        Also raise it if the run has a teacher that the method does not use, or if `method: ted` has no `ted.filters`.
+        """
         needed = self.preset.teacher
         if needed and self.teacher is None:
             raise ValueError(f"method: {self.method} needs a teacher: set teacher.path, or method: cpt")
@@ -108,10 +111,10 @@ class Config(MethodSections):
             )
 
     def micro_batches(self, world_size: int) -> int:
-        """Return the micro-batches of one rank in an optimizer step on `world_size` ranks.
+        """Return the number of micro-batches that each of `world_size` ranks computes in one optimizer step.
 
         Raises:
-            ConfigError: the global batch is not a multiple of micro-batch x ranks.
+            ConfigError: `global_batch_samples` is not a multiple of `micro_batch_samples` x `world_size`.
         """
         samples_at_once = self.train.micro_batch_samples * world_size
         count, rest = divmod(self.train.global_batch_samples, samples_at_once)
@@ -128,7 +131,10 @@ _MAX_INTERVAL_STEPS = 2**40
 
 
 def interval_steps(mixture: Mixture, interval: int) -> int:
-    """Return K_t, the optimizer steps of interval t (from 0): max(1, round(interval_steps * interval_growth^t))."""
+    """Return K_t, the number of optimizer steps in interval t (from 0).
+
+    K_t = max(1, round(interval_steps * interval_growth^t)), and at most 2^40.
+    """
     try:
         exact = mixture.interval_steps * mixture.interval_growth**interval
     except OverflowError:
@@ -137,12 +143,19 @@ def interval_steps(mixture: Mixture, interval: int) -> int:
 
 
 def corpus_samples(mixture: Mixture, sizes: Mapping[str, int]) -> int:
-    """Return the number of training samples of the domains that are drawn; `sizes` are those of every domain."""
+    """Return the number of training samples in all domains that `mixture.exclude` does not name.
+
+    `sizes` holds the number of training samples of every domain, excluded ones too.
+    """
     return sum(int(size) for name, size in sizes.items() if name not in mixture.exclude)
 
 
 def total_steps(config: Config, corpus_samples: int) -> int:
-    """Return the optimizer steps after which the run ends at the latest; the cosine reaches its floor there."""
+    """Return the largest number of optimizer steps that the run can have.
+
+    The learning rate reaches its minimum at that step. `stop.discrepancy`, a domain at its limit or a guard can end the
+    run earlier. `corpus_samples` is the number of training samples in the data, which `stop.data_once` needs.
+    """
     ends = []
     if config.stop.steps is not None:
         ends.append(config.stop.steps)

@@ -86,8 +86,11 @@ class Teacher(Model):
         return self
 
     @property
-    def per_pass(self) -> int:
-        """Micro-batches of a pass; 1 until train/teacher_passes.py has replaced `auto` by a number."""
+    def pass_size(self) -> int:
+        """Number of micro-batches in one pass; 1 while `micro_batches_per_pass` is still `auto`.
+
+        train/teacher_passes.py replaces `auto` by a number before the run begins.
+        """
         return 1 if self.micro_batches_per_pass == "auto" else self.micro_batches_per_pass
 
 
@@ -389,7 +392,7 @@ class Monitor(Section):
 
     @property
     def packages(self) -> tuple[str, ...]:
-        """Import names of the Python packages that the chosen outputs need."""
+        """Import names of the Python packages that the chosen outputs need, for example "wandb"."""
         needed = {
             "tensorboard": self.tensorboard,
             "wandb": self.wandb_project is not None,

@@ -102,7 +102,7 @@ def estimate_memory(
     per_pass = 1  # micro-batches in one pass of the teacher
     if config.teacher is not None:
         micro_batches = config.train.global_batch_samples // (config.train.micro_batch_samples * world_size)
-        per_pass = max(1, min(config.teacher.per_pass, micro_batches))
+        per_pass = max(1, min(config.teacher.pass_size, micro_batches))
         if teacher is not None:
             teacher = teacher.as_sharded(config.teacher, config.train.precision)
             weights["teacher shards"] = (config.teacher, teacher)

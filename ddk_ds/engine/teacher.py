@@ -118,7 +118,7 @@ def load_teacher(
     if config.teacher.quantize == "int8":
         quantize_layers(layers_of(backbone, files.num_layers), ds_config, group)
     prepare_layers(backbone, files.num_layers, config.teacher)
-    layers = LayerByLayer(layers_of(backbone, files.num_layers)) if config.teacher.per_pass > 1 else None
+    layers = LayerByLayer(layers_of(backbone, files.num_layers)) if config.teacher.pass_size > 1 else None
     engine, _, _, _ = deepspeed.initialize(model=backbone, config=ds_config)
     engine.eval()
     assert not hasattr(engine.optimizer, "fp32_partitioned_groups_flat"), "the teacher's engine holds optimizer state"

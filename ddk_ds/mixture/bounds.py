@@ -61,25 +61,25 @@ class Bounded:
 
     @property
     def name(self) -> str:
-        """The rule's kind."""
+        """Kind of `rule`, the controller inside the bounds."""
         return self.rule.name
 
     @property
     def uses_teacher(self) -> bool:
-        """True if the rule needs the teacher's perplexities."""
+        """True if `rule` needs the teacher's perplexities."""
         return self.rule.uses_teacher
 
     @property
     def ppl_smoothing(self) -> float:
-        """The rule's weight of the past in the student's perplexities."""
+        """Weight of the past in the student's perplexities that `rule` has."""
         return self.rule.ppl_smoothing
 
     def start(self, student_ppl: Values, teacher_ppl: Values) -> Vector:
-        """Return the rule's first proportions within the bounds, (N,)."""
+        """Return the first proportions (N,) of `rule`, brought within the bounds."""
         return self._bounded(self.rule.start(self._included(student_ppl), self._included(teacher_ppl)))
 
     def update(self, proportions: Vector, student_ppl: Values, teacher_ppl: Values, *, interval: int) -> Vector:
-        """Return the rule's next proportions within the bounds, (N,)."""
+        """Return the next proportions (N,) of `rule`, brought within the bounds."""
         current = np.asarray(proportions, np.float64)[self._indices]
         # A fork of a run that drew from the excluded domains: the others divide their proportions.
         if np.count_nonzero(proportions) > np.count_nonzero(current):
@@ -88,7 +88,7 @@ class Bounded:
         return self._bounded(self.rule.update(current, students, teachers, interval=interval))
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the rule's state with the bounds and the names of all domains."""
+        """Return the state of `rule` together with the bounds and the names of all domains."""
         bounds = {"names": list(self.names), "exclude": list(self.exclude), "floors": list(self.floors)}
         return {**self.rule.state_dict(), **bounds}
 
@@ -101,17 +101,19 @@ class Bounded:
 
     def _bounded(self, proportions: Vector) -> Vector:
         bounded = np.zeros(len(self.names))
-        bounded[self._indices] = raised_to(self.floors, proportions) if self.floors else proportions
+        bounded[self._indices] = raise_to_floors(self.floors, proportions) if self.floors else proportions
         return bounded
 
 
-def raised_to(floors: Sequence[float], proportions: Vector) -> Vector:
-    """Raise each proportion under its floor to the floor, and multiply the others by one factor < 1, (N,).
+def raise_to_floors(floors: Sequence[float], proportions: Vector) -> Vector:
+    """Return proportions (M,) with the sum 1 that are not below their floors.
 
-    If no proportion is under its floor, they are returned unchanged.
+    Proportions below their floors are set to them, and one common factor < 1 scales the others; this repeats until
+    none is below its floor. If none is below its floor at first, all come back unchanged.
 
     Args:
-        floors: (N,) >= 0 with a sum <= 1.
+        floors: (M,) numbers >= 0 whose sum is at most 1.
+        proportions: (M,) numbers >= 0 with the sum 1.
     """
     least = np.asarray(floors, np.float64)
     raised = proportions.copy()

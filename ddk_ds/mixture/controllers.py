@@ -35,19 +35,19 @@ class MixtureOptions(Protocol):
 
     @property
     def controller(self) -> str:
-        """The kind of controller."""
+        """Kind of the controller, for example "ddk"."""
 
     @property
     def initial(self) -> str:
-        """Rule of the first interval: "eq1" or "equal"."""
+        """Rule of the first interval of `controller: ddk`: "eq1" (Eq. 1) or "equal" (proportions of 1/N)."""
 
     @property
     def prior(self) -> str | dict[str, float]:
-        """Prior proportions: "equal", "by_size", or by domain."""
+        """Prior proportions: "equal", "by_size", or a value for each domain."""
 
 
 def make_controller(options: MixtureOptions, sizes: Mapping[str, int], schedule: Any = None) -> Controller:
-    """Return the controller of a run.
+    """Return the controller that the section `mixture` describes.
 
     Args:
         sizes: size of each domain, for example in tokens, in the order of the run's domains.
@@ -68,7 +68,7 @@ def make_controller(options: MixtureOptions, sizes: Mapping[str, int], schedule:
 
 
 def _make_rule(options: MixtureOptions, names: tuple[str, ...], sizes: Mapping[str, int], schedule: Any) -> Controller:
-    """Return the controller of `names`, the domains that are drawn."""
+    """Return the controller that divides the samples between `names`, the M domains that are drawn."""
     match options.controller:
         case "ddk":
             return DDK(
@@ -95,13 +95,13 @@ def _make_rule(options: MixtureOptions, names: tuple[str, ...], sizes: Mapping[s
             source = str(options.schedule_file)
             return Scheduled(names, parse_stages(schedule, list(sizes), options.exclude, source=source))
         case "sheared_llama":
-            prior, reference = _prior(options, names, sizes), _references(options, sizes)
+            prior, reference = _prior(options, names, sizes), _reference_losses(options, sizes)
             return ShearedLlama(names, prior, reference, options.ppl_smoothing)
         case "doremi_online":
             return DoReMiOnline(
                 names,
                 prior=_prior(options, names, sizes),
-                reference=_references(options, sizes),
+                reference=_reference_losses(options, sizes),
                 ppl_smoothing=options.ppl_smoothing,
                 step_size=options.step_size,
                 smoothing=options.smoothing,
@@ -110,7 +110,7 @@ def _make_rule(options: MixtureOptions, names: tuple[str, ...], sizes: Mapping[s
 
 
 def _prior(options: MixtureOptions, names: tuple[str, ...], sizes: Mapping[str, int]) -> tuple[float, ...] | None:
-    """Return the prior of `names`, (M,); None for equal, which Eq. 2 computes as 1 / N."""
+    """Return the prior proportions (M,) of `names`; None for equal ones, which the controllers compute as 1/M."""
     if options.prior == "equal":
         return None
     if isinstance(options.prior, str):
@@ -118,8 +118,12 @@ def _prior(options: MixtureOptions, names: tuple[str, ...], sizes: Mapping[str, 
     return proportions_in_order(options.prior, list(sizes), options.exclude, label="mixture.prior")
 
 
-def _references(options: MixtureOptions, sizes: Mapping[str, int]) -> tuple[float, ...] | None:
-    """Return the reference losses of the domains that are drawn, (M,) in nats a token; None for the teacher's."""
+def _reference_losses(options: MixtureOptions, sizes: Mapping[str, int]) -> tuple[float, ...] | None:
+    """Return the reference losses (M,), in nats per token, of the domains that are drawn.
+
+    None if the configuration gives none: the teacher's losses are the references then. The keys of `sizes` give the
+    order of the domains.
+    """
     if options.reference_losses is None:
         return None
     # An excluded domain can have a reference, which is not used.

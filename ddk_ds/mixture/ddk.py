@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from ddk_ds.errors import ConfigError, DataError
-from ddk_ds.mixture.decide import state_of
+from ddk_ds.mixture.decide import controller_state
 from ddk_ds.mixture.domain_vectors import (
     Values,
     Vector,
@@ -31,7 +31,7 @@ def perplexity_ratios(
 
     Args:
         student_ppl, teacher_ppl: (N,) perplexities l_S, l_T.
-        cap: upper bound on the ratio; None, as in the paper, for no bound.
+        cap: upper bound on the ratio; None: no bound, as in the paper.
         names: the domains' names, for messages.
 
     Raises:
@@ -60,7 +60,7 @@ def initial_proportions(ratios: Vector, *, floor: float) -> Vector:
 
     Args:
         ratios: (N,) l_S / l_T.
-        floor: lower bound on every proportion, r = floor + (1 - N floor) softmax; 0 is the paper.
+        floor: lower bound on every proportion, r = floor + (1 - N floor) softmax; 0 as in the paper.
 
     Raises:
         ConfigError: floor is not between 0 and 1/N.
@@ -84,7 +84,7 @@ def updated_proportions(
         proportions: (N,) r_t, non-negative, sums to 1; zeros are legal (their psi is 0).
         ratios: (N,) l_S / l_T.
         alpha: smoothing coefficient, 0..1; every domain keeps at least (1 - alpha) / N.
-        prior: (N,) proportions in place of 1/N; None is the paper.
+        prior: (N,) proportions in place of 1/N; None: 1/N, as in the paper.
 
     Raises:
         ConfigError: `proportions` or `prior` are not proportions of N domains.
@@ -107,26 +107,26 @@ class DDK:
     initial: str
     """Rule of the first interval: "eq1", or "equal" for proportions of 1/N."""
     prior: tuple[float, ...] | None
-    """(N,) proportions in place of Eq. 2's 1/N; None is the paper."""
+    """(N,) proportions in place of Eq. 2's 1/N; None: 1/N, as in the paper."""
     ppl_smoothing: float
     name: ClassVar[str] = "ddk"
     uses_teacher: ClassVar[bool] = True
 
     def start(self, student_ppl: Values, teacher_ppl: Values) -> Vector:
-        """Compute Eq. 1 with the configured cap and floor, or return equal proportions."""
+        """Return the first proportions (N,): Eq. 1 with its cap and floor, or 1/N each if `initial` is "equal"."""
         if self.initial == "equal":
             return np.full(len(self.names), 1 / len(self.names))
         ratios = perplexity_ratios(student_ppl, teacher_ppl, cap=self.ratio_cap, names=self.names)
         return initial_proportions(ratios, floor=self.initial_floor)
 
     def update(self, proportions: Vector, student_ppl: Values, teacher_ppl: Values, *, interval: int) -> Vector:
-        """Compute Eq. 2 with the configured cap and prior."""
+        """Return the next proportions (N,), computed by Eq. 2 with the configured cap and prior."""
         ratios = perplexity_ratios(student_ppl, teacher_ppl, cap=self.ratio_cap, names=self.names)
         return updated_proportions(proportions, ratios, alpha=self.alpha, prior=self.prior)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the kind and the options."""
-        return state_of(self)
+        return controller_state(self)
 
 
 @dataclass(frozen=True)
@@ -141,17 +141,17 @@ class DDKNoSmoothing:
     uses_teacher: ClassVar[bool] = True
 
     def start(self, student_ppl: Values, teacher_ppl: Values) -> Vector:
-        """Compute Eq. 1 with the configured cap and floor."""
+        """Return the first proportions (N,), computed by Eq. 1 with the configured cap and floor."""
         ratios = perplexity_ratios(student_ppl, teacher_ppl, cap=self.ratio_cap, names=self.names)
         return initial_proportions(ratios, floor=self.initial_floor)
 
     def update(self, proportions: Vector, student_ppl: Values, teacher_ppl: Values, *, interval: int) -> Vector:
-        """Compute Eq. 1 again; the past proportions are not used."""
+        """Return the next proportions (N,), computed by Eq. 1 again; the past ones are not used."""
         return self.start(student_ppl, teacher_ppl)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the kind and the options."""
-        return state_of(self)
+        return controller_state(self)
 
 
 def one_hot_warning(proportions: Sequence[float] | Vector, names: Sequence[str], threshold: float = 0.9) -> str | None:

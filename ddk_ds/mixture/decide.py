@@ -19,28 +19,31 @@ class Controller(Protocol):
 
     @property
     def name(self) -> str:
-        """The kind, as in the configuration."""
+        """Kind of the controller, as `mixture.controller` of the configuration names it."""
 
     @property
     def uses_teacher(self) -> bool:
-        """True if the teacher's perplexities are needed; otherwise they can be None."""
+        """True if the controller needs the teacher's perplexities; otherwise they can be None."""
 
     @property
     def ppl_smoothing(self) -> float:
-        """Weight of the past in the student's perplexities that `decide` passes to the controller; 0: no smoothing."""
+        """Weight, 0 <= weight < 1, of the past in the moving average of the student's log perplexities.
+
+        `decide` passes the averaged perplexities to the controller; with 0 it passes the measured ones.
+        """
 
     def start(self, student_ppl: Values, teacher_ppl: Values) -> Vector:
-        """Return the proportions of interval 0."""
+        """Return the proportions (N,) of interval 0."""
 
     def update(self, proportions: Vector, student_ppl: Values, teacher_ppl: Values, *, interval: int) -> Vector:
-        """Return the proportions of `interval` (from 1); `proportions` are those of the interval before."""
+        """Return the proportions (N,) of `interval`, 1 or later; `proportions` are those of the interval before."""
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything that the decisions depend on, except perplexities, as plain JSON."""
 
 
-def state_of(controller: Any) -> dict[str, Any]:
-    """Return the `state_dict` of a controller that is a dataclass: its kind and options."""
+def controller_state(controller: Any) -> dict[str, Any]:
+    """Return the options of a controller that is a dataclass, and its kind under "name", as plain JSON."""
     options = {key: _as_lists(value) for key, value in asdict(controller).items()}
     return {**options, "name": controller.name}
 
@@ -62,11 +65,11 @@ class Decision:
 def decide(
     controller: Controller, last: Decision | None, student_ppl: Vector, teacher_ppl: Values, *, interval: int
 ) -> Decision:
-    """Return the decision on `interval` (from 0); pure.
+    """Return the decision on `interval` (from 0). It is a pure function.
 
     Args:
         last: the decision on the interval before; None for the first.
-        student_ppl, teacher_ppl: (N,) as measured at the beginning of the interval.
+        student_ppl, teacher_ppl: (N,) perplexities, measured at the beginning of the interval.
 
     Raises:
         DataError: a perplexity that the controller needs is missing or not a positive finite number.

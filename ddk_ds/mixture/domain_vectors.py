@@ -17,12 +17,12 @@ Values = Sequence[float | None] | Vector | None
 
 
 def check_perplexities(values: Values, *, model: str, names: Sequence[str] | None = None) -> Vector:
-    """Return the perplexities of one model as (N,) float64.
+    """Return one model's perplexities as a vector (N,) of float64.
 
     Args:
         values: one perplexity for each domain.
-        model: "student" or "teacher", for the message.
-        names: the domains' names; if given, there must be one perplexity for each.
+        model: "student" or "teacher"; error messages name it.
+        names: names of the N domains, or None; with names there must be one perplexity for each.
 
     Raises:
         DataError: a perplexity is missing, NaN, infinite, zero or negative; the message has the domain's name and the
@@ -70,7 +70,7 @@ def check_proportions(values: Sequence[float] | Vector, *, num_domains: int, lab
 def proportions_in_order(
     values: Mapping[str, float], names: Sequence[str], exclude: Sequence[str], *, label: str
 ) -> tuple[float, ...]:
-    """Return proportions given by domain in the order of `names`, (M,), without the excluded domains.
+    """Return the proportions (M,) of the domains that are not excluded, in the order of `names`.
 
     Args:
         label: the key or file that gives the values, for messages.
@@ -93,7 +93,7 @@ def proportions_in_order(
 def values_in_order(
     values: Mapping[str, float], names: Sequence[str], *, label: str, quantity: str, default: float | None = None
 ) -> list[float]:
-    """Return values given by domain in the order of `names`, (N,).
+    """Return the value of each domain, (N,), in the order of `names`.
 
     Args:
         label: the key or file that gives the values, for messages.
@@ -110,9 +110,9 @@ def values_in_order(
     return [float(values.get(name, default or 0.0)) for name in names]
 
 
-def check_domains(given: Iterable[str], names: Sequence[str], *, label: str) -> None:
-    """Raise ConfigError if one of `given` is not in `names`; `label` is the key or file that gives them."""
-    for name in given:
+def check_domains(domains: Iterable[str], names: Sequence[str], *, label: str) -> None:
+    """Raise ConfigError if one of `domains` is not in `names`; `label` is the key or file that lists `domains`."""
+    for name in domains:
         if name not in names:
             near = difflib.get_close_matches(str(name), names, n=1)
             hint = f"did you mean '{near[0]}'?" if near else f"this run's domains are {', '.join(names)}"
@@ -120,7 +120,10 @@ def check_domains(given: Iterable[str], names: Sequence[str], *, label: str) -> 
 
 
 def proportions_by_size(names: Sequence[str], sizes: Mapping[str, int]) -> tuple[float, ...]:
-    """Return the proportions (M,) of `names` by their sizes (for example in tokens).
+    """Return the share (M,) of each domain of `names` in the sum of their sizes.
+
+    Args:
+        sizes: size of each domain, for example in tokens; it can have further domains.
 
     Raises:
         ConfigError: a size is not > 0.

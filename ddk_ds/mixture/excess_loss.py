@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from ddk_ds.mixture.decide import state_of
+from ddk_ds.mixture.decide import controller_state
 from ddk_ds.mixture.domain_vectors import Values, Vector, check_perplexities, check_proportions, reweighted
 
 
@@ -29,16 +29,20 @@ class _ExcessLoss:
         return self.reference is None
 
     def start(self, student_ppl: Values, teacher_ppl: Values) -> Vector:
-        """Return the prior; perplexities are not used."""
+        """Return the prior proportions (N,); perplexities are not used."""
         num_domains = len(self.names)
         return np.full(num_domains, 1 / num_domains) if self.prior is None else np.array(self.prior, np.float64)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the kind and the options."""
-        return state_of(self)
+        return controller_state(self)
 
     def _reweighted(self, proportions: Vector, student_ppl: Values, teacher_ppl: Values, step_size: float) -> Vector:
-        """Multiply the proportions by exp(step_size max(loss_S - reference, 0)) and divide them by their sum, (N,)."""
+        """Return proportions * exp(step_size * max(loss_S - reference, 0)) divided by their sum, (N,).
+
+        loss_S is the log of the student's perplexity, in nats per token. `self.reference` holds the references; if it
+        is None, they are the logs of the teacher's perplexities.
+        """
         current = check_proportions(proportions, num_domains=len(self.names), label="the interval's proportions")
         losses = np.log(check_perplexities(student_ppl, model="student", names=self.names))
         if self.reference is None:
@@ -59,7 +63,7 @@ class ShearedLlama(_ExcessLoss):
     name: ClassVar[str] = "sheared_llama"
 
     def update(self, proportions: Vector, student_ppl: Values, teacher_ppl: Values, *, interval: int) -> Vector:
-        """Multiply the proportions by exp(excess loss) and divide them by their sum."""
+        """Return the proportions (N,) multiplied by exp(excess loss) and divided by their sum."""
         return self._reweighted(proportions, student_ppl, teacher_ppl, 1.0)
 
 
@@ -81,6 +85,6 @@ class DoReMiOnline(_ExcessLoss):
     name: ClassVar[str] = "doremi_online"
 
     def update(self, proportions: Vector, student_ppl: Values, teacher_ppl: Values, *, interval: int) -> Vector:
-        """Multiply the proportions by exp(eta excess loss), divide them by their sum, and mix in equal proportions."""
+        """Return r_{t+1} (N,) of the formula above; `proportions` are r_t."""
         sharp = self._reweighted(proportions, student_ppl, teacher_ppl, self.step_size)
         return (1 - self.smoothing) * sharp + self.smoothing / len(self.names)

@@ -55,9 +55,9 @@ class Exhaustion:
     """(N,) limits on the draws in the complete run; None for a domain that cycles."""
 
     def counts(self, proportions: Sequence[float] | Vector, total: int, drawn: Sequence[int]) -> tuple[int, ...]:
-        """Return the samples (N,) to draw of each domain in the next interval: `total` by `proportions` (N,).
+        """Return the number of samples (N,) to draw from each domain in the next interval, with the sum `total`.
 
-        They are `largest_remainder` of the proportions unless a domain is at its cap.
+        They follow `proportions` (N,) by `largest_remainder`, except where a domain is at its cap.
 
         Args:
             drawn: (N,) draws of each domain since the run began.
@@ -110,11 +110,11 @@ class ExhaustionOptions(Protocol):
 
     @property
     def exhaustion(self) -> str:
-        """Policy of the domains that `exhaustion_by_domain` does not name."""
+        """Policy ("cycle", "cap" or "stop") of the domains that `exhaustion_by_domain` does not name."""
 
     @property
     def exhaustion_by_domain(self) -> Mapping[str, str]:
-        """Policies of the domains that do not have the policy `exhaustion`."""
+        """Policy of each domain named here, which replaces `exhaustion` for that domain."""
 
 
 def make_exhaustion(options: ExhaustionOptions, sizes: Mapping[str, int]) -> Exhaustion:
@@ -144,9 +144,10 @@ def make_exhaustion(options: ExhaustionOptions, sizes: Mapping[str, int]) -> Exh
 
 
 def _under_caps(proportions: Vector, asked: Ids, caps: Ids) -> Ids | None:
-    """Return counts (N,) <= caps with the sum of `asked`; the others take the samples over a cap by their proportions.
+    """Return counts (N,) with the sum of `asked` and none above its cap.
 
-    None if no other domain has a proportion.
+    The domains below their caps take the samples above a cap, in proportion to `proportions`. Return None if all those
+    domains have the proportion 0.
     """
     counts = asked.copy()
     full = np.zeros(len(counts), bool)

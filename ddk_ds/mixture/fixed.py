@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from ddk_ds.errors import ConfigError
-from ddk_ds.mixture.decide import state_of
+from ddk_ds.mixture.decide import controller_state
 from ddk_ds.mixture.domain_vectors import Values, Vector, proportions_in_order
 
 Stage = tuple[int, tuple[float, ...]]
@@ -29,16 +29,16 @@ class Static:
     ppl_smoothing: ClassVar[float] = 0.0
 
     def start(self, student_ppl: Values, teacher_ppl: Values) -> Vector:
-        """Return the fixed proportions; perplexities are not used."""
+        """Return the fixed proportions (N,); perplexities are not used."""
         return np.array(self.proportions, np.float64)
 
     def update(self, proportions: Vector, student_ppl: Values, teacher_ppl: Values, *, interval: int) -> Vector:
-        """Return the fixed proportions again."""
+        """Return the fixed proportions (N,), the same in every interval."""
         return np.array(self.proportions, np.float64)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the kind and the proportions."""
-        return state_of(self)
+        return controller_state(self)
 
 
 @dataclass(frozen=True)
@@ -53,16 +53,16 @@ class Scheduled:
     ppl_smoothing: ClassVar[float] = 0.0
 
     def start(self, student_ppl: Values, teacher_ppl: Values) -> Vector:
-        """Return the first stage's proportions; perplexities are not used."""
+        """Return the proportions (N,) of the first stage; perplexities are not used."""
         return self._at(0)
 
     def update(self, proportions: Vector, student_ppl: Values, teacher_ppl: Values, *, interval: int) -> Vector:
-        """Return the proportions of the stage that contains `interval`."""
+        """Return the proportions (N,) of the stage that contains `interval`."""
         return self._at(interval)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the kind and the stages."""
-        return state_of(self)
+        return controller_state(self)
 
     def _at(self, interval: int) -> Vector:
         return np.array([stage for first, stage in self.stages if first <= interval][-1], np.float64)

@@ -39,6 +39,7 @@ class IntervalState:
 
     seed: int
     block: int
+    """Least number of samples in a block of the shuffle; see `DomainOrder`."""
     domains: tuple[DomainEntry, ...]
     cursors: tuple[int, ...]
     """(N,) draws of each domain before this interval."""
@@ -87,7 +88,10 @@ class IntervalState:
         return tuple(cursor + count for cursor, count in zip(self.cursors, self.counts, strict=True))
 
     def advance(self, proportions: Sequence[float] | Vector, total: int) -> IntervalState:
-        """Return the state at the beginning of the next interval: `total` samples by `proportions` (N,), no limits."""
+        """Return the state at the beginning of the next interval, which has `total` samples.
+
+        `proportions` (N,) divide them between the domains, without any limit on the draws of a domain.
+        """
         return self.begin(largest_remainder(proportions, total).tolist())
 
     def begin(self, counts: Sequence[int]) -> IntervalState:
@@ -110,9 +114,10 @@ class IntervalState:
         )
 
     def seal(self, ids: Ids) -> IntervalState:
-        """Return the state with the hash of this interval's ids; if the state has a hash already, check it.
+        """Return the state with the hash of `ids`, the sample ids of this interval.
 
-        numpy does not promise that a generator's permutations are the same in each of its versions.
+        If the state has a hash already, check that it is the same: a different version of numpy can permute
+        differently.
 
         Raises:
             CheckpointError: the ids, computed again on resume, differ from those of the checkpoint.
@@ -126,16 +131,19 @@ class IntervalState:
         return replace(self, ids_sha=sha)
 
     def consume(self, num_samples: int) -> IntervalState:
-        """Return the state after `num_samples` more samples of this interval, over all ranks."""
+        """Return the state after training on `num_samples` more samples of this interval, summed over all ranks.
+
+        An assertion fails if the interval has fewer samples left.
+        """
         consumed = self.consumed + num_samples
         assert num_samples >= 0 and consumed <= self.total, f"{consumed} of {self.total} samples consumed"
         return replace(self, consumed=consumed)
 
     def check_fits(self, fresh: IntervalState) -> None:
-        """Check that this state, from a checkpoint, has the data, seed and block of `fresh`.
+        """Check that this state, from a checkpoint, belongs to the data order of `fresh`, the new state of this run.
 
         Raises:
-            CheckpointError: names the first field that differs.
+            CheckpointError: the seed, the block size of the shuffle or the domains differ; the message has both values.
         """
         for key in ("seed", "block", "domains"):
             saved, current = getattr(self, key), getattr(fresh, key)
@@ -152,10 +160,10 @@ class IntervalState:
 
     @classmethod
     def from_json(cls, record: Mapping[str, Any]) -> IntervalState:
-        """Return the state that `to_json` wrote.
+        """Return the state that `to_json` wrote into `record`.
 
         Raises:
-            CheckpointError: the record has another algorithm, or missing or unknown fields.
+            CheckpointError: the algorithm of `record` is not ALGORITHM, or a field is missing or unknown.
         """
         if record.get("algorithm") != ALGORITHM:
             raise CheckpointError(
@@ -170,10 +178,10 @@ class IntervalState:
 
 
 def interval_ids(orders: Sequence[DomainOrder], sample_offsets: Sequence[int] | Ids, state: IntervalState) -> Ids:
-    """Return the global sample ids (total,) of the state's interval, in training order; pure.
+    """Return the global sample ids (total,) of the state's interval, in the order of training. It is a pure function.
 
     Args:
-        orders: (N,) order of each domain, as in state.domains.
+        orders: one for each of the N domains, in the order of `state.domains`.
         sample_offsets: (N,) global id of each domain's sample 0.
     """
     labels = np.repeat(np.arange(len(state.counts)), state.counts)

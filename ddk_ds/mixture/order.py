@@ -51,7 +51,10 @@ class DomainOrder:
         self._pass: tuple[int, Ids, list[Ids]] | None = None
 
     def take(self, start: int, stop: int) -> Ids:
-        """Return the domain-local ids (stop - start,) of draws start..stop-1, counted from the start of training."""
+        """Return the sample ids (stop - start,) of draws start..stop-1, numbered within the domain.
+
+        Draw 0 is the domain's first draw of the run. A draw after the end of a pass belongs to the next pass.
+        """
         assert 0 <= start <= stop, f"draws {start}..{stop} of domain '{self.name}'"
         parts = [np.zeros(0, np.int64)]
         while start < stop:
@@ -62,7 +65,7 @@ class DomainOrder:
         return np.concatenate(parts)
 
     def shards_of(self, start: int, stop: int) -> Ids:
-        """Return the shards of draws start..stop-1, each once, in the order of their first use."""
+        """Return the indices of the shards that draws start..stop-1 read, each once, in the order of first use."""
         shards = np.searchsorted(self._offsets, self.take(start, stop), "right") - 1
         _, first_use = np.unique(shards, return_index=True)
         by_first_use: Ids = shards[np.sort(first_use)]
@@ -82,7 +85,7 @@ class DomainOrder:
         return np.concatenate(parts)
 
     def _blocks(self, pass_number: int) -> tuple[Ids, list[Ids]]:
-        """Return the draws up to each block's end in the pass, and each block's shards."""
+        """Return for each block of the pass the number of draws up to its end, and the indices of its shards."""
         if self._pass is None or self._pass[0] != pass_number:
             generator = philox(self.seed, _name_key(self.name), SHARDS, pass_number)
             shards = generator.permutation(np.flatnonzero(self.shard_sizes))
@@ -109,7 +112,7 @@ def _name_key(name: str) -> int:
 
 
 def philox(seed: int, name_key: int, purpose: int, number: int, block: int = 0) -> np.random.Generator:
-    """Return a random generator that these five values alone determine."""
+    """Return a random generator whose stream depends on these five values alone."""
     # SeedSequence joins and pads its words: with a fixed number of 32-bit words for each value, no two keys are equal.
     words = [seed & 0xFFFFFFFF, seed >> 32, name_key & 0xFFFFFFFF, name_key >> 32, purpose, number, block]
     return np.random.Generator(np.random.Philox(np.random.SeedSequence(words)))

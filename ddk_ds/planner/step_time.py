@@ -160,7 +160,7 @@ class _Simulation:
         num_models = 1
         if teacher is not None and self.config.teacher is not None and teacher_runs(self.config):
             num_models = 2
-            within, per_pass = self.config.teacher.shard_within, self.config.teacher.per_pass
+            within, per_pass = self.config.teacher.shard_within, self.config.teacher.pass_size
             passes = [per_pass] * (count // per_pass) + [count % per_pass] * (count % per_pass > 0)
             for micro_batches in passes:
                 tokens = micro_batches * self.micro_batch_tokens

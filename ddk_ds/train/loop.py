@@ -156,7 +156,7 @@ def _train_interval(run: Run, ids: Ids) -> None:
             micro_batches,
             learning_rate=rate,
             progress=state.step / run.total_steps,
-            per_pass=config.per_pass,
+            teacher_pass_size=config.teacher_pass_size,
             num_domains=len(run.inputs.names),
             device=run.runtime.device,
             comm=comm,

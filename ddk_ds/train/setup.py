@@ -113,7 +113,7 @@ def _restore(run: Run, start: Start | None) -> None:
     world_size = run.runtime.comm.world_size
     setting: dict[str, Any] = {"world_size": world_size, "mixture": run.inputs.mixture}
     if run.config.teacher is not None:
-        setting["micro_batches_per_pass"] = run.config.teacher.per_pass
+        setting["micro_batches_per_pass"] = run.config.teacher.pass_size
     if start is None:
         run.ledger.rewind(0)
         run.ledger.event("start", **setting, versions=versions())

@@ -56,7 +56,7 @@ def train_step(
     *,
     learning_rate: float,
     progress: float,
-    per_pass: int = 1,
+    teacher_pass_size: int = 1,
     num_domains: int,
     device: torch.device,
     comm: Comm,
@@ -69,7 +69,7 @@ def train_step(
 
     Args:
         progress: share of the run's steps that are done, 0..1.
-        per_pass: number of micro-batches that the teacher computes in one pass.
+        teacher_pass_size: number of micro-batches that the teacher computes in one pass.
     """
     clock = student.clock
     labels = [next_token_labels(batch["input_ids"]) for batch in micro_batches]
@@ -84,8 +84,8 @@ def train_step(
         Batch(micro["input_ids"].to(device), label.to(device), micro["domain"], domain_tokens, num_valid, progress)
         for micro, label in zip(micro_batches, labels, strict=True)
     ]
-    for first in range(0, len(batches), per_pass):
-        group = batches[first : first + per_pass]
+    for first in range(0, len(batches), teacher_pass_size):
+        group = batches[first : first + teacher_pass_size]
         with method.teacher_outputs(group) as teacher_outputs:
             for number, (batch, teacher_output) in enumerate(zip(group, teacher_outputs, strict=True), first + 1):
                 result = method.loss(student, batch, teacher_output)

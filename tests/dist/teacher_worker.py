@@ -65,7 +65,7 @@ def _steps(runtime: Runtime, root: Path, method: str, sections: dict[str, Any]) 
             batches,
             learning_rate=1e-3,
             progress=0.0,
-            per_pass=config.teacher.per_pass,
+            teacher_pass_size=config.teacher.pass_size,
             num_domains=1,
             device=runtime.device,
             comm=comm,

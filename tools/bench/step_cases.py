@@ -94,7 +94,7 @@ def _ours(case: Case, runtime: Runtime) -> Step:
             [{"input_ids": ids, "domain": domain, "sample_id": domain} for ids in batches],
             learning_rate=RATE,
             progress=0.0,
-            per_pass=config.per_pass,
+            teacher_pass_size=config.teacher_pass_size,
             num_domains=1,
             device=runtime.device,
             comm=comm,

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from ddk_ds.config.sections import ControllerKind
 from ddk_ds.errors import ConfigError
-from ddk_ds.mixture.bounds import Bounded, raised_to
+from ddk_ds.mixture.bounds import Bounded, raise_to_floors
 from ddk_ds.mixture.controllers import make_controller
 from ddk_ds.mixture.decide import Controller, Decision, decide
 from ddk_ds.mixture.interval_state import DomainEntry, IntervalState, interval_ids
@@ -98,7 +98,7 @@ def test_floors_hold_in_every_interval(first: Any, second: Any, least: list[floa
 @given(st.lists(st.integers(0, 1000), min_size=4, max_size=4).filter(any), st.lists(st.floats(0, 0.25), min_size=4))
 def test_raising_to_a_floor_keeps_the_ratios_of_the_others(weights: list[int], least: list[float]) -> None:
     before, least = np.array(weights) / sum(weights), least[:4]
-    after = raised_to(least, before)
+    after = raise_to_floors(least, before)
     assert (after >= least).all() and abs(after.sum() - 1) < 1e-12
     if (before >= least).all():
         np.testing.assert_array_equal(after, before)
@@ -110,12 +110,12 @@ def test_raising_to_a_floor_keeps_the_ratios_of_the_others(weights: list[int], l
 
 
 def test_floors_by_hand() -> None:
-    np.testing.assert_allclose(raised_to([0.2, 0, 0, 0], np.array([0.0, 0.5, 0.25, 0.25])), [0.2, 0.4, 0.2, 0.2])
+    np.testing.assert_allclose(raise_to_floors([0.2, 0, 0, 0], np.array([0.0, 0.5, 0.25, 0.25])), [0.2, 0.4, 0.2, 0.2])
     # The second falls under its floor only once the first is raised.
     np.testing.assert_allclose(
-        raised_to([0.5, 0.24, 0, 0], np.array([0.0, 0.25, 0.5, 0.25])), [0.5, 0.24, 0.52 / 3, 0.26 / 3]
+        raise_to_floors([0.5, 0.24, 0, 0], np.array([0.0, 0.25, 0.5, 0.25])), [0.5, 0.24, 0.52 / 3, 0.26 / 3]
     )
-    np.testing.assert_allclose(raised_to([0.25] * 4, np.array([1.0, 0, 0, 0])), [0.25] * 4)
+    np.testing.assert_allclose(raise_to_floors([0.25] * 4, np.array([1.0, 0, 0, 0])), [0.25] * 4)
 
 
 def test_a_prior_takes_the_place_of_one_over_n() -> None:

@@ -31,7 +31,7 @@ def settled(usable: float, **teacher: Any) -> int:
     config = config_of(micro_batches_per_pass="auto", **teacher)
     found = largest_passes(config, SHAPES, VOCAB, RANKS, ON_NODE, "cuda", usable)
     assert found.teacher is not None and found.teacher.micro_batches_per_pass != "auto"
-    return found.teacher.per_pass
+    return found.teacher.pass_size
 
 
 @pytest.mark.parametrize(
@@ -51,4 +51,4 @@ def test_one_each_where_no_more_fit_or_nothing_is_gathered() -> None:
 
 def test_auto_counts_as_one_until_it_is_settled() -> None:
     teacher = config_of(micro_batches_per_pass="auto").teacher
-    assert teacher is not None and teacher.per_pass == 1
+    assert teacher is not None and teacher.pass_size == 1
