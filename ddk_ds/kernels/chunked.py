@@ -47,7 +47,7 @@ class HeadInput(NamedTuple):
 
 
 class Wanted(NamedTuple):
-    """Flags of the gradients that are computed."""
+    """One flag for each of the student's tensors: True if its gradient is computed."""
 
     hidden: bool = False
     weight: bool = False
@@ -55,7 +55,7 @@ class Wanted(NamedTuple):
 
 
 class Call(NamedTuple):
-    """The tensors of one call."""
+    """The tensors of one call of `run_chunks`."""
 
     student: HeadInput
     teacher: HeadInput | TeacherTopK | None
@@ -85,17 +85,21 @@ class Sums(NamedTuple):
 
 
 def compute_dtype(hidden: Tensor) -> torch.dtype:
-    """Return the dtype of statistics and gradient sums: float64 for float64 inputs, else float32."""
+    """Return the dtype in which losses and gradients are summed: float64 for float64 inputs, else float32."""
     return torch.float64 if hidden.dtype == torch.float64 else torch.float32
 
 
 def logits_dtype(hidden: Tensor, options: Options) -> torch.dtype:
-    """Return the dtype of the logits: that of the statistics, or the model's own if the options say so."""
+    """Return the dtype of the logits: that of `hidden` if `options.logits_dtype` is "model", else `compute_dtype`."""
     return hidden.dtype if options.logits_dtype == "model" else compute_dtype(hidden)
 
 
 def row_kernel(device: torch.device, dtype: torch.dtype, options: Options) -> RowKernel:
-    """Return the kernel that `options.engine` names for logits of `dtype` on `device`; ConfigError if it has none."""
+    """Return the row kernel that `options.engine` names, or for "auto" the fastest one that this machine has.
+
+    Raises:
+        ConfigError: the engine has no kernel for logits of `dtype` on `device`.
+    """
     engine = options.engine
     if engine == "auto" and device.type == "cuda" and triton_rows is not None and dtype != torch.float64:
         engine = "triton"
@@ -111,13 +115,13 @@ def row_kernel(device: torch.device, dtype: torch.dtype, options: Options) -> Ro
 
 
 def run_chunks(call: Call, options: Options) -> Sums:
-    """Compute losses and wanted gradients. No branch depends on a value on the device.
+    """Compute the sums of the losses and of the wanted gradients, without waiting for the device.
 
     An ignored row is computed on zeros instead of its own hidden state, so that nothing in it, NaN included, reaches a
-    sum. With `valid_rows` other rows are left out before the matmuls. A label outside the vocabulary is a RuntimeError,
-    on a GPU a device assertion.
+    sum. With `valid_rows` the other rows are left out before the matmuls. A label outside the vocabulary is a
+    RuntimeError, on a GPU a device assertion.
     """
-    sums = _zeros(call)
+    sums = _initial_sums(call)
     targets = torch.where(call.labels == options.ignore_index, -1, call.labels)
     torch._assert_async(
         (targets < options.vocab_size).all() & (targets >= 0).eq(call.labels != options.ignore_index).all(),
@@ -130,8 +134,8 @@ def run_chunks(call: Call, options: Options) -> Sums:
     return sums._replace(total=options.ce_weight * ce + options.kd_weight * kl, ce=ce, kl=kl)
 
 
-def _zeros(call: Call) -> Sums:
-    """Make the sums at their start; `_Loop` writes the weight's gradient, which is left uninitialised."""
+def _initial_sums(call: Call) -> Sums:
+    """Return sums of 0; only the weight's gradient is uninitialised memory, which `_Loop` fills."""
     (hidden, weight, _), wanted = call.student, call.wanted
     dtype = compute_dtype(hidden)
     scalar, by_token = (hidden.new_zeros(shape, dtype=torch.float64) for shape in ((), (len(hidden),)))
@@ -179,7 +183,10 @@ class _Loop:
         self.student_hidden = hidden.new_empty(group, hidden.shape[1])
 
     def chunk(self, start: int, stop: int) -> None:
-        """Compute rows start..stop-1 of the tokens, or of `valid_rows`."""
+        """Compute the losses of one chunk, and add up the gradients of a group of chunks when the group is complete.
+
+        The chunk is tokens start..stop-1, or the tokens valid_rows[start:stop] if `valid_rows` is given.
+        """
         rows = self._rows(start, stop)
         targets = self.targets[rows]
         group_start = start // len(self.student_hidden) * len(self.student_hidden)
@@ -225,26 +232,26 @@ class _Loop:
 class _Teacher:
     """The teacher's head and its buffers for one chunk."""
 
-    def __init__(self, given: HeadInput, chunk: int, vocab_size: int, dtype: torch.dtype) -> None:
-        self._hidden = given.hidden
-        self._head = Head(given.weight, given.bias, vocab_size, dtype)
-        self._logits = _row_buffer("teacher", chunk, vocab_size, dtype, given.hidden)
-        self._chunk_hidden = given.hidden.new_empty(chunk, given.hidden.shape[1])
+    def __init__(self, head_input: HeadInput, chunk: int, vocab_size: int, dtype: torch.dtype) -> None:
+        self._hidden = head_input.hidden
+        self._head = Head(head_input.weight, head_input.bias, vocab_size, dtype)
+        self._logits = _row_buffer("teacher", chunk, vocab_size, dtype, self._hidden)
+        self._chunk_hidden = self._hidden.new_empty(chunk, self._hidden.shape[1])
 
     def logits(self, rows: slice | Tensor, targets: Tensor) -> Tensor:
-        """Compute the logits (m, V) of these rows, in memory that the next call overwrites."""
+        """Return the logits (m, V) of the tokens `rows`, in memory that the next call overwrites."""
         logits = self._logits[: len(targets)]
         self._head.logits(_take(self._hidden, rows, targets, self._chunk_hidden[: len(targets)]), logits)
         return logits
 
 
 def _take(hidden: Tensor, rows: slice | Tensor, targets: Tensor, out: Tensor) -> Tensor:
-    """Copy hidden[rows] to `out`, with zeros in place of ignored rows."""
+    """Copy hidden[rows] to `out` (m, H), with zeros in rows whose target is negative, and return it."""
     return out.copy_(hidden[rows]).masked_fill_((targets < 0)[:, None], 0)
 
 
 def _row_buffer(use: str, rows: int, vocab_size: int, dtype: torch.dtype, like: Tensor) -> Tensor:
-    """Make an uninitialised buffer (rows, vocab_size) whose rows are aligned."""
+    """Return an uninitialised buffer (rows, vocab_size) whose rows are aligned; `use` names it among the kept ones."""
     buffer = _workspace(use, (rows, -(-vocab_size // _ALIGN) * _ALIGN), dtype, like)
     # torch's bf16 matmul on a CPU reads past a row's end and multiplies by zero: no NaN may lie there.
     buffer[:, vocab_size:] = 0
@@ -255,7 +262,7 @@ _kept = threading.local()
 
 
 def _workspace(use: str, shape: tuple[int, ...], dtype: torch.dtype, like: Tensor) -> Tensor:
-    """Return uninitialised memory; on a CPU the same at the thread's next call, while it is large enough.
+    """Return uninitialised memory. On a CPU the thread's next call for this `use` gets the same, if it is large enough.
 
     torch's allocator for CUDA does this itself. On a CPU memory of this size is mapped anew at every call, and the
     page faults of a float32 chunk cost more than its row kernel.
@@ -304,7 +311,7 @@ class Head:
         return self._memory[dtype]
 
     def logits(self, hidden: Tensor, out: Tensor) -> None:
-        """Compute out (m, V) = hidden (m, H) @ weight.T + bias."""
+        """Write hidden (m, H) @ weight.T + bias to out (m, V)."""
         hidden = hidden.to(self._factor_dtype)
         for rows, weight in self._tiles(self._factor_dtype):
             if self.bias is not None and weight.dtype == out.dtype:
@@ -315,7 +322,7 @@ class Head:
                 out[:, rows].add_(self.bias[rows])
 
     def hidden_grad(self, grad: Tensor, out: Tensor) -> None:
-        """Compute out (m, H) = grad (m, V) @ weight; `grad` in grad_dtype."""
+        """Write grad (m, V) @ weight to out (m, H); `grad` has the dtype `grad_dtype`."""
         if grad.dtype == self.weight.dtype:
             _matmul(grad, self.weight, out)
             return
@@ -324,7 +331,7 @@ class Head:
             out.addmm_(grad[:, rows], weight)
 
     def add_weight_grad(self, grad: Tensor, hidden: Tensor, total: Tensor, *, keep: bool) -> None:
-        """Compute total (V, H) = grad (m, V).T @ hidden (m, H) + (total if keep), in the dtype of `total`."""
+        """Add grad (m, V).T @ hidden (m, H) to total (V, H); if `keep` is false, overwrite `total` with it."""
         hidden = hidden.to(grad.dtype)
         if grad.dtype == total.dtype:
             total.addmm_(grad.t(), hidden, beta=int(keep))
@@ -340,7 +347,7 @@ class Head:
 
 
 def has_fast_half(weight: Tensor) -> bool:
-    """Return True if the weight is bfloat16 on a CPU that multiplies that in hardware."""
+    """Return True if the weight is bfloat16 on a CPU that multiplies bfloat16 in hardware."""
     if weight.is_cuda or weight.dtype != torch.bfloat16:
         return False
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()

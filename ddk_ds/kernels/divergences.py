@@ -15,7 +15,7 @@ loses its digits to cancellation. So every value adds a term whose sum over the 
 second order and not negative (for KL: p - q); where |r| is small, p - q and that summand come from r and not from the
 two rounded probabilities; every log of a mixture comes from expm1(-|r|), whatever r; and r comes from the difference
 of the logits, never from two rounded log-probabilities. Gradients are p * (h - sum p h) with h the
-derivative to p up to a constant that makes it small near the teacher (for the forward KL p - q).
+derivative by p up to a constant that makes it small near the teacher (for the forward KL p - q).
 """
 
 from __future__ import annotations
@@ -42,7 +42,10 @@ def teacher_weight(divergence: Divergence, coefficient: float) -> float:
 def divergence_terms(
     divergence: Divergence, q: Tensor, p: Tensor, log_ratio: Tensor, b: float
 ) -> tuple[Tensor, Tensor]:
-    """Return terms (m, V) whose row sums are the divergences, and the gradient (m, V) to the student's logits / T."""
+    """Return terms (m, V) whose row sums are the divergences, and their gradient (m, V) by the student's logits / T.
+
+    q, p (m, V) are the probabilities of teacher and student, log_ratio is log q - log p, and b is `teacher_weight`.
+    """
     close = log_ratio.abs() < 0.35
     difference = torch.where(close, q * torch.expm1(-log_ratio), p - q)  # p - q
     if divergence == "forward_kl":

@@ -75,7 +75,7 @@ def linear_nll(
 ) -> Tensor:
     """Compute the negative log likelihood of each label in nats, from hidden states, without a gradient.
 
-    Args: as in `linear_kd_loss`; hidden (n, H), weight (V, H), labels (n,), bias (V,). Of the options those of the
+    Args: as in `linear_kd_loss`; hidden (n, H), weight (V, H), labels (n,), bias (V,). The options of the
         divergence and the teacher have no effect.
 
     Returns:
@@ -96,8 +96,8 @@ def linear_nll(
 def top_k_of(hidden: Tensor, weight: Tensor, k: int, *, options: Options, bias: Tensor | None = None) -> TeacherTopK:
     """Find the k likeliest tokens of each row and their log-probabilities, to be the teacher of `linear_kd_loss`.
 
-    Args: hidden (n, H), weight (V, H) and bias (V,) are the teacher's. Of the options vocab_size, temperature,
-        chunk_tokens, logits_dtype and teacher_form have an effect.
+    Args: hidden (n, H), weight (V, H) and bias (V,) are the teacher's. Only the options vocab_size,
+        temperature, chunk_tokens, logits_dtype and teacher_form have an effect.
 
     Returns:
         ids (n, k) int64 and log_probs (n, k) float32.
@@ -122,7 +122,7 @@ def top_k_of(hidden: Tensor, weight: Tensor, k: int, *, options: Options, bias: 
 
 
 def _with_chunk_tokens(options: Options, hidden: Tensor) -> Options:
-    """Return the options with the default number of tokens a chunk in place of 0."""
+    """Return the options with `default_chunk_tokens` in place of a `chunk_tokens` of 0."""
     if options.chunk_tokens:
         return options
     return replace(options, chunk_tokens=default_chunk_tokens(max(1, options.vocab_size), hidden.device.type))
@@ -131,7 +131,11 @@ def _with_chunk_tokens(options: Options, hidden: Tensor) -> Options:
 def _teacher_given(
     hidden: Tensor | None, weight: Tensor | None, bias: Tensor | None, topk: TeacherTopK | None
 ) -> HeadInput | TeacherTopK | None:
-    """Return the teacher, detached, in the form in which it is given; ConfigError unless that is one form or none."""
+    """Return the teacher's tensors, detached; None without a teacher.
+
+    Raises:
+        ConfigError: hidden states come without a weight or the reverse, or together with a top k.
+    """
     if (hidden is None) != (weight is None):
         raise ConfigError("teacher_hidden, teacher_weight: one is None; give both, or neither for CE alone")
     if hidden is not None and topk is not None:
@@ -188,10 +192,13 @@ def _check_teacher_topk(topk: TeacherTopK, student_hidden: Tensor, vocab_size: i
         )
 
 
-def check_head(model: str, given: HeadInput, vocab_size: int) -> None:
-    """Raise ConfigError where the tensors of one model do not fit; it names them after `model` ("": plainly)."""
+def check_head(model: str, tensors: HeadInput, vocab_size: int) -> None:
+    """Raise ConfigError if the tensors of one model do not fit together or to `vocab_size`.
+
+    The message names them with `model` as prefix, for example teacher_hidden; "" is no prefix.
+    """
     prefix = f"{model}_" if model else ""
-    hidden, weight, bias = given
+    hidden, weight, bias = tensors
     for name, tensor in ((f"{prefix}hidden", hidden), (f"{prefix}weight", weight)):
         if tensor.dim() != 2:
             raise ConfigError(f"{name} has shape {tuple(tensor.shape)}: it must have two axes")
@@ -217,7 +224,7 @@ def check_head(model: str, given: HeadInput, vocab_size: int) -> None:
 
 
 def _check_labels(labels: Tensor, hidden: Tensor) -> None:
-    """Raise ConfigError for a wrong dtype, shape or device; the values are checked on the device (`run_chunks`)."""
+    """Raise ConfigError unless the labels are int64 (n,) on the device of `hidden`; `run_chunks` checks the values."""
     if labels.dtype != torch.int64 or labels.shape != hidden.shape[:1] or labels.device != hidden.device:
         raise ConfigError(
             f"labels are {labels.dtype} {tuple(labels.shape)} on {labels.device}: "

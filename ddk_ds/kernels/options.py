@@ -111,7 +111,7 @@ class Options:
         return self.gamma * (self.temperature**2 if self.scale_by_temperature else 1.0)
 
     def check(self) -> None:
-        """Raise ConfigError naming the first option that is out of range."""
+        """Raise ConfigError, which names the first option that is out of range and its value."""
         for name, value in (("gamma", self.gamma), ("ce_weight", self.ce_weight)):
             if not (math.isfinite(value) and value >= 0):
                 raise ConfigError(f"{name} is {value}: give a finite number >= 0")
@@ -131,7 +131,10 @@ class Options:
 
 
 def default_chunk_tokens(vocab_size: int, device_type: str) -> int:
-    """Return the tokens of a chunk, by vocabulary and kind of device alone: a resumed run adds in the same order."""
+    """Return the number of tokens in a chunk for this vocabulary and kind of device.
+
+    It depends on nothing else, so that a resumed run adds in the same order.
+    """
     budget = CHUNK_BYTES.get(device_type, CHUNK_BYTES["cuda"])
     per_element = 2 * 4 if device_type == "cpu" else 2 * 4 + GROUP_CHUNKS * 2
     fitting = budget // (per_element * vocab_size) // 128 * 128

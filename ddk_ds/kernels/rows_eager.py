@@ -18,9 +18,12 @@ from ddk_ds.kernels.options import LogitForm, Options, Rows, TeacherTopK
 _BLOCK_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 23}
 
 
-def eager_rows(given: Rows, options: Options) -> None:
-    """Write the loss terms of each row and the gradient to the student's logits into `given`."""
-    student, teacher, labels, ce, divergence, grad = given
+def eager_rows(tensors: Rows, options: Options) -> None:
+    """Fill `ce`, `divergence` and `grad` (unless it is None) of `tensors`, one row for each token.
+
+    The gradient is that of the loss with respect to the student's logits before their `LogitForm`.
+    """
+    student, teacher, labels, ce, divergence, grad = tensors
     step = max(1, _BLOCK_ELEMENTS.get(student.device.type, 1 << 23) // student.shape[1])
     for start in range(0, len(student), step):
         rows = slice(start, start + step)
@@ -56,7 +59,11 @@ def _block(
 
 
 def apply_form(raw: Tensor, form: LogitForm) -> tuple[Tensor, Tensor | None]:
-    """Return logits of raw products, and their derivative, None where it is 1. Half precision becomes float32."""
+    """Return the logits (m, V), and their derivative with respect to `raw` (m, V), the products of the head.
+
+    The derivative is None for a plain form, (1, 1) for a scale alone, and (m, V) for a softcap. Half-precision inputs
+    become float32.
+    """
     logits = raw if raw.dtype == torch.float64 else raw.float()
     if form == LogitForm():
         return logits, None
@@ -67,10 +74,10 @@ def apply_form(raw: Tensor, form: LogitForm) -> tuple[Tensor, Tensor | None]:
 
 
 def softmax_rows(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the softmax (m, V) of each row, and L (m,) float64 with softmax = exp(logits - L).
+    """Return the softmax (m, V) of each row, and L (m,) in float64 with softmax = exp(logits - L).
 
-    L is that of the probabilities as computed, the rounding of their sum included: at the largest logit softmax gives
-    exp(0) / sum, so L follows from the two maxima.
+    L = (largest logit) - log(largest probability). It therefore contains the rounding error of the sum in the softmax,
+    which a logsumexp computed separately would not.
     """
     probs = torch.softmax(logits, -1)
     return probs, logits.amax(-1).double() - probs.amax(-1).double().log()
@@ -87,7 +94,12 @@ def _full_terms(student: Tensor, teacher: Tensor, options: Options) -> tuple[Ten
 
 
 def _topk_terms(scaled: Tensor, teacher: TeacherTopK, options: Options) -> tuple[Tensor, Tensor]:
-    """Return terms (m, k + 1) by bucket, and the gradient (m, V): tokens of the tail share theirs by probability."""
+    """Return the divergence's terms (m, k + 1), and its gradient (m, V) with respect to `scaled`.
+
+    `scaled` (m, V) are the student's logits / T. A term belongs to one of the k tokens, the last to the tail, which is
+    all other tokens together. The tail's gradient is divided between its tokens by their probabilities. With k = V
+    there is no tail, and the terms are (m, V).
+    """
     if teacher.ids.shape[1] == scaled.shape[1]:  # no tail: every token of the teacher is known
         logits = torch.empty_like(scaled).scatter_(1, teacher.ids, teacher.log_probs.to(scaled.dtype))
         return _full_terms(scaled, logits, replace(options, temperature=1.0))
@@ -107,5 +119,5 @@ def _topk_terms(scaled: Tensor, teacher: TeacherTopK, options: Options) -> tuple
 
 
 def _log_tail(scaled: Tensor, ids: Tensor) -> Tensor:
-    """Compute the log of the sum of exp (m, 1) over the tokens outside `ids`."""
+    """Return log(sum of exp(scaled)) over the tokens that are not in `ids`, (m, 1)."""
     return scaled.scatter(1, ids, -torch.inf).logsumexp(-1, keepdim=True)

@@ -44,13 +44,16 @@ class _Arguments(ctypes.Structure):
 
 
 def supports(dtype: torch.dtype) -> bool:
-    """Return True if rows of this dtype can be computed here; the first call compiles the kernel."""
+    """Return True if this machine has a compiled kernel for logits of `dtype`; the first call compiles it."""
     return dtype in _ENTRY and load() is not None
 
 
-def native_rows(given: Rows, options: Options) -> None:
-    """Do what `rows_eager.eager_rows` does, on a CPU; `grad` has the logits' dtype, or bfloat16 for float32 logits."""
-    student, teacher, labels, ce, divergence, grad = given
+def native_rows(tensors: Rows, options: Options) -> None:
+    """Do what `rows_eager.eager_rows` does, on a CPU.
+
+    `tensors.grad` must have the dtype of the logits; with float32 logits it can be bfloat16.
+    """
+    student, teacher, labels, ce, divergence, grad = tensors
     assert not isinstance(teacher, TeacherTopK), "a teacher's top k is for the eager rows"
     library = load()
     assert library is not None, "supports() was not asked"
@@ -83,7 +86,10 @@ def native_rows(given: Rows, options: Options) -> None:
 
 
 def add_half(total: Tensor, part: Tensor, *, keep: bool) -> None:
-    """Compute total = part + (total if keep), float32 and half precision, contiguous, on a CPU."""
+    """Set total (float32) to part + total, or to part if `keep` is false; both are contiguous and on a CPU.
+
+    A bfloat16 `part` goes through the compiled kernel if there is one.
+    """
     library = load() if part.dtype == torch.bfloat16 and total.dtype == torch.float32 else None
     if library is None:
         total.add_(part) if keep else total.copy_(part)
@@ -93,7 +99,7 @@ def add_half(total: Tensor, part: Tensor, *, keep: bool) -> None:
 
 
 def scaled_half(grad: Tensor, scale: Tensor) -> Tensor | None:
-    """Return grad * scale rounded to bfloat16, or None if this machine has no kernel for it."""
+    """Return grad * scale rounded to bfloat16; None unless `grad` is float32 on a CPU that has the compiled kernel."""
     if grad.device.type != "cpu" or grad.dtype != torch.float32 or (library := load()) is None:
         return None
     out = torch.empty_like(grad, dtype=torch.bfloat16)
@@ -112,7 +118,7 @@ def _threads() -> ctypes.c_int64:
 
 @lru_cache(maxsize=1)
 def load() -> ctypes.CDLL | None:
-    """Load the kernel, compiling it unless the cache has it; None, after one warning, where it cannot be compiled."""
+    """Return the compiled kernel, from the cache if it is there; None, with one warning, if it cannot be compiled."""
     compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
     try:
         if compiler is None:
@@ -141,7 +147,7 @@ def _compile(compiler: str, path: Path) -> None:
 
 
 def _key(compiler: str) -> str:
-    """Hash what the binary depends on: source, flags, compiler, processor (machines of a home directory can differ)."""
+    """Return a hash of source, flags, compiler and processor: machines that share a home directory can differ."""
     version = subprocess.run([compiler, "--version"], check=True, capture_output=True, text=True, timeout=60).stdout
     digest = hashlib.sha256("\n".join([*_FLAGS, compiler, version, platform.machine(), _processor()]).encode())
     for source in _SOURCES:

@@ -60,7 +60,10 @@ def _logits(pointers, mask, scale, cap, FORM: tl.constexpr):
 
 @triton.jit
 def _element(q, p, r, b, KIND: tl.constexpr):
-    """Return the value, and h with gradient p * (h - sum p h); for the forward KL h is the gradient."""
+    """Return the divergence's term of each logit, and h, from which its gradient is p * (h - sum p h).
+
+    For the forward KL h is the gradient itself.
+    """
     # p - q from r where they are close: their own rounding would be all that is left.
     close = tl.abs(r) < 0.35
     x = -r
@@ -116,7 +119,11 @@ def _softmaxes(
     KIND: tl.constexpr, ONE_SOFTMAX: tl.constexpr, WITH_CE: tl.constexpr,
     S_FORM: tl.constexpr, T_FORM: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Make the first pass: maximum and sum of the student for the CE, of the student at T, of the teacher at T."""
+    """Read the row once and return three pairs (maximum, sum of exp(x - maximum)).
+
+    x are the student's logits (for the CE), the student's logits / T, and the teacher's logits / T. A pair that the
+    flags exclude is (LOW, 0); with ONE_SOFTMAX the second pair is the first.
+    """
     h_top = LOW
     h_sum = 0.0
     s_top = LOW
@@ -142,7 +149,10 @@ def _softmaxes(
 
 @triton.jit
 def _compare(s, t, ok, inv_t, s_top, s_inverse, t_top, t_inverse, offset, mix, KIND: tl.constexpr):
-    """Return the student's probabilities p, value and h of a block of logits; zeros outside the row."""
+    """Return for a block of logits the student's probabilities p at T, and value and h of `_element`.
+
+    `ok` is False outside the row, where p and the log ratio of the two models are set to 0.
+    """
     p = tl.where(ok, tl.exp(s * inv_t - s_top) * s_inverse, 0.0)
     q = tl.where(ok, tl.exp(t * inv_t - t_top) * t_inverse, 0.0)
     value, h = _element(q, p, tl.where(ok, (t - s) * inv_t + offset, 0.0), mix, KIND)
@@ -161,7 +171,7 @@ def _skip_row(G, CE, D, V, WRITE: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def _slope(s, s_scale, s_cap, S_FORM: tl.constexpr):
-    """Return the derivative of a logit to the raw product."""
+    """Return the derivative of the logit `s` with respect to the raw product hidden @ weight.T + bias."""
     slope = 1.0
     if S_FORM == 1:
         slope = s_scale
@@ -234,13 +244,13 @@ def row_kernel(
 
 
 def form_number(form: LogitForm) -> int:
-    """Return 0 for the plain product, 1 if it is scaled, 2 if it is capped."""
+    """Return the kernel's number of a form: 0 for plain logits, 1 with a scale only, 2 with a softcap."""
     return 2 if form.softcap else int(form.scale != 1)
 
 
-def triton_rows(given: Rows, options: Options) -> None:
+def triton_rows(tensors: Rows, options: Options) -> None:
     """Do what `rows_eager.eager_rows` does, on a GPU (or on a CPU under Triton's interpreter)."""
-    student, teacher, labels, ce, divergence, grad = given
+    student, teacher, labels, ce, divergence, grad = tensors
     assert not isinstance(teacher, TeacherTopK), "a teacher's top k is for the eager rows"
     rows, classes = student.shape
     other = student if teacher is None else teacher
@@ -271,11 +281,11 @@ def _scale_kernel(X, scale, OUT, size, BLOCK: tl.constexpr):
     tl.store(OUT + at, x.to(OUT.dtype.element_ty), mask=at < size)
 
 
-def triton_scaled(given: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Return given * scale (a scalar on the same GPU) rounded to `dtype`, in one pass: torch makes two."""
-    out = torch.empty_like(given, dtype=dtype)
-    with torch.cuda.device(given.device):
-        _scale_kernel[(triton.cdiv(given.numel(), BLOCK),)](
-            given, scale, out, given.numel(), BLOCK=BLOCK, num_warps=NUM_WARPS
+def triton_scaled(tensor: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Return tensor * scale rounded to `dtype`; `scale` is a scalar on the same GPU. torch reads the memory twice."""
+    out = torch.empty_like(tensor, dtype=dtype)
+    with torch.cuda.device(tensor.device):
+        _scale_kernel[(triton.cdiv(tensor.numel(), BLOCK),)](
+            tensor, scale, out, tensor.numel(), BLOCK=BLOCK, num_warps=NUM_WARPS
         )
     return out

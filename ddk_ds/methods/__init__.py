@@ -18,7 +18,14 @@ __all__ = ["IGNORE_INDEX", "Batch", "Method", "make_method", "next_token_labels"
 def make_method(
     config: Config, teacher: Teacher | None, options: Options, num_domains: int, state: dict[str, Any]
 ) -> Method:
-    """Make the method that `config.method` names; `state` is what its `state_dict` returned, {} for a new run."""
+    """Make the method that `config.method` names.
+
+    Args:
+        teacher: the frozen model (DoReMi's reference model); None for continued pre-training.
+        options: options of the kernel; the section `loss` replaces divergence, coefficient, gamma and temperature.
+        num_domains: number of the run's domains, for DoReMi's weights.
+        state: result of an earlier object's `state_dict`; {} in a new run.
+    """
     if teacher is None:
         return ContinuedPretraining(options)
     if config.method == "doremi_proxy":

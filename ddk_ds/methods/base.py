@@ -1,4 +1,4 @@
-"""The protocol of the methods, and what several of them use."""
+"""The protocol that all methods follow, and functions that several of them use."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ class Batch:
     """A rank's micro-batch, and the token counts of its optimizer step."""
 
     input_ids: torch.Tensor
-    """(B, L) int64."""
+    """(B, L) int64 token ids."""
     labels: torch.Tensor
-    """(B, L) int64, ignored where IGNORE_INDEX."""
+    """(B, L) int64; tokens whose label is IGNORE_INDEX are ignored."""
     domain: torch.Tensor
-    """(B,) int64, on the CPU."""
+    """(B,) int64 on the CPU: index of each sample's domain."""
     domain_tokens: torch.Tensor
     """(N,) float64: valid tokens of the optimizer step by domain, summed over ranks and micro-batches."""
     num_valid: torch.Tensor
@@ -37,48 +37,68 @@ class Batch:
 
 
 def next_token_labels(input_ids: torch.Tensor) -> torch.Tensor:
-    """Return labels (B, L) of input_ids (B, L): the next token; the last position has IGNORE_INDEX."""
+    """Return the labels (B, L) of input_ids (B, L): each is the id of the next token, the last is IGNORE_INDEX."""
     labels = torch.full_like(input_ids, IGNORE_INDEX)
     labels[:, :-1] = input_ids[:, 1:]
     return labels
 
 
 class Method(Protocol):
-    """A loss and what belongs to it. The loop makes a new object for each interval, from `state_dict` of the last."""
+    """A training method: its loss, metrics, state and files.
+
+    The loop makes a new object for each interval, from the `state_dict` of the object before.
+    """
 
     def teacher_outputs(self, batches: Sequence[Batch]) -> AbstractContextManager[Sequence[Any]]:
-        """Run the frozen model once for all micro-batches and yield its output for each, for `loss`. Collective."""
+        """Run the frozen model once for `batches`, the micro-batches of one teacher pass.
+
+        Yield one output for each micro-batch, which `loss` takes. The model's head can stay gathered until the context
+        ends. Collective.
+        """
 
     def loss(self, student: Student, batch: Batch, teacher_output: Any) -> KDLoss:
-        """Compute sums over the micro-batch's valid tokens, divided by the step's. Runs the student: collective."""
+        """Run the student and return the micro-batch's part of the step's loss. Collective.
+
+        The part is a sum over the micro-batch's valid tokens divided by `batch.num_valid`, the number in the complete
+        step: the parts of all micro-batches and ranks add up to the step's mean.
+        """
 
     def end_step(self, comm: Comm) -> dict[str, Any]:
-        """Return the method's own metrics for the ledger, after the step's last micro-batch. Collective."""
+        """Return the metrics of the step that only this method has, for the ledger. Collective.
+
+        The loop calls it after the last micro-batch of the step.
+        """
 
     def state_dict(self) -> dict[str, Any]:
-        """Return plain JSON for the checkpoint, equal on every rank; `make_method` takes it."""
+        """Return the state that `make_method` resumes from, as plain JSON for the checkpoint; equal on every rank."""
 
     def export(self, student: Student, directory: Path, names: Sequence[str], comm: Comm) -> None:
-        """Write the files that the method exports next to the student, at the run's end. Collective."""
+        """Write the method's own files to `directory`, next to the exported student, at the end of the run. Collective.
+
+        `names` are the domains in the order of the run.
+        """
 
 
 class Stateless:
     """A base of methods without metrics, state or files of their own."""
 
     def end_step(self, comm: Comm) -> dict[str, Any]:
-        """Return no metrics of the method."""
+        """Return {}: the method adds no metrics."""
         return {}
 
     def state_dict(self) -> dict[str, Any]:
-        """Return an empty state, {}."""
+        """Return {}: the method has no state."""
         return {}
 
     def export(self, student: Student, directory: Path, names: Sequence[str], comm: Comm) -> None:
-        """Do nothing: the student is all that is exported."""
+        """Write nothing, since the method has no files of its own."""
 
 
 def cross_entropy(hidden: torch.Tensor, head: OutputHead, batch: Batch, options: Options) -> KDLoss:
-    """Compute the batch's part of the step's mean cross-entropy, from hidden (B*L, H) through a head."""
+    """Compute the micro-batch's part of the step's mean cross-entropy from hidden states (B*L, H) and an output head.
+
+    It is the sum over the micro-batch's valid tokens divided by `batch.num_valid`.
+    """
     return linear_kd_loss(
         hidden,
         head.weight,
@@ -92,5 +112,8 @@ def cross_entropy(hidden: torch.Tensor, head: OutputHead, batch: Batch, options:
 
 
 def token_losses(hidden: torch.Tensor, head: OutputHead, labels: torch.Tensor, options: Options) -> torch.Tensor:
-    """Compute -log p (n,) of each label from hidden (n, H) through a head, 0 at IGNORE_INDEX, without a gradient."""
+    """Compute -log p of each label in nats, (n,), from hidden states (n, H) and an output head, without a gradient.
+
+    The loss is 0 where the label is IGNORE_INDEX.
+    """
     return linear_nll(hidden, head.weight, labels, options=replace(options, student_form=head.form), bias=head.bias)

@@ -23,16 +23,16 @@ class ContinuedPretraining(Stateless):
         self._options = options
 
     def teacher_outputs(self, batches: Sequence[Batch]) -> AbstractContextManager[Sequence[None]]:
-        """Yield None for each micro-batch."""
+        """Yield None for each micro-batch, because there is no teacher."""
         return nullcontext([None] * len(batches))
 
     def loss(self, student: Student, batch: Batch, teacher_output: None) -> KDLoss:
-        """Compute the batch's part of the step's cross-entropy."""
+        """Run the student and return the micro-batch's part of the step's mean cross-entropy."""
         return student(batch.input_ids, lambda hidden, head: cross_entropy(hidden, head, batch, self._options))
 
 
 class Distillation(Stateless):
-    """CE + gamma * T^2 * D(teacher, student), for every method that differs in its mixture or divergence alone."""
+    """CE + gamma * T^2 * D(teacher, student): the loss of every method that differs only in mixture or divergence."""
 
     def __init__(self, teacher: Teacher, loss: Loss, options: Options) -> None:
         self._teacher = teacher
@@ -41,7 +41,10 @@ class Distillation(Stateless):
 
     @contextmanager
     def teacher_outputs(self, batches: Sequence[Batch]) -> Iterator[Sequence[torch.Tensor | None]]:
-        """Yield the teacher's last hidden states (B*L, Ht), or None while gamma is 0: then it does not run."""
+        """Yield the teacher's last hidden states (B*L, Ht) of each micro-batch.
+
+        While gamma is 0 the teacher does not run, and each output is None.
+        """
         if self._gamma(batches[0]) == 0:
             yield [None] * len(batches)
             return
@@ -50,13 +53,19 @@ class Distillation(Stateless):
             yield hidden
 
     def loss(self, student: Student, batch: Batch, teacher_output: torch.Tensor | None) -> KDLoss:
-        """Compute the batch's part of the step's loss; cross-entropy alone where the teacher did not run."""
+        """Run the student and return the micro-batch's part of the step's loss.
+
+        The loss is Eq. 3, or the cross-entropy alone if `teacher_output` is None.
+        """
         if teacher_output is None:
             return student(batch.input_ids, lambda hidden, head: cross_entropy(hidden, head, batch, self._options))
         return student(batch.input_ids, lambda hidden, head: self.distil(hidden, head, teacher_output, batch))
 
     def distil(self, hidden: torch.Tensor, head: OutputHead, teacher_hidden: torch.Tensor, batch: Batch) -> KDLoss:
-        """Compute Eq. 3 from hidden (n, Hs) and teacher_hidden (n, Ht)."""
+        """Compute the micro-batch's part of Eq. 3 from hidden (n, Hs) and teacher_hidden (n, Ht), n = B*L.
+
+        gamma and the temperature are those of `batch.progress`.
+        """
         with self._teacher.head.gathered() as teacher_head:
             options = replace(
                 self._options,
@@ -82,5 +91,5 @@ class Distillation(Stateless):
 
 
 def scheduled(start: float, end: float | None, progress: float) -> float:
-    """Return the value at `progress` in 0..1 on the line from `start` to `end`; `start` if there is no end."""
+    """Return the value at `progress` (0..1) on the line from `start` to `end`; `start` if `end` is None."""
     return start if end is None else start + (end - start) * progress

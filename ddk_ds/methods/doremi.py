@@ -31,7 +31,7 @@ WEIGHTS_FILE = "proportions.yaml"
 
 
 class DoremiProxy:
-    """Group DRO over domains; exports the weights' mean over all steps as `proportions.yaml`."""
+    """Group DRO over domains. It exports the weights, averaged over all steps, as `proportions.yaml`."""
 
     def __init__(
         self, reference: Teacher, options: Options, doremi: Doremi, num_domains: int, state: dict[str, Any]
@@ -46,7 +46,7 @@ class DoremiProxy:
 
     @contextmanager
     def teacher_outputs(self, batches: Sequence[Batch]) -> Iterator[Sequence[torch.Tensor]]:
-        """Yield the reference model's loss of each token, (B*L,)."""
+        """Yield the reference model's loss of each token, (B*L,) in nats for each micro-batch; 0 where ignored."""
         hidden = self._reference.hidden([batch.input_ids for batch in batches])
         with self._reference.clock.stage("teacher"), self._reference.head.gathered() as head:
             losses = [
@@ -56,7 +56,11 @@ class DoremiProxy:
         yield losses
 
     def loss(self, student: Student, batch: Batch, teacher_output: torch.Tensor) -> KDLoss:
-        """Compute the loss weighted by domain; `ce` is the plain mean over tokens."""
+        """Run the student and return the micro-batch's part of the step's loss, sum_i w_i * (mean loss of domain i).
+
+        `ce` of the result is its part of the mean over all tokens, without weights. The excess losses over
+        `teacher_output`, the reference model's losses, are kept for `end_step`.
+        """
         return student(batch.input_ids, lambda hidden, head: self._weighted(hidden, head, batch, teacher_output))
 
     def _weighted(self, hidden: torch.Tensor, head: OutputHead, batch: Batch, reference: torch.Tensor) -> KDLoss:
@@ -89,7 +93,11 @@ class DoremiProxy:
         return KDLoss(loss, ce / batch.num_valid, torch.zeros_like(ce))
 
     def end_step(self, comm: Comm) -> dict[str, Any]:
-        """Update the weights; return them and the excess losses by domain in the run's order."""
+        """Update the weights of the domains from the step's excess losses.
+
+        Return `weights` (after the update) and `excess` (mean over a domain's tokens, in nats), both in the order of
+        the run's domains. An excess that is not finite leaves the weights unchanged.
+        """
         total, tokens = comm.all_reduce_sum(self._excess).tolist()
         self._excess = torch.zeros_like(self._excess)
         excess = np.array(total) / np.maximum(tokens, 1)
@@ -103,11 +111,14 @@ class DoremiProxy:
         return {"weights": self._weights.tolist(), "excess": excess.tolist()}
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the weights, their sum over steps, and the number of steps."""
+        """Return `weights` and `sum`, their sum over all steps, (N,) each, and `steps`, the number of steps."""
         return {"weights": self._weights.tolist(), "sum": self._sum.tolist(), "steps": self._steps}
 
     def export(self, student: Student, directory: Path, names: Sequence[str], comm: Comm) -> None:
-        """Write the mean weights by domain in the form of `mixture.proportions`."""
+        """Write `proportions.yaml`: each domain's weight, averaged over all steps.
+
+        The file has the form of `mixture.proportions`. Before the first step it holds the current weights.
+        """
         mean = self._sum / self._sum.sum() if self._steps else self._weights
         if comm.rank == 0:
             proportions = dict(zip(names, mean.tolist(), strict=True))

@@ -22,7 +22,7 @@ from ddk_ds.kernels import KDLoss, Options
 from ddk_ds.methods.base import IGNORE_INDEX, Batch, Stateless, cross_entropy
 from ddk_ds.methods.distillation import Distillation
 
-# The teacher's last hidden states (n, Ht), and those of its matched layers.
+# The teacher's last hidden states (n, Ht), and the hidden states (n, Ht) of each of its matched layers.
 Tapped = tuple[torch.Tensor, list[torch.Tensor]]
 
 FILTERS_FILE = "filters.safetensors"
@@ -36,25 +36,25 @@ class _WithFilters(Stateless):
 
     @contextmanager
     def teacher_outputs(self, batches: Sequence[Batch]) -> Iterator[Sequence[Tapped]]:
-        """Yield the teacher's last hidden states and those of its matched layers."""
+        """Yield for each micro-batch the teacher's hidden states (B*L, Ht): the last, and those of its matched layers."""
         outputs = self._teacher.hidden_with_layers([batch.input_ids for batch in batches])
         with self._teacher.shared_head(batches):
             yield outputs
 
     def export(self, student: Student, directory: Path, names: Sequence[str], comm: Comm) -> None:
-        """Write filters.safetensors: after stage 1 the file that `ted.filters` names in stage 2."""
+        """Write all filters to filters.safetensors; `ted.filters` of stage 2 names the file of stage 1."""
         write_filters(student.filters, directory / FILTERS_FILE, comm)
 
 
 class TedFilters(_WithFilters):
-    """Stage 1. The loss is the mean over all filters of the cross-entropy that each reaches."""
+    """Stage 1, whose loss is the mean of the filters' cross-entropies."""
 
     def __init__(self, teacher: Teacher, options: Options) -> None:
         super().__init__(teacher)
         self._options = options
 
     def loss(self, student: Student, batch: Batch, teacher_output: Tapped) -> KDLoss:
-        """Compute the batch's part of the step's loss; no divergence is reported."""
+        """Run both models' filters and return the micro-batch's part of the step's loss; its divergence is 0."""
         _, teacher_states = teacher_output
         _, (of_student, of_teacher) = student.filtered(batch.input_ids, None, teacher_states)
         with self._teacher.head.gathered() as head:
@@ -64,7 +64,10 @@ class TedFilters(_WithFilters):
 
 
 class Ted(_WithFilters):
-    """Stage 2: CE + gamma * T^2 * D + weight * MSE, the last the mean over pairs, tokens and the teacher's width."""
+    """Stage 2, with the loss CE + gamma * T^2 * D + weight * MSE.
+
+    MSE is the mean over pairs of matched layers, valid tokens and the teacher's width.
+    """
 
     def __init__(self, distillation: Distillation, teacher: Teacher, weight: float) -> None:
         super().__init__(teacher)
@@ -73,7 +76,10 @@ class Ted(_WithFilters):
         self._mse: torch.Tensor | float = 0.0
 
     def loss(self, student: Student, batch: Batch, teacher_output: Tapped) -> KDLoss:
-        """Compute the batch's part of the step's loss."""
+        """Run the student and return the micro-batch's part of the step's loss, Eq. 3 plus weight * MSE.
+
+        The mean squared error is also added up for `end_step`.
+        """
         teacher_hidden, teacher_states = teacher_output
         result, (of_student, of_teacher) = student.filtered(
             batch.input_ids,
@@ -88,7 +94,7 @@ class Ted(_WithFilters):
         return result._replace(loss=result.loss + (self._weight * mse).to(result.loss.dtype))
 
     def end_step(self, comm: Comm) -> dict[str, Any]:
-        """Return `mse`, the step's mean squared error between filtered hidden states."""
+        """Return `mse`, the step's mean squared error between filtered hidden states, over all ranks."""
         mse = comm.all_reduce_sum(torch.as_tensor(self._mse, dtype=torch.float64))
         self._mse = 0.0
         return {"mse": float(mse)}
