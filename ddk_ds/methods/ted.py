@@ -36,7 +36,7 @@ class _WithFilters(Stateless):
 
     @contextmanager
     def teacher_outputs(self, batches: Sequence[Batch]) -> Iterator[Sequence[Tapped]]:
-        """Yield for each micro-batch the teacher's hidden states (B*L, Ht): the last, and those of its matched layers."""
+        """Yield the teacher's hidden states (B*L, Ht) of each micro-batch: the last, and the matched layers'."""
         outputs = self._teacher.hidden_with_layers([batch.input_ids for batch in batches])
         with self._teacher.shared_head(batches):
             yield outputs
