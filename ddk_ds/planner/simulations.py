@@ -160,7 +160,7 @@ def simulate_layouts(
             link_bytes_per_s=at.gpu.network_bytes_per_s,
             gpus=at.ranks,
             shard_within=within,
-            micro_batches_per_pass=chosen.pass_size,
+            micro_batches_per_pass=chosen.teacher_pass_size,
             tokens_per_s_per_gpu=step.tokens_per_s / at.ranks,
             device_bytes=memory.device_bytes,
             fits=memory.fits,
