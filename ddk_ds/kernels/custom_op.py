@@ -71,7 +71,10 @@ def linear_kd(
     teacher_form: list[float],
     engine: str,
 ) -> Outputs:
-    """Run the chunks. Operators take no objects: these are the fields of `Call` and of `Options`."""
+    """Return the sums of `run_chunks`.
+
+    An operator takes no objects, so the arguments are the fields of `Call` and `Options`.
+    """
     options = Options(
         vocab_size=vocab_size,
         gamma=gamma,

@@ -49,7 +49,7 @@ def linear_kd_loss(
         teacher_topk: instead of teacher_hidden and teacher_weight; see `top_k_of`.
         valid_rows: (m,) int64, the rows that are not ignored: other rows are left out before the matmuls.
         weight_grad_buffer: (Vs, Hs) float32; the backward pass adds the weight's gradient to it and returns none.
-        per_token: give token_ce and token_kl.
+        per_token: return token_ce and token_kl too; otherwise they are None.
 
     Raises:
         ConfigError: a shape, dtype, device or option is wrong. A label outside the vocabulary is a RuntimeError, on a

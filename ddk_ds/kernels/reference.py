@@ -51,7 +51,10 @@ def reference_kd_loss(
     teacher_bias: Tensor | None = None,
     teacher_topk: TeacherTopK | None = None,
 ) -> KDLoss:
-    """Compute `linear_kd_loss` from all logits at once in float64; differentiable in the student's tensors."""
+    """Compute the result of `linear_kd_loss` from all logits at once, in float64 and by autograd.
+
+    The loss is differentiable in the student's tensors. `token_ce` and `token_kl` are always returned.
+    """
     size = options.vocab_size
     count = torch.where(num_valid > 0, num_valid, torch.ones_like(num_valid)).double()
     valid = labels != options.ignore_index
@@ -77,7 +80,7 @@ def reference_kd_loss(
 
 
 def _definition(options: Options, log_q: Tensor, log_p: Tensor) -> Tensor:
-    """Compute the divergence (n,) as its paper defines it."""
+    """Compute the divergence (n,) from log-probabilities (n, V) by the formula of its paper."""
 
     def kl(log_a: Tensor, log_b: Tensor) -> Tensor:
         return (log_a.exp() * (log_a - log_b)).sum(-1)
@@ -100,7 +103,7 @@ def _definition(options: Options, log_q: Tensor, log_p: Tensor) -> Tensor:
 
 
 def _buckets(topk: TeacherTopK, log_p: Tensor) -> tuple[Tensor, Tensor]:
-    """Return log-probabilities (n, k + 1) of teacher and student over the k tokens and the rest."""
+    """Return log-probabilities (n, k + 1) of teacher and student: the k tokens, and all other tokens together."""
 
     def with_tail(log_probs: Tensor) -> Tensor:
         return torch.cat([log_probs, torch.log(1 - log_probs.exp().sum(-1, keepdim=True))], -1)

@@ -108,8 +108,8 @@ def scaled_half(grad: Tensor, scale: Tensor) -> Tensor | None:
     return out
 
 
-def _span(out: Tensor, given: Tensor) -> tuple[ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64]:
-    return ctypes.c_void_p(out.data_ptr()), ctypes.c_void_p(given.data_ptr()), ctypes.c_int64(out.numel())
+def _span(out: Tensor, source: Tensor) -> tuple[ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64]:
+    return ctypes.c_void_p(out.data_ptr()), ctypes.c_void_p(source.data_ptr()), ctypes.c_int64(out.numel())
 
 
 def _threads() -> ctypes.c_int64:

@@ -59,8 +59,8 @@ class Method(Protocol):
     def loss(self, student: Student, batch: Batch, teacher_output: Any) -> KDLoss:
         """Run the student and return the micro-batch's part of the step's loss. Collective.
 
-        The part is a sum over the micro-batch's valid tokens divided by `batch.num_valid`, the number in the complete
-        step: the parts of all micro-batches and ranks add up to the step's mean.
+        The part is a sum over the micro-batch's valid tokens divided by their number in the complete step. The
+        parts of all micro-batches and ranks add up to the step's loss.
         """
 
     def end_step(self, comm: Comm) -> dict[str, Any]:
