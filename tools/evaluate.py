@@ -18,7 +18,7 @@ from rich.console import Console
 from ddk_ds.command_line import positive, reports_user_errors
 from ddk_ds.errors import ConfigError
 from ddk_ds.evaluation.results import ModelResult, as_json, benchmark_table, code_table, domain_table
-from ddk_ds.evaluation.suites import SUITES, Chosen, choose
+from ddk_ds.evaluation.suites import SUITES, Chosen, choose_benchmarks
 from ddk_ds.files import nearest_existing, write_text
 from ddk_ds.version import commit
 
@@ -37,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from ddk_ds.evaluation.benchmark_run import measure, prepare
 
     console = Console(width=None if sys.stdout.isatty() else PIPE_WIDTH)
-    wanted = [] if options.suite is None else choose(options.suite, options.tasks)
+    wanted = [] if options.suite is None else choose_benchmarks(options.suite, options.tasks)
     left_out = left_out_code(options, wanted)
     _check_out(options.out)
     with console.status("checking models and data"):
@@ -80,7 +80,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--unsafe-run-code",
         action="store_true",
-        help="run them without walls, as in a container of your own; implies --allow-code-execution",
+        help="run them without a sandbox, as in a container of your own; implies --allow-code-execution",
     )
     parser.add_argument("--out", type=Path, help="JSON file for every number")
     options = parser.parse_args(arguments)
@@ -101,7 +101,7 @@ def left_out_code(options: argparse.Namespace, wanted: Sequence[Chosen]) -> list
         names = ", ".join(chosen.benchmark.name for chosen in code)
         raise ConfigError(
             f"--tasks: {names} would run code that the models write: add --allow-code-execution if you want that "
-            "(docs/evaluation.md describes the walls around it)"
+            "(docs/evaluation.md describes its sandbox)"
         )
     return code
 
@@ -133,7 +133,7 @@ def _check_out(path: Path | None) -> None:
 
 
 def _warn_of_unsafe_code(prepared: Prepared) -> None:
-    if prepared.walls is not None and prepared.request.unsafe_code:
+    if prepared.sandbox is not None and prepared.request.unsafe_code:
         print(
             "warning: --unsafe-run-code: the programs that models write run with all rights of this user",
             file=sys.stderr,
@@ -158,7 +158,7 @@ def _save(
         "device": request.device,
         "dtype": "float32" if request.device == "cpu" else "the files'",
         "data": "hub" if request.data is None else str(request.data),
-        "code_shut_in_by": prepared.walls,
+        "code_shut_in_by": prepared.sandbox,
         "versions": versions(),
         "commit": commit(),
     }

@@ -22,8 +22,8 @@ from ddk_ds.evaluation.sandbox import check_sandbox
 from ddk_ds.evaluation.suites import QUICK_LIMIT, Chosen, check_files
 from ddk_ds.version import VERSION
 
-NO_WALLS = "nothing"
-"""Value of `Prepared.walls` if generated programs run without walls."""
+NO_SANDBOX = "nothing"
+"""Value of `Prepared.sandbox` if generated programs run without a sandbox."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Request:
     limit: int | None = None
     """Maximal number of documents of a benchmark's subject or of a language, and of samples of a domain."""
     unsafe_code: bool = False
-    """True to run generated programs without walls."""
+    """True to run generated programs without a sandbox."""
     quick: bool = False
     """True if the benchmarks' limit is QUICK_LIMIT when `limit` is None."""
     batch_size: int = 8
@@ -65,8 +65,8 @@ class Prepared:
     """A `harness.Loaded` for each benchmark."""
     held_out: HeldOut | None
     languages: dict[str, list[Completion]]
-    walls: str | None
-    """Program in which generated code runs, with its version; `nothing` without walls, None if no code runs."""
+    sandbox: str | None
+    """Program in which generated code runs, with its version; `nothing` without a sandbox, None if no code runs."""
 
 
 def default_device() -> str:
@@ -87,16 +87,16 @@ def prepare(request: Request) -> Prepared:
         raise ConfigError("--device cuda: torch sees no GPU here; use --device cpu")
     if (request.benchmarks or request.cross_code_eval) and find_spec("lm_eval") is None:
         raise ConfigError("the benchmarks need lm-evaluation-harness: pip install -c constraints.txt -e '.[eval]'")
-    walls = None
+    sandbox = None
     if any(chosen.benchmark.runs_code for chosen in request.benchmarks):
-        walls = NO_WALLS if request.unsafe_code else check_sandbox()
+        sandbox = NO_SANDBOX if request.unsafe_code else check_sandbox()
     files = [_model_files(path) for path in request.models]
     held_out = None if request.shards is None else open_held_out(request.shards)
     if held_out is not None:
         for model in files:
             held_out.check_model(model.directory)
     languages = {} if request.cross_code_eval is None else read_languages(request.cross_code_eval)
-    return Prepared(request, files, _load_benchmarks(request), held_out, languages, walls)
+    return Prepared(request, files, _load_benchmarks(request), held_out, languages, sandbox)
 
 
 def _model_files(path: str) -> ModelFiles:
@@ -150,7 +150,9 @@ def _measure_model(
     lm = harness.load_lm(model, files.directory, request.batch_size)
     harness.check_window(lm, prepared.loaded)
     for loaded in prepared.loaded:
-        result.scores.append(harness.run_benchmark(lm, loaded, request.benchmark_limit, walls=not request.unsafe_code))
+        result.scores.append(
+            harness.run_benchmark(lm, loaded, request.benchmark_limit, sandboxed=not request.unsafe_code)
+        )
         show(score_line(result.scores[-1]))
         save()
     if prepared.languages:

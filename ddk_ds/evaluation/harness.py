@@ -163,10 +163,10 @@ def generate(lm: LM, prompts: Sequence[str], max_tokens: int) -> list[str]:
     return answers
 
 
-def run_benchmark(lm: LM, loaded: Loaded, limit: int | None, *, walls: bool = True) -> Score:
+def run_benchmark(lm: LM, loaded: Loaded, limit: int | None, *, sandboxed: bool = True) -> Score:
     """Ask a model all questions of a benchmark, or the first `limit` of each subject, and return its score.
 
-    Without `walls`, generated programs run outside of the sandbox.
+    Generated programs run outside of the sandbox if `sandboxed` is False.
     """
     benchmark, shots = loaded.chosen.benchmark, loaded.chosen.shots
     for task in loaded.tasks["tasks"].values():
@@ -182,7 +182,7 @@ def run_benchmark(lm: LM, loaded: Loaded, limit: int | None, *, walls: bool = Tr
     if benchmark.runs_code:
         samples = output["samples"][loaded.name]
         answers = [(sample["doc"], sample["filtered_resps"][0]) for sample in samples]
-        return score_programs(benchmark, shots, answers, walls=walls)
+        return score_programs(benchmark, shots, answers, sandboxed=sandboxed)
     results = output["results"]
     result = results[loaded.name]
     documents = result["sample_len"]

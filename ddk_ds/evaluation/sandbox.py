@@ -28,7 +28,7 @@ from ddk_ds.errors import ConfigError
 from ddk_ds.evaluation.results import Score, mean_and_stderr
 from ddk_ds.evaluation.suites import Benchmark
 
-UNSAFE_ADVICE = "in a container of your own, --unsafe-run-code runs the programs without walls"
+UNSAFE_ADVICE = "in a container of your own, --unsafe-run-code runs the programs without a sandbox"
 
 _DRIVER = """
 import json, os, resource, sys
@@ -96,18 +96,18 @@ def check_sandbox() -> str:
     return subprocess.run([_bwrap_path(), "--version"], capture_output=True, text=True, check=True).stdout.strip()
 
 
-def run_programs(sources: Sequence[str], limits: Limits = Limits(), *, walls: bool = True) -> list[Outcome]:
+def run_programs(sources: Sequence[str], limits: Limits = Limits(), *, sandboxed: bool = True) -> list[Outcome]:
     """Run programs, as many at a time as there are cores. Raises ConfigError as `run_program` does."""
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-        return list(pool.map(partial(run_program, limits=limits, walls=walls), sources))
+        return list(pool.map(partial(run_program, limits=limits, sandboxed=sandboxed), sources))
 
 
-def run_program(source: str, limits: Limits = Limits(), *, walls: bool = True) -> Outcome:
+def run_program(source: str, limits: Limits = Limits(), *, sandboxed: bool = True) -> Outcome:
     """Run a Python program that has only the standard library, and kill everything that it started.
 
-    The outcome tells a failure or a time-out of the program. Without `walls` the program runs as an ordinary process of
-    this user, in an empty directory, with limited time, memory and file size; a process that it moves to another
-    session survives.
+    The outcome tells a failure or a time-out of the program. If `sandboxed` is False, the program runs as an ordinary
+    process of this user, in an empty directory, with limited time, memory and file size; a process that it moves to
+    another session survives.
 
     Raises ConfigError if bubblewrap is missing or cannot start on this machine.
     """
@@ -120,9 +120,9 @@ def run_program(source: str, limits: Limits = Limits(), *, walls: bool = True) -
     ):
         program.write(source.encode(errors="replace"))
         program.seek(0)
-        prefix = _bwrap(limits, info.fileno()) if walls else []
+        prefix = _bwrap(limits, info.fileno()) if sandboxed else []
         process = subprocess.Popen(
-            [*prefix, *_python(limits, status.fileno(), walls)],
+            [*prefix, *_python(limits, status.fileno(), sandboxed)],
             stdin=program,
             stdout=subprocess.DEVNULL,
             stderr=errors,
@@ -136,7 +136,7 @@ def run_program(source: str, limits: Limits = Limits(), *, walls: bool = True) -
         except subprocess.TimeoutExpired:
             code = None
         finally:
-            _end(process, info if walls else None)
+            _kill_and_wait(process, info if sandboxed else None)
         progress = _content(status).split()
         last = (_content(errors).strip().splitlines() or [""])[-1]
     if not progress and code is not None:
@@ -190,7 +190,7 @@ def _bwrap(limits: Limits, info: int) -> list[str]:
     ]
 
 
-def _python(limits: Limits, status: int, walls: bool) -> list[str]:
+def _python(limits: Limits, status: int, sandboxed: bool) -> list[str]:
     """Return the driver's command line; `status` is the descriptor of the file into which it writes its progress."""
     values = {
         "RLIMIT_CPU": limits.cpu_s,
@@ -199,16 +199,16 @@ def _python(limits: Limits, status: int, walls: bool) -> list[str]:
         "RLIMIT_NOFILE": 64,
         "RLIMIT_CORE": 0,
     }
-    if walls:  # without walls, all processes of the user would count
+    if sandboxed:  # outside of the sandbox, all processes of the user would count
         values["RLIMIT_NPROC"] = limits.processes
     # Processes are counted per user, so programs that run at the same time need different users.
-    user_id = _FIRST_PRIVATE_ID + secrets.randbelow(_FIRST_PRIVATE_ID) if walls and _is_host_root() else None
+    user_id = _FIRST_PRIVATE_ID + secrets.randbelow(_FIRST_PRIVATE_ID) if sandboxed and _is_host_root() else None
     options = {"user_id": user_id, "limits": values, "status": status}
     # The sandbox does not contain a virtual environment's link to Python.
     return [os.path.realpath(sys.executable), "-I", "-S", "-B", "-c", _DRIVER, json.dumps(options)]
 
 
-def _end(process: subprocess.Popen[bytes], info: IO[bytes] | None) -> None:
+def _kill_and_wait(process: subprocess.Popen[bytes], info: IO[bytes] | None) -> None:
     """Kill everything that the program started, and wait until it has ended.
 
     `info` is the file into which bubblewrap wrote the process id of the sandbox's first process: killing that one ends
@@ -232,11 +232,11 @@ Document = Mapping[str, Any]
 
 
 def score_programs(
-    benchmark: Benchmark, shots: int, answers: Sequence[tuple[Document, str]], *, walls: bool = True
+    benchmark: Benchmark, shots: int, answers: Sequence[tuple[Document, str]], *, sandboxed: bool = True
 ) -> Score:
     """Compute pass@1 with one answer to each document: the share of programs that run to their end."""
     make = _PROGRAMS[benchmark.name]
-    outcomes = run_programs([make(document, answer) for document, answer in answers], walls=walls)
+    outcomes = run_programs([make(document, answer) for document, answer in answers], sandboxed=sandboxed)
     value, stderr = mean_and_stderr([float(outcome.passed) for outcome in outcomes])
     timed_out = sum(outcome.reason == "timed out" for outcome in outcomes) / len(outcomes)
     return Score(

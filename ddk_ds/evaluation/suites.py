@@ -136,7 +136,7 @@ class Chosen:
     """Number of examples before the question."""
 
 
-def choose(suite: str, tasks: Sequence[str] | None) -> list[Chosen]:
+def choose_benchmarks(suite: str, tasks: Sequence[str] | None) -> list[Chosen]:
     """Return the suite's benchmarks with their numbers of examples, or only those that `tasks` names, in its order.
 
     Raises ConfigError that names a task which the suite lacks.

@@ -46,7 +46,7 @@ class _Change:
 
 def advise(config: Config, models: Models, cluster: Cluster) -> list[Advice]:
     """Try every single change and more nodes; if no single change is enough, combine them until the run fits."""
-    singles = list(_changes(config, plan_memory(config, models, cluster)))
+    singles = list(_possible_changes(config, plan_memory(config, models, cluster)))
     tried = [_try(config, models, cluster, [change]) for change in singles]
     if any(advice.fits for advice in tried):
         return [*tried, *_more_nodes(config, models, cluster, [])]
@@ -77,7 +77,7 @@ def _widened(config: Config, models: Models, cluster: Cluster, changes: list[_Ch
     return [_micro_batch(largest) if largest and "train" in change.sections else change for change in changes]
 
 
-def _changes(config: Config, now: MemoryPlan) -> Iterator[_Change]:
+def _possible_changes(config: Config, now: MemoryPlan) -> Iterator[_Change]:
     """Yield every change that saves memory and is not made in the configuration yet, the cheapest first."""
     if not config.student.gradient_checkpointing:
         price = "the cheap operations of the student's layers are computed twice"

@@ -180,7 +180,7 @@ def asked_and_realised(run: RunRecord) -> tuple[Array, Array]:
     return weights @ run.by_domain("proportions", intervals) / tokens, drawn / tokens
 
 
-def realised(run: RunRecord) -> Picture:
+def domain_token_bars(run: RunRecord) -> Picture:
     """Draw two bars for each domain: the share of tokens that the proportions asked for, and the share drawn."""
     asked, drawn = asked_and_realised(run)
     by_rows = (("by the proportions", _BEFORE, asked), ("tokens drawn", bar_style(0), drawn))

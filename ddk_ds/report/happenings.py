@@ -79,7 +79,7 @@ def describe_marks(run: RunRecord) -> str:
     return f" Vertical lines: {', '.join(counts)}." if counts else ""
 
 
-def progress(run: RunRecord) -> Picture | None:
+def progress_picture(run: RunRecord) -> Picture | None:
     """Draw the run's optimizer step over wall time with its restarts and faults, or return None without events."""
     points = [(event["time_s"], float(event.get("step", 0)), event["event"]) for event in run.events]
     if not points:

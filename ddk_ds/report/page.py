@@ -16,11 +16,11 @@ import numpy as np
 from ddk_ds.drawing import Array, Picture
 from ddk_ds.errors import ConfigError
 from ddk_ds.files import write_text
-from ddk_ds.report.domains import mixture, over_tokens, perplexity_bars, realised
-from ddk_ds.report.happenings import checkpoint_seconds, event_rows, progress
+from ddk_ds.report.domains import domain_token_bars, mixture, over_tokens, perplexity_bars
+from ddk_ds.report.happenings import checkpoint_seconds, event_rows, progress_picture
 from ddk_ds.report.records import DomainResult, RunRecord, read_runs
 from ddk_ds.report.run_progress import duration
-from ddk_ds.report.training import speed_pictures, spent, training_pictures
+from ddk_ds.report.training import seconds_by_part, speed_pictures, training_pictures
 from ddk_ds.version import VERSION
 
 STYLE = """
@@ -119,10 +119,10 @@ def sections(runs: Sequence[RunRecord]) -> list[Section]:
         over_tokens(each, top if each.has_teacher else None, title) for each, title in zip(runs, titles, strict=True)
     ]
     mixtures = [mixture(each, title) for each, title in zip(runs, titles, strict=True)]
-    over_time = progress(run)
+    over_time = progress_picture(run)
     return [
         Section("result", "Result", results, [perplexity_bars(runs), *curves]),
-        Section("mixture", "Mixture", "", [*mixtures, realised(run)]),
+        Section("mixture", "Mixture", "", [*mixtures, domain_token_bars(run)]),
         Section("training", "Training", _nothing_yet(run), training_pictures(run)),
         Section("speed", "Speed and memory", _nothing_yet(run), speed_pictures(run)),
         Section("events", "What happened", _events(run), [] if over_time is None else [over_time]),
@@ -174,7 +174,7 @@ def _numbers(run: RunRecord) -> str:
     numbers = {
         "steps": done,
         "tokens": f"{int(run.domain_tokens.sum()):,}",
-        "time": duration(sum(spent(run).values())),
+        "time": duration(sum(seconds_by_part(run).values())),
         "tokens/s, median": f"{np.median(speed):,.0f}" if len(speed) else "-",
         **({"MFU, median": f"{np.median(mfu):.1%}"} if len(mfu) else {}),
         "peak memory": f"{memory.max():.2f} GB" if len(memory) else "-",

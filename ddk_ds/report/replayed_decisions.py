@@ -132,7 +132,7 @@ def decide_otherwise(controller: Controller, recorded: Sequence[RecordedDecision
 def mixture_table(run: RecordedRun, other: Sequence[Decision], overrides: str) -> Table:
     """Make the table of each domain's share of the samples, in the run and by the other decisions."""
     own = [entry.decision for entry in run.decisions]
-    own_shares, other_shares = (_shares(run.decisions, decisions) for decisions in (own, other))
+    own_shares, other_shares = (_mean_proportions(run.decisions, decisions) for decisions in (own, other))
     table = Table(title=f"mixture as run, and with {overrides}", title_justify="left")
     table.add_column("domain")
     for heading in ("samples, as run", "would be", "last interval, as run", "would be"):
@@ -143,7 +143,7 @@ def mixture_table(run: RecordedRun, other: Sequence[Decision], overrides: str) -
     return table
 
 
-def _shares(recorded: Sequence[RecordedDecision], decisions: Sequence[Decision]) -> Array:
+def _mean_proportions(recorded: Sequence[RecordedDecision], decisions: Sequence[Decision]) -> Array:
     """Return the mean proportions (N,) of the decisions, weighted by the samples of each recorded interval."""
     samples = np.array([sum(entry.asked) for entry in recorded], np.float64)
     return samples @ np.array([decision.proportions for decision in decisions]) / samples.sum()

@@ -75,8 +75,8 @@ def speed_pictures(run: RunRecord) -> list[Picture]:
         caption += " By part: " + ", ".join(f"{name} {size:.2f} GB" for name, size in by_part.items()) + "."
     return [
         _curve(run, "speed", "Throughput", speed, "tokens/s", "Targets of the loss, all ranks.", from_zero=True),
-        step_parts(run),
-        time_spent(run),
+        step_parts_picture(run),
+        time_picture(run),
         _curve(run, "memory", "Peak memory", memory, "GB (10^9 bytes)", caption, from_zero=True),
     ]
 
@@ -119,7 +119,7 @@ def _first_to_last(values: Array) -> str:
     return f"from {finite[0]:.4g} to {finite[-1]:.4g}, between {finite.min():.4g} and {finite.max():.4g}"
 
 
-def parts_of_steps(run: RunRecord) -> dict[str, Array]:
+def step_seconds_by_part(run: RunRecord) -> dict[str, Array]:
     """Return the seconds (S,) in each of S steps by part that the ledger records; "other" holds the remainder."""
     columns = run.steps.columns
     parts = {word: np.nan_to_num(columns[key]) for key, word in PARTS.items() if np.isfinite(columns[key]).any()}
@@ -127,9 +127,9 @@ def parts_of_steps(run: RunRecord) -> dict[str, Array]:
     return {**parts, _OTHER: np.maximum(rest, 0.0)}
 
 
-def step_parts(run: RunRecord) -> Picture:
+def step_parts_picture(run: RunRecord) -> Picture:
     """Draw the seconds of each part of a step as stacked areas over the steps of the run."""
-    parts = parts_of_steps(run)
+    parts = step_seconds_by_part(run)
     binned = {word: envelope(run.steps.step, seconds) for word, seconds in parts.items()}
     x = next(iter(binned.values())).x
     if len(x) == 1:
@@ -161,10 +161,10 @@ def step_parts(run: RunRecord) -> Picture:
     return Picture("step_parts", "Parts of a step", to_svg(draw, 4.0), f"Stacked seconds a step: {shown}.", caption)
 
 
-def spent(run: RunRecord) -> dict[str, float]:
+def seconds_by_part(run: RunRecord) -> dict[str, float]:
     """Return the run's total seconds by part: each part of the steps, and all work between steps."""
     clocks = [record.get("clock", {}) for record in run.measurements]
-    by_part = {word: float(seconds.sum()) for word, seconds in parts_of_steps(run).items()}
+    by_part = {word: float(seconds.sum()) for word, seconds in step_seconds_by_part(run).items()}
     by_part["measurement"] = sum(clock.get("measure_s", 0.0) for clock in clocks)
     by_part["controller"] = sum(clock.get("controller_s", 0.0) for clock in clocks)
     by_part["checkpoint pause"] = checkpoint_seconds(run)[1]
@@ -172,9 +172,9 @@ def spent(run: RunRecord) -> dict[str, float]:
     return by_part
 
 
-def time_spent(run: RunRecord) -> Picture:
+def time_picture(run: RunRecord) -> Picture:
     """Draw a bar for each part of the run's time, with its total and its share."""
-    by_part = spent(run)
+    by_part = seconds_by_part(run)
     total_s = sum(by_part.values()) or 1.0
     by, unit = time_unit(max(by_part.values()))
     saved, _, writing_s = checkpoint_seconds(run)

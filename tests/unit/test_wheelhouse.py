@@ -37,7 +37,7 @@ def names(packages: list[str]) -> set[str]:
 
 
 def test_the_list_is_what_the_project_needs_beside_what_is_there() -> None:
-    packages = wheelhouse.wanted(wheelhouse.HAVE, "3.12")
+    packages = wheelhouse.packages_to_collect(wheelhouse.HAVE, "3.12")
     constraints = (wheelhouse.ROOT / "constraints.txt").read_text().lower().replace("_", "-").splitlines()
     assert set(packages) <= set(constraints)
     collected = names(packages)
@@ -50,17 +50,19 @@ def test_the_list_is_what_the_project_needs_beside_what_is_there() -> None:
 
 
 def test_a_package_that_is_there_goes_with_what_only_it_needs() -> None:
-    collected = names(wheelhouse.wanted([*wheelhouse.HAVE, "rich", "pytest"], "3.12"))
+    collected = names(wheelhouse.packages_to_collect([*wheelhouse.HAVE, "rich", "pytest"], "3.12"))
     assert not collected & {"rich", "markdown-it-py", "mdurl", "pytest", "iniconfig"}
     assert {"pluggy", "pygments"} & collected == set()
-    assert "pyarrow" in names(wheelhouse.wanted([name for name in wheelhouse.HAVE if name != "pyarrow"], "3.12"))
+    assert "pyarrow" in names(
+        wheelhouse.packages_to_collect([name for name in wheelhouse.HAVE if name != "pyarrow"], "3.12")
+    )
 
 
 def test_a_version_that_is_not_pinned_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "pyproject.toml").write_text('[project]\ndependencies = ["rich>=13"]\n')
     (tmp_path / "constraints.txt").write_text("pytest==9.2.0\n")
     with pytest.raises(ConfigError, match=r"constraints\.txt has no version of"):
-        wheelhouse.wanted(wheelhouse.HAVE, "3.12", tmp_path)
+        wheelhouse.packages_to_collect(wheelhouse.HAVE, "3.12", tmp_path)
 
 
 def test_older_platforms_are_named_too() -> None:
@@ -82,7 +84,7 @@ def test_wheels_are_collected_and_listed(
     assert [argument for argument in build if "==" in argument] == ["deepspeed==0.19.8"]
     assert "--no-deps" in download and "--no-deps" in build
     wheels = list(out.glob("*.whl"))
-    assert len(wheels) == len(wheelhouse.wanted(wheelhouse.HAVE, "3.12"))
+    assert len(wheels) == len(wheelhouse.packages_to_collect(wheelhouse.HAVE, "3.12"))
     assert (out / "README").read_text().splitlines()[1] == "pip install --no-index --no-deps wheels/*.whl"
     assert f"{len(wheels)} wheels" in capsys.readouterr().out
 

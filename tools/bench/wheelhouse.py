@@ -66,7 +66,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def wanted(have: Sequence[str], python: str, root: Path = ROOT) -> list[str]:
+def packages_to_collect(have: Sequence[str], python: str, root: Path = ROOT) -> list[str]:
     """Return `name==version` of each package to collect, sorted by name, with the versions of constraints.txt.
 
     These are the dependencies of pyproject.toml, the test tools, and the dependencies of both, which are read from the
@@ -197,7 +197,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.out.exists() and (not options.out.is_dir() or any(options.out.iterdir())):
             raise ConfigError(f"--out {options.out} exists and is not an empty directory; name another")
         tags = platform_tags(options.platform or ["manylinux_2_28_x86_64"])
-        packages = wanted(options.have, options.python)
+        packages = packages_to_collect(options.have, options.python)
         with console.status(f"collecting {len(packages)} wheels"):
             wheels = collect(options.out, packages, options.python, tags)
     except UserError as error:

@@ -9,7 +9,7 @@ import pytest
 
 from ddk_ds.evaluation import harness
 from ddk_ds.evaluation.results import Score
-from ddk_ds.evaluation.suites import BENCHMARKS, SUITES, choose
+from ddk_ds.evaluation.suites import BENCHMARKS, SUITES, choose_benchmarks
 from tests.unit.evaluation.benchmarks import DOCUMENTS, Knower
 
 SUBJECTS = {"ceval": 52, "mmlu": 57}
@@ -17,7 +17,7 @@ SUBJECTS = {"ceval": 52, "mmlu": 57}
 
 @pytest.fixture(scope="module")
 def paper(bwrap: None, benchmark_files: Path) -> list[harness.Loaded]:
-    return [harness.load_tasks(chosen, benchmark_files) for chosen in choose("paper", None)]
+    return [harness.load_tasks(chosen, benchmark_files) for chosen in choose_benchmarks("paper", None)]
 
 
 def scores(model: Knower, benchmarks: list[harness.Loaded]) -> dict[str, Score]:
@@ -51,7 +51,7 @@ def test_who_knows_one_of_four_has_a_quarter(paper: list[harness.Loaded]) -> Non
 def test_five_examples_go_before_each_question(benchmark_files: Path) -> None:
     marks = {"ceval": "\n答案", "mmlu": "Answer:", "gsm8k": "Question:", "arc_easy": "Question:"}
     marks["arc_challenge"] = "Answer:"
-    wanted = choose("paper-5shot", None)
+    wanted = choose_benchmarks("paper-5shot", None)
     assert [chosen.benchmark.name for chosen in wanted] == list(marks)
     for chosen in wanted:
         loaded = harness.load_tasks(chosen, benchmark_files)

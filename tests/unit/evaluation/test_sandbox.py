@@ -179,7 +179,7 @@ def test_many_run_beside_one_another() -> None:
     assert [outcome.passed for outcome in outcomes] == [False, True, True, False, True, True]
 
 
-def test_the_walls_are_named_with_their_version() -> None:
+def test_the_sandbox_is_named_with_its_version() -> None:
     assert re.fullmatch(r"bubblewrap [\d.]+", check_sandbox())
 
 
@@ -202,9 +202,9 @@ def test_where_namespaces_are_forbidden_nothing_is_run(monkeypatch: pytest.Monke
     assert not mark.exists()
 
 
-def test_without_walls_the_limits_remain() -> None:
+def test_without_a_sandbox_the_limits_remain() -> None:
     def run_free(source: str) -> Outcome:
-        return run_program(source, TIGHT, walls=False)
+        return run_program(source, TIGHT, sandboxed=False)
 
     with tempfile.TemporaryDirectory() as directory:
         kept = Path(directory) / "kept.txt"

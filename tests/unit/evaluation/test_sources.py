@@ -10,7 +10,7 @@ import pytest
 from pyarrow import parquet
 
 from ddk_ds.errors import DataError
-from ddk_ds.evaluation.suites import BENCHMARKS, Chosen, check_files, choose, find_files, read_rows
+from ddk_ds.evaluation.suites import BENCHMARKS, Chosen, check_files, choose_benchmarks, find_files, read_rows
 
 ARC = Chosen(BENCHMARKS["arc_easy"], 0)
 ARC_FIVE = Chosen(BENCHMARKS["arc_easy"], 5)
@@ -48,7 +48,7 @@ def test_parts_are_taken_in_order_and_examples_beside_them(tmp_path: Path) -> No
 
 
 def test_one_error_names_every_missing_data_set(tmp_path: Path) -> None:
-    wanted = choose("paper", None)
+    wanted = choose_benchmarks("paper", None)
     subjects = {chosen.benchmark.name: [""] for chosen in wanted} | {"mmlu": ["anatomy", "law"], "ceval": ["law"]}
     with pytest.raises(DataError) as raised:
         check_files(tmp_path, wanted, subjects)

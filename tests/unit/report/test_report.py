@@ -18,7 +18,7 @@ from ddk_ds.errors import CheckpointError
 from ddk_ds.report.domains import asked_and_realised
 from ddk_ds.report.page import sections, write_page
 from ddk_ds.report.records import PARTS, read_run
-from ddk_ds.report.training import parts_of_steps, spent
+from ddk_ds.report.training import seconds_by_part, step_seconds_by_part
 from tests.unit.report.made_run import DOMAINS, TOKENS_A_STEP, make_run
 from tools.report import main
 
@@ -126,10 +126,10 @@ def test_the_numbers_are_those_of_the_ledger(tmp_path: Path) -> None:
     np.testing.assert_allclose(asked, drawn, atol=2e-3)  # the made run rounds to whole tokens
     last = run.results[-1]
     assert last.ratio_after == pytest.approx(last.after / 19.0) and last.teacher_ppl == 19.0
-    parts = parts_of_steps(run)
+    parts = step_seconds_by_part(run)
     assert list(parts) == [*PARTS.values(), "other"]
     np.testing.assert_allclose(sum(parts.values()), run.steps.columns["step_s"], rtol=1e-6)
-    found = spent(run)
+    found = seconds_by_part(run)
     assert found["measurement"] == 4.0 * 6 and found["controller"] == pytest.approx(0.002 * 6)
 
 
@@ -140,7 +140,7 @@ def test_a_ledger_without_the_parts_of_steps_has_the_rest_as_other(tmp_path: Pat
     )
     (run_dir / "ledger.jsonl").write_text(text)
     run = read_run(run_dir)
-    assert list(parts_of_steps(run)) == ["waiting for data", "other"]
+    assert list(step_seconds_by_part(run)) == ["waiting for data", "other"]
     assert {picture.name for part in sections([run]) for picture in part.pictures} == ALL
 
 
