@@ -162,7 +162,7 @@ def test_the_order_is_the_same(
     check_order(plan, Topology(world, 24 // world // 2, **READERS[reader]), start, tmp_path / "run")
 
 
-@pytest.mark.long
+@pytest.mark.long("every reader on every topology; make test has three")
 @pytest.mark.parametrize("world", [1, 2, 3, 4])
 @pytest.mark.parametrize("reader", READERS)
 def test_the_order_is_the_same_everywhere(
@@ -236,7 +236,7 @@ def test_killed_and_resumed_elsewhere(
     assert (figures["kills"], figures["lost"], figures["repeated"]) == (2, 0, 0)
 
 
-@pytest.mark.long
+@pytest.mark.long("24 kills, minutes; make test has two")
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("seed", [1, 2])
 def test_killed_again_and_again(

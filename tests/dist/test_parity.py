@@ -14,7 +14,9 @@ CASES = [
     (2, 1, False, False, True, "ddk"),
     (1, 2, True, False, False, "ddk"),
     (2, 4, True, True, True, "ddk"),
-    pytest.param(2, 4, False, True, False, "ddk", marks=pytest.mark.long),
+    pytest.param(
+        2, 4, False, True, False, "ddk", marks=pytest.mark.long("differs from the case above in untied heads alone")
+    ),
     (2, 2, True, False, True, "cpt"),
 ]
 

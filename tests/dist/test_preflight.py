@@ -52,7 +52,9 @@ def test_a_rank_that_does_not_answer() -> None:
     assert "a rank failed" in text, text  # and not: not done after so many seconds
 
 
-@pytest.mark.parametrize("precision", ["bf16", pytest.param("fp32", marks=pytest.mark.long)])
+@pytest.mark.parametrize(
+    "precision", ["bf16", pytest.param("fp32", marks=pytest.mark.long("bf16 is the default and has the same code"))]
+)
 def test_memory_estimate(workspace: Path, tmp_path: Path, precision: str) -> None:
     zero = {"reduce_bucket_size": 100_000, "stage3_param_persistence_threshold": 600}
     config = write_config(workspace, tmp_path, train={"precision": precision}, deepspeed={"zero_optimization": zero})
@@ -63,7 +65,7 @@ def test_memory_estimate(workspace: Path, tmp_path: Path, precision: str) -> Non
         assert abs(estimated[part] - value) <= 0.1 * value, (part, estimated[part], value)
 
 
-@pytest.mark.long
+@pytest.mark.long("two starts of the launcher; the checks run on ranks above")
 def test_through_the_launcher(workspace: Path, tmp_path: Path) -> None:
     config, rows = write_config(workspace, tmp_path), tmp_path / "rows.json"
     port = str(20000 + os.getpid() % 20000)

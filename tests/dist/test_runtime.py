@@ -19,7 +19,7 @@ def test_no_name_is_left_in_shared_memory() -> None:
     assert mapped  # else DeepSpeed would not use shared memory here, and the test would show nothing
 
 
-@pytest.mark.long  # it compiles
+@pytest.mark.long("it compiles DeepSpeed's extension")
 def test_a_lock_file_of_a_killed_process_blocks_no_later_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     compiled = Path(os.environ.get("TORCH_EXTENSIONS_DIR", Path(sys.prefix) / "torch_extensions"))
     shutil.copytree(compiled / "deepspeed_shm_comm", tmp_path / "deepspeed_shm_comm")

@@ -89,7 +89,7 @@ def test_another_order_of_operations_differs_by_rounding(results: dict[str, dict
         assert ours == pytest.approx(plain, rel=1e-5)
 
 
-@pytest.mark.long
+@pytest.mark.long("compiling the layers takes a minute")
 def test_compiled_layers_differ_by_rounding(results: dict[str, dict[str, Any]], tmp_path: Path) -> None:
     """Compiled layers give the same losses up to rounding. This test is long because compiling takes a minute."""
     case = ("kd", {"student": {"compile_layers": True}, "teacher": {"compile_layers": True}})

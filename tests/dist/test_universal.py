@@ -53,7 +53,7 @@ def assert_near(directory: Path, reference: Path) -> None:
                 assert value == expected[key], key
 
 
-@pytest.mark.parametrize("ranks", [1, pytest.param(4, marks=pytest.mark.long)])
+@pytest.mark.parametrize("ranks", [1, pytest.param(4, marks=pytest.mark.long("two to one rank has the same code"))])
 def test_two_ranks_then_others(whole: Path, ranks: int) -> None:
     name = f"cut-{ranks}"
     run_ranks(f"{WORKER}break_off", 2, timeout_s=300, config_path=str(whole), name=name, lines=7)

@@ -20,7 +20,7 @@ def run_compare(config: Path, out: Path, *more: str) -> subprocess.CompletedProc
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=500)
 
 
-@pytest.mark.long
+@pytest.mark.long("seven starts; its parts have unit tests")
 def test_compare(workspace: Path, tmp_path: Path) -> None:
     config, out = write_config(workspace, tmp_path, stop={"steps": 4}), tmp_path / "compared"
     arguments = ("--methods", ",".join(METHODS), "--seeds", "2")

@@ -75,7 +75,7 @@ def ssh_daemons(machines: list[Host], folder: Path) -> Iterator[dict[str, str]]:
         yield {"PDSH_RCMD_TYPE": "ssh", "PDSH_SSH_ARGS_APPEND": f"-i {key} {quiet}"}
 
 
-@pytest.mark.long
+@pytest.mark.long("DeepSpeed's own launcher by ssh; the lost node has our part")
 def test_by_hostfile_and_pdsh(workspace: Path, tmp_path: Path) -> None:
     need("pdsh", "sshd", "ssh-keygen")
     config = write_config(workspace, tmp_path, **OPTIONS)

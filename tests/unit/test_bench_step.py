@@ -16,7 +16,7 @@ from tools.bench.bench_step import main, relate, wait_for
 SMALL = ["--size", "quick", "--tokens", "128", "--length", "32", "--steps", "2"]
 
 
-@pytest.mark.long
+@pytest.mark.long("five measured cases, a minute")
 def test_every_case_is_measured(tmp_path: Path) -> None:
     out, picture = tmp_path / "step.json", tmp_path / "step.png"
     variant = ["--variant", "teacher.micro_batches_per_pass=2,student.gradient_checkpointing=selective"]

@@ -229,7 +229,9 @@ def _read_all(dataset: MixtureDataset, results: multiprocessing.Queue) -> None: 
         results.put(repr(error))
 
 
-@pytest.mark.parametrize("start", ["fork", pytest.param("spawn", marks=pytest.mark.long)])
+@pytest.mark.parametrize(
+    "start", ["fork", pytest.param("spawn", marks=pytest.mark.long("three new interpreters; fork has the same code"))]
+)
 def test_processes_share_a_cache_that_is_too_small(remote: Path, tmp_path: Path, start: str) -> None:
     largest = max(file.stat().st_size for file in remote.rglob("*.mds"))
     here, there = (

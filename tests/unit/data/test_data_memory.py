@@ -47,7 +47,7 @@ def peak(root: Path, tokenizer_dir: Path, num_bytes: int) -> tuple[int, int]:
     return int(tokens), int(kib)
 
 
-@pytest.mark.long
+@pytest.mark.long("40 MB of text, half a minute")
 def test_memory_is_flat_over_ten_times_the_text(tokenizer_dir: Path, tmp_path: Path) -> None:
     few, least = peak(tmp_path / "few", tokenizer_dir, 4_000_000)
     many, most = peak(tmp_path / "many", tokenizer_dir, 40_000_000)

@@ -141,7 +141,7 @@ def test_kill_points(record_property: Callable[[str, object], None]) -> None:
         record_property(name, value)
 
 
-@pytest.mark.long
+@pytest.mark.long("all kill points, minutes; make test has a part")
 def test_all_kill_points(record_property: Callable[[str, object], None]) -> None:
     totals = check_kill_points(range(KILL_POINTS))
     assert totals["kill_points"] == KILL_POINTS
