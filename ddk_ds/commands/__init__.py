@@ -1,0 +1,1 @@
+"""The commands: what `ddk`, tools/ and launch/ run."""
