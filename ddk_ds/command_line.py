@@ -6,6 +6,7 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 from functools import wraps
+from pathlib import Path
 from typing import Protocol
 
 from ddk_ds.errors import UserError
@@ -14,6 +15,8 @@ EXIT_USER_ERROR = 2
 """Exit code after an error that the user can mend."""
 EXIT_INTERRUPTED = 75
 """Exit code after a signal: the run saved, and the same command continues it (EX_TEMPFAIL of sysexits.h)."""
+RANK_SCRIPT = Path(__file__).resolve().with_name("commands") / "distill_rank.py"
+"""The script that a launcher starts on each rank of a run."""
 
 
 class Main(Protocol):

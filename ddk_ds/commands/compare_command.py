@@ -25,6 +25,7 @@ from ddk_ds.errors import ConfigError, UserError
 def main(arguments: Sequence[str] | None = None) -> int:
     """Return 0 if done, 1 if a run failed, 2 for an error that the user can mend, 75 if interrupted."""
     options = _parse(arguments)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
     failed: list[str] = []
     try:
         if options.report_only:
@@ -104,8 +105,3 @@ def _report(options: argparse.Namespace, labels: Sequence[str] | None, seeds: It
     print(markdown(comparison))
     if not has_picture:
         print("no comparison.png: it needs matplotlib (pip install matplotlib)", file=sys.stderr)
-
-
-if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
-    sys.exit(main())

@@ -12,7 +12,6 @@ import argparse
 import json
 import math
 import shutil
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -268,7 +267,3 @@ def _loss_as_written(model: Any, directory: Path, batches: pruning.Batches) -> f
             "layers depend on their places, and cannot be cut"
         )
     return written
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -164,7 +164,3 @@ def _save(
     }
     options.out.parent.mkdir(parents=True, exist_ok=True)
     write_text(options.out, json.dumps(content, indent=1) + "\n")
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

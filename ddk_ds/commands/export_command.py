@@ -179,7 +179,3 @@ def _keep_apart(out: Path, sources: Sequence[Path]) -> None:
     for source in sources:
         if source.resolve().is_relative_to(out.resolve()):
             raise CheckpointError(f"--out {out}: {source} lies there, which the export is made from: name another")
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

@@ -6,7 +6,6 @@ python tools/init_model.py --config configs/models/demo_student.json --tokenizer
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -31,7 +30,3 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parameters = make_random_model(options.config, options.tokenizer, options.out, options.seed, options.device)
     print(f"{options.out}: {parameters / 1e6:.2f} M parameters")
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -30,7 +30,7 @@ from ddk_ds.planner.plan_inputs import find_inputs
 from ddk_ds.planner.run_plan import DEFAULT_MFU, DEFAULT_STORAGE_BYTES_PER_S, Speed, make_plan, plan_json
 from ddk_ds.planner.simulations import simulate_layouts, simulate_scaling, simulate_variants
 
-MODELS = Path(__file__).resolve().parents[1] / "configs/models"
+MODELS = Path(__file__).resolve().parents[2] / "configs/models"
 
 
 @reports_user_errors
@@ -154,7 +154,3 @@ def _write_json(path: Path | None, values: dict[str, Any]) -> None:
         write_text(path, json.dumps(values, indent=1) + "\n")
     except OSError as error:
         raise ConfigError(f"--json {path}: cannot be written: {error.strerror}") from error
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

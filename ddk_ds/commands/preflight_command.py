@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -101,7 +100,3 @@ def _show(rows: Sequence[Row]) -> None:
     console.print(table)
     counts = {status: sum(row.status == status for row in rows) for status in _STYLES}
     console.print(f"{counts['pass']} passed, {counts['warn']} warn, {counts['fail']} failed")
-
-
-if __name__ == "__main__":
-    sys.exit(main())

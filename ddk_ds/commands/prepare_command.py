@@ -192,7 +192,3 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("prepare_data: interrupted; the same command continues", file=sys.stderr)
         return 130
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -82,7 +82,3 @@ def _verdict(replayed: Replay, run: RecordedRun) -> list[str]:
         intervals = ", ".join(map(str, replayed.unequal))
         lines.append(f"NOT equal: intervals {intervals}; was the ledger or config.yaml edited?")
     return lines
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

@@ -25,7 +25,3 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     print(write_page(options.runs, options.out or options.runs[0] / "report"))
     return 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

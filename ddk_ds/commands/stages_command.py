@@ -31,6 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--ranks", type=positive, help="ranks of each stage (default: one for each accelerator)")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="configuration values to replace")
     options = parser.parse_intermixed_args(arguments)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
     first = STAGES[options.method][0]
     config = load_config(options.config, [*options.overrides, *first.overrides])
     job = Job(options.config, options.method, config.name, Path(config.output_dir), tuple(options.overrides))
@@ -45,8 +46,3 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0
-
-
-if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
-    sys.exit(main())

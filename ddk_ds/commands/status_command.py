@@ -71,7 +71,3 @@ def watch(run_dir: Path, every_s: float, console: Console) -> int:
                 live.update(now(), refresh=True)
     except KeyboardInterrupt:
         return 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

@@ -184,7 +184,3 @@ def _submit(job: Job, chain: int) -> None:
             raise UserError(f"sbatch: {done.stderr.strip()}{earlier}")
         submitted.append(done.stdout.strip().split(";")[0])  # number[;cluster]
     print(f"submitted: {' '.join(submitted)}; logs in {job.snapshot}")
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -51,7 +51,3 @@ def comparison_table(summaries: list[dict[str, Any]]) -> Table:
     table.add_section()
     table.add_row("mean ratio to the teacher", *("-" if mean is None else f"{mean:.3f}" for mean in means))
     return table
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

@@ -60,7 +60,3 @@ def main(arguments: Sequence[str] | None = None) -> int:
         f"fingerprint {info.fingerprint[:12]}, {time.monotonic() - start:.1f} s"
     )
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 
@@ -88,7 +87,3 @@ def _data(options: argparse.Namespace) -> Data:
         return Data(path=options.path, cache_dir=options.cache_dir, cache_limit_gb=options.cache_limit_gb)
     except ValidationError as error:
         raise ConfigError("; ".join(str(item["msg"]) for item in error.errors())) from None
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -17,13 +17,12 @@ from typing import Any
 import psutil
 import yaml
 
-from ddk_ds.command_line import EXIT_INTERRUPTED
+from ddk_ds.command_line import EXIT_INTERRUPTED, RANK_SCRIPT
 from ddk_ds.config import Config, load_config
 from ddk_ds.config.methods import METHODS as SINGLE_STAGE
 from ddk_ds.errors import CheckpointError, ConfigError, UserError
 from ddk_ds.run_files import is_finished
 
-DISTIL = Path(__file__).resolve().parents[2] / "launch/distill.py"
 FILTERS, REFERENCE, PROXY = "filters", "reference", "proxy"
 SUFFIXES = (FILTERS, REFERENCE, PROXY)
 """Endings of the names of runs that come before a method's last stage."""
@@ -188,7 +187,7 @@ def launch(config: Path, overrides: Sequence[str], ranks: int | None, log: Path)
     command = [str(script)] if script.is_file() else [sys.executable, "-m", "deepspeed.launcher.runner"]
     command += ["--quiet", "--master_port", str(free_port())]
     command += [] if ranks is None else ["--num_gpus", str(ranks)]
-    command += [str(DISTIL), "--config", str(config), *overrides]
+    command += [str(RANK_SCRIPT), "--config", str(config), *overrides]
     # torch looks for ninja on PATH.
     environment = {**os.environ, "PATH": os.pathsep.join([str(python.parent), os.environ.get("PATH", "")])}
     log.parent.mkdir(parents=True, exist_ok=True)

@@ -16,6 +16,7 @@ from importlib.metadata import distributions
 from pathlib import Path
 from typing import Literal
 
+from ddk_ds.command_line import RANK_SCRIPT
 from ddk_ds.config import Config, to_yaml
 from ddk_ds.errors import UserError
 from ddk_ds.files import write_text
@@ -124,7 +125,7 @@ def _srun_options(job: Job) -> list[str]:
 
 
 def _command(job: Job) -> Sequence[str]:
-    command = [job.python, str(ROOT / "launch/distill.py"), "--config", str(job.snapshot / "config.yaml")]
+    command = [job.python, str(RANK_SCRIPT), "--config", str(job.snapshot / "config.yaml")]
     container = job.container
     if container is None or container.runtime == "pyxis":
         return command

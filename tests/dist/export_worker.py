@@ -8,13 +8,13 @@ import torch
 from deepspeed.utils import safe_get_full_fp32_param
 from safetensors.torch import save_file
 
+from ddk_ds.commands.export_command import main
 from ddk_ds.engine.head import OutputHead
 from ddk_ds.engine.process_memory import held_bytes, peak_bytes, reset_peak
 from ddk_ds.engine.runtime import Runtime
 from ddk_ds.kernels.reference import reference_logits
 from ddk_ds.train.loop import train
 from tests.dist.resume_worker import prepare
-from tools.export_hf import main
 
 IDS = torch.arange(40).reshape(2, 20) * 7 % 600
 

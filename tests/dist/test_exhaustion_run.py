@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from launch.distill import main
+from ddk_ds.commands.distill_rank import main
 from tests.dist.ranks import run_ranks
 from tools.bench.small_run import without_clock, write_config
 

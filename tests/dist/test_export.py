@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from ddk_ds.commands.export_command import main
 from ddk_ds.engine.zero_shards import write_universal
 from ddk_ds.files import partial_path
 from ddk_ds.train.checkpoint.checkpoint_files import TAG, put_in_place, read_manifest
@@ -18,7 +19,6 @@ from tests.dist.ranks import run_ranks
 from tests.dist.tiny import VOCAB, save_model
 from tests.saved_run import save_run
 from tools.bench.small_run import write_config
-from tools.export_hf import main
 
 SLACK_BYTES = 48 * 2**20  # for mapped pages, one tensor and the allocator; measured: 39 MB
 SHORT: dict[str, Any] = {

@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from ddk_ds.commands import replay_command as replay
 from ddk_ds.run_files import read_ledger
 from tests.dist.ranks import run_ranks
 from tests.dist.resume_worker import run_dir
-from tools import replay
 from tools.bench.small_run import write_config
 
 DOMAINS = ("cpp", "mathematics", "python")

@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 
+from ddk_ds.commands.distill_rank import main
 from ddk_ds.config import load_config
 from ddk_ds.train.checkpoint.checkpoint_files import FORMAT
 from ddk_ds.train.run_dir import claim_run_dir
-from launch.distill import main
 from tools.bench.small_run import write_config
 
 CASES: list[tuple[str, dict[str, Any], tuple[str, ...]]] = [

@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 import yaml
 
+from ddk_ds.commands import compare_command as command
+from ddk_ds.commands import stages_command
 from ddk_ds.comparison import method_stages as stages
 from ddk_ds.comparison.comparison_jobs import ComparisonPlan, read_grid
 from ddk_ds.comparison.comparison_report import draw, markdown
@@ -27,8 +29,6 @@ from ddk_ds.comparison.results_table import (
 )
 from ddk_ds.config import load_config, to_yaml
 from ddk_ds.errors import ConfigError, DataError
-from tools import compare as command
-from tools import stages as stages_command
 
 CONFIG = {
     "name": "base",
@@ -399,4 +399,4 @@ def test_the_launcher_is_started_without_a_shell(tmp_path: Path, monkeypatch: py
     assert stages.launch(tmp_path / "a b.yaml", ["x={a: 1}"], 2, log) == 5
     assert started[0][-4:] == [str(stages.DISTIL), "--config", str(tmp_path / "a b.yaml"), "x={a: 1}"]
     assert started[0][-6:-4] == ["--num_gpus", "2"]
-    assert "launch/distill.py" in log.read_text()
+    assert "distill_rank.py" in log.read_text()

@@ -14,9 +14,9 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from ddk_ds.commands.export_command import main
 from tests.dist.tiny import VOCAB, save_model
 from tests.saved_run import save_run
-from tools.export_hf import main
 
 
 @pytest.fixture(scope="module")

@@ -24,6 +24,7 @@ FRAGMENTS = {"What", "Whether", "Of", "As", "By", "That", "How", "Where", "From"
 # From the top down. A room imports from the floors below it, never from its own floor.
 FLOORS = (
     ("launch", "tools"),
+    ("commands",),
     ("train", "report", "planner", "evaluation", "comparison", "slurm"),
     ("methods",),
     ("engine",),
@@ -38,6 +39,8 @@ FLOOR = {room: floor for floor, rooms in enumerate(reversed(FLOORS)) for room in
 OWNERS = {"deepspeed": "engine", "transformers": "engine", "torch.distributed": "comm"}
 # The workshop measures the project beside bare deepspeed and transformers.
 WORKSHOP = Path("tools/bench")
+# The one tool that is no front door: it runs before the package is installed.
+BEFORE_INSTALLATION = Path("tools/check_setup.py")
 # All that a room may import beside the standard library and itself.
 ALLOWED = {"mixture": ("numpy", "ddk_ds.errors"), "kernels": ("torch", "triton", "ddk_ds.errors")}
 
@@ -127,12 +130,14 @@ def test_imports_point_down() -> None:
     assert not faults, "\n".join(faults)
 
 
-def test_a_tool_is_started_and_never_imported() -> None:
-    """tools/ holds commands, one a file; tools/bench/ is the workshop, of which only the workshop imports."""
+def test_a_front_door_holds_nothing_and_is_never_imported() -> None:
+    """launch/ and tools/ start commands of the package; only the workshop, tools/bench/, imports of the workshop."""
     for path, source in project_files().items():
         in_bench = path.is_relative_to(WORKSHOP)
-        if path.parts[0] == "tools" and not in_bench:
-            assert "\ndef main(" in source, f"{path} has no main(): it is no command; move it to the package"
+        if path.parts[0] in ("launch", "tools") and not in_bench and path != BEFORE_INSTALLATION:
+            defined = [node for node in ast.parse(source).body if not isinstance(node, ast.Import | ast.ImportFrom)]
+            assert len(defined) == 2, f"{path}: a docstring and sys.exit(main()) alone; the rest to ddk_ds/commands/"
+            assert "from ddk_ds.commands." in source, f"{path} starts no command of ddk_ds/commands/"
         for name in imported_names(path, source):
             if name.split(".")[0] in ("tools", "launch"):
                 assert in_bench and within(name, "tools.bench"), f"{path} imports {name}: move what it needs below both"

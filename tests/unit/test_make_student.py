@@ -16,12 +16,12 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from ddk_ds.commands import distill_rank as distill
+from ddk_ds.commands.cut_student_command import main
 from ddk_ds.data.tokenizer import EOS_TOKEN, PAD_TOKEN, save_tokenizer
 from ddk_ds.engine import pruning
 from ddk_ds.engine.whole_models import load_model
-from launch import distill
 from tools.bench.small_run import write_config
-from tools.make_student import main
 
 LAYERS = 6
 SIZES = {"hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 48, "num_hidden_layers": LAYERS}

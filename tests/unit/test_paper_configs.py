@@ -13,6 +13,7 @@ import torch
 import yaml
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from ddk_ds.commands import plan_command as plan
 from ddk_ds.config import Config, Model, load_config
 from ddk_ds.engine.memory_estimate import MemoryEstimate, estimate_memory
 from ddk_ds.engine.memory_estimate import _layer_activations as layer_activations
@@ -20,7 +21,6 @@ from ddk_ds.engine.model_files import ModelShape, configured_shape
 from ddk_ds.errors import ConfigError
 from ddk_ds.kernels.chunked import HeadInput
 from ddk_ds.kernels.linear_kd import check_head
-from tools import plan
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 PAGE = Path(__file__).parents[2] / "docs/paper.md"

@@ -18,13 +18,13 @@ import pytest
 import torch
 
 from ddk_ds.comm import SingleProcess
+from ddk_ds.commands.preflight_command import main
 from ddk_ds.config import load_config
 from ddk_ds.train.checkpoint.checkpoint_files import FORMAT
 from ddk_ds.train.preflight import Row, preflight
 from ddk_ds.train.preflight.agreement import clock_offset
 from ddk_ds.train.preflight.machine import available_bytes, shared_memory
 from ddk_ds.train.preflight.rows import merge
-from launch.preflight import main
 from tests.unit.test_bad_input import swap_two_tokens
 from tools.bench.small_run import write_config
 

@@ -11,13 +11,13 @@ import pytest
 import torch
 
 from ddk_ds.comm import SingleProcess
+from ddk_ds.commands.distill_rank import main
 from ddk_ds.config import load_config
 from ddk_ds.engine.model_files import check_code, read_model
 from ddk_ds.errors import ConfigError
 from ddk_ds.redact import redact
 from ddk_ds.train.inputs import check_inputs
 from ddk_ds.train.ledger import Ledger
-from launch.distill import main
 from tools.bench.small_run import write_config
 
 ROOT = Path(__file__).parents[2]

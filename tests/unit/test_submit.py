@@ -17,9 +17,10 @@ from pathlib import Path
 
 import pytest
 
+from ddk_ds.command_line import RANK_SCRIPT
+from ddk_ds.commands.submit_command import main, time_limit_s
 from ddk_ds.errors import UserError
 from ddk_ds.slurm.batch_script import ROOT
-from launch.slurm.submit import main, time_limit_s
 from tools.bench.small_run import write_config
 
 STAND_INS = {
@@ -260,7 +261,7 @@ def test_what_a_rank_is_started_with(desk: Desk) -> None:
     assert desk.submit("--cpus-per-task", "3", "--interface", "ib0") == 0
     assert desk.job("exit 0")[0] == 0
     config = str(desk.snapshot / "config.yaml")
-    assert desk.noted("arguments") == [str(ROOT / "launch/distill.py"), "--config", config]
+    assert desk.noted("arguments") == [str(RANK_SCRIPT), "--config", config]
     found = dict(line.split("=", 1) for line in desk.noted("environment"))
     expected = {"RANK": "1", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "LOCAL_SIZE": "2"}
     expected |= {"MASTER_ADDR": "10.0.0.7", "MASTER_PORT": "15007", "OMP_NUM_THREADS": "3"}
@@ -295,7 +296,7 @@ def test_containers(desk: Desk) -> None:
     pyxis = [f"--container-mounts={','.join(f'{path}:{path}' for path in paths)}"]
     pyxis = ["--container-image=my image.sif", *pyxis, f"--container-workdir={desk.folder}"]
     assert desk.noted("srun")[2:5] == pyxis
-    rank = ["python3", str(ROOT / "launch/distill.py"), "--config"]
+    rank = ["python3", str(RANK_SCRIPT), "--config"]
     assert desk.noted("srun")[-4:-1] == rank
     assert desk.submit(*options, "--container-runtime", "apptainer") == 0
     desk.snapshot = desk.run_dir / "slurm/2"

@@ -151,7 +151,7 @@ def parser_of(path: Path) -> argparse.ArgumentParser | None:
 
     The script's main() runs until it has made its parser.
     """
-    if "ArgumentParser(" not in (ROOT / path).read_text(encoding="utf-8"):
+    if not any(mark in (ROOT / path).read_text(encoding="utf-8") for mark in ("ArgumentParser(", "ddk_ds.commands")):
         return None
     main = importlib.import_module(".".join(path.with_suffix("").parts)).main
 

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from ddk_ds.commands import prepare_command as prepare_data
 from tests.unit.data.corpus import make_texts, write_recipe
 from tests.unit.data.test_data_prepare import write_lines
-from tools import prepare_data
 
 
 def arguments(recipe: Path, tokenizer_dir: Path, out: Path, *more: str) -> list[str]:

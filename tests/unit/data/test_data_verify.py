@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tools.verify_data import main
+from ddk_ds.commands.verify_command import main
 
 
 def flip(file: Path) -> None:

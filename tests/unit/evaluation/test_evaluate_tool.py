@@ -12,12 +12,12 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
+from ddk_ds.commands.evaluate_command import main
 from ddk_ds.engine.whole_models import load_model
 from ddk_ds.evaluation import benchmark_run as run
 from ddk_ds.evaluation import sandbox
 from ddk_ds.evaluation.cross_code import LANGUAGES
 from tests.unit.evaluation.benchmarks import ROWS, write_rows
-from tools.evaluate import main
 
 
 @pytest.fixture

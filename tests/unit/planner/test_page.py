@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
+from ddk_ds.commands import plan_command as plan
 from ddk_ds.planner.gpus import GPUS, Gpu, find_gpu
 from ddk_ds.planner.known_points import known_points
 from ddk_ds.planner.simulations import LAYOUTS, LayoutPoint, advised
-from tools import plan
 from tools.bench.docs_check import commands
 
 ROOT = Path(__file__).parents[3]

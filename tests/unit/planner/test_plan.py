@@ -12,11 +12,11 @@ import torch
 import yaml
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from ddk_ds.commands import plan_command as plan
 from ddk_ds.config import load_config
 from ddk_ds.data.manifest import DomainInfo, Manifest, SplitInfo, write_manifest
 from ddk_ds.data.mds import write_split
 from ddk_ds.planner.gpus import GPUS
-from tools import plan
 
 ROOT = Path(__file__).parents[3]
 PAPER = ROOT / "configs/paper/qwen1.5_14b_to_1.8b.yaml"

@@ -14,13 +14,13 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
+from ddk_ds.commands.report_command import main
 from ddk_ds.errors import CheckpointError
 from ddk_ds.report.domains import asked_and_realised
 from ddk_ds.report.page import sections, write_page
 from ddk_ds.report.records import PARTS, read_run
 from ddk_ds.report.training import seconds_by_part, step_seconds_by_part
 from tests.unit.report.made_run import DOMAINS, TOKENS_A_STEP, make_run
-from tools.report import main
 
 ALL = {"perplexity", "ratio", "mixture", "tokens", "loss", "grad_norm", "learning_rate", "speed", "step_parts", "time"}
 ALL |= {"memory", "progress"}

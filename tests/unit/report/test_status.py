@@ -14,12 +14,12 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from ddk_ds.commands.status_command import current_screen, main
 from ddk_ds.report.run_progress import run_state
 from ddk_ds.report.screen import Surroundings, screen
 from ddk_ds.run_files import read_events, read_ledger, read_ledger_end
 from ddk_ds.train.checkpoint.checkpoint_files import FORMAT
 from tests.unit.report.made_run import make_run
-from tools.status import current_screen, main
 
 ROOT = Path(__file__).parents[3]
 GB = 10**9
