@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Sequence
 from functools import wraps
@@ -37,6 +38,25 @@ def reports_user_errors(main: Callable[[Sequence[str] | None], int]) -> Main:
             return EXIT_USER_ERROR
 
     return reporting
+
+
+def command_parser(doc: str | None) -> argparse.ArgumentParser:
+    """Return a parser without arguments, whose --help shows a command's docstring as it is written."""
+    return argparse.ArgumentParser(
+        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+
+
+def parse(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Parse a command's arguments, among which key=value overrides may stand between options.
+
+    If a shell asks for completions (argcomplete sets this variable), print them and end the process.
+    """
+    if "_ARGCOMPLETE" in os.environ:
+        import argcomplete
+
+        argcomplete.autocomplete(parser)
+    return parser.parse_intermixed_args(arguments)
 
 
 def positive(text: str) -> int:

@@ -14,11 +14,9 @@ import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from ddk_ds.command_line import EXIT_INTERRUPTED, EXIT_USER_ERROR, positive
+from ddk_ds.command_line import EXIT_INTERRUPTED, EXIT_USER_ERROR, command_parser, parse, positive
 from ddk_ds.comparison.comparison_jobs import METHODS, ComparisonPlan, read_grid
-from ddk_ds.comparison.comparison_report import markdown, write_report
 from ddk_ds.comparison.method_stages import Job, RunInterrupted, run_job
-from ddk_ds.comparison.results_table import compare_runs
 from ddk_ds.errors import ConfigError, UserError
 
 
@@ -48,9 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = command_parser(__doc__)
     parser.add_argument("--config", type=Path, help="YAML file that all runs share")
     columns = parser.add_mutually_exclusive_group()
     columns.add_argument("--methods", type=lambda text: text.split(","), help=f"as a,b (default: {','.join(METHODS)})")
@@ -64,7 +60,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--stop-on-error", action="store_true", help="end with the first run that fails")
     parser.add_argument("--report-only", action="store_true", help="report on the finished runs, run nothing")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="configuration values for all runs")
-    options = parser.parse_intermixed_args(arguments)
+    options = parse(parser, arguments)
     if options.config is None and not options.report_only:
         parser.error("--config is needed, except with --report-only")
     return options
@@ -100,6 +96,10 @@ def _run_all(jobs: Sequence[Job], options: argparse.Namespace) -> list[str]:
 
 def _report(options: argparse.Namespace, labels: Sequence[str] | None, seeds: Iterable[int] | None) -> None:
     """Write and print the report on the finished runs of these columns and seeds; None takes all."""
+    # They import torch and transformers, which takes seconds that --help should not take.
+    from ddk_ds.comparison.comparison_report import markdown, write_report
+    from ddk_ds.comparison.results_table import compare_runs
+
     comparison = compare_runs(options.out, options.baseline, labels, seeds)
     has_picture = write_report(comparison, options.out)
     print(markdown(comparison))

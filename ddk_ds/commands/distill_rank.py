@@ -14,14 +14,14 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.table import Table
 
-from ddk_ds.comm import Comm, SingleProcess, call_together, destroy
-from ddk_ds.command_line import EXIT_INTERRUPTED, EXIT_USER_ERROR
+from ddk_ds.command_line import EXIT_INTERRUPTED, EXIT_USER_ERROR, command_parser, parse
 from ddk_ds.config import Config, load_config, to_yaml
 from ddk_ds.errors import UserError
 from ddk_ds.redact import redact
 from ddk_ds.run_files import is_finished
 
 if TYPE_CHECKING:
+    from ddk_ds.comm import Comm
     from ddk_ds.engine.runtime import Runtime
     from ddk_ds.train.inputs import Inputs
 
@@ -39,7 +39,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 0
         if "RANK" not in os.environ and not options.dry_run:
             raise UserError("start it with the launcher: deepspeed launch/distill.py --config ...")
-        return _run(config, dry_run=options.dry_run, preflight=options.preflight)
+        # Imported here: torch takes seconds, for which a misspelt key should not have to wait.
+        from ddk_ds.comm import destroy
+
+        try:
+            return _run(config, dry_run=options.dry_run, preflight=options.preflight)
+        finally:
+            destroy()
     except KeyboardInterrupt:
         _console(stderr=True).print(
             "ended at once: start the same command again to continue from the newest checkpoint"
@@ -50,17 +56,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         shown = redact(f"error: {error}")
         _console(stderr=True).print(shown, style="bold red", highlight=False, soft_wrap=True, markup=False)
         return EXIT_USER_ERROR
-    finally:
-        destroy()
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="deepspeed launch/distill.py",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = command_parser(__doc__)
     parser.add_argument("--config", required=True, help="YAML file of the run, see configs/")
     parser.add_argument("--print-config", action="store_true", help="print the resolved configuration and exit")
     parser.add_argument("--dry-run", action="store_true", help="check everything that needs no training, and exit")
@@ -69,11 +68,11 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="values that replace configuration values")
-    return parser.parse_intermixed_args(arguments)  # overrides may stand between options
+    return parse(parser, arguments)  # overrides may stand between options
 
 
 def _run(config: Config, *, dry_run: bool, preflight: bool) -> int:
-    # Imported here: DeepSpeed and Transformers take seconds, for which a misspelt key should not have to wait.
+    from ddk_ds.comm import SingleProcess, call_together
     from ddk_ds.engine.runtime import start_runtime
     from ddk_ds.train.inputs import check_inputs
     from ddk_ds.train.run_dir import check_run_dir, claim_run_dir, run_identity

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from ddk_ds.command_line import positive, reports_user_errors
+from ddk_ds.command_line import command_parser, parse, positive, reports_user_errors
 from ddk_ds.errors import ConfigError
 from ddk_ds.evaluation.results import ModelResult, as_json, benchmark_table, code_table, domain_table
 from ddk_ds.evaluation.suites import SUITES, Chosen, choose_benchmarks
@@ -60,9 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Return the options of the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = command_parser(__doc__)
     parser.add_argument("models", nargs="+", metavar="MODEL", help="Hugging Face directory or hub name")
     parser.add_argument("--suite", choices=tuple(SUITES), help="benchmarks, with their numbers of examples")
     parser.add_argument("--tasks", type=lambda text: text.split(","), help="only these benchmarks of the suite, as a,b")
@@ -83,7 +81,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         help="run them without a sandbox, as in a container of your own; implies --allow-code-execution",
     )
     parser.add_argument("--out", type=Path, help="JSON file for every number")
-    options = parser.parse_args(arguments)
+    options = parse(parser, arguments)
     if options.tasks is not None and options.suite is None:
         parser.error("--tasks names benchmarks of a --suite")
     return options

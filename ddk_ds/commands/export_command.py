@@ -10,52 +10,21 @@ model card.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
-from ddk_ds.comm import SingleProcess
-from ddk_ds.command_line import reports_user_errors
-from ddk_ds.config import Config, load_config
-from ddk_ds.engine.export import CheckpointExport, check_room, check_target
-from ddk_ds.engine.model_files import ModelFiles, check_code, model_directory, read_model
-from ddk_ds.engine.student import DTYPES
-from ddk_ds.engine.zero_shards import UniversalShards, ZeroShards
-from ddk_ds.errors import CheckpointError, ConfigError
-from ddk_ds.files import size_and_xxh64
-from ddk_ds.train.checkpoint.checkpoint_files import TAG, Manifest, complete_checkpoints, read_manifest
-from ddk_ds.train.run_end import companions
-from ddk_ds.train.state import RunState
-
-_ROOM = 1.01  # needed disk space over the weights' size, because of the other files
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """A complete checkpoint of a run."""
-
-    directory: Path
-    manifest: Manifest
-
-    @property
-    def universal(self) -> bool:
-        """Return True if the checkpoint is in DeepSpeed's universal form."""
-        return bool(self.manifest.source)
-
-    @property
-    def files(self) -> list[str]:
-        """Return the files that an export reads, relative to the directory: all except the optimizer's moments."""
-        skipped = ("exp_avg.pt", "exp_avg_sq.pt")
-        return [name for name in sorted(self.manifest.files) if Path(name).name not in skipped]
+from ddk_ds.command_line import command_parser, parse, reports_user_errors
 
 
 @reports_user_errors
 def main(arguments: Sequence[str] | None = None) -> int:
     """Export the student. Returns the exit code: 0, or 2 after an error that the user can fix."""
     options = _parse(arguments)
+    from ddk_ds.commands.export_work import export  # takes seconds that --help should not take
+
     console = Console()
     with Progress(
         *(TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn()),
@@ -68,13 +37,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = command_parser(__doc__)
     parser.add_argument("run", type=Path, metavar="RUN", help="directory of the run")
     parser.add_argument("--step", type=int, help="step of the checkpoint (default: the newest complete one)")
     parser.add_argument(
-        "--dtype", choices=tuple(DTYPES), help="dtype of the weights (default: the run's train.precision)"
+        "--dtype", choices=("bf16", "fp32"), help="dtype of the weights (default: the run's train.precision)"
     )
     parser.add_argument("--out", type=Path, help="directory to write (default: RUN/exports/step-<step>-<dtype>)")
     parser.add_argument(
@@ -82,100 +49,4 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--student", help="the model that the run began with, if it is no longer at student.path")
     parser.add_argument("--overwrite", action="store_true", help="replace a model's directory at --out")
-    return parser.parse_args(arguments)
-
-
-def export(options: argparse.Namespace, bar: Progress) -> tuple[Path, str]:
-    """Write the directory that the options ask for, and return its path and a line that describes it."""
-    if not options.max_shard_gb > 0:
-        raise ConfigError(f"--max-shard-gb {options.max_shard_gb:g}: must be above 0")
-    config = read_config(options.run, options.student)
-    checkpoint = find_checkpoint(options.run, options.step)
-    manifest = checkpoint.manifest
-    dtype = options.dtype or config.train.precision
-    out = options.out or options.run / "exports" / f"step-{manifest.step:08d}-{dtype}"
-    check_target(out, overwrite=options.overwrite)
-    files = student_files(config, manifest)
-    _keep_apart(out, (options.run, files.directory))
-    try:
-        verify(checkpoint, bar)
-        state = checkpoint.directory / TAG
-        shards = UniversalShards(state) if checkpoint.universal else ZeroShards(state, manifest.world_size)
-        work = CheckpointExport(shards, files, DTYPES[dtype], trusted=config.student.trust_remote_code)
-        check_room(out, int(_ROOM * work.num_bytes))
-        companion_files = companions(
-            options.run, config, files, RunState.from_json(shards.model_states["run"]), manifest.versions
-        )
-        task = bar.add_task("writing", total=work.num_bytes)
-        work.write(
-            out, companion_files, int(options.max_shard_gb * 1e9), lambda num_bytes: bar.advance(task, num_bytes)
-        )
-    except OSError as error:
-        if not checkpoint.directory.is_dir():
-            deleted = f"{checkpoint.directory} was deleted while it was read"
-            raise CheckpointError(f"{deleted}: {_steps_message(options.run)}") from error
-        raise CheckpointError(f"--out {out} cannot be written: {error}") from error
-    return out, f"step {manifest.step:,}, {dtype}, {len(work.specs):,} tensors, {work.num_bytes:,} bytes"
-
-
-def read_config(run: Path, student: str | None) -> Config:
-    """Read the run's resolved configuration. Raises CheckpointError if `run` is not the directory of a run."""
-    path = run / "config.yaml"
-    if not path.is_file() or not (run / "checkpoints").is_dir():
-        raise CheckpointError(f"{run}: holds no config.yaml and checkpoints/: give the directory of a run")
-    return load_config(path, [] if student is None else [f"student.path={student}"])
-
-
-def find_checkpoint(run: Path, step: int | None) -> Checkpoint:
-    """Return the run's complete checkpoint of a step, or the newest. Raises CheckpointError if there is none."""
-    checkpoints = {checkpoint.manifest.step: checkpoint for checkpoint in reversed(list(_checkpoints(run)))}
-    if not checkpoints:
-        raise CheckpointError(f"{run}/checkpoints: none is complete yet; wait for the run's next one")
-    if step is not None and step not in checkpoints:
-        raise CheckpointError(f"--step {step}: {_steps_message(run)}")
-    return checkpoints[max(checkpoints) if step is None else step]
-
-
-def _checkpoints(run: Path) -> Iterator[Checkpoint]:
-    """Yield every complete checkpoint; of a step that has both forms, the shards first."""
-    yield from (Checkpoint(*checkpoint) for checkpoint in complete_checkpoints(run / "checkpoints"))
-    for directory in (run / "checkpoints").glob("universal-*"):
-        manifest = read_manifest(directory)
-        if manifest is not None:
-            yield Checkpoint(directory, manifest)
-
-
-def _steps_message(run: Path) -> str:
-    steps = sorted({checkpoint.manifest.step for checkpoint in _checkpoints(run)})
-    return f"{run} has complete checkpoints of steps {', '.join(map(str, steps)) or 'none'}"
-
-
-def student_files(config: Config, manifest: Manifest) -> ModelFiles:
-    """Return the model that the run began with. Raises ConfigError if it is missing or its files have changed."""
-    directory = model_directory(config.student.path, "student.path", SingleProcess())
-    files = read_model(directory, "student.path")
-    check_code(files, "student", trusted=config.student.trust_remote_code)
-    if files.fingerprint != manifest.run["content.student"]:
-        raise ConfigError(
-            f"student.path: {directory} is not the model that the run began with, its files have changed: name that by "
-            "--student"
-        )
-    return files
-
-
-def verify(checkpoint: Checkpoint, bar: Progress) -> None:
-    """Hash the files that the export will read. Raises CheckpointError that names a damaged file."""
-    files = checkpoint.manifest.files
-    task = bar.add_task("verifying", total=sum(files[name][0] for name in checkpoint.files))
-    for name in checkpoint.files:
-        if size_and_xxh64(checkpoint.directory / name) != tuple(files[name]):
-            raise CheckpointError(
-                f"{checkpoint.directory / name} is damaged, it is not what its hash says: give another --step"
-            )
-        bar.advance(task, files[name][0])
-
-
-def _keep_apart(out: Path, sources: Sequence[Path]) -> None:
-    for source in sources:
-        if source.resolve().is_relative_to(out.resolve()):
-            raise CheckpointError(f"--out {out}: {source} lies there, which the export is made from: name another")
+    return parse(parser, arguments)

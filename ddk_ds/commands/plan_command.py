@@ -19,16 +19,11 @@ from typing import Any
 
 from rich.console import Console
 
-from ddk_ds.command_line import reports_user_errors
+from ddk_ds.command_line import command_parser, parse, reports_user_errors
 from ddk_ds.config import load_config
 from ddk_ds.errors import ConfigError
 from ddk_ds.files import write_text
-from ddk_ds.planner import plan_page
-from ddk_ds.planner.gpus import GPUS, Cluster, find_gpu
-from ddk_ds.planner.known_points import known_points
-from ddk_ds.planner.plan_inputs import find_inputs
-from ddk_ds.planner.run_plan import DEFAULT_MFU, DEFAULT_STORAGE_BYTES_PER_S, Speed, make_plan, plan_json
-from ddk_ds.planner.simulations import simulate_layouts, simulate_scaling, simulate_variants
+from ddk_ds.planner.gpus import DEFAULT_MFU, DEFAULT_STORAGE_BYTES_PER_S, GPUS, Cluster, Speed, find_gpu
 
 MODELS = Path(__file__).resolve().parents[2] / "configs/models"
 
@@ -40,6 +35,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # To a file a table is as wide as it needs.
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
     if options.known_points:
+        from ddk_ds.planner import plan_page
+        from ddk_ds.planner.known_points import known_points
+
         console.print(plan_page.known_points_table(known_points()))
     else:
         _plan(options, console)
@@ -47,9 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = command_parser(__doc__)
     parser.add_argument("--config", type=Path, help="YAML file of the run")
     parser.add_argument("--nodes", type=int, default=1, help="default: %(default)s")
     parser.add_argument("--gpus-per-node", type=int, default=8, help="default: %(default)s")
@@ -78,7 +74,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--known-points", action="store_true", help="print simulated and published throughputs")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="configuration values")
-    options = parser.parse_intermixed_args(arguments)
+    options = parse(parser, arguments)
     if not options.known_points and (options.config is None or options.gpu is None):
         parser.error("--config and --gpu are needed, except with --known-points")
     return options
@@ -86,6 +82,13 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def _plan(options: argparse.Namespace, console: Console) -> None:
     cluster, speed, model_dirs = _cluster(options), _speed(options), (*options.models, MODELS)
+    config = load_config(options.config, options.overrides)
+    # They import torch and transformers, which takes seconds that --help and a wrong option should not take.
+    from ddk_ds.planner import plan_page
+    from ddk_ds.planner.plan_inputs import find_inputs
+    from ddk_ds.planner.run_plan import make_plan, plan_json
+    from ddk_ds.planner.simulations import simulate_layouts, simulate_scaling, simulate_variants
+
     storage = speed.storage_bytes_per_s
     if options.vary:
         variants = simulate_variants(
@@ -99,7 +102,6 @@ def _plan(options: argparse.Namespace, console: Console) -> None:
         console.print(plan_page.variants_table(variants, cluster))
         _write_json(options.json, {"variants": [asdict(variant) for variant in variants]})
         return
-    config = load_config(options.config, options.overrides)
     models, data = find_inputs(config, model_dirs)
     plan = make_plan(config, models, data, cluster, speed)
     curves, points = [], []

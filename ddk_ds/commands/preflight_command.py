@@ -20,11 +20,12 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from ddk_ds.comm import Comm, SingleProcess, destroy
+from ddk_ds.command_line import command_parser, parse
 from ddk_ds.config import Config, load_config
 from ddk_ds.errors import UserError
 
 if TYPE_CHECKING:
+    from ddk_ds.comm import Comm
     from ddk_ds.train.preflight import Row
 
 _STYLES = {"pass": "green", "warn": "yellow", "fail": "bold red"}
@@ -33,6 +34,8 @@ _STYLES = {"pass": "green", "warn": "yellow", "fail": "bold red"}
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code: 0 if every check passed or warned, 2 if one failed."""
     options = _parse(arguments)
+    from ddk_ds.comm import destroy  # imports torch, for which --help and a wrong option should not wait
+
     try:
         return _run(options)
     finally:
@@ -40,24 +43,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="launch/preflight.py",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = command_parser(__doc__)
     parser.add_argument("--config", required=True, help="YAML file of the run, see configs/")
     parser.add_argument("--ranks", type=int, help="without a launcher: number of ranks that the run will have")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the rows to this file")
     parser.add_argument("--no-collectives", action="store_true", help="do not measure collectives, which takes longest")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="values that replace configuration values")
-    return parser.parse_intermixed_args(arguments)
+    return parse(parser, arguments)
 
 
 def _run(options: argparse.Namespace) -> int:
     import torch
 
+    from ddk_ds.comm import SingleProcess
     from ddk_ds.engine.runtime import quieten, start_runtime
     from ddk_ds.train.preflight import EXIT_FAILED, failed, measure_collectives, preflight, preflight_machine
 

@@ -28,10 +28,10 @@ from rich.progress import (
 )
 from rich.table import Table
 
+from ddk_ds.command_line import command_parser, parse, reports_user_errors
 from ddk_ds.data.manifest import Manifest
 from ddk_ds.data.prepare import Plan, prepare
 from ddk_ds.data.recipe import load_recipe
-from ddk_ds.errors import UserError
 
 DEFAULT_VALIDATION_SAMPLES = 500  # the paper's
 HEADS = ("documents", "tokens", "train\nsamples", "held-out\nsamples", "bytes per\ntoken")
@@ -48,9 +48,7 @@ LINE_SECONDS = 30.0
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Return the options of the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = command_parser(__doc__)
     parser.add_argument("--recipe", type=Path, required=True, help="YAML file that names the domains' text")
     parser.add_argument("--tokenizer", type=Path, required=True, help="directory with tokenizer.json")
     parser.add_argument("--out", type=Path, required=True, help="new directory for the prepared data")
@@ -73,7 +71,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "overrides", nargs="*", metavar="key=value", help="recipe values to replace, for example root=/data/text"
     )
-    return parser.parse_args(arguments)
+    return parse(parser, arguments)
 
 
 def run(options: argparse.Namespace, console: Console) -> Manifest:
@@ -181,14 +179,12 @@ def losses(manifest: Manifest) -> Table:
     return result
 
 
+@reports_user_errors
 def main(arguments: Sequence[str] | None = None) -> int:
     """Prepare the data. Returns the exit code: 0, 2 after an error that the user can fix, 130 if interrupted."""
     try:
         run(parse_arguments(arguments), Console())
-    except UserError as error:
-        print(f"prepare_data: {error}", file=sys.stderr)
-        return 2
     except KeyboardInterrupt:
-        print("prepare_data: interrupted; the same command continues", file=sys.stderr)
+        print("interrupted: start the same command again to continue", file=sys.stderr)
         return 130
     return 0

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from ddk_ds.command_line import reports_user_errors
+from ddk_ds.command_line import command_parser, parse, reports_user_errors
 from ddk_ds.config import load_config
 from ddk_ds.files import write_text
 from ddk_ds.mixture.controllers import make_controller
@@ -28,7 +28,6 @@ from ddk_ds.report.replayed_decisions import (
     replay,
     replay_json,
 )
-from ddk_ds.train.interval import read_schedule
 
 
 @reports_user_errors
@@ -53,18 +52,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = command_parser(__doc__)
     parser.add_argument("run", type=Path, help="directory of a run, finished or not")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="options of section mixture to try instead")
     parser.add_argument("--picture", type=Path, help="write the mixture over time to this file (.png, .svg or .pdf)")
     parser.add_argument("--json", type=Path, help="write every decision to this file")
-    return parser.parse_intermixed_args(arguments)
+    return parse(parser, arguments)
 
 
 def _controller(run_dir: Path, run: RecordedRun, overrides: Sequence[str]) -> Controller:
     """Make the controller of the run's configuration, with other options of section mixture."""
+    from ddk_ds.train.interval import read_schedule  # imports torch, for which --help should not wait
+
     config_file = run_dir / "config.yaml"
     own = load_config(config_file).mixture
     mixture = load_config(config_file, [f"mixture.{item.removeprefix('mixture.')}" for item in overrides]).mixture

@@ -9,13 +9,12 @@ checkpoint. The last stage has the run's own name, an earlier one that name and 
 
 from __future__ import annotations
 
-import argparse
 import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from ddk_ds.command_line import EXIT_INTERRUPTED, positive, reports_user_errors
+from ddk_ds.command_line import EXIT_INTERRUPTED, command_parser, parse, positive, reports_user_errors
 from ddk_ds.comparison.method_stages import STAGES, Job, RunInterrupted, StageFailed, run_job
 from ddk_ds.config import load_config
 
@@ -23,14 +22,12 @@ from ddk_ds.config import load_config
 @reports_user_errors
 def main(arguments: Sequence[str] | None = None) -> int:
     """Return 0 if done, 1 if a stage failed, 2 for an error that the user can mend, 75 if interrupted."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = command_parser(__doc__)
     parser.add_argument("--config", type=Path, required=True, help="YAML file of the run")
     parser.add_argument("--method", required=True, choices=tuple(STAGES), help="method of all its stages")
     parser.add_argument("--ranks", type=positive, help="ranks of each stage (default: one for each accelerator)")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="configuration values to replace")
-    options = parser.parse_intermixed_args(arguments)
+    options = parse(parser, arguments)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
     first = STAGES[options.method][0]
     config = load_config(options.config, [*options.overrides, *first.overrides])

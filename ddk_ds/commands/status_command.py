@@ -6,9 +6,7 @@ python tools/status.py runs/demo --watch 5
 
 from __future__ import annotations
 
-import argparse
 import shutil
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,28 +15,27 @@ from rich.console import Console, RenderableType
 from rich.live import Live
 from rich.text import Text
 
-from ddk_ds.errors import UserError
+from ddk_ds.command_line import command_parser, parse, reports_user_errors
+from ddk_ds.errors import DataError, UserError
 from ddk_ds.files import nearest_existing
 from ddk_ds.report.screen import OTHER_LINES, Surroundings, screen
 from ddk_ds.train.checkpoint.checkpoint_files import MANIFEST, newest_checkpoint
 
 
+@reports_user_errors
 def main(arguments: Sequence[str] | None = None) -> int:
     """Show the screen; return 0, or 2 where the run has not begun or cannot be read."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = command_parser(__doc__)
     parser.add_argument("run", type=Path, metavar="RUN", help="directory of a run, finished or not")
     parser.add_argument("--watch", type=float, metavar="SECONDS", help="show it again and again, until Ctrl-C")
-    options = parser.parse_args(arguments)
+    options = parse(parser, arguments)
     console = Console(highlight=False)
     if options.watch is not None:
         return watch(options.run, max(0.2, options.watch), console)
     try:
         console.print(current_screen(options.run, console))
-    except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    except OSError as error:
+        raise DataError(f"{options.run}: cannot be read: {error}") from error
     return 0
 
 

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from ddk_ds.command_line import reports_user_errors
+from ddk_ds.command_line import command_parser, parse, reports_user_errors
 from ddk_ds.config import Config, load_config
 from ddk_ds.errors import UserError
 from ddk_ds.slurm.batch_script import ROOT, Container, Job, next_snapshot, render, write_snapshot
@@ -46,9 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = command_parser(__doc__)
     parser.add_argument("--config", required=True, help="YAML file of the run, see configs/")
     parser.add_argument("--nodes", type=int, required=True, help="number of nodes of a job")
     parser.add_argument(
@@ -82,7 +80,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--dry-run", action="store_true", help="check, show the batch script, write nothing")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="configuration values to replace")
-    return parser.parse_intermixed_args(arguments)  # allows overrides between options
+    return parse(parser, arguments)  # allows overrides between options
 
 
 def make_job(options: argparse.Namespace, config: Config) -> Job:

@@ -5,7 +5,6 @@ python tools/summary.py runs/demo runs/demo-equal
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,19 +12,18 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from ddk_ds.command_line import reports_user_errors
+from ddk_ds.command_line import command_parser, parse, reports_user_errors
 from ddk_ds.run_files import read_summary
-from ddk_ds.train.run_end import summary_table
 
 
 @reports_user_errors
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print the tables; return 0, or 2 for an error that the user can mend."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = command_parser(__doc__)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="directory of a finished run")
-    options = parser.parse_args(arguments)
+    options = parse(parser, arguments)
+    from ddk_ds.train.run_end import summary_table  # takes seconds that --help should not take
+
     console = Console()
     summaries = [read_summary(run) for run in options.runs]
     for summary in summaries:

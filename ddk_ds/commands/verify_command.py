@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-from ddk_ds.command_line import reports_user_errors
+from ddk_ds.command_line import command_parser, parse, reports_user_errors
 from ddk_ds.config import Data
 from ddk_ds.data.cache import open_store
 from ddk_ds.data.manifest import SPLITS, load_manifest
@@ -52,9 +52,7 @@ def broken_shards(store: Store, shards: Sequence[Shard], workers: int, bar: Prog
 @reports_user_errors
 def main(arguments: Sequence[str] | None = None) -> int:
     """Verify the data. Returns 0, 1 if a shard is damaged, or 2 after an error that the user can fix."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = command_parser(__doc__)
     parser.add_argument("path", help="directory or URL of the prepared data")
     parser.add_argument("--cache-dir", help="directory for remote shards; those that it holds already are hashed, too")
     parser.add_argument("--cache-limit-gb", type=float, help="maximal size of the cache")
@@ -62,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--workers", type=int, default=cores, help="number of files hashed at a time (default: %(default)s)"
     )
-    options = parser.parse_args(arguments)
+    options = parse(parser, arguments)
     console = Console()
     columns = (
         TextColumn("{task.description}"),

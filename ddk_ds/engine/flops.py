@@ -9,10 +9,12 @@ import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ddk_ds.config import Config
-from ddk_ds.engine.model_files import ModelFiles
+
+if TYPE_CHECKING:  # it imports transformers, for which a plan's --help should not wait
+    from ddk_ds.engine.model_files import ModelFiles
 
 # Dense bf16 tensor-core FLOP/s by the device's name, longest match first (the vendor's data sheets).
 PEAK_FLOP_PER_S = {"H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200": 989e12, "A100": 312e12}

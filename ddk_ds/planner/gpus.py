@@ -14,10 +14,24 @@ from ddk_ds.config.sections import OpenFraction, PositiveFloat
 from ddk_ds.engine.flops import PEAK_FLOP_PER_S
 from ddk_ds.errors import ConfigError
 
+DEFAULT_MFU = 0.4
+DEFAULT_STORAGE_BYTES_PER_S = 5e9
 LINK_EFFICIENCY = 0.8
 """Share of a link's nominal bandwidth that large collectives reach."""
 MEMORY_EFFICIENCY = 0.8
 """Share of the memory's nominal bandwidth that kernels which only read and write reach."""
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Assumed or measured speed of the GPUs and of the storage."""
+
+    mfu: float | None = DEFAULT_MFU
+    """Share of the peak that a step's model FLOPs reach; None where `tokens_per_s_per_gpu` is given."""
+    tokens_per_s_per_gpu: float | None = None
+    """Throughput that a run of this configuration has shown."""
+    storage_bytes_per_s: float = DEFAULT_STORAGE_BYTES_PER_S
+    """Bandwidth at which all ranks together write a checkpoint."""
 
 
 class Gpu(Section):

@@ -11,24 +11,9 @@ from ddk_ds.engine.memory_estimate import MEMORY_MARGIN, OPTIMIZER_BYTES
 from ddk_ds.engine.model_files import COMPUTE_BYTES
 from ddk_ds.planner.advice import Advice, advise
 from ddk_ds.planner.gpu_memory import MemoryPlan, plan_memory
-from ddk_ds.planner.gpus import LINK_EFFICIENCY, MEMORY_EFFICIENCY, Cluster
+from ddk_ds.planner.gpus import LINK_EFFICIENCY, MEMORY_EFFICIENCY, Cluster, Speed
 from ddk_ds.planner.plan_inputs import Models, PlannedData
 from ddk_ds.planner.step_time import HOST_S_PER_LAYER, Step, simulate_step
-
-DEFAULT_MFU = 0.4
-DEFAULT_STORAGE_BYTES_PER_S = 5e9
-
-
-@dataclass(frozen=True)
-class Speed:
-    """Assumed or measured speed of the GPUs and of the storage."""
-
-    mfu: float | None = DEFAULT_MFU
-    """Share of the peak that a step's model FLOPs reach; None where `tokens_per_s_per_gpu` is given."""
-    tokens_per_s_per_gpu: float | None = None
-    """Throughput that a run of this configuration has shown."""
-    storage_bytes_per_s: float = DEFAULT_STORAGE_BYTES_PER_S
-    """Bandwidth at which all ranks together write a checkpoint."""
 
 
 @dataclass(frozen=True)

@@ -43,7 +43,7 @@ def test_errors_are_one_line_and_exit_with_2(
 ) -> None:
     assert prepare_data.main(arguments(recipe_path, tokenizer_dir, tmp_path / "out", "root")) == 2
     error = capsys.readouterr().err
-    assert error.startswith("prepare_data: override 'root': write it as key.path=value")
+    assert error.startswith("error: override 'root': write it as key.path=value")
     assert error.count("\n") == 1
 
 
