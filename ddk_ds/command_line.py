@@ -48,15 +48,17 @@ def command_parser(doc: str | None) -> argparse.ArgumentParser:
 
 
 def parse(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> argparse.Namespace:
-    """Parse a command's arguments, among which key=value overrides may stand between options.
+    """Parse a command's arguments, among which key=value overrides may stand between options."""
+    complete(parser)
+    return parser.parse_intermixed_args(arguments)
 
-    If a shell asks for completions (argcomplete sets this variable), print them and end the process.
-    """
+
+def complete(parser: argparse.ArgumentParser) -> None:
+    """If a shell asks for completions (argcomplete sets this variable), print them and end the process."""
     if "_ARGCOMPLETE" in os.environ:
         import argcomplete
 
         argcomplete.autocomplete(parser)
-    return parser.parse_intermixed_args(arguments)
 
 
 def positive(text: str) -> int:

@@ -12,9 +12,14 @@ _PACKAGES = ("torch", "deepspeed", "transformers", "numpy")
 
 
 def commit() -> str | None:
-    """Return the commit of this checkout, followed by "-dirty" if files differ from it; None outside of a checkout."""
+    """Return the commit of this checkout, followed by "-dirty" if files differ from it; None outside of a checkout.
+
+    A package that is installed somewhere below another project's checkout has none.
+    """
     command = ["git", "describe", "--always", "--dirty", "--abbrev=40"]
     root = Path(__file__).resolve().parents[1]
+    if not (root / ".git").exists():
+        return None
     return subprocess.run(command, cwd=root, capture_output=True, text=True, check=False).stdout.strip() or None
 
 

@@ -39,13 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 0
         if "RANK" not in os.environ and not options.dry_run:
             raise UserError("start it with the launcher: deepspeed launch/distill.py --config ...")
-        # Imported here: torch takes seconds, for which a misspelt key should not have to wait.
-        from ddk_ds.comm import destroy
-
-        try:
-            return _run(config, dry_run=options.dry_run, preflight=options.preflight)
-        finally:
-            destroy()
+        return _run(config, dry_run=options.dry_run, preflight=options.preflight)
     except KeyboardInterrupt:
         _console(stderr=True).print(
             "ended at once: start the same command again to continue from the newest checkpoint"
@@ -56,6 +50,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         shown = redact(f"error: {error}")
         _console(stderr=True).print(shown, style="bold red", highlight=False, soft_wrap=True, markup=False)
         return EXIT_USER_ERROR
+    finally:
+        if (comm := sys.modules.get("ddk_ds.comm")) is not None:  # it imports torch; without it nothing was begun
+            comm.destroy()
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -72,6 +69,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _run(config: Config, *, dry_run: bool, preflight: bool) -> int:
+    # Imported here: torch and DeepSpeed take seconds, for which a misspelt key should not have to wait.
     from ddk_ds.comm import SingleProcess, call_together
     from ddk_ds.engine.runtime import start_runtime
     from ddk_ds.train.inputs import check_inputs
