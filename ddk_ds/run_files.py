@@ -14,6 +14,7 @@ from ddk_ds.errors import CheckpointError
 
 _BLOCK_BYTES = 1 << 20
 _STEP = b'{"kind": "step"'
+_SAMPLES = b'{"kind": "samples"'
 
 
 def read_ledger(run_dir: Path) -> list[dict[str, Any]]:
@@ -27,7 +28,7 @@ def read_events(run_dir: Path) -> list[dict[str, Any]]:
 
 
 def read_ledger_end(run_dir: Path, *, steps: int, measurements: int) -> list[dict[str, Any]]:
-    """Return the last lines of a ledger in its order, read from the end of the file.
+    """Return the last lines of a ledger in its order, without continuations, read from the end of the file.
 
     Args:
         steps: number of lines of steps.
@@ -39,7 +40,7 @@ def read_ledger_end(run_dir: Path, *, steps: int, measurements: int) -> list[dic
     records: list[dict[str, Any]] = []
     for line in _lines_from_end(path):
         is_step = line.startswith(_STEP)
-        if is_step and steps <= 0:
+        if line.startswith(_SAMPLES) or (is_step and steps <= 0):
             continue
         records.append(_parse(path, "near its end", line))
         steps, measurements = steps - is_step, measurements - (not is_step)

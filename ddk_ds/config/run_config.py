@@ -75,6 +75,11 @@ class Config(MethodSections):
                 f"optimizer.warmup_steps is {self.optimizer.warmup_steps}, stop.steps {self.stop.steps}: the learning "
                 "rate would never reach its peak; lower optimizer.warmup_steps"
             )
+        if self.monitor.samples_every and self.monitor.sample_tokens >= self.data.sequence_length:
+            raise ValueError(
+                f"monitor.sample_tokens is {self.monitor.sample_tokens}, data.sequence_length "
+                f"{self.data.sequence_length}: lower sample_tokens, so that there is room for a prompt"
+            )
         uses_nvme = "nvme" in (self.optimizer.offload, self.student.offload_params) or (
             self.teacher is not None and self.teacher.offload_params == "nvme"
         )

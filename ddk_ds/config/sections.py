@@ -381,9 +381,19 @@ class Monitor(Section):
     """File <directory>/<name>.prom with the newest values, for node_exporter's textfile collector; null: no file."""
     every_s: NonNegativeFloat = 5.0
     """Seconds between two writes by the monitor's thread; values in between are written together."""
+    samples_every: Natural = 0
+    """Optimizer steps between two continuations of fixed prompts by the student, which the ledger gets next to the
+    teacher's; 0: none."""
+    sample_prompts: tuple[str, ...] | str | None = None
+    """Those prompts: a list of texts, or a text file with one on each line; null: the first 32 tokens of each domain's
+    first held-out sample."""
+    sample_tokens: Positive = 32
+    """Tokens of a continuation, each the likeliest one; each takes a forward pass of the model."""
 
     @model_validator(mode="after")
     def _options_agree(self) -> Monitor:
+        if self.sample_prompts is not None and not self.samples_every:
+            raise ValueError("sample_prompts is set and samples_every is 0: set samples_every to a number of steps")
         if self.wandb_entity is not None and self.wandb_project is None:
             raise ValueError(f"wandb_entity is {self.wandb_entity}: set wandb_project too, or remove it")
         if self.prometheus_file is not None and not self.prometheus_file.endswith(".prom"):

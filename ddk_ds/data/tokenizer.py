@@ -12,7 +12,7 @@ import os
 import signal
 import threading
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -99,6 +99,15 @@ def _eos_token_id(directory: Path, vocab: Mapping[str, int]) -> int | None:
             raise DataError(f"{path} names the EOS token {token!r}, which tokenizer.json lacks")
         return vocab[token]
     return None
+
+
+def continuation(decode: Callable[[Sequence[int]], str], prompt: Sequence[int], new: Sequence[int]) -> str:
+    """Return the text that the token ids `new` add to that of `prompt`.
+
+    Decoded alone, they would lose the space before the first word in some vocabularies.
+    """
+    begin, whole = decode(prompt), decode([*prompt, *new])
+    return whole.removeprefix(begin) if whole.startswith(begin) else decode(new)
 
 
 def train_tokenizer(recipe: Recipe, vocab_size: int, *, domain_bytes: int = 1_000_000) -> Tokenizer:

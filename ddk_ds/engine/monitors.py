@@ -8,6 +8,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,11 +21,11 @@ from ddk_ds.files import write_text
 
 
 class Event(NamedTuple):
-    """A number of the run at one step."""
+    """A number of the run, or a text, at one step."""
 
     name: str
     """The group and the name within it, separated by a slash: loss/ce, ratio/books."""
-    value: float
+    value: float | str
     step: int
 
 
@@ -69,12 +70,26 @@ def _open_writers(monitor: Monitor, folder: Path, name: str, step: int) -> dict[
         if master.csv_monitor is not None:
             # The monitor writes a header to each file that is not in `filenames`.
             master.csv_monitor.filenames = _drop_after(folder / "csv", step)
-        for kind in ("tb_monitor", "wandb_monitor", "csv_monitor"):
-            if (enabled := getattr(master, kind)) is not None:
-                writers[kind.removesuffix("_monitor")] = enabled.write_events
+        if master.tb_monitor is not None:
+            writers["tb"] = partial(_write_tensorboard, master.tb_monitor)
+        if master.wandb_monitor is not None:
+            writers["wandb"] = master.wandb_monitor.write_events
+        if master.csv_monitor is not None:
+            writers["csv"] = lambda events: master.csv_monitor.write_events(_numbers(events))
     if monitor.prometheus_file is not None:
         writers["prometheus"] = _Prometheus(Path(monitor.prometheus_file), name).write
     return writers
+
+
+def _numbers(events: Sequence[Event]) -> list[Event]:
+    return [event for event in events if not isinstance(event.value, str)]
+
+
+def _write_tensorboard(monitor: Any, events: Sequence[Event]) -> None:
+    for event in events:
+        if isinstance(event.value, str):
+            monitor.summary_writer.add_text(*event)
+    monitor.write_events(_numbers(events))
 
 
 def close_writers() -> None:
@@ -125,7 +140,7 @@ class _Prometheus:
         """Replace the file by one with the values of these and all earlier events."""
         from prometheus_client import CollectorRegistry, Gauge, write_to_textfile
 
-        self._newest |= {event.name: event.value for event in events}
+        self._newest |= {event.name: float(event.value) for event in _numbers(events)}
         self._newest["run/step"] = max((event.step for event in events), default=0)
         self._newest["run/written_s"] = time.time()
         registry, gauges = CollectorRegistry(), {}

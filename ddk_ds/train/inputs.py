@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from ddk_ds.mixture.controllers import make_controller
 from ddk_ds.mixture.decide import Controller
 from ddk_ds.mixture.exhaustion import Exhaustion, make_exhaustion
 from ddk_ds.train.interval import read_schedule
+from ddk_ds.train.samples import Prompts, given_prompts
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,8 @@ class Inputs:
     """Hash of the file `ted.filters`; None for other methods than ted."""
     schedule: Any = None
     """Content of the file `mixture.schedule_file`; None without one."""
+    prompts: Prompts = field(default_factory=dict)
+    """Prompts of `monitor.sample_prompts`; {} if they come from held-out samples."""
 
     @property
     def fingerprints(self) -> dict[str, Any]:
@@ -104,7 +107,18 @@ def _check_files(config: Config, student_path: Path, teacher_path: Path | None, 
         if config.preset.filters == "loaded":
             filters_hash = check_filters(Path(str(config.ted.filters)), filters)
     return Inputs(
-        names, store, manifest, tokenizer, student, teacher, controller, exhaustion, filters, filters_hash, schedule
+        names=names,
+        store=store,
+        manifest=manifest,
+        tokenizer=tokenizer,
+        student=student,
+        teacher=teacher,
+        controller=controller,
+        exhaustion=exhaustion,
+        filters=filters,
+        filters_hash=filters_hash,
+        schedule=schedule,
+        prompts=given_prompts(config, tokenizer),
     )
 
 

@@ -93,7 +93,12 @@ _LINE_EVERY_S = 10.0
 
 
 def events(record: Mapping[str, Any]) -> list[Event]:
-    """Return the events of one line of the ledger; pure. A number that is missing or not finite has no event."""
+    """Return the events of one line of the ledger; pure. A number that is missing or not finite has no event.
+
+    Continuations of prompts become texts, which the monitors with a place for texts show.
+    """
+    if record["kind"] == "samples":
+        return [Event(f"samples/{sample['name']}", _shown(sample), record["step"]) for sample in record["samples"]]
     step = record["kind"] == "step"
     group = "time" if step else "measurement"
     clock = dict(record["clock"])
@@ -111,6 +116,12 @@ def events(record: Mapping[str, Any]) -> list[Event]:
         values["mixture/mean_ratio"] = sum(ratios) / len(ratios) if ratios else None
         values["mixture/alarms"] = len(record["alarms"])
     return [Event(name, float(value), record["step"]) for name, value in values.items() if value is not None]
+
+
+def _shown(sample: Mapping[str, Any]) -> str:
+    return "\n\n".join(
+        f"{part}: {sample[part]}" for part in ("prompt", "student", "teacher") if sample[part] is not None
+    )
 
 
 class MonitorFeed:

@@ -148,6 +148,8 @@ def _train_interval(run: Run, ids: Ids) -> None:
         data_s = time.perf_counter() - started
         if not micro_batches:
             return
+        if run.sampler.due(state.step):
+            started += _sample(run)
         seed_step(config.seed, state.step, comm.rank)
         rate = learning_rate(state.step, run.total_steps, config.optimizer)
         metrics = train_step(
@@ -169,6 +171,23 @@ def _train_interval(run: Run, ids: Ids) -> None:
         if run.saver.ready():
             _finish_checkpoint(run)
         run.watchdog.watch("step", state.step)
+
+
+def _sample(run: Run) -> float:
+    """Write continuations of the run's prompts to the ledger; return the seconds that this took. Collective.
+
+    A checkpoint of this step has been begun before, or follows only after the next step: so a run that resumes from
+    one writes each step's continuations once.
+    """
+    started = time.perf_counter()
+    run.watchdog.watch("evaluation", run.state.step)
+    samples = run.sampler.samples(run.student, run.teacher, run.interruption.check)
+    elapsed = time.perf_counter() - started
+    run.state.train_s += elapsed
+    clock = {"samples_s": round(elapsed, 4)}
+    run.record({"kind": "samples", "step": run.state.step, "samples": samples, "clock": clock})
+    run.watchdog.watch("step", run.state.step)
+    return elapsed
 
 
 def _read_step(
@@ -276,6 +295,8 @@ def _finish(run: Run, student_ppl: Array, measure_s: float, reason: str) -> dict
     _save_now(run)
     config, comm, state, names = run.config, run.runtime.comm, run.state, run.inputs.names
     run.record(interval_record("end", state, names, student_ppl, run.teacher_ppl, {"measure_s": measure_s}))
+    if config.monitor.samples_every:
+        _sample(run)
     run.watchdog.watch("export", state.step)
     export_student(
         run.student,

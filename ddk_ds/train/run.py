@@ -18,6 +18,7 @@ from ddk_ds.train.interruption import Interruption, Watchdog
 from ddk_ds.train.interval import Array, Mixer
 from ddk_ds.train.ledger import Ledger, MonitorFeed, RunProgress
 from ddk_ds.train.read_ahead import ReadAhead
+from ddk_ds.train.samples import Sampler
 from ddk_ds.train.state import RunState
 from ddk_ds.train.validation import ValidationBatches
 
@@ -38,6 +39,7 @@ class Run:
     """Perplexities (N,) of the teacher, which never change; None in a run without one."""
     mixer: Mixer
     ahead: ReadAhead
+    sampler: Sampler
     interruption: Interruption
     watchdog: Watchdog
     state: RunState

@@ -27,6 +27,7 @@ from ddk_ds.train.interval import Array, Mixer
 from ddk_ds.train.ledger import Ledger, MonitorFeed, RunProgress
 from ddk_ds.train.read_ahead import ReadAhead
 from ddk_ds.train.run import Run
+from ddk_ds.train.samples import Sampler, held_out_prompts
 from ddk_ds.train.state import RunState
 from ddk_ds.train.teacher_passes import settle_passes
 from ddk_ds.train.validation import PerplexityCache, ValidationBatches, perplexities
@@ -75,6 +76,7 @@ def prepare_run(
         interruption=interruption,
         watchdog=Watchdog(config.run_dir, comm.rank, config.limits),
         ahead=ReadAhead(inputs.store, dataset, orders, enabled=comm.local_rank == 0),
+        sampler=_sampler(config, inputs, validation, runtime),
         state=RunState(
             data=IntervalState.new(_domain_entries(dataset), seed=config.seed),
             domain_tokens=[0] * len(inputs.names),
@@ -101,6 +103,13 @@ def _validation(config: Config, inputs: Inputs, comm: Comm) -> ValidationBatches
         world=comm.world_size,
         micro_batch=config.train.micro_batch_samples,
     )
+
+
+def _sampler(config: Config, inputs: Inputs, validation: ValidationBatches, runtime: Runtime) -> Sampler:
+    prompts = inputs.prompts
+    if config.monitor.samples_every and not prompts:
+        prompts = held_out_prompts(inputs.names, validation, config, runtime.comm)
+    return Sampler(config, prompts, inputs.tokenizer, runtime.device)
 
 
 def _open_monitors(run: Run) -> None:
