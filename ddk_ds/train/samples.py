@@ -36,12 +36,7 @@ def given_prompts(config: Config, tokenizer: TokenizerInfo) -> Prompts:
     if given is None:
         return {}
     if isinstance(given, str):
-        try:
-            given = tuple(line for line in Path(given).read_text(encoding="utf-8").splitlines() if line.strip())
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(
-                f"{key} {given}: cannot be read as a text file with a prompt on each line: {error}"
-            ) from None
+        given = tuple(read_prompts(given, key))
     prompts = {str(number): tokenizer.tokenizer.encode(text).ids for number, text in enumerate(given, 1)}
     if not all(prompts.values()) or not prompts:
         raise ConfigError(
@@ -55,6 +50,14 @@ def given_prompts(config: Config, tokenizer: TokenizerInfo) -> Prompts:
                 f"data.sequence_length {length}: shorten the prompt, or lower sample_tokens"
             )
     return prompts
+
+
+def read_prompts(path: str, key: str) -> list[str]:
+    """Return the lines of a text file that are not blank. Raises ConfigError, naming `key`, if it cannot be read."""
+    try:
+        return [line for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{key} {path}: cannot be read as a text file with a prompt on each line: {error}") from None
 
 
 def held_out_prompts(names: Sequence[str], validation: ValidationBatches, config: Config, comm: Comm) -> Prompts:

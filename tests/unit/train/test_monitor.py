@@ -74,6 +74,12 @@ def test_an_interval() -> None:
     }
 
 
+def test_continuations_are_texts() -> None:
+    sample = {"name": "a", "prompt": "1 +", "student": " 1", "teacher": None}
+    record = {"kind": "samples", "step": 5, "samples": [sample], "clock": {"samples_s": 1.0}}
+    assert events(record) == [Event("samples/a", "prompt: 1 +\n\nstudent:  1", 5)]
+
+
 def test_the_mean_ratio() -> None:
     found = {event.name: event.value for event in events({**INTERVAL, "ratio": {"a": 3.0, "b": 1.0}})}
     assert (found["ratio/a"], found["mixture/mean_ratio"]) == (3.0, 2.0)
