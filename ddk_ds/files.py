@@ -24,6 +24,15 @@ def write_text(path: Path, text: str) -> None:
         partial.write_text(text, encoding="utf-8")
 
 
+def read_lines(path: str, key: str) -> list[str]:
+    """Return the lines of a text file that are not blank. Raises UserError, naming `key`, if it cannot be read."""
+    try:
+        return [line for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not text in UTF-8"
+        raise UserError(f"{key} {path}: cannot be read: {reason}") from None
+
+
 @contextmanager
 def new_file(path: Path) -> Iterator[Path]:
     """Yield the path of a partial file next to `path`; when the block ends, it takes the place of `path`.

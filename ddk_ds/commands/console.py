@@ -32,6 +32,7 @@ GROUPS = {
         "report": "write a run as one HTML page",
         "summary": "print the results of finished runs",
         "replay": "take a run's decisions again, or otherwise",
+        "generate": "continue prompts by student and teacher",
         "export": "write a checkpoint's student for Hugging Face",
         "evaluate": "measure models on benchmarks and held-out text",
     },

@@ -12,8 +12,7 @@ from rich.progress import Progress
 from ddk_ds.comm import SingleProcess
 from ddk_ds.config import Config, load_config
 from ddk_ds.engine.export import CheckpointExport, check_room, check_target
-from ddk_ds.engine.model_files import ModelFiles, check_code, model_directory, read_model
-from ddk_ds.engine.student import DTYPES
+from ddk_ds.engine.model_files import DTYPES, ModelFiles, check_code, model_directory, read_model
 from ddk_ds.engine.zero_shards import UniversalShards, ZeroShards
 from ddk_ds.errors import CheckpointError, ConfigError
 from ddk_ds.files import size_and_xxh64

@@ -30,6 +30,8 @@ try:
 except ImportError:
     from transformers.modeling_utils import no_init_weights  # type: ignore[attr-defined,no-redef,unused-ignore]
 
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+"""Compute dtypes by `train.precision`."""
 COMPUTE_BYTES = {"bf16": 2, "fp32": 4}
 # Files of a model that are downloaded from the hub.
 _PATTERNS = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "README.md", "LICENSE*", "NOTICE*"]

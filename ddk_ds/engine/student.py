@@ -20,15 +20,12 @@ from ddk_ds.engine.ds_config import bucket_sizes, student_ds_config
 from ddk_ds.engine.filters import FilterShape, LayerFilters, build_filters
 from ddk_ds.engine.head import HeadFunction, OutputHead, StudentRoot
 from ddk_ds.engine.layers import checkpoint_layers, prepare_layers, use_causal_kernels
-from ddk_ds.engine.model_files import ModelFiles, meta_model, model_shape, no_init_weights
+from ddk_ds.engine.model_files import DTYPES, ModelFiles, meta_model, model_shape, no_init_weights
 from ddk_ds.engine.process_memory import freed_at_once
 from ddk_ds.engine.stage_clock import StageClock, time_gathers, time_reductions
 from ddk_ds.engine.weights import load_weights, source_names
 from ddk_ds.engine.zero_shards import ShardWriter
 from ddk_ds.errors import ConfigError
-
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-"""Compute dtypes by `train.precision`."""
 
 
 @dataclass

@@ -17,12 +17,14 @@ from ddk_ds.files import new_directory
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 
 
-def load_model(directory: Path, dtype: torch.dtype | Literal["auto"] = torch.float32) -> Any:
+def load_model(directory: Path, dtype: torch.dtype | Literal["auto"] = torch.float32, *, trusted: bool = False) -> Any:
     """Load a causal LM onto the CPU, in evaluation mode and without gradients; "auto" keeps the dtype of its files.
+
+    `trusted` permits Python code of the model's own directory.
 
     Raises ConfigError if transformers cannot build it, or if the files lack weights.
     """
-    options = {"use_safetensors": True, "local_files_only": True, "trust_remote_code": False}
+    options = {"use_safetensors": True, "local_files_only": True, "trust_remote_code": trusted}
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, output_loading_info=True, **options)
     except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:

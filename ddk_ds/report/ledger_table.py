@@ -70,7 +70,7 @@ class Table:
 
     def to_pandas(self) -> Any:
         """Return a pandas.DataFrame of the same columns. Raises ImportError without pandas."""
-        import pandas
+        import pandas  # type: ignore[import-untyped,unused-ignore]
 
         return pandas.DataFrame(self._columns)
 

@@ -6,7 +6,6 @@ They change no number: nothing random is drawn, and the passes are those of an e
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import torch
 from torch.nn import functional
@@ -18,6 +17,7 @@ from ddk_ds.engine.head import OutputHead
 from ddk_ds.engine.student import Student
 from ddk_ds.engine.teacher import Teacher
 from ddk_ds.errors import ConfigError
+from ddk_ds.files import read_lines
 from ddk_ds.train.validation import ValidationBatches
 
 PROMPT_TOKENS = 32
@@ -36,7 +36,7 @@ def given_prompts(config: Config, tokenizer: TokenizerInfo) -> Prompts:
     if given is None:
         return {}
     if isinstance(given, str):
-        given = tuple(read_prompts(given, key))
+        given = tuple(read_lines(given, key))
     prompts = {str(number): tokenizer.tokenizer.encode(text).ids for number, text in enumerate(given, 1)}
     if not all(prompts.values()) or not prompts:
         raise ConfigError(
@@ -50,14 +50,6 @@ def given_prompts(config: Config, tokenizer: TokenizerInfo) -> Prompts:
                 f"data.sequence_length {length}: shorten the prompt, or lower sample_tokens"
             )
     return prompts
-
-
-def read_prompts(path: str, key: str) -> list[str]:
-    """Return the lines of a text file that are not blank. Raises ConfigError, naming `key`, if it cannot be read."""
-    try:
-        return [line for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{key} {path}: cannot be read as a text file with a prompt on each line: {error}") from None
 
 
 def held_out_prompts(names: Sequence[str], validation: ValidationBatches, config: Config, comm: Comm) -> Prompts:

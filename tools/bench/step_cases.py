@@ -19,10 +19,10 @@ from transformers import AutoModelForCausalLM
 
 from ddk_ds.config import Config
 from ddk_ds.engine.ds_config import student_ds_config, teacher_ds_config
-from ddk_ds.engine.model_files import read_model
+from ddk_ds.engine.model_files import DTYPES, read_model
 from ddk_ds.engine.runtime import Runtime, max_peak_bytes, start_runtime, synchronize
 from ddk_ds.engine.stage_clock import StageClock
-from ddk_ds.engine.student import DTYPES, load_student
+from ddk_ds.engine.student import load_student
 from ddk_ds.engine.teacher import load_teacher
 from ddk_ds.kernels import Options
 from ddk_ds.methods import make_method
