@@ -22,14 +22,15 @@ from ddk_ds.data.recipe import Source, SourceFile
 from ddk_ds.data.store import LocalStore
 from ddk_ds.data.tokenizer import TokenizerInfo
 from ddk_ds.engine import pruning
-from ddk_ds.engine.model_files import ModelFiles
+from ddk_ds.engine.model_files import ModelFiles, read_licence
 from ddk_ds.engine.weights import save_weights
 from ddk_ds.engine.whole_models import load_model
 from ddk_ds.errors import ConfigError, DataError
 from ddk_ds.files import new_directory, write_text
 
 BATCH_TOKENS = 1024  # keeps the logits small: 0.6 GB for a vocabulary of 152,000
-COPIED = ("*.json", "*.jinja", "*.model", "*.txt")  # tokenizer and generation settings
+# Tokenizer, generation settings and licence
+COPIED = ("*.json", "*.jinja", "*.model", "*.txt", "LICENSE*", "NOTICE*")
 NOT_COPIED = ("config.json", "model.safetensors.index.json", "pruning.json")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -105,12 +106,17 @@ def make_student(options: argparse.Namespace, files: ModelFiles, batches: prunin
 
 
 def write_model(model: Any, files: ModelFiles, changes: pruning.Changes, directory: Path) -> None:
-    """Write weights, config.json and the teacher's tokenizer to an empty directory."""
+    """Write weights, config.json and the teacher's tokenizer to an empty directory.
+
+    config.json gets the teacher's licence, which is that of the weights kept; its model card is not the student's.
+    """
     for pattern in COPIED:
         for source in files.directory.glob(pattern):
             if source.name not in NOT_COPIED:
                 shutil.copyfile(source, directory / source.name)
-    write_text(directory / "config.json", json.dumps({**files.config, **changes}, indent=2) + "\n")
+    write_text(
+        directory / "config.json", json.dumps({**files.config, **read_licence(files), **changes}, indent=2) + "\n"
+    )
     save_weights(dict(model.named_parameters()), directory, SingleProcess())
 
 

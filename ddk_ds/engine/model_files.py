@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import yaml
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
 
 from ddk_ds.comm import Comm, raise_together
@@ -35,6 +36,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 COMPUTE_BYTES = {"bf16": 2, "fp32": 4}
 # Files of a model that are downloaded from the hub.
 _PATTERNS = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "README.md", "LICENSE*", "NOTICE*"]
+_LICENCE_KEYS = ("license", "license_name", "license_link")
 # Keys for what some models do to hidden @ weight: Cohere and Falcon-H1 multiply, Granite divides, Gemma applies tanh.
 _MULTIPLIERS = ("logit_scale", "lm_head_multiplier")
 _DIVISOR = "logits_scaling"
@@ -300,3 +302,25 @@ def configured_shape(config: Path) -> ModelShape:
 
 def _first(values: Mapping[str, Any], *keys: str) -> int:
     return next((int(values[key]) for key in keys if values.get(key)), 0)
+
+
+def read_licence(files: ModelFiles) -> dict[str, str]:
+    """Return the licence fields (license, ...) of the model's own card, or else of its config.json.
+
+    Return {} if neither names a licence: "unknown" and a bare "other" name none.
+    """
+    card = files.directory / "README.md"
+    front: Any = None
+    if card.is_file():
+        begin, _, rest = card.read_text(encoding="utf-8", errors="replace").partition("---\n")
+        if not begin.strip():
+            try:
+                front = yaml.safe_load(rest.partition("\n---")[0])
+            except yaml.YAMLError:
+                front = None
+    for values in (front, files.config):
+        if isinstance(values, dict):
+            found = {key: values[key] for key in _LICENCE_KEYS if isinstance(values.get(key), str)}
+            if found.get("license", "") not in ("", "unknown") and (found["license"] != "other" or len(found) > 1):
+                return found
+    return {}

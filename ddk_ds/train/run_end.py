@@ -14,7 +14,7 @@ from rich.table import Table
 
 from ddk_ds.config import Config
 from ddk_ds.engine.export import Companions
-from ddk_ds.engine.model_files import ModelFiles
+from ddk_ds.engine.model_files import ModelFiles, read_licence
 from ddk_ds.files import write_text
 from ddk_ds.redact import redact
 from ddk_ds.run_files import read_ledger
@@ -23,7 +23,6 @@ from ddk_ds.train.state import RunState
 
 PAPER = "https://arxiv.org/abs/2407.16154"
 _MAX_MIXTURE_ROWS = 12
-_LICENCE_KEYS = ("license", "license_name", "license_link")
 _SECTIONS = {"method", "seed", "mixture", "loss", "optimizer", "train", "stop"}
 
 
@@ -122,13 +121,13 @@ def model_card(
     measured = [line for line in records if line["kind"] in ("interval", "end") and line["step"] <= state.step]
     student = _model_name(config.student.path, files)
     teacher = None if config.teacher is None else _model_name(config.teacher.path)
-    licence = _licence(files)
+    licence = read_licence(files)
     front = {
         "base_model": student,
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
         "tags": ["ddk", "distillation"],
-        **(licence or {"license": "other"}),
+        **(licence or {"license": "unknown"}),
     }
     parts = [
         f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n",
@@ -218,34 +217,13 @@ def _is_hub_name(name: str) -> bool:
     return name.count("/") == 1 and not name.startswith((".", "/", "~")) and not name.endswith("/")
 
 
-def _licence(files: ModelFiles) -> dict[str, str]:
-    """Return the licence fields (license, ...) of the student's own model card, or else of its config.json.
-
-    Return {} if neither names a licence.
-    """
-    card = files.directory / "README.md"
-    front: Any = None
-    if card.is_file():
-        begin, _, rest = card.read_text(encoding="utf-8", errors="replace").partition("---\n")
-        if not begin.strip():
-            try:
-                front = yaml.safe_load(rest.partition("\n---")[0])
-            except yaml.YAMLError:
-                front = None
-    for values in (front, files.config):
-        named = values.get("license") if isinstance(values, dict) else None
-        if isinstance(named, str) and named:
-            return {key: values[key] for key in _LICENCE_KEYS if isinstance(values.get(key), str)}
-    return {}
-
-
 def _licence_text(student: str, teacher: str | None, licence: dict[str, str]) -> str:
     if licence:
         text = f"{licence.get('license_name', licence['license'])}, as {student} names it."
     else:
         text = (
-            f"**To be filled in:** {student} names no licence. Write its licence as `license` at the head of this file "
-            "(with `license_name` and `license_link` where it is none that the hub knows)."
+            f"**Unknown: see the starting model**, {student}, which names none. Write its licence as `license` at the "
+            "head of this file (with `license_name` and `license_link` where it is none that the hub knows)."
         )
     if teacher is None:
         return text

@@ -15,6 +15,7 @@ import yaml
 from safetensors.torch import load_file
 
 from ddk_ds.commands.export_command import main
+from ddk_ds.engine.model_files import read_licence, read_model
 from tests.dist.tiny import VOCAB, save_model
 from tests.saved_run import save_run
 
@@ -56,8 +57,8 @@ def test_newest_step_by_default(run: Path, made: Path, capsys: pytest.CaptureFix
 def test_the_card(run: Path, made: Path) -> None:
     assert main([str(run), "--step", "2", "--out", str(run / "x")]) == 0
     front, text = card_of(run / "x")
-    assert front["license"] == "other" and front["base_model"] == "student"
-    assert "**To be filled in:** student names no licence" in text
+    assert front["license"] == "unknown" and front["base_model"] == "student"
+    assert "**Unknown: see the starting model**, student, which names none" in text
     assert "teacher's licence may have terms" in text
     assert "# tiny, step 2" in text and "student after 8,000 tokens, teacher teacher" in text
     # Measured at step 2: 40 - 2 against 20. What the ledger has of step 4 is not in it.
@@ -75,8 +76,29 @@ def test_the_licence_of_the_students_own_card(made: Path, tmp_path: Path) -> Non
     run = save_run(tmp_path, steps=(2,), teacher=None, method="cpt")
     assert main([str(run), "--out", str(tmp_path / "x")]) == 0
     front, text = card_of(tmp_path / "x")
-    assert front["license"] == "mit" and "filled in" not in text and "teacher's licence" not in text
+    assert front["license"] == "mit" and "mit, as student names it." in text and "teacher's licence" not in text
     assert (tmp_path / "x/LICENSE").read_text() == "terms"
+
+
+@pytest.mark.parametrize(
+    ("card", "config", "licence"),
+    [
+        ("license: other\nlicense_name: llama3\nlicense_link: LICENSE", {}, ("other", "llama3")),
+        ("language: en", {"license": "bsd-3-clause"}, ("bsd-3-clause", None)),  # as `ddk cut-student` notes it
+        ("license: unknown", {}, None),  # the card of an export whose start named none
+        ("license: other", {"license": ""}, None),
+        ("license: [mit", {}, None),
+    ],
+)
+def test_the_licence_that_a_model_names(
+    made: Path, tmp_path: Path, card: str, config: dict[str, str], licence: tuple[str, str | None] | None
+) -> None:
+    student = shutil.copytree(made / "student", tmp_path / "student")
+    (student / "README.md").write_text(f"---\n{card}\n---\n# Student\n")
+    values = json.loads((student / "config.json").read_text())
+    (student / "config.json").write_text(json.dumps(values | config))
+    found = read_licence(read_model(student, "student"))
+    assert (found.get("license"), found.get("license_name")) == (licence or (None, None))
 
 
 def test_a_card_of_many_intervals_stays_short(run: Path) -> None:

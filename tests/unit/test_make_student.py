@@ -20,6 +20,7 @@ from ddk_ds.commands import distill_rank as distill
 from ddk_ds.commands.cut_student_command import main
 from ddk_ds.data.tokenizer import EOS_TOKEN, PAD_TOKEN, save_tokenizer
 from ddk_ds.engine import pruning
+from ddk_ds.engine.model_files import read_licence, read_model
 from ddk_ds.engine.whole_models import load_model
 from tools.bench.small_run import write_config
 
@@ -205,8 +206,13 @@ def test_the_student_is_the_model_of_the_layers_kept(
 def test_weights_keep_their_dtype_and_bits(tokenizer: Path, text: Path, tmp_path: Path) -> None:
     model = random_model("llama").to(torch.bfloat16)
     teacher, out = save(model, tokenizer, tmp_path / "teacher"), tmp_path / "student"
+    (teacher / "README.md").write_text("---\nlicense: other\nlicense_name: gemma\n---\n# Teacher\n")
+    (teacher / "LICENSE").write_text("terms")
     out.mkdir()  # an empty directory is accepted
     assert cut(teacher, text, out, "--layers", "3") == 0
+    # The weights are the teacher's, and so is their licence: the card of a run with this student names it.
+    assert read_licence(read_model(out, "student")) == {"license": "other", "license_name": "gemma"}
+    assert (out / "LICENSE").read_text() == "terms" and not (out / "README.md").exists()
     stored = load_file(out / "model.safetensors")
     expected = built_without(model, [0, 1, LAYERS - 1]).to(torch.bfloat16).state_dict()
     assert stored.keys() == expected.keys()
