@@ -37,6 +37,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.print_config:
             _console().print(to_yaml(config), end="", highlight=False, soft_wrap=True)
             return 0
+        if "RANK" not in os.environ:
+            config.check_paths()
         if "RANK" not in os.environ and not options.dry_run:
             raise UserError("start it with the launcher: deepspeed launch/distill.py --config ...")
         return _run(config, dry_run=options.dry_run, preflight=options.preflight)

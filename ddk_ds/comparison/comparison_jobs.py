@@ -14,6 +14,8 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from ddk_ds.comparison.method_stages import Job
+from ddk_ds.config import Config
+from ddk_ds.config.paths import absolute_items
 from ddk_ds.errors import ConfigError
 
 METHODS = ("cpt", "kd", "ddk_equal", "ddk_no_smoothing", "ddk")
@@ -129,7 +131,8 @@ def read_grid(path: Path) -> dict[str, list[str]]:
             raise ConfigError(f"--grid {path}: label {label!r}: use letters, digits and . _ -, as in a run's name")
         if not isinstance(items, list) or not all(isinstance(item, str) and "=" in item for item in items):
             raise ConfigError(f"--grid {path}: {label}: {items!r} is no list of key=value")
-    return {str(label): items for label, items in variants.items()}
+    base = path.absolute().parent  # the file names the paths in it
+    return {str(label): absolute_items(Config, items, base) for label, items in variants.items()}
 
 
 def _variant(label: str, overrides: list[str], default_method: str) -> Column:

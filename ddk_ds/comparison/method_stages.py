@@ -20,6 +20,7 @@ import yaml
 from ddk_ds.command_line import EXIT_INTERRUPTED, RANK_SCRIPT
 from ddk_ds.config import Config, load_config
 from ddk_ds.config.methods import METHODS as SINGLE_STAGE
+from ddk_ds.config.paths import path_keys
 from ddk_ds.errors import CheckpointError, ConfigError, UserError
 from ddk_ds.run_files import is_finished
 
@@ -143,9 +144,20 @@ class Job:
 
 
 def differences(finished: Config, wanted: Config) -> list[tuple[str, Any, Any]]:
-    """Return (key, old, new) of each value that differs, except a run's place and the options of saving."""
+    """Return (key, old, new) of each value that differs, except a run's place and the options of saving.
+
+    A path is also the same if it lies in the same place as seen from the run's directory: all may have been moved.
+    """
     old, new = (_flat(config.model_dump(mode="json", exclude=set(_FREE))) for config in (finished, wanted))
-    return [(key, old.get(key), new.get(key)) for key in sorted({*old, *new}) if old.get(key) != new.get(key)]
+    moved = {
+        key
+        for key in path_keys(Config)
+        if isinstance(old.get(key), str)
+        and isinstance(new.get(key), str)
+        and os.path.relpath(old[key], finished.run_dir) == os.path.relpath(new[key], wanted.run_dir)
+    }
+    keys = sorted({*old, *new} - moved)
+    return [(key, old.get(key), new.get(key)) for key in keys if old.get(key) != new.get(key)]
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

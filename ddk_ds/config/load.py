@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import difflib
+import os
 import re
 from collections.abc import Sequence
+from copy import deepcopy
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
 from yaml import YAMLError
 
+from ddk_ds.config.keys import section_of
+from ddk_ds.config.paths import resolve_overrides, resolve_paths
 from ddk_ds.config.run_config import Config
 from ddk_ds.errors import ConfigError
 from ddk_ds.redact import names_a_secret, redact
@@ -31,15 +35,16 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         values = OmegaConf.load(path)
     except (OmegaConfBaseException, YAMLError, ValueError, TypeError) as error:
         raise ConfigError(f"{path}: cannot be read as YAML: {error}") from error
-    return make_config(values, str(path), overrides)
+    return make_config(values, str(path), overrides, path.parent)
 
 
-def make_config(raw: Any, source: str, overrides: Sequence[str] = ()) -> Config:
-    """Apply `key.path=value` overrides to `raw` and validate the result.
+def make_config(raw: Any, source: str, overrides: Sequence[str] = (), base: Path | None = None) -> Config:
+    """Apply `key.path=value` overrides to `raw`, make its paths absolute (paths.py) and validate the result.
 
     Args:
         raw: nested mapping, plain or of OmegaConf.
         source: the origin of `raw`, for example a file's name; error messages begin with it.
+        base: directory at which the relative paths of `raw` begin; None: the working directory.
 
     Raises:
         ConfigError: names each wrong key, its value and the fix.
@@ -48,7 +53,9 @@ def make_config(raw: Any, source: str, overrides: Sequence[str] = ()) -> Config:
         if not re.match(r"^[A-Za-z_][\w.]*=", item):
             raise ConfigError(f"override {item!r}: write it as key.path=value, for example train.micro_batch_samples=2")
     try:
-        merged = OmegaConf.merge(raw, OmegaConf.from_dotlist(list(overrides))) if overrides else raw
+        given: Any = OmegaConf.to_container(OmegaConf.from_dotlist(list(overrides)))
+        written = OmegaConf.to_container(raw) if OmegaConf.is_config(raw) else raw
+        merged = OmegaConf.merge(raw, resolve_overrides(Config, deepcopy(given), Path.cwd())) if overrides else raw
         values = OmegaConf.to_container(merged, resolve=True) if OmegaConf.is_config(merged) else merged
     except (OmegaConfBaseException, YAMLError, ValueError, TypeError) as error:
         raise ConfigError(f"{source}: cannot be read with the overrides given: {error}") from error
@@ -56,10 +63,14 @@ def make_config(raw: Any, source: str, overrides: Sequence[str] = ()) -> Config:
         raise ConfigError(f"{source}: holds {type(values).__name__}, expected keys and values")
     values = {str(key): value for key, value in values.items()}
     _check_no_credentials(values, "", source)
+    values = _tuples(values)
+    named = resolve_paths(Config, values, written, given, base and base.absolute(), source)
+    values.setdefault("output_dir", os.path.abspath(Config.model_fields["output_dir"].default))
     try:
-        return Config.model_validate(_tuples(values))
+        config = Config.model_validate(values)
     except ValidationError as error:
         raise ConfigError(f"{source}: " + "; ".join(map(_explain, error.errors()))) from error
+    return config.with_names(named)
 
 
 def to_yaml(config: Config) -> str:
@@ -114,7 +125,5 @@ def _explain(error: Any) -> str:
 def _known_keys(loc: Sequence[str | int]) -> list[str]:
     section: type[BaseModel] = Config
     for part in loc:
-        annotation = section.model_fields[str(part)].annotation
-        types = [annotation, *get_args(annotation)]
-        section = next(kind for kind in types if isinstance(kind, type) and issubclass(kind, BaseModel))
+        section = section_of(section.model_fields[str(part)]) or section
     return list(section.model_fields)

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
+from ddk_ds.config.paths import FiltersPath
 from ddk_ds.config.sections import Fraction, Natural, NonNegativeFloat, Section
 
 MethodName = Literal[
@@ -93,7 +94,7 @@ class Ted(Section):
     last pair is the last layers."""
     weight: NonNegativeFloat = 1.0
     """Weight of the mean squared error between filtered hidden states."""
-    filters: str | None = None
+    filters: FiltersPath | None = None
     """File filters.safetensors that a run with `method: ted_filters` has exported; `method: ted` needs it."""
 
 

@@ -7,9 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import Field, model_validator
+from pydantic import Field, PrivateAttr, model_validator
 
 from ddk_ds.config.methods import MethodSections
+from ddk_ds.config.paths import LocalPath, NamedPaths
 from ddk_ds.config.sections import (
     Checkpoint,
     Data,
@@ -33,9 +34,9 @@ class Config(MethodSections):
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
     """Name of the run and of its directory."""
-    output_dir: str = "runs"
-    """Directory that holds the runs' directories."""
-    init_from: str | None = None
+    output_dir: LocalPath = "runs"
+    """Directory that holds the runs' directories; the default lies in the directory where the run is started."""
+    init_from: LocalPath | None = None  # once the run has a checkpoint of its own, this one may be gone
     """Checkpoint, or a run's directory, whose weights, optimizer, step and position in the data this run begins
     with."""
     seed: Natural = 0
@@ -56,6 +57,25 @@ class Config(MethodSections):
     monitor: Monitor = Monitor()
     deepspeed: dict[str, Any] = Field(default_factory=dict)
     """DeepSpeed's own keys, merged into the dictionary made from the other sections; contradictions are errors."""
+
+    _named: NamedPaths = PrivateAttr(default_factory=NamedPaths)
+
+    def with_names(self, named: NamedPaths) -> Config:
+        """Return this configuration, which from now on knows how the user wrote its paths."""
+        self._named = named
+        return self
+
+    def path_note(self, key: str) -> str:
+        """Return the words that say where the path at `key` begins, for a message's end; "" for an absolute path."""
+        return self._named.note(key)
+
+    def check_paths(self, *keys: str) -> None:
+        """Raise ConfigError if a file or directory that the run reads is not there; nothing is opened.
+
+        A model that can be one of the hub is not looked for there. `keys` limits the check to the paths at them.
+        """
+        if (message := self._named.missing(keys)) is not None:
+            raise ConfigError(message)
 
     @property
     def run_dir(self) -> Path:

@@ -9,6 +9,8 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from ddk_ds.config.paths import DataPath, LocalPath, ModelPath, SchedulePath, is_address
+
 Positive = Annotated[int, Field(ge=1)]
 Natural = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0, allow_inf_nan=False)]
@@ -33,7 +35,7 @@ class Section(BaseModel):
 class Model(Section):
     """A Hugging Face causal language model."""
 
-    path: str
+    path: ModelPath
     """Directory or hub name of the model: config.json, safetensors weights, tokenizer."""
     attn_implementation: Literal["sdpa", "flash_attention_2", "eager"] = "sdpa"
     """Attention kernel that transformers uses."""
@@ -97,9 +99,9 @@ class Teacher(Model):
 class Data(Section):
     """The text to train on: MDS shards of each domain, written by tools/prepare_data.py."""
 
-    path: str
+    path: DataPath
     """Local or remote directory (s3://, gs://, az://, hf://) with domains.json and one directory for each domain."""
-    cache_dir: str | None = None
+    cache_dir: LocalPath | None = None
     """Directory on each node's own disk for the shards that are fetched from `path`; null: `path` is read in place."""
     cache_limit_gb: PositiveFloat | None = None
     """Largest size of the cache in GB, at least that of 4 shards; null: no limit."""
@@ -118,7 +120,7 @@ class Data(Section):
 
     @model_validator(mode="after")
     def _cache_goes_with_a_remote(self) -> Data:
-        if self.cache_dir is None and "://" in self.path:
+        if self.cache_dir is None and is_address(self.path):
             raise ValueError(f"path {self.path} is remote: set cache_dir to a directory on each node's own disk")
         if self.cache_dir is None and self.cache_limit_gb is not None:
             raise ValueError(
@@ -160,7 +162,7 @@ class Mixture(Section):
     every interval has K steps."""
     proportions: dict[str, NonNegativeFloat] | None = None
     """Proportion of each domain for `controller: static`, with the sum 1."""
-    schedule_file: str | None = None
+    schedule_file: SchedulePath | None = None
     """YAML file for `controller: schedule`: a list of {from_interval: 0, proportions: {domain: proportion}}."""
     exclude: tuple[str, ...] = ()
     """Domains that are measured but never drawn, with any controller."""
@@ -289,7 +291,7 @@ class Train(Section):
     """Samples of one forward pass on one rank."""
     precision: Literal["bf16", "fp32"] = "bf16"
     """Precision of the computation; master weights, optimizer states and accumulated gradients are always float32."""
-    nvme_path: str | None = None
+    nvme_path: LocalPath | None = None
     """Directory on a fast local disk for everything that is offloaded to nvme."""
 
 
@@ -377,7 +379,7 @@ class Monitor(Section):
     <run>/monitor/wandb."""
     wandb_entity: str | None = None
     """User or team that owns the project; null: the user who is logged in."""
-    prometheus_file: str | None = None
+    prometheus_file: LocalPath | None = None
     """File <directory>/<name>.prom with the newest values, for node_exporter's textfile collector; null: no file."""
     every_s: NonNegativeFloat = 5.0
     """Seconds between two writes by the monitor's thread; values in between are written together."""

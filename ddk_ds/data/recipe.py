@@ -30,7 +30,9 @@ from pydantic import BeforeValidator, Field, ValidationError
 from yaml import YAMLError
 
 from ddk_ds.config import Positive, Section
-from ddk_ds.data.remote import is_remote, list_remote
+from ddk_ds.config.keys import value_at
+from ddk_ds.config.paths import absolute_path, is_address
+from ddk_ds.data.remote import list_remote
 from ddk_ds.errors import ConfigError, DataError, UserError
 
 Format = Literal["text", "jsonl", "json_strings", "parquet"]
@@ -103,7 +105,7 @@ class SourceFile:
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe, apply `key.path=value` overrides and check it; the returned `root` is absolute.
 
-    A root among the overrides is relative to the working directory, like every path on a command line.
+    A root among the overrides or in an environment variable is relative to the working directory, where the shell is.
 
     Raises:
         ConfigError: the file is missing, is not a YAML mapping, has an unknown key or a wrong value.
@@ -114,10 +116,9 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
         if not re.match(r"^[A-Za-z_][^=]*=", item):
             raise ConfigError(f"override {item!r}: write it as key.path=value, for example root=/data/text")
     try:
-        given = OmegaConf.from_dotlist(list(overrides))
-        if "root" in given and not is_remote(str(given.root)):
-            given.root = str(Path(str(given.root)).resolve())
-        merged = OmegaConf.merge(OmegaConf.load(path), given)
+        written, given = OmegaConf.load(path), OmegaConf.from_dotlist(list(overrides))
+        merged = OmegaConf.merge(written, given)
+        by_shell = "root" in given or str(value_at(OmegaConf.to_container(written), "root")).startswith("${oc.env:")
         recipe = Recipe.model_validate(OmegaConf.to_container(merged, resolve=True))
     except ValidationError as error:
         raise ConfigError(f"recipe {path}: " + "; ".join(map(_explain, error.errors()))) from error
@@ -126,9 +127,9 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
         raise ConfigError(f"recipe {path}: {reason}; set the variable, or give the key as key=value") from error
     except (OmegaConfBaseException, YAMLError, OSError, ValueError, TypeError) as error:
         raise ConfigError(f"recipe {path}: cannot be read as YAML: {error}") from error
-    if is_remote(recipe.root):
+    if is_address(recipe.root):
         return recipe
-    return recipe.model_copy(update={"root": str((path.parent / recipe.root).resolve())})
+    return recipe.model_copy(update={"root": absolute_path(Path.cwd() if by_shell else path.parent, recipe.root)})
 
 
 def _explain(item: Any) -> str:
@@ -190,8 +191,8 @@ def _find(domain: str, source: Source, path: str, root: str) -> Iterator[SourceF
     """Yield the files that a path matches, sorted by name; those of a list in the order of the list."""
     if path.startswith("list:"):
         yield from _listed(domain, source, path.removeprefix("list:"), root)
-    elif is_remote(path) or (is_remote(root) and not _is_locator(path)):
-        url = path if is_remote(path) else f"{root.rstrip('/')}/{path}"
+    elif is_address(path) or (is_address(root) and not _is_locator(path)):
+        url = path if is_address(path) else f"{root.rstrip('/')}/{path}"
         base = url.removesuffix(path) if path != url else "/".join(url.split("/", 3)[:3]) + "/"
         for remote in sorted(list_remote(url), key=lambda file: file.url):
             name = remote.url.removeprefix(base)
@@ -206,7 +207,7 @@ def _find(domain: str, source: Source, path: str, root: str) -> Iterator[SourceF
 
 
 def _listed(domain: str, source: Source, path: str, root: str) -> Iterator[SourceFile]:
-    if is_remote(root) and not Path(path).is_absolute():
+    if is_address(root) and not Path(path).is_absolute():
         raise DataError(f"domain {domain!r}: list {path!r} lies on this machine; give its absolute path")
     try:
         lines = (Path(root) / path).read_text(encoding="utf-8").splitlines()
@@ -221,7 +222,7 @@ def _listed(domain: str, source: Source, path: str, root: str) -> Iterator[Sourc
 
 
 def _below(domain: str, source: Source, root: str) -> str:
-    if is_remote(root) or is_remote(source.path) or source.path.startswith("list:"):
+    if is_address(root) or is_address(source.path) or source.path.startswith("list:"):
         return root
     return ", ".join(map(str, _locate(domain, source.path, Path(root))[0]))
 

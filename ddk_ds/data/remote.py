@@ -147,11 +147,6 @@ class RemoteFile:
     stamp: str = ""
 
 
-def is_remote(path: str) -> bool:
-    """Return True if a path is an address: s3://, gs://, hf://, https://, ..."""
-    return "://" in path
-
-
 def list_remote(url: str) -> list[RemoteFile]:
     """Return the files that an address matches; on s3:// it can be a glob.
 

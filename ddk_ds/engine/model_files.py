@@ -95,11 +95,11 @@ class ModelFiles:
         return digest.hexdigest()[:32]
 
 
-def model_directory(path: str, key: str, comm: Comm) -> Path:
+def model_directory(path: str, key: str, comm: Comm, note: str = "") -> Path:
     """Return the directory `path`, or the snapshot of the hub's model of that name. Collective.
 
     Each node downloads the model once. Raises ConfigError on every rank if a node can get neither; it names `key`, the
-    configuration key.
+    configuration key, and ends with `note`, which says where the path begins.
     """
     if all(comm.gather_objects(Path(path).is_dir())):
         return Path(path)
@@ -113,7 +113,7 @@ def model_directory(path: str, key: str, comm: Comm) -> Path:
             snapshot_download(path, allow_patterns=_PATTERNS)
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as failure:
         reason = (str(failure).strip() or type(failure).__name__).splitlines()[0]
-        error = ConfigError(f"{key}: {path} is neither a directory here nor a model that the hub gives: {reason}")
+        error = ConfigError(f"{key}: {path} is neither a directory here nor a model that the hub gives: {reason}{note}")
     raise_together(comm, error)
     return Path(snapshot_download(path, allow_patterns=_PATTERNS, local_files_only=True))
 

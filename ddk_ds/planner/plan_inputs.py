@@ -77,20 +77,21 @@ def find_inputs(config: Config, model_dirs: tuple[Path, ...]) -> tuple[Models, P
         DataError: domains.json exists and is broken, or lacks a domain.
     """
     length = config.data.sequence_length
-    student = find_model(config.student.path, "student.path", model_dirs, length)
+    note = config.path_note
+    student = find_model(config.student.path, "student.path", model_dirs, length, note("student.path"))
     teacher = None
     if config.teacher is not None:
-        teacher = find_model(config.teacher.path, "teacher.path", model_dirs, length)
+        teacher = find_model(config.teacher.path, "teacher.path", model_dirs, length, note("teacher.path"))
     data = find_data(config, student.shape.head // max(1, student.shape.hidden))
     return Models(student, teacher, data.vocab_size), data
 
 
-def find_model(path: str, key: str, model_dirs: tuple[Path, ...], sequence_length: int) -> PlannedModel:
+def find_model(path: str, key: str, model_dirs: tuple[Path, ...], sequence_length: int, note: str = "") -> PlannedModel:
     """Describe the model that `path` names, with the FLOPs of a token in a sequence of `sequence_length` tokens.
 
     `path` is a directory with weights, a directory with config.json alone, a config.json's own path, or a hub name
     whose `<last part>.json` lies in one of `model_dirs`. Raises ConfigError, naming the configuration `key`, where no
-    file is found or it describes no causal language model.
+    file is found or it describes no causal language model; `note` says where the path begins.
     """
     place = Path(path)
     if (place / "model.safetensors").is_file() or (place / "model.safetensors.index.json").is_file():
@@ -101,7 +102,7 @@ def find_model(path: str, key: str, model_dirs: tuple[Path, ...], sequence_lengt
         places = ", ".join(map(str, model_dirs))
         raise ConfigError(
             f"{key}: {path} is no directory with a config.json, and {place.name}.json is not in {places}: save the "
-            f"model's config.json there, or give its path: {key}=path/to/config.json"
+            f"model's config.json there, or give its path: {key}=path/to/config.json{note}"
         )
     return _describe(_configured(config_file, key), sequence_length, str(config_file))
 
@@ -158,7 +159,7 @@ def _assumed_data(config: Config, head_rows: int) -> PlannedData:
     if config.stop.steps is None and config.stop.intervals is None:
         raise ConfigError(
             f"stop: the run ends with its data, and data.path {config.data.path} holds no {FILE_NAME} here: give "
-            "stop.steps=N, or data.path=DIR of the prepared shards"
+            f"stop.steps=N, or data.path=DIR of the prepared shards{config.path_note('data.path')}"
         )
     without_data = config.model_copy(update={"stop": config.stop.model_copy(update={"data_once": False})})
     steps = total_steps(without_data, 0)
@@ -173,7 +174,8 @@ def _assumed_data(config: Config, head_rows: int) -> PlannedData:
         shard_bytes=token_bytes * samples * config.data.sequence_length,
         steps=steps,
         intervals=_num_intervals(config, steps),
-        source=f"{named}; no prepared data in data.path: as much as the run draws",
+        source=f"{named}; no prepared data in data.path {config.data.path}: as much as the run draws"
+        f"{config.path_note('data.path')}",
     )
 
 

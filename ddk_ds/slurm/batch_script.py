@@ -45,7 +45,7 @@ class Job:
     snapshot: Path
     """Absolute path of the directory for config.yaml and the logs."""
     workdir: Path
-    """Absolute path of the directory that the configuration's paths are relative to."""
+    """Absolute path of the directory in which the job starts: the one of its submission."""
     nodes: int
     ranks_per_node: int
     options: Mapping[str, str | None]

@@ -73,8 +73,11 @@ def check_inputs(config: Config, comm: Comm) -> Inputs:
 
     Raises ConfigError or DataError on every rank, with the key or file, the value and the fix.
     """
-    student = model_directory(config.student.path, "student.path", comm)
-    teacher = None if config.teacher is None else model_directory(config.teacher.path, "teacher.path", comm)
+    call_together(comm, config.check_paths)
+    student = model_directory(config.student.path, "student.path", comm, config.path_note("student.path"))
+    teacher = None
+    if config.teacher is not None:
+        teacher = model_directory(config.teacher.path, "teacher.path", comm, config.path_note("teacher.path"))
     return call_together(comm, lambda: _check_files(config, student, teacher, comm.world_size))
 
 

@@ -29,7 +29,8 @@ _FREE = {
     "data": {"path", "num_workers", "cache_dir", "cache_limit_gb", "download_timeout_s", "download_retries"},
     "student": {"path"},
     "teacher": {"path", "shard_within", "micro_batches_per_pass", "whole_layers"},
-    "train": {"micro_batch_samples"},
+    "mixture": {"schedule_file"},  # the hash of its content is in the identity
+    "train": {"micro_batch_samples", "nvme_path"},
     "ted": {"filters"},  # the hash of its content is in the identity
 }
 _INIT_FROM = "content.init_from"

@@ -9,8 +9,9 @@ import pytest
 from pydantic import Field
 
 from ddk_ds.config import METHODS, Config
+from ddk_ds.config.keys import section_of
 from tools.bench import config_reference
-from tools.bench.config_reference import _kind, main, reference, section_of
+from tools.bench.config_reference import _kind, main, reference
 
 
 def test_the_page_is_up_to_date(capsys: pytest.CaptureFixture[str]) -> None:

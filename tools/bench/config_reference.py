@@ -12,10 +12,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
-from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from ddk_ds.config import METHODS, Config
+from ddk_ds.config.keys import section_of
+from ddk_ds.config.paths import PathKind
 from ddk_ds.files import write_text
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "configuration.md"
@@ -29,6 +30,13 @@ that does not fit ends the start with an error that names the fix. `--print-conf
     python launch/distill.py --config configs/demo.yaml --print-config mixture.alpha=0.3
 
 `configs/demo.yaml` is a whole example.
+
+**Paths.** A relative path begins at the directory of the file that names it: in `configs/demo.yaml`, `../runs` is the
+clone's `runs/`. The shell names what stands on the command line or in an environment variable (`${oc.env:DIR}/data`):
+there a relative path begins where you start the command. So does the default of `output_dir`, which no file names. The
+same rule holds for recipes, for grids of `tools/compare.py`, and for `student.path` and `teacher.path` if there is such
+a file or directory; if not, `Qwen/Qwen1.5-1.8B` is a name on the hub (`./Qwen` never is). `~` is your home directory.
+`--print-config`, a run's `config.yaml` and a Slurm job have the absolute paths.
 """
 _KINDS = {str: "text", int: "integer", float: "number", bool: "true or false", Any: "anything", type(None): "null"}
 _BOUNDS = {"ge": ">= {}", "gt": "> {}", "le": "<= {}", "lt": "< {}", "min_length": "at least {}"}
@@ -67,12 +75,6 @@ def reference() -> str:
     return "\n".join([*parts, _presets()])
 
 
-def section_of(field: FieldInfo) -> type[BaseModel] | None:
-    """Return the section that is the value of a top-level key, or None if the value is no section."""
-    options = (field.annotation, *get_args(field.annotation))
-    return next((kind for kind in options if isinstance(kind, type) and issubclass(kind, BaseModel)), None)
-
-
 def _table(prefix: str, fields: dict[str, FieldInfo]) -> str:
     rows = [["key", "type", "default", "description"], ["---"] * 4]
     for name, field in fields.items():
@@ -103,6 +105,9 @@ def _kind(annotation: Any, metadata: Sequence[Any] = ()) -> str:
             return f"list of {_kind(arguments[0])}"
         case origin if origin is tuple:
             return f"[{', '.join(_kind(part) for part in arguments)}]"
+    mark = next((item for item in metadata if isinstance(item, PathKind)), None)
+    if mark is not None:
+        return "path, or hub name" if mark.hub else "path"
     return f"{_KINDS[annotation]} {bounds}".rstrip()
 
 

@@ -23,9 +23,9 @@ from unittest import mock
 from pydantic import BaseModel
 
 from ddk_ds.config import Config, Mixture, load_config
+from ddk_ds.config.keys import section_of
 from ddk_ds.data.recipe import Recipe
 from ddk_ds.errors import UserError
-from tools.bench.config_reference import section_of
 
 ROOT = Path(__file__).resolve().parents[2]
 PROGRAMS = ("python", "deepspeed", "make", "pip", "bash")

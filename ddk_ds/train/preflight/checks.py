@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ddk_ds.comm import Comm, SingleProcess
+from ddk_ds.comm import Comm, SingleProcess, call_together
 from ddk_ds.config import Config
 from ddk_ds.data.cache import open_store
 from ddk_ds.data.manifest import load_manifest
@@ -89,7 +89,7 @@ def _inputs(config: Config, job: Job, known: Inputs | None) -> list[Row]:
     for key, model in (("student", config.student), ("teacher", config.teacher)):
         if model is not None:
             with deadline(f"{key} files", DOWNLOAD_S):
-                rows.append(attempt(f"{key} files", _model, key, model.path, job, paths))
+                rows.append(attempt(f"{key} files", _model, config, key, model.path, job, paths))
     rows.append(attempt("shards", _shards, config, known))
     together = []
     with deadline("models and shards", FILES_S):
@@ -102,8 +102,9 @@ def _inputs(config: Config, job: Job, known: Inputs | None) -> list[Row]:
     return [*rows, *_model_checks(config, job, paths), *together]
 
 
-def _model(key: str, path: str, job: Job, paths: dict[str, Path]) -> Row:
-    directory = model_directory(path, f"{key}.path", job.comm)
+def _model(config: Config, key: str, path: str, job: Job, paths: dict[str, Path]) -> Row:
+    call_together(job.comm, lambda: config.check_paths(f"{key}.path"))
+    directory = model_directory(path, f"{key}.path", job.comm, config.path_note(f"{key}.path"))
     row = path_checks.model_files(directory, key)
     if row.status == "pass":
         paths[key] = directory
@@ -111,6 +112,7 @@ def _model(key: str, path: str, job: Job, paths: dict[str, Path]) -> Row:
 
 
 def _shards(config: Config, known: Inputs | None) -> Row:
+    config.check_paths("data.path")
     manifest = load_manifest(open_store(config.data)) if known is None else known.manifest
     samples = sum(domain.train.samples for domain in manifest.domains.values())
     found = f"data.path {config.data.path}: {len(manifest.domains)} domains, {samples:,} training samples, sizes fit"

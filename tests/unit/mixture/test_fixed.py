@@ -18,7 +18,7 @@ PROPORTIONS = {"prose": 0.1, "code": 0.7, "maths": 0.2}
 
 
 def scheduled(content: Any, exclude: tuple[str, ...] = ()) -> Controller:
-    return make_controller(section("schedule", schedule_file="stages.yaml", exclude=exclude), SIZES, content)
+    return make_controller(section("schedule", schedule_file="/stages.yaml", exclude=exclude), SIZES, content)
 
 
 def entry(first: Any, **by_domain: Any) -> dict[str, Any]:
@@ -73,7 +73,7 @@ def test_an_excluded_domain_needs_no_entry() -> None:
 def test_an_error_names_the_place_in_the_file(content: Any, parts: list[str]) -> None:
     with pytest.raises(ConfigError) as caught:
         scheduled(content)
-    for part in ["mixture.schedule_file stages.yaml", *parts]:
+    for part in ["mixture.schedule_file /stages.yaml", *parts]:
         assert part in str(caught.value), caught.value
 
 

@@ -39,7 +39,7 @@ NAMES = ["code", "law", "prose"]
         ({"controller": "by_size", "ppl_smoothing": 0.5}, ["ppl_smoothing is 0.5"]),
         ({"controller": "equal", "floors": {"code": 0.5}}, ["floors is {'code': 0.5}", "by_size"]),
         ({"controller": "ddk_no_smoothing", "initial": "equal"}, ["initial is equal", "to ddk"]),
-        ({"controller": "ddk", "schedule_file": "x.yaml"}, ["schedule_file is x.yaml", "to schedule"]),
+        ({"controller": "ddk", "schedule_file": "/x.yaml"}, ["schedule_file is /x.yaml", "to schedule"]),
         ({"controller": "schedule"}, ["controller: schedule needs mixture.schedule_file"]),
         ({"controller": "by_size", "proportions": {"code": 1.0}}, ["proportions is {'code': 1.0}", "to static"]),
         ({"controller": "static"}, ["controller: static needs mixture.proportions"]),

@@ -136,7 +136,7 @@ def test_without_monitors_nothing_is_collected() -> None:
 @pytest.mark.parametrize(
     ("monitor", "message"),
     [
-        ({"prometheus_file": "run.txt"}, r"prometheus_file is run.txt: .*\*.prom"),
+        ({"prometheus_file": "/run.txt"}, r"prometheus_file is /run.txt: .*\*.prom"),
         ({"wandb_entity": "us"}, "wandb_entity is us: set wandb_project"),
         ({"tensorbord": True}, "did you mean 'tensorboard'"),
     ],
