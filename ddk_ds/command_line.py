@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 from functools import wraps
 from pathlib import Path
-from typing import Protocol
+from typing import NoReturn, Protocol
 
 from ddk_ds.errors import UserError
 
@@ -40,11 +40,21 @@ def reports_user_errors(main: Callable[[Sequence[str] | None], int]) -> Main:
     return reporting
 
 
-def command_parser(doc: str | None) -> argparse.ArgumentParser:
-    """Return a parser without arguments, whose --help shows a command's docstring as it is written."""
-    return argparse.ArgumentParser(
-        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+class _Parser(argparse.ArgumentParser):
+    hint: Callable[[str], str] | None = None
+
+    def error(self, message: str) -> NoReturn:
+        super().error(message + (self.hint(message) if self.hint else ""))
+
+
+def command_parser(doc: str | None, hint: Callable[[str], str] | None = None) -> argparse.ArgumentParser:
+    """Return a parser without arguments, whose --help shows a command's docstring as it is written.
+
+    `hint` takes the text of an error about the arguments, and returns what is added to it.
+    """
+    parser = _Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser.hint = hint
+    return parser
 
 
 def parse(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> argparse.Namespace:

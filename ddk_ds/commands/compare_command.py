@@ -17,6 +17,7 @@ from pathlib import Path
 from ddk_ds.command_line import EXIT_INTERRUPTED, EXIT_USER_ERROR, command_parser, parse, positive
 from ddk_ds.comparison.comparison_jobs import METHODS, ComparisonPlan, read_grid
 from ddk_ds.comparison.method_stages import Job, RunInterrupted, run_job
+from ddk_ds.config.suggestions import dashes_hint
 from ddk_ds.errors import ConfigError, UserError
 
 
@@ -46,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = command_parser(__doc__)
+    parser = command_parser(__doc__, dashes_hint)
     parser.add_argument("--config", type=Path, help="YAML file that all runs share")
     columns = parser.add_mutually_exclusive_group()
     columns.add_argument("--methods", type=lambda text: text.split(","), help=f"as a,b (default: {','.join(METHODS)})")

@@ -16,6 +16,7 @@ from rich.table import Table
 
 from ddk_ds.command_line import EXIT_INTERRUPTED, EXIT_USER_ERROR, command_parser, parse
 from ddk_ds.config import Config, load_config, to_yaml
+from ddk_ds.config.suggestions import dashes_hint
 from ddk_ds.errors import UserError
 from ddk_ds.redact import redact
 from ddk_ds.run_files import is_finished
@@ -58,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = command_parser(__doc__)
+    parser = command_parser(__doc__, dashes_hint)
     parser.add_argument("--config", required=True, help="YAML file of the run, see configs/")
     parser.add_argument("--print-config", action="store_true", help="print the resolved configuration and exit")
     parser.add_argument("--dry-run", action="store_true", help="check everything that needs no training, and exit")

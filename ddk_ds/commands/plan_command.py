@@ -21,6 +21,7 @@ from rich.console import Console
 
 from ddk_ds.command_line import command_parser, parse, reports_user_errors
 from ddk_ds.config import load_config
+from ddk_ds.config.suggestions import dashes_hint
 from ddk_ds.errors import ConfigError
 from ddk_ds.files import write_text
 from ddk_ds.planner.gpus import DEFAULT_MFU, DEFAULT_STORAGE_BYTES_PER_S, GPUS, Cluster, Speed, find_gpu
@@ -45,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = command_parser(__doc__)
+    parser = command_parser(__doc__, dashes_hint)
     parser.add_argument("--config", type=Path, help="YAML file of the run")
     parser.add_argument("--nodes", type=int, default=1, help="default: %(default)s")
     parser.add_argument("--gpus-per-node", type=int, default=8, help="default: %(default)s")

@@ -22,6 +22,7 @@ from rich.table import Table
 
 from ddk_ds.command_line import command_parser, parse
 from ddk_ds.config import Config, load_config
+from ddk_ds.config.suggestions import dashes_hint
 from ddk_ds.errors import UserError
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = command_parser(__doc__)
+    parser = command_parser(__doc__, dashes_hint)
     parser.add_argument("--config", required=True, help="YAML file of the run, see configs/")
     parser.add_argument("--ranks", type=int, help="without a launcher: number of ranks that the run will have")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the rows to this file")

@@ -17,12 +17,13 @@ from pathlib import Path
 from ddk_ds.command_line import EXIT_INTERRUPTED, command_parser, parse, positive, reports_user_errors
 from ddk_ds.comparison.method_stages import STAGES, Job, RunInterrupted, StageFailed, run_job
 from ddk_ds.config import load_config
+from ddk_ds.config.suggestions import dashes_hint
 
 
 @reports_user_errors
 def main(arguments: Sequence[str] | None = None) -> int:
     """Return 0 if done, 1 if a stage failed, 2 for an error that the user can mend, 75 if interrupted."""
-    parser = command_parser(__doc__)
+    parser = command_parser(__doc__, dashes_hint)
     parser.add_argument("--config", type=Path, required=True, help="YAML file of the run")
     parser.add_argument("--method", required=True, choices=tuple(STAGES), help="method of all its stages")
     parser.add_argument("--ranks", type=positive, help="ranks of each stage (default: one for each accelerator)")

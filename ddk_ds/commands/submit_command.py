@@ -15,6 +15,7 @@ from pathlib import Path
 
 from ddk_ds.command_line import command_parser, parse, reports_user_errors
 from ddk_ds.config import Config, load_config
+from ddk_ds.config.suggestions import dashes_hint
 from ddk_ds.errors import UserError
 from ddk_ds.slurm.batch_script import ROOT, Container, Job, next_snapshot, render, write_snapshot
 
@@ -46,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = command_parser(__doc__)
+    parser = command_parser(__doc__, dashes_hint)
     parser.add_argument("--config", required=True, help="YAML file of the run, see configs/")
     parser.add_argument("--nodes", type=int, required=True, help="number of nodes of a job")
     parser.add_argument(

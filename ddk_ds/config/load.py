@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 import re
 from collections.abc import Sequence
@@ -12,12 +11,12 @@ from typing import Any
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 from yaml import YAMLError
 
-from ddk_ds.config.keys import section_of
 from ddk_ds.config.paths import resolve_overrides, resolve_paths
 from ddk_ds.config.run_config import Config
+from ddk_ds.config.suggestions import did_you_mean
 from ddk_ds.errors import ConfigError
 from ddk_ds.redact import names_a_secret, redact
 
@@ -49,9 +48,7 @@ def make_config(raw: Any, source: str, overrides: Sequence[str] = (), base: Path
     Raises:
         ConfigError: names each wrong key, its value and the fix.
     """
-    for item in overrides:
-        if not re.match(r"^[A-Za-z_][\w.]*=", item):
-            raise ConfigError(f"override {item!r}: write it as key.path=value, for example train.micro_batch_samples=2")
+    check_overrides(overrides, "train.micro_batch_samples=2")
     try:
         given: Any = OmegaConf.to_container(OmegaConf.from_dotlist(list(overrides)))
         written = OmegaConf.to_container(raw) if OmegaConf.is_config(raw) else raw
@@ -69,7 +66,7 @@ def make_config(raw: Any, source: str, overrides: Sequence[str] = (), base: Path
     try:
         config = Config.model_validate(values)
     except ValidationError as error:
-        raise ConfigError(f"{source}: " + "; ".join(map(_explain, error.errors()))) from error
+        raise ConfigError(_explained(error, source, overrides)) from error
     return config.with_names(named)
 
 
@@ -102,28 +99,54 @@ def _tuples(value: Any) -> Any:
     return tuple(_tuples(item) for item in value) if isinstance(value, list) else value
 
 
+def check_overrides(overrides: Sequence[str], example: str) -> None:
+    """Raise ConfigError that names the first override that is not key.path=value, or whose value is no YAML."""
+    for item in overrides:
+        if not re.match(r"^[A-Za-z_][\w.-]*=", item):
+            raise ConfigError(f"override {item!r}: write it as key.path=value, for example {example}")
+        try:
+            OmegaConf.from_dotlist([item])
+        except (OmegaConfBaseException, YAMLError, ValueError, TypeError) as error:
+            reason = " ".join(str(error).split())
+            raise ConfigError(f"override {item!r}: its value cannot be read as YAML: {reason}") from error
+
+
+def _explained(errors: ValidationError, source: str, overrides: Sequence[str]) -> str:
+    """Return the message of pydantic's errors: each names its override or the file, the key, the value and the fix."""
+    messages = []
+    for error in errors.errors():
+        key = ".".join(str(part) for part in error["loc"])
+        named = [item for item in overrides if _belong_together(key, item.partition("=")[0])]
+        last = next((item for item in reversed(named) if f"{key}.".startswith(f"{item.partition('=')[0]}.")), None)
+        if last is None and error["type"] == "extra_forbidden" and named:
+            last = named[-1]  # it names a key of a section that does not exist
+        if last is not None:
+            where = f"override {last}" + ("" if last.startswith(f"{key}=") else f": {key}")
+            messages.append(_explain(error, key, where, "=..."))
+        else:
+            where = f"{source} with {', '.join(named)}" if named else source
+            messages.append(_explain(error, key, f"{where}: {key}" if key else where, ""))
+    return "; ".join(messages)
+
+
+def _belong_together(key: str, other: str) -> bool:
+    """Return True if one of two dotted keys is the other, or a section that holds it; "" holds all."""
+    return not key or f"{key}.".startswith(f"{other}.") or f"{other}.".startswith(f"{key}.")
+
+
 _EXPECTED = {"tuple_type": "a list, for example [a, b]", "model_type": "a section with keys of its own"}
 
 
-def _explain(error: Any) -> str:
-    """Return the message of one of pydantic's errors: it names the key, the value and the fix."""
-    key = ".".join(str(part) for part in error["loc"])
+def _explain(error: Any, key: str, where: str, ending: str) -> str:
+    """Return the message of one of pydantic's errors; `ending` follows the keys that it suggests."""
     if error["type"] == "extra_forbidden":
-        known = _known_keys(error["loc"][:-1])
-        near = difflib.get_close_matches(str(error["loc"][-1]), known, n=1, cutoff=0.4)
-        hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
-        return f"{key}: unknown key, {hint}"
+        return f"{where}: unknown key, {did_you_mean(Config, key, error['input'], ending)}"
     if error["type"] == "missing":
-        return f"{key}: is required, set it"
+        return f"{where}: is required, set it"
     if error["type"] == "value_error":
-        return (f"{key}: " if key else "") + error["msg"].removeprefix("Value error, ")
+        return f"{where}: {error['msg'].removeprefix('Value error, ')}"
+    if error["type"] == "too_short" and not error["input"]:
+        return f"{where}: is empty: name at least one, or leave the key out"
     if error["type"] in _EXPECTED:
-        return f"{key}: must be {_EXPECTED[error['type']]}, got {error['input']!r}"
-    return f"{key}: {error['msg'][0].lower()}{error['msg'][1:]}, got {error['input']!r}"
-
-
-def _known_keys(loc: Sequence[str | int]) -> list[str]:
-    section: type[BaseModel] = Config
-    for part in loc:
-        section = section_of(section.model_fields[str(part)]) or section
-    return list(section.model_fields)
+        return f"{where}: must be {_EXPECTED[error['type']]}, got {error['input']!r}"
+    return f"{where}: {error['msg'][0].lower()}{error['msg'][1:]}, got {error['input']!r}"

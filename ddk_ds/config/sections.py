@@ -109,7 +109,7 @@ class Data(Section):
     """Longest time of one attempt to fetch a shard, in seconds."""
     download_retries: Natural = 4
     """Further attempts after a failed one, with growing pauses."""
-    domains: tuple[str, ...] | None = None
+    domains: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
     """Domains to train on, in the order of reports; null: all domains of the data."""
     sequence_length: Positive = 2048
     """Tokens of a training sample; must equal the value that the shards were prepared with."""

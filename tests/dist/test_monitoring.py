@@ -170,7 +170,7 @@ def test_an_edited_ledger_is_found(run: Path, tmp_path: Path, capsys: pytest.Cap
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["alpah=0.3"], "mixture.alpah: unknown key, did you mean 'alpha'?"),
+        (["alpah=0.3"], "mixture.alpah=0.3: unknown key, did you mean mixture.alpha=...?"),
         (["alpha=3"], "mixture.alpha"),
         (["controller=static"], "mixture.proportions"),
         (["controller=schedule", "schedule_file=none.yaml"], "none.yaml"),

@@ -95,7 +95,7 @@ def test_misspelt_key(workspace: Path, tmp_path: Path, capsys: pytest.CaptureFix
     out = tmp_path / "rows.json"
     assert main(["--config", str(config), "--json", str(out)]) == 2
     rows = {row["name"]: Row(**row) for row in json.loads(out.read_text())}
-    check(rows, "configuration", "train.micro_batch_sampels", "did you mean 'micro_batch_samples'?")
+    check(rows, "configuration", "train.micro_batch_sampels", "did you mean train.micro_batch_samples?")
     assert "shared memory" in rows  # what needs no configuration is still checked
     assert "1 failed" in capsys.readouterr().out
 

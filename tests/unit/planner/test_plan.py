@@ -231,7 +231,7 @@ def test_a_gpu_of_ones_own(tmp_path: Path) -> None:
         (["teacher.path=BROKEN"], "/BROKEN cannot be read as JSON"),
         (["teacher.path=UNKNOWN"], "/UNKNOWN describes no causal language model"),
         (["stop.steps=null", "stop.data_once=true"], "stop: the run ends with its data"),
-        (["train.micro_batch_size=3"], "train.micro_batch_size: unknown key"),
+        (["train.micro_batch_size=3"], "train.micro_batch_size=3: unknown key"),
         (["--config", "nowhere.yaml"], "--config nowhere.yaml: there is no such file"),
         (["--json", "/nowhere/plan.json"], "--json /nowhere/plan.json: cannot be written"),
         (["--scaling", "/nowhere/plan.png"], "--scaling /nowhere/plan.png: cannot be written"),

@@ -138,7 +138,7 @@ def test_without_monitors_nothing_is_collected() -> None:
     [
         ({"prometheus_file": "/run.txt"}, r"prometheus_file is /run.txt: .*\*.prom"),
         ({"wandb_entity": "us"}, "wandb_entity is us: set wandb_project"),
-        ({"tensorbord": True}, "did you mean 'tensorboard'"),
+        ({"tensorbord": True}, r"did you mean monitor\.tensorboard\?"),
     ],
 )
 def test_a_wrong_section_is_refused(monitor: dict[str, Any], message: str) -> None:
