@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.table import Table
 
-from ddk_ds.command_line import EXIT_INTERRUPTED, EXIT_USER_ERROR, command_parser, parse
+from ddk_ds.command_line import EXIT_INTERRUPTED, EXIT_USER_ERROR, command_parser, parse, positive
 from ddk_ds.config import Config, load_config, to_yaml
 from ddk_ds.config.suggestions import dashes_hint
 from ddk_ds.errors import UserError
@@ -35,6 +35,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parse(arguments)
     try:
         config = load_config(options.config, options.overrides)
+        if options.ranks is not None:
+            if "RANK" in os.environ:
+                raise UserError(f"--ranks {options.ranks}: under a launcher the number of ranks is the launcher's")
+            config.micro_batches(options.ranks)
         if options.print_config:
             _console().print(to_yaml(config), end="", highlight=False, soft_wrap=True)
             return 0
@@ -42,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             config.check_paths()
         if "RANK" not in os.environ and not options.dry_run:
             raise UserError("start it with the launcher: deepspeed launch/distill.py --config ...")
-        return _run(config, dry_run=options.dry_run, preflight=options.preflight)
+        return _run(config, dry_run=options.dry_run, preflight=options.preflight, ranks=options.ranks or 1)
     except KeyboardInterrupt:
         _console(stderr=True).print(
             "ended at once: start the same command again to continue from the newest checkpoint"
@@ -64,6 +68,11 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--print-config", action="store_true", help="print the resolved configuration and exit")
     parser.add_argument("--dry-run", action="store_true", help="check everything that needs no training, and exit")
     parser.add_argument(
+        "--ranks",
+        type=positive,
+        help="with --print-config or --dry-run, without a launcher: check the batch for this number of ranks",
+    )
+    parser.add_argument(
         "--no-preflight", dest="preflight", action="store_false", help="start without checking the machines"
     )
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
@@ -71,7 +80,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return parse(parser, arguments)  # overrides may stand between options
 
 
-def _run(config: Config, *, dry_run: bool, preflight: bool) -> int:
+def _run(config: Config, *, dry_run: bool, preflight: bool, ranks: int) -> int:
     # Imported here: torch and DeepSpeed take seconds, for which a misspelt key should not have to wait.
     from ddk_ds.comm import SingleProcess, call_together
     from ddk_ds.engine.runtime import start_runtime
@@ -84,7 +93,7 @@ def _run(config: Config, *, dry_run: bool, preflight: bool) -> int:
     identity = call_together(comm, lambda: run_identity(config, inputs.fingerprints))
     call_together(comm, lambda: check_run_dir(config, identity))
     if dry_run or runtime is None:
-        _report(config, inputs, comm.world_size)
+        _report(config, inputs, ranks if runtime is None else comm.world_size)
         return 0
     if comm.broadcast_object(is_finished(config.run_dir)):
         _console().print(f"{config.run_dir} is finished: see {config.run_dir / 'summary.json'}", soft_wrap=True)
@@ -134,7 +143,7 @@ def _report(config: Config, inputs: Inputs, world_size: int) -> None:
         f"x {config.data.sequence_length} tokens = {train.global_batch_samples * config.data.sequence_length:,} tokens "
         f"a step; student {inputs.student.directory}; teacher {inputs.teacher and inputs.teacher.directory}; "
         f"vocabulary {inputs.tokenizer.vocab_size:,}; run directory {config.run_dir}. The number of ranks is the "
-        "launcher's; without it, 1 is assumed",
+        "launcher's; without one that of --ranks, or 1",
         soft_wrap=True,
     )
 

@@ -37,6 +37,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     config = load_config(options.config, options.overrides)
     job = make_job(options, config)
     script = render(job)
+    if options.check:
+        _look_at_files(config, job)
     if not options.dry_run and shutil.which("sbatch") is None:
         raise UserError("sbatch is not on PATH: submit on a login node of the cluster, or look with --dry-run")
     print(script)
@@ -44,6 +46,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         write_snapshot(job.snapshot, config, script)
         _submit(job, options.chain)
     return 0
+
+
+def _look_at_files(config: Config, job: Job) -> None:
+    try:
+        config.check_paths()
+        # Imported here: neither --help nor a missing path should wait for torch and transformers.
+        from ddk_ds.train.preflight import check_on_login_node
+
+        check_on_login_node(config, job.nodes * job.ranks_per_node, own_directory=job.array is None)
+    except UserError as error:
+        raise UserError(f"{error} (--no-check submits it all the same, if the nodes have other files)") from error
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -80,6 +93,9 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--container-mount", action="append", default=[], metavar="DIR", help="directory that the image sees"
     )
     parser.add_argument("--dry-run", action="store_true", help="check, show the batch script, write nothing")
+    parser.add_argument(
+        "--no-check", dest="check", action="store_false", help="do not look at models, shards and the run's directory"
+    )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="configuration values to replace")
     return parse(parser, arguments)  # allows overrides between options
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -147,9 +147,33 @@ class Config(MethodSections):
             raise ConfigError(
                 f"train.global_batch_samples {self.train.global_batch_samples} is not a multiple of "
                 f"train.micro_batch_samples {self.train.micro_batch_samples} x {world_size} ranks = {samples_at_once}: "
-                "change one of the three"
+                f"change one of the three: {_fitting_batches(self.train, world_size)}"
             )
         return count
+
+
+def _fitting_batches(train: Train, world_size: int) -> str:
+    """Return the values next to the configured ones with which global batch, micro-batch and ranks fit."""
+    total, micro = train.global_batch_samples, train.micro_batch_samples
+    below = total // (micro * world_size) * micro * world_size
+    fitting = {
+        "train.global_batch_samples={}": _neighbours([below, below + micro * world_size], total),
+        "train.micro_batch_samples={}": _neighbours(_divisors(total, world_size), micro),
+        "{} ranks": _neighbours(_divisors(total, micro), world_size),
+    }
+    return "; ".join(words.format(values) for words, values in fitting.items() if values)
+
+
+def _divisors(total: int, factor: int) -> list[int]:
+    """Return the numbers whose product with `factor` divides `total`, in rising order; [] if `factor` does not."""
+    quotient, rest = divmod(total, factor)
+    return [] if rest else [number for number in range(1, quotient + 1) if quotient % number == 0]
+
+
+def _neighbours(numbers: Sequence[int], value: int) -> str:
+    """Return the last positive number below `value` and the first above it, joined by "or"; "" if there is neither."""
+    below = [number for number in numbers if 0 < number < value][-1:]
+    return " or ".join(map(str, below + [number for number in numbers if number > value][:1]))
 
 
 _MAX_INTERVAL_STEPS = 2**40

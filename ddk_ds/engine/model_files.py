@@ -104,18 +104,40 @@ def model_directory(path: str, key: str, comm: Comm, note: str = "") -> Path:
     if all(comm.gather_objects(Path(path).is_dir())):
         return Path(path)
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     error: UserError | None = None
     try:
         # The first rank of each node downloads; the others then find the files in the cache.
         if comm.local_rank == 0:
             snapshot_download(path, allow_patterns=_PATTERNS)
-    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as failure:
-        reason = (str(failure).strip() or type(failure).__name__).splitlines()[0]
-        error = ConfigError(f"{key}: {path} is neither a directory here nor a model that the hub gives: {reason}{note}")
+    except _hub_errors() as failure:
+        error = _no_model(path, key, failure, note)
     raise_together(comm, error)
     return Path(snapshot_download(path, allow_patterns=_PATTERNS, local_files_only=True))
+
+
+def check_hub_name(path: str, key: str, note: str = "") -> None:
+    """Raise ConfigError, as `model_directory` does, if the hub and its cache have no config.json of a model `path`.
+
+    Nothing else is downloaded.
+    """
+    from huggingface_hub import hf_hub_download
+
+    try:
+        hf_hub_download(path, "config.json")
+    except _hub_errors() as failure:
+        raise _no_model(path, key, failure, note) from failure
+
+
+def _hub_errors() -> tuple[type[Exception], ...]:
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    return HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError
+
+
+def _no_model(path: str, key: str, failure: Exception, note: str) -> UserError:
+    reason = (str(failure).strip() or type(failure).__name__).splitlines()[0]
+    return ConfigError(f"{key}: {path} is neither a directory here nor a model that the hub gives: {reason}{note}")
 
 
 def read_model(directory: Path, key: str) -> ModelFiles:

@@ -78,12 +78,16 @@ def check_inputs(config: Config, comm: Comm) -> Inputs:
     teacher = None
     if config.teacher is not None:
         teacher = model_directory(config.teacher.path, "teacher.path", comm, config.path_note("teacher.path"))
-    return call_together(comm, lambda: _check_files(config, student, teacher, comm.world_size))
+    call_together(comm, lambda: _check_packages(config))
+    return call_together(comm, lambda: check_files(config, student, teacher, comm.world_size))
 
 
-def _check_files(config: Config, student_path: Path, teacher_path: Path | None, world_size: int) -> Inputs:
+def check_files(config: Config, student_path: Path, teacher_path: Path | None, world_size: int) -> Inputs:
+    """Check what `check_inputs` checks, except this machine's packages, for models in these directories; return it.
+
+    Not collective. Raises ConfigError or DataError, with the key or file, the value and the fix.
+    """
     student_ds_config(config, world_size)
-    _check_monitor(config)
     store = open_store(config.data)
     manifest = load_manifest(store)
     names = _check_data(config, manifest)
@@ -125,7 +129,13 @@ def _check_files(config: Config, student_path: Path, teacher_path: Path | None, 
     )
 
 
-def _check_monitor(config: Config) -> None:
+def _check_packages(config: Config) -> None:
+    for key, model in (("student", config.student), ("teacher", config.teacher)):
+        flash = model is not None and model.attn_implementation == "flash_attention_2"
+        if flash and importlib.util.find_spec("flash_attn") is None:
+            raise ConfigError(
+                f"{key}.attn_implementation is flash_attention_2, but flash_attn is not installed: use sdpa"
+            )
     missing = [name for name in config.monitor.packages if importlib.util.find_spec(name) is None]
     if missing:
         raise ConfigError(
@@ -169,8 +179,6 @@ def _check_model(config: Config, key: str, model: Model, files: ModelFiles) -> N
             f"data.sequence_length is {config.data.sequence_length}, {key}.path {files.directory} has {positions} "
             "positions: prepare the data with shorter samples, or choose another model"
         )
-    if model.attn_implementation == "flash_attention_2" and importlib.util.find_spec("flash_attn") is None:
-        raise ConfigError(f"{key}.attn_implementation is flash_attention_2, but flash_attn is not installed: use sdpa")
 
 
 def _check_same_vocabulary(

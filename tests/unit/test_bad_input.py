@@ -103,6 +103,39 @@ def swap_two_tokens(tokenizer: Path) -> None:
     tokenizer.write_text(json.dumps(content))
 
 
+@pytest.mark.parametrize(
+    ("batch", "micro", "ranks", "fixes"),
+    [
+        (12, 4, 2, "train.global_batch_samples=8 or 16; train.micro_batch_samples=3 or 6; 1 or 3 ranks"),
+        (256, 3, 16, "train.global_batch_samples=240 or 288; train.micro_batch_samples=2 or 4"),
+        (4, 4, 2, "train.global_batch_samples=8; train.micro_batch_samples=2; 1 ranks"),
+    ],
+)
+def test_a_batch_that_does_not_fit_names_the_values_that_do(
+    workspace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], batch: int, micro: int, ranks: int, fixes: str
+) -> None:
+    train = {"global_batch_samples": batch, "micro_batch_samples": micro}
+    config = write_config(workspace, tmp_path, train=train)
+    assert main(["--config", str(config), "--print-config", "--ranks", str(ranks)]) == 2
+    assert f"x {ranks} ranks = {micro * ranks}: change one of the three: {fixes}\n" in capsys.readouterr().err
+    for fix in fixes.split("; "):
+        key, _, values = fix.removesuffix(" ranks").rpartition("=")
+        for value in values.split(" or "):
+            given = ["--ranks", value] if not key else ["--ranks", str(ranks), f"{key}={value}"]
+            assert main(["--config", str(config), "--print-config", *given]) == 0
+
+
+def test_a_dry_run_takes_the_number_of_ranks(
+    workspace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = write_config(workspace, tmp_path)
+    assert main(["--config", str(config), "--dry-run", "--ranks", "4"]) == 0
+    assert "4 ranks x 1 micro-batches x 2 samples" in capsys.readouterr().out
+    monkeypatch.setenv("RANK", "0")
+    assert main(["--config", str(config), "--print-config", "--ranks", "4"]) == 2
+    assert "--ranks 4: under a launcher" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(("model", "expected"), [("teacher", "vocabularies differ"), ("student", "tokenised with")])
 def test_another_tokenizer(
     workspace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], model: str, expected: str

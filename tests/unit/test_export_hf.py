@@ -149,7 +149,7 @@ def to_user(run: Path) -> None:
         Refused(to_user, ("--out", "mine"), "is no model's directory"),
         Refused(to_user, ("--out", "mine", "--overwrite"), "is no model's directory"),
         Refused(lambda run: None, ("--max-shard-gb", "0"), "must be above 0"),
-        Refused(lambda run: None, ("--student", "no/such/model"), "student.path: no/such/model is neither"),
+        Refused(lambda run: None, ("--student", "no-such/model"), "student.path: no-such/model is neither"),
     ],
 )
 def test_refused(run: Path, case: Refused, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -108,7 +108,9 @@ def test_batch_not_divisible(workspace: Path, tmp_path: Path) -> None:
 def test_missing_model_directory(workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     rows = rows_of(write_config(workspace, tmp_path, teacher={"path": str(tmp_path / "nowhere")}))
-    check(rows, "teacher files", "teacher.path", "nowhere", "neither a directory")
+    check(rows, "teacher files", "teacher.path", "there is no ", "/nowhere: give a model's directory")
+    rows = rows_of(write_config(workspace, tmp_path, teacher={"path": "no/where"}))
+    check(rows, "teacher files", "teacher.path", "no/where", "neither a directory")
 
 
 @pytest.mark.parametrize("kept", [-10, 5, 40])

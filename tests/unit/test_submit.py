@@ -9,10 +9,11 @@ from __future__ import annotations
 import os
 import secrets
 import shlex
+import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -77,7 +78,7 @@ class Desk:
         """Submit two nodes with two ranks each, and return the exit code."""
         config = write_config(self.folder, self.folder, output_dir="runs")
         size = ["--nodes", "2", "--gpus-per-node", "0", "--ranks-per-node", "2", "--time", "30"]
-        return main(["--config", str(config), *size, "--python", self.python, *options])
+        return main(["--config", str(config), *size, "--no-check", "--python", self.python, *options])
 
     def job(self, behaviour: str, *, send: signal.Signals | None = None, **variables: str) -> tuple[int, str]:
         """Run the batch script as Slurm does, with a signal once the rank runs. Returns exit code and output."""
@@ -228,6 +229,63 @@ def test_refusals(desk: Desk, capsys: pytest.CaptureFixture[str], options: list[
     error = capsys.readouterr().err
     assert error.startswith("error: ") and error.count("\n") == 1 and expected in error, error
     assert not desk.run_dir.exists() and desk.noted("submitted") == []
+
+
+def cut_a_shard(workspace: Path) -> str:
+    shard = next((workspace / "shards/cpp/train").glob("shard*.mds"))
+    shard.write_bytes(shard.read_bytes()[:-10])
+    return "data.path={}/shards"
+
+
+def cut_the_weights(workspace: Path) -> str:
+    weights = workspace / "student/model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-10])
+    return "student.path={}/student"
+
+
+def change_the_tokenizer(workspace: Path) -> str:
+    path = workspace / "teacher/tokenizer.json"
+    path.write_text(path.read_text().replace('"the"', '"teh"', 1))
+    return "teacher.path={}/teacher"
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("student.path=nonexistent", "student.path: nonexistent is neither a directory"),
+        ("student.path=./nonexistent", "student.path: there is no "),
+        ("teacher.path=/nonexistent/x", "teacher.path: there is no /nonexistent/x"),
+        ("data.path=nonexistent", "data.path: there is no "),
+        (cut_a_shard, "bytes, its index says"),
+        (cut_the_weights, "which is not what its header says"),
+        (change_the_tokenizer, "their vocabularies differ"),
+        ("data.validation_samples=4000", "data.validation_samples asks for 4000"),
+        ("train.global_batch_samples=12", "change one of the three: train.global_batch_samples=8 or 16"),
+        ("output_dir=/proc/x", "/proc/x"),
+    ],
+)
+def test_a_run_that_cannot_start_is_not_submitted(
+    desk: Desk,
+    workspace: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    override: str | Callable[[Path], str],
+    expected: str,
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    if not isinstance(override, str):
+        copy = Path(shutil.copytree(workspace, tmp_path / "copy"))
+        override = override(copy).format(copy)
+    config = write_config(workspace, tmp_path)
+    size = ["--nodes", "2", "--gpus-per-node", "0", "--ranks-per-node", "2", "--time", "30"]
+    assert main(["--config", str(config), *size, "--dry-run"]) == 0
+    capsys.readouterr()
+    assert main(["--config", str(config), *size, "--dry-run", override]) == 2
+    captured = capsys.readouterr()
+    assert expected in captured.err and captured.err.count("\n") == 1 and captured.out == "", captured.err
+    assert "--no-check" in captured.err or "global_batch" in override
+    assert desk.noted("submitted") == []
 
 
 def test_without_slurm_nothing_is_written(

@@ -25,9 +25,10 @@ _HEAD = """# Configuration
 Every key of a run's YAML file, made from `ddk_ds/config/` by `python -m tools.bench.config_reference`.
 Defaults are the paper's settings. A key of a section is overridden on the command line as `section.key=value`, for
 example `mixture.alpha=0.3`, or `data.domains=[code,text]` for a list. An unknown key, a wrong type or a combination
-that does not fit ends the start with an error that names the fix. `--print-config` shows what a run resolves to:
+that does not fit ends the start with an error that names the fix. `--print-config` shows what a run resolves to,
+with `--ranks` it also checks that the batch fits that number of ranks:
 
-    python launch/distill.py --config configs/demo.yaml --print-config mixture.alpha=0.3
+    python launch/distill.py --config configs/demo.yaml --print-config --ranks 2 mixture.alpha=0.3
 
 `configs/demo.yaml` is a whole example.
 

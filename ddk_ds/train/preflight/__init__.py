@@ -4,6 +4,15 @@ from __future__ import annotations
 
 from ddk_ds.train.preflight.agreement import measure_collectives
 from ddk_ds.train.preflight.checks import preflight, preflight_machine
+from ddk_ds.train.preflight.login_node import check_on_login_node
 from ddk_ds.train.preflight.rows import EXIT_FAILED, Row, failed
 
-__all__ = ["EXIT_FAILED", "Row", "failed", "measure_collectives", "preflight", "preflight_machine"]
+__all__ = [
+    "EXIT_FAILED",
+    "Row",
+    "check_on_login_node",
+    "failed",
+    "measure_collectives",
+    "preflight",
+    "preflight_machine",
+]
