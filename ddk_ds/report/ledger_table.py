@@ -129,11 +129,12 @@ class LedgerTable(Table):
         measured = [record for record in records if record["kind"] in ("interval", "end")]
         names = list(measured[0]["student_ppl"]) if measured else []
         steps = [record for record in records if record["kind"] == "step"]
-        super().__init__(_columns([_flat(record, names) for record in steps]))
-        self.measurements = Table(_columns([_flat(record, names) for record in measured]))
+        columns = table_of([_flat(record, names) for record in steps])._columns
+        super().__init__({name: column for name, column in columns.items() if name != "kind"})
+        self.measurements = table_of([_flat(record, names) for record in measured])
         sampled = [record for record in records if record["kind"] == "samples"]
         rows = [{"step": record["step"], **sample} for record in sampled for sample in record["samples"]]
-        self.samples = Table(_columns(rows))
+        self.samples = table_of(rows)
 
 
 def load_ledger(run: str | Path) -> LedgerTable:
@@ -153,16 +154,17 @@ def _flat(values: Mapping[str, Any], names: Sequence[str], prefix: str = "") -> 
         inner = dict(zip(names, value, strict=True)) if by_domain else value
         if isinstance(inner, Mapping):
             flat |= _flat(inner, names, f"{prefix}{key}/")
-        elif key != "kind" or prefix:
+        else:
             flat[f"{prefix}{key}"] = inner
     return flat
 
 
-def _columns(rows: Sequence[Mapping[str, Any]]) -> dict[str, Column]:
+def table_of(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """Return a table with these rows; a value that a row lacks is nan or None."""
     names = dict.fromkeys(name for row in rows for name in row)
     groups = {name[:at] for name in names for at, letter in enumerate(name) if letter == "/"}
     names = {name: None for name in names if name not in groups}  # null in one row, by domain in the others
-    return {name: _column([row.get(name) for row in rows]) for name in names}
+    return Table({name: _column([row.get(name) for row in rows]) for name in names})
 
 
 def _column(values: list[Any]) -> Column:
