@@ -40,6 +40,7 @@ ModelPath = Annotated[
 ]
 DataPath = Annotated[str, Field(min_length=1), PathKind("make it with tools/prepare_data.py, or give its place")]
 FiltersPath = Annotated[str, Field(min_length=1), PathKind("a run with method: ted_filters exports it")]
+PromptsPath = Annotated[str, Field(min_length=1), PathKind("write a prompt on each line of it, or give its place")]
 SchedulePath = Annotated[str, Field(min_length=1), PathKind("write it, or give its place (docs/methods.md)")]
 
 

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from ddk_ds.config.paths import DataPath, LocalPath, ModelPath, SchedulePath, is_address
+from ddk_ds.config.paths import DataPath, LocalPath, ModelPath, PromptsPath, SchedulePath, is_address
 
 Positive = Annotated[int, Field(ge=1)]
 Natural = Annotated[int, Field(ge=0)]
@@ -386,7 +386,7 @@ class Monitor(Section):
     samples_every: Natural = 0
     """Optimizer steps between two continuations of fixed prompts by the student, which the ledger gets next to the
     teacher's; 0: none."""
-    sample_prompts: tuple[str, ...] | str | None = None
+    sample_prompts: tuple[str, ...] | PromptsPath | None = None
     """Those prompts: a list of texts, or a text file with one on each line; null: the first 32 tokens of each domain's
     first held-out sample."""
     sample_tokens: Positive = 32

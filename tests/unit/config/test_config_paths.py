@@ -29,6 +29,7 @@ PATHS = {
     "mixture.schedule_file": "stages.yaml",
     "train.nvme_path": "/local/nvme",
     "monitor.prometheus_file": "run.prom",
+    "monitor.sample_prompts": "prompts.txt",
     "output_dir": "../runs",
 }
 
@@ -59,7 +60,7 @@ def flat(config: Config) -> dict[str, Any]:
 
 def test_every_path_of_a_file_begins_at_its_directory(clone: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert set(path_keys(Config)) == set(PATHS)
-    values = {**PATHS, "mixture.controller": "schedule"}
+    values = {**PATHS, "mixture.controller": "schedule", "monitor.samples_every": 100}
     found = flat(load_config(write(clone / "configs/run.yaml", values)))
     assert found == {
         "student.path": f"{clone}/models/student",
@@ -71,6 +72,7 @@ def test_every_path_of_a_file_begins_at_its_directory(clone: Path, monkeypatch: 
         "mixture.schedule_file": f"{clone}/configs/stages.yaml",
         "train.nvme_path": "/local/nvme",
         "monitor.prometheus_file": f"{clone}/configs/run.prom",
+        "monitor.sample_prompts": f"{clone}/configs/prompts.txt",
         "output_dir": f"{clone}/runs",
     }
     for place, name in ((clone / "data", "../configs/run.yaml"), (Path("/"), f"{clone}/configs/run.yaml".lstrip("/"))):
