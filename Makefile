@@ -1,5 +1,6 @@
 # make demo        set up, then everything on real text: tokenizer, data, models, DDK, and equal sampling to compare with
 # make test        set up, then lint, types and tests
+# make test-long   the tests that make test leaves out
 # make test-full   make test, the long tests and 50 real faults; writes the results to docs/results/
 # make docs-check  check every command, key and link of the pages, and that docs/configuration.md is up to date
 #                  (python -m tools.bench.config_reference writes it)
@@ -16,7 +17,7 @@ INSTALLED := .venv/.installed
 READY := .venv/.ready
 DATA := runs/demo-data
 
-.PHONY: setup demo clean-demo test test-full lint docs-check
+.PHONY: setup demo clean-demo test test-long test-full lint docs-check
 .NOTPARALLEL:
 
 setup: $(READY)
@@ -66,11 +67,14 @@ runs/demo/summary.json: | runs/demo-equal/summary.json
 clean-demo:
 	rm -rf $(DATA) runs/demo-teacher runs/demo-student runs/demo-equal runs/demo
 
+# Two workers: one for the tests that start several processes, the other for the rest (tests/sets.py).
 test: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadscope
 
-test-full: test
+test-long: $(READY)
 	$(BIN)/python -m pytest -m long --result=docs/results/test_full.md
+
+test-full: test test-long
 	$(BIN)/python -m tools.bench.fault_campaign --runs 50 --seed 5 --json docs/results/fault_campaign.json
 
 lint: $(READY)

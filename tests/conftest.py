@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 
-from tests import long_tests
+from tests import sets
 from tests.result_file import ResultFile
 from tools.bench.small_run import make_workspace
 
@@ -27,7 +27,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.pluginmanager.register(long_tests)
+    config.pluginmanager.register(sets)
     if config.option.result is not None:
         config.pluginmanager.register(ResultFile(config.option.result))
 

@@ -1,0 +1,48 @@
+"""Which tests `make test` runs, and how its two workers share them.
+
+`@pytest.mark.long("reason")` keeps a test out of `make test`, and says why. What stays finds most faults a second:
+units, one real launch, one kill and resume, parity on two ranks.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+# Their tests start several processes and use both cores: one worker runs all of them, one after another.
+SEVERAL_PROCESSES = ("dist", "e2e", "nodes", "slurm")
+
+
+@pytest.hookimpl(tryfirst=True)  # before the tests are deselected by their marks
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Raise pytest.UsageError if a test is marked `long` without a reason."""
+    wrong = [item.nodeid for item in items for mark in item.iter_markers("long") if not _has_reason(mark)]
+    if wrong:
+        raise pytest.UsageError(f'write the reason: @pytest.mark.long("two new interpreters"): {", ".join(wrong)}')
+
+
+@pytest.hookimpl(optionalhook=True)  # pytest-xdist's: not on every machine that runs tests/gpu
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Return a scheduler that gives each group of tests to one worker, the largest group first."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByGroup(LoadScopeScheduling):
+        """Tests of one `group_of` stay together."""
+
+        def _split_scope(self, nodeid: str) -> str:
+            return group_of(nodeid)
+
+    return ByGroup(config, log)
+
+
+def group_of(nodeid: str) -> str:
+    """Return the group of a test: the tests of a file share their fixtures, those of several processes one worker."""
+    file = Path(nodeid.partition("::")[0])
+    return "several processes" if file.parts[1:2] and file.parts[1] in SEVERAL_PROCESSES else str(file)
+
+
+def _has_reason(mark: pytest.Mark) -> bool:
+    """Return True if the mark's only argument is a text of two words or more."""
+    return len(mark.args) == 1 and not mark.kwargs and isinstance(mark.args[0], str) and len(mark.args[0].split()) > 1
