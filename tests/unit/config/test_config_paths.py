@@ -45,7 +45,7 @@ def clone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def write(path: Path, values: dict[str, Any]) -> Path:
     """Write a configuration with these values at dotted keys, and return its path."""
-    config = OmegaConf.create({"name": "run", "stop": {"steps": 2000}})
+    config = OmegaConf.create({"name": "run", "stop": {"steps": 2000}, "monitor": {"samples_every": 100}})
     for key, value in values.items():
         OmegaConf.update(config, key, value)
     path.write_text(OmegaConf.to_yaml(config))
@@ -60,7 +60,7 @@ def flat(config: Config) -> dict[str, Any]:
 
 def test_every_path_of_a_file_begins_at_its_directory(clone: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert set(path_keys(Config)) == set(PATHS)
-    values = {**PATHS, "mixture.controller": "schedule", "monitor.samples_every": 100}
+    values = {**PATHS, "mixture.controller": "schedule"}
     found = flat(load_config(write(clone / "configs/run.yaml", values)))
     assert found == {
         "student.path": f"{clone}/models/student",
