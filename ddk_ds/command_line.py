@@ -14,8 +14,12 @@ from ddk_ds.errors import UserError
 
 EXIT_USER_ERROR = 2
 """Exit code after an error that the user can mend."""
+EXIT_WRONG_NUMBERS = 3
+"""Exit code of a run whose numbers went wrong, with no roll-back left."""
 EXIT_INTERRUPTED = 75
 """Exit code after a signal: the run saved, and the same command continues it (EX_TEMPFAIL of sysexits.h)."""
+EXIT_ENDED_AT_ONCE = 130
+"""Exit code after a second Ctrl-C, or a first one before the training began: nothing more was saved."""
 RANK_SCRIPT = Path(__file__).resolve().with_name("commands") / "distill_rank.py"
 """The script that a launcher starts on each rank of a run."""
 

@@ -14,7 +14,15 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.table import Table
 
-from ddk_ds.command_line import EXIT_INTERRUPTED, EXIT_USER_ERROR, command_parser, parse, positive
+from ddk_ds.command_line import (
+    EXIT_ENDED_AT_ONCE,
+    EXIT_INTERRUPTED,
+    EXIT_USER_ERROR,
+    EXIT_WRONG_NUMBERS,
+    command_parser,
+    parse,
+    positive,
+)
 from ddk_ds.config import Config, load_config, to_yaml
 from ddk_ds.config.suggestions import dashes_hint
 from ddk_ds.errors import UserError
@@ -52,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "ended at once: start the same command again to continue from the newest checkpoint"
         )
         sys.stderr.flush()
-        os._exit(130)  # other ranks may wait in a collective that this rank will not join
+        os._exit(EXIT_ENDED_AT_ONCE)  # other ranks may wait in a collective that this rank will not join
     except UserError as error:
         shown = redact(f"error: {error}")
         _console(stderr=True).print(shown, style="bold red", highlight=False, soft_wrap=True, markup=False)
@@ -101,7 +109,7 @@ def _run(config: Config, *, dry_run: bool, preflight: bool, ranks: int) -> int:
     if preflight:
         _check_machines(config, inputs, runtime)
     call_together(comm, lambda: claim_run_dir(config, identity) if comm.rank == 0 else None)
-    from ddk_ds.train.guard import EXIT_WRONG_NUMBERS, NumbersGoneWrong
+    from ddk_ds.train.guard import NumbersGoneWrong
     from ddk_ds.train.interruption import Interrupted, Interruption
     from ddk_ds.train.loop import train
     from ddk_ds.train.setup import prepare_run
@@ -111,6 +119,7 @@ def _run(config: Config, *, dry_run: bool, preflight: bool, ranks: int) -> int:
         try:
             train(prepare_run(config, inputs, identity, runtime, interruption))
         except Interrupted:
+            runtime.comm.barrier()  # the launcher ends every rank when one has gone; rank 0 closes its monitors last
             return EXIT_INTERRUPTED
         except NumbersGoneWrong:
             return EXIT_WRONG_NUMBERS

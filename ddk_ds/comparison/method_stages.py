@@ -14,14 +14,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
 import yaml
 
-from ddk_ds.command_line import EXIT_INTERRUPTED, RANK_SCRIPT
+from ddk_ds.command_line import EXIT_ENDED_AT_ONCE, EXIT_INTERRUPTED, RANK_SCRIPT
 from ddk_ds.config import Config, load_config
 from ddk_ds.config.methods import METHODS as SINGLE_STAGE
 from ddk_ds.config.paths import path_keys
 from ddk_ds.errors import CheckpointError, ConfigError, UserError
+from ddk_ds.launcher import run_launcher
 from ddk_ds.run_files import is_finished
 
 FILTERS, REFERENCE, PROXY = "filters", "reference", "proxy"
@@ -180,7 +180,7 @@ def run_job(job: Job, ranks: int | None) -> Iterator[str]:
             continue
         log, began = job.output_dir / f"{run}.log", time.monotonic()
         code = launch(job.config, job.arguments(stage), ranks, log)
-        if code == EXIT_INTERRUPTED:
+        if code in (EXIT_INTERRUPTED, EXIT_ENDED_AT_ONCE):
             raise RunInterrupted(f"{run} was interrupted by a signal")
         # The launcher exits with 0 when a signal ends its ranks: only the summary proves that the run is done.
         if code != 0 or not is_finished(job.run_dir(stage.suffix)):
@@ -191,8 +191,7 @@ def run_job(job: Job, ranks: int | None) -> Iterator[str]:
 def launch(config: Path, overrides: Sequence[str], ranks: int | None, log: Path) -> int:
     """Start a run by the `deepspeed` launcher, append its output to `log`, wait, and return the exit code.
 
-    With `ranks` None there is a rank for each accelerator of the machine. On KeyboardInterrupt the run is ended first;
-    it saves.
+    With `ranks` None there is a rank for each accelerator of the machine. Signals of this process go to the ranks.
     """
     python = Path(sys.executable)
     script = python.with_name("deepspeed")
@@ -206,19 +205,7 @@ def launch(config: Path, overrides: Sequence[str], ranks: int | None, log: Path)
     with log.open("a") as output:
         output.write(f"$ {shlex.join(command)}\n")
         output.flush()
-        # In a session of its own, so that Ctrl-C reaches it once, from here.
-        process = subprocess.Popen(
-            command, stdout=output, stderr=subprocess.STDOUT, env=environment, start_new_session=True
-        )
-    try:
-        return process.wait()
-    except KeyboardInterrupt:
-        # A signal would kill the outer launcher and leave its child alive; the child passes a signal on to the ranks.
-        launcher = psutil.Process(process.pid)
-        for child in launcher.children() or [launcher]:
-            child.terminate()
-        process.wait()
-        raise
+        return run_launcher(command, stdout=output, stderr=subprocess.STDOUT, env=environment)
 
 
 def free_port() -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import os
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -33,6 +34,9 @@ BY_DOMAIN = ("student_ppl", "teacher_ppl", "ratio", "proportion", "domain_tokens
 """Groups in which the names are those of the domains."""
 OF_MEASUREMENTS = ("mixture", "measurement")
 """The other groups that are written at measurements, not at each step."""
+
+# Longer than a computer that is busy may take between two connections to the service.
+_SERVICE_IDLE = "1m"
 
 Writer = Callable[[Sequence[Event]], None]
 """Writes events to one monitor; can raise any exception of the monitor's library."""
@@ -64,6 +68,7 @@ def _open_writers(monitor: Monitor, folder: Path, name: str, step: int) -> dict[
     if monitor.wandb_project is not None:
         sections["wandb"] |= {"project": monitor.wandb_project, "team": monitor.wandb_entity}
         _name_for_wandb(folder, name)
+        _start_service_of_wandb()
     writers: dict[str, Writer] = {}
     if monitor.tensorboard or monitor.csv or monitor.wandb_project is not None:
         master = MonitorMaster(get_monitor_config(sections))
@@ -109,6 +114,22 @@ def _name_for_wandb(folder: Path, name: str) -> None:
     variables = {"WANDB_DIR": str(folder), "WANDB_NAME": name, "WANDB_RUN_ID": run_id, "WANDB_RESUME": "allow"}
     for key, value in variables.items():
         os.environ.setdefault(key, value)
+
+
+def _start_service_of_wandb() -> None:
+    """Start the process that Weights & Biases writes with, as no child of this one.
+
+    A launcher that was told to end sends SIGTERM to all that its ranks have started. That process would end first, and
+    the last numbers would be lost. Like this it ends when nobody has used it for a while. A service that the user has
+    started (WANDB_SERVICE) is kept. Raises RuntimeError if it cannot be started.
+    """
+    if "WANDB_SERVICE" in os.environ:
+        return
+    command = [sys.executable, "-m", "wandb", "beta", "core", "start", "--idle-timeout", _SERVICE_IDLE]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"`wandb beta core start` failed: {done.stderr.strip()[-500:]}")
+    os.environ["WANDB_SERVICE"] = done.stdout.strip()
 
 
 def _drop_after(folder: Path, step: int) -> list[str]:

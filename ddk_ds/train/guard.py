@@ -9,7 +9,6 @@ from statistics import median
 from ddk_ds.config import Guard
 from ddk_ds.train.state import RunState
 
-EXIT_WRONG_NUMBERS = 3
 _WINDOW = 64
 # Standard deviation divided by median absolute deviation, for a normal distribution.
 _MAD_TO_SIGMA = 1.4826

@@ -1,8 +1,8 @@
 """The two ways in which a run is cut short: by a signal, and by a phase that exceeds its time limit.
 
-SIGTERM and SIGUSR1 (schedulers' warnings) and the first SIGINT are noted by a handler. All ranks agree on them at the
-next step, domain of an evaluation or tensor of an export; the run then saves and ends with `EXIT_INTERRUPTED`. A second
-SIGINT ends it at once.
+SIGTERM and SIGUSR1 (schedulers' warnings), SIGHUP (the terminal has gone) and the first SIGINT are noted by a handler.
+All ranks agree on them at the next step, domain of an evaluation or tensor of an export; the run then saves and ends
+with `EXIT_INTERRUPTED`. A second SIGINT ends it at once.
 
 A phase that exceeds its limit writes the stack of every thread and ends the process. faulthandler's own thread does
 this, which needs neither the interpreter's lock nor an answer from the GPU. The launcher (or srun) then ends the other
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import faulthandler
 import signal
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,7 +25,9 @@ import torch
 from ddk_ds.comm import Comm
 from ddk_ds.config import Limits
 
-_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT)
+# A launcher that got the terminal's SIGINT too passes it on at once (torchrun): not a second Ctrl-C.
+_SAME_SIGINT_S = 1.0
 
 
 class Interrupted(Exception):
@@ -38,12 +41,14 @@ class Interruption:
         self._comm = comm
         self._device = device
         self.signal = 0
-        """Number of the last signal that came to this process; 0 if none came."""
+        """Number of the first signal that came to this process; 0 if none came. A launcher sends another after it."""
+        self._sigint_at: float | None = None
 
     @contextmanager
     def listening(self) -> Iterator[None]:
         """Note signals until the end of the block. Must be called in the main thread."""
-        before = {number: signal.signal(number, self._note) for number in _SIGNALS}
+        ignored = {signal.SIGHUP} if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else set()  # under nohup
+        before = {number: signal.signal(number, self._note) for number in _SIGNALS if number not in ignored}
         try:
             yield
         finally:
@@ -63,9 +68,12 @@ class Interruption:
         return bool(flagged), int(number)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if number == signal.SIGINT and self.signal == signal.SIGINT:
-            signal.default_int_handler(number, frame)
-        self.signal = number
+        if number == signal.SIGINT:
+            now = time.monotonic()
+            if self._sigint_at is not None and now - self._sigint_at > _SAME_SIGINT_S:
+                signal.default_int_handler(number, frame)
+            self._sigint_at = self._sigint_at or now
+        self.signal = self.signal or number
 
 
 def raise_for(number: int) -> None:
