@@ -9,20 +9,59 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
+import sys
 from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import psutil
 
-from ddk_ds.command_line import EXIT_ENDED_AT_ONCE, EXIT_INTERRUPTED, EXIT_USER_ERROR, EXIT_WRONG_NUMBERS
+from ddk_ds.command_line import EXIT_ENDED_AT_ONCE, EXIT_INTERRUPTED, EXIT_USER_ERROR, EXIT_WRONG_NUMBERS, RANK_SCRIPT
 
 _PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 _OF_A_RUN = (0, EXIT_USER_ERROR, EXIT_WRONG_NUMBERS, EXIT_INTERRUPTED)
 # A rank that waits in a collective does not hear a second Ctrl-C.
 _LAST_WAIT_S = 10
+# Device files of NVIDIA's GPUs, of these in WSL, of AMD's, and of other accelerators.
+_ACCELERATORS = ("nvidia[0-9]*", "dxg", "kfd", "dri/render*", "accel*", "davinci*")
 _INNER = ["-u", "-m", "deepspeed.launcher.launch"]
+
+
+def launcher_command(options: Sequence[str], arguments: Sequence[str]) -> list[str]:
+    """Return the command by which DeepSpeed's launcher starts the ranks of a run.
+
+    The launcher says nothing but errors, unless `options` has a --log_level; its port is a free one, unless they have
+    a port or hosts.
+
+    Args:
+        options: of the launcher, each in the form --name=value.
+        arguments: of the run, --config among them.
+    """
+    names = {option.partition("=")[0] for option in options}
+    command = [sys.executable, "-m", "deepspeed.launcher.runner", *options]
+    command += [] if "--log_level" in names else ["--quiet"]
+    command += [] if names & {"--master_port", "--hostfile"} else [f"--master_port={free_port()}"]
+    return [*command, str(RANK_SCRIPT), *arguments]
+
+
+def free_port() -> int:
+    """Return the number of a free TCP port of 127.0.0.1."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
+def _environment() -> dict[str, str]:
+    """Return the environment of the launcher and its ranks."""
+    # torch looks for ninja on PATH.
+    environment = os.environ | {"PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])}
+    if not any(path for pattern in _ACCELERATORS for path in Path("/dev").glob(pattern)):
+        environment.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed would say in each process that it found none
+    return environment
 
 
 def run_launcher(command: Sequence[str], **options: Any) -> int:
@@ -52,7 +91,9 @@ class _Launched:
         before = {number: signal.signal(number, handler) for number, handler in heard.items()}
         try:
             # A process group in the terminal's background may write to it, but must not read.
-            self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL, process_group=0, **options)
+            self._process = subprocess.Popen(
+                command, env=_environment(), stdin=subprocess.DEVNULL, process_group=0, **options
+            )
             if self._signals:
                 self._process.terminate()
             code = self._process.wait()
@@ -70,10 +111,8 @@ class _Launched:
             return
         launchers, ranks = _processes(self._process.pid)
         for process in ranks or launchers:
-            try:
+            with suppress(psutil.NoSuchProcess):
                 process.send_signal(number if ranks else signal.SIGTERM)
-            except psutil.NoSuchProcess:
-                pass
         if self._signals.count(signal.SIGINT) > 1:
             signal.alarm(_LAST_WAIT_S)
 

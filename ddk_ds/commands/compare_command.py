@@ -1,6 +1,6 @@
 """Compare methods by runs from one starting student on the same number of tokens, with several seeds each.
 
-    python tools/compare.py --config my.yaml --methods cpt,kd,ddk --seeds 3 --out runs/compared [key=value ...]
+    ddk compare --config my.yaml --methods cpt,kd,ddk --seeds 3 --out runs/compared [key=value ...]
 
 The `deepspeed` launcher starts each run. Start the same command again to continue: finished runs are skipped. Leaves
 comparison.json, comparison.md and comparison.png in --out (docs/comparing.md).

@@ -23,6 +23,7 @@ GROUPS = {
         "verify": "hash the shards of prepared data",
     },
     "runs": {
+        "distill": "distil, on this machine or on hosts reached by ssh",
         "submit": "submit a run to Slurm",
         "stages": "run the stages of DoReMi or TED",
         "compare": "compare methods, with several seeds each",
@@ -69,7 +70,7 @@ def command(name: str) -> Main:
 
 def _help() -> str:
     """Return the text of `ddk --help`: the subcommands in groups, within a screen of 24 lines."""
-    lines = ["ddk distils a large language model into a small one; ddk COMMAND --help says more"]
+    lines = ["Distil a large language model into a small one. ddk COMMAND --help says more."]
     for group, commands in GROUPS.items():
         lines += [f"{group}:", *(f"  {name:<12} {text}" for name, text in commands.items())]
     return "\n".join(lines) + "\n"

@@ -1,6 +1,6 @@
 """Cut a student out of a teacher: it keeps the most important layers, and can be made narrower.
 
-python tools/make_student.py --teacher DIR --out DIR --layers 12 --shards data/mine [--intermediate 4096]
+ddk cut-student --teacher DIR --out DIR --layers 12 --shards data/mine [--intermediate 4096]
 
 The text should be held-out text of the run's domains. Everything is computed on the CPU in float32, so the teacher
 takes four bytes of memory per parameter. `pruning.json` in the student's directory lists the loss without each layer.

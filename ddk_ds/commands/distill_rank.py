@@ -40,7 +40,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     0: done; 2: an error that the user can mend; 3: numbers went wrong; 75: interrupted by a signal and saved.
     """
-    options = _parse(arguments)
+    parser = command_parser(__doc__, dashes_hint)
+    add_options(parser)
+    parser.add_argument(
+        "--ranks",
+        type=positive,
+        help="with --print-config or --dry-run, without a launcher: check the batch for this number of ranks",
+    )
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
+    options = parse(parser, arguments)
     try:
         config = load_config(options.config, options.overrides)
         if options.ranks is not None:
@@ -50,10 +58,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.print_config:
             _console().print(to_yaml(config), end="", highlight=False, soft_wrap=True)
             return 0
-        if "RANK" not in os.environ:
+        if os.environ.get("RANK", "0") == "0":  # the other ranks check theirs together, when they have met
             config.check_paths()
         if "RANK" not in os.environ and not options.dry_run:
-            raise UserError("start it with the launcher: deepspeed launch/distill.py --config ...")
+            raise UserError("start it with a launcher: ddk distill, or deepspeed launch/distill.py")
         return _run(config, dry_run=options.dry_run, preflight=options.preflight, ranks=options.ranks or 1)
     except KeyboardInterrupt:
         _console(stderr=True).print(
@@ -70,22 +78,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
             comm.destroy()
 
 
-def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = command_parser(__doc__, dashes_hint)
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of a run, which a rank and `ddk distill` share."""
     parser.add_argument("--config", required=True, help="YAML file of the run, see configs/")
     parser.add_argument("--print-config", action="store_true", help="print the resolved configuration and exit")
     parser.add_argument("--dry-run", action="store_true", help="check everything that needs no training, and exit")
     parser.add_argument(
-        "--ranks",
-        type=positive,
-        help="with --print-config or --dry-run, without a launcher: check the batch for this number of ranks",
-    )
-    parser.add_argument(
         "--no-preflight", dest="preflight", action="store_false", help="start without checking the machines"
     )
-    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="values that replace configuration values")
-    return parse(parser, arguments)  # overrides may stand between options
 
 
 def _run(config: Config, *, dry_run: bool, preflight: bool, ranks: int) -> int:
@@ -127,7 +128,7 @@ def _run(config: Config, *, dry_run: bool, preflight: bool, ranks: int) -> int:
 
 
 def _check_machines(config: Config, inputs: Inputs, runtime: Runtime) -> None:
-    """Make the cheap checks of launch/preflight.py, and print warnings. Raise UserError on every rank if one fails."""
+    """Make the cheap checks of `ddk preflight`, and print warnings. Raise UserError on every rank if one fails."""
     from ddk_ds.train.preflight import preflight
 
     rows = preflight(config, runtime.comm, runtime.device, inputs=inputs)
@@ -136,7 +137,7 @@ def _check_machines(config: Config, inputs: Inputs, runtime: Runtime) -> None:
             _console().print(redact(f"warning: {row.name}: {row.found}; {row.fix}"), soft_wrap=True, markup=False)
     failures = [f"{row.name}: {row.found}; {row.fix}" for row in rows if row.status == "fail"]
     if failures:
-        raise UserError("; ".join(failures) + ". launch/preflight.py shows every check; --no-preflight leaves it out")
+        raise UserError("; ".join(failures) + ". ddk preflight shows every check; --no-preflight leaves it out")
 
 
 def _report(config: Config, inputs: Inputs, world_size: int) -> None:

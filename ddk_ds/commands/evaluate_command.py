@@ -1,7 +1,7 @@
 """Measure models on the paper's benchmarks, on held-out text by domain, and on CrossCodeEval (docs/evaluation.md).
 
-python tools/evaluate.py runs/demo/export models/teacher --suite paper --data data/benchmarks --allow-code-execution
-python tools/evaluate.py runs/demo/export --shards data/mine --out scores.json
+ddk evaluate runs/demo/export models/teacher --suite paper --data data/benchmarks --allow-code-execution
+ddk evaluate runs/demo/export --shards data/mine --out scores.json
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Write the student of a run's checkpoint as a Hugging Face directory, also while the run continues.
 
-    python tools/export_hf.py RUN [--step S] [--dtype bf16|fp32] [--out DIR]
+    ddk export RUN [--step S] [--dtype bf16|fp32] [--out DIR]
 
 It needs no GPU and holds one tensor at a time in memory. The trained weights are the checkpoint's float32 masters:
 --dtype fp32 keeps them, bf16 rounds them as the run does for its export at the end. The directory's README.md is a

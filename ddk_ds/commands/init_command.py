@@ -1,6 +1,6 @@
 """Make a model with random weights from a Hugging Face configuration: a starting point for training from scratch.
 
-python tools/init_model.py --config configs/models/demo_student.json --tokenizer DIR --out DIR
+ddk init --config configs/models/demo_student.json --tokenizer DIR --out DIR
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Estimate memory, time, disks and network of a run before it joins a queue: no GPU, no weights, a few seconds.
 
-    python tools/plan.py --config my.yaml --nodes 2 --gpus-per-node 8 --gpu a100-80g [key=value ...]
+    ddk plan --config my.yaml --nodes 2 --gpus-per-node 8 --gpu a100-80g [key=value ...]
 
 The models may be directories with weights, directories with config.json alone, or hub names whose configuration is in
 configs/models/ (docs/planning.md says what is assumed, and how far off a plan is).
@@ -19,6 +19,7 @@ from typing import Any
 
 from rich.console import Console
 
+from ddk_ds import planner
 from ddk_ds.command_line import command_parser, parse, reports_user_errors
 from ddk_ds.config import load_config
 from ddk_ds.config.suggestions import dashes_hint
@@ -26,7 +27,7 @@ from ddk_ds.errors import ConfigError
 from ddk_ds.files import write_text
 from ddk_ds.planner.gpus import DEFAULT_MFU, DEFAULT_STORAGE_BYTES_PER_S, GPUS, Cluster, Speed, find_gpu
 
-MODELS = Path(__file__).resolve().parents[2] / "configs/models"
+MODELS = Path(planner.__file__).with_name("models")  # configs/models, which a wheel has here too
 
 
 @reports_user_errors

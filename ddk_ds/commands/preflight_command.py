@@ -1,6 +1,6 @@
 """Check a run and its machines before it starts, and say what to mend.
 
-python launch/preflight.py --config configs/demo.yaml [key=value ...]
+ddk preflight --config configs/demo.yaml [key=value ...]
 deepspeed launch/preflight.py --config configs/demo.yaml [key=value ...]
 
 The first command checks one machine, for a run of `--ranks` ranks. The second, or srun, checks all ranks together.
@@ -58,10 +58,9 @@ def _run(options: argparse.Namespace) -> int:
     import torch
 
     from ddk_ds.comm import SingleProcess
-    from ddk_ds.engine.runtime import quieten, start_runtime
+    from ddk_ds.engine.runtime import start_runtime
     from ddk_ds.train.preflight import EXIT_FAILED, failed, measure_collectives, preflight, preflight_machine
 
-    quieten()
     runtime = start_runtime() if "RANK" in os.environ else None
     comm: Comm = SingleProcess() if runtime is None else runtime.comm
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu") if runtime is None else runtime.device

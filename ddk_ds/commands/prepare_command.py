@@ -1,6 +1,6 @@
 """Prepare the text of a recipe's domains: tokenise, pack, and write MDS shards of each domain and split.
 
-python tools/prepare_data.py --recipe configs/data/demo.yaml --tokenizer DIR --out DIR --sequence-length 256 [key=value]
+ddk prepare --recipe configs/data/demo.yaml --tokenizer DIR --out DIR --sequence-length 256 [key=value]
 
 After an interruption, the same command continues.
 """

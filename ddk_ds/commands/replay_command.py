@@ -1,6 +1,6 @@
 """Take a run's decisions on its mixture again, which must come out equal, and compare them with other options.
 
-python tools/replay.py runs/demo [alpha=0.3 controller=equal ...]
+ddk replay runs/demo [alpha=0.3 controller=equal ...]
 """
 
 from __future__ import annotations

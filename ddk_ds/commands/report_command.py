@@ -1,7 +1,7 @@
 """Write a run as one HTML page with pictures, and the pictures as files; further runs are compared with the first.
 
-python tools/report.py runs/demo
-python tools/report.py runs/demo runs/demo-equal --out report
+ddk report runs/demo
+ddk report runs/demo runs/demo-equal --out report
 """
 
 from __future__ import annotations

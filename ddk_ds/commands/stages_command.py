@@ -1,6 +1,6 @@
-"""Run all stages of a method, each a run of launch/distill.py of its own.
+"""Run all stages of a method, each a run of its own.
 
-    python tools/stages.py --config my.yaml --method doremi --ranks 2 [key=value ...]
+    ddk stages --config my.yaml --method doremi --ranks 2 [key=value ...]
 
 Start the same command again to continue: finished stages are skipped, an unfinished one continues from its newest
 checkpoint. The last stage has the run's own name, an earlier one that name and its suffix. A stage's output goes to

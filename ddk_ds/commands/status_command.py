@@ -1,7 +1,7 @@
 """Show the state of a run on one screen, from any machine that can read its directory.
 
-python tools/status.py runs/demo
-python tools/status.py runs/demo --watch 5
+ddk status runs/demo
+ddk status runs/demo --watch 5
 """
 
 from __future__ import annotations

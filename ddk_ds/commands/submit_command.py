@@ -1,6 +1,6 @@
 """Submit a run to Slurm: as one job that requeues itself, a chain of jobs, or an array of runs.
 
-python launch/slurm/submit.py --config my.yaml --nodes 4 --gpus-per-node 8 --time 24:00:00 [key=value ...]
+ddk submit --config my.yaml --nodes 4 --gpus-per-node 8 --time 24:00:00 [key=value ...]
 """
 
 from __future__ import annotations

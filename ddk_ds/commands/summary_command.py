@@ -1,6 +1,6 @@
 """Show the results of finished runs, and several runs side by side.
 
-python tools/summary.py runs/demo runs/demo-equal
+ddk summary runs/demo runs/demo-equal
 """
 
 from __future__ import annotations

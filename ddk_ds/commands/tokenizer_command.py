@@ -1,6 +1,6 @@
 """Train a byte-level BPE tokenizer on a balanced sample of a recipe's domains, in Hugging Face's layout.
 
-python tools/train_tokenizer.py --recipe configs/data/demo.yaml --vocab-size 8192 --out DIR
+ddk tokenizer --recipe configs/data/demo.yaml --vocab-size 8192 --out DIR
 """
 
 from __future__ import annotations

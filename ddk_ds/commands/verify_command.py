@@ -1,7 +1,7 @@
 """Hash every shard of prepared data on all cores, and list the shards that differ from their index.
 
-python tools/verify_data.py DIR
-python tools/verify_data.py s3://bucket/data --cache-dir /local/cache --cache-limit-gb 50
+ddk verify DIR
+ddk verify s3://bucket/data --cache-dir /local/cache --cache-limit-gb 50
 """
 
 from __future__ import annotations

@@ -1,13 +1,11 @@
-"""The stages of each method, and how they are run: each stage is a separate run of launch/distill.py."""
+"""The stages of each method, and how they are run: each stage is a run of its own."""
 
 from __future__ import annotations
 
 import json
 import os
 import shlex
-import socket
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -16,12 +14,12 @@ from typing import Any
 
 import yaml
 
-from ddk_ds.command_line import EXIT_ENDED_AT_ONCE, EXIT_INTERRUPTED, RANK_SCRIPT
+from ddk_ds.command_line import EXIT_ENDED_AT_ONCE, EXIT_INTERRUPTED
 from ddk_ds.config import Config, load_config
 from ddk_ds.config.methods import METHODS as SINGLE_STAGE
 from ddk_ds.config.paths import path_keys
 from ddk_ds.errors import CheckpointError, ConfigError, UserError
-from ddk_ds.launcher import run_launcher
+from ddk_ds.launcher import launcher_command, run_launcher
 from ddk_ds.run_files import is_finished
 
 FILTERS, REFERENCE, PROXY = "filters", "reference", "proxy"
@@ -193,23 +191,10 @@ def launch(config: Path, overrides: Sequence[str], ranks: int | None, log: Path)
 
     With `ranks` None there is a rank for each accelerator of the machine. Signals of this process go to the ranks.
     """
-    python = Path(sys.executable)
-    script = python.with_name("deepspeed")
-    command = [str(script)] if script.is_file() else [sys.executable, "-m", "deepspeed.launcher.runner"]
-    command += ["--quiet", "--master_port", str(free_port())]
-    command += [] if ranks is None else ["--num_gpus", str(ranks)]
-    command += [str(RANK_SCRIPT), "--config", str(config), *overrides]
-    # torch looks for ninja on PATH.
-    environment = {**os.environ, "PATH": os.pathsep.join([str(python.parent), os.environ.get("PATH", "")])}
+    options = [] if ranks is None else [f"--num_gpus={ranks}"]
+    command = launcher_command(options, ["--config", str(config), *overrides])
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("a") as output:
         output.write(f"$ {shlex.join(command)}\n")
         output.flush()
-        return run_launcher(command, stdout=output, stderr=subprocess.STDOUT, env=environment)
-
-
-def free_port() -> int:
-    """Return the number of a free TCP port of 127.0.0.1."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
+        return run_launcher(command, stdout=output, stderr=subprocess.STDOUT)

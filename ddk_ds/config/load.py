@@ -14,6 +14,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import ValidationError
 from yaml import YAMLError
 
+from ddk_ds.config.methods import OF_STAGES
 from ddk_ds.config.paths import resolve_overrides, resolve_paths
 from ddk_ds.config.run_config import Config
 from ddk_ds.config.suggestions import did_you_mean
@@ -60,6 +61,9 @@ def make_config(raw: Any, source: str, overrides: Sequence[str] = (), base: Path
         raise ConfigError(f"{source}: holds {type(values).__name__}, expected keys and values")
     values = {str(key): value for key, value in values.items()}
     _check_no_credentials(values, "", source)
+    if values.get("method") in OF_STAGES:
+        command = f"ddk stages --config {source} --method {values['method']}"
+        raise ConfigError(f"{source}: method: {values['method']} takes several runs: start them by `{command}`")
     values = _tuples(values)
     named = resolve_paths(Config, values, written, given, base and base.absolute(), source)
     values.setdefault("output_dir", os.path.abspath(Config.model_fields["output_dir"].default))

@@ -14,6 +14,9 @@ MethodName = Literal[
     "cpt", "kd", "ddk", "ddk_no_smoothing", "ddk_equal", "minillm", "ted", "ted_filters", "doremi_proxy"
 ]
 
+OF_STAGES = ("doremi",)
+"""Methods whose every run has another method: `ddk stages` starts their runs."""
+
 
 @dataclass(frozen=True)
 class Preset:

@@ -120,7 +120,10 @@ class Config(MethodSections):
         if not needed and self.teacher is not None:
             raise ValueError(f"method: {self.method} takes no teacher: remove teacher, or set method: ddk")
         if self.preset.filters == "loaded" and self.ted.filters is None:
-            raise ValueError("method: ted needs ted.filters: run the same configuration with method: ted_filters first")
+            raise ValueError(
+                "method: ted needs ted.filters: run the same configuration with method: ted_filters first, or start "
+                "both runs by `ddk stages`"
+            )
         if needed:
             return
         mixture = self.mixture

@@ -97,7 +97,7 @@ class Teacher(Model):
 
 
 class Data(Section):
-    """The text to train on: MDS shards of each domain, written by tools/prepare_data.py."""
+    """The text to train on: MDS shards of each domain, written by `ddk prepare`."""
 
     path: DataPath
     """Local or remote directory (s3://, gs://, az://, hf://) with domains.json and one directory for each domain."""

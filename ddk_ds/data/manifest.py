@@ -87,12 +87,12 @@ def load_manifest(root: str | Path | Store) -> Manifest:
     """
     store = LocalStore(root) if isinstance(root, str | Path) else root
     if isinstance(store, LocalStore) and not store.root.is_dir():
-        raise DataError(f"data directory {store.root} does not exist; make it with tools/prepare_data.py")
+        raise DataError(f"data directory {store.root} does not exist; make it with ddk prepare")
     try:
         text = store.read(FILE_NAME, fresh=True)
     except FileNotFoundError:
         raise DataError(
-            f"{store.location} has no {FILE_NAME}: it is half-written, or not made by tools/prepare_data.py; "
+            f"{store.location} has no {FILE_NAME}: it is half-written, or not made by ddk prepare; "
             "prepare the data again"
         ) from None
     manifest = _parse(store, text)

@@ -1,1 +1,20 @@
-"""DeepSpeed engines and Hugging Face models: the only room that imports deepspeed and transformers."""
+"""DeepSpeed engines and Hugging Face models: the only room that imports deepspeed and transformers.
+
+It is quiet: what libraries print about themselves is dropped here, before they are imported. Their errors stay, and all
+that a run itself says. (What DeepSpeed's launcher says is up to its --log_level; ddk_ds/launcher.py.)
+"""
+
+import logging
+import warnings
+
+
+def _quieten() -> None:
+    # Filters, since both loggers set their own level when they are imported, and speak while they are.
+    logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
+    no_cuda = "No CUDA runtime is found"
+    logging.getLogger("torch.utils.cpp_extension").addFilter(lambda record: not str(record.msg).startswith(no_cuda))
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", message=".*CUDA initialization.*")
+
+
+_quieten()

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import ctypes
 import fcntl
-import logging
 import os
 import signal
 import sys
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,7 +31,6 @@ class Runtime:
 
 def start_runtime() -> Runtime:
     """Join the process group that the launcher described in the environment. Collective."""
-    quieten()
     # DeepSpeed unpickles what it loads. With this, torch.load accepts only tensors and plain values in every call.
     os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
     # Compiled by `make setup`. DeepSpeed's default is one directory for all environments of a user, which would then
@@ -56,14 +53,6 @@ def start_runtime() -> Runtime:
     comm = ProcessGroup(local_rank)
     _unlink_shared_memory(comm.rank)
     return Runtime(comm, torch.device(accelerator.device_name(), local_rank))
-
-
-def quieten() -> None:
-    """Switch off the messages and warnings that libraries print about themselves."""
-    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    deepspeed.utils.logging.logger.setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", category=FutureWarning)
-    warnings.filterwarnings("ignore", message=".*CUDA initialization.*")
 
 
 def load_communication() -> None:

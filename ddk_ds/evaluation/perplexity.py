@@ -40,7 +40,7 @@ class HeldOut:
         if load_tokenizer(directory).fingerprint != self.manifest.tokenizer_fingerprint:
             raise DataError(
                 f"--shards {self.root} were made with another tokenizer than that of {directory}: prepare the same "
-                "text with its own (tools/prepare_data.py), and compare bits per byte, not perplexities"
+                "text with its own (`ddk prepare`), and compare bits per byte, not perplexities"
             )
 
 

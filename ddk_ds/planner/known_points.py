@@ -1,6 +1,6 @@
 """Throughputs that were measured, most of them by others, and what the simulated step gives for the same runs.
 
-python tools/plan.py --known-points
+ddk plan --known-points
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Tables and pictures of a plan, of the simulations and of the known points, as tools/plan.py prints and draws them."""
+"""Tables and pictures of a plan, of the simulations and of the known points, as `ddk plan` prints and draws them."""
 
 from __future__ import annotations
 

@@ -187,7 +187,12 @@ def _code_version(changed: bool) -> dict[str, object]:
 
 
 def _git(*arguments: str) -> str | None:
-    """Run git in this repository and return its output, or None if it fails, as outside a checkout or without git."""
+    """Run git in this repository and return its output, or None if it fails, as outside a checkout or without git.
+
+    A package that is installed somewhere below another project's checkout is outside.
+    """
+    if not (ROOT / ".git").exists():
+        return None
     try:
         done = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, check=True)
     except (OSError, subprocess.CalledProcessError):

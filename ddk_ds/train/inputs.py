@@ -63,7 +63,7 @@ class Inputs:
 
     @property
     def mixture(self) -> dict[str, Any]:
-        """Return the inputs of the controller as plain JSON, for the run's events; tools/replay.py reads them."""
+        """Return the inputs of the controller as plain JSON, for the run's events; `ddk replay` reads them."""
         tokens = {name: self.manifest.domains[name].train.tokens for name in self.names}
         return {"train_tokens": tokens, "schedule": self.schedule}
 

@@ -31,6 +31,7 @@ FLOORS = (
     ("engine",),
     ("data", "kernels", "mixture"),
     ("comm", "config", "run_files"),
+    ("launcher",),
     ("command_line", "drawing", "files", "redact", "version"),
     ("errors",),
 )

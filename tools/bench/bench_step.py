@@ -29,11 +29,11 @@ from rich.console import Console
 from rich.table import Table
 
 from ddk_ds.command_line import positive, reports_user_errors
-from ddk_ds.comparison.method_stages import free_port
 from ddk_ds.drawing import WIDTH, bar_style, tidy
 from ddk_ds.engine.flops import utilisation
 from ddk_ds.errors import ConfigError, UserError
 from ddk_ds.files import write_text
+from ddk_ds.launcher import free_port
 from tools.bench.step_setting import SIZES, Case, case_config, case_flops, describe, make_models
 
 if TYPE_CHECKING:

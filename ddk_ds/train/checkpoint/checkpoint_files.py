@@ -21,7 +21,7 @@ from ddk_ds.config import Checkpoint
 from ddk_ds.errors import CheckpointError
 from ddk_ds.files import PARTIAL, partial_path, size_and_xxh64, write_text
 
-if TYPE_CHECKING:  # it imports torch, which tools/status.py need not wait for
+if TYPE_CHECKING:  # it imports torch, which `ddk status` need not wait for
     from ddk_ds.comm import Comm
 
 FORMAT = 4
