@@ -219,7 +219,7 @@ def test_a_recipe_follows_the_same_rule(clone: Path, monkeypatch: pytest.MonkeyP
     assert load_recipe(recipe).root == "s3://bucket/text"
 
 
-@pytest.mark.parametrize("name", ["demo", "demo_teacher", "demo_student", "demo_equal", "experiments/small"])
+@pytest.mark.parametrize("name", ["demo", "demo_teacher", "demo_student", "experiments/small"])
 def test_a_configuration_of_the_project_stays_in_the_clone(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     root = Path(__file__).parents[3]
     monkeypatch.chdir("/")
