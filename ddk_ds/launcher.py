@@ -131,13 +131,11 @@ class _Launched:
 def _processes(outer: int) -> tuple[list[psutil.Process], list[psutil.Process]]:
     """Return the launchers on this node, the outer one with the process id `outer` first, and their ranks."""
     launchers, ranks = [], []
-    try:
+    with suppress(psutil.NoSuchProcess):  # one has just ended
         process = psutil.Process(outer)
         launchers.append(process)
         for child in process.children():
             if child.cmdline()[1:4] == _INNER:
                 launchers.append(child)
                 ranks += child.children()
-    except psutil.NoSuchProcess:  # it has just ended
-        pass
     return launchers, ranks

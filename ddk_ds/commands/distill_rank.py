@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from ddk_ds.comm import Comm
     from ddk_ds.engine.runtime import Runtime
     from ddk_ds.train.inputs import Inputs
+    from ddk_ds.train.preflight import Row
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -132,15 +133,21 @@ def _check_machines(config: Config, inputs: Inputs, runtime: Runtime) -> None:
     from ddk_ds.train.preflight import preflight
 
     rows = preflight(config, runtime.comm, runtime.device, inputs=inputs)
-    for row in rows:
-        if row.status == "warn":
-            _console().print(redact(f"warning: {row.name}: {row.found}; {row.fix}"), soft_wrap=True, markup=False)
+    _warn(rows)
     failures = [f"{row.name}: {row.found}; {row.fix}" for row in rows if row.status == "fail"]
     if failures:
         raise UserError("; ".join(failures) + ". ddk preflight shows every check; --no-preflight leaves it out")
 
 
+def _warn(rows: Sequence[Row]) -> None:
+    for row in rows:
+        if row.status == "warn":
+            _console().print(redact(f"warning: {row.name}: {row.found}; {row.fix}"), soft_wrap=True, markup=False)
+
+
 def _report(config: Config, inputs: Inputs, world_size: int) -> None:
+    from ddk_ds.train.preflight import domain_samples
+
     train = config.train
     ranks = "1 rank" if world_size == 1 else f"{world_size} ranks"
     table = Table("domain", "train samples", "validation samples", title="every check passed", title_justify="left")
@@ -156,6 +163,7 @@ def _report(config: Config, inputs: Inputs, world_size: int) -> None:
         "launcher's; without one that of --ranks, or 1",
         soft_wrap=True,
     )
+    _warn([domain_samples(config, inputs)])
 
 
 def _console(*, stderr: bool = False) -> Console:

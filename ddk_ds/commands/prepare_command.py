@@ -93,6 +93,12 @@ def run(options: argparse.Namespace, console: Console) -> Manifest:
         )
     console.print(table(manifest))
     console.print(losses(manifest))
+    for text in manifest.mostly_held_out(list(manifest.domains)):
+        console.print(
+            f"warning: fewer samples to train on than held out: {text}: lower --validation-samples, or give the domain "
+            "more text (max_bytes of the recipe)",
+            soft_wrap=True,
+        )
     console.print(f"{options.out}: {len(manifest.domains)} domains, {manifest.sequence_length:,} tokens a sample")
     return manifest
 

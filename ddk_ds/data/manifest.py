@@ -57,6 +57,15 @@ class Manifest:
             if name not in self.domains:
                 raise DataError(f"{self.root} has no domain {name!r}; it has {', '.join(self.domains)}")
 
+    def mostly_held_out(self, names: Sequence[str]) -> list[str]:
+        """Return a text for each domain of `names` that has fewer samples to train on than held-out ones."""
+        domains = {name: self.domains[name] for name in names}
+        return [
+            f"{name} ({domain.train.samples:,} and {domain.validation.samples:,})"
+            for name, domain in domains.items()
+            if domain.train.samples < domain.validation.samples
+        ]
+
 
 def write_manifest(manifest: Manifest) -> None:
     """Write `manifest.root`/domains.json, which appears complete or not at all."""

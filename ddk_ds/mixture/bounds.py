@@ -74,6 +74,10 @@ class Bounded:
         """Weight of the past in the student's perplexities that `rule` has."""
         return self.rule.ppl_smoothing
 
+    def spreading(self, interval: int) -> tuple[str, ...]:
+        """Return the options of `rule` that spread its proportions."""
+        return self.rule.spreading(interval)
+
     def start(self, student_ppl: Values, teacher_ppl: Values) -> Vector:
         """Return the first proportions (N,) of `rule`, brought within the bounds."""
         return self._bounded(self.rule.start(self._included(student_ppl), self._included(teacher_ppl)))

@@ -112,6 +112,10 @@ class DDK:
     name: ClassVar[str] = "ddk"
     uses_teacher: ClassVar[bool] = True
 
+    def spreading(self, interval: int) -> tuple[str, ...]:
+        """Return the options of Eq. 1 for the first interval, and those of Eq. 2 for every later one."""
+        return ("ratio_cap", "alpha") if interval else ("ratio_cap", "initial_floor")
+
     def start(self, student_ppl: Values, teacher_ppl: Values) -> Vector:
         """Return the first proportions (N,): Eq. 1 with its cap and floor, or 1/N each if `initial` is "equal"."""
         if self.initial == "equal":
@@ -140,6 +144,10 @@ class DDKNoSmoothing:
     name: ClassVar[str] = "ddk_no_smoothing"
     uses_teacher: ClassVar[bool] = True
 
+    def spreading(self, interval: int) -> tuple[str, ...]:
+        """Return the options of Eq. 1, which every interval uses."""
+        return ("ratio_cap", "initial_floor")
+
     def start(self, student_ppl: Values, teacher_ppl: Values) -> Vector:
         """Return the first proportions (N,), computed by Eq. 1 with the configured cap and floor."""
         ratios = perplexity_ratios(student_ppl, teacher_ppl, cap=self.ratio_cap, names=self.names)
@@ -152,20 +160,3 @@ class DDKNoSmoothing:
     def state_dict(self) -> dict[str, Any]:
         """Return the kind and the options."""
         return controller_state(self)
-
-
-def one_hot_warning(proportions: Sequence[float] | Vector, names: Sequence[str], threshold: float = 0.9) -> str | None:
-    """Return a warning if one of several domains takes more than `threshold` of the first interval, else None.
-
-    Eq. 1 exponentiates the ratio of perplexities and has no floor: with a weak student whose ratios are 5 and 40, the
-    first interval has almost no samples of the other domains.
-    """
-    top = int(np.argmax(proportions))
-    if len(proportions) == 1 or not float(proportions[top]) > threshold:
-        return None
-    return (
-        f"the first interval takes {float(proportions[top]):.1%} of its samples from domain '{names[top]}': "
-        "Eq. 1 exponentiates the ratio of perplexities, and this student's ratios are far apart. To spread "
-        "the samples, set mixture.ratio_cap (a bound on the ratio before exp) or mixture.initial_floor (a "
-        "least proportion of every domain)"
-    )

@@ -32,6 +32,12 @@ class Controller(Protocol):
         `decide` passes the averaged perplexities to the controller; with 0 it passes the measured ones.
         """
 
+    def spreading(self, interval: int) -> tuple[str, ...]:
+        """Return the options of section `mixture` that would spread the proportions of `interval` more evenly.
+
+        Empty for a controller that does not move proportions: they are the user's own.
+        """
+
     def start(self, student_ppl: Values, teacher_ppl: Values) -> Vector:
         """Return the proportions (N,) of interval 0."""
 

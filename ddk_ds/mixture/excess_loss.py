@@ -28,6 +28,10 @@ class _ExcessLoss:
         """True if the references are the teacher's losses."""
         return self.reference is None
 
+    def spreading(self, interval: int) -> tuple[str, ...]:
+        """Return the floors: nothing else bounds what the exponential step takes from a domain."""
+        return ("floors",)
+
     def start(self, student_ppl: Values, teacher_ppl: Values) -> Vector:
         """Return the prior proportions (N,); perplexities are not used."""
         num_domains = len(self.names)

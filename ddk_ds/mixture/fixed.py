@@ -28,6 +28,10 @@ class Static:
     uses_teacher: ClassVar[bool] = False
     ppl_smoothing: ClassVar[float] = 0.0
 
+    def spreading(self, interval: int) -> tuple[str, ...]:
+        """Return nothing: the proportions are the user's own."""
+        return ()
+
     def start(self, student_ppl: Values, teacher_ppl: Values) -> Vector:
         """Return the fixed proportions (N,); perplexities are not used."""
         return np.array(self.proportions, np.float64)
@@ -51,6 +55,10 @@ class Scheduled:
     name: ClassVar[str] = "schedule"
     uses_teacher: ClassVar[bool] = False
     ppl_smoothing: ClassVar[float] = 0.0
+
+    def spreading(self, interval: int) -> tuple[str, ...]:
+        """Return nothing: the proportions are the user's own."""
+        return ()
 
     def start(self, student_ppl: Values, teacher_ppl: Values) -> Vector:
         """Return the proportions (N,) of the first stage; perplexities are not used."""

@@ -30,22 +30,22 @@ class _Kind:
     line: Any
 
 
+_BEGINNINGS = ("start", "resume", "fork")
 _KINDS = (
-    _Kind("restart", ("start", "resume", "fork", "interrupted"), "#444444", ">", "--"),
+    _Kind("restart", _BEGINNINGS, "#444444", ">", "--"),
     _Kind("alarm", ("alarm", "warning"), "#D55E00", "v", ":"),
     _Kind("fault", ("roll_back", "stopped", "checkpoint_failed", "damaged", "skipped"), "#CC79A7", "X", "-."),
 )
-_BEGINNINGS = ("start", "resume", "fork")
 
 
 def marked_events(run: RunRecord) -> list[tuple[_Kind, list[float]]]:
-    """Return each kind of mark with the steps at which it happened; the run's first start has no mark."""
+    """Return each kind of mark with the steps at which it happened; the run's first start, or fork, has no mark."""
     marks = []
     for kind in _KINDS:
         steps = [
             float(event.get("step", 0))
             for number, event in enumerate(run.events)
-            if event["event"] in kind.events and not (number == 0 and event["event"] == "start")
+            if event["event"] in kind.events and not (number == 0 and event["event"] in _BEGINNINGS)
         ]
         if steps:
             marks.append((kind, steps))

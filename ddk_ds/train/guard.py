@@ -49,24 +49,28 @@ def check_interval(
     names: Sequence[str],
     options: Guard,
     excluded: Sequence[str] = (),
+    spreading: Sequence[str] = (),
 ) -> list[str]:
     """Return the alarms at the beginning of an interval, and note its ratios to the teacher in the state.
 
-    There is an alarm if the proportions have little entropy, or if the ratio of a domain keeps rising.
+    There is an alarm if a controller has moved the proportions to little entropy, or if the ratio of a domain keeps
+    rising.
 
     Args:
         ratio: (N,) ratios to the teacher; None in a run without one.
         excluded: domains that are never drawn.
+        spreading: options of section `mixture` that would spread the proportions; empty if no controller moves them.
     """
     alarms = []
     proportions = state.proportions
     entropy = -sum(share * math.log(share) for share in proportions if share > 0)
     equal = math.log(len(proportions) - len(excluded))
-    if state.data.interval > 0 and entropy < options.least_entropy * equal:
+    if spreading and entropy < options.least_entropy * equal:
         top = max(range(len(proportions)), key=proportions.__getitem__)
         alarms.append(
-            f"the mixture is nearly one domain's: {names[top]} has {proportions[top]:.1%}, the entropy is "
-            f"{entropy / equal:.2f} of equal proportions'; mixture.alpha or mixture.ratio_cap spread it"
+            f"the mixture is nearly one domain's: {names[top]} has {proportions[top]:.1%} of interval "
+            f"{state.data.interval}, the entropy is {entropy / equal:.2f} of equal proportions'; "
+            f"{' and '.join(f'mixture.{option}' for option in spreading)} spread it (docs/methods.md)"
         )
     if ratio is not None:
         before, rises = state.last_ratio or ratio, state.rises or [0] * len(ratio)

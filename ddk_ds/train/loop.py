@@ -12,7 +12,6 @@ from ddk_ds.config.run_config import interval_steps
 from ddk_ds.data.loader import MicroBatch, interval_loader
 from ddk_ds.engine.export import export_student
 from ddk_ds.errors import UserError
-from ddk_ds.mixture.ddk import one_hot_warning
 from ddk_ds.mixture.exhaustion import Exhausted
 from ddk_ds.mixture.order import Ids
 from ddk_ds.train.checkpoint.checkpoint_files import newest_checkpoint
@@ -110,18 +109,20 @@ def _interval_samples(run: Run) -> int:
 
 
 def _record_interval(run: Run, student_ppl: Array, clock: dict[str, float]) -> None:
-    """Write the line of the interval that has just begun, and announce alarms and warnings about its mixture."""
+    """Write the line of the interval that has just begun, and announce its alarms."""
     state, names = run.state, run.inputs.names
     ratio = ratio_to_teacher(student_ppl, run.teacher_ppl)
     alarms = check_interval(
-        state, None if ratio is None else ratio.tolist(), names, run.config.guard, run.config.mixture.exclude
+        state,
+        None if ratio is None else ratio.tolist(),
+        names,
+        run.config.guard,
+        run.config.mixture.exclude,
+        run.inputs.controller.spreading(state.data.interval),
     )
     run.record(interval_record("interval", state, names, student_ppl, run.teacher_ppl, clock, alarms))
     for alarm in alarms:
         run.announce("alarm", f"alarm: {alarm}", step=state.step, text=alarm)
-    warning = one_hot_warning(state.proportions, names)
-    if warning is not None and state.data.interval == 0 and run.inputs.controller.name.startswith("ddk"):
-        run.announce("warning", f"warning: {warning}", step=state.step, text=warning)
     run.progress.interval(state.data.interval, state.proportions)
 
 

@@ -71,7 +71,10 @@ def write_summary(run_dir: Path, summary: dict[str, Any]) -> None:
 
 
 def summary_table(summary: dict[str, Any]) -> Table:
-    """Return the table by domain: perplexity and ratio to the teacher before and after the run, share of tokens."""
+    """Return the table by domain: perplexity and ratio to the teacher before and after the run, share of tokens.
+
+    A run without a teacher has neither the teacher's column nor ratios.
+    """
     work = f"{summary['steps']:,} steps, {summary['tokens']:,} tokens, {summary['wall_s']:.0f} s"
     table = Table(
         title=f"{summary['run']}: {summary['controller']}, {work}",
@@ -80,20 +83,17 @@ def summary_table(summary: dict[str, Any]) -> Table:
         pad_edge=False,
     )
     table.add_column("domain", no_wrap=True)
-    headings = ("teacher\nppl", "student\nbefore", "student\nafter", "ratio\nbefore", "ratio\nafter", "token\nshare")
-    for heading in headings:
+    with_teacher = summary["mean_ratio_after"] is not None
+    columns = {"student\nbefore": ("student_ppl_before", 2), "student\nafter": ("student_ppl_after", 2)}
+    if with_teacher:
+        ratios = {"ratio\nbefore": ("ratio_before", 3), "ratio\nafter": ("ratio_after", 3)}
+        columns = {"teacher\nppl": ("teacher_ppl", 2), **columns, **ratios}
+    for heading in (*columns, "token\nshare"):
         table.add_column(heading, justify="right", no_wrap=True)
     for domain in summary["domains"]:
-        table.add_row(
-            domain["name"],
-            _number(domain["teacher_ppl"]),
-            _number(domain["student_ppl_before"]),
-            _number(domain["student_ppl_after"]),
-            _number(domain["ratio_before"], 3),
-            _number(domain["ratio_after"], 3),
-            f"{domain['token_share']:.1%}",
-        )
-    if summary["mean_ratio_after"] is not None:
+        numbers = [_number(domain[key], digits) for key, digits in columns.values()]
+        table.add_row(domain["name"], *numbers, f"{domain['token_share']:.1%}")
+    if with_teacher:
         table.add_section()
         before, after = summary["mean_ratio_before"], summary["mean_ratio_after"]
         table.add_row("mean", "", "", "", _number(before, 3), _number(after, 3), "")

@@ -89,8 +89,12 @@ def prepare_run(
         total_steps=steps,
         step_flops=step_flops(config, inputs.student, inputs.teacher, comm.world_size),
     )
-    _restore(run, start)
+    if start is None:
+        run.ledger.rewind(0)
+    else:
+        restore(run, start)
     call_together(comm, lambda: _open_monitors(run) if comm.rank == 0 else None)
+    _announce_start(run, start)  # now nothing can refuse it any more
     return run
 
 
@@ -118,19 +122,18 @@ def _open_monitors(run: Run) -> None:
     run.monitor = MonitorFeed(writers, config.monitor.every_s, run.progress.say)
 
 
-def _restore(run: Run, start: Start | None) -> None:
+def _announce_start(run: Run, start: Start | None) -> None:
+    """Say what the run continues from, and record its start. A start that was refused is none."""
     world_size = run.runtime.comm.world_size
     setting: dict[str, Any] = {"world_size": world_size, "mixture": run.inputs.mixture}
     if run.config.teacher is not None:
         setting["micro_batches_per_pass"] = run.config.teacher.pass_size
     if start is None:
-        run.ledger.rewind(0)
         run.ledger.event("start", **setting, versions=versions())
         return
     for path in start.damaged:
         message = f"warning: {path} is damaged, its files are not what their hashes say; continuing from an older one"
         run.announce("damaged", message, path=str(path))
-    restore(run, start)
     kind, done = ("fork", "forked") if start.forked else ("resume", "resumed")
     step, changed, wrote = run.state.step, start.changed_versions, start.manifest.world_size
     ranks = "" if start.universal is None else f"; {wrote} ranks wrote it, {world_size} go on"

@@ -10,7 +10,7 @@ import socket
 import struct
 import subprocess
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,10 @@ import pytest
 import torch
 
 from ddk_ds.comm import SingleProcess
+from ddk_ds.commands.distill_rank import main as distil
 from ddk_ds.commands.preflight_command import main
 from ddk_ds.config import load_config
+from ddk_ds.data.manifest import load_manifest, write_manifest
 from ddk_ds.train.checkpoint.checkpoint_files import FORMAT
 from ddk_ds.train.preflight import Row, preflight
 from ddk_ds.train.preflight.agreement import clock_offset
@@ -196,6 +198,31 @@ def test_shard(workspace: Path, tmp_path: Path, shards: Path, fault: str) -> Non
     rows = rows_of(write_config(workspace, tmp_path, data={"path": str(shards)}))
     says = "is missing" if fault == "missing" else f"has {shard.stat().st_size:,} bytes, its index says"
     check(rows, "shards", str(shard), says, "prepare the data again, or copy it again whole")
+
+
+def test_few_samples(workspace: Path, tmp_path: Path, shards: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A domain with more held out than left to train on, and domains that the run draws many times over."""
+    sizes = {name: domain.train.samples for name, domain in load_manifest(shards).domains.items()}
+    steps = 5 * 3 * max(sizes.values()) // 8  # an equal share is 5 passes over the largest
+    config = write_config(workspace, tmp_path, data={"path": str(shards)}, stop={"steps": steps})
+    often = [f"{name} {8 * steps / 3 / size:.1f} times" for name, size in sizes.items()]
+    check(rows_of(config), "samples of domains", f"{8 * steps:,} draws", *often, "max_passes", status="warn")
+    capped = write_config(workspace, tmp_path, stop={"steps": steps}, mixture={"exhaustion": "cap", "max_passes": 100})
+    assert rows_of(capped)["samples of domains"].status == "pass"
+
+    manifest = load_manifest(shards)
+    swapped = replace(manifest.domains["cpp"], train=manifest.domains["cpp"].validation)
+    few = replace(swapped, validation=manifest.domains["cpp"].train)
+    for part in ("train", "validation"):
+        (shards / "cpp" / part).rename(shards / "cpp" / f"{part}-before")
+    (shards / "cpp/train-before").rename(shards / "cpp/validation")
+    (shards / "cpp/validation-before").rename(shards / "cpp/train")
+    write_manifest(replace(manifest, domains={**manifest.domains, "cpp": few}))
+    config = write_config(workspace, tmp_path, data={"path": str(shards)}, stop={"steps": 3})
+    named = f"cpp ({few.train.samples:,} and {few.validation.samples:,})"
+    check(rows_of(config), "samples of domains", "than held out", named, "--validation-samples", status="warn")
+    assert distil(["--config", str(config), "--dry-run"]) == 0
+    assert named in " ".join(capsys.readouterr().out.split())
 
 
 def test_disk_full(workspace: Path, tmp_path: Path) -> None:

@@ -6,11 +6,13 @@ from ddk_ds.train.preflight.agreement import measure_collectives
 from ddk_ds.train.preflight.checks import preflight, preflight_machine
 from ddk_ds.train.preflight.login_node import check_on_login_node
 from ddk_ds.train.preflight.rows import EXIT_FAILED, Row, failed
+from ddk_ds.train.preflight.sample_counts import domain_samples
 
 __all__ = [
     "EXIT_FAILED",
     "Row",
     "check_on_login_node",
+    "domain_samples",
     "failed",
     "measure_collectives",
     "preflight",

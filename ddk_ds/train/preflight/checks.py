@@ -19,6 +19,7 @@ from ddk_ds.train.inputs import Inputs, check_inputs
 from ddk_ds.train.preflight import agreement, machine, path_checks
 from ddk_ds.train.preflight.agreement import Job
 from ddk_ds.train.preflight.rows import Row, attempt, deadline, failed, merge
+from ddk_ds.train.preflight.sample_counts import domain_samples
 
 # Headers, indices and sampled bytes of large models on a busy shared file system; a first download from the hub.
 FILES_S, DOWNLOAD_S = 300.0, 7200.0
@@ -164,9 +165,10 @@ def _memory(config: Config, job: Job, student: ModelShape, teacher: ModelShape |
 
 
 def _with_inputs(config: Config, job: Job, inputs: Inputs) -> list[Row]:
-    """Check the run's directory, the same inputs on all ranks, and the space for the data cache."""
+    """Check the same inputs on all ranks, the samples, the run's directory, and the space for the data cache."""
     rows = [
         attempt("same files on all ranks", agreement.same_files, job, inputs.fingerprints),
+        attempt("samples of domains", domain_samples, config, inputs),
         _on_rank_0(job, "run directory", path_checks.run_directory, config, inputs.fingerprints),
     ]
     if config.data.cache_dir is not None:

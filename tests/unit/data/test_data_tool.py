@@ -9,6 +9,7 @@ import pytest
 from rich.console import Console
 
 from ddk_ds.commands import prepare_command as prepare_data
+from ddk_ds.data.manifest import load_manifest
 from tests.unit.data.corpus import make_texts, write_recipe
 from tests.unit.data.test_data_prepare import write_lines
 
@@ -36,6 +37,25 @@ def test_the_report_says_what_was_dropped_and_why(
     assert rows[0][1] == "81"
     assert rows[1][1:6] == ["7", "2", "1", "4", "1"]
     assert all(len(line.rstrip()) <= 80 for line in printed.splitlines() if "out" not in line)
+
+
+def test_a_domain_with_more_held_out_than_left_is_named(
+    tokenizer_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "text").mkdir()
+    for seed, (name, count) in enumerate({"small": 18, "large": 200}.items()):
+        write_lines(tmp_path / f"text/{name}.jsonl", make_texts(seed, count, 80))
+    recipe = write_recipe(tmp_path / "r.yaml", {name: {"sources": [f"{name}.jsonl"]} for name in ("small", "large")})
+    more = (f"root={tmp_path / 'text'}",)
+    command = [*arguments(recipe, tokenizer_dir, tmp_path / "out", *more), "--validation-samples", "40"]
+    assert prepare_data.main(command) == 0
+    printed = capsys.readouterr().out
+    domains = load_manifest(tmp_path / "out").domains
+    samples = {name: (domain.train.samples, domain.validation.samples) for name, domain in domains.items()}
+    assert samples["small"][0] < samples["small"][1] and samples["large"][0] > samples["large"][1], samples
+    warned = [line for line in printed.splitlines() if line.startswith("warning: fewer samples to train on")]
+    assert len(warned) == 1 and f"small ({samples['small'][0]} and {samples['small'][1]})" in warned[0]
+    assert "--validation-samples" in warned[0]
 
 
 def test_errors_are_one_line_and_exit_with_2(

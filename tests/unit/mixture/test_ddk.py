@@ -14,7 +14,6 @@ from ddk_ds.errors import ConfigError, DataError
 from ddk_ds.mixture.ddk import (
     discrepancy,
     initial_proportions,
-    one_hot_warning,
     perplexity_ratios,
     updated_proportions,
 )
@@ -169,18 +168,3 @@ def test_bad_proportions_are_refused(values: list[float]) -> None:
         eq2(values, [1.0, 1.0], [1.0, 1.0], alpha=0.5)
     with pytest.raises(ConfigError, match=r"mixture\.proportions"):
         check_proportions(values, num_domains=2, label="mixture.proportions")
-
-
-def test_a_nearly_one_hot_r0_gives_a_warning() -> None:
-    warning = one_hot_warning(eq1([40.0, 5.0, 5.0], [1.0, 1.0, 1.0]), NAMES)
-    assert warning is not None
-    for part in ("100.0%", "'code'", "mixture.ratio_cap", "mixture.initial_floor"):
-        assert part in warning
-    for mended in (
-        eq1([40.0, 5.0, 5.0], [1.0, 1.0, 1.0], cap=6.0),
-        eq1([40.0, 5.0, 5.0], [1.0, 1.0, 1.0], floor=0.1),
-    ):
-        assert one_hot_warning(mended, NAMES) is None
-    assert one_hot_warning([1.0], NAMES[:1]) is None  # a single domain has no others
-    assert one_hot_warning([0.6, 0.4], NAMES[:2]) is None
-    assert one_hot_warning([0.6, 0.4], NAMES[:2], threshold=0.5) is not None

@@ -17,6 +17,7 @@ import pytest
 from ddk_ds.commands.report_command import main
 from ddk_ds.errors import CheckpointError
 from ddk_ds.report.domains import asked_and_realised
+from ddk_ds.report.happenings import describe_marks, marked_events
 from ddk_ds.report.page import sections, write_page
 from ddk_ds.report.records import PARTS, read_run
 from ddk_ds.report.training import seconds_by_part, step_seconds_by_part
@@ -83,6 +84,16 @@ def test_any_length_of_run_with_and_without_a_teacher(
     path = write_page([run_dir], tmp_path / "out")
     figures = {str(item["id"]) for item in Page(path.read_text()).all("figure")}
     assert figures == (ALL if teacher else ALL - {"ratio"} | {"perplexity_over_tokens"})
+
+
+def test_a_run_that_was_interrupted_and_resumed_twice_has_two_restarts(tmp_path: Path) -> None:
+    events = []
+    for step in (10, 20):
+        events.append({"event": "interrupted", "time_s": 1.79e9 + step, "step": step, "signal": "SIGINT"})
+        events.append({"event": "resume", "time_s": 1.79e9 + step + 5, "step": step, "world_size": 2})
+    run = read_run(make_run(tmp_path, events=events))
+    assert describe_marks(run) == " Vertical lines: 2 restarts."
+    assert [(kind.label, steps) for kind, steps in marked_events(run)] == [("restart", [10.0, 20.0])]
 
 
 def test_before_the_first_step_there_is_a_page_too(tmp_path: Path) -> None:

@@ -8,7 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ddk_ds.config import Guard
+from ddk_ds.config import Guard, Mixture
+from ddk_ds.mixture.controllers import make_controller
+from ddk_ds.mixture.decide import decide
 from ddk_ds.mixture.interval_state import IntervalState
 from ddk_ds.train.guard import NumbersGoneWrong, check_interval, check_step
 from ddk_ds.train.state import RunState
@@ -69,23 +71,67 @@ def test_the_state_goes_through_a_checkpoint() -> None:
 
 
 def alarms(ratios: list[list[float]], proportions: list[float], options: Guard | None = None) -> list[list[str]]:
-    """Return the alarms of intervals with these ratios and the same proportions."""
+    """Return the alarms of intervals with these ratios and the same proportions, which DDK has moved."""
     state = fresh()
     state.data = state.data.begin([4])
     found = []
-    for ratio in ratios:
+    for interval, ratio in enumerate(ratios):
         state.proportions = proportions
-        found.append(check_interval(state, ratio, ["a", "b", "c"], options or Guard()))
+        spreading = ("ratio_cap", "alpha" if interval else "initial_floor")
+        found.append(check_interval(state, ratio, ["a", "b", "c"], options or Guard(), (), spreading))
         state.data = state.data.consume(4).begin([4])
     return found
 
 
-def test_a_mixture_that_goes_one_hot_raises_an_alarm_after_the_first_interval() -> None:
+def test_a_mixture_that_goes_one_hot_raises_an_alarm_in_every_interval() -> None:
     first, second = alarms([[2.0, 2.0, 2.0]] * 2, [0.96, 0.02, 0.02])
-    assert not first
-    assert len(second) == 1 and "a has 96.0%, the entropy is 0.18 of equal" in second[0]
+    assert len(first) == 1 and "a has 96.0% of interval 0, the entropy is 0.18 of equal" in first[0]
+    assert "mixture.ratio_cap and mixture.initial_floor spread it" in first[0]
+    assert len(second) == 1 and "mixture.ratio_cap and mixture.alpha spread it" in second[0]
     assert not any(alarms([[2.0, 2.0, 2.0]] * 2, [1.0, 0.0, 0.0], Guard(least_entropy=0.0)))
     assert not any(alarms([[2.0, 2.0, 2.0]] * 2, [0.6, 0.2, 0.2]))
+
+
+@pytest.mark.parametrize("count", [2, 3, 10])
+def test_85_percent_for_one_of_any_number_of_domains_raises_an_alarm(count: int) -> None:
+    state, names = fresh(), [str(i) for i in range(count)]
+    state.data = state.data.begin([4])
+    state.proportions = [0.85, *[0.15 / (count - 1)] * (count - 1)]
+    assert len(check_interval(state, None, names, Guard(), (), ("floors",))) == 1
+    state.proportions = [0.55, *[0.45 / (count - 1)] * (count - 1)]
+    assert not check_interval(state, None, names, Guard(), (), ("floors",))
+
+
+RATIOS = (40.0, 5.0, 5.0)
+
+
+@pytest.mark.parametrize(
+    ("section", "first", "later"),
+    [
+        ({}, "ratio_cap and mixture.initial_floor", "ratio_cap and mixture.alpha"),
+        ({"exclude": ["c"]}, "ratio_cap and mixture.initial_floor", "ratio_cap and mixture.alpha"),
+        ({"controller": "ddk_no_smoothing"}, "ratio_cap and mixture.initial_floor", "ratio_cap and mixture.initial"),
+        ({"controller": "sheared_llama"}, None, "floors"),
+        ({"controller": "doremi_online"}, None, "floors"),
+        ({"ratio_cap": 6.0, "initial_floor": 0.1}, None, None),
+        ({"controller": "static", "proportions": {"a": 0.98, "b": 0.01, "c": 0.01}}, None, None),
+        ({"controller": "by_size"}, None, None),
+    ],
+)
+def test_the_alarm_comes_with_every_controller_that_moves_proportions(
+    section: dict[str, Any], first: str | None, later: str | None
+) -> None:
+    options = Mixture(**{"alpha": 0.99, **section})
+    controller = make_controller(options, {"a": 9800, "b": 100, "c": 100})
+    state, names = fresh(), ["a", "b", "c"]
+    last = None
+    for interval, expected in enumerate((first, later)):
+        last = decide(controller, last, np.array(RATIOS), np.ones(3), interval=interval)
+        state.proportions, state.data = last.proportions, state.data.begin([4])
+        found = check_interval(state, None, names, Guard(), options.exclude, controller.spreading(interval))
+        state.data = state.data.consume(4)
+        assert len(found) == (expected is not None), found
+        assert expected is None or f"mixture.{expected}" in found[0]
 
 
 def test_a_ratio_that_rises_for_some_intervals_raises_an_alarm() -> None:
