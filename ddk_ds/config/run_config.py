@@ -194,6 +194,14 @@ def interval_steps(mixture: Mixture, interval: int) -> int:
     return max(1, round(min(exact, _MAX_INTERVAL_STEPS)))
 
 
+def interval_ends(mixture: Mixture, total_steps: int) -> list[int]:
+    """Return the steps after which a run of `total_steps` steps measures its student, in ascending order."""
+    ends = [min(interval_steps(mixture, 0), total_steps)]
+    while ends[-1] < total_steps:
+        ends.append(min(ends[-1] + interval_steps(mixture, len(ends)), total_steps))
+    return ends
+
+
 def corpus_samples(mixture: Mixture, sizes: Mapping[str, int]) -> int:
     """Return the number of training samples in all domains that `mixture.exclude` does not name.
 

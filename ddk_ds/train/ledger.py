@@ -1,4 +1,4 @@
-"""Everything that a run reports while it trains: the ledger and its events, the monitors, and the terminal.
+"""Everything that a run records while it trains: the ledger and its events, and the monitors.
 
 `ledger.jsonl` has the numbers that the run computed, one JSON line per optimizer step and per interval. Interrupted
 anywhere and resumed, it equals that of an uninterrupted run except for the values under "clock". `events.jsonl` has
@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
@@ -19,13 +18,9 @@ from threading import Event as Flag
 from threading import Thread
 from typing import Any
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-
 from ddk_ds.engine.monitors import Event, Writer, close_writers
 from ddk_ds.errors import CheckpointError
 from ddk_ds.redact import redact
-from ddk_ds.train.step import StepMetrics
 
 
 class Ledger:
@@ -89,7 +84,6 @@ _INTERVAL = {"student_ppl": "student_ppl", "teacher_ppl": "teacher_ppl", "ratio"
 _CLOCK = {"tokens_per_s": "speed/tokens_per_s", "mfu": "speed/mfu", "peak_memory_gb": "memory/peak_gb"}
 
 _LONGEST_CLOSE_S = 60.0
-_LINE_EVERY_S = 10.0
 
 
 def events(record: Mapping[str, Any]) -> list[Event]:
@@ -190,59 +184,3 @@ class MonitorFeed:
             self._warn(f"warning: monitor {name} failed and is left out from here on: {error}")
             return False
         return True
-
-
-class RunProgress:
-    """Shows steps, loss, speed and remaining time: a live bar on a terminal, else a line every ten seconds.
-
-    On ranks other than 0 it shows nothing.
-    """
-
-    def __init__(self, rank: int, total_steps: int, names: Sequence[str]) -> None:
-        self.console = Console(quiet=rank != 0, file=sys.stdout, highlight=False, soft_wrap=not sys.stdout.isatty())
-        self._names = names
-        self._total = total_steps
-        self._live = rank == 0 and sys.stdout.isatty()
-        self._last_line = 0.0
-        self._interval = ""
-        self._bar = Progress(
-            TextColumn("[bold]{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[metrics]}"),
-            TimeElapsedColumn(),
-            TextColumn("ETA"),
-            TimeRemainingColumn(),
-            console=self.console,
-            disable=not self._live,
-        )
-        self._task = self._bar.add_task("step", total=total_steps, metrics="")
-
-    def start(self, step: int) -> None:
-        """Start the bar with `step` steps done."""
-        self._bar.start()
-        self._bar.update(self._task, completed=step)
-
-    def stop(self) -> None:
-        """End the bar, so that others can write to the terminal."""
-        self._bar.stop()
-
-    def say(self, text: str) -> None:
-        """Print a line above the bar, without credentials."""
-        self._bar.console.print(redact(text))
-
-    def interval(self, number: int, proportions: Sequence[float]) -> None:
-        """Show the proportions (N,) of the interval that has begun."""
-        mixture = "  ".join(f"{name} {share:.1%}" for name, share in zip(self._names, proportions, strict=True))
-        self._interval = f"interval {number}"
-        self.say(f"interval {number}: {mixture}")
-
-    def step(self, step: int, metrics: StepMetrics, tokens_per_s: float) -> None:
-        """Show loss and speed after optimizer step `step`; without a terminal at most every ten seconds."""
-        text = f"loss {metrics.loss:.4f}  CE {metrics.ce:.4f}  KL {metrics.kl:.4f}  {tokens_per_s:,.0f} tokens/s"
-        self._bar.update(self._task, completed=step, metrics=f"{self._interval}  {text}")
-        now = time.monotonic()
-        if not self._live and (now - self._last_line > _LINE_EVERY_S or step == self._total):
-            self._last_line = now
-            remaining = (self._total - step) * sum(metrics.domain_tokens) / max(1e-9, tokens_per_s)
-            self.say(f"step {step}/{self._total}  {self._interval}  {text}  ETA {remaining:,.0f} s")

@@ -23,7 +23,7 @@ from ddk_ds.train.interval import Array, interval_record, ratio_to_teacher, stop
 from ddk_ds.train.run import Run
 from ddk_ds.train.run_end import companions, make_summary, summary_table, write_summary
 from ddk_ds.train.step import StepMetrics, learning_rate, seed_step, step_clock, step_numbers, train_step
-from ddk_ds.train.validation import perplexities
+from ddk_ds.train.validation import count_micro_batches, perplexities
 from ddk_ds.version import versions
 
 
@@ -77,10 +77,17 @@ def _measure(run: Run) -> tuple[Array, float]:
     run.watchdog.watch("evaluation", run.state.step)
     steps = interval_steps(run.config.mixture, run.state.data.interval + 1)
     run.ahead.border(run.state.data, steps * run.config.train.global_batch_samples)
-    device, comm, poll = run.runtime.device, run.runtime.comm, run.interruption.check
-    student_ppl = perplexities(
-        run.student, run.validation, options=run.head_options, device=device, comm=comm, poll=poll
-    )
+    passes = count_micro_batches(run.validation)
+    with run.progress.part("measuring the student", passes, measured_after=run.state.step) as advance:
+        student_ppl = perplexities(
+            run.student,
+            run.validation,
+            options=run.head_options,
+            device=run.runtime.device,
+            comm=run.runtime.comm,
+            poll=run.interruption.check,
+            advance=advance,
+        )
     if not run.state.student_before:
         run.state.student_before = student_ppl.tolist()
     elapsed = time.perf_counter() - started
@@ -228,7 +235,7 @@ def _record_step(run: Run, metrics: StepMetrics, rate: float, data_s: float, ste
     clock = step_clock(metrics, {"step": step_s, "data": data_s, "monitor": run.monitor.take_seconds()}, run.step_flops)
     record = {"kind": "step", "step": state.step, "interval": state.data.interval}
     run.record({**record, **step_numbers(metrics), "learning_rate": rate, "clock": clock})
-    run.progress.step(state.step, metrics, clock["tokens_per_s"])
+    run.progress.step(state.step, metrics, clock["tokens_per_s"], step_s)
     check_step(state, metrics.loss, metrics.grad_norm, run.config.guard)
     if state.skipped_in_row:
         message = f"warning: step {state.step} has no finite gradient: skipped, the weights are as before"
@@ -258,6 +265,7 @@ def _finish_checkpoint(run: Run) -> bool:
     if saved is not None:
         clock = {"pause_s": round(saved.pause_s, 4), "seconds": round(saved.seconds, 4)}
         run.ledger.event("checkpoint", step=saved.step, path=str(saved.path), **clock)
+        run.progress.remaining.checkpoint_took(saved.seconds)
     return True
 
 
@@ -299,13 +307,19 @@ def _finish(run: Run, student_ppl: Array, measure_s: float, reason: str) -> dict
     if config.monitor.samples_every:
         _sample(run)
     run.watchdog.watch("export", state.step)
-    export_student(
-        run.student,
-        config.run_dir / "export",
-        comm,
-        lambda: companions(config.run_dir, config, run.inputs.student, state, versions()),
-        run.interruption.check,
-    )
+    with run.progress.part("exporting the student", len(run.student.parameters)) as advance:
+
+        def poll() -> None:
+            run.interruption.check()
+            advance()
+
+        export_student(
+            run.student,
+            config.run_dir / "export",
+            comm,
+            lambda: companions(config.run_dir, config, run.inputs.student, state, versions()),
+            poll,
+        )
     run.make_method().export(run.student, config.run_dir / "export", names, comm)
     summary = make_summary(config, state, names, student_ppl, run.teacher_ppl, reason)
     if comm.rank == 0:

@@ -114,7 +114,7 @@ class RunProgress:
         self._measuring: tuple[float, float] | None = None
         self._step = 0
         self._bar = Progress(
-            _Head(), BarColumn(bar_width=None), console=self.console, disable=not self._live, expand=True
+            _Head(self.console), BarColumn(bar_width=None), console=self.console, disable=not self._live, expand=True
         )
         self._task = self._bar.add_task("", total=total_steps, pieces=self._pieces)
 
@@ -192,12 +192,14 @@ class RunProgress:
 class _Head(ProgressColumn):
     """The pieces before a bar, as many as leave room for one."""
 
-    def render(self, task: Task) -> Text:
-        width = self._console_width() - _LEAST_BAR - 1
-        return Text(fitted(task.fields["pieces"](), width), no_wrap=True, overflow="crop")
+    max_refresh = None
 
-    def _console_width(self) -> int:
-        return os.get_terminal_size(sys.stdout.fileno()).columns if sys.stdout.isatty() else 80
+    def __init__(self, console: Console) -> None:
+        super().__init__()
+        self._console = console
+
+    def render(self, task: Task) -> Text:
+        return Text(fitted(task.fields["pieces"](), self._console.width - _LEAST_BAR - 1), no_wrap=True)
 
 
 class _Output:

@@ -16,7 +16,8 @@ from ddk_ds.train.checkpoint.saver import Saver
 from ddk_ds.train.inputs import Inputs
 from ddk_ds.train.interruption import Interruption, Watchdog
 from ddk_ds.train.interval import Array, Mixer
-from ddk_ds.train.ledger import Ledger, MonitorFeed, RunProgress
+from ddk_ds.train.ledger import Ledger, MonitorFeed
+from ddk_ds.train.progress import RunProgress
 from ddk_ds.train.read_ahead import ReadAhead
 from ddk_ds.train.samples import Sampler
 from ddk_ds.train.state import RunState

@@ -8,7 +8,7 @@ import numpy as np
 
 from ddk_ds.comm import Comm, call_together
 from ddk_ds.config import Config
-from ddk_ds.config.run_config import corpus_samples, total_steps
+from ddk_ds.config.run_config import corpus_samples, interval_ends, total_steps
 from ddk_ds.data.loader import MixtureDataset, validation_batches
 from ddk_ds.engine.flops import step_flops
 from ddk_ds.engine.monitors import open_writers
@@ -24,13 +24,14 @@ from ddk_ds.train.checkpoint.saver import Saver
 from ddk_ds.train.inputs import Inputs
 from ddk_ds.train.interruption import Interruption, Watchdog
 from ddk_ds.train.interval import Array, Mixer
-from ddk_ds.train.ledger import Ledger, MonitorFeed, RunProgress
+from ddk_ds.train.ledger import Ledger, MonitorFeed
+from ddk_ds.train.progress import RunProgress
 from ddk_ds.train.read_ahead import ReadAhead
 from ddk_ds.train.run import Run
 from ddk_ds.train.samples import Sampler, held_out_prompts
 from ddk_ds.train.state import RunState
 from ddk_ds.train.teacher_passes import settle_passes
-from ddk_ds.train.validation import PerplexityCache, ValidationBatches, perplexities
+from ddk_ds.train.validation import PerplexityCache, ValidationBatches, count_micro_batches, perplexities
 from ddk_ds.version import versions
 
 
@@ -48,6 +49,8 @@ def prepare_run(
     validation = _validation(config, inputs, comm)
     vocab_size = inputs.tokenizer.vocab_size
     clock = StageClock(runtime.device.type, measure_memory=True)
+    steps = total_steps(config, corpus_samples(config.mixture, dict(zip(dataset.names, dataset.sizes, strict=True))))
+    progress = RunProgress(comm.rank, steps, interval_ends(config.mixture, steps), inputs.names)
     teacher = None
     if inputs.teacher is not None:
         teacher = load_teacher(config, inputs.teacher, vocab_size, comm, inputs.filters, clock)
@@ -55,13 +58,13 @@ def prepare_run(
     options = Options(vocab_size, gamma=0.0, chunk_tokens=chunk_tokens, logits_dtype=config.loss.logits_dtype)
     teacher_ppl = None
     if teacher is not None:
-        teacher_ppl = _teacher_perplexities(config, inputs, teacher, validation, options, runtime, interruption)
+        teacher_ppl = _teacher_perplexities(
+            config, inputs, teacher, validation, options, runtime, interruption, progress
+        )
     student = load_student(config, inputs.student, vocab_size, comm, inputs.filters, clock)
     orders = [
         DomainOrder(name, sizes, config.seed) for name, sizes in zip(inputs.names, dataset.shard_sizes, strict=True)
     ]
-    sizes = dict(zip(dataset.names, dataset.sizes, strict=True))
-    steps = total_steps(config, corpus_samples(config.mixture, sizes))
     run = Run(
         config=config,
         inputs=inputs,
@@ -85,17 +88,25 @@ def prepare_run(
         ledger=Ledger(config.run_dir, comm.rank),
         monitor=MonitorFeed({}, config.monitor.every_s, print),
         saver=Saver(config.run_dir, identity, comm, config.checkpoint),
-        progress=RunProgress(comm.rank, steps, inputs.names),
+        progress=progress,
         total_steps=steps,
         step_flops=step_flops(config, inputs.student, inputs.teacher, comm.world_size),
     )
+    _begin(run, start)
+    return run
+
+
+def _begin(run: Run, start: Start | None) -> None:
+    """Take up the checkpoint if there is one, open the monitors, and then record the start: nothing can refuse it now.
+
+    Collective.
+    """
     if start is None:
         run.ledger.rewind(0)
     else:
         restore(run, start)
-    call_together(comm, lambda: _open_monitors(run) if comm.rank == 0 else None)
-    _announce_start(run, start)  # now nothing can refuse it any more
-    return run
+    call_together(run.runtime.comm, lambda: _open_monitors(run) if run.runtime.comm.rank == 0 else None)
+    _announce_start(run, start)
 
 
 def _validation(config: Config, inputs: Inputs, comm: Comm) -> ValidationBatches:
@@ -159,6 +170,7 @@ def _teacher_perplexities(
     options: Options,
     runtime: Runtime,
     interruption: Interruption,
+    progress: RunProgress,
 ) -> Array:
     """Return the teacher's perplexities (N,). Collective.
 
@@ -180,8 +192,16 @@ def _teacher_perplexities(
     unknown = [i for i, value in enumerate(values) if value is None]
     if unknown:
         unmeasured = [validation[i] for i in unknown]
-        poll = interruption.check
-        measured = perplexities(teacher, unmeasured, options=options, device=runtime.device, comm=comm, poll=poll)
+        with progress.part("measuring the teacher", count_micro_batches(unmeasured)) as advance:
+            measured = perplexities(
+                teacher,
+                unmeasured,
+                options=options,
+                device=runtime.device,
+                comm=comm,
+                poll=interruption.check,
+                advance=advance,
+            )
         for i, value in zip(unknown, measured.tolist(), strict=True):
             values[i] = value
         if comm.rank == 0:

@@ -24,6 +24,11 @@ from ddk_ds.methods import IGNORE_INDEX, next_token_labels, token_losses
 ValidationBatches = Sequence[Sequence[tuple[torch.Tensor, torch.Tensor]]]
 
 
+def count_micro_batches(batches: ValidationBatches) -> int:
+    """Return the number of forward passes that `perplexities` makes on each rank."""
+    return sum(len(domain_batches) for domain_batches in batches)
+
+
 def perplexities(
     model: Student | Teacher,
     batches: ValidationBatches,
@@ -32,6 +37,7 @@ def perplexities(
     device: torch.device,
     comm: Comm,
     poll: Callable[[], None] = lambda: None,
+    advance: Callable[[], None] = lambda: None,
 ) -> npt.NDArray[np.float64]:
     """Return the perplexity (N,) float64 of the model on each domain.
 
@@ -39,6 +45,7 @@ def perplexities(
 
     Args:
         poll: called before each domain; an exception that it raises on all ranks ends the evaluation.
+        advance: called after each micro-batch of this rank.
     """
     sums = torch.zeros(2, len(batches), dtype=torch.float64, device=device)
     with model.evaluating():
@@ -52,6 +59,7 @@ def perplexities(
                 nll = partial(token_losses, labels=flat, options=options)
                 sums[0, domain] += model(input_ids.to(device), nll).sum(dtype=torch.float64)
                 sums[1, domain] += (flat != IGNORE_INDEX).sum()
+                advance()
     comm.all_reduce_sum(sums)
     return np.exp((sums[0] / sums[1]).cpu().numpy())
 
