@@ -6,6 +6,7 @@ import fcntl
 import os
 import pty
 import re
+import select
 import signal
 import struct
 import subprocess
@@ -16,6 +17,8 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 CTRL_C, CTRL_Z = b"\x03", b"\x1a"
 _ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
@@ -38,6 +41,7 @@ class Terminal:
         )
         os.close(slave)
         self._output = b""
+        self._hung_up = threading.Event()
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
 
@@ -67,21 +71,34 @@ class Terminal:
     def code(self, timeout_s: float = 120.0) -> int:
         """Wait for the end, and return the exit code as a shell gives it: 128 + n after signal n."""
         code = self.process.wait(timeout_s)
-        self._reader.join(timeout=5)
+        self._reader.join(timeout=2)
         return code if code >= 0 else 128 - code
 
+    def is_stopped(self) -> bool:
+        """Return True if the command has stopped itself (Ctrl-Z)."""
+        return psutil.Process(self.process.pid).status() == psutil.STATUS_STOPPED
+
+    def resume(self) -> None:
+        """Continue the command in the foreground, as a shell's `fg` does."""
+        os.killpg(self.process.pid, signal.SIGCONT)
+
+    def hang_up(self) -> None:
+        """Close the terminal's window. The kernel sends SIGHUP to the command, which leads the session."""
+        self._hung_up.set()
+        self._reader.join()  # a read under way would keep it open
+        os.close(self._master)
+
     def close(self) -> None:
-        """Hang up, as a window that is closed, and end what is left of the session."""
-        with suppress(OSError):
-            os.close(self._master)
+        """End what is left of the command."""
         with suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
 
     def _read(self) -> None:
         with suppress(OSError):  # EIO: no process has the terminal any more
-            while data := os.read(self._master, 65536):
-                self._output += data
+            while not self._hung_up.is_set():
+                if select.select([self._master], [], [], 0.1)[0]:
+                    self._output += os.read(self._master, 65536)
 
 
 def _take_the_terminal() -> None:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import struct
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +14,7 @@ from ddk_ds.commands import replay_command as replay
 from ddk_ds.run_files import read_ledger
 from tests.dist.ranks import run_ranks
 from tests.dist.resume_worker import run_dir
+from tests.wandb_file import wandb_series
 from tools.bench.small_run import write_config
 
 DOMAINS = ("cpp", "mathematics", "python")
@@ -83,33 +82,8 @@ def test_csv_has_each_step_once(run: Path) -> None:
     assert rows("proportion_cpp") == [["step", "cpp"], *shares]
 
 
-def wandb_records(path: Path) -> Iterator[bytes]:
-    """Records of a .wandb file: blocks of 32 KiB, in them chunks of checksum (4 bytes), length (2), kind (1), data."""
-    content, offset, record = path.read_bytes(), 7, b""
-    while offset < len(content):
-        if (left := -offset % 32768) < 7 and left:
-            offset += left  # no room for a head: padding
-            continue
-        length, kind = struct.unpack_from("<HB", content, offset + 4)
-        record += content[offset + 7 : offset + 7 + length]
-        offset += 7 + length
-        if kind in (1, 4):  # whole, or the last of several
-            yield record
-            record = b""
-
-
 def test_weights_and_biases_offline(run: Path) -> None:
-    from wandb.proto.wandb_internal_pb2 import Record
-
-    found: dict[int, float] = {}
-    for path in sorted((run / "monitor/wandb").glob("offline-run-*/*.wandb")):
-        for data in wandb_records(path):
-            record = Record()
-            record.ParseFromString(data)
-            items = {item.key or "/".join(item.nested_key): item.value_json for item in record.history.item}
-            if "loss/total" in items:
-                found[int(items["_step"])] = json.loads(items["loss/total"])
-    assert found == series(run, "loss")
+    assert wandb_series(run, "loss/total") == series(run, "loss")
 
 
 def test_prometheus_has_the_newest_values(run: Path) -> None:
