@@ -13,14 +13,17 @@ from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task
+from rich.table import Column
 from rich.text import Text
 
 from ddk_ds.redact import redact
-from ddk_ds.train.step import StepMetrics
+
+if TYPE_CHECKING:
+    from ddk_ds.train.step import StepMetrics
 
 _LINE_EVERY_S = 10.0
 _RECENT_STEPS = 30
@@ -195,7 +198,7 @@ class _Head(ProgressColumn):
     max_refresh = None
 
     def __init__(self, console: Console) -> None:
-        super().__init__()
+        super().__init__(Column(no_wrap=True))  # so that the bar gives way
         self._console = console
 
     def render(self, task: Task) -> Text:

@@ -109,7 +109,7 @@ RATIOS = (40.0, 5.0, 5.0)
     ("section", "first", "later"),
     [
         ({}, "ratio_cap and mixture.initial_floor", "ratio_cap and mixture.alpha"),
-        ({"exclude": ["c"]}, "ratio_cap and mixture.initial_floor", "ratio_cap and mixture.alpha"),
+        ({"exclude": ("c",)}, "ratio_cap and mixture.initial_floor", "ratio_cap and mixture.alpha"),
         ({"controller": "ddk_no_smoothing"}, "ratio_cap and mixture.initial_floor", "ratio_cap and mixture.initial"),
         ({"controller": "sheared_llama"}, None, "floors"),
         ({"controller": "doremi_online"}, None, "floors"),
