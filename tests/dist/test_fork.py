@@ -43,6 +43,7 @@ def test_the_same_configuration_goes_the_same_way(source: Path, workspace: Path)
     assert (runs / "source/checkpoints/step-00000003/manifest.json").is_file()
 
 
+@pytest.mark.long("three more runs; the fork itself is tested above")
 def test_another_configuration_on_another_number_of_ranks(source: Path, workspace: Path) -> None:
     changed = {"mixture": {"alpha": 0.2, "interval_steps": 2}, "optimizer": {"learning_rate": 1e-3}}
     changed |= {"checkpoint": {"in_background": False}}

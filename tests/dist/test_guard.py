@@ -29,6 +29,7 @@ def test_steps_without_a_finite_gradient(workspace: Path, tmp_path: Path, poison
     assert all(loss < 20 for loss in later)
 
 
+@pytest.mark.long("two runs, 22 s of CPU; the decisions have unit tests")
 def test_back_to_the_last_checkpoint_and_past_the_samples(workspace: Path, tmp_path: Path) -> None:
     # Intervals of 4 steps. Steps 5 and 6 have no finite gradient: back to step 3, and the samples of steps 4 to 6 are
     # left out: the rest of the first interval, and half of the second.

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from tests.dist.ranks import run_ranks
 from tests.dist.tiny import VOCAB, save_model
 
 SLACK_BYTES = 24 * 2**20  # for the allocator and buffers; the model is 12 times as large
 
 
+@pytest.mark.long("every architecture, 33 s of CPU; parity loads one")
 def test_architectures_tied_and_untied(tmp_path: Path) -> None:
     errors = run_ranks("tests.dist.loading_worker:logits_of_architectures", 2, folder=str(tmp_path))
     assert len(errors) == 12

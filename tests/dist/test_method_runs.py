@@ -18,6 +18,8 @@ from tests.dist.ranks import run_ranks
 from tests.dist.resume_worker import run_dir
 from tools.bench.small_run import without_clock, write_config
 
+pytestmark = pytest.mark.long("ten runs, 40 s of CPU; test_resume.py interrupts DDK, the default")
+
 MIXTURE: dict[str, Any] = {"interval_steps": 2, "ratio_cap": None, "initial_floor": 0.0}
 SHORT: dict[str, Any] = {"mixture": MIXTURE, "stop": {"steps": 4}, "checkpoint": {"every_steps": 2}}
 

@@ -9,6 +9,8 @@ import pytest
 
 from tests.dist.ranks import run_ranks
 
+pytestmark = pytest.mark.long("ten methods, 40 s of CPU; the losses have unit tests, and test_parity.py has DDK")
+
 CASES = [
     # method, divergence in place of its own, share of the run that is done
     ("cpt", None, 0.0),

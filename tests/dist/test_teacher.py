@@ -13,6 +13,8 @@ from tests.dist.resume_worker import run_dir
 from tests.dist.teacher_worker import TEACHER
 from tools.bench.small_run import without_clock, write_config
 
+pytestmark = pytest.mark.long("eighteen runs of four ranks, 100 s of CPU; tests/dist/test_parity.py has the plain case")
+
 ZERO = {"stage3_param_persistence_threshold": 0}
 SMALL_BUCKETS = {"zero_optimization": {**ZERO, "reduce_bucket_size": 20_000, "stage3_prefetch_bucket_size": 10_000}}
 

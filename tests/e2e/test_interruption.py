@@ -9,6 +9,7 @@ import subprocess
 from pathlib import Path
 
 import psutil
+import pytest
 
 from tests.e2e.conftest import WHOLE
 from tests.e2e.test_run import finish, start, wait_for_step
@@ -46,6 +47,7 @@ def interrupt(config: Path, ledger: Path, step: int, send: str) -> tuple[int, st
     return process.returncode, output
 
 
+@pytest.mark.long("four starts of the launcher; test_run.py kills one and resumes it")
 def test_interrupted_twice_and_resumed(workspace: Path, tmp_path: Path, whole: Path) -> None:
     config = write_config(workspace, tmp_path, name="cut", **WHOLE)
     run_dir = tmp_path / "runs/cut"

@@ -62,6 +62,7 @@ def folder(workspace: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.long("a start of the launcher; test_run.py has the others")
 def test_the_example(folder: Path) -> None:
     cells = json.loads(NOTEBOOK.read_text())["cells"]
     assert not any(cell.get("outputs") or cell.get("execution_count") for cell in cells), "commit it without outputs"

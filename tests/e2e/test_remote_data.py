@@ -8,10 +8,14 @@ import signal
 import time
 from pathlib import Path
 
+import pytest
+
 from tests.e2e.conftest import WHOLE
 from tests.e2e.test_run import finish, start, wait_for_step
 from tests.s3_server import ENVIRONMENT, S3Server
 from tools.bench.small_run import without_clock, write_config
+
+pytestmark = pytest.mark.long("two starts of the launcher; tests/unit/data has the faults of a store")
 
 
 def test_s3_that_fails_every_tenth_request_gives_the_same_run(

@@ -7,11 +7,14 @@ import signal
 import time
 from pathlib import Path
 
+import pytest
+
 from tests.e2e.test_interruption import rank_of
 from tests.e2e.test_run import start, wait_for_step
 from tools.bench.small_run import write_config
 
 
+@pytest.mark.long("a start that waits for the time limit of a hang")
 def test_a_rank_that_hangs_ends_the_job_with_the_stacks_of_the_others(workspace: Path, tmp_path: Path) -> None:
     options = {"stop": {"steps": 100_000}, "mixture": {"interval_steps": 100_000}, "limits": {"step_s": 10.0}}
     config = write_config(workspace, tmp_path, name="hung", checkpoint={"every_steps": 100_000}, **options)

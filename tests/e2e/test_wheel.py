@@ -17,6 +17,8 @@ from omegaconf import OmegaConf
 from ddk_ds.launcher import free_port
 from tools.bench.small_run import RECIPE, ROOT, write_config
 
+pytestmark = pytest.mark.long("a wheel, an environment and a start; the commands have unit tests")
+
 BUILT = ("ddk_ds", "configs", "pyproject.toml", "README.md", "LICENSE")
 PACKAGED = (
     "ddk_ds/commands/distill_rank.py",

@@ -17,6 +17,8 @@ from tests.e2e.test_run import wait_for_step
 from tests.nodes.hosts import INTERFACE, Host, hosts, need
 from tools.bench.small_run import ROOT, without_clock, write_config
 
+pytestmark = pytest.mark.long("two starts in network namespaces, a minute each")
+
 PORT = 29411
 OPTIONS = {"stop": {"steps": 40}, "mixture": {"interval_steps": 8}, "checkpoint": {"every_steps": 4}}
 
@@ -75,7 +77,6 @@ def ssh_daemons(machines: list[Host], folder: Path) -> Iterator[dict[str, str]]:
         yield {"PDSH_RCMD_TYPE": "ssh", "PDSH_SSH_ARGS_APPEND": f"-i {key} {quiet}"}
 
 
-@pytest.mark.long("DeepSpeed's own launcher by ssh; the lost node has our part")
 def test_by_hostfile_and_pdsh(workspace: Path, tmp_path: Path) -> None:
     need("pdsh", "sshd", "ssh-keygen")
     config = write_config(workspace, tmp_path, **OPTIONS)

@@ -11,6 +11,8 @@ from tests.nodes.hosts import INTERFACE, hosts
 from tests.slurm.cluster import Cluster, cluster
 from tools.bench.small_run import without_clock, write_config
 
+pytestmark = pytest.mark.long("a controller, daemons and a start for each job, a minute each")
+
 # Enough steps that a signal finds the run at work.
 OPTIONS = {"stop": {"steps": 60}, "mixture": {"interval_steps": 30}, "checkpoint": {"every_steps": 100}}
 
@@ -66,7 +68,6 @@ def test_interrupted_and_requeued(slurm: Cluster, whole: Path, workspace: Path, 
     assert without_clock(run_dir) == without_clock(whole)
 
 
-@pytest.mark.long("a run and its resumption; requeueing covers the same code")
 def test_chain(slurm: Cluster, whole: Path, workspace: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "runs/run"
     jobs = slurm.submit(write_config(workspace, tmp_path, **OPTIONS), "--chain", "3")
@@ -78,7 +79,6 @@ def test_chain(slurm: Cluster, whole: Path, workspace: Path, tmp_path: Path) -> 
     assert without_clock(run_dir) == without_clock(whole)
 
 
-@pytest.mark.long("two nodes and a second Slurm: a minute")
 def test_two_nodes(whole: Path, workspace: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "runs/run"
     with hosts(tmp_path) as machines, cluster(cpus=1, hosts=machines) as slurm:
@@ -89,7 +89,6 @@ def test_two_nodes(whole: Path, workspace: Path, tmp_path: Path) -> None:
     assert [record["kind"] for record in without_clock(run_dir)] == [record["kind"] for record in without_clock(whole)]
 
 
-@pytest.mark.long("two runs each; the direct start has the kills")
 @pytest.mark.parametrize("command", ["TERM to the batch script", "scancel"])
 def test_cancelled_and_submitted_anew(
     slurm: Cluster, whole: Path, workspace: Path, tmp_path: Path, command: str
@@ -112,7 +111,6 @@ def test_cancelled_and_submitted_anew(
     assert without_clock(run_dir) == without_clock(whole)
 
 
-@pytest.mark.long("three jobs of an array")
 def test_array(slurm: Cluster, whole: Path, workspace: Path, tmp_path: Path) -> None:
     config = write_config(workspace, tmp_path, **OPTIONS)
     [array] = slurm.submit(config, "--array", "0-1%1", "--seed-from-task")
@@ -128,7 +126,6 @@ def test_array(slurm: Cluster, whole: Path, workspace: Path, tmp_path: Path) -> 
     assert ledgers[1] != ledgers[0]
 
 
-@pytest.mark.long("it waits for a time limit of two minutes")
 def test_time_limit(slurm: Cluster, whole: Path, workspace: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "runs/run"
     options = {**OPTIONS, "stop": {"steps": 4000}, "mixture": {"interval_steps": 1000}}
@@ -140,7 +137,6 @@ def test_time_limit(slurm: Cluster, whole: Path, workspace: Path, tmp_path: Path
     assert slurm.wait_for_end(job)[0] == "CANCELLED"
 
 
-@pytest.mark.long("it waits for two ends of a job")
 def test_a_job_that_gains_nothing_is_requeued_once(slurm: Cluster, tmp_path: Path) -> None:
     idle = tmp_path / "python"
     idle.write_text("#!/bin/bash\nexit 75\n")

@@ -29,6 +29,7 @@ def languages(tmp_path: Path) -> Path:
     return root
 
 
+@pytest.mark.long("every benchmark with a model, 37 s of CPU; each has tests of its own")
 @pytest.mark.usefixtures("bwrap", "no_network")
 def test_tables_and_json(
     tiny: Path, benchmark_files: Path, languages: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
