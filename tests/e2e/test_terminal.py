@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from ddk_ds.comparison.method_stages import free_port
+from ddk_ds.launcher import free_port
 from ddk_ds.run_files import read_ledger
 from ddk_ds.train.checkpoint.checkpoint_files import newest_checkpoint
 from tests.e2e.conftest import WHOLE
