@@ -61,6 +61,7 @@ RUN: dict[str, Changes] = {
     "python tools/report.py runs/qwen-ddk": (),
     "python tools/replay.py runs/qwen-ddk alpha=0.3 --picture replay.png": (),
     "python tools/export_hf.py runs/qwen-ddk --step 20000": (("20000", "4"),),
+    'python tools/generate.py runs/qwen-ddk --prompt "def fibonacci(n):" --prompt "The capital of France is"': (),
     "python tools/evaluate.py runs/qwen-ddk/export models/Qwen1.5-1.8B models/Qwen1.5-14B --suite paper "
     "--data data/benchmarks --shards data/mine --allow-code-execution --out scores.json": (
         ("--suite paper", "--suite paper --tasks arc_easy"),
