@@ -206,10 +206,7 @@ def _slots(groups: list[dict[str, torch.Size]], ranks: int) -> dict[str, _Slot]:
 
 def _flat(shard: dict[str, Any], group: int, key: str) -> torch.Tensor:
     tensor: torch.Tensor
-    if key == "fp32":
-        tensor = shard["fp32_flat_groups"][group]
-    else:
-        tensor = shard["optimizer_state_dict"]["state"][group][key]
+    tensor = shard["fp32_flat_groups"][group] if key == "fp32" else shard["optimizer_state_dict"]["state"][group][key]
     return tensor.detach()  # saved with checkpoint.in_background: false, masters still ask for gradients
 
 
