@@ -17,7 +17,9 @@ INSTALLED := .venv/.installed
 READY := .venv/.ready
 DATA := runs/demo-data
 SEED ?= 1
-DISTIL = $(BIN)/deepspeed --quiet
+# Two runs at a time, and perhaps another user's: each takes a free port.
+FREE_PORT = $(shell $(BIN)/python -c 'import socket; s = socket.create_server(("", 0)); print(s.getsockname()[1])')
+DISTIL = $(BIN)/deepspeed --quiet --master_port $(FREE_PORT)
 # Put what a command prints into a file, and show its end if the command fails.
 in_file = > $(1) 2>&1 || { code=$$?; tail -n 20 $(1); echo "demo: the whole output is in $(1)"; exit $$code; }
 
@@ -49,7 +51,7 @@ demo: $(READY)
 	@echo "DDK is for the largest ratio; docs/results/demo.md shows three seeds, and what DDK does not improve. Next:"
 	@echo
 	@echo "    open $(CURDIR)/runs/demo/report/report.html in a browser"
-	@echo "    $(BIN)/ddk generate runs/demo --prompt '#include <'"
+	@echo "    $(BIN)/ddk generate runs/demo --temperature 0.8 --prompt '#include <'"
 	@echo "    read docs/guide.md: the same with your own text and models"
 
 $(DATA)/tokenizer/tokenizer.json: | $(READY)
@@ -71,7 +73,7 @@ runs/demo-teacher/summary.json: | $(DATA)/shards/domains.json $(DATA)/teacher-in
 	OMP_NUM_THREADS=1 $(DISTIL) --num_gpus 1 launch/distill.py --config configs/demo_teacher.yaml seed=$(SEED)
 
 runs/demo-student/summary.json: | $(DATA)/shards/domains.json $(DATA)/student-init/model.safetensors
-	OMP_NUM_THREADS=1 $(DISTIL) --num_gpus 1 --master_port 29501 launch/distill.py --config configs/demo_student.yaml \
+	OMP_NUM_THREADS=1 $(DISTIL) --num_gpus 1 launch/distill.py --config configs/demo_student.yaml \
 	  seed=$(SEED) $(call in_file,runs/demo-student.log)
 
 runs/demo-equal/summary.json: | runs/demo-teacher/summary.json runs/demo-student/summary.json
@@ -80,7 +82,7 @@ runs/demo-equal/summary.json: | runs/demo-teacher/summary.json runs/demo-student
 	  name=demo-equal method=ddk_equal
 
 runs/demo-kd/summary.json: | runs/demo-teacher/summary.json runs/demo-student/summary.json
-	OMP_NUM_THREADS=1 $(DISTIL) --num_gpus 1 --master_port 29501 launch/distill.py --config configs/demo.yaml \
+	OMP_NUM_THREADS=1 $(DISTIL) --num_gpus 1 launch/distill.py --config configs/demo.yaml \
 	  seed=$(SEED) name=demo-kd method=kd $(call in_file,runs/demo-kd.log)
 
 runs/demo/summary.json: | runs/demo-equal/summary.json runs/demo-kd/summary.json

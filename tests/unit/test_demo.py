@@ -19,14 +19,16 @@ def test_its_commands_are_right_and_in_order(tmp_path: Path) -> None:
     tools = [" ".join(line.split()).replace("OMP_NUM_THREADS=1 ", "") for line in lines]
     assert len(tools) == 10
     for tool in tools:
-        assert tool.startswith(("python tools/", "deepspeed --num_gpus ")), tool
+        assert tool.startswith(("python tools/", "deepspeed --master_port ")), tool
         if "init_model" not in tool:  # whose --config is a model's, not a run's
             assert command_faults(Command(1, tool)) == []
     runs = [tool for tool in tools if tool.startswith("deepspeed")]
     assert all("seed=7" in run for run in runs)
     first = {name: next(i for i, run in enumerate(runs) if name in run) for name in ("teacher.yaml", "student.yaml")}
     assert set(first.values()) == {0, 1}
-    assert runs[4].startswith("deepspeed --num_gpus 2") and "demo.yaml" in runs[4]  # DDK, after all it needs
+    assert "--num_gpus 2 " in runs[4] and "demo.yaml" in runs[4]  # DDK, after all it needs
+    ports = [run.split("--master_port ")[1].split()[0] for run in runs]
+    assert ports[0] != ports[1] and ports[2] != ports[3]  # those that run at the same time
 
 
 def test_the_tables_of_three_seeds() -> None:
