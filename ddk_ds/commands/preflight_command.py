@@ -3,7 +3,8 @@
 ddk preflight --config configs/demo.yaml [key=value ...]
 deepspeed launch/preflight.py --config configs/demo.yaml [key=value ...]
 
-The first command checks one machine, for a run of `--ranks` ranks. The second, or srun, checks all ranks together.
+The first command checks one machine, for a run of `--ranks` ranks, or of `--nodes` times
+`--gpus-per-node`. The second, or srun, checks all ranks together.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from ddk_ds.command_line import command_parser, parse
+from ddk_ds.command_line import command_parser, parse, positive
 from ddk_ds.config import Config, load_config
 from ddk_ds.config.suggestions import dashes_hint
 from ddk_ds.errors import UserError
@@ -46,12 +47,38 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = command_parser(__doc__, dashes_hint)
     parser.add_argument("--config", required=True, help="YAML file of the run, see configs/")
-    parser.add_argument("--ranks", type=int, help="without a launcher: number of ranks that the run will have")
+    parser.add_argument("--ranks", type=positive, help="without a launcher: number of ranks that the run will have")
+    parser.add_argument("--nodes", type=positive, help="without a launcher: number of nodes that they are on")
+    parser.add_argument(
+        "--gpus-per-node",
+        type=positive,
+        help="without a launcher: GPUs of a node, one rank each (--nodes 1 unless given)",
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the rows to this file")
     parser.add_argument("--no-collectives", action="store_true", help="do not measure collectives, which takes longest")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="values that replace configuration values")
-    return parse(parser, arguments)
+    options = parse(parser, arguments)
+    options.planned = _planned(options, parser)
+    return options
+
+
+def _planned(options: argparse.Namespace, parser: argparse.ArgumentParser) -> tuple[int, int | None, bool] | None:
+    ranks, nodes, each = options.ranks, options.nodes, options.gpus_per_node
+    if ranks is None and nodes is None and each is None:
+        return None
+    if "RANK" in os.environ:
+        parser.error("--ranks, --nodes and --gpus-per-node go without a launcher, which knows them itself")
+    if ranks is None and each is None:
+        parser.error(f"--nodes {nodes}: give --gpus-per-node or --ranks too")
+    if each is not None:
+        nodes = nodes or (1 if ranks is None else max(1, ranks // each))
+        if ranks not in (None, nodes * each):
+            parser.error(f"--ranks {ranks} is not {nodes} nodes x --gpus-per-node {each}")
+        ranks = nodes * each
+    if nodes is not None and ranks % nodes:
+        parser.error(f"--ranks {ranks} is not a multiple of --nodes {nodes}")
+    return ranks, nodes, each is not None
 
 
 def _run(options: argparse.Namespace) -> int:
@@ -59,7 +86,14 @@ def _run(options: argparse.Namespace) -> int:
 
     from ddk_ds.comm import SingleProcess
     from ddk_ds.engine.runtime import start_runtime
-    from ddk_ds.train.preflight import EXIT_FAILED, failed, measure_collectives, preflight, preflight_machine
+    from ddk_ds.train.preflight import (
+        EXIT_FAILED,
+        PlannedRanks,
+        failed,
+        measure_collectives,
+        preflight,
+        preflight_machine,
+    )
 
     runtime = start_runtime() if "RANK" in os.environ else None
     comm: Comm = SingleProcess() if runtime is None else runtime.comm
@@ -71,7 +105,7 @@ def _run(options: argparse.Namespace) -> int:
         rows = [errors[0], *preflight_machine(comm, device)]
     else:
         assert config is not None, "a configuration without an error"
-        rows = preflight(config, comm, device, options.ranks)
+        rows = preflight(config, comm, device, options.planned and PlannedRanks(*options.planned))
     if not options.no_collectives:
         rows += measure_collectives(comm, device)
     if comm.rank == 0:

@@ -28,7 +28,7 @@ PAGES = ("README.md", "docs/guide.md")
 # What differs from the page when a command is run: (text of the page, text that takes its place).
 _SAMPLES = ("--sequence-length 2048", "--sequence-length 64 --validation-samples 12 --workers 1")
 _RANKS = ("deepspeed ", "deepspeed --num_gpus 2 ")
-_MEMORY = "--ranks 8"  # a test's machine may not have the memory of 16 or 32 ranks
+_ONE_NODE = "--nodes 1"  # the small run's batch is for 8 ranks
 _NO_SLURM = ("submit.py ", "submit.py --dry-run ")
 Changes = tuple[tuple[str, str], ...]
 
@@ -41,7 +41,7 @@ RUN: dict[str, Changes] = {
     "python tools/status.py runs/mine": (),
     "deepspeed --num_gpus 2 launch/distill.py --config my.yaml": (),
     "python tools/plan.py --config my.yaml --nodes 4 --gpus-per-node 8 --gpu a100-80g": (),
-    "python launch/preflight.py --config my.yaml --ranks 32": (("--ranks 32", _MEMORY),),
+    "python launch/preflight.py --config my.yaml --nodes 4 --gpus-per-node 8": (("--nodes 4", _ONE_NODE),),
     "python launch/slurm/submit.py --config my.yaml --nodes 4 --gpus-per-node 8 --time 24:00:00 --chain 4": (
         _NO_SLURM,
     ),
@@ -52,7 +52,7 @@ RUN: dict[str, Changes] = {
         ("--layers 20", "--layers 3 --sequence-length 64"),
     ),
     "python tools/plan.py --config my.yaml --nodes 2 --gpus-per-node 8 --gpu a100-80g": (),
-    "python launch/preflight.py --config my.yaml --ranks 16": (("--ranks 16", _MEMORY),),
+    "python launch/preflight.py --config my.yaml --nodes 2 --gpus-per-node 8": (("--nodes 2", _ONE_NODE),),
     "python launch/slurm/submit.py --config my.yaml --nodes 2 --gpus-per-node 8 --time 24:00:00 --chain 4": (
         _NO_SLURM,
     ),

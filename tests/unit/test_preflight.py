@@ -18,12 +18,13 @@ import pytest
 import torch
 
 from ddk_ds.comm import SingleProcess
+from ddk_ds.commands import preflight_command
 from ddk_ds.commands.distill_rank import main as distil
 from ddk_ds.commands.preflight_command import main
 from ddk_ds.config import load_config
 from ddk_ds.data.manifest import load_manifest, write_manifest
 from ddk_ds.train.checkpoint.checkpoint_files import FORMAT
-from ddk_ds.train.preflight import Row, preflight
+from ddk_ds.train.preflight import PlannedRanks, Row, preflight
 from ddk_ds.train.preflight.agreement import clock_offset
 from ddk_ds.train.preflight.machine import available_bytes, shared_memory
 from ddk_ds.train.preflight.rows import merge
@@ -31,9 +32,9 @@ from tests.unit.test_bad_input import swap_two_tokens
 from tools.bench.small_run import write_config
 
 
-def rows_of(config: Path, ranks: int | None = None) -> dict[str, Row]:
+def rows_of(config: Path, planned: PlannedRanks | None = None) -> dict[str, Row]:
     """Return every row of a preflight of one process, by name."""
-    return {row.name: row for row in preflight(load_config(config), SingleProcess(), torch.device("cpu"), ranks)}
+    return {row.name: row for row in preflight(load_config(config), SingleProcess(), torch.device("cpu"), planned)}
 
 
 def check(rows: dict[str, Row], name: str, *parts: str, status: str = "fail") -> None:
@@ -103,8 +104,47 @@ def test_misspelt_key(workspace: Path, tmp_path: Path, capsys: pytest.CaptureFix
 
 
 def test_batch_not_divisible(workspace: Path, tmp_path: Path) -> None:
-    rows = rows_of(write_config(workspace, tmp_path), ranks=3)
+    rows = rows_of(write_config(workspace, tmp_path), PlannedRanks(3))
     check(rows, "batch", "train.global_batch_samples 8", "3 ranks")
+
+
+def test_the_ranks_of_a_node(workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory of a node is that of its own ranks, and whoever does not say how many they are is told so."""
+    monkeypatch.setattr("ddk_ds.train.preflight.machine.available_bytes", lambda: 1 << 50)
+    config = write_config(workspace, tmp_path, train={"global_batch_samples": 64})
+    assumed, said, gpus = (rows_of(config, PlannedRanks(32, *more)) for more in ((), (4,), (4, True)))
+    assert assumed["ranks"].status == "warn" and "32 on each node, which is assumed" in assumed["ranks"].found
+    assert "--nodes" in assumed["ranks"].fix
+    assert said["ranks"].status == "pass" and said["ranks"].found.endswith("a run of 32 ranks, 8 on each node")
+    needed = [float(rows["host memory"].found.split()[1]) for rows in (assumed, said)]
+    assert needed[0] == pytest.approx(4 * needed[1], rel=0.02)
+    assert "device memory" not in said and gpus["device memory"].status == "warn"
+    assert "this machine has none" in gpus["device memory"].found
+
+
+@pytest.mark.parametrize(
+    ("options", "planned"),
+    [
+        ("", None),
+        ("--ranks 32", (32, None, False)),
+        ("--ranks 32 --nodes 4", (32, 4, False)),
+        ("--nodes 4 --gpus-per-node 8", (32, 4, True)),
+        ("--ranks 32 --gpus-per-node 8", (32, 4, True)),
+        ("--gpus-per-node 8", (8, 1, True)),
+        ("--nodes 4", "--nodes 4: give --gpus-per-node or --ranks too"),
+        ("--ranks 30 --nodes 4", "--ranks 30 is not a multiple of --nodes 4"),
+        ("--ranks 30 --gpus-per-node 8", "--ranks 30 is not 3 nodes x --gpus-per-node 8"),
+        ("--ranks 0", "give a number of at least 1"),
+    ],
+)
+def test_the_options_of_a_planned_run(options: str, planned: object, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--config", "my.yaml", *options.split()]
+    if not isinstance(planned, str):
+        assert preflight_command._parse(words).planned == planned
+        return
+    with pytest.raises(SystemExit, match="2"):
+        preflight_command._parse(words)
+    assert planned in capsys.readouterr().err
 
 
 def test_missing_model_directory(workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

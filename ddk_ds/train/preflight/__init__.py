@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ddk_ds.train.preflight.agreement import measure_collectives
+from ddk_ds.train.preflight.agreement import PlannedRanks, measure_collectives
 from ddk_ds.train.preflight.checks import preflight, preflight_machine
 from ddk_ds.train.preflight.login_node import check_on_login_node
 from ddk_ds.train.preflight.rows import EXIT_FAILED, Row, failed
@@ -10,6 +10,7 @@ from ddk_ds.train.preflight.sample_counts import domain_samples
 
 __all__ = [
     "EXIT_FAILED",
+    "PlannedRanks",
     "Row",
     "check_on_login_node",
     "domain_samples",

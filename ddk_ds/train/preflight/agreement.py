@@ -39,8 +39,19 @@ SIZES = {"cpu": (1 << 16, 1 << 22), "cuda": (1 << 20, 1 << 26)}
 
 
 @dataclass(frozen=True)
+class PlannedRanks:
+    """The ranks of a run that a process without a launcher stands for."""
+
+    ranks: int
+    nodes: int | None = None
+    """Number of nodes with as many ranks each; None if nobody said it."""
+    on_gpus: bool = False
+    """True if each rank will have a GPU, also if this machine has none."""
+
+
+@dataclass(frozen=True)
 class Job:
-    """The ranks of this job; a process without a launcher stands for `ranks` ranks."""
+    """The ranks of this job; a process without a launcher stands for those of `planned`."""
 
     comm: Comm
     device: torch.device
@@ -49,30 +60,44 @@ class Job:
     ranks: int
     local_ranks: int
     """Ranks on this node."""
+    planned: PlannedRanks | None = None
+
+    @property
+    def device_type(self) -> str:
+        """Return the type of the device that the run's ranks have."""
+        return "cuda" if self.planned is not None and self.planned.on_gpus else self.device.type
 
     @classmethod
-    def meet(cls, comm: Comm, device: torch.device, ranks: int | None) -> Job:
+    def meet(cls, comm: Comm, device: torch.device, planned: PlannedRanks | None) -> Job:
         """Return the job of all ranks, which end with EXIT_FAILED if one does not come. Collective.
 
         Args:
-            ranks: number of ranks that a process without a launcher stands for; None for 1.
+            planned: the ranks that a process without a launcher stands for; None for itself alone.
         """
         with deadline("all ranks meet", COLLECTIVE_S):
             places = comm.gather_objects((platform.node(), comm.local_rank))
         hosts = [host for host, _ in places]
-        if comm.world_size == 1 and ranks is not None:
-            return cls(comm, device, hosts, ranks, min(ranks, torch.cuda.device_count() or ranks))
+        if comm.world_size == 1 and planned is not None:
+            ranks, nodes = planned.ranks, planned.nodes
+            local = ranks // nodes if nodes else min(ranks, torch.cuda.device_count() or ranks)
+            return cls(comm, device, hosts, ranks, local, planned)
         starts = [rank for rank, (_, local) in enumerate(places) if local == 0] + [comm.world_size]
         local = next(end - start for start, end in pairwise(starts) if comm.rank < end)
         return cls(comm, device, hosts, comm.world_size, local)
 
 
 def ranks_row(job: Job) -> Row:
-    """Return the row that names the number of ranks and their nodes; it always passes."""
+    """Return the row that names the number of ranks and their nodes; it warns if the nodes had to be assumed."""
     nodes = list(dict.fromkeys(job.hosts))
     shown = ", ".join(nodes[:4]) + (", ..." if len(nodes) > 4 else "")
-    if job.ranks != job.comm.world_size:
-        return Row("ranks", "pass", f"this process alone, for a run of {job.ranks} ranks")
+    if job.planned is not None:
+        found = f"this process alone, for a run of {job.ranks} ranks, {job.local_ranks} on each node"
+        assumed = job.planned.nodes is None and job.ranks > 1
+        if assumed and job.device.type == "cuda":
+            return Row("ranks", "pass", f"{found}, the GPUs of this one; --nodes says otherwise")
+        found += ", which is assumed" if assumed else ""
+        fix = "give --nodes: memory and disks of a node are compared with all of its ranks"
+        return judged("ranks", found, fail=False, warn=assumed, fix=fix)
     return Row("ranks", "pass", f"{job.ranks} on {len(nodes)} node{'s' * (len(nodes) > 1)}: {shown}")
 
 

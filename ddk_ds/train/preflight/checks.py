@@ -17,7 +17,7 @@ from ddk_ds.engine.memory_estimate import estimate_memory
 from ddk_ds.engine.model_files import ModelShape, model_directory, model_shape, read_model
 from ddk_ds.train.inputs import Inputs, check_inputs
 from ddk_ds.train.preflight import agreement, machine, path_checks
-from ddk_ds.train.preflight.agreement import Job
+from ddk_ds.train.preflight.agreement import Job, PlannedRanks
 from ddk_ds.train.preflight.rows import Row, attempt, deadline, failed, merge
 from ddk_ds.train.preflight.sample_counts import domain_samples
 
@@ -26,7 +26,11 @@ FILES_S, DOWNLOAD_S = 300.0, 7200.0
 
 
 def preflight(
-    config: Config, comm: Comm, device: torch.device, ranks: int | None = None, inputs: Inputs | None = None
+    config: Config,
+    comm: Comm,
+    device: torch.device,
+    planned: PlannedRanks | None = None,
+    inputs: Inputs | None = None,
 ) -> list[Row]:
     """Check the machines and the run's configuration, inputs, directory, disks and memory; return the rows.
 
@@ -34,10 +38,10 @@ def preflight(
     that needs a faulty file is left out. If a rank does not come to a check, the process ends with EXIT_FAILED.
 
     Args:
-        ranks: number of ranks that a process without a launcher stands for; None for 1.
+        planned: the ranks that a process without a launcher stands for; None for itself alone.
         inputs: inputs that were checked before and are not read again; None: they are read and checked here.
     """
-    job = Job.meet(comm, device, ranks)
+    job = Job.meet(comm, device, planned)
     rows = _machine(job)
     with deadline("configuration and output directory", agreement.COLLECTIVE_S):
         rows.append(attempt("same configuration", agreement.same_configuration, job, config))
@@ -146,7 +150,7 @@ def _model_checks(config: Config, job: Job, paths: dict[str, Path]) -> list[Row]
     student = model_shape(models["student"])
     teacher = model_shape(models["teacher"]) if "teacher" in models else None
     rows.append(attempt("host memory", _memory, config, job, student, teacher, "host"))
-    if job.device.type == "cuda":
+    if job.device_type == "cuda":
         rows.append(attempt("device memory", _memory, config, job, student, teacher, "device"))
     rows.append(attempt("disk for checkpoints", path_checks.checkpoint_space, config, student))
     if config.train.nvme_path is not None:
@@ -158,10 +162,13 @@ def _memory(config: Config, job: Job, student: ModelShape, teacher: ModelShape |
     # By the head, which is never smaller than the tokenizer: an unreadable tokenizer has a row of its own.
     vocab_size = student.head // max(1, student.hidden)
     shapes = student, teacher, vocab_size
-    estimate = estimate_memory(config, *shapes, job.ranks, job.device.type, job.local_ranks)
+    estimate = estimate_memory(config, *shapes, job.ranks, job.device_type, job.local_ranks)
+    if place == "device" and job.device.type != "cuda":
+        found = f"estimated {machine.size(estimate.device_bytes)} of a GPU, and this machine has none"
+        return Row("device memory", "warn", found, "see if it fits with tools/plan.py; every job checks it again")
     if place == "device":
         return machine.device_memory(estimate, job.device, job.ranks)
-    return machine.host_memory(estimate, job.device, job.ranks, job.local_ranks)
+    return machine.host_memory(estimate, job.device_type, job.ranks, job.local_ranks)
 
 
 def _with_inputs(config: Config, job: Job, inputs: Inputs) -> list[Row]:

@@ -76,12 +76,12 @@ def device_memory(estimate: MemoryEstimate, device: torch.device, world_size: in
     return _memory("device memory", estimate.device_bytes, free, f"of {size(total)} free", estimate, world_size)
 
 
-def host_memory(estimate: MemoryEstimate, device: torch.device, world_size: int, local_ranks: int) -> Row:
+def host_memory(estimate: MemoryEstimate, device_type: str, world_size: int, local_ranks: int) -> Row:
     """Compare the estimate for all ranks of this node with the node's free memory.
 
     If the device is the CPU, this memory also holds the models.
     """
-    needed = local_ranks * (estimate.total if device.type == "cpu" else estimate.host_bytes)
+    needed = local_ranks * (estimate.total if device_type == "cpu" else estimate.host_bytes)
     free = available_bytes()
     return _memory("host memory", needed, free, f"available; ranks on the node: {local_ranks}", estimate, world_size)
 
@@ -92,7 +92,7 @@ def _memory(name: str, needed: int, free: int, free_of: str, estimate: MemoryEst
     found = f"estimated {size(needed)}, {size(free)} {free_of}; of {world_size} ranks each: {shown}, ..."
     fix = (
         "more ranks, train.micro_batch_samples lower, student.gradient_checkpointing: true, or "
-        "optimizer.offload: cpu (without a launcher, --ranks says how many there will be)"
+        "optimizer.offload: cpu (without a launcher, --ranks and --nodes say how many there will be)"
     )
     return judged(name, found, fail=needed > free, warn=needed > MEMORY_MARGIN * free, fix=fix)
 
