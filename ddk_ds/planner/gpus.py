@@ -85,23 +85,30 @@ def _hopper(name: str, memory_bytes: float, hbm_bytes_per_s: float) -> Gpu:
         network_bytes_per_s=50e9,
         host_bytes_per_s=50e9,
         compute_efficiency=0.42,
-        source=_SHEETS.format(f"{name} SXM", "DGX H100, 8 x 400 Gb/s") + _MEASURED,
+        source=_SHEETS.format(f"{name.split()[0]} SXM", "DGX H100, 8 x 400 Gb/s") + _MEASURED,
     )
 
 
 GPUS = {
     "a100-40g": _a100("A100 40 GB", 40e9, 1.555e12, 0.57),
     "a100-80g": _a100("A100 80 GB", 80e9, 2.039e12, 0.61),
-    "h100": _hopper("H100", 80e9, 3.35e12),
-    "h200": _hopper("H200", 141e9, 4.8e12),
+    "h100-80g": _hopper("H100 80 GB", 80e9, 3.35e12),
+    "h200-141g": _hopper("H200 141 GB", 141e9, 4.8e12),
 }
 
 
 def find_gpu(name: str) -> Gpu:
-    """Return the GPU of that name, or read a YAML file of `Gpu`'s keys. Raises ConfigError if it is neither."""
-    if name in GPUS:
-        return GPUS[name]
-    path = Path(name)
+    """Return the GPU of that name, or read a YAML file of `Gpu`'s keys. Raises ConfigError if it is neither.
+
+    H100-80GB and h100 are h100-80g: capitals do not count, nor a last B, and the size can be left out if only one has
+    this name.
+    """
+    path, plain = Path(name), name.lower().removesuffix("b")
+    named = [known for known in GPUS if plain in (known, known.partition("-")[0])]
+    if len(named) == 1:
+        return GPUS[named[0]]
+    if len(named) > 1 and not path.is_file():
+        raise ConfigError(f"--gpu {name}: there are two of them: {' or '.join(named)}")
     if not path.is_file():
         raise ConfigError(f"--gpu {name}: neither one of {', '.join(GPUS)} nor a YAML file of a GPU's figures")
     try:

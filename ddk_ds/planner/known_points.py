@@ -105,14 +105,14 @@ FOUNDRY_ROWS = (
     Published("a100-80g", "13b", 8, 2, 3, False, 2262),
     Published("a100-80g", "70b", 32, 2, 16, True, 373),
     Published("a100-80g", "70b", 64, 8, 4, True, 410),
-    Published("h100", "1b", 8, 14, 1, False, 45455),
-    Published("h100", "7b", 8, 6, 1, False, 10643),
-    Published("h100", "13b", 8, 2, 1, False, 4792),
-    Published("h100", "1b", 64, 20, 1, False, 44402),
-    Published("h100", "3b", 64, 6, 3, False, 22525),
-    Published("h100", "13b", 64, 2, 1, False, 4800),
-    Published("h100", "30b", 32, 14, 3, True, 2308),
-    Published("h100", "70b", 64, 8, 4, True, 1039),
+    Published("h100-80g", "1b", 8, 14, 1, False, 45455),
+    Published("h100-80g", "7b", 8, 6, 1, False, 10643),
+    Published("h100-80g", "13b", 8, 2, 1, False, 4792),
+    Published("h100-80g", "1b", 64, 20, 1, False, 44402),
+    Published("h100-80g", "3b", 64, 6, 3, False, 22525),
+    Published("h100-80g", "13b", 64, 2, 1, False, 4800),
+    Published("h100-80g", "30b", 32, 14, 3, True, 2308),
+    Published("h100-80g", "70b", 64, 8, 4, True, 1039),
 )
 
 
@@ -177,12 +177,12 @@ def _deepspeed() -> list[Point]:
 def _here() -> list[Point]:
     tokens = FULL.samples * FULL.length
     teacher, student = (profiled_model(shape, FULL.length) for shape in (FULL.teacher, FULL.student))
-    models = Models(student, teacher, FULL.student.vocab_size)
+    models, gpu = Models(student, teacher, FULL.student.vocab_size), "h100-80g"
     config = _config(
         length=FULL.length, micro_batch=FULL.samples, global_batch=FULL.samples, checkpointing=False, method="kd"
     )
     return [
-        Point(f"{name}, h100", 1, tokens / seconds, _tokens_per_s_per_gpu(config, models, "h100", 1, host_s), HERE)
+        Point(f"{name}, {gpu}", 1, tokens / seconds, _tokens_per_s_per_gpu(config, models, gpu, 1, host_s), HERE)
         for name, seconds, host_s in (
             ("distillation step, plain torch", 0.19224, 0.0),
             ("distillation step, ZeRO-3 engines", 0.70395, HOST_S_PER_LAYER),

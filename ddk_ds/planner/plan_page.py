@@ -27,10 +27,10 @@ if TYPE_CHECKING:
 
 def plan_tables(plan: Plan) -> Iterator[Table | Text]:
     """Yield the tables and texts that are printed about a plan, in the order of printing."""
-    yield _memory(plan)
-    yield Text.from_markup(_verdict(plan))
+    yield Text.from_markup(_answer(plan))
     if plan.advice:
         yield _advice(plan)
+    yield _memory(plan)
     yield _flops(plan)
     yield _time(plan)
     yield _step(plan)
@@ -68,14 +68,38 @@ def _memory(plan: Plan) -> Table:
     return table
 
 
-def _verdict(plan: Plan) -> str:
-    memory = plan.memory
+def _answer(plan: Plan) -> str:
+    """Return what most users ask for: if the run fits, its time and cost, and its place on the disk."""
+    memory, saved, gpu = plan.memory, plan.checkpoints, plan.cluster.gpu.name
     word = "[green]fits[/]" if memory.fits else "[bold red]does NOT fit[/]"
     largest = memory.max_micro_batch
     divides = "" if largest == memory.max_dividing else f"; that also divides a GPU's samples: {memory.max_dividing}"
+    speed = "the measured speed, an MFU of" if plan.measured else "an assumed MFU of"
     return (
-        f"{word}: {_gb(memory.device_bytes)} of {_gb(memory.usable_bytes)} GB that can be planned with; largest "
-        f"micro-batch that fits: {largest}{divides}\n"
+        f"{word}: {_gb(memory.device_bytes)} of {_gb(memory.usable_bytes)} GB that can be planned with on each {gpu}; "
+        f"largest micro-batch that fits: {largest}{divides}\n"
+        f"[bold]{plan.hours:,.1f} hours, {plan.gpu_hours:,.0f} GPU-hours[/]{'' if memory.fits else ' if it did'} for "
+        f"{plan.tokens / 1e9:,.2f} B tokens on {plan.cluster.nodes} x {plan.cluster.gpus_per_node} GPUs: "
+        f"{plan.tokens_per_s:,.0f} tokens/s, by {speed} {plan.mfu:.1%}\n"
+        f"{_ceiling(plan)}\n"
+        f"disk: {_gb(saved.kept_bytes + saved.export_bytes)} GB for checkpoints and export, "
+        f"{_gb(plan.data.shard_bytes)} GB of shards\n"
+    )
+
+
+def _ceiling(plan: Plan) -> str:
+    """Return a sentence that compares the plan's MFU with that of the simulated step."""
+    step = plan.step
+    simulated = f"the simulated step (below) has an MFU of {step.mfu:.1%}, which gives {plan.least_hours:,.1f} hours"
+    if plan.mfu > step.mfu:
+        return (
+            f"[yellow]{simulated}: hardly a run is faster, so the {'measured' if plan.measured else 'assumed'} "
+            f"{plan.mfu:.1%} is too high for this configuration, or the GPU's figures are too low[/]"
+        )
+    advice = "" if plan.measured else "; --tokens-per-s-per-gpu takes what a run of yours has shown, in place of --mfu"
+    return (
+        f"{simulated}: a ceiling, because in it nothing waits for data or a slow rank, and matmuls always reach "
+        f"{plan.cluster.gpu.compute_efficiency:.0%} of the peak{advice}"
     )
 
 

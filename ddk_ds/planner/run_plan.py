@@ -44,6 +44,8 @@ class Plan:
     memory: MemoryPlan
     flops: RunFlops
     mfu: float
+    measured: bool
+    """True if the speed is a measured one, False if its MFU is assumed."""
     tokens_per_s: float
     hours: float
     step: Step
@@ -55,6 +57,11 @@ class Plan:
     def gpu_hours(self) -> float:
         """Return the hours of the run times the number of GPUs."""
         return self.hours * self.cluster.ranks
+
+    @property
+    def least_hours(self) -> float:
+        """Return the hours of the run if every step took as long as the simulated one."""
+        return self.data.steps * self.step.seconds / 3600
 
     @property
     def flop_per_s(self) -> float:
@@ -99,6 +106,7 @@ def make_plan(config: Config, models: Models, data: PlannedData, cluster: Cluste
         memory=memory,
         flops=flops,
         mfu=mfu,
+        measured=speed.mfu is None,
         tokens_per_s=tokens_per_s,
         hours=(flops.own / (mfu * peak * cluster.ranks) + waits_s) / 3600,
         step=step,

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ddk_ds.config import Config
-from ddk_ds.engine.flops import teacher_runs
+from ddk_ds.engine.flops import teacher_runs, training_flops
 from ddk_ds.engine.memory_estimate import OPTIMIZER_BYTES
 from ddk_ds.engine.model_files import COMPUTE_BYTES
 from ddk_ds.planner.gpus import LINK_EFFICIENCY, MEMORY_EFFICIENCY, Cluster
@@ -99,8 +99,8 @@ def simulate_step(
     parts["controller"] = simulation.measurement_s(domains) / config.mixture.interval_steps
     parts["checkpoint"] = simulation.checkpoint_s(storage_bytes_per_s) / config.checkpoint.every_steps
     tokens = config.train.global_batch_samples * config.data.sequence_length
-    teacher = models.teacher.forward_flops if models.teacher is not None and teacher_runs(config) else 0.0
-    flops = tokens * (3 * models.student.forward_flops + teacher)
+    teacher = 0.0 if models.teacher is None else models.teacher.forward_flops
+    flops = tokens * training_flops(config, models.student.forward_flops, teacher)
     return Step(parts, tokens, flops, cluster.ranks * cluster.gpu.peak_flop_per_s)
 
 
@@ -167,7 +167,8 @@ class _Simulation:
                 self.forward(teacher, tokens, within, skip_head=True).add_to(parts, "teacher", 1)
             parts[f"teacher: {NOT_HIDDEN}"] += len(passes) * self.gather_s(teacher.shape.head, 1, within)
         self.forward(student, self.micro_batch_tokens, "world").add_to(parts, "student", count)
-        self.backward(student).add_to(parts, "student", count)
+        if not self.config.preset.freezes_student:
+            self.backward(student).add_to(parts, "student", count)
         logits = num_models * self.micro_batch_tokens * self.models.vocab_size
         # The row kernel reads and writes the student's logits and reads the teacher's: 18 bytes for both together.
         parts["loss: row kernel"] = count * logits * ROW_KERNEL_BYTES / 2 / self.memory_bytes_per_s
@@ -215,6 +216,8 @@ class _Simulation:
 
     def update_s(self) -> float:
         """Return the time of the optimizer's update of a rank's shard."""
+        if self.config.preset.freezes_student:
+            return 0.0  # the filters are not planned
         shard = self.models.student.shape.shard(self.cluster.ranks)
         seconds = shard * UPDATE_BYTES / self.memory_bytes_per_s
         if self.config.optimizer.offload != "none":

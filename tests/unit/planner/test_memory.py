@@ -78,7 +78,7 @@ def test_a_measured_gpu_step() -> None:
     teacher, student = (profiled_model(shape, FULL.length) for shape in (FULL.teacher, FULL.student))
     train = {"micro_batch_samples": FULL.samples, "global_batch_samples": FULL.samples}
     config = config_of(method="kd", data={"path": "d", "sequence_length": FULL.length}, train=train)
-    parts = estimate(config, Models(student, teacher, FULL.student.vocab_size), Cluster(GPUS["h100"], 1, 1)).parts
+    parts = estimate(config, Models(student, teacher, FULL.student.vocab_size), Cluster(GPUS["h100-80g"], 1, 1)).parts
     weights = ("student shards", "teacher shards", "master weights and moments")
     passes = ("activations", "hidden states", "head's weight gradient", "logits of a chunk", "logits' gradients")
     assert sum(parts[name] for name in (*weights, *passes)) == pytest.approx(peak, rel=0.1)

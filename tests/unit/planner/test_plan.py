@@ -16,9 +16,11 @@ from ddk_ds.commands import plan_command as plan
 from ddk_ds.config import load_config
 from ddk_ds.data.manifest import DomainInfo, Manifest, SplitInfo, write_manifest
 from ddk_ds.data.mds import write_split
-from ddk_ds.planner.gpus import GPUS
+from ddk_ds.errors import ConfigError
+from ddk_ds.planner.gpus import GPUS, find_gpu
 
 ROOT = Path(__file__).parents[3]
+H100 = GPUS["h100-80g"]
 PAPER = ROOT / "configs/paper/qwen1.5_14b_to_1.8b.yaml"
 CLUSTER = ("--nodes", "2", "--gpus-per-node", "8")
 TINY = {
@@ -258,7 +260,7 @@ def test_wrong_input_is_one_clear_error(
 
 
 def h100_with(**values: Any) -> str:
-    return yaml.safe_dump({**GPUS["h100"].model_dump(), **values})
+    return yaml.safe_dump({**H100.model_dump(), **values})
 
 
 @pytest.mark.parametrize(
@@ -267,16 +269,19 @@ def h100_with(**values: Any) -> str:
         ("[1, 2]", "holds list, expected keys: name, peak_flop_per_s"),
         ("{", "cannot be read as YAML"),
         ("name: x", "memory_bytes: field required"),
-        (yaml.safe_dump({**GPUS["h100"].model_dump(), "memory_gb": 80.0}), "memory_gb: extra inputs"),
+        (yaml.safe_dump({**H100.model_dump(), "memory_gb": 80.0}), "memory_gb: extra inputs"),
         (
-            yaml.safe_dump({**GPUS["h100"].model_dump(), "memory_bytes": "much"}),
+            yaml.safe_dump({**H100.model_dump(), "memory_bytes": "much"}),
             "memory_bytes: input should be a valid",
         ),
         (
-            yaml.safe_dump({**GPUS["h100"].model_dump(), "network_bytes_per_s": 0.0}),
+            yaml.safe_dump({**H100.model_dump(), "network_bytes_per_s": 0.0}),
             "network_bytes_per_s: input should",
         ),
-        (yaml.safe_dump({**GPUS["h100"].model_dump(), "compute_efficiency": 40}), "compute_efficiency: input should"),
+        (
+            yaml.safe_dump({**H100.model_dump(), "compute_efficiency": 40}),
+            "compute_efficiency: input should",
+        ),
     ],
 )
 def test_a_bad_gpu_file(content: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -322,3 +327,38 @@ def test_every_pair_of_the_paper_fits_its_cluster(path: Path, tmp_path: Path) ->
     found = planned(tmp_path, *CLUSTER, config=path)
     assert found["fits"]
     assert found["max_micro_batch_that_divides"] >= load_config(path).train.micro_batch_samples
+
+
+@pytest.mark.parametrize("name", ["h100", "H100", "h100-80g", "H100-80GB"])
+def test_a_gpu_has_several_spellings(name: str) -> None:
+    assert find_gpu(name) == H100
+    assert find_gpu("h200") == find_gpu("H200-141GB") == GPUS["h200-141g"]
+    assert find_gpu("A100-40GB").memory_bytes == 40e9
+
+
+def test_a_spelling_of_two_gpus_names_both() -> None:
+    with pytest.raises(ConfigError, match="--gpu a100: there are two of them: a100-40g or a100-80g"):
+        find_gpu("a100")
+
+
+def test_the_answer_comes_first(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    found = planned(tmp_path)
+    first, *rest = " ".join(capsys.readouterr().out.split()).split("memory of a device")
+    assert first.startswith(f"fits: {found['device_bytes'] / 1e9:.2f} of ") and rest
+    for text in (
+        f"{found['hours']:.1f} hours, {found['gpu_hours']:,.0f} GPU-hours for 15.00 B tokens on 2 x 8 GPUs",
+        "by an assumed MFU of 40.0%",
+        f"the simulated step (below) has an MFU of {found['simulated_step']['mfu']:.1%}",
+        f"which gives {found['steps'] * found['simulated_step']['seconds'] / 3600:.1f} hours: a ceiling",
+        f"disk: {(found['checkpoint']['kept_bytes'] + found['checkpoint']['export_bytes']) / 1e9:.2f} GB",
+    ):
+        assert text in first, first
+
+
+def test_a_speed_above_the_ceiling_is_said(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    planned(tmp_path, "--mfu", "0.9")
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "so the assumed 90.0% is too high for this configuration" in printed
+    planned(tmp_path, "--tokens-per-s-per-gpu", "1000")
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "by the measured speed, an MFU of" in printed and "--tokens-per-s-per-gpu takes" not in printed

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from ddk_ds.config import Config, make_config
 from ddk_ds.errors import ConfigError
 from ddk_ds.planner.gpu_memory import changed
 from ddk_ds.planner.gpus import GPUS, Cluster, Gpu
 from ddk_ds.planner.known_points import DEEPSPEED, FOUNDRY, HERE, dense_model, known_points
-from ddk_ds.planner.plan_inputs import Models
+from ddk_ds.planner.plan_inputs import Models, find_model
 from ddk_ds.planner.simulations import MOST_GPUS, clusters, simulate_scaling
 from ddk_ds.planner.step_time import HOST_S_PER_LAYER, Step, collective_s, simulate_step
 
@@ -114,6 +120,46 @@ def test_what_a_configuration_changes() -> None:
     assert waits == pytest.approx(14 * MODELS.student.shape.parameters / 5e9 / 500)
     often = step_of(changed(config, mixture={"interval_steps": 100}), 2).parts["controller"]
     assert often == pytest.approx(10 * step.parts["controller"])
+
+
+def test_the_flops_of_a_step_are_torchs(tmp_path: Path) -> None:
+    """Of a step of each kind: torch counts the passes that it really makes, on tensors without memory."""
+    shape = {"model_type": "llama", "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 500}
+    values = [
+        {**shape, "hidden_size": hidden, "intermediate_size": 3 * hidden, "num_hidden_layers": layers}
+        for hidden, layers in ((64, 2), (128, 3))
+    ]
+    for name, one in zip(("student", "teacher"), values, strict=True):
+        (tmp_path / f"{name}.json").write_text(json.dumps(one))
+    models = [find_model(str(tmp_path / f"{name}.json"), name, (), 128) for name in ("student", "teacher")]
+    train = {"global_batch_samples": 8, "micro_batch_samples": 1, "precision": "fp32"}
+    config = changed(config_of(**train), data={"sequence_length": 128})
+    for kind, passes in (
+        (config, ("student both", "teacher")),
+        (changed(config, loss={"gamma": 0.0}), ("student both",)),
+        (config.model_copy(update={"method": "ted_filters"}), ("student", "teacher")),
+    ):
+        step = simulate_step(
+            kind,
+            Models(*models, 500),
+            Cluster(A100, 1, 8),
+            domains=0,
+            storage_bytes_per_s=5e9,
+        )
+        counted = sum(torch_flops(values["teacher" in one], 128, backward="both" in one) for one in passes)
+        assert step.flops == pytest.approx(8 * counted, rel=0.02), passes
+        assert ("optimizer" in step.parts and step.parts["optimizer"] > 0) == ("student both" in passes)
+
+
+def torch_flops(values: dict[str, Any], length: int, *, backward: bool) -> int:
+    """Return torch's count for one sample: a forward pass, and its backward pass if asked for."""
+    with FakeTensorMode():
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**values), attn_implementation="eager")
+        with FlopCounterMode(display=False) as counter, torch.set_grad_enabled(backward):
+            logits = model(input_ids=torch.zeros(1, length, dtype=torch.int64), use_cache=False).logits
+            if backward:
+                logits.sum().backward()
+    return int(counter.get_total_flops())
 
 
 def test_a_batch_that_does_not_divide() -> None:
