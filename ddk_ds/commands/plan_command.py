@@ -84,7 +84,8 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def _plan(options: argparse.Namespace, console: Console) -> None:
     cluster, speed, model_dirs = _cluster(options), _speed(options), (*options.models, MODELS)
-    config = load_config(options.config, options.overrides)
+    if not options.vary:  # the values that are varied may be what makes the configuration right
+        config = load_config(options.config, options.overrides)
     # They import torch and transformers, which takes seconds that --help and a wrong option should not take.
     from ddk_ds.planner import plan_page
     from ddk_ds.planner.plan_inputs import find_inputs

@@ -17,6 +17,7 @@ from yaml import YAMLError
 from ddk_ds.config.methods import OF_STAGES
 from ddk_ds.config.paths import resolve_overrides, resolve_paths
 from ddk_ds.config.run_config import Config
+from ddk_ds.config.sections import FILE_NAME_RULE
 from ddk_ds.config.suggestions import did_you_mean
 from ddk_ds.errors import ConfigError
 from ddk_ds.redact import names_a_secret, redact
@@ -149,6 +150,8 @@ def _explain(error: Any, key: str, where: str, ending: str) -> str:
         return f"{where}: is required, set it"
     if error["type"] == "value_error":
         return f"{where}: {error['msg'].removeprefix('Value error, ')}"
+    if error["type"] == "string_pattern_mismatch":
+        return f"{where}: {error['input']!r}: {FILE_NAME_RULE}"
     if error["type"] == "too_short" and not error["input"]:
         return f"{where}: is empty: name at least one, or leave the key out"
     if error["type"] in _EXPECTED:

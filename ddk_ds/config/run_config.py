@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 from pydantic import Field, PrivateAttr, model_validator
 
@@ -14,6 +14,7 @@ from ddk_ds.config.paths import LocalPath, NamedPaths
 from ddk_ds.config.sections import (
     Checkpoint,
     Data,
+    FileName,
     Guard,
     Limits,
     Loss,
@@ -32,7 +33,7 @@ from ddk_ds.errors import ConfigError
 class Config(MethodSections):
     """The configuration of one run."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    name: FileName
     """Name of the run and of its directory."""
     output_dir: LocalPath = "runs"
     """Directory that holds the runs' directories; the default lies in the directory where the run is started."""

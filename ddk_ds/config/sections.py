@@ -26,6 +26,11 @@ ControllerKind = Literal[
 ]
 
 
+FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+"""The name of a run or of a domain, which is also a directory's, on any file system and store."""
+FILE_NAME_RULE = "it names a directory: use letters a-z or A-Z, digits, . _ and -, beginning with a letter or digit"
+
+
 class Section(BaseModel):
     """Base of all sections: unknown keys and wrong types are errors, and values never change."""
 

@@ -32,11 +32,11 @@ from yaml import YAMLError
 from ddk_ds.config import Positive, Section
 from ddk_ds.config.keys import value_at
 from ddk_ds.config.paths import absolute_path, is_address
+from ddk_ds.config.sections import FILE_NAME_RULE, FileName
 from ddk_ds.data.remote import list_remote
 from ddk_ds.errors import ConfigError, DataError, UserError
 
 Format = Literal["text", "jsonl", "json_strings", "parquet"]
-DomainName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 
 
 def _path_to_source(value: Any) -> Any:
@@ -77,7 +77,7 @@ class Recipe(Section):
 
     root: str = "."
     """Base of relative paths, itself relative to the recipe's file; a directory or an address."""
-    domains: Annotated[dict[DomainName, Domain], Field(min_length=1)]
+    domains: Annotated[dict[FileName, Domain], Field(min_length=1)]
     """Domains by name; the name is a directory of the prepared data."""
 
 
@@ -121,7 +121,7 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
         by_shell = "root" in given or str(value_at(OmegaConf.to_container(written), "root")).startswith("${oc.env:")
         recipe = Recipe.model_validate(OmegaConf.to_container(merged, resolve=True))
     except ValidationError as error:
-        raise ConfigError(f"recipe {path}: " + "; ".join(map(_explain, error.errors()))) from error
+        raise ConfigError("; ".join(_explain(item, path, overrides) for item in error.errors())) from error
     except InterpolationResolutionError as error:
         reason = str(error).splitlines()[0]
         raise ConfigError(f"recipe {path}: {reason}; set the variable, or give the key as key=value") from error
@@ -132,8 +132,12 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     return recipe.model_copy(update={"root": absolute_path(Path.cwd() if by_shell else path.parent, recipe.root)})
 
 
-def _explain(item: Any) -> str:
-    where = ".".join(map(str, item["loc"]))
+def _explain(item: Any, path: Path, overrides: Sequence[str]) -> str:
+    key = ".".join(map(str, item["loc"]))
+    named = next((given for given in overrides if f"{key}.".startswith(f"{given.partition('=')[0]}.")), None)
+    where = f"recipe {path}: {key}" if named is None else f"override {named}: {key}"
+    if item["type"] == "string_pattern_mismatch":
+        return f"recipe {path}: domains: {item['input']!r}: {FILE_NAME_RULE}"
     if item["type"] != "extra_forbidden":
         return f"{where}: {item['msg']}, got {item['input']!r}"
     known = [name for section in (Recipe, Domain, Source) for name in section.model_fields]

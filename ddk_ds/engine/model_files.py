@@ -317,11 +317,6 @@ def model_shape(files: ModelFiles) -> ModelShape:
     )
 
 
-def configured_shape(config: Path) -> ModelShape:
-    """Return the shape of the model that a Hugging Face configuration (a JSON file) describes, without building it."""
-    return model_shape(configured_files(config))
-
-
 def _first(values: Mapping[str, Any], *keys: str) -> int:
     return next((int(values[key]) for key in keys if values.get(key)), 0)
 

@@ -17,7 +17,7 @@ from ddk_ds.commands import plan_command as plan
 from ddk_ds.config import Config, Model, load_config
 from ddk_ds.engine.memory_estimate import MemoryEstimate, estimate_memory
 from ddk_ds.engine.memory_estimate import _layer_activations as layer_activations
-from ddk_ds.engine.model_files import ModelShape, configured_shape
+from ddk_ds.engine.model_files import ModelShape, configured_files, model_shape
 from ddk_ds.errors import ConfigError
 from ddk_ds.kernels.chunked import HeadInput
 from ddk_ds.kernels.linear_kd import check_head
@@ -63,7 +63,7 @@ def config_of(name: str) -> Config:
 @cache
 def shape_of(hub_name: str) -> ModelShape:
     """Return the shape of a model, which is built once on the meta device."""
-    return configured_shape(CONFIGS / "models" / f"{Path(hub_name).name}.json")
+    return model_shape(configured_files(CONFIGS / "models" / f"{Path(hub_name).name}.json"))
 
 
 def shapes_of(config: Config) -> tuple[ModelShape, ModelShape]:
@@ -248,7 +248,7 @@ def test_activations_of_a_layer(model: str, most: float, tmp_path: Path) -> None
         for key in ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads"):
             values[key] //= 2
     (tmp_path / "model.json").write_text(json.dumps(values))
-    shape = configured_shape(tmp_path / "model.json")
+    shape = model_shape(configured_files(tmp_path / "model.json"))
     tokens = 128
     measured = saved_bytes(values, 2, tokens) - saved_bytes(values, 1, tokens)
     estimated = layer_activations(Model(path="-"), shape, tokens, tokens, 2)
@@ -259,6 +259,6 @@ def test_tied_heads_count_once_where_the_published_configuration_is_silent(tmp_p
     values = json.loads((CONFIGS / "models/starcoderbase-3b.json").read_text())
     del values["tie_word_embeddings"]
     (tmp_path / "model.json").write_text(json.dumps(values))
-    shape = configured_shape(tmp_path / "model.json")
+    shape = model_shape(configured_files(tmp_path / "model.json"))
     assert (shape.parameters, shape.head) == (shape_of("starcoderbase-3b").parameters, 49_152 * 2816)
     assert (shape.key_value, shape.gated) == (128, False)

@@ -22,6 +22,7 @@ from ddk_ds.command_line import RANK_SCRIPT
 from ddk_ds.commands.submit_command import main, time_limit_s
 from ddk_ds.errors import UserError
 from ddk_ds.slurm.batch_script import ROOT
+from tests.unit.test_bad_input import swap_two_tokens
 from tools.bench.small_run import write_config
 
 STAND_INS = {
@@ -244,8 +245,7 @@ def cut_the_weights(workspace: Path) -> str:
 
 
 def change_the_tokenizer(workspace: Path) -> str:
-    path = workspace / "teacher/tokenizer.json"
-    path.write_text(path.read_text().replace('"the"', '"teh"', 1))
+    swap_two_tokens(workspace / "teacher/tokenizer.json")
     return "teacher.path={}/teacher"
 
 

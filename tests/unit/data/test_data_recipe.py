@@ -34,7 +34,8 @@ def touch(root: Path, *names: str) -> None:
         ("domains: {a: {sources: [x], min_chars: 0}}", "domains.a.min_chars: .*got 0"),
         ("domains: {a: {sources: []}}", "domains.a.sources: .*at least 1"),
         ("domains: {}", "domains: .*at least 1"),
-        ("domains: {../a: {sources: [x]}}", "pattern"),
+        ("domains: {../a: {sources: [x]}}", r"domains: '\.\./a': it names a directory: use letters a-z"),
+        ("domains: {数学: {sources: [x]}}", "domains: '数学': it names a directory: use letters a-z"),
         ("domains: {a: {sources: [{path: x, format: docx}]}}", "'docx'"),
         ("domains: {a: [", "cannot be read as YAML"),
         ("- a", "recipe.yaml"),
@@ -43,6 +44,14 @@ def touch(root: Path, *names: str) -> None:
 def test_wrong_recipes_name_the_key_and_the_value(tmp_path: Path, text: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         load_recipe(recipe_of(tmp_path, text))
+
+
+def test_an_error_of_an_override_names_it(tmp_path: Path) -> None:
+    recipe = recipe_of(tmp_path, "domains: {a: {sources: [x], max_bytes: 0}}")
+    with pytest.raises(ConfigError) as caught:
+        load_recipe(recipe, ["domains.a.min_chars=few"])
+    assert "override domains.a.min_chars=few: " in str(caught.value)
+    assert f"recipe {recipe}: domains.a.max_bytes: " in str(caught.value)
 
 
 def test_a_missing_recipe_is_named(tmp_path: Path) -> None:

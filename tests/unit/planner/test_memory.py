@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from ddk_ds.config import Config, make_config
 from ddk_ds.engine.memory_estimate import estimate_memory
-from ddk_ds.engine.model_files import configured_shape
+from ddk_ds.engine.model_files import configured_files, model_shape
 from ddk_ds.planner.gpu_memory import changed, estimate, plan_memory, with_micro_batch
 from ddk_ds.planner.gpus import GPUS, Cluster
 from ddk_ds.planner.known_points import dense_model, profiled_model
@@ -62,7 +62,7 @@ def test_activations_are_torchs(model: str, checkpointing: bool, tmp_path: Path)
     values = json.loads((ROOT / f"configs/models/{model}.json").read_text())
     values |= {"num_hidden_layers": 6, "vocab_size": 1000}
     (tmp_path / "config.json").write_text(json.dumps(values))
-    shape = configured_shape(tmp_path / "config.json")
+    shape = model_shape(configured_files(tmp_path / "config.json"))
     student = {"path": "s", "gradient_checkpointing": checkpointing}
     config = config_of(method="cpt", teacher=None, student=student)
     parts = estimate_memory(config, shape, None, 1000, 1).passes

@@ -346,7 +346,7 @@ def test_the_answer_comes_first(capsys: pytest.CaptureFixture[str], tmp_path: Pa
     first, *rest = " ".join(capsys.readouterr().out.split()).split("memory of a device")
     assert first.startswith(f"fits: {found['device_bytes'] / 1e9:.2f} of ") and rest
     for text in (
-        f"{found['hours']:.1f} hours, {found['gpu_hours']:,.0f} GPU-hours for 15.00 B tokens on 2 x 8 GPUs",
+        f"{found['hours']:.1f} hours, {found['gpu_hours']:,.0f} GPU-hours for 15.00 B tokens on 1 x 8 GPUs",
         "by an assumed MFU of 40.0%",
         f"the simulated step (below) has an MFU of {found['simulated_step']['mfu']:.1%}",
         f"which gives {found['steps'] * found['simulated_step']['seconds'] / 3600:.1f} hours: a ceiling",

@@ -9,11 +9,11 @@ import pytest
 
 from ddk_ds.config import Config, make_config
 from ddk_ds.engine.memory_estimate import estimate_memory
-from ddk_ds.engine.model_files import configured_shape
+from ddk_ds.engine.model_files import configured_files, model_shape
 from ddk_ds.train.teacher_passes import largest_passes
 
 MODELS = Path(__file__).parents[3] / "configs/models"
-SHAPES = configured_shape(MODELS / "Qwen1.5-1.8B.json"), configured_shape(MODELS / "Qwen1.5-14B.json")
+SHAPES = tuple(model_shape(configured_files(MODELS / f"Qwen1.5-{size}.json")) for size in ("1.8B", "14B"))
 VOCAB, RANKS, ON_NODE, MICRO_BATCHES = 151_646, 16, 8, 16
 
 
