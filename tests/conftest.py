@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -34,8 +35,14 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.fixture(scope="session")
 def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A prepared world on real text; tests must not change it."""
-    return make_workspace(tmp_path_factory.mktemp("workspace"))
+    """A prepared world on real text, one for all workers; tests must not change it."""
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:  # each worker has a directory in the session's
+        folder = folder.parent
+    with (folder / "workspace.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        made = folder / "workspace"
+        return made if (made / "student/model.safetensors").exists() else make_workspace(made)
 
 
 @pytest.fixture

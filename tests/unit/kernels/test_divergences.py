@@ -16,7 +16,7 @@ from ddk_ds.kernels.options import Engine
 from tests.unit.kernels.kd_case import ENGINES, Case, assert_agrees, error, make, near, truth
 
 # Triton's interpreter takes a second for each case.
-INTERPRETED = pytest.param("triton", marks=pytest.mark.long("interpreted, 50 s of CPU; near the teacher it stays"))
+INTERPRETED = pytest.param("triton", marks=pytest.mark.long("interpreted, 65 s of CPU; near the teacher it stays"))
 FORMS = [LogitForm(), LogitForm(0.6), LogitForm(1.3, 20.0)]
 
 
@@ -107,7 +107,7 @@ def test_constant_rows(engine: Engine, divergence: Divergence) -> None:
     assert all(float(grad.detach().abs().max()) < 1e-7 for grad in torch.autograd.grad(found.loss, case.leaves()))
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("engine", ["native", "eager", INTERPRETED])
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_nan_shows(engine: Engine, divergence: Divergence) -> None:
     for name in ("student_hidden", "teacher_hidden"):
@@ -117,7 +117,7 @@ def test_nan_shows(engine: Engine, divergence: Divergence) -> None:
         assert case.run(engine=engine).loss.isnan()
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(
     num_tokens=st.sampled_from([1, 7, 252, 507]),
     vocab_size=st.sampled_from([2, 123, 1000, 2049]),
