@@ -15,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ddk_ds.config import Config, load_config
+from ddk_ds.config.run_config import interval_ends
 from ddk_ds.errors import CheckpointError, UserError
 from ddk_ds.report.run_progress import State, duration, expected_steps, run_state
 from ddk_ds.run_files import read_events, read_ledger_end
@@ -114,30 +115,39 @@ def _counted(number: int, noun: str) -> str:
     return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
-def _pace(config: Config, records: Sequence[dict[str, Any]]) -> float | None:
-    """Estimate the seconds of each further step, with its share of measurements; None before the first step."""
+def _seconds_left(
+    config: Config, total: int, events: Sequence[dict[str, Any]], records: Sequence[dict[str, Any]]
+) -> float | None:
+    """Estimate the time to the run's end, as the run's own terminal does; None before the first step.
+
+    The last checkpoint and the export are each taken to last as long as the newest checkpoint.
+    """
     step_times = [record["clock"]["step_s"] for record in records if record["kind"] == "step"]
-    measured = [record["clock"].get("measure_s", 0.0) for record in records if record["kind"] != "step"]
+    measured = [record for record in records if record["kind"] != "step"]
     if not step_times:
         return None
-    return float(
-        sum(step_times) / len(step_times) + (measured[-1] / config.mixture.interval_steps if measured else 0.0)
-    )
+    last = records[-1]
+    done = last["step"] if last["kind"] != "step" else last["step"] - 1
+    to_come = sum(step > done for step in interval_ends(config.mixture, total))
+    measure_s = measured[-1]["clock"].get("measure_s", 0.0) if measured else 0.0
+    saving_s = next((event.get("seconds", 0.0) for event in reversed(events) if event["event"] == "checkpoint"), 0.0)
+    return float((total - last["step"]) * sum(step_times) / len(step_times) + to_come * measure_s + 2 * saving_s)
 
 
 def _progress(
     run_dir: Path, events: Sequence[dict[str, Any]], records: Sequence[dict[str, Any]], *, finished: bool
 ) -> RenderableType:
-    step, total, pace_s = records[-1]["step"], None, None
+    step, total, left_s = records[-1]["step"], None, None
     try:
         config = load_config(run_dir / "config.yaml")
-        total, pace_s = expected_steps(config, events), _pace(config, records)
+        total = expected_steps(config, events)
+        left_s = None if total is None else _seconds_left(config, total, events, records)
     except UserError:  # from another version, or missing
         pass
     if total is None or finished:
         return _line(f"step {step:,}" + (" of ?" if not finished else ""))
     grid = Table.grid(padding=(0, 2))
-    eta = f"ETA {duration((total - step) * pace_s)}" if pace_s is not None else "ETA ?"
+    eta = f"ETA {duration(left_s)}" if left_s is not None else "ETA ?"
     bar = ProgressBar(total=max(1, total), completed=step, width=24)
     grid.add_row(f"step {step:,} of {total:,}", bar, f"{step / max(1, total):.1%}", eta)
     return grid

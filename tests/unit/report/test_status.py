@@ -54,6 +54,13 @@ def test_ten_domains_fit_a_small_terminal(tmp_path: Path) -> None:
     assert text.count("alarm at step") == 2 and "mean, at step 50" in text
 
 
+def test_the_remaining_time_has_the_last_measurement_and_the_export(tmp_path: Path) -> None:
+    saved = [{"event": "checkpoint", "time_s": 1.79e9, "step": 40, "path": "c", "pause_s": 0.1, "seconds": 3.0}]
+    run_dir = make_run(tmp_path, steps=55, finished=False, events=saved)
+    assert {record["clock"]["measure_s"] for record in read_ledger(run_dir) if record["kind"] == "interval"} == {4.0}
+    assert "step 55 of 55" in shown(run_dir) and "ETA 10 s" in shown(run_dir)  # 4 s, 3 s and 3 s
+
+
 def test_more_domains_than_lines(tmp_path: Path) -> None:
     run_dir = make_run(tmp_path, domains=[f"d{number}" for number in range(40)])
     text = shown(run_dir, max_domains=8)
