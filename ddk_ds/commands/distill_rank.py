@@ -136,7 +136,7 @@ def _check_machines(config: Config, inputs: Inputs, runtime: Runtime) -> None:
     _warn(rows)
     failures = [f"{row.name}: {row.found}; {row.fix}" for row in rows if row.status == "fail"]
     if failures:
-        raise UserError("; ".join(failures) + ". ddk preflight shows every check; --no-preflight leaves it out")
+        raise UserError("; ".join(failures) + ". every check is shown by ddk preflight; --no-preflight leaves them out")
 
 
 def _warn(rows: Sequence[Row]) -> None:

@@ -18,55 +18,53 @@ import pytest
 import zstandard
 from omegaconf import OmegaConf
 
-from tests.e2e.test_run import DEEPSPEED
 from tests.unit.evaluation.benchmarks import ROWS, write_rows
 from tools.bench.docs_check import PROGRAMS, commands
 from tools.bench.small_run import ROOT
 
+DDK = str(Path(sys.executable).with_name("ddk"))
 PAGES = ("README.md", "docs/guide.md")
 
 # What differs from the page when a command is run: (text of the page, text that takes its place).
 _SAMPLES = ("--sequence-length 2048", "--sequence-length 64 --validation-samples 12 --workers 1")
-_RANKS = ("deepspeed ", "deepspeed --num_gpus 2 ")
+_RANKS = ("ddk distill ", "ddk distill --ranks 2 ")
 _ONE_NODE = "--nodes 1"  # the small run's batch is for 8 ranks
-_NO_SLURM = ("submit.py ", "submit.py --dry-run ")
+_NO_SLURM = ("ddk submit ", "ddk submit --dry-run ")
 Changes = tuple[tuple[str, str], ...]
 
 RUN: dict[str, Changes] = {
     # README.md
-    "python tools/prepare_data.py --recipe my_domains.yaml --tokenizer models/student --out data/mine "
-    "--sequence-length 2048": (_SAMPLES,),
-    "python launch/preflight.py --config my.yaml --ranks 8": (),
-    "deepspeed launch/distill.py --config my.yaml": (_RANKS,),
-    "python tools/status.py runs/mine": (),
-    "deepspeed --num_gpus 2 launch/distill.py --config my.yaml": (),
-    "python tools/plan.py --config my.yaml --nodes 4 --gpus-per-node 8 --gpu a100-80g": (),
-    "python launch/preflight.py --config my.yaml --nodes 4 --gpus-per-node 8": (("--nodes 4", _ONE_NODE),),
-    "python launch/slurm/submit.py --config my.yaml --nodes 4 --gpus-per-node 8 --time 24:00:00 --chain 4": (
-        _NO_SLURM,
+    "ddk prepare --recipe my_domains.yaml --tokenizer models/student --out data/mine --sequence-length 2048": (
+        _SAMPLES,
     ),
+    "ddk preflight --config my.yaml --ranks 8": (),
+    "ddk distill --config my.yaml": (_RANKS,),
+    "ddk status runs/mine": (),
+    "ddk distill --ranks 2 --config my.yaml": (),
+    "ddk plan --config my.yaml --nodes 4 --gpus-per-node 8 --gpu a100-80g": (),
+    "ddk preflight --config my.yaml --nodes 4 --gpus-per-node 8": (("--nodes 4", _ONE_NODE),),
+    "ddk submit --config my.yaml --nodes 4 --gpus-per-node 8 --time 24:00:00 --chain 4": (_NO_SLURM,),
     # docs/guide.md
-    "python tools/prepare_data.py --recipe my_domains.yaml --tokenizer models/Qwen1.5-1.8B --out data/mine "
-    "--sequence-length 2048": (_SAMPLES,),
-    "python tools/make_student.py --teacher models/Qwen1.5-14B --out models/half --layers 20 --shards data/mine": (
+    "ddk prepare --recipe my_domains.yaml --tokenizer models/Qwen1.5-1.8B --out data/mine --sequence-length 2048": (
+        _SAMPLES,
+    ),
+    "ddk cut-student --teacher models/Qwen1.5-14B --out models/half --layers 20 --shards data/mine": (
         ("--layers 20", "--layers 3 --sequence-length 64"),
     ),
-    "python tools/plan.py --config my.yaml --nodes 2 --gpus-per-node 8 --gpu a100-80g": (),
-    "python launch/preflight.py --config my.yaml --nodes 2 --gpus-per-node 8": (("--nodes 2", _ONE_NODE),),
-    "python launch/slurm/submit.py --config my.yaml --nodes 2 --gpus-per-node 8 --time 24:00:00 --chain 4": (
-        _NO_SLURM,
-    ),
-    "deepspeed launch/distill.py --config my.yaml train.micro_batch_samples=2": (_RANKS,),
-    "python tools/status.py runs/qwen-ddk": (),
-    "python tools/report.py runs/qwen-ddk": (),
-    "python tools/replay.py runs/qwen-ddk alpha=0.3 --picture replay.png": (),
-    "python tools/export_hf.py runs/qwen-ddk --step 20000": (("20000", "4"),),
-    'python tools/generate.py runs/qwen-ddk --prompt "def fibonacci(n):" --prompt "The capital of France is"': (),
-    "python tools/evaluate.py runs/qwen-ddk/export models/Qwen1.5-1.8B models/Qwen1.5-14B --suite paper "
+    "ddk plan --config my.yaml --nodes 2 --gpus-per-node 8 --gpu a100-80g": (),
+    "ddk preflight --config my.yaml --nodes 2 --gpus-per-node 8": (("--nodes 2", _ONE_NODE),),
+    "ddk submit --config my.yaml --nodes 2 --gpus-per-node 8 --time 24:00:00 --chain 4": (_NO_SLURM,),
+    "ddk distill --config my.yaml train.micro_batch_samples=2": (_RANKS,),
+    "ddk status runs/qwen-ddk": (),
+    "ddk report runs/qwen-ddk": (),
+    "ddk replay runs/qwen-ddk alpha=0.3 --picture replay.png": (),
+    "ddk export runs/qwen-ddk --step 20000": (("20000", "4"),),
+    'ddk generate runs/qwen-ddk --prompt "def fibonacci(n):" --prompt "The capital of France is"': (),
+    "ddk evaluate runs/qwen-ddk/export models/Qwen1.5-1.8B models/Qwen1.5-14B --suite paper "
     "--data data/benchmarks --shards data/mine --allow-code-execution --out scores.json": (
         ("--suite paper", "--suite paper --tasks arc_easy"),
     ),
-    "python tools/compare.py --config my.yaml --methods cpt,kd,ddk --seeds 3 --out runs/compared --ranks 16": (
+    "ddk compare --config my.yaml --methods cpt,kd,ddk --seeds 3 --out runs/compared --ranks 16": (
         ("cpt,kd,ddk --seeds 3", "cpt,ddk --seeds 1"),
         ("--ranks 16", "--ranks 2"),
     ),
@@ -78,7 +76,7 @@ ELSEWHERE = {
     "make demo": "a clone; its output is docs/results/demo.md",
     "make test": ".ci/run; docs/results/test_full.md is what make test-full writes",
     "make clean-demo": "by hand: it deletes what a user has in runs/",
-    "deepspeed --hostfile hosts launch/distill.py --config my.yaml": "tests/nodes/test_two_nodes.py",
+    "ddk distill --hostfile hosts --config my.yaml": "tests/nodes/test_two_nodes.py",
     "pip install -c constraints.txt -e '.[eval]'": "make setup: the extra `test` has all of `eval`, see below",
     "python -m pytest tests/e2e/test_readme_commands.py -m long": "make test-full; it is this file",
     "git clone <this repository> ddk_ds": "every clone",
@@ -110,8 +108,12 @@ MADE = {
 
 
 def shell_lines(text: str) -> Iterator[str]:
-    """Yield each command of a page's indented blocks and of its `code` that begins with a known program."""
-    yield from (command.text for command in commands(text))
+    """Yield each command of a page's indented blocks and of its `code` that begins with a known program.
+
+    A program that is only named, such as `ddk prepare`, is no command.
+    """
+    shown = (command.text for command in commands(text))
+    yield from (line for line in shown if line.split()[0] not in ("ddk", "deepspeed") or len(line.split()) > 2)
     blocks = re.sub(r"```.*?```", "", text, flags=re.DOTALL).replace("\\\n", " ")
     for line in re.findall(r"(?m)^(?: {4,}|\t)(\S.*)$", blocks):
         parts = (" ".join(part.split()) for part in line.split("&&"))
@@ -160,7 +162,7 @@ def make_world(workspace: Path, folder: Path, page: str) -> None:
         shape = json.loads((workspace / "teacher.json").read_text()) | {"num_hidden_layers": 4}
         (folder / "teacher.json").write_text(json.dumps(shape))
         options = ("--tokenizer", "models/student", "--out", "models/Qwen1.5-14B")
-        run(shlex.join(["python", "tools/init_model.py", "--config", "teacher.json", *options]), (), folder)
+        run(shlex.join(["ddk", "init", "--config", "teacher.json", *options]), (), folder)
     recipe, config = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs/guide.md").read_text(), flags=re.DOTALL)
     (folder / "my_domains.yaml").write_text(recipe)
     values = OmegaConf.merge(OmegaConf.create(config), SMALL)
@@ -189,11 +191,10 @@ def run(text: str, changes: Changes, folder: Path) -> None:
         assert old in text, f"{old} is not in {text}"
         text = text.replace(old, new, 1)
     program, *words = shlex.split(text)
-    port = str(20000 + os.getpid() % 20000)
-    start = {"python": [sys.executable], "deepspeed": [DEEPSPEED, "--master_port", port]}[program]
+    assert program == "ddk", text
     paths = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     done = subprocess.run(
-        [*start, *words],
+        [DDK, *words],
         cwd=folder,
         env={**os.environ, "PYTHONPATH": paths},
         capture_output=True,

@@ -90,9 +90,8 @@ def test_the_wheel_prepares_plans_and_distils(programs: Path, workspace: Path, t
     options = ["--sequence-length", "64", "--validation-samples", "12", "--workers", "1"]
     tokenizer = str(workspace / "tokenizer")
     run("ddk", "prepare", "--recipe", "recipe.yaml", "--tokenizer", tokenizer, "--out", "shards", *options)
-    config = write_config(
-        workspace, tmp_path, data={"path": str(tmp_path / "shards")}, stop={"steps": 2}, mixture={"interval_steps": 2}
-    )
+    short = {"stop": {"steps": 2}, "mixture": {"interval_steps": 2}, "optimizer": {"warmup_steps": 1}}
+    config = write_config(workspace, tmp_path, data={"path": str(tmp_path / "shards")}, **short)
     cluster = ["--nodes", "1", "--gpus-per-node", "8", "--gpu", "h100"]
     assert "memory" in run("ddk", "plan", "--config", str(config), *cluster)
     assert "Qwen" not in run("ddk", "plan", "--config", str(config), *cluster, "student.path=Qwen/Qwen1.5-1.8B")

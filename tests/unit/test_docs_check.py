@@ -74,7 +74,7 @@ def test_what_is_optional_is_parsed_too() -> None:
         ("deepspeed launch/distill.py --config configs/dmeo.yaml", "configs/dmeo.yaml: there is no such file"),
         ("deepspeed launch/distill.py --config my.yaml mixture.alhpa=0.3", "mixture.alhpa=0.3: there is no such key"),
         ("deepspeed launch/distill.py --config my.yaml mixture.floors.code=0.1", ""),
-        ("deepspeed launch/distill.py --config configs/demo.yaml mixture.alpha=3", "mixture.alpha: input should be"),
+        ("deepspeed launch/distill.py --config configs/demo.yaml mixture.alpha=3", "mixture.alpha=3: input should be"),
         ("python tools/replay.py runs/demo alpha=0.3", ""),
         ("python tools/replay.py runs/demo mixture.alpha=0.3", "mixture.alpha=0.3: there is no such key"),
         ("pip install -e '.[gpu]'", "there is no extra gpu"),

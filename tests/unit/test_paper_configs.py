@@ -185,7 +185,7 @@ def test_the_page_shows_the_estimate() -> None:
 
 def test_the_pages_command_makes_the_estimate(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """plan.py shows some parts in two: their sums are compared, and the height."""
-    shown = re.search(r"python tools/plan.py --config \$pair (--nodes .*)", PAGE.read_text())
+    shown = re.search(r"ddk plan --config \$pair (--nodes .*)", PAGE.read_text())
     assert shown is not None
     name, out = "llama2_13b_to_tinyllama_1.1b", tmp_path / "plan.json"
     monkeypatch.chdir(CONFIGS.parent)

@@ -12,7 +12,7 @@ import re
 import shlex
 import sys
 import tomllib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -22,20 +22,28 @@ from unittest import mock
 
 from pydantic import BaseModel
 
+from ddk_ds.commands import console
 from ddk_ds.config import Config, Mixture, load_config
 from ddk_ds.config.keys import section_of
 from ddk_ds.data.recipe import Recipe
 from ddk_ds.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
-PROGRAMS = ("python", "deepspeed", "make", "pip", "bash")
+PROGRAMS = ("ddk", "python", "deepspeed", "torchrun", "make", "pip", "bash")
+_PARSES = ("ArgumentParser(", "command_parser(", "from ddk_ds.commands.")
 _PROPER = ("Hugging Face", "Python", "Slurm")
 _BLOCK = re.compile(r"^(?: {4,}|\t)\S")
 _VARIABLE = re.compile(r"^[A-Za-z_]\w*=\S*$")
 _INLINE = re.compile(rf"`((?:{'|'.join(PROGRAMS)}) [^`]+)`")
-LAUNCHER_OPTIONS = {"--num_gpus": 1, "--num_nodes": 1, "--hostfile": 1, "--master_port": 1, "--quiet": 0}
+LAUNCHER_OPTIONS = {
+    "deepspeed": {"--num_gpus": 1, "--num_nodes": 1, "--hostfile": 1, "--master_port": 1, "--quiet": 0},
+    "torchrun": {"--nproc-per-node": 1, "--nnodes": 1, "--rdzv-backend": 1, "--rdzv-endpoint": 1, "-m": 0},
+}
 # The section that `key=value` belongs to, by tool; for all other tools, the run's configuration.
-OVERRIDDEN: dict[str, type[BaseModel]] = {"prepare_data": Recipe, "train_tokenizer": Recipe, "replay": Mixture}
+OVERRIDDEN: dict[str, type[BaseModel]] = {
+    **dict.fromkeys(("prepare_data", "train_tokenizer", "prepare_command", "tokenizer_command"), Recipe),
+    **dict.fromkeys(("replay", "replay_command"), Mixture),
+}
 _PATH = re.compile(
     r"(?<![\w/.*-])((?:docs|tools|configs|ddk_ds|tests|launch)/[\w./-]+\.(?:md|py|yaml|json|png|sbatch))\b"
 )
@@ -151,7 +159,7 @@ def parser_of(path: Path) -> argparse.ArgumentParser | None:
 
     The script's main() runs until it has made its parser.
     """
-    if not any(mark in (ROOT / path).read_text(encoding="utf-8") for mark in ("ArgumentParser(", "ddk_ds.commands")):
+    if not any(mark in (ROOT / path).read_text(encoding="utf-8") for mark in _PARSES):
         return None
     main = importlib.import_module(".".join(path.with_suffix("").parts)).main
 
@@ -226,8 +234,10 @@ def command_faults(command: Command) -> list[str]:
             return _pip_faults(words)
         case "bash":
             return _missing(words[:1])
-        case "deepspeed":
-            return _launched_faults(words)
+        case "deepspeed" | "torchrun":
+            return _launched_faults(words, LAUNCHER_OPTIONS[program])
+        case "ddk":
+            return _ddk_faults(words)
         case _:
             return _python_faults(words, command.script)
 
@@ -250,14 +260,26 @@ def _python_faults(words: Sequence[str], script: str) -> list[str]:
     return missing or _tool_faults(Path(words[0]), words[1:])
 
 
-def _launched_faults(words: Sequence[str]) -> list[str]:
-    rest = list(words)
+def _launched_faults(words: Sequence[str], known: Mapping[str, int]) -> list[str]:
+    """Return the faults of a launcher's command; `known` are its options, with the number of their values."""
+    rest, option = list(words), ""
     while rest and rest[0].startswith("-"):
         option = rest.pop(0)
-        if option not in LAUNCHER_OPTIONS:
+        if option not in known:
             return [f"{option}: not one of the launcher's options that are used here"]
-        del rest[: LAUNCHER_OPTIONS[option]]
+        del rest[: known[option]]
+    if option == "-m" and rest:
+        rest[0] = f"{rest[0].replace('.', '/')}.py"
     return _python_faults(rest, "")
+
+
+def _ddk_faults(words: Sequence[str]) -> list[str]:
+    name = words[0] if words else ""
+    if name in ("1", "", "--version") or "--help" in words:  # 1 is a placeholder, as COMMAND
+        return []
+    if name not in console.NAMES:
+        return [f"ddk has no command {name}"]
+    return _tool_faults(Path(f"ddk_ds/commands/{name.replace('-', '_')}_command.py"), words[1:])
 
 
 def _tool_faults(path: Path, words: Sequence[str]) -> list[str]:
