@@ -114,10 +114,10 @@ def _continue(
     prompts = [*options.prompt]
     if options.prompt_file is not None:
         prompts += read_lines(options.prompt_file, "--prompt-file")
-    models = {f"student, {student}": (student, config is not None and config.student.trust_remote_code)}
+    models = {f"student: {student}": (student, config is not None and config.student.trust_remote_code)}
     if config is not None and config.teacher is not None:
         teacher = model_directory(config.teacher.path, "teacher.path", SingleProcess())
-        models[f"teacher, {config.teacher.path}"] = teacher, config.teacher.trust_remote_code
+        models[f"teacher: {config.teacher.path}"] = teacher, config.teacher.trust_remote_code
         if load_tokenizer(student).fingerprint != load_tokenizer(teacher).fingerprint:
             raise ConfigError(f"{student} and teacher.path {teacher} have different tokenizers: not this run's pair")
     for directory, trusted in models.values():
@@ -139,12 +139,19 @@ def _continue(
 
 def _shown(prompt: str, texts: Mapping[str, str], width: int) -> RenderableType:
     """Return the prompt and what each model made of it: side by side where the terminal is wide, else below."""
-    head = Text.assemble(("prompt  ", "bold"), prompt)
+    head = Text.assemble(("prompt  ", "bold"), _printable(prompt))
+    texts = {title: _printable(text) for title, text in texts.items()}
     if width < _SIDE_BY_SIDE:
         parts = [Text.assemble((f"{title}\n", "bold"), text) for title, text in texts.items()]
         return Group(head, *parts, "")
-    table = Table(expand=True)
-    for title in texts:
-        table.add_column(Text(title), ratio=1, overflow="fold")
+    table = Table(expand=True, show_header=False)
+    for _ in texts:
+        table.add_column(ratio=1, overflow="fold")
+    table.add_row(*(Text(title, "bold") for title in texts), end_section=True)
     table.add_row(*(Text(text) for text in texts.values()))
     return Group(head, table, "")
+
+
+def _printable(text: str) -> str:
+    """Return the text without control characters: a terminal would obey what a model writes."""
+    return "".join(letter if letter.isprintable() or letter == "\n" else "\ufffd" for letter in text.expandtabs(4))

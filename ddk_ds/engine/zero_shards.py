@@ -205,8 +205,8 @@ def _slots(groups: list[dict[str, torch.Size]], ranks: int) -> dict[str, _Slot]:
 
 
 def _flat(shard: dict[str, Any], group: int, key: str) -> torch.Tensor:
-    tensor: torch.Tensor
-    tensor = shard["fp32_flat_groups"][group] if key == "fp32" else shard["optimizer_state_dict"]["state"][group][key]
+    groups: Any = shard["fp32_flat_groups"] if key == "fp32" else shard["optimizer_state_dict"]["state"]
+    tensor: torch.Tensor = groups[group] if key == "fp32" else groups[group][key]
     return tensor.detach()  # saved with checkpoint.in_background: false, masters still ask for gradients
 
 
