@@ -17,9 +17,7 @@ INSTALLED := .venv/.installed
 READY := .venv/.ready
 DATA := runs/demo-data
 SEED ?= 1
-# Two runs at a time, and perhaps another user's: each takes a free port.
-FREE_PORT = $(shell $(BIN)/python -c 'import socket; s = socket.create_server(("", 0)); print(s.getsockname()[1])')
-DISTIL = $(BIN)/deepspeed --quiet --master_port $(FREE_PORT)
+DDK := $(BIN)/ddk
 # Put what a command prints into a file, and show its end if the command fails.
 in_file = > $(1) 2>&1 || { code=$$?; tail -n 20 $(1); echo "demo: the whole output is in $(1)"; exit $$code; }
 
@@ -46,52 +44,52 @@ $(READY): $(INSTALLED)
 # those of two idle cores. Two steps run at a time: the second of a pair writes to a file what it prints.
 demo: $(READY)
 	@$(MAKE) --no-print-directory -j2 runs/demo/report/report.html
-	@$(BIN)/python tools/summary.py runs/demo runs/demo-equal runs/demo-kd
+	@$(DDK) summary runs/demo runs/demo-equal runs/demo-kd
 	@echo "demo: equal sampling, and distillation with domains by size (the paper's KD), had the same models and tokens."
 	@echo "DDK is for the largest ratio; docs/results/demo.md shows three seeds, and what DDK does not improve. Next:"
 	@echo
 	@echo "    open $(CURDIR)/runs/demo/report/report.html in a browser"
-	@echo "    $(BIN)/ddk generate runs/demo --temperature 0.8 --prompt '#include <'"
+	@echo "    $(DDK) generate runs/demo --temperature 0.8 --prompt '#include <'"
 	@echo "    read docs/guide.md: the same with your own text and models"
 
 $(DATA)/tokenizer/tokenizer.json: | $(READY)
 	@echo "demo [1/6]: a tokenizer from text of the installed packages, 5 s"
-	$(BIN)/python tools/train_tokenizer.py --recipe configs/data/demo.yaml --vocab-size 2048 --domain-bytes 300000 \
+	$(DDK) tokenizer --recipe configs/data/demo.yaml --vocab-size 2048 --domain-bytes 300000 \
 	  --out $(@D)
 
 $(DATA)/shards/domains.json: | $(DATA)/tokenizer/tokenizer.json
 	@echo "demo [2/6]: the text of eight domains as shards, and two models with random weights, 20 s"
-	$(BIN)/python tools/prepare_data.py --recipe configs/data/demo.yaml --tokenizer $(DATA)/tokenizer \
-	  --out $(@D) --sequence-length 128 --validation-samples 64
+	$(DDK) prepare --recipe configs/data/demo.yaml --tokenizer $(DATA)/tokenizer \
+	  --out $(@D) --sequence-length 128 --validation-samples 64 --seed $(SEED)
 
 $(DATA)/%-init/model.safetensors: | $(DATA)/tokenizer/tokenizer.json
-	$(BIN)/python tools/init_model.py --config configs/models/demo_$*.json --tokenizer $(DATA)/tokenizer \
+	$(DDK) init --config configs/models/demo_$*.json --tokenizer $(DATA)/tokenizer \
 	  --out $(@D) --seed $(SEED)
 
 runs/demo-teacher/summary.json: | $(DATA)/shards/domains.json $(DATA)/teacher-init/model.safetensors
 	@echo "demo [3/6]: the teacher on one core, 65 s; the starting student, without cpp and json, on the other"
-	OMP_NUM_THREADS=1 $(DISTIL) --num_gpus 1 launch/distill.py --config configs/demo_teacher.yaml seed=$(SEED)
+	OMP_NUM_THREADS=1 $(DDK) distill --ranks 1 --config configs/demo_teacher.yaml seed=$(SEED)
 
 runs/demo-student/summary.json: | $(DATA)/shards/domains.json $(DATA)/student-init/model.safetensors
-	OMP_NUM_THREADS=1 $(DISTIL) --num_gpus 1 launch/distill.py --config configs/demo_student.yaml \
+	OMP_NUM_THREADS=1 $(DDK) distill --ranks 1 --config configs/demo_student.yaml \
 	  seed=$(SEED) $(call in_file,runs/demo-student.log)
 
 runs/demo-equal/summary.json: | runs/demo-teacher/summary.json runs/demo-student/summary.json
 	@echo "demo [4/6]: to compare with, equal sampling on one core, 20 s; domains by size on the other"
-	OMP_NUM_THREADS=1 $(DISTIL) --num_gpus 1 launch/distill.py --config configs/demo.yaml seed=$(SEED) \
+	OMP_NUM_THREADS=1 $(DDK) distill --ranks 1 --config configs/demo.yaml seed=$(SEED) \
 	  name=demo-equal method=ddk_equal
 
 runs/demo-kd/summary.json: | runs/demo-teacher/summary.json runs/demo-student/summary.json
-	OMP_NUM_THREADS=1 $(DISTIL) --num_gpus 1 launch/distill.py --config configs/demo.yaml \
+	OMP_NUM_THREADS=1 $(DDK) distill --ranks 1 --config configs/demo.yaml \
 	  seed=$(SEED) name=demo-kd method=kd $(call in_file,runs/demo-kd.log)
 
 runs/demo/summary.json: | runs/demo-equal/summary.json runs/demo-kd/summary.json
 	@echo "demo [5/6]: DDK on two ranks, 25 s"
-	$(DISTIL) --num_gpus 2 launch/distill.py --config configs/demo.yaml seed=$(SEED)
+	$(DDK) distill --ranks 2 --config configs/demo.yaml seed=$(SEED)
 
 runs/demo/report/report.html: | runs/demo/summary.json
 	@echo "demo [6/6]: the report page, 5 s"
-	$(BIN)/python tools/report.py runs/demo runs/demo-equal runs/demo-kd
+	$(DDK) report runs/demo runs/demo-equal runs/demo-kd
 
 clean-demo:
 	rm -rf $(DATA) $(foreach run,demo demo-teacher demo-student demo-equal demo-kd,runs/$(run) runs/$(run).log)

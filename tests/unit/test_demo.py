@@ -8,6 +8,13 @@ from pathlib import Path
 from tools.bench import demo_seeds
 from tools.bench.docs_check import Command, command_faults
 
+FRONT_DOORS = {
+    "tokenizer": "python tools/train_tokenizer.py",
+    "prepare": "python tools/prepare_data.py",
+    "distill": "deepspeed launch/distill.py",
+    "report": "python tools/report.py",
+}
+
 
 def test_its_commands_are_right_and_in_order(tmp_path: Path) -> None:
     clone = demo_seeds.linked_clone(tmp_path / "clone")  # in which nothing is made yet
@@ -15,20 +22,21 @@ def test_its_commands_are_right_and_in_order(tmp_path: Path) -> None:
     command = ["make", "-n", *done, "runs/demo/report/report.html", "SEED=7"]
     printed = subprocess.run(command, cwd=clone, capture_output=True, text=True, check=True).stdout
     lines = [line.strip() for line in printed.replace("\\\n", " ").splitlines() if not line.startswith("echo ")]
-    lines = [line.split(" > ")[0].replace(".venv/bin/", "").replace("--quiet ", "") for line in lines]
+    lines = [line.split(" > ")[0].replace(".venv/bin/", "") for line in lines]
     tools = [" ".join(line.split()).replace("OMP_NUM_THREADS=1 ", "") for line in lines]
     assert len(tools) == 10
     for tool in tools:
-        assert tool.startswith(("python tools/", "deepspeed --master_port ")), tool
-        if "init_model" not in tool:  # whose --config is a model's, not a run's
-            assert command_faults(Command(1, tool)) == []
-    runs = [tool for tool in tools if tool.startswith("deepspeed")]
+        program, name, arguments = tool.split(" ", 2)
+        assert program == "ddk", tool
+        if name != "init":  # whose --config is a model's, not a run's
+            assert (
+                command_faults(Command(1, f"{FRONT_DOORS[name]} {arguments}".replace("--ranks", "--local_rank"))) == []
+            )
+    runs = [tool for tool in tools if tool.startswith("ddk distill")]
     assert all("seed=7" in run for run in runs)
     first = {name: next(i for i, run in enumerate(runs) if name in run) for name in ("teacher.yaml", "student.yaml")}
     assert set(first.values()) == {0, 1}
-    assert "--num_gpus 2 " in runs[4] and "demo.yaml" in runs[4]  # DDK, after all it needs
-    ports = [run.split("--master_port ")[1].split()[0] for run in runs]
-    assert ports[0] != ports[1] and ports[2] != ports[3]  # those that run at the same time
+    assert "--ranks 2 " in runs[4] and "demo.yaml" in runs[4]  # DDK, after all it needs
 
 
 def test_the_tables_of_three_seeds() -> None:
