@@ -104,7 +104,7 @@ def test_misspelt_key(workspace: Path, tmp_path: Path, capsys: pytest.CaptureFix
 
 
 def test_batch_not_divisible(workspace: Path, tmp_path: Path) -> None:
-    rows = rows_of(write_config(workspace, tmp_path), PlannedRanks(3))
+    rows = rows_of(write_config(workspace, tmp_path), PlannedRanks(3, nodes=1))
     check(rows, "batch", "train.global_batch_samples 8", "3 ranks")
 
 

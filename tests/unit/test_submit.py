@@ -169,7 +169,8 @@ def test_directives_on_demand(desk: Desk, capsys: pytest.CaptureFixture[str]) ->
 
 def test_gpus_have_a_rank_each(desk: Desk, capsys: pytest.CaptureFixture[str]) -> None:
     config = write_config(desk.folder, desk.folder, train={"micro_batch_samples": 1})
-    assert main(["--config", str(config), "--nodes", "2", "--gpus-per-node", "4", "--time", "1-0", "--dry-run"]) == 0
+    size = ["--nodes", "2", "--gpus-per-node", "4", "--time", "1-0"]
+    assert main(["--config", str(config), *size, "--no-check", "--dry-run"]) == 0
     found = directives(capsys.readouterr().out)
     assert (found["gpus-per-node"], found["ntasks-per-node"], found["time"]) == ("4", "4", "1-0")
 
@@ -367,7 +368,7 @@ def test_containers(desk: Desk) -> None:
 
 def test_gpus_in_apptainer(desk: Desk, capsys: pytest.CaptureFixture[str]) -> None:
     config = write_config(desk.folder, desk.folder)
-    size = ["--nodes", "1", "--gpus-per-node", "4", "--time", "30", "--dry-run"]
+    size = ["--nodes", "1", "--gpus-per-node", "4", "--time", "30", "--no-check", "--dry-run"]
     container = ["--container", "x.sif", "--container-runtime", "apptainer"]
     assert main(["--config", str(config), *size, *container]) == 0
     assert "apptainer exec --nv --bind" in capsys.readouterr().out
