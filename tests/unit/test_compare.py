@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
+from ddk_ds.command_line import RANK_SCRIPT
 from ddk_ds.commands import compare_command as command
 from ddk_ds.commands import stages_command
 from ddk_ds.comparison import method_stages as stages
@@ -394,9 +395,9 @@ def test_the_launcher_is_started_without_a_shell(tmp_path: Path, monkeypatch: py
         started.append(command)
         return SimpleNamespace(wait=lambda: 5)
 
-    monkeypatch.setattr(stages.subprocess, "Popen", popen)
+    monkeypatch.setattr("ddk_ds.launcher.subprocess.Popen", popen)
     log = tmp_path / "out/run.log"
     assert stages.launch(tmp_path / "a b.yaml", ["x={a: 1}"], 2, log) == 5
-    assert started[0][-4:] == [str(stages.DISTIL), "--config", str(tmp_path / "a b.yaml"), "x={a: 1}"]
-    assert started[0][-6:-4] == ["--num_gpus", "2"]
+    assert started[0][-4:] == [str(RANK_SCRIPT), "--config", str(tmp_path / "a b.yaml"), "x={a: 1}"]
+    assert "--num_gpus=2" in started[0][:-4]
     assert "distill_rank.py" in log.read_text()

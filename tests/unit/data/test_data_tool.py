@@ -43,7 +43,7 @@ def test_a_domain_with_more_held_out_than_left_is_named(
     tokenizer_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "text").mkdir()
-    for seed, (name, count) in enumerate({"small": 18, "large": 200}.items()):
+    for seed, (name, count) in enumerate({"small": 12, "large": 200}.items()):
         write_lines(tmp_path / f"text/{name}.jsonl", make_texts(seed, count, 80))
     recipe = write_recipe(tmp_path / "r.yaml", {name: {"sources": [f"{name}.jsonl"]} for name in ("small", "large")})
     more = (f"root={tmp_path / 'text'}",)
@@ -79,7 +79,7 @@ def test_an_interrupt_prints_how_to_continue(
 
     monkeypatch.setattr(prepare_data, "prepare", interrupted)
     assert prepare_data.main(arguments(recipe_path, tokenizer_dir, tmp_path / "out")) == 130
-    assert "the same command continues" in capsys.readouterr().err
+    assert "start the same command again to continue" in capsys.readouterr().err
 
 
 def test_a_line_has_speed_and_time_left_of_only_this_run() -> None:
