@@ -33,6 +33,7 @@ def limited(workspace: Path, folder: Path, policy: str, micro_batch: int, sample
     )
 
 
+@pytest.mark.long("four runs, 13 s of CPU; the policies have unit tests")
 def test_limited_runs(workspace: Path, tmp_path: Path) -> None:
     config = limited(workspace, tmp_path / "a", "cap", 2, samples=12)
     other = limited(workspace, tmp_path / "b", "cap", 4, samples=12)

@@ -17,6 +17,8 @@ from tests.dist.resume_worker import run_dir
 from tests.wandb_file import wandb_series
 from tools.bench.small_run import write_config
 
+pytestmark = pytest.mark.long("two runs with every monitor, 24 s of CPU; each monitor has unit tests")
+
 DOMAINS = ("cpp", "mathematics", "python")
 # The tiny student's tensors are never partitioned, so that none is gathered.
 PARTS = ("data", "sync", "teacher", "teacher_gather", "forward", "head", "backward", "reduce", "optimizer")

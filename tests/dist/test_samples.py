@@ -17,6 +17,8 @@ from ddk_ds.run_files import read_ledger_end
 from tests.dist.ranks import run_ranks
 from tools.bench.small_run import without_clock, write_config
 
+pytestmark = pytest.mark.long("three runs, 25 s of CPU; the prompts and their order have unit tests")
+
 DOMAINS = ["python", "cpp", "mathematics"]
 TEXTS = ["def main(argument):\n    return", "The", "namespace c10 {\nstruct"]
 TOKENS = 12

@@ -65,6 +65,7 @@ def signals(run_dir: Path) -> list[str]:
     return [event["signal"] for event in events if event["event"] == "interrupted"]
 
 
+@pytest.mark.long("three starts in a terminal; test_run.py has a kill and a resumption")
 def test_ddk_distill(workspace: Path, tmp_path: Path, whole: Path) -> None:
     """Ctrl-C; started again, the terminal is closed; started again, stopped by Ctrl-Z for a while, to the end."""
     config = write_config(workspace, tmp_path, name="cut", **WHOLE, **OFFLINE)
