@@ -17,7 +17,7 @@ from ddk_ds.run_files import read_ledger_end
 from tests.dist.ranks import run_ranks
 from tools.bench.small_run import without_clock, write_config
 
-pytestmark = pytest.mark.long("three runs, 25 s of CPU; the prompts and their order have unit tests")
+pytestmark = pytest.mark.long("three runs, 25 s of CPU, for one option that is off by default")
 
 DOMAINS = ["python", "cpp", "mathematics"]
 TEXTS = ["def main(argument):\n    return", "The", "namespace c10 {\nstruct"]
