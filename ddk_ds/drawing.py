@@ -6,6 +6,7 @@ A long series is drawn as the mean, least and greatest value of each bin, so tha
 from __future__ import annotations
 
 import io
+import re
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -32,23 +33,11 @@ WIDTH = 4.8
 _SETTINGS: dict[str, Any] = {
     "font.size": 10.0,
     "text.parse_math": False,  # the name of a domain is no formula
+    "svg.fonttype": "none",  # as text: a fifth of the size of letters as paths
     "svg.hashsalt": "ddk_ds",  # the same numbers give the same file
     "hatch.linewidth": 0.5,
     "path.simplify": True,
 }
-
-
-@dataclass(frozen=True)
-class Picture:
-    """A picture of the report, with the words that belong to it."""
-
-    name: str
-    """Name of its file, without the ending."""
-    title: str
-    svg: str
-    alt: str
-    """Content of the picture in words and numbers, for readers who do not see it."""
-    caption: str
 
 
 def bar_style(number: int) -> dict[str, Any]:
@@ -78,20 +67,19 @@ def tidy(axes: Axes, grid: str = "y") -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def legend_above(axes: Axes, columns: int = 3) -> None:
-    """Put the legend above the picture, where it hides nothing; long names get fewer columns."""
-    handles, labels = axes.get_legend_handles_labels()
-    figure: Figure = axes.figure  # type: ignore[assignment]
+def legend_above(figure: Figure, handles: dict[str, Any], columns: int = 3) -> None:
+    """Put a legend of these labels above the picture, where it hides nothing; long labels get fewer columns."""
     # Inches: a handle with its gaps, and a letter of 9 points.
-    widest = 0.6 + 0.075 * max(map(len, labels), default=0)
+    widest = 0.6 + 0.075 * max(map(len, handles), default=0)
     columns = max(1, min(columns, int(figure.get_figwidth() / widest)))
     look: dict[str, Any] = {"frameon": False, "fontsize": 9, "handlelength": 2.6, "columnspacing": 1.2}
     if handles:
-        figure.legend(handles, labels, loc="outside upper left", ncols=columns, borderaxespad=0.2, **look)
+        look |= {"ncols": columns, "borderaxespad": 0.2}
+        figure.legend(handles.values(), list(handles), loc="outside upper left", **look)
 
 
 def to_svg(draw: Callable[[Figure], None], height: float = 3.0) -> str:
-    """Call `draw` on a figure of WIDTH x height inches, and return it as SVG whose letters need no font."""
+    """Call `draw` on a figure of WIDTH x height inches, and return it as SVG."""
     # Only here: the screen of a terminal needs no matplotlib.
     import matplotlib
     from matplotlib.figure import Figure
@@ -101,11 +89,12 @@ def to_svg(draw: Callable[[Figure], None], height: float = 3.0) -> str:
         draw(figure)
         stream = io.StringIO()
         figure.savefig(stream, format="svg", metadata={"Date": None, "Creator": None})
-    return stream.getvalue()
+    # The hundredth of a point is fine enough: longer numbers in lines double the size.
+    shorten = re.compile(r"(\.\d\d)\d+")
+    return re.sub(r' d="[^"]*"', lambda line: shorten.sub(r"\1", line[0]), stream.getvalue())
 
 
 BINS = 300
-_FEW = 40
 _LONG_SPANS = ((172800.0, 86400.0, "days"), (7200.0, 3600.0, "hours"), (180.0, 60.0, "minutes"))
 _COUNTS = ((2e9, 1e9, "billion "), (2e6, 1e6, "million "), (2e4, 1e3, "thousand "))
 
@@ -136,25 +125,6 @@ def envelope(x: Array, y: Array, bins: int = BINS) -> Envelope:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # a bin without a finite value
         return Envelope(x[last], np.nanmean(rows, 1), np.nanmin(rows, 1), np.nanmax(rows, 1), per_bin)
-
-
-def draw_curve(axes: Axes, x: Array, y: Array, label: str, style: dict[str, Any], marker: str = "") -> None:
-    """Draw a line through the points, or through the bins' means with a band from least to greatest value."""
-    binned = envelope(x, y)
-    if binned.per_bin > 1:
-        axes.fill_between(binned.x, binned.low, binned.high, color=style["color"], alpha=0.25, linewidth=0)
-    few = np.count_nonzero(np.isfinite(y)) <= _FEW
-    axes.plot(binned.x, binned.mean, label=label, linewidth=1.3, marker=marker if few else "", markersize=3.5, **style)
-
-
-def describe_bins(points: int, noun: str) -> str:
-    """Return the sentence of a caption about the bins that `draw_curve` makes, or an empty text without bins."""
-    per_bin = 1 if points <= 2 * BINS else -(-points // BINS)
-    if per_bin == 1:
-        return ""
-    return (
-        f" A bin has {per_bin:,} {noun}: the line is its mean, the band reaches from its least to its greatest value."
-    )
 
 
 def count_unit(largest: float) -> tuple[float, str]:

@@ -2,171 +2,168 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import numpy as np
 
-from ddk_ds.drawing import (
-    Array,
-    Picture,
-    bar_style,
-    count_unit,
-    describe_bins,
-    draw_curve,
-    envelope,
-    legend_above,
-    line_style,
-    log_if_wide,
-    marker,
-    tidy,
-    to_svg,
-)
-from ddk_ds.report.happenings import describe_marks, draw_marks, step_axis
+from ddk_ds.drawing import Array, count_unit
+from ddk_ds.report.charts import Chart, Curve, DotChart, Dots, Panel
+from ddk_ds.report.groups import Group
+from ddk_ds.report.happenings import describe_marks, marks
 from ddk_ds.report.records import RunRecord
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
-_BEFORE: dict[str, Any] = {"color": "white", "hatch": "", "edgecolor": "black"}
-_TEACHER: dict[str, Any] = {"color": "#BBBBBB", "hatch": "", "edgecolor": "black"}
-_BAR_INCHES = 0.125
-_WORD: dict[str, Any] = {"textcoords": "offset points", "ha": "left", "va": "top", "fontsize": 8}
-
-
-def perplexity_bars(runs: Sequence[RunRecord]) -> Picture:
-    """Draw Figure 1: the student before and after training, the other runs' students, the teacher."""
-    run = runs[0]
-    domains = run.domains
-    series: list[tuple[str, dict[str, Any], dict[str, float | None]]] = [
-        ("student before", _BEFORE, {result.name: result.before for result in run.results})
-    ]
-    for number, other in enumerate(runs):
-        when = "after" if other.summary is not None else f"at step {other.measurements[-1]['step']:,}"
-        label = f"student {when}" if len(runs) == 1 else f"{other.name} {when}"
-        series.append((label, bar_style(number), {result.name: result.after for result in other.results}))
-    if run.has_teacher:
-        series.append(("teacher", _TEACHER, {result.name: result.teacher_ppl for result in run.results}))
-    values = np.array([[_value(by_domain.get(name)) for name in domains] for _, _, by_domain in series])
-
-    def draw(figure: Figure) -> None:
-        axes = figure.subplots()
-        thick = 0.84 / len(series)
-        for number, (label, style, _) in enumerate(series):
-            places = np.arange(len(domains)) - 0.42 + thick * (number + 0.5)
-            axes.barh(places, values[number], thick, label=label, linewidth=0.5, **style)
-        axes.set_yticks(range(len(domains)), domains)
-        axes.invert_yaxis()
-        axes.margins(y=0.01)
-        wide = log_if_wide(axes, values.ravel(), "x")
-        axes.set_xlabel(f"perplexity on held-out text (per token){', logarithmic' if wide else ''}")
-        legend_above(axes, columns=2)
-        tidy(axes, "x")
-
-    shown = "; ".join(
-        f"{name}: " + ", ".join(f"{label} {values[i, place]:.3g}" for i, (label, _, _) in enumerate(series))
-        for place, name in enumerate(domains)
-    )
-    height = 1.0 + 0.12 * len(series) + len(domains) * max(0.3, _BAR_INCHES * len(series) + 0.06)
-    caption = "Lower is better. All are measured on the same held-out samples. As Figure 1 of arXiv 2407.16154."
-    title = "Perplexity by domain"
-    return Picture("perplexity", title, to_svg(draw, height), f"Bars of perplexity by domain. {shown}.", caption)
+def perplexity_dots(groups: Sequence[Group], name: str = "perplexity") -> DotChart:
+    """Return Figure 1 for groups that may be compared: each student before and after training, and the teacher."""
+    first = groups[0].first
+    domains = first.domains
+    befores = [_mean(group.values("before", domains)) for group in groups]
+    one_start = all(np.allclose(before, befores[0], rtol=1e-3, equal_nan=True) for before in befores)
+    series = []
+    for group, before in zip(groups, befores, strict=True):
+        if group is groups[0] or not one_start:
+            whose = "student" if one_start else group.title
+            number = None if one_start else group.number
+            series.append(
+                Dots(f"{whose} before", "point:before" if one_start else group.key, number, before, None, "ring")
+            )
+    for group in groups:
+        values = group.values("after", domains)
+        spread = values.std(0, ddof=1) if len(values) > 1 else None
+        label = f"{'student' if len(groups) == 1 else group.title} {group.when}"
+        series.append(Dots(label, group.key, group.number, _mean(values), spread))
+    if first.has_teacher:
+        series.append(Dots("teacher", "point:teacher", None, groups[0].values("teacher_ppl", domains)[0], None, "tick"))
+    caption = "Lower is better. As Figure 1 of arXiv 2407.16154." + held_out(groups[0])
+    if any(len(group.runs) > 1 for group in groups):
+        caption += " Lines through dots: standard deviation over seeds."
+    return DotChart(name, "Perplexity by domain", domains, series, "perplexity on held-out text (per token)", caption)
 
 
-def _value(value: float | None) -> float:
-    return np.nan if value is None else value
+def held_out(group: Group) -> str:
+    """Return the sentence of a caption that says what a group was measured on; empty if that is not recorded."""
+    identity = group.first.identity
+    if identity is None or "data.validation_samples" not in identity:
+        return ""
+    samples, length = identity["data.validation_samples"], identity.get("data.sequence_length")
+    return f" Measured on {samples:,} held-out samples of each domain, of {length:,} tokens."
 
 
-def over_tokens(run: RunRecord, top: float | None, title: str = "") -> Picture:
-    """Draw Figure 3: each domain's ratio to the teacher over tokens; without a teacher the student's perplexity.
+def _mean(values: Array) -> Array:
+    return np.asarray(values.mean(0), np.float64)
 
-    `top` is the greatest ratio of all runs on the page, which makes their axes equal; None for a single run.
-    """
-    values = run.by_domain("ratio" if run.has_teacher else "student_ppl")
-    tokens = run.by_domain("domain_tokens").sum(1)
-    by, word = count_unit(float(tokens[-1]))
-    quantity = "perplexity, student / teacher" if run.has_teacher else "perplexity (per token)"
 
-    def draw(figure: Figure) -> None:
-        axes = figure.subplots()
-        for number, name in enumerate(run.domains):
-            draw_curve(axes, tokens / by, values[:, number], name, line_style(number), marker(number))
-        if run.has_teacher:
-            axes.axhline(1, color="black", linewidth=0.8)
-            low, high = float(np.nanmin(values)), float(np.nanmax(values))
-            axes.set_ylim(min(low, 1.0) - 0.12 * (high - min(low, 1.0)))  # room for the word below the line
-            axes.annotate("teacher", (0, 1), (4, -2), xycoords=("axes fraction", "data"), **_WORD)
-        shown = values.ravel() if top is None else np.append(values.ravel(), top)
-        log_if_wide(axes, np.append(shown, 1.0) if run.has_teacher else shown)
-        if axes.get_yscale() == "linear" and top is not None:
-            axes.set_ylim(top=top * 1.05)
-        axes.set_xlim(0, max(1.0, 1.02 * tokens[-1] / by))
-        axes.set_xlabel(f"{word}tokens trained on")
-        axes.set_ylabel(quantity)
-        legend_above(axes)
-        tidy(axes)
+def mean_ratios(groups: Sequence[Group]) -> Chart | None:
+    """Return the mean ratio to the teacher over tokens, a line for each run; None unless several runs have one."""
+    curves = []
+    for group in groups:
+        for run in group.runs if group.first.has_teacher else ():
+            label = group.label if len(group.runs) == 1 else run.name
+            tokens, ratios = run.by_domain("domain_tokens").sum(1), run.by_domain("ratio").mean(1)
+            curves.append(Curve(label, group.key, group.number, tokens, ratios))
+    if len(curves) < 2:
+        return None
+    return _over_tokens("mean_ratio", "Mean ratio to the teacher, by run", [Panel("", curves)], ratio=True)
 
-    ends = ", ".join(f"{name} {values[0, i]:.3g} to {values[-1, i]:.3g}" for i, name in enumerate(run.domains))
-    kind = "Ratio of perplexities" if run.has_teacher else "Perplexity"
-    caption = "Measured between intervals on held-out samples." + describe_bins(len(values), "measurements")
-    if run.has_teacher:
-        caption = "At 1 the student is as good as the teacher. As Figure 3 of arXiv 2407.16154. " + caption
-    return Picture(
-        f"ratio{_suffix(title)}" if run.has_teacher else f"perplexity_over_tokens{_suffix(title)}",
-        f"{kind} by domain over tokens{title and f': {title}'}",
-        to_svg(draw, 3.0 + 0.13 * len(run.domains) / 3),
-        f"Lines of {kind.lower()} over {tokens[-1]:,.0f} tokens, first to last: {ends}.",
-        caption,
+
+def ratios_by_domain(groups: Sequence[Group]) -> Chart | None:
+    """Return Figure 3: each domain's ratio to the teacher over tokens; None if no run has a teacher."""
+    with_teacher = [group for group in groups if group.first.has_teacher]
+    if not with_teacher:
+        return None
+    panels = [Panel(_whose(group, groups), _lines(group, "ratio")) for group in with_teacher]
+    return _over_tokens("ratio", "Ratio of perplexities by domain over tokens", panels, ratio=True)
+
+
+def perplexities_over_tokens(groups: Sequence[Group]) -> Chart | None:
+    """Return each domain's perplexity over tokens for the runs without a teacher; None if all have one."""
+    without = [group for group in groups if not group.first.has_teacher]
+    if not without:
+        return None
+    panels = [Panel(_whose(group, groups), _lines(group, "student_ppl")) for group in without]
+    return _over_tokens("perplexity_over_tokens", "Perplexity by domain over tokens", panels, ratio=False)
+
+
+def _over_tokens(name: str, title: str, panels: Sequence[Panel], *, ratio: bool) -> Chart:
+    largest = max(float(curve.x[-1]) for panel in panels for curve in panel.curves)
+    by, word = count_unit(largest)
+    scaled = [Panel(panel.title, [replace(curve, x=curve.x / by) for curve in panel.curves]) for panel in panels]
+    caption = "Measured between intervals on held-out samples."
+    if ratio:
+        caption = f"At 1 the student is as good as the teacher. As Figure 3 of arXiv 2407.16154. {caption}"
+    if any(curve.low is not None for panel in panels for curve in panel.curves):
+        caption += " Lines: means over seeds; bands: from the least to the greatest seed."
+    return Chart(
+        name=name,
+        title=title,
+        panels=scaled,
+        x_label=f"{word}tokens trained on",
+        y_label="perplexity, student / teacher" if ratio else "perplexity (per token)",
+        caption=caption,
+        steps=False,
+        level=(1.0, "teacher") if ratio else None,
+        logarithmic=True,
     )
 
 
-def mixture(run: RunRecord, title: str = "") -> Picture:
-    """Draw the stacked proportions of the domains over the steps of the run."""
-    intervals = run.intervals
-    shares = run.by_domain("proportions", intervals)
-    starts = np.array([record["step"] for record in intervals], np.float64)
-    binned = [envelope(starts, column) for column in shares.T]
-    lower = np.array([series.mean for series in binned])
-    edges = starts if binned[0].per_bin == 1 else np.append(starts[0], binned[0].x[:-1])
-    edges = np.append(edges, max(run.last_step, edges[-1] + 1))
+def _whose(group: Group, groups: Sequence[Group]) -> str:
+    return group.title if len(groups) > 1 else ""
 
-    def draw(figure: Figure) -> None:
-        axes = figure.subplots()
-        bottom = np.zeros(len(edges))
-        for number, name in enumerate(run.domains):
-            top = bottom + np.append(lower[number], lower[number, -1])
-            style: dict[str, Any] = {"facecolor": bar_style(number)["color"], "hatch": bar_style(number)["hatch"]}
-            axes.fill_between(edges, bottom, top, step="post", label=name, edgecolor="black", linewidth=0.3, **style)
-            bottom = top
-        _step_axis(axes, run)
-        axes.set_ylim(0, 1)
-        axes.set_xlim(edges[0], edges[-1])
-        axes.set_ylabel("share of the samples")
-        axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
-        legend_above(axes)
 
-    ends = ", ".join(f"{name} {shares[0, i]:.1%} to {shares[-1, i]:.1%}" for i, name in enumerate(run.domains))
-    caption = "Proportions that the controller decided for each interval." + describe_marks(run)
-    if binned[0].per_bin > 1:
-        caption += f" Means over {binned[0].per_bin:,} intervals each."
-    return Picture(
-        f"mixture{_suffix(title)}",
-        f"Mixture over time{title and f': {title}'}",
-        to_svg(draw, 3.0 + 0.13 * len(run.domains) / 3),
-        f"Stacked shares of the samples by domain, first to last interval: {ends}.",
-        caption,
+def _lines(group: Group, key: str) -> list[Curve]:
+    """Return a curve for each domain: a run's own, or the mean over seeds with a band, as far as all seeds are."""
+    return _over_seeds(
+        group,
+        lambda run: run.by_domain("domain_tokens", [each for each in run.measurements if each[key]]).sum(1),
+        lambda run: run.by_domain(key),
     )
 
 
-def _suffix(title: str) -> str:
-    return "_" + re.sub(r"[^\w.-]+", "_", title).strip("_") if title else ""
+def _over_seeds(
+    group: Group, places: Callable[[RunRecord], Array], values: Callable[[RunRecord], Array]
+) -> list[Curve]:
+    by_run = [values(run) for run in group.runs]
+    common = min(map(len, by_run))
+    stacked = np.stack([rows[:common] for rows in by_run])  # (K, M, N): seeds, measurements, domains
+    x = np.mean([places(run)[:common] for run in group.runs], 0)
+    curves = []
+    for number, domain in enumerate(group.first.domains):
+        of_domain = stacked[:, :, number]
+        band = (of_domain.min(0), of_domain.max(0)) if len(by_run) > 1 else (None, None)
+        curves.append(Curve(domain, f"domain:{domain}", number, x, of_domain.mean(0), *band))
+    return curves
 
 
-def _step_axis(axes: Axes, run: RunRecord) -> None:
-    draw_marks(axes, run)
-    step_axis(axes)
+def mixtures(groups: Sequence[Group]) -> Chart:
+    """Return the proportions of the domains over the steps, a panel for each group."""
+    panels = []
+    for group in groups:
+        curves = [replace(curve, low=None, high=None) for curve in _over_seeds(group, _boundaries, _shares)]
+        panels.append(Panel(_whose(group, groups), curves, [mark for run in group.runs for mark in marks(run)]))
+    caption = "Proportions that the controller decided for each interval."
+    if any(len(group.runs) > 1 for group in groups):
+        caption += " Of several seeds the mean."
+    return Chart(
+        name="mixture",
+        title="Mixture over time",
+        panels=panels,
+        x_label="optimizer step",
+        y_label="share of the samples",
+        caption=caption + describe_marks(groups),
+        y_format="share",
+        from_zero=True,
+    )
+
+
+def _boundaries(run: RunRecord) -> Array:
+    """Return both ends of each interval (2 M,), so that a line through them has steps."""
+    starts = np.array([record["step"] for record in run.intervals], np.float64)
+    return np.repeat(np.append(starts, max(run.last_step, starts[-1] + 1)), 2)[1:-1]
+
+
+def _shares(run: RunRecord) -> Array:
+    return np.repeat(run.by_domain("proportions", run.intervals), 2, axis=0)
 
 
 def asked_and_realised(run: RunRecord) -> tuple[Array, Array]:
@@ -180,28 +177,19 @@ def asked_and_realised(run: RunRecord) -> tuple[Array, Array]:
     return weights @ run.by_domain("proportions", intervals) / tokens, drawn / tokens
 
 
-def domain_token_bars(run: RunRecord) -> Picture:
-    """Draw two bars for each domain: the share of tokens that the proportions asked for, and the share drawn."""
-    asked, drawn = asked_and_realised(run)
-    by_rows = (("by the proportions", _BEFORE, asked), ("tokens drawn", bar_style(0), drawn))
-
-    def draw(figure: Figure) -> None:
-        axes = figure.subplots()
-        for number, (label, style, shares) in enumerate(by_rows):
-            places = np.arange(len(run.domains)) - 0.2 + 0.4 * number
-            bars = axes.barh(places, 100 * shares, 0.38, label=label, linewidth=0.5, **style)
-            axes.bar_label(bars, [f"{share:.1%}" for share in shares], padding=2, fontsize=7)
-        axes.set_yticks(range(len(run.domains)), run.domains)
-        axes.invert_yaxis()
-        axes.margins(x=0.12, y=0.02)
-        axes.set_xlabel("share of the run's tokens, %")
-        legend_above(axes, columns=2)
-        tidy(axes, "x")
-
-    shown = "; ".join(f"{n}: asked {a:.1%}, drawn {d:.1%}" for n, a, d in zip(run.domains, asked, drawn, strict=True))
+def token_dots(groups: Sequence[Group]) -> DotChart:
+    """Return the share of tokens drawn from each domain, and for one run the share that the proportions asked for."""
+    domains = groups[0].first.domains
+    series = []
+    if len(groups) == 1:
+        asked = np.mean([asked_and_realised(run)[0] for run in groups[0].runs], 0)
+        series.append(Dots("asked for by the proportions", "point:asked", None, asked, None, "ring"))
+    for group in groups:
+        drawn = group.values("share", domains)
+        label = "tokens drawn" if len(groups) == 1 else group.title
+        series.append(Dots(label, group.key, group.number, _mean(drawn)))
     caption = (
-        "White: the intervals' proportions, weighted by their tokens. Drawn tokens differ by rounding to whole "
+        "Proportions are weighted by their intervals' tokens. Drawn tokens differ from them by rounding to whole "
         "samples, by padding, and where a domain is at its cap."
     )
-    height = 1.1 + 0.36 * len(run.domains)
-    return Picture("tokens", "Tokens by domain", to_svg(draw, height), f"Bars of token shares. {shown}.", caption)
+    return DotChart("tokens", "Tokens by domain", domains, series, "share of the run's tokens", caption, "share", True)

@@ -4,126 +4,99 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
-from matplotlib.ticker import MaxNLocator
 
-from ddk_ds.drawing import Picture, legend_above, tidy, time_unit, to_svg
+from ddk_ds.drawing import time_unit
+from ddk_ds.report.charts import Chart, Curve, Mark, Panel
+from ddk_ds.report.groups import Group
 from ddk_ds.report.records import RunRecord
-from ddk_ds.report.run_progress import duration
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-
+_KINDS = {
+    "restart": ("start", "resume", "fork"),
+    "alarm": ("alarm", "warning"),
+    "fault": ("roll_back", "stopped", "checkpoint_failed", "damaged", "skipped"),
+}
 _MARKS_ACROSS = 120
 
 
-@dataclass(frozen=True)
-class _Kind:
-    label: str
-    events: tuple[str, ...]
-    colour: str
-    marker: str
-    line: Any
+def marks(run: RunRecord) -> list[Mark]:
+    """Return the run's restarts, alarms and faults; its first start, or fork, is none of them."""
+    return [
+        Mark(float(event.get("step", 0)), kind, f"{run.name}: {_in_words(event)}")
+        for kind, names in _KINDS.items()
+        for number, event in enumerate(run.events)
+        if event["event"] in names and not (number == 0 and event["event"] in _KINDS["restart"])
+    ]
 
 
-_BEGINNINGS = ("start", "resume", "fork")
-_KINDS = (
-    _Kind("restart", _BEGINNINGS, "#444444", ">", "--"),
-    _Kind("alarm", ("alarm", "warning"), "#D55E00", "v", ":"),
-    _Kind("fault", ("roll_back", "stopped", "checkpoint_failed", "damaged", "skipped"), "#CC79A7", "X", "-."),
-)
+def thinned(found: Sequence[Mark], last_step: float) -> list[Mark]:
+    """Return the marks with at most _MARKS_ACROSS places for each kind: several at one place become one."""
+    width = max(1.0, last_step / _MARKS_ACROSS)
+    places: dict[tuple[str, int], list[Mark]] = {}
+    for mark in found:
+        places.setdefault((mark.kind, round(mark.step / width)), []).append(mark)
+    return [
+        Mark(alike[0].step, kind, alike[0].text if len(alike) == 1 else f"{alike[0].text}; and {len(alike) - 1} more")
+        for (kind, _), alike in places.items()
+    ]
 
 
-def marked_events(run: RunRecord) -> list[tuple[_Kind, list[float]]]:
-    """Return each kind of mark with the steps at which it happened; the run's first start, or fork, has no mark."""
-    marks = []
-    for kind in _KINDS:
-        steps = [
-            float(event.get("step", 0))
-            for number, event in enumerate(run.events)
-            if event["event"] in kind.events and not (number == 0 and event["event"] in _BEGINNINGS)
-        ]
-        if steps:
-            marks.append((kind, steps))
-    return marks
-
-
-def draw_marks(axes: Axes, run: RunRecord) -> None:
-    """Draw vertical lines at the steps of restarts, alarms and faults; the x axis must count steps."""
-    for kind, steps in marked_events(run):
-        width = max(1.0, run.last_step / _MARKS_ACROSS)
-        places = sorted({round(step / width) * width if width > 1 else step for step in steps})
-        for place in places:
-            axes.axvline(place, color=kind.colour, linestyle=kind.line, linewidth=0.8, alpha=0.7, zorder=1)
-        top = axes.get_xaxis_transform()
-        options: dict[str, Any] = {"clip_on": False, "markersize": 5, "linestyle": ""}
-        axes.plot(
-            places, [1.0] * len(places), kind.marker, color=kind.colour, transform=top, label=kind.label, **options
-        )
-
-
-def step_axis(axes: Axes) -> None:
-    """Label the x axis as optimizer steps, with whole numbers."""
-    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-    axes.xaxis.set_major_formatter("{x:,.0f}")
-    axes.set_xlabel("optimizer step")
-
-
-def describe_marks(run: RunRecord) -> str:
+def describe_marks(groups: Sequence[Group]) -> str:
     """Return the sentence of a caption that explains the marks, or an empty text without marks."""
-    counts = [f"{len(steps)} {kind.label}{'s' if len(steps) > 1 else ''}" for kind, steps in marked_events(run)]
+    kinds = [mark.kind for group in groups for run in group.runs for mark in marks(run)]
+    counts = [f"{kinds.count(kind)} {kind}{'s' if kinds.count(kind) > 1 else ''}" for kind in _KINDS if kind in kinds]
     return f" Vertical lines: {', '.join(counts)}." if counts else ""
 
 
-def progress_picture(run: RunRecord) -> Picture | None:
-    """Draw the run's optimizer step over wall time with its restarts and faults, or return None without events."""
-    points = [(event["time_s"], float(event.get("step", 0)), event["event"]) for event in run.events]
-    if not points:
+def _in_words(event: dict[str, Any]) -> str:
+    text = event.get("text") or event.get("reason") or event.get("path") or ""
+    return f"{event['event']} at step {event.get('step', 0):,}{text and f': {text}'}"
+
+
+def progress(groups: Sequence[Group]) -> Chart | None:
+    """Return each run's optimizer step over wall time since its own first start; None without events."""
+    runs = [(group, run) for group in groups for run in group.runs if run.events]
+    if not runs:
         return None
-    began = points[0][0]
-    end_s = max(points[-1][0], time.time() - run.state.age_s) if run.state.kind == "running" else points[-1][0]
-    by, unit = time_unit(end_s - began)
-    pieces: list[list[tuple[float, float]]] = []
-    for when, step, event in points:
-        if event in _BEGINNINGS or not pieces:
-            pieces.append([])
-        pieces[-1].append(((when - began) / by, step))
-    if run.state.kind == "running":
-        pieces[-1].append(((end_s - began) / by, float(run.last_step)))
-
-    def draw(figure: Figure) -> None:
-        axes = figure.subplots()
-        for number, piece in enumerate(pieces):
-            label = "one start of the run" if number == 0 else None
-            axes.plot(*zip(*piece, strict=True), color="#0072B2", linewidth=1.3, label=label)
-            if number:
-                gap = (pieces[number - 1][-1], piece[0])
-                axes.plot(*zip(*gap, strict=True), color="#444444", linestyle=":", linewidth=1)
-        saved = [((when - began) / by, step) for when, step, event in points if event == "checkpoint"]
-        if saved:
-            axes.plot(*zip(*saved, strict=True), "|", color="#009E73", markersize=8, label="checkpoint")
-        for kind in _KINDS:
-            places = [((when - began) / by, step) for when, step, event in points[1:] if event in kind.events]
-            if places:
-                axes.plot(*zip(*places, strict=True), kind.marker, color=kind.colour, label=kind.label, markersize=6)
-        axes.set_xlabel(f"time since the run's first start, {unit}")
-        axes.yaxis.set_major_formatter("{x:,.0f}")
-        axes.set_ylabel("optimizer step")
-        axes.set_ylim(bottom=0)
-        legend_above(axes)
-        tidy(axes)
-
-    starts = len(pieces)
-    alt = f"Optimizer step over time: {run.last_step:,} steps in {duration(end_s - began)}, {starts} starts."
+    by, unit = time_unit(max(_end_s(run) - run.events[0]["time_s"] for _, run in runs))
+    curves = []
+    for group, run in runs:
+        seconds, steps = _steps_over_time(run)
+        label = group.label if len(group.runs) == 1 else run.name
+        curves.append(Curve(label, group.key, group.number, seconds / by, steps))
     caption = (
-        "Steps as the events record them. Dotted lines go from the last event of a start to the next start; steps "
-        "after the checkpoint that it continued from were done again."
+        "Steps as the events record them, from each run's first start. Where a line goes down, the run continued from "
+        "an earlier checkpoint and did the steps after it again."
     )
-    return Picture("progress", "Progress and restarts", to_svg(draw), alt, caption)
+    label = f"time since the run's first start, {unit}"
+    return Chart(
+        "progress",
+        "Progress and restarts",
+        [Panel("", curves)],
+        label,
+        "optimizer step",
+        caption,
+        steps=False,
+        y_format="count",
+        from_zero=True,
+    )
+
+
+def _end_s(run: RunRecord) -> float:
+    last = float(run.events[-1]["time_s"])
+    return max(last, time.time() - run.state.age_s) if run.state.kind == "running" else last
+
+
+def _steps_over_time(run: RunRecord) -> tuple[Any, Any]:
+    """Return seconds and steps (P,) of the run's events; a start has the step that it continued from."""
+    began = run.events[0]["time_s"]
+    points = [(event["time_s"] - began, float(event.get("step", 0))) for event in run.events]
+    if run.state.kind == "running":
+        points.append((_end_s(run) - began, float(run.last_step)))
+    seconds, steps = zip(*points, strict=True)
+    return np.array(seconds, np.float64), np.array(steps, np.float64)
 
 
 def event_rows(events: Sequence[dict[str, Any]], limit: int) -> list[tuple[str, str, str, str]]:

@@ -1,82 +1,38 @@
-"""The report as one HTML page that needs nothing else: no network, no script, no font.
-
-Its pictures are written as files too.
-"""
+"""The report as one HTML page that needs nothing else: no network, no other file. Its still pictures are files too."""
 
 from __future__ import annotations
 
 import base64
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 
-import numpy as np
-
-from ddk_ds.drawing import Array, Picture
+from ddk_ds.drawing import line_style
 from ddk_ds.errors import ConfigError
 from ddk_ds.files import write_text
-from ddk_ds.report.domains import domain_token_bars, mixture, over_tokens, perplexity_bars
-from ddk_ds.report.happenings import checkpoint_seconds, event_rows, progress_picture
-from ddk_ds.report.records import DomainResult, RunRecord, read_runs
-from ddk_ds.report.run_progress import duration
-from ddk_ds.report.training import seconds_by_part, speed_pictures, training_pictures
+from ddk_ds.redact import redact
+from ddk_ds.report.charts import GREY, AnyChart, DotChart
+from ddk_ds.report.domains import (
+    mean_ratios,
+    mixtures,
+    perplexities_over_tokens,
+    perplexity_dots,
+    ratios_by_domain,
+    token_dots,
+)
+from ddk_ds.report.groups import Group, comparable_sets, group_runs
+from ddk_ds.report.happenings import checkpoint_seconds, event_rows, progress
+from ddk_ds.report.live_charts import SOLID, live
+from ddk_ds.report.records import RunRecord, read_runs
+from ddk_ds.report.result_tables import cost, headline, reason, result_table, table
+from ddk_ds.report.still_charts import still
+from ddk_ds.report.training import about_steps, speed_charts, training_charts
 from ddk_ds.version import VERSION
 
-STYLE = """
-:root { color-scheme: light; --ink: #1b1b1b; --soft: #555; --line: #d5d5d5; --back: #fff; --link: #00568a; }
-* { box-sizing: border-box; }
-html { scroll-behavior: smooth; }
-body { margin: 0 auto; padding: 0 1rem 2rem; max-width: 84rem; background: var(--back); color: var(--ink);
-  font: 16px/1.45 system-ui, -apple-system, "Segoe UI", Roboto, "Liberation Sans", Arial, sans-serif; }
-h1 { font-size: 1.7rem; margin: 1.2rem 0 .2rem; overflow-wrap: anywhere; }
-h2 { font-size: 1.3rem; margin: 2.2rem 0 .6rem; padding-top: .5rem; border-top: 2px solid var(--ink); }
-h3 { font-size: 1rem; margin: 0 0 .3rem; overflow-wrap: anywhere; }
-a { color: var(--link); }
-.state { margin: .2rem 0 .8rem; padding-left: .6rem; border-left: .35rem solid #999; }
-.state.running, .state.finished { border-color: #009E73; }
-.state.silent, .state.interrupted { border-color: #E69F00; }
-.state.stopped, .state.timed { border-color: #D55E00; }
-.numbers { display: grid; grid-template-columns: repeat(auto-fill, minmax(9.5rem, 1fr)); gap: .5rem; margin: 0; }
-.numbers div { border: 1px solid var(--line); border-radius: .3rem; padding: .35rem .6rem; }
-.numbers dt { color: var(--soft); font-size: .8rem; }
-.numbers dd { margin: 0; font-weight: 600; font-variant-numeric: tabular-nums; overflow-wrap: anywhere; }
-nav ul { display: flex; flex-wrap: wrap; gap: .2rem 1.2rem; padding: 0; margin: 1rem 0 0; list-style: none; }
-nav a { display: inline-block; padding: .35rem 0; }
-.tables { display: flex; flex-wrap: wrap; gap: 0 4rem; }
-.pictures { column-gap: 2rem; margin-top: 1.2rem; }
-figure { margin: 0 0 1.4rem; break-inside: avoid; }
-figure img { display: block; width: 100%; height: auto; }
-figcaption { color: var(--soft); font-size: .85rem; margin-top: .2rem; }
-.scroll { overflow-x: auto; max-width: 100%; margin: .8rem 0; }
-table { border-collapse: collapse; font-size: .92rem; font-variant-numeric: tabular-nums; }
-caption { text-align: left; color: var(--soft); font-size: .85rem; padding-bottom: .3rem; }
-th, td { padding: .25rem .7rem .25rem 0; border-bottom: 1px solid var(--line); text-align: right; vertical-align: top; }
-th { font-weight: 600; }
-th:first-child { text-align: left; }
-tbody th { font-weight: 400; }
-.events th, .events td { text-align: left; }
-.events th { white-space: nowrap; }
-.events td:last-child { min-width: 16rem; overflow-wrap: anywhere; }
-.domains thead th { vertical-align: bottom; }
-summary { cursor: pointer; padding: .3rem 0; }
-pre { overflow-x: auto; background: #f5f5f5; padding: .8rem; margin: .3rem 0; font-size: .82rem; line-height: 1.35; }
-footer { margin-top: 2rem; border-top: 1px solid var(--line); color: var(--soft); font-size: .85rem; }
-@media (min-width: 62rem) { .pictures { columns: 2; } }
-@media (max-width: 40rem) { table { font-size: .82rem; } th, td { padding-right: .45rem; } }
-@media print {
-  body { max-width: none; padding: 0; font-size: 10pt; }
-  nav { display: none; }
-  .pictures { columns: 2; column-gap: 1rem; }
-  h2, h3 { break-after: avoid; }
-  pre { white-space: pre-wrap; background: none; border: 1px solid var(--line); }
-  .scroll { overflow: visible; }
-}
-"""
-
-
+_FOLDER = Path(__file__).parent
 _EVENTS_SHOWN = 200
-Rows = Sequence[Sequence[str]]
 
 
 @dataclass(frozen=True)
@@ -86,7 +42,7 @@ class Section:
     anchor: str
     title: str
     html: str
-    pictures: Sequence[Picture]
+    charts: Sequence[AnyChart]
 
 
 def write_page(run_dirs: Sequence[Path], out: Path) -> Path:
@@ -96,156 +52,173 @@ def write_page(run_dirs: Sequence[Path], out: Path) -> Path:
     """
     runs = read_runs(run_dirs)
     parts = sections(runs)
+    stills = still_pictures(parts)
     try:
         out.mkdir(parents=True, exist_ok=True)
-        for part in parts:
-            for picture in part.pictures:
-                write_text(out / f"{picture.name}.svg", picture.svg)
-        write_text(out / "report.html", page(runs, parts))
+        for name, svg in stills.items():
+            write_text(out / f"{name}.svg", svg)
+        write_text(out / "report.html", page(runs, parts, stills))
     except OSError as error:
         raise ConfigError(f"--out {out}: cannot be written: {error.strerror}; name another directory") from error
     return out / "report.html"
 
 
+def still_pictures(parts: Sequence[Section]) -> dict[str, str]:
+    """Return the SVG of every chart, by its name."""
+    return {chart.name: still(chart) for part in parts for chart in part.charts}
+
+
 def sections(runs: Sequence[RunRecord]) -> list[Section]:
-    """Make all parts of the page about the first run; the others are compared with it."""
-    run = runs[0]
-    several = len(runs) > 1
-    titles = [each.name if several else "" for each in runs]
-    ratios = [each.by_domain("ratio") for each in runs if each.has_teacher]
-    top = max(float(np.nanmax(values)) for values in ratios) if several and ratios else None
-    results = f'<div class="tables">{_results(run)}{_side_by_side(runs) if several else ""}</div>'
-    curves = [
-        over_tokens(each, top if each.has_teacher else None, title) for each, title in zip(runs, titles, strict=True)
-    ]
-    mixtures = [mixture(each, title) for each, title in zip(runs, titles, strict=True)]
-    over_time = progress_picture(run)
+    """Make all parts of the page; the first run is compared with the others."""
+    groups = group_runs(runs)
+    sets = comparable_sets(groups)
+    curves = [mean_ratios(sets[0]), ratios_by_domain(groups), perplexities_over_tokens(groups)]
+    over_time = progress(groups)
+    note = f'<p class="about">{escape(about_steps(groups) or "No step is done yet.")}</p>'
+    with_samples = [run for run in runs if run.samples]
     return [
-        Section("result", "Result", results, [perplexity_bars(runs), *curves]),
-        Section("mixture", "Mixture", "", [*mixtures, domain_token_bars(run)]),
-        Section("training", "Training", _nothing_yet(run), training_pictures(run)),
-        Section("speed", "Speed and memory", _nothing_yet(run), speed_pictures(run)),
-        Section("events", "What happened", _events(run), [] if over_time is None else [over_time]),
-        Section("configuration", "Configuration", _configuration(run), []),
-        Section("versions", "Versions", _versions(run), []),
+        _result("result", "Result", sets[0], sets[0], [curve for curve in curves if curve is not None]),
+        *(
+            _result(f"result_{number}", f"Not compared: {_names(others)}", others, sets[0], [])
+            for number, others in enumerate(sets[1:], 1)
+        ),
+        Section("mixture", "Mixture", "", [mixtures(groups), token_dots(groups)]),
+        Section("training", "Training", note, training_charts(groups)),
+        Section("speed", "Speed and memory", note, speed_charts(groups)),
+        *([Section("samples", "Continued prompts", _of_each(with_samples, _samples), [])] if with_samples else []),
+        Section("events", "What happened", _of_each(runs, _events), [] if over_time is None else [over_time]),
+        Section("configuration", "Configuration", _differences(runs) + _of_each(runs, _configuration), []),
+        Section("versions", "Versions", _of_each(runs, _versions), []),
     ]
 
 
-def page(runs: Sequence[RunRecord], parts: Sequence[Section]) -> str:
-    """Return the HTML of the page with these parts."""
-    run = runs[0]
-    links = "".join(f'<li><a href="#{part.anchor}">{part.title}</a></li>' for part in parts)
-    body = "".join(_section(part) for part in parts)
-    others = f" compared with {', '.join(other.name for other in runs[1:])}" if len(runs) > 1 else ""
+def _names(groups: Sequence[Group]) -> str:
+    return ", ".join(group.label for group in groups)
+
+
+def _result(
+    anchor: str, title: str, groups: Sequence[Group], first: Sequence[Group], curves: Sequence[AnyChart]
+) -> Section:
+    """Make the section of groups that may be compared with one another, and say why not with the first set."""
+    dots = perplexity_dots(groups, f"perplexity{anchor.removeprefix('result')}")
+    return Section(anchor, title, reason(groups, first) + result_table(groups), [dots, *curves])
+
+
+def page(runs: Sequence[RunRecord], parts: Sequence[Section], stills: dict[str, str], script: str = "") -> str:
+    """Return the HTML of the page with these parts and the SVG of their charts, if any; `script` is run in it too."""
+    groups = group_runs(runs)
+    shown = live([chart for part in parts for chart in part.charts])
+    scripts = [shown.library, (_FOLDER / "page.js").read_text(encoding="utf-8"), script]
+    links = "".join(f'<li><a href="#{part.anchor}">{escape(part.title)}</a></li>' for part in parts)
+    body = "".join(_section(part, stills) for part in parts)
+    others = f" compared with {_names(groups[1:])}" if len(groups) > 1 else ""
+    state = groups[0].first.state
+    return (
+        head(f"{groups[0].label}: report", scripts)
+        + f"<body><header><h1>{escape(groups[0].title)}{escape(others)}</h1>{headline(groups)}"
+        f'<p class="state {state.kind.split()[0]}">{escape(state.text)}</p>{cost(groups[0])}'
+        f'<nav aria-label="Contents"><ul>{links}</ul></nav></header>\n<main>{body}</main>'
+        f"<footer><p>ddk_ds {VERSION}. Drag over a picture to zoom, double-click its arrow to go back; a click on a "
+        "name in a legend switches it off on the whole page.</p></footer>"
+        f'<script id="charts" type="application/json">{_in_json(shown.content)}</script>'
+        + "".join(f"<script>{_in_script(text)}</script>\n" for text in scripts if text)
+        + "</body></html>\n"
+    )
+
+
+def head(title: str, scripts: Sequence[str]) -> str:
+    """Return the beginning of a page that may run these scripts alone, and load nothing from anywhere else."""
+    digests = (hashlib.sha256(_in_script(text).encode()).digest() for text in scripts if text)
+    allowed = " ".join(f"'sha256-{base64.b64encode(digest).decode()}'" for digest in digests)
+    policy = f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; connect-src 'self'; script-src {allowed}"
+    style = (_FOLDER / "page.css").read_text(encoding="utf-8")
     return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
+        f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f'<link rel="icon" href="data:,"><title>{escape(run.name)}: report</title><style>{STYLE}</style></head>\n<body>'
-        f"<header><h1>{escape(run.name)}{escape(others)}</h1>"
-        f'<p class="state {run.state.kind.split()[0]}">{escape(run.state.text)}</p>{_numbers(run)}'
-        f'<nav aria-label="Contents"><ul>{links}</ul></nav></header>\n<main>{body}</main>'
-        f"<footer><p>ddk_ds {VERSION}. Each picture is also an .svg file in the directory of this page.</p></footer>"
-        "</body></html>\n"
+        f'<link rel="icon" href="data:,"><title>{escape(title)}</title><style>{style}</style></head>\n'
     )
 
 
-def _section(part: Section) -> str:
-    pictures = "".join(_figure(picture) for picture in part.pictures)
-    grid = f'<div class="pictures">{pictures}</div>' if pictures else ""
-    return f'\n<section id="{part.anchor}"><h2>{part.title}</h2>{part.html}{grid}</section>'
+def _in_script(text: str) -> str:
+    return text.replace("</", "<\\/")
 
 
-def _figure(picture: Picture) -> str:
-    # As an image, not inline: names inside two pictures must not clash.
-    data = base64.b64encode(picture.svg.encode()).decode()
+def _in_json(text: str) -> str:
+    return text.replace("<", "\\u003c")  # so that no text of a run can end the script
+
+
+def _section(part: Section, stills: dict[str, str]) -> str:
+    figures = "".join(_figure(chart, stills.get(chart.name)) for chart in part.charts)
+    css = "parts even" if len(part.charts) == 4 else "parts"  # else three in a row leave the fourth alone
+    inside = f'<h2>{escape(part.title)}</h2><div class="{css}">{part.html}{figures}</div>'
+    return f'\n<section id="{part.anchor}">{inside}</section>'
+
+
+def _figure(chart: AnyChart, svg: str | None) -> str:
+    panels = 1 if isinstance(chart, DotChart) else len(chart.panels)
+    places = "".join(f'<div id="live-{escape(chart.name)}-{number}"></div>' for number in range(panels))
+    alt, still_picture = escape(chart.alt), ""
+    if svg is not None:  # as an image, not inline: names inside two pictures must not clash
+        data = base64.b64encode(svg.encode()).decode()
+        still_picture = f'<img src="data:image/svg+xml;base64,{data}" alt="{alt}">'
     return (
-        f'<figure id="{escape(picture.name)}"><h3>{escape(picture.title)}</h3>'
-        f'<img src="data:image/svg+xml;base64,{data}" alt="{escape(picture.alt)}">'
-        f"<figcaption>{escape(picture.caption)}</figcaption></figure>"
+        f'<figure id="{escape(chart.name)}"{" class=panels" if panels > 1 else ""}><h3>{escape(chart.title)}</h3>'
+        f'{_legend(chart)}<div class="live" role="img" aria-label="{alt}">{places}</div>'
+        f"{still_picture}<figcaption>{escape(chart.caption)}</figcaption></figure>"
     )
 
 
-def _numbers(run: RunRecord) -> str:
-    """Return the run's most important numbers as HTML."""
-    total = run.expected_steps
-    done = f"{run.last_step:,}" + (f" of {total:,}" if total is not None and run.summary is None else "")
-    columns = run.steps.columns
-    speed, mfu, memory = (_finite(columns[key]) for key in ("tokens_per_s", "mfu", "peak_memory_gb"))
-    numbers = {
-        "steps": done,
-        "tokens": f"{int(run.domain_tokens.sum()):,}",
-        "time": duration(sum(seconds_by_part(run).values())),
-        "tokens/s, median": f"{np.median(speed):,.0f}" if len(speed) else "-",
-        **({"MFU, median": f"{np.median(mfu):.1%}"} if len(mfu) else {}),
-        "peak memory": f"{memory.max():.2f} GB" if len(memory) else "-",
-        "ranks": str(next((e["world_size"] for e in reversed(run.events) if "world_size" in e), "-")),
-        "checkpoints": str(checkpoint_seconds(run)[0]),
-    }
-    if run.has_teacher:
-        ratios = run.by_domain("ratio").mean(1)
-        numbers["mean ratio to teacher"] = f"{ratios[0]:.3f} → {ratios[-1]:.3f}"
-    if run.config is not None:
-        numbers = {"method": run.config.method, "controller": run.config.mixture.controller, **numbers}
-    cells = "".join(f"<div><dt>{escape(key)}</dt><dd>{escape(value)}</dd></div>" for key, value in numbers.items())
-    return f'<dl class="numbers">{cells}</dl>'
-
-
-def _finite(values: Array) -> Array:
-    return values[np.isfinite(values)]
-
-
-def table(headings: Sequence[str], rows: Rows, caption: str = "", css: str = "") -> str:
-    """Return an HTML table whose first column names the row, and which scrolls by itself if it is too wide."""
-    head = "".join(f'<th scope="col">{escape(heading)}</th>' for heading in headings)
-    body = "".join(
-        f'<tr><th scope="row">{escape(row[0])}</th>{"".join(f"<td>{escape(cell)}</td>" for cell in row[1:])}</tr>'
-        for row in rows
+def _legend(chart: AnyChart) -> str:
+    """Return buttons that switch what the picture shows, one for each key; empty where there is only one."""
+    if isinstance(chart, DotChart):
+        items: list[tuple[str, str, int | None, str]]
+    if isinstance(chart, DotChart):
+        items = [(dots.key, dots.label, dots.number, dots.shape) for dots in chart.series]
+    else:
+        items = [(curve.key, curve.legend, curve.number, "line") for curve in chart.curves]
+    by_key = {key: (label, number, shape) for key, label, number, shape in reversed(items)}
+    if len(by_key) < 2:
+        return ""
+    buttons = "".join(
+        f'<button type="button" data-key="{escape(key)}" aria-pressed="true">'
+        f'<i class="{shape}" style="{_swatch(number, shape)}"></i>{escape(label)}</button>'
+        for key, (label, number, shape) in reversed(by_key.items())
     )
-    caption_html = f"<caption>{escape(caption)}</caption>" if caption else ""
-    label = escape(caption or "table")
-    return (
-        f'<div class="scroll" tabindex="0" role="region" aria-label="{label}"><table class="{css}">{caption_html}'
-        f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
-    )
+    return f'<div class="legend" role="group" aria-label="Shown in {escape(chart.title)}">{buttons}</div>'
 
 
-def _results(run: RunRecord) -> str:
-    after = "after" if run.summary is not None else f"at step {run.measurements[-1]['step']:,}"
-    columns: dict[str, Callable[[DomainResult], str]] = {"before": lambda result: _number(result.before)}
-    columns[after] = lambda result: _number(result.after)
-    means = []
-    if run.has_teacher:
-        columns = {"teacher": lambda result: _number(result.teacher_ppl), **columns}
-        columns["ratio before"] = lambda result: _number(result.ratio_before, 3)
-        columns[f"ratio {after}"] = lambda result: _number(result.ratio_after, 3)
-        ratios = [np.mean([getattr(result, key) for result in run.results]) for key in ("ratio_before", "ratio_after")]
-        means = [["mean", "", "", "", *(_number(float(ratio), 3) for ratio in ratios), "", ""]]
-    columns |= {"tokens": lambda result: f"{result.tokens:,}", "share": lambda result: f"{result.share:.1%}"}
-    headings = ["domain", *columns]
-    rows = [[result.name, *(cell(result) for cell in columns.values())] for result in run.results] + means
-    return table(headings, rows, f"{run.name}: perplexity on held-out text by domain", "domains")
+def _swatch(number: int | None, shape: str) -> str:
+    colour = GREY if number is None else line_style(number)["color"]
+    if shape == "line" and number is not None and number >= SOLID:
+        return f"background:repeating-linear-gradient(90deg,{colour} 0 5px,transparent 5px 7px)"
+    return f"border-color:{colour}" if shape == "ring" else f"background:{colour}"
 
 
-def _side_by_side(runs: Sequence[RunRecord]) -> str:
-    rows = []
-    for name in runs[0].domains:
-        results = [{result.name: result for result in run.results}.get(name) for run in runs]
-        cells = ("-" if result is None else f"{result.after:,.2f} ({result.share:.1%})" for result in results)
-        rows.append([name, *cells])
-    ratios = [run.by_domain("ratio")[-1].mean() if run.has_teacher else None for run in runs]
-    rows.append(["mean ratio to the teacher", *(_number(ratio, 3) for ratio in ratios)])
-    rows.append(["tokens", *(f"{int(run.domain_tokens.sum()):,}" for run in runs)])
-    rows.append(["state", *(run.state.kind for run in runs)])
-    headings = ["domain", *(run.name for run in runs)]
-    return table(headings, rows, "Runs side by side: student's last perplexity (share of tokens)", "domains")
+def _of_each(runs: Sequence[RunRecord], write: Callable[[RunRecord], str]) -> str:
+    """Return what `write` says about each run; of several runs each in a part that opens by a click."""
+    if len(runs) == 1:
+        return write(runs[0])
+    return "".join(f"<details><summary>{escape(run.name)}</summary>{write(run)}</details>" for run in runs)
 
 
-def _number(value: float | None, digits: int = 2) -> str:
-    return "-" if value is None else f"{value:,.{digits}f}"
+def _samples(run: RunRecord) -> str:
+    """Return for each prompt of the run what the student wrote at each step, and the teacher beside it."""
+    html = ""
+    for number, last in enumerate(run.samples[-1]["samples"]):
+        texts = [(f"{record['step']:,}", record["samples"][number]["student"]) for record in run.samples]
+        rows = "".join(_text_row(f"student, step {step}", text) for step, text in texts[-1:])
+        if last["teacher"] is not None:
+            rows += _text_row("teacher", last["teacher"])
+        before = "".join(_text_row(f"step {step}", text) for step, text in reversed(texts[:-1]))
+        more = f"<details><summary>{len(texts) - 1} earlier</summary><dl>{before}</dl></details>" if before else ""
+        prompt = _text_row(f"prompt {last['name']}", last["prompt"])
+        html += f'<div class="sample"><dl>{prompt}{rows}</dl>{more}</div>'
+    return f'<div class="samples">{html}</div>'
 
 
-def _nothing_yet(run: RunRecord) -> str:
-    return "" if len(run.steps.step) else "<p>No step is done yet.</p>"
+def _text_row(name: str, text: str) -> str:
+    return f"<dt>{escape(name)}</dt><dd>{escape(text)}</dd>"
 
 
 def _events(run: RunRecord) -> str:
@@ -257,10 +230,22 @@ def _events(run: RunRecord) -> str:
     return table(["time, UTC", "event", "step", "details"], rows, note, "events")
 
 
+def _differences(runs: Sequence[RunRecord]) -> str:
+    """Return the table of what the runs' identities differ in; empty for one run, or where they are not recorded."""
+    known = [run.identity for run in runs]
+    if len(runs) == 1 or any(identity is None for identity in known):
+        return ""
+    identities = [identity for identity in known if identity is not None]
+    keys = list(dict.fromkeys(key for identity in identities for key in identity))
+    rows = [[key, *(redact(str(identity.get(key, "-"))) for identity in identities)] for key in keys]
+    rows = [[key, *(value[:40] for value in values)] for key, *values in rows if len(set(values)) > 1]
+    return table(["key", *(run.name for run in runs)], rows, "Options and contents that differ") if rows else ""
+
+
 def _configuration(run: RunRecord) -> str:
     if not run.config_text:
         return "<p>The directory has no config.yaml.</p>"
-    return f"<details open><summary>config.yaml, as resolved</summary><pre>{escape(run.config_text)}</pre></details>"
+    return f"<details><summary>config.yaml, as resolved</summary><pre>{escape(run.config_text)}</pre></details>"
 
 
 def _versions(run: RunRecord) -> str:

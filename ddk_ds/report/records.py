@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import time
 from collections.abc import Sequence
@@ -77,6 +78,8 @@ class RunRecord:
     steps: Steps
     measurements: list[dict[str, Any]]
     """The ledger's lines of intervals and of the end; at least one."""
+    samples: list[dict[str, Any]]
+    """The ledger's lines of continued prompts (monitor.samples_every)."""
     events: list[dict[str, Any]]
     config: Config | None
     """None if this version cannot read it."""
@@ -84,6 +87,8 @@ class RunRecord:
     """YAML text without secrets; empty if the directory has no config.yaml."""
     summary: dict[str, Any] | None
     """Content of summary.json; None if the run is not finished."""
+    identity: dict[str, Any] | None
+    """Content of run.json: all that the run's numbers depend on; None if the directory has none."""
     state: State
     expected_steps: int | None
 
@@ -173,10 +178,12 @@ def _run_record(run_dir: Path, records: list[dict[str, Any]], events: list[dict[
         domains=domains,
         steps=_steps([record for record in records if record["kind"] == "step"], len(domains)),
         measurements=measurements,
+        samples=[record for record in records if record["kind"] == "samples"],
         events=events,
         config=config,
         config_text=text,
         summary=read_summary(run_dir) if is_finished(run_dir) else None,
+        identity=_read_identity(run_dir / "run.json"),
         state=run_state(run_dir, events, records, time.time()),
         expected_steps=expected_steps(config, events),
     )
@@ -194,6 +201,11 @@ def _steps(records: list[dict[str, Any]], num_domains: int) -> Steps:
         for name, size in clock.get("peak_gb", {}).items():
             peaks[name] = max(peaks.get(name, 0.0), size)
     return Steps(column(records, "step"), column(records, "interval"), tokens, columns, peaks)
+
+
+def _read_identity(path: Path) -> dict[str, Any] | None:
+    identity: dict[str, Any] | None = json.loads(path.read_text()) if path.is_file() else None
+    return identity
 
 
 def _read_config(run_dir: Path) -> tuple[Config | None, str]:

@@ -2,121 +2,130 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
-from ddk_ds.drawing import (
-    Array,
-    Picture,
-    bar_style,
-    describe_bins,
-    draw_curve,
-    envelope,
-    legend_above,
-    line_style,
-    log_if_wide,
-    tidy,
-    time_unit,
-    to_svg,
+from ddk_ds.drawing import Array, time_unit
+from ddk_ds.report.charts import (
+    AnyChart,
+    Chart,
+    DotChart,
+    Dots,
+    Panel,
+    describe_curve,
+    mean_curve,
+    step_curve,
 )
-from ddk_ds.report.happenings import checkpoint_seconds, describe_marks, draw_marks, step_axis
+from ddk_ds.report.groups import Group
+from ddk_ds.report.happenings import checkpoint_seconds, describe_marks, marks
 from ddk_ds.report.records import PARTS, RunRecord
 from ddk_ds.report.run_progress import duration
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
 _OTHER = "other"
+_NATS = "nats a token"
 
 
-def training_pictures(run: RunRecord) -> list[Picture]:
-    """Draw loss, gradient norm and learning rate; empty before the first step."""
-    if not len(run.steps.step):
+def training_charts(groups: Sequence[Group]) -> list[AnyChart]:
+    """Return the losses, gradient norm and learning rate of every run; empty before the first step."""
+    groups = _begun(groups)
+    if not groups:
         return []
-    columns = run.steps.columns
-    losses = {"loss": columns["loss"], "cross-entropy (CE)": columns["ce"], "divergence (KL)": columns["kl"]}
-    if not run.has_teacher:
-        losses = {"cross-entropy, the only loss": columns["loss"]}
-    unit = "nats a token"
+    with_teacher = [group for group in groups if group.first.has_teacher]
+    charts: list[AnyChart] = [
+        _by_run(groups, "loss", "Loss", "loss", _NATS, _about_losses(groups), smooth=True),
+    ]
+    if with_teacher:
+        charts.append(_by_run(groups, "ce", "Cross-entropy (CE)", "ce", _NATS, "On the next token.", smooth=True))
+        text = "Of the student's distribution to the teacher's, as the method takes it."
+        charts.append(_by_run(with_teacher, "kl", "Divergence (KL)", "kl", _NATS, text, smooth=True))
+    norm = "global L2 norm (no unit)"
+    charts.append(
+        _by_run(groups, "grad_norm", "Gradient norm", "grad_norm", norm, "Before clipping.", smooth=True, wide=True)
+    )
+    rate = "learning rate (no unit)"
+    text = "The rate that each step used."
+    charts.append(
+        _by_run(groups, "learning_rate", "Learning rate", "learning_rate", rate, text, from_zero=True, y_format="small")
+    )
+    return charts
+
+
+def about_steps(groups: Sequence[Group]) -> str:
+    """Return what is true of all pictures over steps: smoothing, bins, marks. Empty before the first step."""
+    longest = max(len(run.steps.step) for group in groups for run in group.runs)
+    return (describe_curve(longest) + describe_marks(groups)).strip()
+
+
+def _begun(groups: Sequence[Group]) -> list[Group]:
+    return [group for group in groups if any(len(run.steps.step) for run in group.runs)]
+
+
+def _about_losses(groups: Sequence[Group]) -> str:
+    text = "Mean over all targets of a step."
+    if len({_loss_of(group.first) for group in groups}) > 1:
+        text += " These runs do not minimise the same loss: compare their perplexities, not this."
+    return text
+
+
+def _loss_of(run: RunRecord) -> str:
+    """Return a text that is equal for runs that minimise the same loss."""
+    if run.config is None:
+        return str(run.run_dir)
+    preset = replace(run.config.preset, description="", controller="")
+    return f"{preset} {run.config.loss}"
+
+
+def speed_charts(groups: Sequence[Group]) -> list[AnyChart]:
+    """Return throughput, parts of a step, time by part and memory of every run; empty before the first step."""
+    groups = _begun(groups)
+    if not groups:
+        return []
+    memory = "Peak of rank 0 in a step: memory of the GPU, or of the host where the CPU computes."
+    if len(groups) == 1:
+        peaks = groups[0].first.steps.peaks_gb
+        by_part = [f"{PARTS.get(f'{name}_s', name)} {size:.2f} GB" for name, size in peaks.items()]
+        memory += f" By part: {', '.join(by_part)}." if by_part else ""
+    speed = "Targets of the loss, all ranks."
     return [
-        _curve(run, "loss", "Loss", losses, unit, "Means over all targets of a step."),
-        _curve(
-            run,
-            "grad_norm",
-            "Gradient norm",
-            {"gradient norm": columns["grad_norm"]},
-            "global L2 norm (no unit)",
-            "Before clipping.",
-            wide=True,
-        ),
-        _curve(
-            run,
-            "learning_rate",
-            "Learning rate",
-            {"learning rate": columns["learning_rate"]},
-            "learning rate (no unit)",
-            "The rate that each step used.",
+        _by_run(
+            groups,
+            "speed",
+            "Throughput",
+            "tokens_per_s",
+            "tokens/s",
+            speed,
+            smooth=True,
             from_zero=True,
+            y_format="count",
         ),
+        _by_run(groups, "memory", "Peak memory", "peak_memory_gb", "GB (10^9 bytes)", memory, from_zero=True),
+        step_parts(groups),
+        time_dots(groups),
     ]
 
 
-def speed_pictures(run: RunRecord) -> list[Picture]:
-    """Draw throughput, the parts of a step, the run's time by part, and memory; empty before the first step."""
-    if not len(run.steps.step):
-        return []
-    columns = run.steps.columns
-    speed = {"tokens/s": columns["tokens_per_s"]}
-    memory = {"peak": columns["peak_memory_gb"]}
-    caption = "Peak of rank 0 in a step: memory of the GPU, or of the host where the CPU computes."
-    by_part = {PARTS.get(f"{name}_s", name): size for name, size in run.steps.peaks_gb.items()}
-    if by_part:
-        caption += " By part: " + ", ".join(f"{name} {size:.2f} GB" for name, size in by_part.items()) + "."
-    return [
-        _curve(run, "speed", "Throughput", speed, "tokens/s", "Targets of the loss, all ranks.", from_zero=True),
-        step_parts_picture(run),
-        time_picture(run),
-        _curve(run, "memory", "Peak memory", memory, "GB (10^9 bytes)", caption, from_zero=True),
-    ]
-
-
-def _curve(
-    run: RunRecord,
+def _by_run(
+    groups: Sequence[Group],
     name: str,
     title: str,
-    series: dict[str, Array],
+    column: str,
     unit: str,
     caption: str,
     *,
-    from_zero: bool = False,
+    smooth: bool = False,
     wide: bool = False,
-) -> Picture:
-    def draw(figure: Figure) -> None:
-        axes = figure.subplots()
-        for number, (label, values) in enumerate(series.items()):
-            draw_curve(axes, run.steps.step, values, label if len(series) > 1 else "", line_style(number), "o")
-        draw_marks(axes, run)
-        if wide:
-            log_if_wide(axes, next(iter(series.values())))
-        if from_zero:
-            axes.set_ylim(bottom=0)
-        step_axis(axes)
-        axes.set_ylabel(unit)
-        legend_above(axes)
-        tidy(axes)
-
-    shown = "; ".join(f"{label}: {_first_to_last(values)}" for label, values in series.items())
-    caption += describe_bins(len(run.steps.step), "steps") + describe_marks(run)
-    alt = f"{title} over {len(run.steps.step):,} steps. {shown}."
-    return Picture(name, title, to_svg(draw, 2.9), alt, caption)
-
-
-def _first_to_last(values: Array) -> str:
-    finite = values[np.isfinite(values)]
-    if not len(finite):
-        return "no finite value"
-    return f"from {finite[0]:.4g} to {finite[-1]:.4g}, between {finite.min():.4g} and {finite.max():.4g}"
+    **look: Any,
+) -> Chart:
+    curves = []
+    for group in groups:
+        for run in group.runs:
+            values, label = run.steps.columns[column], group.label if len(group.runs) == 1 else run.name
+            curves.append(step_curve(label, group.key, group.number, run.steps.step, values, smooth=smooth))
+    panel = Panel("", curves, [mark for group in groups for run in group.runs for mark in marks(run)])
+    return Chart(name, title, [panel], "optimizer step", unit, caption, logarithmic=wide, **look)
 
 
 def step_seconds_by_part(run: RunRecord) -> dict[str, Array]:
@@ -127,38 +136,23 @@ def step_seconds_by_part(run: RunRecord) -> dict[str, Array]:
     return {**parts, _OTHER: np.maximum(rest, 0.0)}
 
 
-def step_parts_picture(run: RunRecord) -> Picture:
-    """Draw the seconds of each part of a step as stacked areas over the steps of the run."""
-    parts = step_seconds_by_part(run)
-    binned = {word: envelope(run.steps.step, seconds) for word, seconds in parts.items()}
-    x = next(iter(binned.values())).x
-    if len(x) == 1:
-        x = np.array([x[0] - 1, x[0]])
-
-    def draw(figure: Figure) -> None:
-        axes = figure.subplots()
-        bottom = np.zeros(len(x))
-        for number, (word, seconds) in enumerate(binned.items()):
-            top = bottom + seconds.mean
-            style: dict[str, Any] = {"facecolor": bar_style(number)["color"], "hatch": bar_style(number)["hatch"]}
-            axes.fill_between(x, bottom, top, label=word, edgecolor="black", linewidth=0.2, **style)
-            bottom = top
-        draw_marks(axes, run)
-        # One slow step must not flatten all others.
-        axes.set_ylim(0, 1.25 * float(np.percentile(bottom, 99)) or 1.0)
-        axes.set_xlim(x[0], x[-1])
-        step_axis(axes)
-        axes.set_ylabel("seconds a step")
-        legend_above(axes)
-        tidy(axes)
-
-    total_s = sum(float(seconds.sum()) for seconds in parts.values()) or 1.0
-    shown = ", ".join(f"{word} {seconds.sum() / total_s:.1%}" for word, seconds in parts.items())
-    per_bin = next(iter(binned.values())).per_bin
-    caption = "Measured on rank 0. The axis ends at 1.25 times the 99th percentile." + describe_marks(run)
-    if per_bin > 1:
-        caption += f" Means over bins of {per_bin:,} steps; Throughput shows the extremes."
-    return Picture("step_parts", "Parts of a step", to_svg(draw, 4.0), f"Stacked seconds a step: {shown}.", caption)
+def step_parts(groups: Sequence[Group]) -> Chart:
+    """Return the seconds of each part of a step over the steps, a panel for the first run of each group."""
+    panels = []
+    numbers = {word: number for number, word in enumerate([*PARTS.values(), _OTHER])}
+    for group in groups:
+        run = group.first
+        curves = [
+            mean_curve(word, f"part:{word}", numbers[word], run.steps.step, seconds)
+            for word, seconds in step_seconds_by_part(run).items()
+        ]
+        panels.append(Panel(run.name if len(groups) > 1 else "", curves, marks(run)))
+    caption = "Measured on rank 0; running means alone."
+    if any(len(group.runs) > 1 for group in groups):
+        caption += " Of several seeds the first."
+    return Chart(
+        "step_parts", "Parts of a step", panels, "optimizer step", "seconds", caption, from_zero=True, tall=True
+    )
 
 
 def seconds_by_part(run: RunRecord) -> dict[str, float]:
@@ -172,32 +166,28 @@ def seconds_by_part(run: RunRecord) -> dict[str, float]:
     return by_part
 
 
-def time_picture(run: RunRecord) -> Picture:
-    """Draw a bar for each part of the run's time, with its total and its share."""
-    by_part = seconds_by_part(run)
-    total_s = sum(by_part.values()) or 1.0
-    by, unit = time_unit(max(by_part.values()))
-    saved, _, writing_s = checkpoint_seconds(run)
-
-    def draw(figure: Figure) -> None:
-        axes = figure.subplots()
-        for number, (word, seconds) in enumerate(by_part.items()):
-            bars = axes.barh(word, seconds / by, linewidth=0.5, **bar_style(number))
-            axes.bar_label(bars, [f"{duration_or_ms(seconds)}, {seconds / total_s:.1%}"], padding=3, fontsize=8)
-        axes.invert_yaxis()
-        axes.margins(x=0.32, y=0.02)
-        axes.set_xlabel(f"{unit}, total")
-        tidy(axes, "x")
-
-    shown = "; ".join(f"{word} {duration_or_ms(seconds)}" for word, seconds in by_part.items())
+def time_dots(groups: Sequence[Group]) -> DotChart:
+    """Return the total time of each part of the runs; of several seeds their mean."""
+    by_group = [[seconds_by_part(run) for run in group.runs] for group in groups]
+    parts = list(dict.fromkeys(part for by_run in by_group for by_part in by_run for part in by_part))
+    means = [[np.mean([by_part.get(part, 0.0) for by_part in by_run]) for part in parts] for by_run in by_group]
+    by, unit = time_unit(float(np.max(means)))
+    series = [
+        Dots("time" if len(groups) == 1 else group.title, group.key, group.number, np.array(seconds) / by)
+        for group, seconds in zip(groups, means, strict=True)
+    ]
     caption = (
-        "The upper bars are parts of steps, the lower four lie between steps. Work that a restart discarded is not "
+        "The upper rows are parts of steps, the lower four lie between steps. Work that a restart discarded is not "
         "counted, except its checkpoints."
     )
-    if saved:
-        caption += f" {saved:,} checkpoints took {duration_or_ms(writing_s)} to write while training went on."
-    height = 0.8 + 0.25 * len(by_part)
-    return Picture("time", "Where the time went", to_svg(draw, height), f"Bars of time: {shown}.", caption)
+    if len(groups) == 1:
+        shown = sorted(zip(means[0], parts, strict=True), reverse=True)[:3]
+        total_s = float(sum(means[0])) or 1.0
+        caption += " Most: " + ", ".join(f"{word} {seconds / total_s:.1%}" for seconds, word in shown) + "."
+        saved, _, writing_s = checkpoint_seconds(groups[0].first)
+        if saved:
+            caption += f" {saved:,} checkpoints took {duration_or_ms(writing_s)} to write while training went on."
+    return DotChart("time", "Where the time went", parts, series, f"{unit}, total", caption, from_zero=True)
 
 
 def duration_or_ms(seconds: float) -> str:

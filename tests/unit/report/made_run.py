@@ -26,8 +26,15 @@ def make_run(
     teacher: bool = True,
     finished: bool = True,
     events: Sequence[dict[str, Any]] = (),
+    seed: int = 0,
+    held_out: int = 500,
+    better: float = 0.0,
+    identity: dict[str, Any] | None = None,
 ) -> Path:
-    """Write <folder>/<name> and return it; if it is not finished, the last interval has no end."""
+    """Write <folder>/<name> and return it; if it is not finished, the last interval has no end.
+
+    The student's last perplexities are `better` (a share) lower than else, and other numbers come from `seed`.
+    """
     run_dir = folder / name
     run_dir.mkdir(parents=True)
     method = {"method": "ddk", "teacher": {"path": "models/teacher"}} if teacher else {"method": "cpt"}
@@ -37,7 +44,8 @@ def make_run(
             "name": name,
             "output_dir": str(folder),
             "student": {"path": "models/student"},
-            "data": {"path": "shards", "sequence_length": 256},
+            "seed": seed,
+            "data": {"path": "shards", "sequence_length": 256, "validation_samples": held_out},
             "mixture": mixture,
             "train": {"global_batch_samples": 16, "micro_batch_samples": 4},
             "optimizer": {"warmup_steps": 1 if steps < 2000 else 1000},
@@ -47,7 +55,12 @@ def make_run(
         "made_run",
     )
     (run_dir / "config.yaml").write_text(to_yaml(config))
-    records = list(_records(steps, interval_steps, domains, teacher=teacher))
+    known = {"format": 4, "seed": seed, "method": config.method, "content.tokenizer": "t", "content.student": "s"}
+    known |= {f"data.{key}": getattr(config.data, key) for key in ("validation_samples", "sequence_length")}
+    known |= {"mixture.controller": config.mixture.controller, "stop.steps": config.stop.steps}
+    known |= {f"content.domains.{domain}": f"train-{domain}/held-out-{domain}" for domain in domains}
+    (run_dir / "run.json").write_text(json.dumps(known | {"variant": better} | (identity or {})))
+    records = list(_records(steps, interval_steps, domains, teacher=teacher, seed=seed, better=better))
     if not finished and records[-1]["kind"] == "end":
         records.pop()
     (run_dir / "ledger.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
@@ -62,12 +75,16 @@ def make_run(
     return run_dir
 
 
-def _records(steps: int, interval_steps: int, domains: Sequence[str], *, teacher: bool) -> Any:
-    rng, total = np.random.default_rng(0), np.zeros(len(domains))
+def _records(
+    steps: int, interval_steps: int, domains: Sequence[str], *, teacher: bool, seed: int, better: float
+) -> Any:
+    rng, total = np.random.default_rng(seed), np.zeros(len(domains))
+    factor = 1 - better + 0.01 * seed
     for step in range(steps + 1):
         if step % interval_steps == 0 or step == steps:
             shares = rng.dirichlet(np.full(len(domains), 20.0))
-            yield _measurement(step, interval_steps, domains, shares, total, teacher=teacher, end=step == steps)
+            scale = factor if step else 1.0
+            yield _measurement(step, interval_steps, domains, shares, total, scale, teacher=teacher, end=step == steps)
         if step == steps:
             return
         tokens = np.round(TOKENS_A_STEP * shares)
@@ -106,13 +123,21 @@ def _records(steps: int, interval_steps: int, domains: Sequence[str], *, teacher
 
 
 def _measurement(
-    step: int, interval_steps: int, domains: Sequence[str], shares: Any, total: Any, *, teacher: bool, end: bool
+    step: int,
+    interval_steps: int,
+    domains: Sequence[str],
+    shares: Any,
+    total: Any,
+    scale: float,
+    *,
+    teacher: bool,
+    end: bool,
 ) -> dict[str, Any]:
     def by_domain(values: Any) -> dict[str, Any]:
         return dict(zip(domains, np.asarray(values).tolist(), strict=True))
 
     theirs = 10.0 + 3 * np.arange(len(domains))
-    ours = theirs * (1.05 + (2 + np.arange(len(domains))) * math.exp(-step / (20 * interval_steps)))
+    ours = scale * theirs * (1.05 + (2 + np.arange(len(domains))) * math.exp(-step / (20 * interval_steps)))
     counts = None if end else by_domain(np.round(shares * 16 * interval_steps).astype(int))
     return {
         "kind": "end" if end else "interval",
