@@ -60,7 +60,7 @@ $(DATA)/tokenizer/tokenizer.json: | $(READY)
 $(DATA)/shards/domains.json: | $(DATA)/tokenizer/tokenizer.json
 	@echo "demo [2/6]: the text of eight domains as shards, and two models with random weights, 20 s"
 	$(DDK) prepare --recipe configs/data/demo.yaml --tokenizer $(DATA)/tokenizer \
-	  --out $(@D) --sequence-length 128 --validation-samples 64 --seed $(SEED)
+	  --out $(@D) --sequence-length 128 --validation-samples 64
 
 $(DATA)/%-init/model.safetensors: | $(DATA)/tokenizer/tokenizer.json
 	$(DDK) init --config configs/models/demo_$*.json --tokenizer $(DATA)/tokenizer \

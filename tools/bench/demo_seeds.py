@@ -2,8 +2,9 @@
 
 python -m tools.bench.demo_seeds --out DIR
 
-A seed decides the held-out documents, the random weights of both models, and the order of all data. Each seed has its
-own directory DIR/<seed> with links to this clone, so that runs/ of the clone is left alone. The same command continues.
+A seed decides the random weights of both models and the order of all data; the held-out documents are the same. Each
+seed has its own directory DIR/<seed> with links to this clone, so that runs/ of the clone is left alone. The same
+command continues.
 """
 
 from __future__ import annotations
