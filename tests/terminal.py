@@ -29,6 +29,9 @@ class Terminal:
 
     def __init__(self, command: Sequence[str], *, columns: int = 80, **options: Any) -> None:
         self._master, slave = pty.openpty()
+        environment = dict(options.pop("env", os.environ))
+        for name in ("COLUMNS", "LINES"):  # would stand above the terminal's own size
+            environment.pop(name, None)
         fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 40, columns, 0, 0))
         self.process = subprocess.Popen(
             command,
@@ -37,6 +40,7 @@ class Terminal:
             stderr=slave,
             start_new_session=True,
             preexec_fn=_take_the_terminal,
+            env=environment,
             **options,
         )
         os.close(slave)

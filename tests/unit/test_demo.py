@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 from pathlib import Path
 
@@ -19,8 +20,9 @@ FRONT_DOORS = {
 def test_its_commands_are_right_and_in_order(tmp_path: Path) -> None:
     clone = demo_seeds.linked_clone(tmp_path / "clone")  # in which nothing is made yet
     done = ["-o", ".venv/.ready", "-o", ".venv/.installed"]  # make leaves set-up alone
-    command = ["make", "-n", *done, "runs/demo/report/report.html", "SEED=7"]
-    printed = subprocess.run(command, cwd=clone, capture_output=True, text=True, check=True).stdout
+    command = ["make", "-n", "--no-print-directory", *done, "runs/demo/report/report.html", "SEED=7"]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}  # of `make test`
+    printed = subprocess.run(command, cwd=clone, env=environment, capture_output=True, text=True, check=True).stdout
     lines = [line.strip() for line in printed.replace("\\\n", " ").splitlines() if not line.startswith("echo ")]
     lines = [line.split(" > ")[0].replace(".venv/bin/", "") for line in lines]
     tools = [" ".join(line.split()).replace("OMP_NUM_THREADS=1 ", "") for line in lines]

@@ -105,7 +105,6 @@ OTHER_NAMES = {
     ("planner/run_plan.py", "cpt"): "a key of the plan's JSON",
     ("planner/run_plan.py", "kd"): "a key of the plan's JSON",
     ("planner/run_plan.py", "ddk"): "a key of the plan's JSON",
-    ("train/loop.py", "ddk"): "what the names of two controllers begin with",
     ("train/run_dir.py", "ted"): "a section of the configuration",
     ("train/run_end.py", "ddk"): "a tag of model cards",
 }

@@ -45,7 +45,7 @@ def test_the_list_is_what_the_project_needs_beside_what_is_there() -> None:
     indirect = {"hjson", "msgpack", "py-cpuinfo", "einops", "ninja", "zstd", "brotli", "cramjam", "pydantic-core"}
     assert direct | indirect <= collected
     assert not collected & {*wheelhouse.HAVE, *wheelhouse.LEFT_OUT}
-    assert not collected & {"botocore", "cryptography", "sympy", "pillow", "regex"}  # needed by those alone
+    assert not collected & {"botocore", "cryptography", "sympy", "regex"}  # needed by those alone
     assert not any(name.startswith("nvidia-") for name in collected)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 
 import pytest
@@ -15,8 +15,17 @@ from ddk_ds.train.interruption import Interrupted, Interruption
 
 
 @pytest.fixture
-def listening() -> Interruption:
-    return Interruption(SingleProcess(), torch.device("cpu"))
+def listening() -> Iterator[Interruption]:
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # ignored if the tests were started by nohup
+    yield Interruption(SingleProcess(), torch.device("cpu"))
+    signal.signal(signal.SIGHUP, before)
+
+
+def test_a_closed_terminal_is_nothing_to_a_run_under_nohup(listening: Interruption) -> None:
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    with listening.listening():
+        signal.raise_signal(signal.SIGHUP)
+        listening.check()
 
 
 @pytest.fixture
