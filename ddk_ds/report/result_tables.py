@@ -61,7 +61,7 @@ def headline(groups: Sequence[Group]) -> str:
             "main",
             title,
             f"{before.mean():.3f} → {_large(after)}",
-            f"{note}; {group.when}",
+            f"{note}; before and {group.when}",
         ),
         (
             "",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -119,3 +120,11 @@ def test_launchers_of_others(workspace: Path, tmp_path: Path, launcher: str, cod
     assert signals(run_dir) == ["SIGINT"] and newest_checkpoint(run_dir)
     assert wandb_series(run_dir, "loss/total") == losses(run_dir)
     assert "ddk_ds/" not in terminal.text, "a traceback of ours"
+
+
+@pytest.mark.long("one start; torchrun sets the variables that DeepSpeed's launcher sets")
+def test_torchrun_gives_the_same_run(workspace: Path, tmp_path: Path, whole: Path) -> None:
+    config = write_config(workspace, tmp_path, name="torchrun", **WHOLE)
+    command = [str(SCRIPTS / "torchrun"), "--nproc-per-node", "2", "--master-port", str(free_port())]
+    subprocess.run([*command, "launch/distill.py", "--config", str(config)], cwd=ROOT, check=True)
+    assert without_clock(tmp_path / "runs/torchrun") == without_clock(whole)
