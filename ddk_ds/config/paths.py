@@ -38,7 +38,7 @@ LocalPath = Annotated[str, Field(min_length=1), PathKind()]
 ModelPath = Annotated[
     str, Field(min_length=1), PathKind("give a model's directory, or the hub's name of a model", hub=True)
 ]
-DataPath = Annotated[str, Field(min_length=1), PathKind("make it with tools/prepare_data.py, or give its place")]
+DataPath = Annotated[str, Field(min_length=1), PathKind("make it with `ddk prepare`, or give its place")]
 FiltersPath = Annotated[str, Field(min_length=1), PathKind("a run with method: ted_filters exports it")]
 PromptsPath = Annotated[str, Field(min_length=1), PathKind("write a prompt on each line of it, or give its place")]
 SchedulePath = Annotated[str, Field(min_length=1), PathKind("write it, or give its place (docs/methods.md)")]

@@ -26,7 +26,7 @@ CASES: list[tuple[str, dict[str, Any], tuple[str, ...]]] = [
     ("validation", {"data": {"validation_samples": 4000}}, ("'python'", "4000", "validation_samples")),
     ("sequence length", {"data": {"sequence_length": 128}}, ("data.sequence_length", "128", "64")),
     ("batch", {"train": {"micro_batch_samples": 3}}, ("train.global_batch_samples 8", "3")),
-    ("no data", {"data": {"path": "nowhere"}}, ("data.path", "/nowhere: make it with tools/prepare_data.py")),
+    ("no data", {"data": {"path": "nowhere"}}, ("data.path", "/nowhere: make it with `ddk prepare`")),
     ("no end", {"stop": {"steps": None}}, ("stop", "steps")),
     ("deepspeed", {"deepspeed": {"gradient_clipping": 7.0}}, ("gradient_clipping", "optimizer.clip_norm")),
     ("fixed", {"deepspeed": {"zero_optimization": {"stage": 1}}}, ("zero_optimization.stage", "remove it")),

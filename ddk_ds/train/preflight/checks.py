@@ -165,7 +165,7 @@ def _memory(config: Config, job: Job, student: ModelShape, teacher: ModelShape |
     estimate = estimate_memory(config, *shapes, job.ranks, job.device_type, job.local_ranks)
     if place == "device" and job.device.type != "cuda":
         found = f"estimated {machine.size(estimate.device_bytes)} of a GPU, and this machine has none"
-        return Row("device memory", "warn", found, "see if it fits with tools/plan.py; every job checks it again")
+        return Row("device memory", "warn", found, "see if it fits with `ddk plan`; every job checks it again")
     if place == "device":
         return machine.device_memory(estimate, job.device, job.ranks)
     return machine.host_memory(estimate, job.device_type, job.ranks, job.local_ranks)

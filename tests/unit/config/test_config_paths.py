@@ -154,7 +154,7 @@ def test_a_path_that_is_meant_from_the_other_side_is_named(
     else:
         tried, meant, fix = "configs/models/student", "models/student", "../models/student"
         rule = "configs/run.yaml names it 'models/student', and a relative path begins at the directory of the file"
-    assert f"error: data.path: there is no {clone}/{tried}: make it with tools/prepare_data.py" in text and rule in text
+    assert f"error: data.path: there is no {clone}/{tried}: make it with `ddk prepare`" in text and rule in text
     assert f"for {clone}/{meant} write {fix}\n" in text
 
 
