@@ -142,20 +142,29 @@ def _formatter(kind: Format) -> str:
 
 def _draw_curve(one: Any, curve: Curve) -> Any:
     columns = {"x": _short(curve.x), "y": _short(curve.y)}
-    colour, options = colour_of(curve.number), {"name": curve.label, "tags": [curve.key]}
     if curve.low is not None and curve.high is not None:
         columns |= {"low": _short(curve.low), "high": _short(curve.high)}
     if curve.behind is not None:
         columns["behind"] = _short(curve.behind)
-    source = ColumnDataSource(columns)
+    look: dict[str, Any] = {"source": ColumnDataSource(columns), "color": colour_of(curve.number)}
+    drawn = []
     if curve.low is not None:
-        one.varea("x", "low", "high", source=source, fill_color=colour, fill_alpha=0.2, **options)
+        drawn.append(one.varea("x", "low", "high", fill_alpha=0.2, **look))
     if curve.behind is not None:
-        one.line("x", "behind", source=source, color=colour, line_width=1, line_alpha=0.4, **options)
+        drawn.append(one.line("x", "behind", line_width=1, line_alpha=0.4, **look))
     if np.count_nonzero(np.isfinite(curve.y)) <= _FEW:
-        one.scatter("x", "y", source=source, color=colour, size=5, **options)
+        drawn.append(one.scatter("x", "y", size=5, **look))
     dash = "dashed" if curve.number >= SOLID else "solid"
-    return one.line("x", "y", source=source, color=colour, line_width=2, line_dash=dash, **options)
+    line = one.line("x", "y", line_width=2, line_dash=dash, name=curve.label, **look)
+    _belongs_to(curve.key, *drawn, line)
+    return line
+
+
+def _belongs_to(key: str, *renderers: Any) -> None:
+    """Tag what is drawn, for the legends: `tags=` given to a method that draws would be those of the glyph."""
+    for renderer in renderers:
+        # No tool selects: glyphs of their own for what is not selected would only make the page heavier.
+        renderer.update(tags=[key], nonselection_glyph="auto", muted_glyph="auto")
 
 
 def _short(values: Array) -> Any:
@@ -193,15 +202,16 @@ def _draw_dots(one: Any, chart: DotChart, dots: Dots, places: Array) -> None:
     if dots.spread is not None:
         columns |= {"low": dots.values - dots.spread, "high": dots.values + dots.spread, "spread": dots.spread}
     source = ColumnDataSource(columns)
-    colour, options = colour_of(dots.number), {"name": dots.label, "tags": [dots.key]}
+    colour, drawn = colour_of(dots.number), []
     value = f"<b>$name</b> @row @x{{{_TOOLTIP[chart.x_format]}}}"
     if dots.spread is not None:
-        one.segment("low", "y", "high", "y", source=source, line_color=colour, line_width=2, **options)
+        drawn.append(one.segment("low", "y", "high", "y", source=source, line_color=colour, line_width=2))
         value += " ± @spread{%.2g}"
     angle = np.pi / 2 if dots.shape == "tick" else 0.0
     size = 16 if dots.shape == "tick" else 10
     look: dict[str, Any] = {"line_color": colour, "line_width": 2, "angle": angle, "size": size}
     look["fill_color"] = None if dots.shape == "ring" else colour
-    drawn = one.scatter("x", "y", source=source, marker=_SHAPES[dots.shape], **look, **options)
+    centres = one.scatter("x", "y", source=source, marker=_SHAPES[dots.shape], name=dots.label, **look)
+    _belongs_to(dots.key, *drawn, centres)
     printf: Any = {"@x": _formatter(chart.x_format), "@spread": "printf"}
-    one.add_tools(HoverTool(renderers=[drawn], tooltips=value, formatters=printf))
+    one.add_tools(HoverTool(renderers=[centres], tooltips=value, formatters=printf))

@@ -59,10 +59,6 @@
   figures = Bokeh.documents.flatMap((one) => one.roots());
   if (matchMedia("(pointer: coarse)").matches) for (const figure of figures) figure.toolbar.gestures.pan.active = null;
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", paint);
-  document.addEventListener("pointerup", () => setTimeout(() => {
-    const zoomed = figures.some((figure) => [figure.x_range, figure.y_range].some((range) => range.have_updated_interactively));
-    root.classList.toggle("zoomed", zoomed);
-  }, 100));
   paint();
   show();
   root.classList.add("ready");

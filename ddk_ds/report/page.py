@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import string
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
+from urllib.parse import quote
 
 from ddk_ds.drawing import line_style
 from ddk_ds.errors import ConfigError
@@ -33,6 +35,8 @@ from ddk_ds.version import VERSION
 
 _FOLDER = Path(__file__).parent
 _EVENTS_SHOWN = 200
+_PLAIN = " " + string.punctuation.replace("#", "").replace("%", "")
+"""Characters that stay as they are in the address of a picture."""
 
 
 @dataclass(frozen=True)
@@ -160,8 +164,7 @@ def _figure(chart: AnyChart, svg: str | None) -> str:
     places = "".join(f'<div id="live-{escape(chart.name)}-{number}"></div>' for number in range(panels))
     alt, still_picture = escape(chart.alt), ""
     if svg is not None:  # as an image, not inline: names inside two pictures must not clash
-        data = base64.b64encode(svg.encode()).decode()
-        still_picture = f'<img src="data:image/svg+xml;base64,{data}" alt="{alt}">'
+        still_picture = f"<img src='{_address(svg)}' alt=\"{alt}\">"
     return (
         f'<figure id="{escape(chart.name)}"{" class=panels" if panels > 1 else ""}><h3>{escape(chart.title)}</h3>'
         f'{_legend(chart)}<div class="live" role="img" aria-label="{alt}">{places}</div>'
@@ -169,10 +172,14 @@ def _figure(chart: AnyChart, svg: str | None) -> str:
     )
 
 
+def _address(svg: str) -> str:
+    """Return the picture as an address for an attribute in single quotes, a quarter smaller than in base64."""
+    return "data:image/svg+xml," + quote(" ".join(svg.split()), safe=_PLAIN).replace("&", "&amp;").replace("'", "&#39;")
+
+
 def _legend(chart: AnyChart) -> str:
     """Return buttons that switch what the picture shows, one for each key; empty where there is only one."""
-    if isinstance(chart, DotChart):
-        items: list[tuple[str, str, int | None, str]]
+    items: list[tuple[str, str, int | None, str]]
     if isinstance(chart, DotChart):
         items = [(dots.key, dots.label, dots.number, dots.shape) for dots in chart.series]
     else:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Sequence
 from html import escape
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Lock
+from typing import Any
 
 from ddk_ds.errors import CheckpointError, ConfigError
 from ddk_ds.report.page import head, page, sections
@@ -38,6 +40,11 @@ class ReportServer(ThreadingHTTPServer):
     def address(self) -> str:
         """Return the page's address."""
         return f"http://{_HOST}:{self.server_port}/"
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Write nothing about a browser that left before it had its answer."""
+        if not isinstance(sys.exception(), ConnectionError):
+            super().handle_error(request, client_address)
 
     def state(self) -> str:
         """Return a text that is another one when a file of a run has changed, and each minute: runs fall silent."""
