@@ -98,19 +98,23 @@ class Browser:
             self.complaints.append(parameters["entry"]["text"])
         return answer
 
-    def open(self, url: str, width: int = 1400, height: int = 900, dark: bool = False, media: str = "screen") -> None:
-        """Show a page in a window of this size, and forget what was complained about and asked for before."""
-        self.resize(width, height)
-        scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
-        self.call("Emulation.setEmulatedMedia", media=media, features=[scheme])
+    def open(self, url: str, width: int = 1400) -> None:
+        """Show a page on a light screen of this width, and forget what was complained about and asked for before."""
+        self.resize(width)
+        self.colours(dark=False)
         self.complaints.clear()
         self.requests.clear()
         self.call("Page.navigate", url=url)
         self.wait(f"document.readyState === 'complete' && location.href.startsWith({json.dumps(url)})")
 
-    def resize(self, width: int, height: int = 900) -> None:
-        """Give the page a window of this size."""
-        self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
+    def resize(self, width: int) -> None:
+        """Give the page a window of this width."""
+        self.call("Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1, mobile=False)
+
+    def colours(self, dark: bool, media: str = "screen") -> None:
+        """Show the page as on a light or dark screen, or on paper."""
+        scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
+        self.call("Emulation.setEmulatedMedia", media=media, features=[scheme])
 
     def evaluate(self, expression: str) -> Any:
         """Return the value of a JavaScript expression; a promise is waited for."""

@@ -18,6 +18,7 @@ from ddk_ds.report.charts import running_mean, smoothing_width
 from ddk_ds.report.domains import asked_and_realised
 from ddk_ds.report.groups import group_runs
 from ddk_ds.report.happenings import describe_marks, marks
+from ddk_ds.report.live_charts import live
 from ddk_ds.report.page import page, sections, write_page
 from ddk_ds.report.records import PARTS, read_run, read_runs
 from ddk_ds.report.training import seconds_by_part, step_seconds_by_part
@@ -227,6 +228,24 @@ def test_seeds_are_one_column_with_their_spread(tmp_path: Path) -> None:
     assert f"{change:.1%}</b> better" in text and "(standard error)" in text
     best = re.findall(r'<td class="best">([^<]*)<', text)
     assert len(best) == len(DOMAINS) + 2 and not any("(" in cell for cell in best)
+
+
+def test_what_a_legend_switches_is_drawn(tmp_path: Path) -> None:
+    """A browser hides the renderers that have the button's key as a tag (test_report_browser.py clicks there)."""
+    runs = read_runs([make_run(tmp_path, name=name, steps=20) for name in ("first", "second")])
+    charts = [chart for part in sections(runs) for chart in part.charts]
+    (document,) = json.loads(live(charts).content)["documents"].values()
+    drawn = [each["attributes"] for figure in document["roots"] for each in figure["attributes"]["renderers"]]
+    tags = {tag for attributes in drawn for tag in attributes.get("tags", [])}
+    keys = {item["data-key"] for item in Page(shown(*(run.run_dir for run in runs))).all("button")}
+    assert {f"domain:{name}" for name in DOMAINS} < keys
+    assert keys <= tags
+
+
+@pytest.mark.long("ten seconds; the page of 100,000 steps is weighed each time")
+def test_seven_runs_weigh_less_than_3_mb(tmp_path: Path) -> None:
+    runs = [make_run(tmp_path, name=f"run{number}", steps=2000, interval_steps=50) for number in range(7)]
+    assert write_page(runs, tmp_path / "out").stat().st_size < 3e6
 
 
 def test_continued_prompts_are_shown(tmp_path: Path) -> None:

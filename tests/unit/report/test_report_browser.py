@@ -27,6 +27,12 @@ TOOLTIPS = """(() => { const found = [];
       look(one.shadowRoot); } } };
   look(document); return found.join(' | '); })()"""
 FIGURE = "Bokeh.documents[0].roots().find((one) => Bokeh.index.get_by_id(one.id).el.parentElement.id === '{}')"
+# The middle of the first picture's visible arrow, in a shadow root too.
+RESET = """(() => { const look = (node) => { for (const one of node.querySelectorAll('*')) {
+    if (one.title.startsWith('Reset') && one.checkVisibility()) return one;
+    const found = one.shadowRoot && look(one.shadowRoot); if (found) return found; } };
+  const box = look(document.getElementById('live-mixture-0')).getBoundingClientRect();
+  return [box.left + box.width / 2, box.top + box.height / 2]; })()"""
 pytestmark = [
     pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine (apt-get install chromium)"),
     pytest.mark.long("half a minute for a browser and its pages; test_report reads the same page without one"),
@@ -82,7 +88,7 @@ def nothing_wrong(browser: Browser, page: Path) -> None:
     assert [url for url in browser.requests if not url.startswith("data:")] == [page.as_uri()]
 
 
-def test_values_on_hover_legends_that_switch_and_zoom(browser: Browser, report: Path) -> None:
+def test_values_on_hover_and_legends_that_switch(browser: Browser, report: Path) -> None:
     browser.open(report.as_uri())
     browser.wait(READY)
     left, top, width, height = place_of(browser, "live-ratio-0")
@@ -107,26 +113,46 @@ def test_values_on_hover_legends_that_switch_and_zoom(browser: Browser, report: 
     assert browser.evaluate(f"{hidden}.length") >= 4  # ratio and mixture of two runs
     click(browser, button)
     assert browser.evaluate(f"{hidden}.length") == 0
+    nothing_wrong(browser, report)
 
-    ranges = f"(() => {{ const one = {FIGURE.format('live-loss-0')}; return [one.x_range.start, one.x_range.end]; }})()"
-    before = browser.evaluate(ranges)
-    zoom(browser, "live-loss-0")
-    browser.wait(f"{ranges}[0] > {before[0] + 5} && {ranges}[1] < {before[1] - 5}")
+
+def test_zoom_and_the_words_of_a_mark(browser: Browser, report: Path) -> None:
+    browser.open(report.as_uri())
+    browser.wait(READY)
+    ends = "(() => {{ const one = {}; return [one.x_range.start, one.x_range.end]; }})()"
+    ranges = [ends.format(FIGURE.format(f"live-{panel}")) for panel in ("mixture-0", "mixture-1", "loss-0")]
+    before = browser.evaluate(ranges[0])
+    zoom(browser, "live-mixture-0")
+    browser.wait(f"{ranges[0]}[0] > {before[0] + 5} && {ranges[0]}[1] < {before[1] - 5}")
+    assert browser.evaluate(ranges[1]) == browser.evaluate(ranges[0])  # the panels of a picture zoom together
+    assert browser.evaluate(ranges[2])[0] < 2  # and no other picture does
+    browser.click(*browser.evaluate(RESET))
+    browser.wait(f"{ranges[0]}.join() === '{','.join(map(str, before))}'")
+
+    place_of(browser, "live-mixture-0")
+    at = (
+        f"(() => {{ const view = Bokeh.index.get_by_id({FIGURE.format('live-mixture-0')}.id);"
+        "const box = view.el.getBoundingClientRect();"
+        "return [box.left + view.frame.x_scale.compute(30), box.top + box.height / 2]; })()"
+    )
+    browser.mouse("mouseMoved", *browser.evaluate(at))
+    browser.wait(f"({TOOLTIPS}).includes('first: resume at step 30')")
     nothing_wrong(browser, report)
 
 
 def test_it_fits_a_phone_and_follows_the_dark(browser: Browser, report: Path) -> None:
+    browser.open(report.as_uri(), width=390)
+    browser.wait(READY)
+    sides = "Bokeh.documents[0].roots().flatMap((one) => one.left).map((one) => one.axis_label_text_color)"
     for dark in (False, True):
-        browser.open(report.as_uri(), width=390, dark=dark)
-        browser.wait(READY)
+        browser.colours(dark)
+        browser.wait(f"{sides}.every((one) => one === '{'#a9adb2' if dark else '#555'}')")
         assert browser.evaluate("document.documentElement.scrollWidth") <= 390
         hints = browser.evaluate("[...document.querySelectorAll('.hint')].map((one) => one.checkVisibility()).join()")
         assert hints.startswith("true")  # the table of the result is wider than the window
-        sides = "Bokeh.documents[0].roots().flatMap((one) => one.left).map((one) => one.axis_label_text_color)"
-        assert set(browser.evaluate(sides)) == {"#a9adb2" if dark else "#555"}
         back = browser.evaluate("getComputedStyle(document.body).backgroundColor")
         assert (back == "rgb(255, 255, 255)") is not dark
-        nothing_wrong(browser, report)
+    nothing_wrong(browser, report)
     browser.resize(1400)
     browser.wait("[...document.querySelectorAll('.hint')].every((one) => !one.checkVisibility())")
 
@@ -144,7 +170,7 @@ def test_on_paper_and_without_scripts_the_pictures_are_still(browser: Browser, r
     browser.wait(READY)
     number = browser.evaluate(STILLS)[0]
     assert number > 10 and browser.evaluate(STILLS) == [number, 0, number]
-    browser.call("Emulation.setEmulatedMedia", media="print")
+    browser.colours(dark=False, media="print")
     assert browser.evaluate(STILLS) == [number, number, 0]
     browser.call("Emulation.setScriptExecutionDisabled", value=True)
     try:
@@ -175,9 +201,14 @@ def test_watching_follows_the_run_and_ends_by_ctrl_c(browser: Browser, tmp_path:
         zoom(browser, "live-loss-0")
         browser.wait("Bokeh.documents[0].roots().some((one) => one.x_range.have_updated_interactively)")
         ledger.write_text("".join(lines))
-        time.sleep(3)  # three looks: what the user looks at stays
-        assert browser.evaluate("document.body.innerText.includes('27 of 60 steps')")
+        kept = "document.body.innerText.includes('27 of 60 steps')"
+        time.sleep(2.5)  # two looks: what the user looks at stays
+        assert browser.evaluate(kept)
+        browser.evaluate("getSelection().selectAllChildren(document.querySelector('h1'))")
         browser.evaluate("Bokeh.documents[0].roots().forEach((one) => one.reset.emit())")
+        time.sleep(2.5)  # so does what the user has selected
+        assert browser.evaluate(kept)
+        browser.evaluate("getSelection().removeAllRanges()")
         browser.wait(f"{READY} && document.body.innerText.includes('60 of 60 steps')")
         assert browser.complaints == []
         assert all(url.startswith((address[0], "data:")) for url in browser.requests)
