@@ -121,7 +121,7 @@ def _draw_panel(one: Any, chart: Chart, panel: Panel) -> None:
     x_format = "0,0" if chart.steps else "%.4g"
     value = f"<b>$name</b> @y{{{_TOOLTIP[chart.y_format]}}} at @x{{{x_format}}}"
     formats: Any = {"@y": _formatter(chart.y_format), "@x": "numeral" if chart.steps else "printf"}
-    look: dict[str, Any] = {"mode": "vline", "point_policy": "snap_to_data"}
+    look: dict[str, Any] = {"mode": "vline", "point_policy": "snap_to_data", "show_arrow": False}
     one.add_tools(HoverTool(renderers=lines, tooltips=value, formatters=formats, **look))
     if chart.level is not None:
         one.hspan(y=[chart.level[0]], line_color=GREY, line_width=1.5)
@@ -133,7 +133,7 @@ def _draw_panel(one: Any, chart: Chart, panel: Panel) -> None:
         spans = one.vspan(
             x="x", source=ColumnDataSource(columns), line_color="colour", line_dash="dashed", line_width=1.5
         )
-        one.add_tools(HoverTool(renderers=[spans], tooltips="@text"))
+        one.add_tools(HoverTool(renderers=[spans], tooltips="@text", show_arrow=False))
 
 
 def _formatter(kind: Format) -> str:
@@ -175,9 +175,9 @@ def _dot_figure(chart: DotChart) -> Any:
     places = np.arange(len(chart.rows), dtype=np.float64)
     row_height = max(_ROW_HEIGHT, _DOT_HEIGHT * len(chart.series))
     one = _figure(
-        70 + row_height * len(chart.rows),
+        90 + row_height * len(chart.rows),
         x_axis_type="log" if chart.logarithmic else "linear",
-        y_range=Range1d(start=len(chart.rows) - 0.5, end=-0.5),
+        y_range=Range1d(start=len(chart.rows) - 0.3, end=-0.7),
         x_range=DataRange1d(only_visible=True),
         tools="",
     )

@@ -41,6 +41,19 @@
     }
   }
 
+  // Values that lie close together would hide each other: each tooltip goes below the one above it.
+  function spread() {
+    const tips = [...document.querySelectorAll(".bk-Tooltip")];
+    for (const tip of tips) tip.style.translate = "";
+    let end = -Infinity;
+    for (const [tip, box] of tips.map((one) => [one, one.getBoundingClientRect()]).sort((a, b) => a[1].top - b[1].top)) {
+      const down = Math.max(0, end - box.top);
+      tip.style.translate = `0 ${down}px`;
+      end = box.bottom + down;
+    }
+  }
+
+  document.addEventListener("pointermove", () => requestAnimationFrame(spread), true);
   document.addEventListener("click", (event) => {
     const button = event.target.closest(".legend button");
     if (!button) return;

@@ -137,6 +137,10 @@ def test_zoom_and_the_words_of_a_mark(browser: Browser, report: Path) -> None:
     )
     browser.mouse("mouseMoved", *browser.evaluate(at))
     browser.wait(f"({TOOLTIPS}).includes('first: resume at step 30')")
+    boxes = "[...document.querySelectorAll('.bk-Tooltip')].map((one) => one.getBoundingClientRect())"
+    tops = f"{boxes}.map((one) => [one.top, one.bottom]).sort((a, b) => a[0] - b[0])"
+    assert browser.evaluate(f"{boxes}.length") == len(DOMAINS) + 1
+    browser.wait(f"{tops}.every((one, place, all) => !place || one[0] >= all[place - 1][1] - 0.5)")  # all can be read
     nothing_wrong(browser, report)
 
 
@@ -196,6 +200,8 @@ def test_watching_follows_the_run_and_ends_by_ctrl_c(browser: Browser, tmp_path:
         assert address is not None, first
         browser.open(address[0])
         browser.wait("document.body.innerText.includes('No report yet')")
+        if time.time() % 60 > 45:  # the page is loaded again each minute too: not between its loading and the zoom
+            time.sleep(61 - time.time() % 60)
         ledger.write_text("".join(lines[:30]))  # 27 steps, and the measurements before the steps 1, 11 and 21
         browser.wait(f"{READY} && document.body.innerText.includes('27 of 60 steps')")
         zoom(browser, "live-loss-0")
@@ -215,9 +221,9 @@ def test_watching_follows_the_run_and_ends_by_ctrl_c(browser: Browser, tmp_path:
         # A page of another name that was pointed to this machine may not read it.
         answer = subprocess.run(["curl", "-s", "-H", "Host: evil.example", address[0]], capture_output=True, timeout=60)
         assert b"403" in answer.stdout
-        browser.open("about:blank")
         process.send_signal(signal.SIGINT)
         _, errors = process.communicate(timeout=30)
+        browser.wait("document.title.startsWith('(not served any more)')")
     finally:
         process.kill()
     assert (process.returncode, errors) == (0, "")
