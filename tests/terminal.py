@@ -105,6 +105,12 @@ class Terminal:
                     self._output += os.read(self._master, 65536)
 
 
+def hear_signals() -> None:
+    """Hear in a new process what this one may ignore: SIGINT in a shell's background, SIGHUP under nohup."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
 def _take_the_terminal() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell's background ignores it, and so would its children
+    hear_signals()
     fcntl.ioctl(0, termios.TIOCSCTTY, 0)

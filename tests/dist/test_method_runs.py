@@ -107,7 +107,7 @@ def test_equal_by_definition(configs: dict[str, Path], special: str, general: st
 def test_filters_that_do_not_fit(workspace: Path, tmp_path: Path) -> None:
     sections = {"method": "ted", "ted": {"filters": str(tmp_path / "none.safetensors")}}
     config = write_config(workspace, tmp_path, **sections, **SHORT)
-    with pytest.raises(AssertionError, match=r"ted\.filters .*none\.safetensors: there is no such file"):
+    with pytest.raises(AssertionError, match=r"ted\.filters: there is no .*none\.safetensors: "):
         run_ranks("tests.dist.resume_worker:go_on", 1, config_path=str(config), name="x")
     models = (read_model(workspace / name, name) for name in ("student", "teacher"))
     config = write_config(workspace, tmp_path, method="ted_filters", ted={"layers": [[0, 9]]}, **SHORT)

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.terminal import hear_signals
 from tools.bench.small_run import ROOT, without_clock, write_config
 
 NOTEBOOK = ROOT / "docs/notebook.ipynb"
@@ -44,6 +45,7 @@ def python(folder: Path, script: str, *arguments: str) -> subprocess.Popen[str]:
         stderr=subprocess.STDOUT,
         text=True,
         start_new_session=True,
+        preexec_fn=hear_signals,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
     )
 

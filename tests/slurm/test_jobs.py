@@ -137,10 +137,10 @@ def test_time_limit(slurm: Cluster, whole: Path, workspace: Path, tmp_path: Path
     assert slurm.wait_for_end(job)[0] == "CANCELLED"
 
 
-def test_a_job_that_gains_nothing_is_requeued_once(slurm: Cluster, tmp_path: Path) -> None:
+def test_a_job_that_gains_nothing_is_requeued_once(slurm: Cluster, workspace: Path, tmp_path: Path) -> None:
     idle = tmp_path / "python"
     idle.write_text("#!/bin/bash\nexit 75\n")
     idle.chmod(0o755)
-    [job] = slurm.submit(write_config(tmp_path, tmp_path), "--python", str(idle))
+    [job] = slurm.submit(write_config(workspace, tmp_path), "--python", str(idle))
     slurm.start_requeued(job)
     assert slurm.wait_for_end(job) == ("FAILED", 4), log(tmp_path / "runs/run", job)
