@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+import setuptools  # noqa: F401  # for torch.compile: after an `import pip` by any test it can't be imported any more
 import torch
 
 from tests import sets
