@@ -29,7 +29,7 @@ class RunFailed(RuntimeError):
 
 @dataclass(frozen=True)
 class Result:
-    """A finished run."""
+    """The directory and the results of a finished run."""
 
     run_dir: Path
     summary: dict[str, Any]

@@ -16,6 +16,7 @@ import yaml
 
 from ddk_ds.command_line import EXIT_ENDED_AT_ONCE, EXIT_INTERRUPTED
 from ddk_ds.config import Config, load_config
+from ddk_ds.config.keys import flatten
 from ddk_ds.config.methods import METHODS as SINGLE_STAGE
 from ddk_ds.config.paths import path_keys
 from ddk_ds.errors import CheckpointError, ConfigError, UserError
@@ -146,7 +147,7 @@ def differences(finished: Config, wanted: Config) -> list[tuple[str, Any, Any]]:
 
     A path is also the same if it lies in the same place as seen from the run's directory: all may have been moved.
     """
-    old, new = (_flat(config.model_dump(mode="json", exclude=set(_FREE))) for config in (finished, wanted))
+    old, new = (flatten(config.model_dump(mode="json", exclude=set(_FREE))) for config in (finished, wanted))
     moved = {
         key
         for key in path_keys(Config)
@@ -156,13 +157,6 @@ def differences(finished: Config, wanted: Config) -> list[tuple[str, Any, Any]]:
     }
     keys = sorted({*old, *new} - moved)
     return [(key, old.get(key), new.get(key)) for key in keys if old.get(key) != new.get(key)]
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {f"{prefix}{key}": value}
-    return flat
 
 
 def run_job(job: Job, ranks: int | None) -> Iterator[str]:

@@ -38,3 +38,11 @@ def put_at(values: dict[str, Any], key: str, value: Any) -> None:
     for section in sections:
         values = values[section]
     values[name] = value
+
+
+def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return nested mappings as one mapping by dotted keys; an empty mapping is a value."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {f"{prefix}{key}": value}
+    return flat

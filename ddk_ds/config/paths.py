@@ -175,13 +175,22 @@ def resolve_paths(
         text, overridden = _path_text(value_at(values, key)), _path_text(value_at(given, key))
         if text is None:
             continue
-        if overridden is not None or str(value_at(raw, key)).startswith("${oc.env:"):
+        if named_by_shell(raw, given, key):
             written = text if overridden is None or "${" in overridden else overridden
             named.by_key[key] = Named(written, kind, here, base or here, "the command line", in_file=False)
         else:
             named.by_key[key] = Named(text, kind, base or here, here, source, in_file=base is not None)
         put_at(values, key, named.by_key[key].value)
     return named
+
+
+def named_by_shell(raw: Any, given: Any, key: str) -> bool:
+    """Return True if a value comes from an override (`given`) or from an environment variable that the file names.
+
+    `raw` and `given` are the nested values of the file, with its interpolations as they are written, and of the
+    overrides. The relative path that the shell names begins at the working directory.
+    """
+    return value_at(given, key) is not None or str(value_at(raw, key)).startswith("${oc.env:")
 
 
 def _value(text: str, kind: PathKind, base: Path) -> str:

@@ -30,8 +30,7 @@ from pydantic import BeforeValidator, Field, ValidationError
 from yaml import YAMLError
 
 from ddk_ds.config import Positive, Section
-from ddk_ds.config.keys import value_at
-from ddk_ds.config.paths import absolute_path, is_address
+from ddk_ds.config.paths import absolute_path, is_address, named_by_shell
 from ddk_ds.config.sections import FILE_NAME_RULE, FileName
 from ddk_ds.data.remote import list_remote
 from ddk_ds.errors import ConfigError, DataError, UserError
@@ -118,7 +117,7 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     try:
         written, given = OmegaConf.load(path), OmegaConf.from_dotlist(list(overrides))
         merged = OmegaConf.merge(written, given)
-        by_shell = "root" in given or str(value_at(OmegaConf.to_container(written), "root")).startswith("${oc.env:")
+        by_shell = named_by_shell(OmegaConf.to_container(written), OmegaConf.to_container(given), "root")
         recipe = Recipe.model_validate(OmegaConf.to_container(merged, resolve=True))
     except ValidationError as error:
         raise ConfigError("; ".join(_explain(item, path, overrides) for item in error.errors())) from error

@@ -30,7 +30,7 @@ class Table:
 
     @property
     def columns(self) -> list[str]:
-        """Names of the columns."""
+        """Return the names of the columns, in the order of the records' keys."""
         return list(self._columns)
 
     def keys(self) -> list[str]:

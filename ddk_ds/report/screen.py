@@ -17,10 +17,10 @@ from rich.text import Text
 from ddk_ds.config import Config, load_config
 from ddk_ds.config.run_config import interval_ends
 from ddk_ds.errors import CheckpointError, UserError
+from ddk_ds.remaining_time import RECENT_STEPS, RemainingTime
 from ddk_ds.report.run_progress import State, duration, expected_steps, run_state
 from ddk_ds.run_files import read_events, read_ledger_end
 
-_RECENT_STEPS = 30
 _COLOURS = {"running": "green", "finished": "green", "silent": "yellow", "interrupted": "yellow"}
 _BAR = 20
 _ALARMS = 2
@@ -61,7 +61,7 @@ def screen(run_dir: Path, around: Surroundings, max_domains: int | None = None) 
     events = read_events(run_dir)
     records = []
     if (run_dir / "ledger.jsonl").is_file():
-        records = read_ledger_end(run_dir, steps=_RECENT_STEPS, measurements=2)
+        records = read_ledger_end(run_dir, steps=RECENT_STEPS, measurements=2)
     try:
         state = run_state(run_dir, events, records, around.now_s)
         if not records:
@@ -118,20 +118,20 @@ def _counted(number: int, noun: str) -> str:
 def _seconds_left(
     config: Config, total: int, events: Sequence[dict[str, Any]], records: Sequence[dict[str, Any]]
 ) -> float | None:
-    """Estimate the time to the run's end, as the run's own terminal does; None before the first step.
-
-    The last checkpoint and the export are each taken to last as long as the newest checkpoint.
-    """
-    step_times = [record["clock"]["step_s"] for record in records if record["kind"] == "step"]
-    measured = [record for record in records if record["kind"] != "step"]
-    if not step_times:
+    """Estimate the time to the run's end; None before the first step."""
+    remaining = RemainingTime(total, interval_ends(config.mixture, total))
+    steps = [record for record in records if record["kind"] == "step"]
+    if not steps:
         return None
-    last = records[-1]
-    done = last["step"] if last["kind"] != "step" else last["step"] - 1
-    to_come = sum(step > done for step in interval_ends(config.mixture, total))
-    measure_s = measured[-1]["clock"].get("measure_s", 0.0) if measured else 0.0
-    saving_s = next((event.get("seconds", 0.0) for event in reversed(events) if event["event"] == "checkpoint"), 0.0)
-    return float((total - last["step"]) * sum(step_times) / len(step_times) + to_come * measure_s + 2 * saving_s)
+    for record in steps:
+        remaining.step_took(record["clock"]["step_s"])
+    for record in records:
+        if record["kind"] != "step":
+            remaining.measurement_took(record["clock"].get("measure_s", 0.0), record["step"])
+    for event in events:
+        if event["event"] == "checkpoint":
+            remaining.checkpoint_took(event.get("seconds", 0.0))
+    return remaining.seconds(records[-1]["step"])
 
 
 def _progress(

@@ -38,7 +38,7 @@ class ReportServer(ThreadingHTTPServer):
 
     @property
     def address(self) -> str:
-        """Return the page's address."""
+        """Return the page's address on this machine, with the port that is served."""
         return f"http://{_HOST}:{self.server_port}/"
 
     def handle_error(self, request: Any, client_address: Any) -> None:

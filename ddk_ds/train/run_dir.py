@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from ddk_ds.config import Config, to_yaml
+from ddk_ds.config.keys import flatten
 from ddk_ds.errors import CheckpointError
 from ddk_ds.files import nearest_existing, write_text
 from ddk_ds.train.checkpoint.checkpoint_files import FORMAT, newest_checkpoint
@@ -42,7 +43,7 @@ def run_identity(config: Config, fingerprints: dict[str, Any]) -> dict[str, Any]
     Raises CheckpointError if `init_from` does not fit.
     """
     values = config.model_dump(mode="json", exclude=_FREE)  # type: ignore[arg-type]
-    identity = _flatten({"format": FORMAT, **values, "content": fingerprints})
+    identity = flatten({"format": FORMAT, **values, "content": fingerprints})
     if config.init_from is not None:
         # Once the run has a checkpoint of its own, the one that it was forked from may be deleted.
         newest = newest_checkpoint(config.run_dir)
@@ -117,13 +118,3 @@ def _lock(run_dir: Path) -> None:
     stream.write(f"process {os.getpid()} on {platform.node()}")
     stream.flush()
     _locks[run_dir] = stream
-
-
-def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, dict) and value:
-            flat.update(_flatten(value, f"{prefix}{key}."))
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.terminal import hear_signals
+
 ROOT = Path(__file__).parents[2]
 START = """
 import sys
@@ -28,7 +30,7 @@ def launched(script: str, *signals: int) -> int:
         cwd=ROOT,
         stdout=subprocess.PIPE,
         text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        preexec_fn=hear_signals,
         start_new_session=True,
     )
     try:

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from ddk_ds.report.page import write_page
+from tests.terminal import hear_signals
 from tests.unit.report.browser import CHROMIUM, Browser
 from tests.unit.report.made_run import DOMAINS, make_run
 
@@ -191,8 +192,9 @@ def test_watching_follows_the_run_and_ends_by_ctrl_c(browser: Browser, tmp_path:
     ledger.write_text("")  # the run has begun, and has measured nothing yet
     files = sorted(path.name for path in run_dir.iterdir())
     command = [sys.executable, "tools/report.py", str(run_dir), "--watch", "--port", "0", "--every", "1"]
-    heard = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}  # ignored in a background shell
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **heard)
+    process = subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=hear_signals
+    )
     try:
         assert process.stdout is not None
         first = process.stdout.readline()

@@ -19,6 +19,7 @@ from ddk_ds.report.run_progress import run_state
 from ddk_ds.report.screen import Surroundings, screen
 from ddk_ds.run_files import read_events, read_ledger, read_ledger_end
 from ddk_ds.train.checkpoint.checkpoint_files import FORMAT
+from tests.terminal import hear_signals
 from tests.unit.report.made_run import make_run
 
 ROOT = Path(__file__).parents[3]
@@ -154,9 +155,7 @@ def test_the_newest_complete_checkpoint_is_shown(tmp_path: Path) -> None:
 
 def test_watching_waits_for_the_run_and_ends_by_ctrl_c(tmp_path: Path) -> None:
     command = [sys.executable, "tools/status.py", str(tmp_path / "late"), "--watch", "0.2"]
-    # In a shell's background SIGINT is ignored, and processes that the tests start inherit that.
-    heard = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, **heard)
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, preexec_fn=hear_signals)
     try:
         time.sleep(2)
         make_run(tmp_path, name="late", steps=20)

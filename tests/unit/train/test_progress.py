@@ -13,7 +13,8 @@ import pytest
 
 from ddk_ds.config import Mixture
 from ddk_ds.config.run_config import interval_ends
-from ddk_ds.train.progress import RemainingTime, clock_time, fitted
+from ddk_ds.remaining_time import RemainingTime
+from ddk_ds.train.progress import clock_time, fitted
 from tests.terminal import Terminal
 
 # A run whose steps, measurement and export take a known time; the widths are those of a person's window.
