@@ -68,8 +68,11 @@ def hosts(folder: Path, count: int = 2) -> Iterator[list[Host]]:
             host.tmp.mkdir(parents=True)
             _ip("netns", "add", host.namespace)
             stack.callback(_ip, "netns", "del", host.namespace)
+            # The kernel removes a namespace's links some time after `ip netns del`; a removal by name is done at once.
+            outer = f"ddkv{tag}{number}"
+            _connect(host, bridge, outer)
+            stack.callback(_ip, "link", "del", outer)
             stack.callback(host.kill)
-            _connect(host, bridge, f"ddkv{tag}{number}")
             result.append(host)
         yield result
 
