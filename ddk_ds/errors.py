@@ -17,3 +17,7 @@ class DataError(UserError):
 
 class CheckpointError(UserError):
     """A checkpoint or a run's directory is incomplete, or belongs to another run."""
+
+
+class TemporaryError(UserError):
+    """Something that time may mend, like an object store that does not answer: the same command may pass later."""
