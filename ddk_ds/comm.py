@@ -8,7 +8,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 import torch.distributed as dist
 
-from ddk_ds.errors import UserError
+from ddk_ds.errors import TemporaryError, UserError
 
 T = TypeVar("T")
 
@@ -166,11 +166,12 @@ def destroy() -> None:
 def raise_together(comm: Comm, error: UserError | None) -> None:
     """Raise on every rank the `error` of the lowest rank that has one, so that no rank waits for one that left.
 
-    Returns on every rank if `error` is None on all of them. Collective.
+    A TemporaryError counts only if no rank has an error that time does not mend. Returns on every rank if `error` is
+    None on all of them. Collective.
     """
-    for rank_error in comm.gather_objects(error):
-        if rank_error is not None:
-            raise rank_error
+    errors = [rank_error for rank_error in comm.gather_objects(error) if rank_error is not None]
+    if errors:
+        raise min(errors, key=lambda rank_error: isinstance(rank_error, TemporaryError))
 
 
 def call_together(comm: Comm, function: Callable[[], T]) -> T:

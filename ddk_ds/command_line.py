@@ -1,4 +1,4 @@
-"""Exit codes, argument types and the report of an error, as several commands share them."""
+"""Argument types and the report of an error, as several commands share them."""
 
 from __future__ import annotations
 
@@ -11,15 +11,8 @@ from pathlib import Path
 from typing import NoReturn, Protocol
 
 from ddk_ds.errors import UserError
+from ddk_ds.exit_codes import exit_code
 
-EXIT_USER_ERROR = 2
-"""Exit code after an error that the user can mend."""
-EXIT_WRONG_NUMBERS = 3
-"""Exit code of a run whose numbers went wrong, with no roll-back left."""
-EXIT_INTERRUPTED = 75
-"""Exit code after a signal: the run saved, and the same command continues it (EX_TEMPFAIL of sysexits.h)."""
-EXIT_ENDED_AT_ONCE = 130
-"""Exit code after a second Ctrl-C, or a first one before the training began: nothing more was saved."""
 RANK_SCRIPT = Path(__file__).resolve().with_name("commands") / "distill_rank.py"
 """The script that a launcher starts on each rank of a run."""
 
@@ -31,7 +24,7 @@ class Main(Protocol):
 
 
 def reports_user_errors(main: Callable[[Sequence[str] | None], int]) -> Main:
-    """Make a main() print a UserError as one line to stderr and return EXIT_USER_ERROR."""
+    """Make a main() print a UserError as one line to stderr and return its exit code."""
 
     @wraps(main)
     def reporting(arguments: Sequence[str] | None = None) -> int:
@@ -39,7 +32,7 @@ def reports_user_errors(main: Callable[[Sequence[str] | None], int]) -> Main:
             return main(arguments)
         except UserError as error:
             print(f"error: {error}", file=sys.stderr)
-            return EXIT_USER_ERROR
+            return exit_code(error)
 
     return reporting
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 class UserError(ValueError):
-    """Base class of all errors that a user can correct; the commands print it as one line and exit with 2."""
+    """Base class of all errors that a user can correct; the commands print it as one line and exit by `exit_code`."""
 
 
 class ConfigError(UserError):

@@ -20,10 +20,10 @@ from typing import Any
 
 import psutil
 
-from ddk_ds.command_line import EXIT_ENDED_AT_ONCE, EXIT_INTERRUPTED, EXIT_USER_ERROR, EXIT_WRONG_NUMBERS, RANK_SCRIPT
+from ddk_ds.command_line import RANK_SCRIPT
+from ddk_ds.exit_codes import EXIT_ENDED_AT_ONCE, OF_A_RUN
 
 _PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
-_OF_A_RUN = (0, EXIT_USER_ERROR, EXIT_WRONG_NUMBERS, EXIT_INTERRUPTED)
 # A rank that waits in a collective does not hear a second Ctrl-C.
 _LAST_WAIT_S = 10
 # Device files of NVIDIA's GPUs, of these in WSL, of AMD's, and of other accelerators.
@@ -101,7 +101,7 @@ class _Launched:
             signal.alarm(0)
             for number, handler in before.items():
                 signal.signal(number, handler)
-        if self._signals and code not in _OF_A_RUN:
+        if self._signals and code not in OF_A_RUN:
             return EXIT_ENDED_AT_ONCE
         return code if code >= 0 else 128 - code
 

@@ -13,10 +13,10 @@ from pathlib import Path
 from threading import Event, Thread
 from typing import Any
 
-from ddk_ds.command_line import EXIT_INTERRUPTED, EXIT_USER_ERROR
 from ddk_ds.comparison.method_stages import RunInterrupted, launch
 from ddk_ds.config import load_config, make_config, to_yaml
-from ddk_ds.errors import UserError
+from ddk_ds.errors import TemporaryError, UserError
+from ddk_ds.exit_codes import EXIT_INTERRUPTED, EXIT_TEMPORARY, EXIT_USER_ERROR
 from ddk_ds.report.ledger_table import LedgerTable, Table, load_ledger, table_of
 from ddk_ds.run_files import is_finished, read_summary
 
@@ -90,6 +90,7 @@ def distil(
 
     Raises:
         UserError: configuration, models, data or the run's directory are wrong; nothing was trained.
+        TemporaryError: the same, and time may mend it: the same call may pass later.
         RunInterrupted: a signal ended the run, which has saved; the same call continues it.
         RunFailed: the run failed otherwise; the message has its last lines.
     """
@@ -107,8 +108,8 @@ def distil(
     if code == EXIT_INTERRUPTED:
         raise RunInterrupted(f"{checked.run_dir} was interrupted and has saved: the same call continues it")
     errors = re.findall(r"^error: (.*)$", output, re.MULTILINE)
-    if code == EXIT_USER_ERROR and errors:
-        raise UserError(errors[-1])
+    if code in (EXIT_USER_ERROR, EXIT_TEMPORARY) and errors:
+        raise (TemporaryError if code == EXIT_TEMPORARY else UserError)(errors[-1])
     tail = "\n".join(output.splitlines()[-20:])
     raise RunFailed(f"{checked.run_dir} ended with exit code {code}; {log} has all, its end is\n{tail}")
 

@@ -14,11 +14,12 @@ import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from ddk_ds.command_line import EXIT_INTERRUPTED, EXIT_USER_ERROR, command_parser, parse, positive
+from ddk_ds.command_line import command_parser, parse, positive
 from ddk_ds.comparison.comparison_jobs import METHODS, ComparisonPlan, read_grid
 from ddk_ds.comparison.method_stages import Job, RunInterrupted, run_job
 from ddk_ds.config.suggestions import dashes_hint
 from ddk_ds.errors import ConfigError, UserError
+from ddk_ds.exit_codes import EXIT_INTERRUPTED, exit_code
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -42,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return EXIT_INTERRUPTED
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 1 if failed else EXIT_USER_ERROR
+        return 1 if failed else exit_code(error)
     return 1 if failed else 0
 
 

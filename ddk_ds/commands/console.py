@@ -8,7 +8,8 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
-from ddk_ds.command_line import EXIT_USER_ERROR, Main, command_parser, complete
+from ddk_ds.command_line import Main, command_parser, complete
+from ddk_ds.exit_codes import EXIT_USER_ERROR
 from ddk_ds.version import VERSION
 
 # The module of a subcommand is ddk_ds/commands/<subcommand>_command.py.

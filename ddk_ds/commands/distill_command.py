@@ -5,8 +5,8 @@
     ddk distill --hostfile hosts --config my.yaml
 
 DeepSpeed's launcher starts a rank on each GPU; without a GPU, give --ranks. Start the same command again to continue an
-interrupted run. Exit codes: 0 done; 2 an error that you can mend; 3 numbers went wrong; 75 interrupted by a signal, and
-saved.
+interrupted run. Exit codes: 0 done; 2 an error that you can mend; 3 numbers went wrong; 69 an error that
+time may mend; 75 interrupted by a signal, and saved.
 """
 
 from __future__ import annotations

@@ -14,18 +14,11 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.table import Table
 
-from ddk_ds.command_line import (
-    EXIT_ENDED_AT_ONCE,
-    EXIT_INTERRUPTED,
-    EXIT_USER_ERROR,
-    EXIT_WRONG_NUMBERS,
-    command_parser,
-    parse,
-    positive,
-)
+from ddk_ds.command_line import command_parser, parse, positive
 from ddk_ds.config import Config, load_config, to_yaml
 from ddk_ds.config.suggestions import dashes_hint
 from ddk_ds.errors import UserError
+from ddk_ds.exit_codes import EXIT_ENDED_AT_ONCE, EXIT_INTERRUPTED, EXIT_WRONG_NUMBERS, exit_code
 from ddk_ds.redact import redact
 from ddk_ds.run_files import is_finished
 
@@ -39,7 +32,7 @@ if TYPE_CHECKING:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code.
 
-    0: done; 2: an error that the user can mend; 3: numbers went wrong; 75: interrupted by a signal and saved.
+    ddk_ds/exit_codes.py has them all.
     """
     parser = command_parser(__doc__, dashes_hint)
     add_options(parser)
@@ -73,7 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         shown = redact(f"error: {error}")
         _console(stderr=True).print(shown, style="bold red", highlight=False, soft_wrap=True, markup=False)
-        return EXIT_USER_ERROR
+        return exit_code(error)
     finally:
         if (comm := sys.modules.get("ddk_ds.comm")) is not None:  # it imports torch; without it nothing was begun
             comm.destroy()

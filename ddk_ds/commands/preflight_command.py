@@ -25,6 +25,7 @@ from ddk_ds.command_line import command_parser, parse, positive
 from ddk_ds.config import Config, load_config
 from ddk_ds.config.suggestions import dashes_hint
 from ddk_ds.errors import UserError
+from ddk_ds.exit_codes import EXIT_USER_ERROR
 
 if TYPE_CHECKING:
     from ddk_ds.comm import Comm
@@ -87,7 +88,6 @@ def _run(options: argparse.Namespace) -> int:
     from ddk_ds.comm import SingleProcess
     from ddk_ds.engine.runtime import start_runtime
     from ddk_ds.train.preflight import (
-        EXIT_FAILED,
         PlannedRanks,
         failed,
         measure_collectives,
@@ -112,7 +112,7 @@ def _run(options: argparse.Namespace) -> int:
         _show(rows)
         if options.json is not None:
             options.json.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
-    return EXIT_FAILED if failed(rows) else 0
+    return EXIT_USER_ERROR if failed(rows) else 0
 
 
 def _load(options: argparse.Namespace) -> tuple[Config | None, Row | None]:

@@ -32,6 +32,7 @@ from ddk_ds.command_line import command_parser, parse, reports_user_errors
 from ddk_ds.data.manifest import Manifest
 from ddk_ds.data.prepare import Plan, prepare
 from ddk_ds.data.recipe import load_recipe
+from ddk_ds.exit_codes import EXIT_ENDED_AT_ONCE
 
 DEFAULT_VALIDATION_SAMPLES = 500  # the paper's
 HEADS = ("documents", "tokens", "train\nsamples", "held-out\nsamples", "bytes per\ntoken")
@@ -192,5 +193,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
         run(parse_arguments(arguments), Console())
     except KeyboardInterrupt:
         print("interrupted: start the same command again to continue", file=sys.stderr)
-        return 130
+        return EXIT_ENDED_AT_ONCE
     return 0

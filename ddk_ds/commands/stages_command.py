@@ -14,10 +14,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from ddk_ds.command_line import EXIT_INTERRUPTED, command_parser, parse, positive, reports_user_errors
+from ddk_ds.command_line import command_parser, parse, positive, reports_user_errors
 from ddk_ds.comparison.method_stages import STAGES, Job, RunInterrupted, StageFailed, run_job
 from ddk_ds.config import load_config
 from ddk_ds.config.suggestions import dashes_hint
+from ddk_ds.exit_codes import EXIT_INTERRUPTED
 
 
 @reports_user_errors

@@ -14,12 +14,12 @@ from typing import Any
 
 import yaml
 
-from ddk_ds.command_line import EXIT_ENDED_AT_ONCE, EXIT_INTERRUPTED
 from ddk_ds.config import Config, load_config
 from ddk_ds.config.keys import flatten
 from ddk_ds.config.methods import METHODS as SINGLE_STAGE
 from ddk_ds.config.paths import path_keys
 from ddk_ds.errors import CheckpointError, ConfigError, UserError
+from ddk_ds.exit_codes import EXIT_ENDED_AT_ONCE, EXIT_INTERRUPTED
 from ddk_ds.launcher import launcher_command, run_launcher
 from ddk_ds.run_files import is_finished
 

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 from ddk_ds.data.manifest import load_manifest
 from ddk_ds.data.mds import Ids, open_split
 from ddk_ds.data.store import LocalStore, Shard, Store
-from ddk_ds.errors import DataError
+from ddk_ds.errors import DataError, UserError
 
 
 class Sample(TypedDict):
@@ -141,7 +141,7 @@ def interval_loader(
 def _micro_batches(loader: DataLoader[Any]) -> Iterator[MicroBatch]:
     for read in loader:
         if isinstance(read, _Failure):
-            raise DataError(read.message)
+            raise read.error
         tokens, domains, sample_ids = read
         yield {
             "input_ids": torch.from_numpy(tokens.astype(np.int64)),
@@ -151,9 +151,9 @@ def _micro_batches(loader: DataLoader[Any]) -> Iterator[MicroBatch]:
 
 
 class _Failure(NamedTuple):
-    """The message of a worker's error. A raised error would have the worker's traceback as its message."""
+    """A worker's error. A raised one would have the worker's traceback as its message."""
 
-    message: str
+    error: UserError
 
 
 class _Reader(Dataset[Any]):
@@ -169,8 +169,8 @@ class _Reader(Dataset[Any]):
     def __getitems__(self, sample_ids: list[int]) -> tuple[Ids, list[int], list[int]] | _Failure:
         try:
             samples = [self._dataset.read(sample_id) for sample_id in sample_ids]
-        except DataError as error:
-            return _Failure(str(error))
+        except UserError as error:
+            return _Failure(error)
         return np.stack([tokens for tokens, _ in samples]), [domain for _, domain in samples], sample_ids
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from datetime import datetime
 from pathlib import Path
 
 import pytest
@@ -144,3 +145,24 @@ def test_a_job_that_gains_nothing_is_requeued_once(slurm: Cluster, workspace: Pa
     [job] = slurm.submit(write_config(workspace, tmp_path), "--python", str(idle))
     slurm.start_requeued(job)
     assert slurm.wait_for_end(job) == ("FAILED", 4), log(tmp_path / "runs/run", job)
+
+
+def test_what_time_may_mend_is_requeued_after_a_pause(
+    slurm: Cluster, workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    once = tmp_path / "python"
+    once.write_text(f"#!/bin/bash\nif mkdir {tmp_path}/begun; then exit 69; fi\nexit 0\n")
+    once.chmod(0o755)
+    monkeypatch.setitem(slurm.environment, "DDK_REQUEUE_PAUSE_S", "3000")
+    [job] = slurm.submit(write_config(workspace, tmp_path), "--python", str(once), ranks=1)
+
+    def paused() -> bool:
+        shown = slurm.show(job)
+        begin, now = (
+            datetime.fromisoformat(text) for text in (shown["StartTime"], slurm.run("date", "+%FT%T").strip())
+        )
+        return shown["JobState"] == "PENDING" and shown["Restarts"] == "1" and (begin - now).total_seconds() > 2800
+
+    slurm.wait_for("a pause of 3,000 s", paused, timeout_s=60)
+    slurm.start_requeued(job)
+    assert slurm.wait_for_end(job) == ("COMPLETED", 0), log(tmp_path / "runs/run", job)

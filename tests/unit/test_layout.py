@@ -32,7 +32,8 @@ FLOORS = (
     ("data", "kernels", "mixture"),
     ("comm", "config", "run_files"),
     ("launcher",),
-    ("command_line", "drawing", "files", "redact", "remaining_time", "version"),
+    ("command_line",),
+    ("drawing", "exit_codes", "files", "redact", "remaining_time", "version"),
     ("errors",),
 )
 FLOOR = {room: floor for floor, rooms in enumerate(reversed(FLOORS)) for room in rooms}

@@ -43,6 +43,7 @@ STAND_INS = {
             show) echo node7; echo node8 ;;
             --oneliner) echo "NodeName=$4 Arch=x86_64 NodeAddr=10.0.0.7 NodeHostName=$4" ;;
             requeue) echo "$2" >> "$STAND_IN/requeued"; kill -s TERM $PPID ;;
+            update) echo "$2 $3" >> "$STAND_IN/updated" ;;
         esac""",
     # Replaces the ranks' python; each test writes its behaviour.
     "python": """
@@ -461,6 +462,35 @@ def test_requeuing_ends_where_nothing_is_gained(desk: Desk) -> None:
     # After a new submission with another limit, restarts are counted from zero.
     assert desk.job("exit 75", SLURM_JOB_ID="9")[0] == 75
     assert desk.noted("requeued")[-1] == "9"
+
+
+@pytest.mark.parametrize("chain", ["1", "2"])
+def test_what_time_may_mend_is_requeued_with_growing_pauses(desk: Desk, chain: str) -> None:
+    assert desk.submit("--chain", chain) == 0
+    for restart in range(8):
+        code, output = desk.job("exit 69", SLURM_RESTART_COUNT=str(restart))
+        assert code == 69 and "time may mend it: requeued in" in output, output
+    assert desk.noted("updated") == [f"JobId=7 StartTime=now+{60 << restart}" for restart in range(8)]
+    code, output = desk.job("exit 69", SLURM_RESTART_COUNT="8")
+    assert code == 69 and "9 ends with code 69 at none: not requeued" in output, output
+    assert desk.noted("requeued") == ["7"] * 8 and not (desk.snapshot / "ended").exists()
+
+
+def test_a_new_checkpoint_begins_the_pauses_anew(desk: Desk) -> None:
+    assert desk.submit() == 0
+    assert desk.job("exit 69", DDK_REQUEUE_PAUSE_S="5")[0] == 69
+    behaviour = checkpoint(9).replace("exit 75", "exit 69")
+    assert desk.job(behaviour, SLURM_RESTART_COUNT="1", DDK_REQUEUE_PAUSE_S="5")[0] == 69
+    assert desk.noted("updated") == ["JobId=7 StartTime=now+5"] * 2
+    # A start that ended with 69 does not count as one that was too short.
+    assert desk.job("exit 75", SLURM_RESTART_COUNT="2")[0] == 75
+    assert len(desk.noted("requeued")) == 3
+
+
+def test_a_cancelled_job_does_not_wait(desk: Desk) -> None:
+    assert desk.submit() == 0
+    code, output = desk.job(SAVES.replace("exit 75", "exit 69"), send=signal.SIGTERM)
+    assert code == 69 and desk.noted("requeued") == [], output
 
 
 def test_a_limit_too_short_for_a_first_step(desk: Desk) -> None:

@@ -5,11 +5,10 @@ from __future__ import annotations
 from ddk_ds.train.preflight.agreement import PlannedRanks, measure_collectives
 from ddk_ds.train.preflight.checks import preflight, preflight_machine
 from ddk_ds.train.preflight.login_node import check_on_login_node
-from ddk_ds.train.preflight.rows import EXIT_FAILED, Row, failed
+from ddk_ds.train.preflight.rows import Row, failed
 from ddk_ds.train.preflight.sample_counts import domain_samples
 
 __all__ = [
-    "EXIT_FAILED",
     "PlannedRanks",
     "Row",
     "check_on_login_node",

@@ -13,8 +13,8 @@ from typing import Any, Literal
 
 from ddk_ds.comm import announce, missing_ranks
 from ddk_ds.errors import UserError
+from ddk_ds.exit_codes import EXIT_USER_ERROR
 
-EXIT_FAILED = 2
 Status = Literal["pass", "warn", "fail"]
 _SEVERITY: dict[str, int] = {"pass": 0, "warn": 1, "fail": 2}
 # Lead of the rank that reports an endless wait: the launcher ends all ranks as soon as one has ended.
@@ -74,7 +74,7 @@ def failed(rows: Sequence[Row]) -> bool:
 
 @contextmanager
 def deadline(place: str, seconds: float) -> Iterator[None]:
-    """Limit the time of the body: beyond it, print the ranks that did not reach `place` and exit with EXIT_FAILED.
+    """Limit the time of the body: beyond it, print the ranks that did not reach `place` and exit with EXIT_USER_ERROR.
 
     A thread ends the process, because a collective that hangs cannot be left otherwise.
     """
@@ -106,4 +106,4 @@ def _give_up(place: str, seconds: float) -> None:
         print(f"preflight: {place}: fail: no answer within {seconds:g} s: {why}", file=sys.stderr, flush=True)
     else:
         time.sleep(_REPORT_S)
-    os._exit(EXIT_FAILED)
+    os._exit(EXIT_USER_ERROR)
