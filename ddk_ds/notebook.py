@@ -96,6 +96,7 @@ def distil(
     """
     with _file(config, overrides) as (path, given):
         checked = load_config(path, given)
+        checked.check_paths()
         if ranks is not None:
             checked.micro_batches(ranks)
         log = Path(checked.output_dir) / f"{checked.name}.log"

@@ -12,8 +12,10 @@ from typing import Any
 
 import pytest
 
+from ddk_ds import distil
 from ddk_ds.commands.distill_rank import main
 from ddk_ds.config import load_config
+from ddk_ds.errors import UserError
 from ddk_ds.train.checkpoint.checkpoint_files import FORMAT
 from ddk_ds.train.run_dir import claim_run_dir
 from tools.bench.small_run import write_config
@@ -162,6 +164,13 @@ def test_no_such_model(workspace: Path, tmp_path: Path, capsys: pytest.CaptureFi
     empty.mkdir()
     text = error_of(write_config(workspace, tmp_path, student={"path": str(empty)}), capsys)
     assert "student.path" in text and "config.json" in text
+
+
+def test_distil_finds_a_missing_path_before_it_starts_ranks(workspace: Path, tmp_path: Path) -> None:
+    config = write_config(workspace, tmp_path)
+    with pytest.raises(UserError, match=r"data\.path: there is no /nowhere"):
+        distil(config, "data.path=/nowhere", ranks=2, quiet=True)
+    assert not list((tmp_path / "runs").glob("*")), "the launcher would have left its output in <name>.log"
 
 
 def test_a_run_that_goes_on_elsewhere_keeps_its_directory(workspace: Path, tmp_path: Path) -> None:
