@@ -11,7 +11,7 @@ import numpy as np
 
 from ddk_ds.errors import ConfigError
 from ddk_ds.mixture.decide import Controller
-from ddk_ds.mixture.domain_vectors import Values, Vector, check_domains, values_in_order
+from ddk_ds.mixture.domain_vectors import Factors, Values, Vector, check_domains, softmax, values_in_order
 
 
 def included_domains(names: Sequence[str], exclude: Sequence[str]) -> tuple[str, ...]:
@@ -78,16 +78,16 @@ class Bounded:
         """Return the options of `rule` that spread its proportions."""
         return self.rule.spreading(interval)
 
-    def start(self, student_ppl: Values, teacher_ppl: Values) -> Vector:
+    def start(self, student_ppl: Values, teacher_ppl: Values) -> Factors:
         """Return the first proportions (N,) of `rule`, brought within the bounds."""
         return self._bounded(self.rule.start(self._included(student_ppl), self._included(teacher_ppl)))
 
-    def update(self, proportions: Vector, student_ppl: Values, teacher_ppl: Values, *, interval: int) -> Vector:
+    def update(self, logs: Vector, student_ppl: Values, teacher_ppl: Values, *, interval: int) -> Factors:
         """Return the next proportions (N,) of `rule`, brought within the bounds."""
-        current = np.asarray(proportions, np.float64)[self._indices]
+        current = logs[self._indices]
         # A fork of a run that drew from the excluded domains: the others divide their proportions.
-        if np.count_nonzero(proportions) > np.count_nonzero(current):
-            current = current / current.sum() if current.any() else np.full(len(current), 1 / len(current))
+        if np.isfinite(logs).sum() > np.isfinite(current).sum():
+            current = softmax(current if np.isfinite(current).any() else np.zeros(len(current))).logs
         students, teachers = self._included(student_ppl), self._included(teacher_ppl)
         return self._bounded(self.rule.update(current, students, teachers, interval=interval))
 
@@ -103,13 +103,14 @@ class Bounded:
     def _included(self, values: Values) -> Values:
         return None if values is None else [values[i] for i in self._indices]
 
-    def _bounded(self, proportions: Vector) -> Vector:
-        bounded = np.zeros(len(self.names))
-        bounded[self._indices] = raise_to_floors(self.floors, proportions) if self.floors else proportions
-        return bounded
+    def _bounded(self, factors: Factors) -> Factors:
+        raised = raise_to_floors(self.floors, factors) if self.floors else factors
+        bounded, logs = np.zeros(len(self.names)), np.full(len(self.names), -np.inf)
+        bounded[self._indices], logs[self._indices] = raised.proportions, raised.logs
+        return Factors(bounded, logs)
 
 
-def raise_to_floors(floors: Sequence[float], proportions: Vector) -> Vector:
+def raise_to_floors(floors: Sequence[float], factors: Factors) -> Factors:
     """Return proportions (M,) with the sum 1 that are not below their floors.
 
     Proportions below their floors are set to them, and one common factor < 1 scales the others; this repeats until
@@ -117,14 +118,16 @@ def raise_to_floors(floors: Sequence[float], proportions: Vector) -> Vector:
 
     Args:
         floors: (M,) numbers >= 0 whose sum is at most 1.
-        proportions: (M,) numbers >= 0 with the sum 1.
+        factors: (M,) numbers >= 0 with the sum 1.
     """
-    least = np.asarray(floors, np.float64)
-    raised = proportions.copy()
+    least, proportions = np.asarray(floors, np.float64), factors.proportions
+    raised, logs = proportions.copy(), factors.logs.copy()
     at_floor = np.zeros(len(least), bool)
     while (under := ~at_floor & (raised < least)).any():
         at_floor |= under
         rest = proportions[~at_floor].sum()
+        scale = max(0.0, 1 - least[at_floor].sum()) / rest if rest else 0.0
         raised[at_floor] = least[at_floor]
-        raised[~at_floor] = proportions[~at_floor] * (max(0.0, 1 - least[at_floor].sum()) / rest if rest else 0.0)
-    return raised
+        raised[~at_floor] = proportions[~at_floor] * scale
+        logs[~at_floor] = factors.logs[~at_floor] + (math.log(scale) if scale else -np.inf)
+    return Factors.of(raised, logs)

@@ -63,7 +63,7 @@ def make_controller(options: MixtureOptions, sizes: Mapping[str, int], schedule:
         controller = Bounded(tuple(sizes), controller, options.exclude, floors)
     # An option that does not fit the number of domains raises now and not after the first evaluation.
     ones = np.ones(len(sizes))
-    controller.update(controller.start(ones, ones), ones, ones, interval=1)
+    controller.update(controller.start(ones, ones).logs, ones, ones, interval=1)
     return controller
 
 

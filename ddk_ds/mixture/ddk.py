@@ -14,12 +14,13 @@ import numpy as np
 from ddk_ds.errors import ConfigError, DataError
 from ddk_ds.mixture.decide import controller_state
 from ddk_ds.mixture.domain_vectors import (
+    Factors,
     Values,
     Vector,
     check_perplexities,
     check_proportions,
     domain_label,
-    reweighted,
+    mixed,
     softmax,
 )
 
@@ -55,7 +56,7 @@ def discrepancy(student_ppl: Values, teacher_ppl: Values, *, names: Sequence[str
     return float(perplexity_ratios(student_ppl, teacher_ppl, cap=None, names=names).max() - 1)
 
 
-def initial_proportions(ratios: Vector, *, floor: float) -> Vector:
+def initial_factors(ratios: Vector, *, floor: float) -> Factors:
     """Compute Eq. 1 of arXiv 2407.16154: r_0 = softmax(l_S / l_T), (N,), sums to 1.
 
     Args:
@@ -70,30 +71,28 @@ def initial_proportions(ratios: Vector, *, floor: float) -> Vector:
         raise ConfigError(
             f"mixture.initial_floor is {floor} for {num_domains} domains: give a number between 0 and 1/{num_domains}"
         )
-    return floor + max(0.0, 1 - num_domains * floor) * softmax(ratios)
+    return mixed(max(0.0, 1 - num_domains * floor), softmax(ratios), floor)
 
 
-def updated_proportions(
-    proportions: Sequence[float] | Vector, ratios: Vector, *, alpha: float, prior: Sequence[float] | None
-) -> Vector:
+def updated_factors(logs: Vector, ratios: Vector, *, alpha: float, prior: Sequence[float] | None) -> Factors:
     """Compute Eq. 2 of arXiv 2407.16154.
 
     psi = r_t exp(l_S / l_T); r_{t+1} = alpha psi / sum(psi) + (1 - alpha) / N, (N,), sums to 1.
 
     Args:
-        proportions: (N,) r_t, non-negative, sums to 1; zeros are legal (their psi is 0).
+        logs: (N,) log r_t; the proportions sum to 1. -inf is legal (its psi is 0).
         ratios: (N,) l_S / l_T.
         alpha: smoothing coefficient, 0..1; every domain keeps at least (1 - alpha) / N.
         prior: (N,) proportions in place of 1/N; None: 1/N, as in the paper.
 
     Raises:
-        ConfigError: `proportions` or `prior` are not proportions of N domains.
+        ConfigError: `logs` or `prior` are not those of proportions of N domains.
     """
-    current = check_proportions(proportions, num_domains=len(ratios), label="the interval's proportions r_t")
-    smoothed = alpha * reweighted(current, ratios - ratios.max())
+    check_proportions(np.exp(logs), num_domains=len(ratios), label="the interval's proportions r_t")
+    psi = softmax(logs + (ratios - ratios.max()))
     if prior is None:
-        return smoothed + (1 - alpha) / len(ratios)
-    return smoothed + (1 - alpha) * check_proportions(prior, num_domains=len(ratios), label="mixture.prior")
+        return mixed(alpha, psi, (1 - alpha) / len(ratios))
+    return mixed(alpha, psi, (1 - alpha) * check_proportions(prior, num_domains=len(ratios), label="mixture.prior"))
 
 
 @dataclass(frozen=True)
@@ -116,17 +115,17 @@ class DDK:
         """Return the options of Eq. 1 for the first interval, and those of Eq. 2 for every later one."""
         return ("ratio_cap", "alpha") if interval else ("ratio_cap", "initial_floor")
 
-    def start(self, student_ppl: Values, teacher_ppl: Values) -> Vector:
-        """Return the first proportions (N,): Eq. 1 with its cap and floor, or 1/N each if `initial` is "equal"."""
+    def start(self, student_ppl: Values, teacher_ppl: Values) -> Factors:
+        """Return the first factors (N,): Eq. 1 with its cap and floor, or 1/N each if `initial` is "equal"."""
         if self.initial == "equal":
-            return np.full(len(self.names), 1 / len(self.names))
+            return Factors.of(np.full(len(self.names), 1 / len(self.names)))
         ratios = perplexity_ratios(student_ppl, teacher_ppl, cap=self.ratio_cap, names=self.names)
-        return initial_proportions(ratios, floor=self.initial_floor)
+        return initial_factors(ratios, floor=self.initial_floor)
 
-    def update(self, proportions: Vector, student_ppl: Values, teacher_ppl: Values, *, interval: int) -> Vector:
-        """Return the next proportions (N,), computed by Eq. 2 with the configured cap and prior."""
+    def update(self, logs: Vector, student_ppl: Values, teacher_ppl: Values, *, interval: int) -> Factors:
+        """Return the next factors (N,), computed by Eq. 2 with the configured cap and prior."""
         ratios = perplexity_ratios(student_ppl, teacher_ppl, cap=self.ratio_cap, names=self.names)
-        return updated_proportions(proportions, ratios, alpha=self.alpha, prior=self.prior)
+        return updated_factors(logs, ratios, alpha=self.alpha, prior=self.prior)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the kind and the options."""
@@ -148,13 +147,13 @@ class DDKNoSmoothing:
         """Return the options of Eq. 1, which every interval uses."""
         return ("ratio_cap", "initial_floor")
 
-    def start(self, student_ppl: Values, teacher_ppl: Values) -> Vector:
-        """Return the first proportions (N,), computed by Eq. 1 with the configured cap and floor."""
+    def start(self, student_ppl: Values, teacher_ppl: Values) -> Factors:
+        """Return the first factors (N,), computed by Eq. 1 with the configured cap and floor."""
         ratios = perplexity_ratios(student_ppl, teacher_ppl, cap=self.ratio_cap, names=self.names)
-        return initial_proportions(ratios, floor=self.initial_floor)
+        return initial_factors(ratios, floor=self.initial_floor)
 
-    def update(self, proportions: Vector, student_ppl: Values, teacher_ppl: Values, *, interval: int) -> Vector:
-        """Return the next proportions (N,), computed by Eq. 1 again; the past ones are not used."""
+    def update(self, logs: Vector, student_ppl: Values, teacher_ppl: Values, *, interval: int) -> Factors:
+        """Return the next factors (N,), computed by Eq. 1 again; the past ones are not used."""
         return self.start(student_ppl, teacher_ppl)
 
     def state_dict(self) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """A controller and its decision between two intervals, as a run takes it and as a replay of its ledger repeats it.
 
-A controller holds nothing but its options: it is given the proportions that it continues from.
+A controller holds nothing but its options: it is given the logs of the proportions that it continues from.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from ddk_ds.mixture.domain_vectors import Values, Vector
+from ddk_ds.mixture.domain_vectors import Factors, Values, Vector
 
 
 class Controller(Protocol):
@@ -38,11 +38,11 @@ class Controller(Protocol):
         Empty for a controller that does not move proportions: they are the user's own.
         """
 
-    def start(self, student_ppl: Values, teacher_ppl: Values) -> Vector:
-        """Return the proportions (N,) of interval 0."""
+    def start(self, student_ppl: Values, teacher_ppl: Values) -> Factors:
+        """Return the proportions (N,) of interval 0, with their logs."""
 
-    def update(self, proportions: Vector, student_ppl: Values, teacher_ppl: Values, *, interval: int) -> Vector:
-        """Return the proportions (N,) of `interval`, 1 or later; `proportions` are those of the interval before."""
+    def update(self, logs: Vector, student_ppl: Values, teacher_ppl: Values, *, interval: int) -> Factors:
+        """Return the proportions (N,) of `interval`, 1 or later; `logs` (N,) are those of the interval before."""
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything that the decisions depend on, except perplexities, as plain JSON."""
@@ -66,6 +66,8 @@ class Decision:
     """(N,) proportions of the interval."""
     smoothed_ppl: list[float]
     """(N,) the student's perplexities as the controller received them; empty if it smooths none."""
+    log_proportions: list[float | None]
+    """(N,) natural logs of the proportions, also of one that is too small for a float; None where it is 0."""
 
 
 def decide(
@@ -85,11 +87,14 @@ def decide(
         used = smoothed_perplexities([] if last is None else last.smoothed_ppl, student_ppl, controller.ppl_smoothing)
         smoothed = used.tolist()
     if last is None:
-        proportions = controller.start(used, teacher_ppl)
+        factors = controller.start(used, teacher_ppl)
     else:
-        current = np.array(last.proportions, np.float64)
-        proportions = controller.update(current, used, teacher_ppl, interval=interval)
-    return Decision(proportions.tolist(), smoothed)
+        logs = np.array([-np.inf if log is None else log for log in last.log_proportions])
+        factors = controller.update(logs, used, teacher_ppl, interval=interval)
+    # JSON has no infinity.
+    return Decision(
+        factors.proportions.tolist(), smoothed, [None if log == -np.inf else log for log in factors.logs.tolist()]
+    )
 
 
 def smoothed_perplexities(last: Sequence[float], measured: Vector, weight: float) -> Vector:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -135,13 +136,41 @@ def proportions_by_size(names: Sequence[str], sizes: Mapping[str, int]) -> tuple
     return tuple(int(sizes[name]) / total for name in names)
 
 
-def reweighted(proportions: Vector, exponents: Vector) -> Vector:
-    """Return proportions * exp(exponents) divided by its sum, (N,); a proportion of 0 stays 0."""
-    log_proportions = np.log(proportions, out=np.full_like(proportions, -np.inf), where=proportions > 0)
-    return softmax(log_proportions + exponents)
+@dataclass(frozen=True, eq=False)
+class Factors:
+    """Proportions and their logs: where a proportion underflows to 0, its log still says how small it is.
+
+    Without it a domain whose first proportion is exp(-1000) could never return (Eq. 2 multiplies).
+    """
+
+    proportions: Vector
+    """(N,), sums to 1."""
+    logs: Vector
+    """(N,); -inf only where a proportion is 0 by definition, for example an excluded domain's."""
+
+    @classmethod
+    def of(cls, proportions: Vector, logs: Vector | None = None) -> Factors:
+        """Return the factors of `proportions` (N,); `logs` (N,) are used only where a proportion is too small a float.
+
+        Without `logs` such a proportion is what it says.
+        """
+        if logs is None:
+            logs = np.full(len(proportions), -np.inf)
+        least = np.finfo(np.float64).tiny  # smaller floats have fewer digits
+        return cls(proportions, np.log(proportions, out=logs.copy(), where=~(proportions < least)))
 
 
-def softmax(exponents: Vector) -> Vector:
-    """Return exp(exponents) divided by its sum, (N,), without overflow."""
-    weights: Vector = np.exp(exponents - exponents.max())
-    return weights / math.fsum(weights)
+def softmax(exponents: Vector) -> Factors:
+    """Return exp(exponents) divided by its sum, (N,), without overflow; an exponent of -inf gives 0."""
+    shifted = exponents - exponents.max()
+    weights = np.exp(shifted)
+    total = math.fsum(weights)
+    return Factors.of(weights / total, shifted - math.log(total))
+
+
+def mixed(weight: float, factors: Factors, rest: float | Vector) -> Factors:
+    """Return weight * factors + rest, (N,)."""
+    rests = np.broadcast_to(rest, factors.logs.shape)
+    with np.errstate(divide="ignore"):  # the log of a weight or rest of 0
+        logs = np.logaddexp(np.log(weight) + factors.logs, np.log(rests))
+    return Factors.of(weight * factors.proportions + rests, logs)

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from ddk_ds.mixture.decide import controller_state
-from ddk_ds.mixture.domain_vectors import Values, Vector, check_perplexities, check_proportions, reweighted
+from ddk_ds.mixture.domain_vectors import Factors, Values, Vector, check_perplexities, check_proportions, mixed, softmax
 
 
 @dataclass(frozen=True)
@@ -32,28 +32,28 @@ class _ExcessLoss:
         """Return the floors: nothing else bounds what the exponential step takes from a domain."""
         return ("floors",)
 
-    def start(self, student_ppl: Values, teacher_ppl: Values) -> Vector:
+    def start(self, student_ppl: Values, teacher_ppl: Values) -> Factors:
         """Return the prior proportions (N,); perplexities are not used."""
         num_domains = len(self.names)
-        return np.full(num_domains, 1 / num_domains) if self.prior is None else np.array(self.prior, np.float64)
+        return Factors.of(np.full(num_domains, 1 / num_domains) if self.prior is None else np.array(self.prior))
 
     def state_dict(self) -> dict[str, Any]:
         """Return the kind and the options."""
         return controller_state(self)
 
-    def _reweighted(self, proportions: Vector, student_ppl: Values, teacher_ppl: Values, step_size: float) -> Vector:
+    def _reweighted(self, logs: Vector, student_ppl: Values, teacher_ppl: Values, step_size: float) -> Factors:
         """Return proportions * exp(step_size * max(loss_S - reference, 0)) divided by their sum, (N,).
 
-        loss_S is the log of the student's perplexity, in nats per token. `self.reference` holds the references; if it
-        is None, they are the logs of the teacher's perplexities.
+        `logs` are those of the proportions. loss_S is the log of the student's perplexity, in nats per token.
+        `self.reference` holds the references; if it is None, they are the logs of the teacher's perplexities.
         """
-        current = check_proportions(proportions, num_domains=len(self.names), label="the interval's proportions")
+        check_proportions(np.exp(logs), num_domains=len(self.names), label="the interval's proportions")
         losses = np.log(check_perplexities(student_ppl, model="student", names=self.names))
         if self.reference is None:
             references = np.log(check_perplexities(teacher_ppl, model="teacher", names=self.names))
         else:
             references = np.array(self.reference, np.float64)
-        return reweighted(current, step_size * np.maximum(losses - references, 0.0))
+        return softmax(logs + step_size * np.maximum(losses - references, 0.0))
 
 
 @dataclass(frozen=True)
@@ -66,9 +66,9 @@ class ShearedLlama(_ExcessLoss):
 
     name: ClassVar[str] = "sheared_llama"
 
-    def update(self, proportions: Vector, student_ppl: Values, teacher_ppl: Values, *, interval: int) -> Vector:
+    def update(self, logs: Vector, student_ppl: Values, teacher_ppl: Values, *, interval: int) -> Factors:
         """Return the proportions (N,) multiplied by exp(excess loss) and divided by their sum."""
-        return self._reweighted(proportions, student_ppl, teacher_ppl, 1.0)
+        return self._reweighted(logs, student_ppl, teacher_ppl, 1.0)
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ class DoReMiOnline(_ExcessLoss):
     """c, 0..1: weight of equal proportions in every update."""
     name: ClassVar[str] = "doremi_online"
 
-    def update(self, proportions: Vector, student_ppl: Values, teacher_ppl: Values, *, interval: int) -> Vector:
-        """Return r_{t+1} (N,) of the formula above; `proportions` are r_t."""
-        sharp = self._reweighted(proportions, student_ppl, teacher_ppl, self.step_size)
-        return (1 - self.smoothing) * sharp + self.smoothing / len(self.names)
+    def update(self, logs: Vector, student_ppl: Values, teacher_ppl: Values, *, interval: int) -> Factors:
+        """Return r_{t+1} (N,) of the formula above; `logs` are those of r_t."""
+        sharp = self._reweighted(logs, student_ppl, teacher_ppl, self.step_size)
+        return mixed(1 - self.smoothing, sharp, self.smoothing / len(self.names))

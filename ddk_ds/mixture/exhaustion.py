@@ -9,14 +9,27 @@ from fractions import Fraction
 from typing import Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ddk_ds.errors import ConfigError
 from ddk_ds.mixture.domain_vectors import Vector, check_domains, check_proportions
 from ddk_ds.mixture.order import Ids
 
 
-def largest_remainder(proportions: Sequence[float] | Vector, total: int) -> Ids:
-    """Return integer counts (N,) with sum `total` and |count - proportion * total| < 1; ties go to the lower index.
+def largest_remainder(proportions: Sequence[float] | Vector, total: int, owed: Sequence[float] = ()) -> Ids:
+    """Return integer counts (N,) with sum `total`, as near as they can be to `due_samples`.
+
+    A domain whose proportion is 0 gets none. Ties go to the lower index. Counts are within one sample of what is due
+    wherever proportion * total is at least 1; raises as `due_samples` does.
+    """
+    return _apportion(due_samples(proportions, total, owed), total, np.asarray(proportions) > 0)
+
+
+def due_samples(proportions: Sequence[float] | Vector, total: int, owed: Sequence[float] = ()) -> Vector:
+    """Return what is due (N,) in an interval of `total` samples: its proportions of them, and what is owed from before.
+
+    Args:
+        owed: (N,) what was due in all intervals before, less what was drawn; empty: nothing.
 
     Raises:
         ConfigError: proportions that are negative, not finite, or do not sum to 1 within 1e-6; total < 0.
@@ -25,11 +38,36 @@ def largest_remainder(proportions: Sequence[float] | Vector, total: int) -> Ids:
         raise ConfigError(f"{total} samples an interval: give 0 or more")
     checked = check_proportions(proportions, num_domains=len(proportions), label="proportions")
     # math.fsum is exact: the counts are the same on every machine.
-    exact = checked / math.fsum(checked) * total
-    counts: Ids = np.floor(exact).astype(np.int64)
-    largest_first = np.argsort(counts - exact, kind="stable")
-    counts[largest_first[: total - int(counts.sum())]] += 1
+    exact: Vector = checked / math.fsum(checked) * total
+    return exact + np.asarray(owed, np.float64) if len(owed) else exact
+
+
+def _apportion(due: Vector, total: int, drawable: NDArray[np.bool_]) -> Ids:
+    """Return integer counts (N,) >= 0 with sum `total`: whole parts of `due`, and the rest to the largest remainders.
+
+    Domains that are not `drawable` get none. A domain drawn too often before can have less than 0 due.
+    """
+    counts = np.where(drawable, np.maximum(np.floor(due), 0), 0).astype(np.int64)
+    # More than one pass only where a domain due less than 0, or one that is not drawable, leaves it to the others.
+    while short := total - int(counts.sum()):
+        candidates = np.flatnonzero(drawable if short > 0 else counts > 0)
+        behind = (due - counts)[candidates]
+        first = np.argsort(-behind if short > 0 else behind, kind="stable")[: abs(short)]
+        counts[candidates[first]] += 1 if short > 0 else -1
     return counts
+
+
+@dataclass(frozen=True)
+class Draws:
+    """The samples that an interval draws from each of N domains."""
+
+    asked: tuple[int, ...]
+    """(N,) what is due, in whole samples."""
+    counts: tuple[int, ...]
+    """(N,) what is drawn: `asked`, except where a domain is at its cap."""
+    owed: tuple[float, ...]
+    """(N,) what is due since the run's begin less what is drawn, `counts` included. What a capped domain gives to the
+    others is due to them, and no longer to it."""
 
 
 class Exhausted(Exception):
@@ -54,27 +92,31 @@ class Exhaustion:
     limits: tuple[int | None, ...]
     """(N,) limits on the draws in the complete run; None for a domain that cycles."""
 
-    def counts(self, proportions: Sequence[float] | Vector, total: int, drawn: Sequence[int]) -> tuple[int, ...]:
-        """Return the number of samples (N,) to draw from each domain in the next interval, with the sum `total`.
+    def draws(
+        self, proportions: Sequence[float] | Vector, total: int, drawn: Sequence[int], owed: Sequence[float]
+    ) -> Draws:
+        """Return the draws of the next interval, `total` samples together.
 
         They follow `proportions` (N,) by `largest_remainder`, except where a domain is at its cap.
 
         Args:
-            drawn: (N,) draws of each domain since the run began.
+            drawn, owed: (N,) draws of each domain since the run began, and `Draws.owed` of the interval before.
 
         Raises:
             Exhausted: the domains cannot fill the interval; the run ends before it.
             ConfigError: proportions that are negative, not finite, or do not sum to 1 within 1e-6.
         """
-        asked = largest_remainder(proportions, total)
+        due, shares = due_samples(proportions, total, owed), np.asarray(proportions, np.float64)
+        asked = _apportion(due, total, shares > 0)
         left = np.array([total if k is None else k - n for k, n in zip(self.limits, drawn, strict=True)], np.int64)
         capped = np.array([policy == "cap" for policy in self.policies])
-        counts = _under_caps(np.asarray(proportions, np.float64), asked, np.where(capped, left, total))
-        if counts is None:
+        found = _under_caps(shares, due, asked, np.where(capped, left, total))
+        if found is None:
             raise Exhausted(self._no_room(capped, left, total))
+        counts, still_owed = found
         for i in np.flatnonzero(counts > left):
             raise Exhausted(self._stopped(int(i), int(counts[i]), int(left[i])))
-        return tuple(counts.tolist())
+        return Draws(tuple(asked.tolist()), tuple(counts.tolist()), tuple(still_owed.tolist()))
 
     def check_first(self, total: int, exclude: Sequence[str] = ()) -> None:
         """Raise ConfigError if no proportions allow even one interval of `total` samples.
@@ -143,20 +185,22 @@ def make_exhaustion(options: ExhaustionOptions, sizes: Mapping[str, int]) -> Exh
     return Exhaustion(names, policies, tuple(limits))
 
 
-def _under_caps(proportions: Vector, asked: Ids, caps: Ids) -> Ids | None:
-    """Return counts (N,) with the sum of `asked` and none above its cap.
+def _under_caps(shares: Vector, due: Vector, asked: Ids, caps: Ids) -> tuple[Ids, Vector] | None:
+    """Return counts (N,) with the sum of `asked` and none above its cap, and what is still owed after them (N,).
 
-    The domains below their caps take the samples above a cap, in proportion to `proportions`. Return None if all those
-    domains have the proportion 0.
+    What is due above a cap goes to the domains below theirs, by their `shares`. Return None if all those domains have
+    the share 0.
     """
-    counts = asked.copy()
-    full = np.zeros(len(counts), bool)
+    counts, full = asked.copy(), np.zeros(len(asked), bool)
+    now_due = due
     while (over := counts > caps).any():
         full |= over
         rest = int(asked.sum() - caps[full].sum())
-        others = proportions[~full]
-        if rest and not others.sum():
+        others = np.where(full, 0.0, shares)
+        if others.sum():
+            others /= others.sum()
+        elif rest:
             return None
-        counts[full] = caps[full]
-        counts[~full] = largest_remainder(others / others.sum(), rest) if rest else 0
-    return counts
+        now_due = np.where(full, caps, due + math.fsum(due[full] - caps[full]) * others)
+        counts = np.where(full, caps, _apportion(now_due, rest, ~full & (shares > 0)))
+    return counts, now_due - counts

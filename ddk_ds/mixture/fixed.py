@@ -10,7 +10,7 @@ import numpy as np
 
 from ddk_ds.errors import ConfigError
 from ddk_ds.mixture.decide import controller_state
-from ddk_ds.mixture.domain_vectors import Values, Vector, proportions_in_order
+from ddk_ds.mixture.domain_vectors import Factors, Values, Vector, proportions_in_order
 
 Stage = tuple[int, tuple[float, ...]]
 """First interval, and proportions (N,) from that interval on."""
@@ -32,13 +32,13 @@ class Static:
         """Return nothing: the proportions are the user's own."""
         return ()
 
-    def start(self, student_ppl: Values, teacher_ppl: Values) -> Vector:
+    def start(self, student_ppl: Values, teacher_ppl: Values) -> Factors:
         """Return the fixed proportions (N,); perplexities are not used."""
-        return np.array(self.proportions, np.float64)
+        return Factors.of(np.array(self.proportions, np.float64))
 
-    def update(self, proportions: Vector, student_ppl: Values, teacher_ppl: Values, *, interval: int) -> Vector:
+    def update(self, logs: Vector, student_ppl: Values, teacher_ppl: Values, *, interval: int) -> Factors:
         """Return the fixed proportions (N,), the same in every interval."""
-        return np.array(self.proportions, np.float64)
+        return Factors.of(np.array(self.proportions, np.float64))
 
     def state_dict(self) -> dict[str, Any]:
         """Return the kind and the proportions."""
@@ -60,11 +60,11 @@ class Scheduled:
         """Return nothing: the proportions are the user's own."""
         return ()
 
-    def start(self, student_ppl: Values, teacher_ppl: Values) -> Vector:
+    def start(self, student_ppl: Values, teacher_ppl: Values) -> Factors:
         """Return the proportions (N,) of the first stage; perplexities are not used."""
         return self._at(0)
 
-    def update(self, proportions: Vector, student_ppl: Values, teacher_ppl: Values, *, interval: int) -> Vector:
+    def update(self, logs: Vector, student_ppl: Values, teacher_ppl: Values, *, interval: int) -> Factors:
         """Return the proportions (N,) of the stage that contains `interval`."""
         return self._at(interval)
 
@@ -72,8 +72,8 @@ class Scheduled:
         """Return the kind and the stages."""
         return controller_state(self)
 
-    def _at(self, interval: int) -> Vector:
-        return np.array([stage for first, stage in self.stages if first <= interval][-1], np.float64)
+    def _at(self, interval: int) -> Factors:
+        return Factors.of(np.array([stage for first, stage in self.stages if first <= interval][-1], np.float64))
 
 
 def parse_stages(content: Any, names: Sequence[str], exclude: Sequence[str], *, source: str) -> tuple[Stage, ...]:

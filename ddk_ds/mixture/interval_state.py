@@ -15,10 +15,10 @@ import numpy as np
 
 from ddk_ds.errors import CheckpointError, ConfigError
 from ddk_ds.mixture.domain_vectors import Vector
-from ddk_ds.mixture.exhaustion import largest_remainder
+from ddk_ds.mixture.exhaustion import due_samples, largest_remainder
 from ddk_ds.mixture.order import BLOCK_SAMPLES, MIX, DomainOrder, Ids, check_seed, philox
 
-ALGORITHM = "ddk-interval/1"
+ALGORITHM = "ddk-interval/2"
 HISTORY_INTERVALS = 4  # past intervals whose counts are kept; a hash covers all past intervals
 
 
@@ -47,6 +47,9 @@ class IntervalState:
     """Number of the interval, from 0; -1 before the first."""
     counts: tuple[int, ...] = ()
     """(N,) draws of each domain in this interval."""
+    owed: tuple[float, ...] = ()
+    """(N,) samples due since the run's begin by the proportions of all intervals, less those drawn, up to the end of
+    this interval (`exhaustion.Draws`); empty before the first."""
     consumed: int = 0
     """Samples of this interval that the run has trained on, over all ranks."""
     history: tuple[tuple[int, ...], ...] = ()
@@ -92,10 +95,14 @@ class IntervalState:
 
         `proportions` (N,) divide them between the domains, without any limit on the draws of a domain.
         """
-        return self.begin(largest_remainder(proportions, total).tolist())
+        counts = largest_remainder(proportions, total, self.owed)
+        return self.begin(counts.tolist(), (due_samples(proportions, total, self.owed) - counts).tolist())
 
-    def begin(self, counts: Sequence[int]) -> IntervalState:
-        """Return the state at the beginning of the next interval, which has `counts` (N,) samples of each domain."""
+    def begin(self, counts: Sequence[int], owed: Sequence[float]) -> IntervalState:
+        """Return the state at the beginning of the next interval, which has `counts` (N,) samples of each domain.
+
+        `owed` (N,) are the samples due that its end still leaves undrawn.
+        """
         assert self.done, f"interval {self.interval} has {self.consumed} of {self.total} samples behind it"
         assert len(counts) == len(self.domains), f"{len(counts)} for {len(self.domains)} domains"
         history, history_sha = self.history, self.history_sha
@@ -106,6 +113,7 @@ class IntervalState:
             self,
             interval=self.interval + 1,
             counts=tuple(counts),
+            owed=tuple(owed),
             cursors=self.drawn,
             consumed=0,
             history=history,
@@ -172,7 +180,7 @@ class IntervalState:
             )
         if mismatched := set(record) ^ set(cls.__dataclass_fields__):
             raise CheckpointError(f"the checkpoint's data order has missing or unknown fields: {sorted(mismatched)}")
-        tuples = {key: tuple(record[key]) for key in ("domains", "counts", "cursors")}
+        tuples = {key: tuple(record[key]) for key in ("domains", "counts", "owed", "cursors")}
         history = tuple(tuple(counts) for counts in record["history"])
         return cls(**{**record, **tuples, "history": history})
 

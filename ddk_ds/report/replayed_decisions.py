@@ -16,7 +16,7 @@ from rich.table import Table
 from ddk_ds.drawing import Array, tidy
 from ddk_ds.errors import CheckpointError, DataError
 from ddk_ds.mixture.decide import Controller, Decision, decide
-from ddk_ds.mixture.exhaustion import largest_remainder
+from ddk_ds.mixture.exhaustion import due_samples, largest_remainder
 from ddk_ds.run_files import read_events, read_ledger
 
 
@@ -30,7 +30,11 @@ class RecordedDecision:
     teacher_ppl: Array | None
     decision: Decision
     asked: tuple[int, ...]
-    """Samples of each domain that the proportions ask for."""
+    """Samples of each domain that are due by the proportions."""
+    counts: tuple[int, ...]
+    """Samples of each domain that are drawn."""
+    owed: tuple[float, ...]
+    """Samples of each domain that are due after the interval."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +68,7 @@ def read_recorded_run(run_dir: Path) -> RecordedRun:
 
 
 def _recorded_decision(record: dict[str, Any], domains: Sequence[str]) -> RecordedDecision:
-    def vector(key: str) -> list[float]:
+    def vector(key: str) -> list[Any]:
         return [] if record[key] is None else [record[key][name] for name in domains]
 
     return RecordedDecision(
@@ -72,8 +76,10 @@ def _recorded_decision(record: dict[str, Any], domains: Sequence[str]) -> Record
         step=record["step"],
         student_ppl=np.array(vector("student_ppl")),
         teacher_ppl=None if record["teacher_ppl"] is None else np.array(vector("teacher_ppl")),
-        decision=Decision(vector("proportions"), vector("smoothed_ppl")),
-        asked=tuple(int(record["asked"][name]) for name in domains),
+        decision=Decision(vector("proportions"), vector("smoothed_ppl"), vector("log_proportions")),
+        asked=tuple(vector("asked")),
+        counts=tuple(vector("counts")),
+        owed=tuple(vector("owed")),
     )
 
 
@@ -92,24 +98,30 @@ def replay(controller: Controller, recorded: Sequence[RecordedDecision]) -> Repl
 
     Each starts from the recorded decision before it, so one difference does not cause others.
     """
-    num_replayed, unequal, last = 0, [], None
-    for number, entry in enumerate(recorded):
-        if number > 0 or entry.interval == 0:
-            taken = decide(controller, last, entry.student_ppl, entry.teacher_ppl, interval=entry.interval)
+    num_replayed, unequal = 0, []
+    last: RecordedDecision | None = None
+    for entry in recorded:
+        if last is not None or entry.interval == 0:
+            before = None if last is None else last.decision
+            taken = decide(controller, before, entry.student_ppl, entry.teacher_ppl, interval=entry.interval)
             num_replayed += 1
-            if not _is_equal(entry, taken):
+            if not _is_equal(entry, taken, () if last is None else last.owed):
                 unequal.append(entry.interval)
-        last = entry.decision
+        last = entry
     return Replay(num_replayed, unequal)
 
 
-def _is_equal(entry: RecordedDecision, taken: Decision) -> bool:
-    """Return True if the decision, and the samples that it asks for, are the recorded ones to the last bit."""
-    return taken == entry.decision and _num_samples(entry, taken) == entry.asked
+def _is_equal(entry: RecordedDecision, taken: Decision, owed: Sequence[float]) -> bool:
+    """Return True if the decision, and the samples that it asks for, are the recorded ones to the last bit.
 
-
-def _num_samples(entry: RecordedDecision, taken: Decision) -> tuple[int, ...]:
-    return tuple(largest_remainder(taken.proportions, sum(entry.asked)).tolist())
+    `owed` (N,) is what was due before. Where a domain is at its cap, what is due afterwards depends on its limit, which
+    the ledger does not have.
+    """
+    due = due_samples(taken.proportions, sum(entry.asked), owed)
+    asked = tuple(largest_remainder(taken.proportions, sum(entry.asked), owed).tolist())
+    capped = entry.counts != entry.asked
+    still_owed = tuple((due - np.array(entry.counts)).tolist())
+    return taken == entry.decision and asked == entry.asked and (capped or still_owed == entry.owed)
 
 
 def decide_otherwise(controller: Controller, recorded: Sequence[RecordedDecision]) -> list[Decision]:

@@ -19,7 +19,7 @@ from ddk_ds.config.run_config import corpus_samples
 from ddk_ds.errors import ConfigError
 from ddk_ds.mixture.ddk import discrepancy
 from ddk_ds.mixture.decide import Controller, Decision, decide
-from ddk_ds.mixture.exhaustion import largest_remainder
+from ddk_ds.mixture.exhaustion import Draws
 from ddk_ds.mixture.interval_state import interval_ids
 from ddk_ds.mixture.order import DomainOrder, Ids
 from ddk_ds.train.state import RunState
@@ -61,18 +61,19 @@ class Mixer:
         """
         decision = None
         if self._comm.rank == 0:
-            last = Decision(state.proportions, state.smoothed_ppl) if state.proportions else None
+            last = Decision(state.proportions, state.smoothed_ppl, state.log_proportions) if state.proportions else None
             decision = decide(self._controller, last, student_ppl, teacher_ppl, interval=state.data.interval + 1)
         decided: Decision = self._comm.broadcast_object(decision)
         return decided
 
-    def begin(self, state: RunState, decision: Decision, counts: Sequence[int]) -> Ids:
-        """Begin the next interval in `state` with `counts` (N,) samples of each domain; return its sample ids.
+    def begin(self, state: RunState, decision: Decision, draws: Draws) -> Ids:
+        """Begin the next interval in `state` with the samples of `draws`; return its sample ids.
 
         Collective: all ranks check that they hold the same ids.
         """
-        state.proportions, state.smoothed_ppl = decision.proportions, decision.smoothed_ppl
-        state.data = state.data.begin(counts)
+        state.proportions, state.log_proportions = decision.proportions, decision.log_proportions
+        state.smoothed_ppl = decision.smoothed_ppl
+        state.data = state.data.begin(draws.counts, draws.owed)
         ids = self.ids(state)
         held = self._comm.gather_objects((state.data.counts, state.data.ids_sha))
         assert all(each == held[0] for each in held), f"ranks hold different plans of the interval: {held}"
@@ -123,16 +124,19 @@ def interval_record(
     teacher_ppl: Array | None,
     clock: dict[str, float],
     alarms: Sequence[str] = (),
+    asked: Sequence[int] = (),
 ) -> dict[str, Any]:
     """Return the ledger's line of an interval that has just begun, or of the run's end.
 
-    In the line `counts` are the samples of each domain that are drawn, and `asked` those that the proportions alone
-    would give; they differ if the exhaustion policy caps a domain (mixture/exhaustion.py).
+    In the line `counts` are the samples of each domain that are drawn, `asked` those that are due by the proportions
+    alone, and `owed` what is due after the interval; the first two differ if the exhaustion policy caps a domain
+    (mixture/exhaustion.py).
 
     Args:
         student_ppl, teacher_ppl: (N,) perplexities; None for the teacher in a run without one.
         clock: seconds that the measurement and the decision took, by name.
         alarms: messages of `check_interval`.
+        asked: (N,) `Draws.asked` of an interval.
     """
     begun = kind == "interval"
 
@@ -148,8 +152,10 @@ def interval_record(
         "ratio": by_domain(ratio_to_teacher(student_ppl, teacher_ppl)),
         "smoothed_ppl": by_domain(state.smoothed_ppl or None) if begun else None,
         "proportions": by_domain(state.proportions) if begun else None,
-        "asked": by_domain(largest_remainder(state.proportions, state.data.total)) if begun else None,
+        "log_proportions": by_domain(state.log_proportions) if begun else None,
+        "asked": by_domain(asked) if begun else None,
         "counts": by_domain(state.data.counts) if begun else None,
+        "owed": by_domain(state.data.owed) if begun else None,
         "domain_tokens": by_domain(state.domain_tokens),
         "ids_sha": state.data.ids_sha if begun else None,
         "alarms": list(alarms),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from typing import Any
 
@@ -103,9 +103,11 @@ def _begin_interval(run: Run, student_ppl: Array, measure_s: float) -> Ids:
     started = time.perf_counter()
     run.watchdog.watch("controller", run.state.step)
     decision = run.mixer.decide(run.state, student_ppl, run.teacher_ppl)
-    counts = run.inputs.exhaustion.counts(decision.proportions, _interval_samples(run), run.state.data.drawn)
-    ids = run.mixer.begin(run.state, decision, counts)
-    _record_interval(run, student_ppl, {"measure_s": measure_s, "controller_s": time.perf_counter() - started})
+    data = run.state.data
+    draws = run.inputs.exhaustion.draws(decision.proportions, _interval_samples(run), data.drawn, data.owed)
+    ids = run.mixer.begin(run.state, decision, draws)
+    clock = {"measure_s": measure_s, "controller_s": time.perf_counter() - started}
+    _record_interval(run, student_ppl, clock, draws.asked)
     return ids
 
 
@@ -115,7 +117,7 @@ def _interval_samples(run: Run) -> int:
     return min(steps, run.total_steps - run.state.step) * run.config.train.global_batch_samples
 
 
-def _record_interval(run: Run, student_ppl: Array, clock: dict[str, float]) -> None:
+def _record_interval(run: Run, student_ppl: Array, clock: dict[str, float], asked: Sequence[int]) -> None:
     """Write the line of the interval that has just begun, and announce its alarms."""
     state, names = run.state, run.inputs.names
     ratio = ratio_to_teacher(student_ppl, run.teacher_ppl)
@@ -127,7 +129,7 @@ def _record_interval(run: Run, student_ppl: Array, clock: dict[str, float]) -> N
         run.config.mixture.exclude,
         run.inputs.controller.spreading(state.data.interval),
     )
-    run.record(interval_record("interval", state, names, student_ppl, run.teacher_ppl, clock, alarms))
+    run.record(interval_record("interval", state, names, student_ppl, run.teacher_ppl, clock, alarms, asked))
     for alarm in alarms:
         run.announce("alarm", f"alarm: {alarm}", step=state.step, text=alarm)
     run.progress.interval(state.data.interval, state.proportions)

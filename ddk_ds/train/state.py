@@ -19,6 +19,8 @@ class RunState:
     """Optimizer steps done."""
     proportions: list[float] = field(default_factory=list)
     """Proportions (N,) of the running interval, in the order of the domains; empty before the first interval."""
+    log_proportions: list[float | None] = field(default_factory=list)
+    """Their natural logs (N,), which the next decision continues from; None where a proportion is exactly 0."""
     smoothed_ppl: list[float] = field(default_factory=list)
     """Smoothed perplexities (N,) of the student that decided the proportions; empty without mixture.ppl_smoothing."""
     domain_tokens: list[int] = field(default_factory=list)

@@ -264,7 +264,7 @@ def test_a_forbidden_import_is_found(path: str, source: str, fault: str) -> None
             "ddk_ds/mixture/x.py",
             "import math\nimport numpy as np\nfrom ddk_ds.errors import DataError\nfrom . import y",
         ),
-        ("ddk_ds/mixture/x.py", "from ddk_ds.mixture.ddk import initial_proportions"),
+        ("ddk_ds/mixture/x.py", "from ddk_ds.mixture.ddk import initial_factors"),
         ("ddk_ds/comm.py", "import torch.distributed as dist\nfrom ddk_ds.errors import UserError"),
         ("launch/x.py", "from ddk_ds.train import loop"),
     ],

@@ -21,7 +21,7 @@ def domain_samples(config: Config, inputs: Inputs) -> Row:
     sizes = {name: inputs.manifest.domains[name].train.samples for name in inputs.names}
     draws = total_steps(config, corpus_samples(config.mixture, sizes)) * config.train.global_batch_samples
     ones = np.ones(len(sizes))
-    shares = inputs.controller.start(ones, ones)
+    shares = inputs.controller.start(ones, ones).proportions
     passes = {name: draws * share / size for (name, size), share in zip(sizes.items(), shares, strict=True)}
     limits = dict(zip(sizes, inputs.exhaustion.limits, strict=True))
     often = [f"{name} {passes[name]:.1f} times" for name in sizes if passes[name] > _PASSES and limits[name] is None]

@@ -15,6 +15,7 @@ from ddk_ds.errors import ConfigError
 from ddk_ds.mixture.bounds import Bounded, raise_to_floors
 from ddk_ds.mixture.controllers import make_controller
 from ddk_ds.mixture.decide import Controller, Decision, decide
+from ddk_ds.mixture.domain_vectors import Factors
 from ddk_ds.mixture.interval_state import DomainEntry, IntervalState, interval_ids
 from ddk_ds.mixture.order import DomainOrder
 from tests.unit.mixture.mixture_section import section
@@ -75,12 +76,20 @@ def test_a_run_with_an_excluded_domain_is_the_run_without_it(kind: str) -> None:
     np.testing.assert_array_equal(proportions[:, left], proportions_of(alone, STUDENTS[:, left], TEACHER[left]))
 
 
+def decided(proportions: list[float]) -> Decision:
+    return Decision(proportions, [], [math.log(value) if value else None for value in proportions])
+
+
+def raised(floors: list[float], proportions: np.ndarray) -> np.ndarray:
+    return raise_to_floors(floors, Factors.of(proportions)).proportions
+
+
 def test_a_fork_that_excludes_a_domain_divides_its_proportion() -> None:
     controller = build("sheared_llama", exclude=("law",))
-    last = Decision([0.1, 0.6, 0.1, 0.2], [])
+    last = decided([0.1, 0.6, 0.1, 0.2])
     decision = decide(controller, last, TEACHER, TEACHER, interval=5)
     np.testing.assert_allclose(decision.proportions, [0.25, 0, 0.25, 0.5], rtol=1e-14)
-    decision = decide(controller, Decision([0, 1.0, 0, 0], []), TEACHER, TEACHER, interval=5)
+    decision = decide(controller, decided([0, 1.0, 0, 0]), TEACHER, TEACHER, interval=5)
     np.testing.assert_allclose(decision.proportions, [1 / 3, 0, 1 / 3, 1 / 3], rtol=1e-14)
 
 
@@ -98,7 +107,7 @@ def test_floors_hold_in_every_interval(first: Any, second: Any, least: list[floa
 @given(st.lists(st.integers(0, 1000), min_size=4, max_size=4).filter(any), st.lists(st.floats(0, 0.25), min_size=4))
 def test_raising_to_a_floor_keeps_the_ratios_of_the_others(weights: list[int], least: list[float]) -> None:
     before, least = np.array(weights) / sum(weights), least[:4]
-    after = raise_to_floors(least, before)
+    after = raised(least, before)
     assert (after >= least).all() and abs(after.sum() - 1) < 1e-12
     if (before >= least).all():
         np.testing.assert_array_equal(after, before)
@@ -110,12 +119,12 @@ def test_raising_to_a_floor_keeps_the_ratios_of_the_others(weights: list[int], l
 
 
 def test_floors_by_hand() -> None:
-    np.testing.assert_allclose(raise_to_floors([0.2, 0, 0, 0], np.array([0.0, 0.5, 0.25, 0.25])), [0.2, 0.4, 0.2, 0.2])
+    np.testing.assert_allclose(raised([0.2, 0, 0, 0], np.array([0.0, 0.5, 0.25, 0.25])), [0.2, 0.4, 0.2, 0.2])
     # The second falls under its floor only once the first is raised.
     np.testing.assert_allclose(
-        raise_to_floors([0.5, 0.24, 0, 0], np.array([0.0, 0.25, 0.5, 0.25])), [0.5, 0.24, 0.52 / 3, 0.26 / 3]
+        raised([0.5, 0.24, 0, 0], np.array([0.0, 0.25, 0.5, 0.25])), [0.5, 0.24, 0.52 / 3, 0.26 / 3]
     )
-    np.testing.assert_allclose(raise_to_floors([0.25] * 4, np.array([1.0, 0, 0, 0])), [0.25] * 4)
+    np.testing.assert_allclose(raised([0.25] * 4, np.array([1.0, 0, 0, 0])), [0.25] * 4)
 
 
 def test_a_prior_takes_the_place_of_one_over_n() -> None:

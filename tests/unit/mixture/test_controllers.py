@@ -12,8 +12,9 @@ import pytest
 from ddk_ds.config.sections import ControllerKind
 from ddk_ds.errors import ConfigError, DataError
 from ddk_ds.mixture.controllers import make_controller
-from ddk_ds.mixture.ddk import DDK, initial_proportions, perplexity_ratios, updated_proportions
+from ddk_ds.mixture.ddk import DDK, initial_factors, perplexity_ratios, updated_factors
 from ddk_ds.mixture.decide import Controller
+from ddk_ds.mixture.domain_vectors import Factors
 from ddk_ds.mixture.excess_loss import DoReMiOnline, ShearedLlama
 from tests.unit.mixture.mixture_section import section
 
@@ -39,34 +40,41 @@ def build(kind: str, sizes: Sequence[int] = (100, 300, 600), schedule: Any = SCH
     return make_controller(section(kind, **options), dict(zip(NAMES, sizes, strict=True)), schedule)
 
 
+def logs(proportions: Sequence[float]) -> np.ndarray:
+    return Factors.of(np.array(proportions)).logs
+
+
+def assert_same(computed: Factors, expected: Factors) -> None:
+    np.testing.assert_array_equal(computed.proportions, expected.proportions)
+    np.testing.assert_array_equal(computed.logs, expected.logs)
+
+
 def test_ddk_is_eq1_and_then_eq2() -> None:
     controller = build("ddk", alpha=0.3)
     r0 = controller.start(STUDENT, TEACHER)
-    np.testing.assert_array_equal(r0, initial_proportions(perplexity_ratios(STUDENT, TEACHER, cap=None), floor=0.0))
+    assert_same(r0, initial_factors(perplexity_ratios(STUDENT, TEACHER, cap=None), floor=0.0))
     later = [5.0, 20.0, 11.0]
     ratios = perplexity_ratios(later, TEACHER, cap=None)
-    np.testing.assert_array_equal(
-        controller.update(r0, later, TEACHER, interval=1), updated_proportions(r0, ratios, alpha=0.3, prior=None)
-    )
+    updated = controller.update(r0.logs, later, TEACHER, interval=1)
+    assert_same(updated, updated_factors(r0.logs, ratios, alpha=0.3, prior=None))
 
 
 def test_ddk_uses_its_cap_and_floor() -> None:
     controller = build("ddk", ratio_cap=2.0, initial_floor=0.2)
     r0 = controller.start(STUDENT, TEACHER)
     ratios = perplexity_ratios(STUDENT, TEACHER, cap=2.0)
-    np.testing.assert_array_equal(r0, initial_proportions(ratios, floor=0.2))
-    np.testing.assert_array_equal(
-        controller.update(r0, STUDENT, TEACHER, interval=1), updated_proportions(r0, ratios, alpha=0.5, prior=None)
-    )
+    assert_same(r0, initial_factors(ratios, floor=0.2))
+    updated = controller.update(r0.logs, STUDENT, TEACHER, interval=1)
+    assert_same(updated, updated_factors(r0.logs, ratios, alpha=0.5, prior=None))
 
 
 def test_without_smoothing_the_past_takes_no_part() -> None:
     controller = build("ddk_no_smoothing", initial_floor=0.1)
     later = [5.0, 20.0, 11.0]
-    expected = initial_proportions(perplexity_ratios(later, TEACHER, cap=None), floor=0.1)
+    expected = initial_factors(perplexity_ratios(later, TEACHER, cap=None), floor=0.1)
     for past in ([1.0, 0.0, 0.0], [0.2, 0.2, 0.6]):
-        np.testing.assert_array_equal(controller.update(np.array(past), later, TEACHER, interval=1), expected)
-    np.testing.assert_array_equal(controller.start(later, TEACHER), expected)
+        assert_same(controller.update(logs(past), later, TEACHER, interval=1), expected)
+    assert_same(controller.start(later, TEACHER), expected)
 
 
 @pytest.mark.parametrize(
@@ -76,21 +84,20 @@ def test_without_smoothing_the_past_takes_no_part() -> None:
 def test_fixed_mixtures_need_no_perplexities(kind: str, expected: list[float]) -> None:
     controller = build(kind)
     assert not controller.uses_teacher
-    np.testing.assert_allclose(controller.start(None, None), expected, rtol=1e-15)
-    np.testing.assert_allclose(
-        controller.update(np.array([1.0, 0.0, 0.0]), None, None, interval=1), expected, rtol=1e-15
-    )
+    np.testing.assert_allclose(controller.start(None, None).proportions, expected, rtol=1e-15)
+    updated = controller.update(logs([1.0, 0.0, 0.0]), None, None, interval=1)
+    np.testing.assert_allclose(updated.proportions, expected, rtol=1e-15)
 
 
 def test_fixed_mixtures_return_a_new_array_each_time() -> None:
     controller = build("equal")
-    controller.start(None, None)[0] = 7.0
-    np.testing.assert_allclose(controller.start(None, None), 1 / 3)
+    controller.start(None, None).proportions[0] = 7.0
+    np.testing.assert_allclose(controller.start(None, None).proportions, 1 / 3)
 
 
 def test_static_proportions_are_given_in_any_order() -> None:
     controller = build("static", proportions={"prose": 0.2, "code": 0.5, "maths": 0.3})
-    np.testing.assert_array_equal(controller.start(None, None), [0.5, 0.3, 0.2])
+    np.testing.assert_array_equal(controller.start(None, None).proportions, [0.5, 0.3, 0.2])
 
 
 @pytest.mark.parametrize("kind", get_args(ControllerKind))
@@ -135,7 +142,7 @@ def test_ddk_needs_the_perplexities_of_both_models(kind: str) -> None:
     with pytest.raises(DataError, match="teacher's perplexities are missing"):
         controller.start(STUDENT, None)
     with pytest.raises(DataError, match="domain 'maths' is nan"):
-        controller.update(np.array([0.2, 0.2, 0.6]), [9.0, float("nan"), 12.0], TEACHER, interval=1)
+        controller.update(logs([0.2, 0.2, 0.6]), [9.0, float("nan"), 12.0], TEACHER, interval=1)
 
 
 @pytest.mark.parametrize(

@@ -13,17 +13,17 @@ from hypothesis import strategies as st
 from ddk_ds.errors import ConfigError, DataError
 from ddk_ds.mixture.ddk import (
     discrepancy,
-    initial_proportions,
+    initial_factors,
     perplexity_ratios,
-    updated_proportions,
+    updated_factors,
 )
-from ddk_ds.mixture.domain_vectors import Values, check_perplexities, check_proportions
+from ddk_ds.mixture.domain_vectors import Factors, Values, check_perplexities, check_proportions
 
 NAMES = ["code", "maths", "prose"]
 
 
 def eq1(student: Values, teacher: Values, cap: float | None = None, floor: float = 0.0) -> np.ndarray:
-    return initial_proportions(perplexity_ratios(student, teacher, cap=cap), floor=floor)
+    return initial_factors(perplexity_ratios(student, teacher, cap=cap), floor=floor).proportions
 
 
 def eq2(
@@ -34,7 +34,8 @@ def eq2(
     cap: float | None = None,
 ) -> np.ndarray:
     ratios = perplexity_ratios(student, teacher, cap=cap)
-    return updated_proportions(proportions, ratios, alpha=alpha, prior=None)
+    logs = Factors.of(np.asarray(proportions, np.float64)).logs
+    return updated_factors(logs, ratios, alpha=alpha, prior=None).proportions
 
 
 @st.composite

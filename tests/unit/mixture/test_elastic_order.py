@@ -16,7 +16,6 @@ import numpy as np
 import pytest
 
 from ddk_ds.data.loader import interval_loader
-from ddk_ds.mixture.exhaustion import largest_remainder
 from ddk_ds.mixture.interval_state import DomainEntry, IntervalState, interval_ids
 from ddk_ds.mixture.order import DomainOrder
 from tests.unit.mixture.mixture_section import exhaustion_of
@@ -88,9 +87,8 @@ def begin(state: IntervalState) -> IntervalState:
     rng = np.random.default_rng([7, state.interval + 1])
     proportions = rng.dirichlet(np.ones(len(SIZES)))
     exhaustion = exhaustion_of(SIZES, exhaustion_by_domain={"code": "cap"}, max_passes=1)
-    asked = largest_remainder(proportions, GLOBAL_BATCH * STEPS)
-    assert (np.abs(asked - proportions * asked.sum()) < 1).all()
-    return state.begin(exhaustion.counts(proportions, GLOBAL_BATCH * STEPS, state.drawn))
+    draws = exhaustion.draws(proportions, GLOBAL_BATCH * STEPS, state.drawn, state.owed)
+    return state.begin(draws.counts, draws.owed)
 
 
 def order_of(state: IntervalState) -> np.ndarray:

@@ -212,7 +212,7 @@ def test_the_hash_of_the_history_covers_every_past_interval() -> None:
     def play(*first_counts: int) -> IntervalState:
         state = make(250, 1000)[2]
         for first in first_counts:
-            state = state.begin([first, 100 - first]).consume(100)
+            state = state.begin([first, 100 - first], [0.0, 0.0]).consume(100)
         return state
 
     long = play(50, 10, 20, 30, 40, 50, 60)
@@ -299,4 +299,4 @@ def test_our_own_mistakes_are_asserted() -> None:
     with pytest.raises(AssertionError, match="11 of 10 samples"):
         state.consume(11)
     with pytest.raises(AssertionError, match="3 for 2 domains"):
-        state.consume(10).advance([0.5, 0.3, 0.2], 10)
+        state.consume(10).begin([5, 3, 2], [0.0] * 3)

@@ -25,7 +25,8 @@ def plan(num_domains: int, samples: int, shard: int) -> IntervalState:
     orders = [DomainOrder(name, [shard] * (samples // shard), 1) for name in names]
     proportions = np.random.default_rng(0).dirichlet(np.ones(num_domains))
     capped = exhaustion_of(dict.fromkeys(names, samples), exhaustion="cap", max_passes=100)  # no cap is reached
-    state = state.begin(capped.counts(proportions, TOTAL, state.drawn))
+    draws = capped.draws(proportions, TOTAL, state.drawn, state.owed)
+    state = state.begin(draws.counts, draws.owed)
     ids = interval_ids(orders, np.arange(num_domains) * samples, state)
     assert len(ids) == TOTAL == state.total
     return state.seal(ids)

@@ -102,7 +102,7 @@ def entries(sizes: list[int]) -> list[DomainEntry]:
 
 def test_an_excluded_domain_counts_in_no_stop() -> None:
     sizes = [40, 500, 60]
-    state = RunState(IntervalState.new(entries(sizes), seed=0).begin([10, 0, 90]).consume(100), step=25)
+    state = RunState(IntervalState.new(entries(sizes), seed=0).begin([10, 0, 90], [0.0] * 3).consume(100), step=25)
     measured = np.array([2.02, 9.0, 3.0]), np.array([2.0, 3.0, 3.0])
     stop = {"data_once": True}
     assert stop_reason(config({}, stop=stop), state, *measured) is None
@@ -131,9 +131,9 @@ def run_intervals(state: RunState, intervals: range, controller: Controller | No
     for t in intervals:
         student = np.array([9.0, 30.0, 12.0]) / (1 + 0.2 * t) + np.array([0.0, 1.0, t % 2])
         decision = mixer.decide(state, student, teacher)
-        counts = exhaustion_of(SIZES).counts(decision.proportions, 20, state.data.drawn)
-        mixer.begin(state, decision, counts)
-        records.append(interval_record("interval", state, NAMES, student, teacher, {}))
+        draws = exhaustion_of(SIZES).draws(decision.proportions, 20, state.data.drawn, state.data.owed)
+        mixer.begin(state, decision, draws)
+        records.append(interval_record("interval", state, NAMES, student, teacher, {}, [], draws.asked))
         state.data = state.data.consume(20)
     return records
 
@@ -172,7 +172,8 @@ def test_the_plan_of_an_interval_has_its_own_length() -> None:
     exhaustion, steps = exhaustion_of(SIZES), []
     for _ in range(3):
         decision, samples = run.mixer.decide(run.state, np.ones(3), None), _interval_samples(run)
-        run.mixer.begin(run.state, decision, exhaustion.counts(decision.proportions, samples, run.state.data.drawn))
+        data = run.state.data
+        run.mixer.begin(run.state, decision, exhaustion.draws(decision.proportions, samples, data.drawn, data.owed))
         steps.append(samples // 4)
         run.state.step += steps[-1]
         run.state.data = run.state.data.consume(samples)

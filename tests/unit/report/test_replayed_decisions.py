@@ -9,7 +9,7 @@ import numpy as np
 from ddk_ds.config import Mixture
 from ddk_ds.mixture.controllers import make_controller
 from ddk_ds.mixture.decide import Controller, decide
-from ddk_ds.mixture.exhaustion import largest_remainder
+from ddk_ds.mixture.exhaustion import due_samples, largest_remainder
 from ddk_ds.report.replayed_decisions import RecordedDecision, RecordedRun, decide_otherwise, replay, replay_json
 
 SIZES = {"python": 1000, "cpp": 2000, "mathematics": 500}
@@ -21,12 +21,14 @@ def controller(**options: float) -> Controller:
 
 def recorded(count: int = 4) -> list[RecordedDecision]:
     """Decisions as a run's ledger holds them."""
-    rng, last, entries = np.random.default_rng(0), None, []
+    rng, last, entries, owed = np.random.default_rng(0), None, [], np.zeros(3)
     for number in range(count):
         student, teacher = rng.uniform(10, 30, 3), rng.uniform(5, 10, 3)
         last = decide(controller(), last, student, teacher, interval=number)
-        asked = tuple(largest_remainder(last.proportions, 160).tolist())
-        entries.append(RecordedDecision(number, 10 * number, student, teacher, last, asked))
+        asked = tuple(largest_remainder(last.proportions, 160, owed).tolist())
+        owed = due_samples(last.proportions, 160, owed) - asked
+        still = tuple(owed.tolist())
+        entries.append(RecordedDecision(number, 10 * number, student, teacher, last, asked, asked, still))
     return entries
 
 
@@ -41,6 +43,16 @@ def test_a_changed_measurement_or_number_of_samples_does_not() -> None:
     first, second, *others = entries[3].asked
     entries[3] = replace(entries[3], asked=(first + 1, second - 1, *others))
     assert replay(controller(), entries).unequal == [2, 3]
+
+
+def test_what_is_owed_is_replayed_too() -> None:
+    entries = recorded()
+    first, *others = entries[1].owed
+    entries[1] = replace(entries[1], owed=(first + 1.5, *others))
+    assert replay(controller(), entries).unequal == [1, 2]  # interval 2 would have drawn more of the first domain
+    entries = recorded()
+    entries[2] = replace(entries[2], counts=tuple(np.roll(entries[2].counts, 1).tolist()), owed=(0.0, 0.0, 0.0))
+    assert replay(controller(), entries).unequal == [3]  # a domain at its cap: the ledger does not know the limit
 
 
 def test_a_fork_begins_with_the_recorded_decision() -> None:

@@ -73,13 +73,13 @@ def test_the_state_goes_through_a_checkpoint() -> None:
 def alarms(ratios: list[list[float]], proportions: list[float], options: Guard | None = None) -> list[list[str]]:
     """Return the alarms of intervals with these ratios and the same proportions, which DDK has moved."""
     state = fresh()
-    state.data = state.data.begin([4])
+    state.data = state.data.begin([4], [0.0])
     found = []
     for interval, ratio in enumerate(ratios):
         state.proportions = proportions
         spreading = ("ratio_cap", "alpha" if interval else "initial_floor")
         found.append(check_interval(state, ratio, ["a", "b", "c"], options or Guard(), (), spreading))
-        state.data = state.data.consume(4).begin([4])
+        state.data = state.data.consume(4).begin([4], [0.0])
     return found
 
 
@@ -95,7 +95,7 @@ def test_a_mixture_that_goes_one_hot_raises_an_alarm_in_every_interval() -> None
 @pytest.mark.parametrize("count", [2, 3, 10])
 def test_85_percent_for_one_of_any_number_of_domains_raises_an_alarm(count: int) -> None:
     state, names = fresh(), [str(i) for i in range(count)]
-    state.data = state.data.begin([4])
+    state.data = state.data.begin([4], [0.0])
     state.proportions = [0.85, *[0.15 / (count - 1)] * (count - 1)]
     assert len(check_interval(state, None, names, Guard(), (), ("floors",))) == 1
     state.proportions = [0.55, *[0.45 / (count - 1)] * (count - 1)]
@@ -127,7 +127,7 @@ def test_the_alarm_comes_with_every_controller_that_moves_proportions(
     last = None
     for interval, expected in enumerate((first, later)):
         last = decide(controller, last, np.array(RATIOS), np.ones(3), interval=interval)
-        state.proportions, state.data = last.proportions, state.data.begin([4])
+        state.proportions, state.data = last.proportions, state.data.begin([4], [0.0])
         found = check_interval(state, None, names, Guard(), options.exclude, controller.spreading(interval))
         state.data = state.data.consume(4)
         assert len(found) == (expected is not None), found
