@@ -137,7 +137,7 @@ def _from_text(options: argparse.Namespace, tokenizer: TokenizerInfo) -> torch.T
     needed = options.samples * options.sequence_length
     ids: list[int] = []
     for text in read_texts(SourceFile(options.text, options.text.name, Source(path=str(options.text))), Dropped()):
-        ids += tokenizer.tokenizer.encode(text, add_special_tokens=False).ids
+        ids += [*tokenizer.bos, *tokenizer.text.encode(text)]
         ids += [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
         if len(ids) >= needed:
             return torch.tensor(ids[:needed]).view(options.samples, options.sequence_length)

@@ -44,6 +44,11 @@ LOSSES = {
     "cut": "cut at\nmax_chars",
     "tail_tokens": "tokens that\nfill no sample",
 }
+RARE = {
+    "bad_lines": "lines of jsonl files that hold no text were skipped (skip_bad_lines)",
+    "control_tokens": "control tokens that the text spells were split into ordinary tokens or dropped",
+    "unproven_cuts": "places in long documents where a token may differ from that of the complete document",
+}
 LINE_SECONDS = 30.0
 
 
@@ -94,13 +99,21 @@ def run(options: argparse.Namespace, console: Console) -> Manifest:
         )
     console.print(table(manifest))
     console.print(losses(manifest))
+    for reason, text in RARE.items():
+        counts = {name: getattr(domain.dropped, reason) for name, domain in manifest.domains.items()}
+        if found := ", ".join(f"{name} {count:,}" for name, count in counts.items() if count):
+            console.print(f"{text}: {found}", soft_wrap=True)
     for text in manifest.mostly_held_out(list(manifest.domains)):
         console.print(
             f"warning: fewer samples to train on than held out: {text}: lower --validation-samples, or give the domain "
             "more text (max_bytes of the recipe)",
             soft_wrap=True,
         )
-    console.print(f"{options.out}: {len(manifest.domains)} domains, {manifest.sequence_length:,} tokens a sample")
+    begin = f"each document begins with {list(manifest.bos)}" if manifest.bos else "no BOS"
+    console.print(
+        f"{options.out}: {len(manifest.domains)} domains, {manifest.sequence_length:,} tokens a sample, {begin}",
+        soft_wrap=True,
+    )
     return manifest
 
 

@@ -60,7 +60,10 @@ class Position:
 class Dropped:
     """Numbers of documents that were left out or changed, and `tail_tokens`, the tokens that fill no sample.
 
-    `missing` texts are null and `undecodable` ones are not UTF-8; documents `cut` at max_chars are kept.
+    `missing` texts are null and `undecodable` ones are not UTF-8; documents `cut` at max_chars are kept. `bad_lines` of
+    jsonl files hold no text and are skipped. `control_tokens` that a text spells are split into others or dropped.
+    Long documents are encoded in parts: at `unproven_cuts` places between two parts a token may differ from that of the
+    complete document.
     """
 
     duplicates: int = 0
@@ -69,6 +72,9 @@ class Dropped:
     cut: int = 0
     tail_tokens: int = 0
     missing: int = 0
+    bad_lines: int = 0
+    control_tokens: int = 0
+    unproven_cuts: int = 0
 
 
 @dataclass

@@ -41,7 +41,10 @@ class DomainInfo:
 
 @dataclass(frozen=True)
 class Manifest:
-    """A prepared data directory: `root` is its path or, if remote, its address; `domains` has the recipe's order."""
+    """A prepared data directory: `root` is its path or, if remote, its address; `domains` has the recipe's order.
+
+    `bos` are the ids at the beginning of each document.
+    """
 
     root: Path | str
     sequence_length: int
@@ -50,6 +53,7 @@ class Manifest:
     vocab_size: int
     eos_token_id: int
     domains: dict[str, DomainInfo]
+    bos: tuple[int, ...] = ()
 
     def require(self, names: Sequence[str]) -> None:
         """Raise DataError if one of `names` is not among the domains."""
@@ -77,6 +81,7 @@ def write_manifest(manifest: Manifest) -> None:
             "fingerprint": manifest.tokenizer_fingerprint,
             "vocab_size": manifest.vocab_size,
             "eos_token_id": manifest.eos_token_id,
+            "bos": list(manifest.bos),
         },
         "domains": {name: asdict(domain) for name, domain in manifest.domains.items()},
     }
@@ -127,6 +132,7 @@ def _parse(store: Store, text: bytes) -> Manifest:
             vocab_size=int(tokenizer["vocab_size"]),
             eos_token_id=int(tokenizer["eos_token_id"]),
             domains=domains,
+            bos=tuple(map(int, tokenizer.get("bos", ()))),
         )
     except DataError:
         raise

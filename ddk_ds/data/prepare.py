@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +17,13 @@ import numpy as np
 import numpy.typing as npt
 
 from ddk_ds.data.documents import Dropped
+from ddk_ds.data.encoding import BatchEncoder, batch_encoder
+from ddk_ds.data.long_documents import DocumentCutter
 from ddk_ds.data.manifest import FILE_NAME, DomainInfo, Manifest, SplitInfo, load_manifest, write_manifest
 from ddk_ds.data.mds import pack, token_dtype, write_split
 from ddk_ds.data.reading import DomainText, HeldOut, Progress, Spool, choose_validation
 from ddk_ds.data.recipe import Recipe, list_files
-from ddk_ds.data.tokenizer import BatchEncoder, TokenizerInfo, batch_encoder, load_tokenizer
+from ddk_ds.data.tokenizer import TokenizerInfo, load_tokenizer
 from ddk_ds.data.workdir import Reading, WorkDir, open_work
 from ddk_ds.errors import DataError
 
@@ -85,17 +87,19 @@ def prepare(
     info = load_tokenizer(tokenizer)
     if info.eos_token_id is None:
         raise DataError(f"{tokenizer} names no EOS token to join documents; set it in tokenizer_config.json")
+    bos = _bos(recipe, info)
     files = list_files(recipe)
     with open_work(out.parent / f".{out.name}.partial", start_anew=start_anew) as work:
         _refuse_existing(out)  # another process may have finished it in between
-        work.claim(_settings(info, tokenizer, plan))
+        work.claim(_settings(info, bos, plan))
         work.check_domains(recipe.domains, files)
         domains = {}
-        with batch_encoder(tokenizer, token_dtype(info.vocab_size), plan.workers) as encode:
+        cutter = DocumentCutter(info.text.tokenizer)
+        with batch_encoder(tokenizer, token_dtype(info.vocab_size), bos, plan.workers) as encode:
             for number, (name, domain) in enumerate(recipe.domains.items()):
-                text = DomainText(name, number, domain, files[name], plan.seed)
+                text = DomainText(name, number, domain, files[name], plan.seed, cutter)
                 domains[name] = _prepare_domain(text, work, encode, info, plan, progress)
-        write_manifest(_manifest(work.data, info, plan, domains))
+        write_manifest(_manifest(work.data, info, bos, plan, domains))
         work.data.rename(out)
     shutil.rmtree(work.path)
     return load_manifest(out)
@@ -108,10 +112,21 @@ def _refuse_existing(out: Path) -> None:
         raise DataError(f"{out} exists and is not an empty directory; choose another directory")
 
 
-def _settings(info: TokenizerInfo, tokenizer: Path, plan: Plan) -> dict[str, Any]:
+def _bos(recipe: Recipe, info: TokenizerInfo) -> tuple[int, ...]:
+    """Return the ids that the recipe puts before each document."""
+    add = recipe.tokenizer.add_bos
+    if add is True and not info.bos:
+        if info.bos_token is None:
+            raise DataError(f"tokenizer.add_bos is true, and {info.path.parent} names no BOS token: give auto or false")
+        return (info.vocab[info.bos_token],)
+    return info.bos if add else ()
+
+
+def _settings(info: TokenizerInfo, bos: tuple[int, ...], plan: Plan) -> dict[str, Any]:
     """Return the settings that all prepared data depend on. A preparation can continue only with the same settings."""
     return {
-        "tokenizer": hashlib.sha256((tokenizer / "tokenizer.json").read_bytes()).hexdigest(),
+        "tokenizer": hashlib.sha256(info.path.read_bytes()).hexdigest(),
+        "bos": bos,
         "eos_token_id": info.eos_token_id,
         "sequence_length": plan.sequence_length,
         "validation_samples": plan.validation_samples,
@@ -120,7 +135,9 @@ def _settings(info: TokenizerInfo, tokenizer: Path, plan: Plan) -> dict[str, Any
     }
 
 
-def _manifest(root: Path, info: TokenizerInfo, plan: Plan, domains: dict[str, DomainInfo]) -> Manifest:
+def _manifest(
+    root: Path, info: TokenizerInfo, bos: tuple[int, ...], plan: Plan, domains: dict[str, DomainInfo]
+) -> Manifest:
     assert info.eos_token_id is not None, "checked before"
     return Manifest(
         root=root,
@@ -129,6 +146,7 @@ def _manifest(root: Path, info: TokenizerInfo, plan: Plan, domains: dict[str, Do
         tokenizer_fingerprint=info.fingerprint,
         vocab_size=info.vocab_size,
         eos_token_id=info.eos_token_id,
+        bos=bos,
         domains=domains,
     )
 
@@ -166,7 +184,7 @@ def _pack_domain(text: DomainText, spool: Spool, reading: Reading, directory: Pa
     totals = _totals(spool, held_out)
     _check_enough(text.name, totals, plan)
     shutil.rmtree(directory, ignore_errors=True)  # of a preparation that was killed here
-    dropped = reading.dropped
+    dropped = replace(reading.dropped, control_tokens=reading.control_tokens)
     splits = []
     for validation, split in enumerate(("train", "validation")):
         documents, num_bytes, tokens = totals[validation].tolist()

@@ -18,9 +18,10 @@ import numpy as np
 import numpy.typing as npt
 
 from ddk_ds.data.documents import Dropped, Meter, Position, read_documents
+from ddk_ds.data.encoding import BatchEncoder
+from ddk_ds.data.long_documents import DocumentCutter, Part
 from ddk_ds.data.mds import Ids
 from ddk_ds.data.recipe import Domain, SourceFile
-from ddk_ds.data.tokenizer import BatchEncoder
 from ddk_ds.data.workdir import Reading, WorkDir
 
 BATCH_BYTES = 1 << 19
@@ -37,9 +38,9 @@ _IDS = 1 << 20
 
 @dataclass(frozen=True)
 class _Batch:
-    """Documents that are encoded together, and the reader's state after the last of them."""
+    """Parts that are encoded together, digests and sizes of the documents that end here, and the reader's state."""
 
-    texts: list[str]
+    parts: list[Part]
     digests: list[bytes]
     num_bytes: list[int]
     position: Position
@@ -56,6 +57,7 @@ class DomainText:
     domain: Domain
     files: Sequence[SourceFile]
     seed: int
+    cutter: DocumentCutter
 
     def spool(self, work: WorkDir, dtype: str, encode: BatchEncoder, progress: Progress) -> tuple[Spool, Reading]:
         """Read and encode the documents that the spool lacks; return the complete spool and the state of the reading.
@@ -83,13 +85,17 @@ class DomainText:
         meter = Meter(sum(file.num_bytes for file in self.files[: position.file]))
         progress(self.name, *self._progress(reading.position, meter.disk_bytes))
         last_commit = time.monotonic()
-        for batch, (ids, lengths) in encode(self._batches(work, position, dropped, meter)):
-            spool.append(ids, lengths, batch.digests, batch.num_bytes)
+        for batch, encoded in encode(self._batches(work, position, dropped, meter)):
+            closes = np.array([part.closes for part in batch.parts])
+            spool.append(encoded.ids, encoded.lengths, closes, batch.digests, batch.num_bytes)
             work.keep(batch.digests)
-            reading.position, reading.dropped = batch.position, batch.dropped
-            if time.monotonic() - last_commit >= PART_SECONDS:
-                self._commit(work, spool, reading)
-                last_commit = time.monotonic()
+            reading.control_tokens += encoded.control_tokens
+            # Between two parts of a document there is no place to continue at.
+            if closes[-1]:
+                reading.position, reading.dropped = batch.position, batch.dropped
+                if time.monotonic() - last_commit >= PART_SECONDS:
+                    self._commit(work, spool, reading)
+                    last_commit = time.monotonic()
             progress(self.name, *self._progress(batch.position, batch.disk_bytes))
         reading.position, reading.dropped, reading.done = position, dropped, True
         self._commit(work, spool, reading)
@@ -99,9 +105,9 @@ class DomainText:
         """Yield batches of about BATCH_BYTES, keeping `position` and `dropped` up to date."""
 
         def batch() -> _Batch:
-            return _Batch(texts, digests, num_bytes, replace(position), replace(dropped), meter.disk_bytes)
+            return _Batch(parts, digests, num_bytes, replace(position), replace(dropped), meter.disk_bytes)
 
-        texts: list[str] = []
+        parts: list[Part] = []
         digests: list[bytes] = []
         num_bytes: list[int] = []
         batch_bytes = 0
@@ -116,14 +122,16 @@ class DomainText:
             scratch=work.scratch,
         )
         for document in documents:
-            texts.append(document.text)
-            digests.append(document.digest)
-            num_bytes.append(document.num_bytes)
-            batch_bytes += document.num_bytes
-            if batch_bytes >= BATCH_BYTES:
-                yield batch()
-                texts, digests, num_bytes, batch_bytes = [], [], [], 0
-        if texts:
+            for part in self.cutter.parts(document.text, dropped):
+                parts.append(part)
+                batch_bytes += document.num_bytes if part.opens and part.closes else len(part.text)
+                if part.closes:
+                    digests.append(document.digest)
+                    num_bytes.append(document.num_bytes)
+                if batch_bytes >= BATCH_BYTES:
+                    yield batch()
+                    parts, digests, num_bytes, batch_bytes = [], [], [], 0
+        if parts:
             yield batch()
 
     def _commit(self, work: WorkDir, spool: Spool, reading: Reading) -> None:
@@ -160,23 +168,35 @@ class Spool:
         self._dtype = np.dtype(dtype)
         self._paths = directory / f"{name}.ids", directory / f"{name}.documents"
         self.num_documents, self.num_tokens = num_documents, num_tokens
+        self._open_tokens = 0
         sizes = num_tokens * self._dtype.itemsize, num_documents * _RECORD.itemsize
         self._streams = [path.open("ab") for path in self._paths]
         for stream, size in zip(self._streams, sizes, strict=True):
             stream.truncate(size)
 
     def append(
-        self, ids: Ids, lengths: npt.NDArray[np.int64], digests: Sequence[bytes], num_bytes: Sequence[int]
+        self,
+        ids: Ids,
+        lengths: npt.NDArray[np.int64],
+        closes: npt.NDArray[np.bool_],
+        digests: Sequence[bytes],
+        num_bytes: Sequence[int],
     ) -> None:
-        """Add documents: all their ids in a row, and each document's number of ids, digest, and bytes of text."""
-        records = np.empty(len(lengths), _RECORD)
+        """Add parts of documents: their ids in a row, the number of ids of each, and True for those that end one.
+
+        `digests` and `num_bytes` are of the documents that end here. The next call goes on with a document that does
+        not.
+        """
+        ends = np.cumsum(lengths)[closes]
+        records = np.empty(len(ends), _RECORD)
         # The first 8 of a digest's 16 bytes are enough to rank by.
         records["key"] = np.frombuffer(b"".join(digests), ">u8")[::2]
         records["bytes"] = num_bytes
-        records["tokens"] = lengths
+        records["tokens"] = np.diff(ends, prepend=-self._open_tokens)
+        self._open_tokens = len(ids) - int(ends[-1]) if len(ends) else self._open_tokens + len(ids)
         self._streams[0].write(ids.data)
         self._streams[1].write(records.data)
-        self.num_documents += len(lengths)
+        self.num_documents += len(ends)
         self.num_tokens += len(ids)
 
     def sync(self) -> None:

@@ -1,8 +1,9 @@
 """The recipe, a YAML file that names each domain's text sources, and the files that the sources match.
 
-A source's `path` is a file or a glob below the recipe's `root`. Root or path can be an address that mosaicml-streaming
-downloads from (s3://, gs://, az://, hf://datasets/..., ...) or http(s)://. Globs work on s3:// only; other stores need
-addresses or a list of addresses. Or `path` is a locator:
+A source's `path` is a file or a glob below the recipe's `root`; `**` is any number of directories, also those that a
+symbolic link leads to. A file that a domain reaches on two ways is read once. Root or path can be an address that
+mosaicml-streaming downloads from (s3://, gs://, az://, hf://datasets/..., ...) or http(s)://. Globs work on s3:// only;
+other stores need addresses or a list of addresses. Or `path` is a locator:
 
 - `list:FILE`: a file below the root with one path or address in each line
 - `stdlib:GLOB`: the standard library's source
@@ -32,6 +33,7 @@ from yaml import YAMLError
 from ddk_ds.config import Positive, Section
 from ddk_ds.config.paths import absolute_path, is_address, named_by_shell
 from ddk_ds.config.sections import FILE_NAME_RULE, FileName
+from ddk_ds.data.file_globs import find_files
 from ddk_ds.data.remote import list_remote
 from ddk_ds.errors import ConfigError, DataError, UserError
 
@@ -50,6 +52,8 @@ class Source(Section):
     """File or glob below the recipe's root, absolute path, address, or locator (see the module's docstring)."""
     exclude: list[str] = Field(default_factory=list)
     """Shell patterns of names, relative to the base, that are left out; `*` crosses directories."""
+    min_files: Positive = 1
+    """Least number of files that the source must match; fewer are an error."""
     format: Format | None = None
     """Format of the files (documents.py); null: chosen by the suffix."""
     text_field: str = "text"
@@ -71,11 +75,21 @@ class Domain(Section):
     """Longer documents are cut (characters); null: no limit."""
 
 
+class TokenizerOptions(Section):
+    """Use of the tokenizer."""
+
+    add_bos: Literal["auto"] | bool = "auto"
+    """Begin each document with the BOS token. auto: with what the tokenizer itself puts before a text in transformers,
+    as the model was trained: Llama's and Gemma's put one, Qwen's and GPT-2's none."""
+
+
 class Recipe(Section):
     """All domains, in the order in which they are prepared."""
 
     root: str = "."
     """Base of relative paths, itself relative to the recipe's file; a directory or an address."""
+    tokenizer: TokenizerOptions = Field(default_factory=TokenizerOptions)
+    """Use of the tokenizer."""
     domains: Annotated[dict[FileName, Domain], Field(min_length=1)]
     """Domains by name; the name is a directory of the prepared data."""
 
@@ -139,7 +153,7 @@ def _explain(item: Any, path: Path, overrides: Sequence[str]) -> str:
         return f"recipe {path}: domains: {item['input']!r}: {FILE_NAME_RULE}"
     if item["type"] != "extra_forbidden":
         return f"{where}: {item['msg']}, got {item['input']!r}"
-    known = [name for section in (Recipe, Domain, Source) for name in section.model_fields]
+    known = [name for section in (Recipe, TokenizerOptions, Domain, Source) for name in section.model_fields]
     near = difflib.get_close_matches(str(item["loc"][-1]), known, n=1, cutoff=0.4)
     return f"{where}: unknown key" + (f", did you mean {near[0]!r}?" if near else "")
 
@@ -181,13 +195,22 @@ def _source_files(domain: str, source: Source, root: str) -> list[SourceFile]:
         if isinstance(error, UserError):
             raise
         raise ConfigError(f"domain {domain!r}: source {source.path!r} is no valid glob: {error}") from None
-    kept = [file for file in matched if not any(fnmatchcase(file.name, excluded) for excluded in source.exclude)]
+    kept = [file for file in matched if not _excluded(source, file.name)]
+    if kept and len(kept) < source.min_files:
+        raise DataError(
+            f"domain {domain!r}: source {source.path!r} matches {len(kept):,} files ({len(matched) - len(kept):,} more "
+            f"are excluded), min_files is {source.min_files:,}: add what is missing, or lower min_files"
+        )
     if not kept:
         raise DataError(
             f"domain {domain!r}: source {source.path!r} matches no file below {_below(domain, source, root)} "
             f"({len(matched)} excluded); for a directory write DIR/**/*.txt"
         )
     return kept
+
+
+def _excluded(source: Source, name: str) -> bool:
+    return any(fnmatchcase(name, excluded) for excluded in source.exclude)
 
 
 def _find(domain: str, source: Source, path: str, root: str) -> Iterator[SourceFile]:
@@ -202,8 +225,10 @@ def _find(domain: str, source: Source, path: str, root: str) -> Iterator[SourceF
             yield SourceFile(Path(name), name, source, remote.url, remote.num_bytes, remote.stamp)
     else:
         bases, pattern = _locate(domain, path, Path(root))
-        named = {(file.relative_to(base).as_posix(), file) for base in bases for file in base.glob(pattern)}
+        named = {(file.relative_to(base).as_posix(), file) for base in bases for file in find_files(base, pattern)}
         for name, file in sorted(named):
+            if file.is_symlink() and not file.exists() and not _excluded(source, name):
+                raise DataError(f"domain {domain!r}: {file} is a link to nothing: restore its file, or exclude it")
             if file.is_file():
                 status = file.stat()
                 yield SourceFile(file, name, source, None, status.st_size, str(status.st_mtime_ns))

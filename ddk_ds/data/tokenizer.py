@@ -1,63 +1,69 @@
-"""Tokenizers: load and fingerprint one, train and save a byte-level BPE, and encode documents in parallel.
-
-Encoding closes each document with the EOS token; its order is the same for any number of processes.
-"""
+"""Tokenizers: load and identify one, train and save a byte-level BPE."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import multiprocessing
-import os
-import signal
-import threading
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
-from itertools import chain
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from ddk_ds.data.documents import Dropped, read_documents
-from ddk_ds.data.mds import Ids
+from ddk_ds.data.ordinary_text import OrdinaryText, ordinary_text
 from ddk_ds.data.recipe import Recipe, list_files
 from ddk_ds.errors import DataError
 
 EOS_TOKEN = "<|endoftext|>"
 PAD_TOKEN = "<|pad|>"
+_BOS_OF_CLASS = {
+    "LlamaTokenizer": ("<s>", True),
+    "CodeLlamaTokenizer": ("<s>", True),
+    "GemmaTokenizer": ("<bos>", True),
+    "CohereTokenizer": ("<BOS_TOKEN>", True),
+    "GPTNeoXTokenizer": ("<|endoftext|>", False),
+}
+"""Tokenizer classes of transformers that go by `add_bos_token` and not by tokenizer.json: the defaults of both."""
 
 
 @dataclass(frozen=True)
 class TokenizerInfo:
     """A tokenizer and its identity.
 
-    `vocab` maps token to id, added tokens included; `vocab_size` is the largest id + 1; `fingerprint` is the
-    sha256 of the sorted (token, id) map: equal fingerprints mean that every id has the same meaning.
+    `tokenizer` is that of the file `path`, without its truncation and padding. `vocab` maps token to id, added tokens
+    included; `vocab_size` is the largest id + 1; `fingerprint` is the sha256 of the sorted (token, id) map: equal
+    fingerprints mean that every id has the same meaning. `bos` are the ids that the tokenizer puts before a text.
     """
 
+    path: Path
     tokenizer: Tokenizer
     vocab: dict[str, int]
     fingerprint: str
     vocab_size: int
+    bos_token: str | None
     eos_token_id: int | None
+    bos: tuple[int, ...]
+
+    @cached_property
+    def text(self) -> OrdinaryText:
+        """The encoder of text, which gives no control token."""
+        ends = {token for token, number in self.vocab.items() if number == self.eos_token_id}
+        named = ends if self.bos_token is None else {*ends, self.bos_token}
+        return ordinary_text(self.path, self.vocab, named)
 
 
 def load_tokenizer(directory: Path) -> TokenizerInfo:
     """Load `directory`/tokenizer.json.
 
-    The EOS token is the one that tokenizer_config.json, or else special_tokens_map.json, names. Text that
-    happens to spell a special token is encoded as ordinary text.
+    The BOS and EOS tokens are those that tokenizer_config.json, or else special_tokens_map.json, names. Truncation and
+    padding, which tokenizer.json can ask for, are off. To encode text use `text`, to which a text that spells a control
+    token is ordinary text; `tokenizer` finds such a token if its model has it as a word or piece.
 
     Raises:
-        DataError: no tokenizer.json, a broken file, or an EOS token that the vocabulary lacks.
+        DataError: no tokenizer.json, a broken file, or a BOS or EOS token that the vocabulary lacks.
     """
     path = directory / "tokenizer.json"
     if not path.is_file():
@@ -66,14 +72,20 @@ def load_tokenizer(directory: Path) -> TokenizerInfo:
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # tokenizers raises bare Exception
         raise DataError(f"{path} is not a tokenizer that `tokenizers` can read: {error}") from error
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
     tokenizer.encode_special_tokens = True
     vocab = tokenizer.get_vocab(with_added_tokens=True)
+    bos_token, eos_token = (_special_token(directory, vocab, key) for key in ("bos_token", "eos_token"))
     return TokenizerInfo(
+        path=path,
         tokenizer=tokenizer,
         vocab=vocab,
         fingerprint=fingerprint(vocab),
         vocab_size=max(vocab.values()) + 1,
-        eos_token_id=_eos_token_id(directory, vocab),
+        bos_token=bos_token,
+        eos_token_id=None if eos_token is None else vocab[eos_token],
+        bos=_bos(directory, tokenizer, bos_token),
     )
 
 
@@ -82,23 +94,58 @@ def fingerprint(vocab: Mapping[str, int]) -> str:
     return hashlib.sha256(json.dumps(sorted(vocab.items())).encode()).hexdigest()
 
 
-def _eos_token_id(directory: Path, vocab: Mapping[str, int]) -> int | None:
+def _special_token(directory: Path, vocab: Mapping[str, int], key: str) -> str | None:
+    """Return the token that tokenizer_config.json, or else special_tokens_map.json, names."""
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
-        path = directory / name
-        if not path.is_file():
-            continue
-        try:
-            token = json.loads(path.read_text(encoding="utf-8")).get("eos_token")
-        except (ValueError, AttributeError) as error:
-            raise DataError(f"{path} is not a JSON object: {error}") from None
+        token = _read(directory / name).get(key)
         if isinstance(token, dict):
             token = token.get("content")
         if token is None:
             continue
         if token not in vocab:
-            raise DataError(f"{path} names the EOS token {token!r}, which tokenizer.json lacks")
-        return vocab[token]
+            kind = key.partition("_")[0].upper()
+            raise DataError(f"{directory / name} names the {kind} token {token!r}, which tokenizer.json lacks")
+        return str(token)
     return None
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """Return the JSON object in a file, {} if there is no such file."""
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise DataError(f"{path} is not a JSON object: {error}") from None
+    if not isinstance(content, dict):
+        raise DataError(f"{path} is not a JSON object: it is a {type(content).__name__}")
+    return content
+
+
+def _bos(directory: Path, tokenizer: Tokenizer, named: str | None) -> tuple[int, ...]:
+    """Return the ids that the tokenizer itself puts before a text, as transformers loads it."""
+    config = _read(directory / "tokenizer_config.json")
+    name = str(config.get("tokenizer_class")).removesuffix("Fast")
+    if name in _BOS_OF_CLASS:
+        token, adds = _BOS_OF_CLASS[name]
+        number = tokenizer.token_to_id(named or token)
+        return (number,) if config.get("add_bos_token", adds) and number is not None else ()
+
+    def encode(text: str, *, add_special_tokens: bool) -> list[int]:
+        return list(tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
+
+    return added_before(encode)
+
+
+def added_before(encode: Callable[..., Sequence[int]]) -> tuple[int, ...]:
+    """Return the ids that a tokenizer puts before a text: its BOS, as a rule.
+
+    Args:
+        encode: function of a text and the keyword `add_special_tokens`, which returns ids.
+    """
+    bare, whole = (list(encode("a", add_special_tokens=added)) for added in (False, True))
+    begin = next(start for start in range(len(whole) + 1) if whole[start : start + len(bare)] == bare)
+    return tuple(whole[:begin])
 
 
 def continuation(decode: Callable[[Sequence[int]], str], prompt: Sequence[int], new: Sequence[int]) -> str:
@@ -178,112 +225,3 @@ def refuse_existing(directory: Path) -> None:
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-Encoded = tuple[Ids, npt.NDArray[np.int64]]
-_BATCHES_AHEAD = 3
-
-
-class Batch(Protocol):
-    """Texts that are encoded together. The encoder returns the batch object itself with the ids."""
-
-    @property
-    def texts(self) -> list[str]: ...
-
-
-AnyBatch = TypeVar("AnyBatch", bound=Batch)
-
-
-class BatchEncoder(Protocol):
-    """A function from batches to pairs (batch, its ids), in order; it reads only a few batches ahead."""
-
-    def __call__(self, batches: Iterable[AnyBatch], /) -> Iterator[tuple[AnyBatch, Encoded]]: ...
-
-
-class TextEncoder:
-    """A function from texts to their ids in `dtype`, each text closed by the tokenizer's EOS."""
-
-    def __init__(self, info: TokenizerInfo, dtype: str) -> None:
-        assert info.eos_token_id is not None, "prepare refuses a tokenizer without EOS"
-        self._tokenizer = info.tokenizer
-        self._eos = [info.eos_token_id]
-        self._dtype = dtype
-
-    def __call__(self, texts: list[str]) -> Encoded:
-        """Return the ids of all texts in a row (n,), and the number of ids of each text (len(texts),)."""
-        encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
-        ids = [encoding.ids + self._eos for encoding in encodings]
-        lengths = np.array([len(document) for document in ids], np.int64)
-        return np.fromiter(chain.from_iterable(ids), self._dtype, int(lengths.sum())), lengths
-
-
-_encoder: TextEncoder | None = None
-
-
-def _start_worker(directory: Path, dtype: str) -> None:
-    global _encoder
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends Ctrl-C to all: the parent ends its workers
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
-    _encoder = TextEncoder(load_tokenizer(directory), dtype)
-
-
-def _end_with_parent() -> None:
-    """End this worker when its parent has ended; a killed parent closes no queue, and workers would wait for ever."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None, "runs in a worker"
-    parent.join()
-    os._exit(1)
-
-
-def _encode(texts: list[str]) -> Encoded:
-    assert _encoder is not None, "_start_worker runs first in every worker"
-    return _encoder(texts)
-
-
-@contextmanager
-def batch_encoder(directory: Path, dtype: str, workers: int) -> Iterator[BatchEncoder]:
-    """Yield a function from batches of texts to their ids.
-
-    Args:
-        directory: directory of the tokenizer.
-        dtype: dtype of the ids.
-        workers: number of encoding processes; 1: this process encodes.
-
-    Raises:
-        DataError: a worker died.
-    """
-    if workers == 1:
-        yield partial(_encode_here, TextEncoder(load_tokenizer(directory), dtype))
-        return
-    # spawn: a fork would copy locks that the caller's threads hold (progress bar, tokenizers' own pool).
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, context, _start_worker, (directory, dtype)) as pool:
-        try:
-            yield partial(_encode_in_pool, pool, _BATCHES_AHEAD * workers)
-        except BrokenProcessPool as error:
-            raise DataError(
-                f"a tokenising process died ({error}); if memory ran out, give fewer --workers; "
-                "the same command goes on from the last finished part"
-            ) from error
-        finally:
-            pool.shutdown(cancel_futures=True)
-
-
-def _encode_here(encoder: TextEncoder, batches: Iterable[AnyBatch]) -> Iterator[tuple[AnyBatch, Encoded]]:
-    for batch in batches:
-        yield batch, encoder(batch.texts)
-
-
-def _encode_in_pool(
-    pool: ProcessPoolExecutor, max_waiting: int, batches: Iterable[AnyBatch]
-) -> Iterator[tuple[AnyBatch, Encoded]]:
-    waiting: deque[tuple[AnyBatch, Future[Encoded]]] = deque()
-    for batch in batches:
-        waiting.append((batch, pool.submit(_encode, batch.texts)))
-        if len(waiting) >= max_waiting:
-            first, encoded = waiting.popleft()
-            yield first, encoded.result()
-    while waiting:
-        first, encoded = waiting.popleft()
-        yield first, encoded.result()

@@ -34,12 +34,16 @@ _CACHE_KIB = 1 << 15
 
 @dataclass
 class Reading:
-    """State of a domain's reading: `documents` and `tokens` are those in its spool; `done`: all is read."""
+    """State of a domain's reading: `documents` and `tokens` are those in its spool; `done`: all is read.
+
+    `control_tokens` are those that the text so far spells.
+    """
 
     position: Position = field(default_factory=Position)
     dropped: Dropped = field(default_factory=Dropped)
     documents: int = 0
     tokens: int = 0
+    control_tokens: int = 0
     done: bool = False
 
 
@@ -162,7 +166,7 @@ def _limits(domain: Domain) -> str:
 
 
 def _identity(file: SourceFile) -> str:
-    options = file.source.model_dump(exclude={"path", "exclude"})
+    options = file.source.model_dump(exclude={"path", "exclude", "min_files"})
     return json.dumps([file.name, file.num_bytes, file.stamp, options])
 
 

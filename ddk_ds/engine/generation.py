@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from transformers import AutoTokenizer, GenerationConfig
 
-from ddk_ds.data.tokenizer import continuation
+from ddk_ds.data.tokenizer import added_before, continuation
 from ddk_ds.engine.whole_models import load_model
 from ddk_ds.errors import ConfigError
 
@@ -87,7 +87,8 @@ def continue_prompts(
 
 def _encode(tokenizer: Any, prompt: str, chat: bool) -> list[int]:
     if not chat:
-        return list(tokenizer(prompt).input_ids)
+        ids = list(tokenizer(prompt, add_special_tokens=False).input_ids)
+        return [*added_before(tokenizer.encode), *ids] if ids else []  # and not what it adds after a text
     text = tokenizer.apply_chat_template(
         [{"role": "user", "content": prompt}], add_generation_prompt=True, tokenize=False
     )

@@ -125,7 +125,7 @@ def check_files(config: Config, student_path: Path, teacher_path: Path | None, w
         filters=filters,
         filters_hash=filters_hash,
         schedule=schedule,
-        prompts=given_prompts(config, tokenizer),
+        prompts=given_prompts(config, tokenizer, manifest.bos),
     )
 
 

@@ -27,8 +27,10 @@ Prompts = dict[str, list[int]]
 """Token ids of each prompt by its name."""
 
 
-def given_prompts(config: Config, tokenizer: TokenizerInfo) -> Prompts:
+def given_prompts(config: Config, tokenizer: TokenizerInfo, bos: Sequence[int]) -> Prompts:
     """Return the prompts of `monitor.sample_prompts`, named 1, 2, ...; {} without that option.
+
+    A prompt begins with the ids `bos`, as the documents of the data do.
 
     Raises ConfigError if the file cannot be read, or if a prompt is empty or too long.
     """
@@ -37,11 +39,12 @@ def given_prompts(config: Config, tokenizer: TokenizerInfo) -> Prompts:
         return {}
     if isinstance(given, str):
         given = tuple(read_lines(given, key))
-    prompts = {str(number): tokenizer.tokenizer.encode(text).ids for number, text in enumerate(given, 1)}
-    if not all(prompts.values()) or not prompts:
+    texts = [tokenizer.text.encode(text) for text in given]
+    if not all(texts) or not texts:
         raise ConfigError(
             f"{key}: holds no prompt, or an empty one; leave it out for the held-out samples' first tokens"
         )
+    prompts = {str(number): [*bos, *ids] for number, ids in enumerate(texts, 1)}
     length, tokens = config.data.sequence_length, config.monitor.sample_tokens
     for name, ids in prompts.items():
         if len(ids) + tokens > length:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import errno
+import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from ddk_ds.data.file_globs import find_files
 from ddk_ds.data.recipe import list_files, load_recipe
 from ddk_ds.errors import ConfigError, DataError
 
@@ -91,6 +95,54 @@ def test_a_source_without_files_is_refused(tmp_path: Path) -> None:
     touch(tmp_path, "d/x.txt")
     with pytest.raises(DataError, match=r"domain 'a': source 'd' matches no file"):
         list_files(load_recipe(recipe_of(tmp_path, "domains: {a: {sources: [d]}}")))
+
+
+def test_links_are_followed_as_find_does_and_loops_end(tmp_path: Path) -> None:
+    """`find -L` gives the right value: 40 files in place, 400 behind links, of which it names the loop."""
+    touch(tmp_path / "text", *(f"a/{number}.txt" for number in range(40)))
+    touch(tmp_path / "disk", *(f"deep/{number}/x.txt" for number in range(200)), *(f"{n}.txt" for n in range(200)))
+    (tmp_path / "text/b").symlink_to(tmp_path / "disk")
+    (tmp_path / "text/a/up").symlink_to(tmp_path / "text")
+    (tmp_path / "disk/deep/round").symlink_to(tmp_path / "disk/deep/5")
+    found = subprocess.run(["find", "-L", tmp_path / "text", "-name", "*.txt"], capture_output=True, text=True)
+    assert "loop" in found.stderr
+    files = list_files(load_recipe(recipe_of(tmp_path, "root: text\ndomains: {a: {sources: ['**/*.txt']}}")))["a"]
+    assert {file.path.resolve() for file in files} == {Path(name).resolve() for name in found.stdout.splitlines()}
+    assert len(files) == 440
+    for path in ("b/**/*.txt", "b/deep/*/x.txt", "**/deep/**/x.txt"):
+        recipe = load_recipe(recipe_of(tmp_path, f"root: text\ndomains: {{a: {{sources: ['{path}']}}}}"))
+        assert len(list_files(recipe)["a"]) == (400 if path == "b/**/*.txt" else 200)
+
+
+@pytest.mark.parametrize(
+    "glob", ["*.txt", "**/*.txt", "a/**/[bc]*", "**/b/?.txt", "a/../d.txt", "**", "*", "none/**/*"]
+)
+def test_globs_match_what_pathlib_matches_where_there_are_no_links(tmp_path: Path, glob: str) -> None:
+    touch(tmp_path, "d.txt", ".e.txt", "a/b/c.txt", "a/c.txt", "a/b/b/d.txt", ".a/b/e.txt")
+    wanted = {path for path in tmp_path.glob(glob) if path.is_file()}
+    assert {path for path in find_files(tmp_path, glob) if path.is_file()} == wanted
+
+
+def test_what_cannot_be_read_or_is_too_little_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    touch(tmp_path, "d/1.txt", "d/2.txt", "d/old/3.txt")
+    source = "{path: 'd/**/*.txt', min_files: 3, exclude: ['d/old/*']}"
+    with pytest.raises(DataError, match=r"'d/\*\*/\*\.txt' matches 2 files \(1 more are excluded\), min_files is 3"):
+        list_files(load_recipe(recipe_of(tmp_path, f"domains: {{a: {{sources: [{source}]}}}}")))
+    (tmp_path / "d/old/gone.txt").symlink_to(tmp_path / "nothing")
+    recipe = load_recipe(recipe_of(tmp_path, "domains: {a: {sources: ['d/**/*.txt']}}"))
+    with pytest.raises(DataError, match=r"gone\.txt is a link to nothing: restore its file, or exclude it"):
+        list_files(recipe)
+    (tmp_path / "d/old/gone.txt").unlink()
+    listed = Path.iterdir
+
+    def iterdir(path: Path) -> Iterator[Path]:
+        if path.name == "old":
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return listed(path)
+
+    monkeypatch.setattr(Path, "iterdir", iterdir)  # root, which runs tests in containers, may list everything
+    with pytest.raises(DataError, match=r"d/old cannot be listed \(Permission denied\)"):
+        list_files(recipe)
 
 
 def test_locators_find_what_is_installed(tmp_path: Path) -> None:

@@ -18,10 +18,11 @@ import pytest
 
 from ddk_ds.data import prepare as prepare_module
 from ddk_ds.data import reading as reading_module
+from ddk_ds.data.encoding import TextEncoder
+from ddk_ds.data.long_documents import Part
 from ddk_ds.data.prepare import prepare
 from ddk_ds.data.reading import Spool
 from ddk_ds.data.recipe import load_recipe
-from ddk_ds.data.tokenizer import TextEncoder
 from ddk_ds.data.workdir import WorkDir, open_work
 from ddk_ds.errors import DataError
 from tests.unit.data.corpus import PLAN, make_texts, write_recipe
@@ -66,8 +67,8 @@ def encoded(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     texts: list[str] = []
     encode = TextEncoder.__call__
 
-    def counted(self: TextEncoder, batch: list[str]) -> Any:
-        texts.extend(batch)
+    def counted(self: TextEncoder, batch: list[Part]) -> Any:
+        texts.extend(part.text for part in batch)
         return encode(self, batch)
 
     monkeypatch.setattr(TextEncoder, "__call__", counted)

@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from ddk_ds.data.encoding import TextEncoder
+from ddk_ds.data.long_documents import Part
 from ddk_ds.data.recipe import load_recipe
-from ddk_ds.data.tokenizer import EOS_TOKEN, TextEncoder, fingerprint, load_tokenizer, save_tokenizer, train_tokenizer
+from ddk_ds.data.tokenizer import EOS_TOKEN, fingerprint, load_tokenizer, save_tokenizer, train_tokenizer
 from ddk_ds.errors import DataError
 
 TEXT = "  def f(x):\n\treturn x  # naïve 新 \U0001f600\r\n"
@@ -43,7 +45,7 @@ def test_transformers_reads_the_same_tokenizer(tokenizer_dir: Path) -> None:
 
 def test_text_that_spells_eos_stays_text(tokenizer_dir: Path) -> None:
     info = load_tokenizer(tokenizer_dir)
-    tokens, lengths = TextEncoder(info, "uint16")([f"a{EOS_TOKEN}b", "c"])
+    tokens, lengths, _ = TextEncoder(info, "uint16", ())([Part(f"a{EOS_TOKEN}b"), Part("c")])
     assert (tokens == info.eos_token_id).sum() == 2
     assert lengths.tolist() == [len(tokens) - 2, 2]
     assert info.tokenizer.decode(tokens[: lengths[0] - 1].tolist()) == f"a{EOS_TOKEN}b"

@@ -1,0 +1,153 @@
+"""Documents to token ids, in parallel: each begins with the BOS that the recipe asks for and ends with the EOS token.
+
+The order is the same for any number of processes.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from functools import partial
+from itertools import chain
+from pathlib import Path
+from typing import NamedTuple, Protocol, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from ddk_ds.data.long_documents import Part
+from ddk_ds.data.mds import Ids
+from ddk_ds.data.tokenizer import TokenizerInfo, load_tokenizer
+from ddk_ds.errors import DataError
+
+_BATCHES_AHEAD = 3
+
+
+class Encoded(NamedTuple):
+    """The ids of some parts of documents in a row (n,), the number of ids of each part, and the control tokens found.
+
+    `control_tokens` counts those that the text spells, which are split or dropped.
+    """
+
+    ids: Ids
+    lengths: npt.NDArray[np.int64]
+    control_tokens: int
+
+
+class Batch(Protocol):
+    """Parts of documents that are encoded together. The encoder returns the batch object itself with the ids."""
+
+    @property
+    def parts(self) -> list[Part]: ...
+
+
+AnyBatch = TypeVar("AnyBatch", bound=Batch)
+
+
+class BatchEncoder(Protocol):
+    """A function from batches to pairs (batch, its ids), in order; it reads only a few batches ahead."""
+
+    def __call__(self, batches: Iterable[AnyBatch], /) -> Iterator[tuple[AnyBatch, Encoded]]: ...
+
+
+class TextEncoder:
+    """A function from parts of documents to their ids in `dtype`."""
+
+    def __init__(self, info: TokenizerInfo, dtype: str, bos: tuple[int, ...]) -> None:
+        """Store the tokenizer; a document begins with the ids `bos` and ends with EOS."""
+        assert info.eos_token_id is not None, "prepare refuses a tokenizer without EOS"
+        self._text = info.text
+        self._bos = list(bos)
+        self._eos = [info.eos_token_id]
+        self._dtype = dtype
+
+    def __call__(self, parts: list[Part]) -> Encoded:
+        """Return the ids of the parts. Raises DataError if one cannot be encoded."""
+        texts, control_tokens = self._text.encode_all([part.text for part in parts])
+        ids = [
+            [*(self._bos if part.opens else ()), *text, *(self._eos if part.closes else ())]
+            for part, text in zip(parts, texts, strict=True)
+        ]
+        lengths = np.array([len(part) for part in ids], np.int64)
+        joined = np.fromiter(chain.from_iterable(ids), self._dtype, int(lengths.sum()))
+        return Encoded(joined, lengths, control_tokens)
+
+
+_encoder: TextEncoder | None = None
+
+
+def _start_worker(directory: Path, dtype: str, bos: tuple[int, ...]) -> None:
+    global _encoder
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends Ctrl-C to all: the parent ends its workers
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
+    _encoder = TextEncoder(load_tokenizer(directory), dtype, bos)
+
+
+def _end_with_parent() -> None:
+    """End this worker when its parent has ended; a killed parent closes no queue, and workers would wait for ever."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None, "runs in a worker"
+    parent.join()
+    os._exit(1)
+
+
+def _encode(parts: list[Part]) -> Encoded:
+    assert _encoder is not None, "_start_worker runs first in every worker"
+    return _encoder(parts)
+
+
+@contextmanager
+def batch_encoder(directory: Path, dtype: str, bos: tuple[int, ...], workers: int) -> Iterator[BatchEncoder]:
+    """Yield a function from batches of parts to their ids.
+
+    Args:
+        directory: directory of the tokenizer.
+        dtype: dtype of the ids.
+        bos: ids at the beginning of each document.
+        workers: number of encoding processes; 1: this process encodes.
+
+    Raises:
+        DataError: a worker died.
+    """
+    if workers == 1:
+        yield partial(_encode_here, TextEncoder(load_tokenizer(directory), dtype, bos))
+        return
+    # spawn: a fork would copy locks that the caller's threads hold (progress bar, tokenizers' own pool).
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, context, _start_worker, (directory, dtype, bos)) as pool:
+        try:
+            yield partial(_encode_in_pool, pool, _BATCHES_AHEAD * workers)
+        except BrokenProcessPool as error:
+            raise DataError(
+                f"a tokenising process died ({error}); if memory ran out, give fewer --workers; "
+                "the same command goes on from the last finished part"
+            ) from error
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _encode_here(encoder: TextEncoder, batches: Iterable[AnyBatch]) -> Iterator[tuple[AnyBatch, Encoded]]:
+    for batch in batches:
+        yield batch, encoder(batch.parts)
+
+
+def _encode_in_pool(
+    pool: ProcessPoolExecutor, max_waiting: int, batches: Iterable[AnyBatch]
+) -> Iterator[tuple[AnyBatch, Encoded]]:
+    waiting: deque[tuple[AnyBatch, Future[Encoded]]] = deque()
+    for batch in batches:
+        waiting.append((batch, pool.submit(_encode, batch.parts)))
+        if len(waiting) >= max_waiting:
+            first, encoded = waiting.popleft()
+            yield first, encoded.result()
+    while waiting:
+        first, encoded = waiting.popleft()
+        yield first, encoded.result()
