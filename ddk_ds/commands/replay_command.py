@@ -65,9 +65,13 @@ def _controller(run_dir: Path, run: RecordedRun, overrides: Sequence[str]) -> Co
     from ddk_ds.train.interval import read_schedule  # imports torch, for which --help should not wait
 
     config_file = run_dir / "config.yaml"
-    own = load_config(config_file).mixture
-    mixture = load_config(config_file, [f"mixture.{item.removeprefix('mixture.')}" for item in overrides]).mixture
-    other_file = mixture.schedule_file != own.schedule_file
+    own = load_config(config_file)
+    # Another controller may contradict the run's method (`ddk_equal`), which takes no part here.
+    values = [f"method={'cpt' if own.teacher is None else 'kd'}", f"mixture.controller={own.mixture.controller}"]
+    values += [f"loss.divergence={own.loss.divergence}"]
+    values += [f"mixture.{item.removeprefix('mixture.')}" for item in overrides]
+    mixture = load_config(config_file, values).mixture
+    other_file = mixture.schedule_file != own.mixture.schedule_file
     schedule = read_schedule(mixture.schedule_file) if other_file else run.schedule
     return make_controller(mixture, run.train_tokens, schedule)
 

@@ -66,14 +66,13 @@ class ComparisonPlan:
         """
         for column in self.columns:
             _check_own_keys((*self.overrides, *column.overrides))
-            self._check_preset_keys(column)
         jobs = [
             Job(
                 self.config,
                 column.method,
                 f"{column.label}-s{seed}",
                 self.out,
-                (*self.overrides, *column.overrides, f"seed={seed}"),
+                (*self.overrides, *self._preset_items(column), *column.overrides, f"seed={seed}"),
             )
             for seed in range(self.seeds)
             for column in self.columns
@@ -94,20 +93,24 @@ class ComparisonPlan:
         except (OSError, OmegaConfBaseException, yaml.YAMLError, ValueError, TypeError) as error:
             raise ConfigError(f"--config {self.config}: cannot be read with the overrides given: {error}") from error
 
-    def _check_preset_keys(self, column: Column) -> None:
-        """Raise ConfigError if the configuration sets one of PRESET_KEYS, for which each method has its own value.
+    def _preset_items(self, column: Column) -> list[str]:
+        """Return the configuration's values of PRESET_KEYS as overrides, if the column keeps them.
 
-        A column's own overrides can set them, and so can the configuration for a grid's variants of its own method.
+        A column's own overrides replace them. A grid's variants of the configuration's own method keep them. Raises
+        ConfigError for another column, since each method has its own values.
         """
-        if self.grid is not None and column.method == self._own_method:
-            return  # a variant of the configuration's own method keeps the configuration's values
+        items = []
         for key in PRESET_KEYS:
             value = self._configured(key)
-            if value is not None and not any(item.startswith(f"{key}=") for item in column.overrides):
+            if value is None or any(item.startswith(f"{key}=") for item in column.overrides):
+                continue
+            if self.grid is None or column.method != self._own_method:
                 raise ConfigError(
                     f"{key}: {self.config} or an override sets it to {value!r}, which would hold for every method: "
                     f"leave it out (each method has its own), or give it in a variant of --grid ({column.label})"
                 )
+            items.append(f"{key}={value}")
+        return items
 
     def _configured(self, key: str) -> Any:
         """Return the value that the YAML file and the overrides give a key, or None where they leave the default."""

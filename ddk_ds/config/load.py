@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,8 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import ValidationError
 from yaml import YAMLError
 
-from ddk_ds.config.methods import OF_STAGES
+from ddk_ds.config.keys import value_at
+from ddk_ds.config.methods import METHODS, OF_STAGES
 from ddk_ds.config.paths import resolve_overrides, resolve_paths
 from ddk_ds.config.run_config import Config
 from ddk_ds.config.sections import FILE_NAME_RULE
@@ -65,6 +66,7 @@ def make_config(raw: Any, source: str, overrides: Sequence[str] = (), base: Path
     if values.get("method") in OF_STAGES:
         command = f"ddk stages --config {source} --method {values['method']}"
         raise ConfigError(f"{source}: method: {values['method']} takes several runs: start them by `{command}`")
+    _check_method(values, given, source)
     values = _tuples(values)
     named = resolve_paths(Config, values, written, given, base and base.absolute(), source)
     values.setdefault("output_dir", os.path.abspath(Config.model_fields["output_dir"].default))
@@ -95,6 +97,33 @@ def _check_no_credentials(value: Any, key: str, source: str) -> None:
             f"{source}: {key} holds a credential ({'***' if is_secret else redact(value)}): give it in the environment "
             "or in the store's own credentials file, never in the configuration, which runs keep and print"
         )
+
+
+def _check_method(values: Mapping[Any, Any], given: Any, source: str) -> None:
+    """Raise ConfigError if a key contradicts the method's own value for it.
+
+    A key beside `method`, in the file or among the overrides, is a mixture or divergence combined with the method: it
+    is right, unless it makes another method of it. An override of `method` alone means all that the method is.
+
+    Args:
+        values: the file's values with the overrides.
+        given: nested mapping of the overrides alone.
+    """
+    method = values.get("method")
+    if not isinstance(method, str) or method not in METHODS:
+        return
+    preset = METHODS[method]
+    for key, own in preset.sets.items():
+        found = value_at(values, key)
+        left_in_file = "method" in given and value_at(given, key) is None
+        if found in (None, own) or not (left_in_file or key == preset.by_definition):
+            continue
+        places = [
+            f"override {name}={value}" if value_at(given, name) is not None else f"{source}: {name}: {value}"
+            for name, value in (("method", method), (key, found))
+        ]
+        mend = f"remove {key}" if key == preset.by_definition else f"remove {key}, or give it as an override too"
+        raise ConfigError(f"{places[0]} is {key}: {own} and contradicts {places[1]}: {mend}")
 
 
 def _tuples(value: Any) -> Any:

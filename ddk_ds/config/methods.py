@@ -38,6 +38,14 @@ class Preset:
     """True if the filters alone are trained."""
     one_of_stages: bool = False
     """True if a result takes several runs, of which one has this method."""
+    by_definition: str | None = None
+    """Key that makes the method what it is: with another value it would be another method, which is refused."""
+
+    @property
+    def sets(self) -> dict[str, str]:
+        """Values that the method gives to other keys, unless the configuration sets them."""
+        divergence = {} if self.divergence is None else {"loss.divergence": self.divergence}
+        return {"mixture.controller": self.controller, **divergence}
 
 
 METHODS: dict[str, Preset] = {
@@ -61,9 +69,14 @@ METHODS: dict[str, Preset] = {
         "DDK without the smoothing of its domain factors",
         "ddk_no_smoothing",
         "forward_kl",
+        by_definition="mixture.controller",
     ),
-    "ddk_equal": Preset("distillation on domains drawn equally often", "equal", "forward_kl"),
-    "minillm": Preset("distillation by the reverse divergence", "by_size", "reverse_kl"),
+    "ddk_equal": Preset(
+        "distillation on domains drawn equally often", "equal", "forward_kl", by_definition="mixture.controller"
+    ),
+    "minillm": Preset(
+        "distillation by the reverse divergence", "by_size", "reverse_kl", by_definition="loss.divergence"
+    ),
     "ted": Preset(
         "task-aware layer-wise distillation (TED)",
         "by_size",
@@ -85,6 +98,7 @@ METHODS: dict[str, Preset] = {
         "equal",
         always_runs_teacher=True,
         one_of_stages=True,
+        by_definition="mixture.controller",
     ),
 }
 
@@ -114,8 +128,8 @@ class MethodSections(Section):
     """The keys of a run's configuration that concern its method."""
 
     method: MethodName = "ddk"
-    """Training method (docs/methods.md). It sets mixture.controller and loss.divergence unless the configuration sets
-    them."""
+    """Training method (docs/methods.md). It sets mixture.controller and loss.divergence unless they are given beside
+    it; the override `method=` refuses those that the file sets otherwise."""
     ted: Ted = Ted()
     doremi: Doremi = Doremi()
 
@@ -131,11 +145,9 @@ class MethodSections(Section):
         if preset is None:
             return values
         filled = dict(values)
-        for section, key, value in (
-            ("mixture", "controller", preset.controller),
-            ("loss", "divergence", preset.divergence),
-        ):
+        for name, value in preset.sets.items():
+            section, _, key = name.partition(".")
             given = filled.get(section, {})
-            if isinstance(given, dict) and value is not None:
+            if isinstance(given, dict):
                 filled[section] = {key: value, **given}
         return filled

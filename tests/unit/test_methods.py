@@ -8,9 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from ddk_ds.config import METHODS, load_config, make_config, to_yaml
+from ddk_ds.config.keys import value_at
 from ddk_ds.engine.flops import count_forward_flops, training_flops
 from ddk_ds.errors import ConfigError
 from ddk_ds.methods.distillation import scheduled
@@ -29,23 +31,92 @@ def config_of(**sections: Any) -> Any:
     return make_config({key: value for key, value in {**values, **sections}.items() if value is not None}, "test")
 
 
-@pytest.mark.parametrize(
-    ("method", "controller", "divergence"),
-    [
-        ("kd", "by_size", "forward_kl"),
-        ("ddk", "ddk", "forward_kl"),
-        ("ddk_no_smoothing", "ddk_no_smoothing", "forward_kl"),
-        ("ddk_equal", "equal", "forward_kl"),
-        ("minillm", "by_size", "reverse_kl"),
-        ("ted_filters", "by_size", "forward_kl"),
-        ("doremi_proxy", "equal", "forward_kl"),
-    ],
-)
-def test_a_method_sets_what_the_configuration_does_not(method: str, controller: str, divergence: str) -> None:
-    config = config_of(method=method)
-    assert (config.mixture.controller, config.loss.divergence) == (controller, divergence)
-    own = config_of(method=method, mixture={"controller": "equal"}, loss={"divergence": "jensen_shannon"})
-    assert (own.mixture.controller, own.loss.divergence) == ("equal", "jensen_shannon")
+# Controller and divergence of each method: the table of docs/methods.md. The last two compute no divergence.
+MEANS = {
+    "kd": ("by_size", "forward_kl"),
+    "ddk": ("ddk", "forward_kl"),
+    "ddk_no_smoothing": ("ddk_no_smoothing", "forward_kl"),
+    "ddk_equal": ("equal", "forward_kl"),
+    "minillm": ("by_size", "reverse_kl"),
+    "ted": ("by_size", "forward_kl"),
+    "cpt": ("by_size", "forward_kl"),
+    "ted_filters": ("by_size", "forward_kl"),
+    "doremi_proxy": ("equal", "forward_kl"),
+}
+
+
+BY_DEFINITION = {
+    "ddk_no_smoothing": "mixture.controller",
+    "ddk_equal": "mixture.controller",
+    "minillm": "loss.divergence",
+    "doremi_proxy": "mixture.controller",
+}
+OTHERS = {"mixture.controller": "doremi_online", "loss.divergence": "jensen_shannon"}
+
+
+def write_config(path: Path, method: str | None, values: dict[str, str]) -> Path:
+    sections = [f"{section}: {{{key}: {value}}}" for (section, _, key), value in split(values)]
+    teacher = [] if method == "cpt" else ["teacher: {path: teacher}"]
+    filters = ["ted: {filters: filters.safetensors}"] if method == "ted" else []
+    lines = [f"method: {method}"] if method else []
+    base = ["name: run", "student: {path: student}", "data: {path: data}", "stop: {steps: 4000}"]
+    path.write_text("\n".join([*lines, *base, *teacher, *filters, *sections]))
+    return path
+
+
+def split(values: dict[str, str]) -> list[tuple[tuple[str, str, str], str]]:
+    return [(name.partition("."), value) for name, value in values.items()]
+
+
+def overrides_for(method: str) -> list[str]:
+    """Return the override of the method and what it needs besides."""
+    more = {"cpt": ["teacher=null"], "ted": ["ted.filters=filters.safetensors"]}
+    return [f"method={method}", *more.get(method, [])]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_an_overridden_method_means_what_it_says(tmp_path: Path, method: str) -> None:
+    """The table of docs/methods.md: what the method sets, whatever the file's own method was; else both are named."""
+    for other in ("ddk", "kd", None):
+        config = load_config(write_config(tmp_path / "run.yaml", other, {}), overrides_for(method))
+        assert (config.mixture.controller, config.loss.divergence) == MEANS[method]
+
+    for key, value in OTHERS.items():
+        if method in ("cpt", "ted_filters", "doremi_proxy") and key == "loss.divergence":
+            continue  # they compute no divergence
+        path = write_config(tmp_path / "run.yaml", None, {key: value})
+        with pytest.raises(ConfigError) as caught:
+            load_config(path, overrides_for(method))
+        own = dict(zip(OTHERS, MEANS[method], strict=True))[key]
+        assert f"override method={method} is {key}: {own} and contradicts {path}: {key}: {value}" in str(caught.value)
+        # Given as an override too, it is meant: unless the method would no longer be what its name says.
+        both = [*overrides_for(method), f"{key}={value}"]
+        if BY_DEFINITION.get(method) == key:
+            with pytest.raises(ConfigError, match=rf"contradicts override {key}={value}: remove {key}$"):
+                load_config(path, both)
+            with pytest.raises(ConfigError, match=rf"method: {method} is {key}: .* contradicts .*: {key}: {value}"):
+                load_config(write_config(tmp_path / "own.yaml", method, {key: value}))
+        elif method != "cpt":  # a mixture that needs no teacher has its own test
+            assert value_at(load_config(path, both).model_dump(), key) == value
+            in_file = load_config(write_config(tmp_path / "own.yaml", method, {key: value}))
+            assert value_at(in_file.model_dump(), key) == value
+        # The same value is no contradiction.
+        same = write_config(tmp_path / "run.yaml", None, {key: own})
+        assert value_at(load_config(same, overrides_for(method)).model_dump(), key) == own
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").rglob("*.yaml")), ids=lambda path: path.stem)
+def test_shipped_files_do_not_repeat_their_method(path: Path) -> None:
+    """So every method can be an override of them."""
+    values = yaml.safe_load(path.read_text())
+    if "student" not in values:
+        return
+    own = METHODS[values.get("method", "ddk")].sets
+    assert [key for key, value in own.items() if value_at(values, key) == value] == []
+    if "teacher" in values:
+        for method, means in MEANS.items():
+            config = load_config(path, overrides_for(method))
+            assert (config.mixture.controller, config.loss.divergence) == means
 
 
 def test_the_resolved_configuration_is_its_own(tmp_path: Path) -> None:

@@ -140,9 +140,7 @@ def _presets() -> str:
     for name, preset in METHODS.items():
         divergence, teacher = preset.divergence or "not computed", "yes" if preset.teacher else "no"
         rows.append([f"`{name}`", preset.controller, divergence, teacher])
-    return (
-        f"## What a method sets\n\nUnless the configuration sets the key itself (docs/methods.md).\n\n{_markdown(rows)}"
-    )
+    return f"## What a method sets\n\nUnless the key is given beside the method (docs/methods.md).\n\n{_markdown(rows)}"
 
 
 def _one_line(text: str | None) -> str:
