@@ -9,6 +9,7 @@ import gzip
 import hashlib
 import html
 import io
+import itertools
 import json
 import re
 import zlib
@@ -32,6 +33,10 @@ _TAG = re.compile(r"<[^<>]+>")
 _BLANK_LINES = re.compile(r"\s*\n\s*")
 _READ_BYTES = 1 << 17
 _PARQUET_ROWS = 128
+_PARQUET_BYTES = 1 << 24
+_HASHED_CHARS = 1 << 20
+MAX_DOCUMENT_BYTES = 1 << 30
+"""Size of the largest document, or line of a jsonl file, that is read; memory holds it about three times."""
 
 
 @dataclass(frozen=True)
@@ -141,6 +146,8 @@ def _texts_from(
 ) -> Iterator[str]:
     """Yield the texts of a file after the first `num_read`, which were counted when they were read."""
     counted = Dropped(**vars(dropped))
+    if num_read:
+        dropped.bad_lines = 0  # those of the texts that were read are met again, and do not count twice
     for number, text in enumerate(read_texts(file, dropped, meter=meter, scratch=scratch), 1):
         if number > num_read:
             yield text
@@ -155,18 +162,24 @@ def _make_document(text: str, domain: Domain, key: bytes, dropped: Dropped) -> D
     if domain.max_chars is not None and len(text) > domain.max_chars:
         text = text[: domain.max_chars]
         dropped.cut += 1
+    digest, num_bytes = hashlib.blake2b(digest_size=16, key=key), 0
     try:
-        data = text.encode()
+        for begin in range(0, len(text), _HASHED_CHARS):
+            data = text[begin : begin + _HASHED_CHARS].encode()
+            digest.update(data)
+            num_bytes += len(data)
     except UnicodeEncodeError:  # JSON can spell half a surrogate pair, which is no text
         dropped.undecodable += 1
         return None
-    return Document(text, len(data), hashlib.blake2b(data, digest_size=16, key=key).digest())
+    return Document(text, num_bytes, digest.digest())
 
 
 def read_texts(
     file: SourceFile, dropped: Dropped, *, meter: Meter | None = None, scratch: Path | None = None
 ) -> Iterator[str]:
     """Yield every text of one file, uncut; undecodable files (jsonl: lines) and nulls are skipped and counted.
+
+    Up to `file.skip_bad_lines` lines of jsonl that hold no text are skipped too.
 
     Formats: in `text` the file is one document; in `jsonl` each line is an object with its text in `text_field`; in
     `json_strings` the file is one JSON value, and each string under the key `text_field` at any depth is a document; in
@@ -278,7 +291,7 @@ def _decompress(stream: BinaryIO) -> Iterator[bytes]:
         raise EOFError("it ends inside a compressed frame")
 
 
-def _decode(data: bytes, dropped: Dropped) -> str | None:
+def _decode(data: bytes | bytearray, dropped: Dropped) -> str | None:
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError:
@@ -286,21 +299,54 @@ def _decode(data: bytes, dropped: Dropped) -> str | None:
         return None
 
 
-def _read_text(path: Path, file: SourceFile, dropped: Dropped, meter: Meter) -> Iterator[str]:
+def _refuse_longer(num_bytes: int, where: str) -> None:
+    if num_bytes > MAX_DOCUMENT_BYTES:
+        raise DataError(
+            f"{where} has more than {MAX_DOCUMENT_BYTES:,} bytes, and memory would hold it several times: split it, or "
+            "exclude its file in the recipe"
+        )
+
+
+def _contents(path: Path, where: str, dropped: Dropped, meter: Meter) -> str | None:
+    """Return the text of a file; None if it is not UTF-8."""
+    data = bytearray()
     with _opened(path, meter) as stream:
-        text = _decode(stream.read(), dropped)
+        while chunk := stream.read(_READ_BYTES):
+            data += chunk
+            _refuse_longer(len(data), where)
+    return _decode(data, dropped)
+
+
+def _line(stream: BinaryIO, where: str, dropped: Dropped) -> str | None:
+    """Return the next line; "" if it is undecodable, None at the file's end."""
+    data = stream.readline(MAX_DOCUMENT_BYTES + 1)
+    _refuse_longer(len(data), where)
+    return (_decode(data, dropped) or "") if data else None
+
+
+def _read_text(path: Path, file: SourceFile, dropped: Dropped, meter: Meter) -> Iterator[str]:
+    text = _contents(path, file.where, dropped, meter)
     if text is not None:
         yield text
 
 
 def _read_jsonl(path: Path, file: SourceFile, dropped: Dropped, meter: Meter) -> Iterator[str]:
     with _opened(path, meter) as stream:
-        for number, data in enumerate(stream, 1):
-            line = _decode(data, dropped)
-            if line is None or line.isspace():
-                continue
+        for number in itertools.count(1):
             where = f"{file.where}, line {number}"
-            text = _field(_parse_json(line, where, "jsonl"), file, where)
+            line = _line(stream, where, dropped)
+            if line is None:
+                return
+            if not line or line.isspace():
+                continue
+            try:
+                text = _field(_parse_json(line, where, "jsonl"), file, where)
+            except DataError as error:
+                if dropped.bad_lines >= file.skip_bad_lines:
+                    raise DataError(f"{error}; skip_bad_lines of the domain is {file.skip_bad_lines}") from None
+                dropped.bad_lines += 1
+                continue
+            line = ""  # memory need not hold a long one beside its text
             if text is None:
                 dropped.missing += 1
             else:
@@ -308,8 +354,7 @@ def _read_jsonl(path: Path, file: SourceFile, dropped: Dropped, meter: Meter) ->
 
 
 def _read_json_strings(path: Path, file: SourceFile, dropped: Dropped, meter: Meter) -> Iterator[str]:
-    with _opened(path, meter) as stream:
-        text = _decode(stream.read(), dropped)
+    text = _contents(path, file.where, dropped, meter)
     if text is not None:
         yield from _strings(_parse_json(text, file.where, "json_strings"), file.source.text_field)
 
@@ -324,16 +369,26 @@ def _read_parquet(path: Path, file: SourceFile, dropped: Dropped, meter: Meter) 
         kind = table.schema_arrow.field(column).type
         if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
             raise DataError(f"{file.where}: column {column!r} holds {kind}, no text; set text_field to another")
-        for batch in table.iter_batches(batch_size=_PARQUET_ROWS, columns=[column]):
+        batch_rows = max(1, min(_PARQUET_ROWS, _PARQUET_BYTES // _mean_row_bytes(table, column)))
+        for batch in table.iter_batches(batch_size=batch_rows, columns=[column]):
             rows += batch.num_rows
             meter.disk_bytes = start + size * rows // table.metadata.num_rows
             # Cast to bytes, because pyarrow does not check that a writer's strings are UTF-8.
             for data in batch.column(0).cast(pyarrow.large_binary()).to_pylist():
+                _refuse_longer(len(data or b""), f"{file.where}: a row of {column!r}")
                 text = None if data is None else _decode(data, dropped)
                 dropped.missing += data is None
                 if text is not None:
                     yield text
     meter.disk_bytes = start + size
+
+
+def _mean_row_bytes(table: parquet.ParquetFile, column: str) -> int:
+    """Return the mean bytes of a column's values in the row group where they are largest, at least 1."""
+    content = table.metadata
+    number = next(leaf for leaf in range(content.num_columns) if content.schema.column(leaf).path == column)
+    groups = [content.row_group(group) for group in range(content.num_row_groups)]
+    return max(1, *(group.column(number).total_uncompressed_size // max(group.num_rows, 1) for group in groups), 1)
 
 
 _READERS: dict[Format, Callable[[Path, SourceFile, Dropped, Meter], Iterator[str]]] = {
@@ -347,7 +402,7 @@ _READERS: dict[Format, Callable[[Path, SourceFile, Dropped, Meter], Iterator[str
 def _parse_json(text: str, where: str, kind: Format) -> Any:
     try:
         return json.loads(text)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:  # an integer of thousands of digits is a ValueError too
         raise DataError(f"{where} is not JSON ({error}); it is read as {kind}: set format in the recipe") from None
 
 
@@ -362,15 +417,15 @@ def _field(record: Any, file: SourceFile, where: str) -> str | None:
 
 def _strings(value: Any, key: str) -> Iterator[str]:
     """Yield each string that is the value of `key` in an object at any depth of `value`, in the order of the file."""
-    if isinstance(value, dict):
-        for name, item in value.items():
-            if name == key and isinstance(item, str):
-                yield item
-            else:
-                yield from _strings(item, key)
-    elif isinstance(value, list):
-        for item in value:
-            yield from _strings(item, key)
+    waiting = [(False, value)]
+    while waiting:
+        named, item = waiting.pop()
+        if named and isinstance(item, str):
+            yield item
+        elif isinstance(item, dict):
+            waiting += reversed([(name == key, inner) for name, inner in item.items()])
+        elif isinstance(item, list):
+            waiting += [(False, inner) for inner in reversed(item)]
 
 
 def _strip_html(text: str) -> str:

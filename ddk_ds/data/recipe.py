@@ -18,7 +18,7 @@ import hashlib
 import re
 import sysconfig
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from importlib.metadata import distributions
 from importlib.util import find_spec
@@ -32,7 +32,7 @@ from yaml import YAMLError
 
 from ddk_ds.config import Positive, Section
 from ddk_ds.config.paths import absolute_path, is_address, named_by_shell
-from ddk_ds.config.sections import FILE_NAME_RULE, FileName
+from ddk_ds.config.sections import FILE_NAME_RULE, FileName, Natural
 from ddk_ds.data.file_globs import find_files
 from ddk_ds.data.remote import list_remote
 from ddk_ds.errors import ConfigError, DataError, UserError
@@ -73,6 +73,9 @@ class Domain(Section):
     """Shorter documents are dropped (characters)."""
     max_chars: Positive | None = None
     """Longer documents are cut (characters); null: no limit."""
+    skip_bad_lines: Natural = 0
+    """Number of lines of jsonl files that may hold no text (broken JSON, no such field): they are skipped and counted.
+    One more is an error."""
 
 
 class TokenizerOptions(Section):
@@ -99,7 +102,7 @@ class SourceFile:
     """One file of a domain. `name` is relative to the source's base and so the same on every machine.
 
     `remote` is the address of a file that is not on this machine; `path` is then not used. `num_bytes` is the stored
-    size, 0 where the store does not report it; `stamp` changes with the content.
+    size, 0 where the store does not report it; `stamp` changes with the content. `skip_bad_lines` is the domain's.
     """
 
     path: Path
@@ -108,6 +111,7 @@ class SourceFile:
     remote: str | None = None
     num_bytes: int = 0
     stamp: str = ""
+    skip_bad_lines: int = 0
 
     @property
     def where(self) -> str:
@@ -178,7 +182,7 @@ def list_files(recipe: Recipe) -> dict[str, list[SourceFile]]:
         for path in matched:
             if owner.setdefault(path, name) != name:
                 raise DataError(f"{path} is in two domains, {owner[path]!r} and {name!r}; exclude it from one of them")
-        files[name] = list(matched.values())
+        files[name] = [replace(file, skip_bad_lines=domain.skip_bad_lines) for file in matched.values()]
         if domain.max_bytes is not None:
             files[name].sort(key=lambda file: (_name_hash(file.name), file.name))
     return files

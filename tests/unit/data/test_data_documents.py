@@ -5,15 +5,19 @@ from __future__ import annotations
 import gzip
 import json
 import random
+import re
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pyarrow
 import pytest
 import zstandard
 from pyarrow import parquet
 
+from ddk_ds.data import documents
 from ddk_ds.data.documents import Document, Dropped, Meter, Position, read_documents, read_texts
-from ddk_ds.data.recipe import Domain, Source, SourceFile
+from ddk_ds.data.recipe import Domain, Source, SourceFile, list_files, load_recipe
 from ddk_ds.errors import DataError
 
 TEXTS = ["one two three", "Zwei Wörter,\n新しい行", "three\n\nlines"]
@@ -109,6 +113,12 @@ def test_plain_json_files_are_text(tmp_path: Path) -> None:
     ("name", "data", "message"),
     [
         ("a.jsonl", LINES + b"{broken\n", r"a\.jsonl, line 4 is not JSON"),
+        (
+            "a.jsonl",
+            LINES + b'{"id": ' + b"7" * 5000 + b', "text": "x"}',
+            r"a\.jsonl, line 4 is not JSON \(Exceeds the",
+        ),
+        ("a.jsonl", LINES + b"[" * 200_000, r"a\.jsonl, line 4 is not JSON \(maximum recursion depth"),
         ("a.jsonl", b'{"content": "x", "id": 1}\n', r"line 1 has no text in field 'text' .*content, id"),
         ("a.jsonl", b'{"text": 3}\n', r"line 1 has no text in field 'text'"),
         ("a.jsonl", b"[1]\n", r"line 1 .*is not an object"),
@@ -123,6 +133,89 @@ def test_plain_json_files_are_text(tmp_path: Path) -> None:
 def test_damaged_files_are_named(tmp_path: Path, name: str, data: bytes, message: str) -> None:
     with pytest.raises(DataError, match=message):
         list(read_texts(file_of(tmp_path / name, data), Dropped()))
+
+
+BAD = [b'{"id": ' + b"7" * 5000 + b', "text": "x"}\n', b"[" * 200_000 + b"\n", b"{broken\n", b'{"text": 3}\n', b"[1]\n"]
+
+
+def test_bad_lines_are_skipped_up_to_the_number_that_is_allowed(tmp_path: Path) -> None:
+    lines = LINES.splitlines(keepends=True)
+    files = [
+        file_of(tmp_path / "0.jsonl", b"".join((BAD[0], lines[0], BAD[1], BAD[2], lines[1]))),
+        file_of(tmp_path / "1.jsonl", b"".join((lines[2], BAD[3], BAD[4]))),
+    ]
+    found, dropped = documents_of([replace(file, skip_bad_lines=5) for file in files])
+    assert [document.text for document in found] == TEXTS
+    assert dropped == Dropped(bad_lines=5)
+    with pytest.raises(DataError, match=r"1\.jsonl, line 3 .*not an object.*skip_bad_lines of the domain is 4"):
+        documents_of([replace(file, skip_bad_lines=4) for file in files])
+    for texts, left in ((1, 2), (2, 1)):  # a continued reading counts a line once
+        position, dropped = Position(0, texts, 0), Dropped(bad_lines=1 if texts == 1 else 3)
+        limited = [replace(file, skip_bad_lines=5) for file in files]
+        rest = list(
+            read_documents(
+                Domain.model_validate({"sources": ["x"]}),
+                limited,
+                seed=0,
+                seen=set(),
+                dropped=dropped,
+                position=position,
+            )
+        )
+        assert len(rest) == left and dropped.bad_lines == 5
+
+
+def test_a_recipe_allows_bad_lines(tmp_path: Path) -> None:
+    file_of(tmp_path / "a.jsonl", LINES)
+    (tmp_path / "r.yaml").write_text("domains: {a: {sources: [a.jsonl], skip_bad_lines: 7}}", encoding="utf-8")
+    assert [file.skip_bad_lines for file in list_files(load_recipe(tmp_path / "r.yaml"))["a"]] == [7]
+
+
+def test_deep_json_strings_are_found_or_refused(tmp_path: Path) -> None:
+    for depth in (500, 200_000):
+        data = b'{"a":' * depth + b'{"text": "x", "b": [{"text": "y"}]}' + b"}" * depth
+        file = file_of(tmp_path / f"{depth}.json", data, format="json_strings")
+        if depth == 500:
+            assert list(read_texts(file, Dropped())) == ["x", "y"]
+        else:
+            with pytest.raises(DataError, match=r"200000\.json is not JSON \(maximum recursion depth"):
+                list(read_texts(file, Dropped()))
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.txt.gz", "a.jsonl", "a.json", "a.parquet"])
+def test_a_document_that_memory_would_not_hold_is_refused(
+    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(documents, "MAX_DOCUMENT_BYTES", 1000)
+    lines = json.dumps({"text": "x" * 900}) + "\n" + json.dumps({"text": "y" * 1001}) + "\n"
+    data = {"a.txt": b"x" * 1001, "a.txt.gz": gzip.compress(b"x" * 1001), "a.json": b'["' + b"x" * 999 + b'"]'}
+    file = file_of(
+        tmp_path / name, data.get(name, lines.encode()), **({"format": "json_strings"} if name == "a.json" else {})
+    )
+    if name == "a.parquet":
+        parquet.write_table(pyarrow.table({"text": ["x" * 1000, "y" * 1001]}), file.path)
+    where = {"a.jsonl": r"a\.jsonl, line 2", "a.parquet": r"a\.parquet: a row of 'text'"}.get(name, re.escape(name))
+    with pytest.raises(DataError, match=f"{where} has more than 1,000 bytes"):
+        list(read_texts(file, Dropped()))
+
+
+def test_large_rows_of_parquet_are_read_one_by_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = [f"{number}{'x' * 5000}" for number in range(40)]
+    table = pyarrow.table({"other": [{"a": 1, "b": 2}] * 40, "text": texts})
+    parquet.write_table(table, tmp_path / "a.parquet", use_dictionary=False)
+    sizes: list[int] = []
+    iterate = parquet.ParquetFile.iter_batches
+
+    def noted(self: parquet.ParquetFile, *, batch_size: int, columns: list[str]) -> Any:
+        sizes.append(batch_size)
+        return iterate(self, batch_size=batch_size, columns=columns)
+
+    monkeypatch.setattr(parquet.ParquetFile, "iter_batches", noted)
+    file = SourceFile(tmp_path / "a.parquet", "a.parquet", Source(path="a.parquet"))
+    assert list(read_texts(file, Dropped())) == texts
+    monkeypatch.setattr(documents, "_PARQUET_BYTES", 11_000)
+    assert list(read_texts(file, Dropped())) == texts
+    assert sizes == [128, 2]
 
 
 def test_undecodable_text_is_skipped_and_counted(tmp_path: Path) -> None:
