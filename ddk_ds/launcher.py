@@ -3,10 +3,15 @@
 A Ctrl-C in a terminal comes to every process there. Of DeepSpeed's two launchers the outer one then ends with a
 traceback and code 130, and the inner one kills the ranks after 30 s, saved or not. Here the ranks alone get the signal;
 they save, and their exit code comes back through both launchers.
+
+A launcher can be killed. What it leaves behind becomes this process's (a "child subreaper" of Linux), which waits for
+it: the ranks find their launcher gone (lifeline.py), save, and their exit code is the run's. DeepSpeed's outer launcher
+alone would return 0. If this process is killed, the kernel ends the outer launcher, and the ranks find that.
 """
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import socket
@@ -26,6 +31,7 @@ from ddk_ds.exit_codes import EXIT_ENDED_AT_ONCE, OF_A_RUN
 _PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 # A rank that waits in a collective does not hear a second Ctrl-C.
 _LAST_WAIT_S = 10
+_PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36  # linux/prctl.h
 # Device files of NVIDIA's GPUs, of these in WSL, of AMD's, and of other accelerators.
 _ACCELERATORS = ("nvidia[0-9]*", "dxg", "kfd", "dri/render*", "accel*", "davinci*")
 _INNER = ["-u", "-m", "deepspeed.launcher.launch"]
@@ -89,6 +95,10 @@ class _Launched:
         handlers |= {signal.SIGTSTP: self._stop, signal.SIGALRM: self._kill}
         heard = {number: handler for number, handler in handlers.items() if signal.getsignal(number) != signal.SIG_IGN}
         before = {number: signal.signal(number, handler) for number, handler in heard.items()}
+        prctl = ctypes.CDLL(None).prctl if sys.platform == "linux" else None
+        if prctl is not None:
+            prctl(_PR_SET_CHILD_SUBREAPER, 1)
+            options = options | {"preexec_fn": lambda: prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)}
         try:
             # A process group in the terminal's background may write to it, but must not read.
             self._process = subprocess.Popen(
@@ -96,14 +106,23 @@ class _Launched:
             )
             if self._signals:
                 self._process.terminate()
-            code = self._process.wait()
+            code = _code_of([self._process.wait(), *self._left_behind()])
         finally:
             signal.alarm(0)
+            if prctl is not None:
+                prctl(_PR_SET_CHILD_SUBREAPER, 0)
             for number, handler in before.items():
                 signal.signal(number, handler)
-        if self._signals and code not in OF_A_RUN:
-            return EXIT_ENDED_AT_ONCE
-        return code if code >= 0 else 128 - code
+        return EXIT_ENDED_AT_ONCE if self._signals and code not in OF_A_RUN else code
+
+    def _left_behind(self) -> list[int]:
+        """Wait for what a launcher that was killed has left behind, and return the exit codes, -n after signal n."""
+        assert self._process is not None, "it has ended"
+        codes = []
+        with suppress(ChildProcessError):
+            while True:
+                codes.append(os.waitstatus_to_exitcode(os.waitpid(-self._process.pid, 0)[1]))
+        return codes
 
     def _pass_on(self, number: int, frame: FrameType | None) -> None:
         self._signals.append(number)
@@ -117,25 +136,42 @@ class _Launched:
             signal.alarm(_LAST_WAIT_S)
 
     def _stop(self, number: int, frame: FrameType | None) -> None:
-        if self._process is not None:
-            os.killpg(self._process.pid, signal.SIGSTOP)
+        self._send_all(signal.SIGSTOP)
         os.kill(os.getpid(), signal.SIGSTOP)
-        if self._process is not None:  # somebody has continued this process
-            os.killpg(self._process.pid, signal.SIGCONT)
+        self._send_all(signal.SIGCONT)  # somebody has continued this process
 
     def _kill(self, number: int, frame: FrameType | None) -> None:
-        assert self._process is not None, "the alarm was set when it got a signal"
-        os.killpg(self._process.pid, signal.SIGKILL)
+        self._send_all(signal.SIGKILL)
+
+    def _send_all(self, number: int) -> None:
+        if self._process is not None:
+            with suppress(ProcessLookupError):  # all have just ended
+                os.killpg(self._process.pid, number)
+
+
+def _code_of(codes: Sequence[int]) -> int:
+    """Return the run's exit code from those of the outer launcher and of what launchers left behind.
+
+    A rank's own code counts more than that of a launcher, and any failure more than 0, with which DeepSpeed's outer
+    launcher ends if the inner one was killed.
+    """
+    failures = [code if code > 0 else 128 - code for code in codes if code]
+    return min(failures, key=lambda code: code not in OF_A_RUN, default=0)
 
 
 def _processes(outer: int) -> tuple[list[psutil.Process], list[psutil.Process]]:
-    """Return the launchers on this node, the outer one with the process id `outer` first, and their ranks."""
+    """Return the launchers on this node of the outer one with the process id `outer`, and the ranks.
+
+    What a launcher that was killed has left behind is a child of this process.
+    """
     launchers, ranks = [], []
-    with suppress(psutil.NoSuchProcess):  # one has just ended
-        process = psutil.Process(outer)
-        launchers.append(process)
-        for child in process.children():
-            if child.cmdline()[1:4] == _INNER:
-                launchers.append(child)
-                ranks += child.children()
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.NoSuchProcess, ProcessLookupError):  # it has just ended
+            if os.getpgid(process.pid) != outer:
+                continue
+            inner, parent = process.cmdline()[1:4] == _INNER, process.parent()
+            if inner or process.pid == outer:
+                launchers.append(process)
+            elif parent is not None and (parent.pid == os.getpid() or parent.cmdline()[1:4] == _INNER):
+                ranks.append(process)
     return launchers, ranks

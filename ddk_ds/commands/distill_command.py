@@ -12,6 +12,7 @@ time may mend; 75 interrupted by a signal, and saved.
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 
 from ddk_ds.command_line import command_parser, parse, positive, reports_user_errors
@@ -19,6 +20,7 @@ from ddk_ds.commands import distill_rank
 from ddk_ds.config import load_config
 from ddk_ds.config.suggestions import dashes_hint
 from ddk_ds.launcher import launcher_command, run_launcher
+from ddk_ds.run_files import is_finished
 
 # Options of DeepSpeed's launcher that go on to it unchanged; in _FLAGS those without a value.
 _VALUES = {
@@ -62,7 +64,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.ranks is not None and options.hostfile is None:
         config.micro_batches(options.ranks)
     given = [word for action in launcher for word in _words(action, options)]
-    return run_launcher(launcher_command(given, [*run, *([] if options.preflight else ["--no-preflight"])]))
+    code = run_launcher(launcher_command(given, [*run, *([] if options.preflight else ["--no-preflight"])]))
+    if code == 0 and not is_finished(config.run_dir):  # DeepSpeed's launcher returns 0 if a part of it was killed
+        print(f"error: a launcher was killed: {config.run_dir} is not finished; start it again", file=sys.stderr)
+        return 1
+    return code
 
 
 def _add_launcher_options(parser: argparse.ArgumentParser) -> list[argparse.Action]:

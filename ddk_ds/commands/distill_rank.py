@@ -19,6 +19,7 @@ from ddk_ds.config import Config, load_config, to_yaml
 from ddk_ds.config.suggestions import dashes_hint
 from ddk_ds.errors import UserError
 from ddk_ds.exit_codes import EXIT_ENDED_AT_ONCE, EXIT_INTERRUPTED, EXIT_WRONG_NUMBERS, exit_code
+from ddk_ds.lifeline import follow_launcher
 from ddk_ds.redact import redact
 from ddk_ds.run_files import is_finished
 
@@ -34,6 +35,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     ddk_ds/exit_codes.py has them all.
     """
+    if "RANK" in os.environ:
+        follow_launcher()
     parser = command_parser(__doc__, dashes_hint)
     add_options(parser)
     parser.add_argument(
@@ -110,9 +113,10 @@ def _run(config: Config, *, dry_run: bool, preflight: bool, ranks: int) -> int:
     from ddk_ds.train.setup import prepare_run
 
     interruption = Interruption(comm, runtime.device)
-    with interruption.listening():
+    run = prepare_run(config, inputs, identity, runtime, interruption)
+    with interruption.listening():  # until here there is nothing to save: a signal ends the process at once
         try:
-            train(prepare_run(config, inputs, identity, runtime, interruption))
+            train(run)
         except Interrupted:
             runtime.comm.barrier()  # the launcher ends every rank when one has gone; rank 0 closes its monitors last
             return EXIT_INTERRUPTED

@@ -26,6 +26,7 @@ from ddk_ds.config import Config, load_config
 from ddk_ds.config.suggestions import dashes_hint
 from ddk_ds.errors import UserError
 from ddk_ds.exit_codes import EXIT_USER_ERROR
+from ddk_ds.lifeline import follow_launcher
 
 if TYPE_CHECKING:
     from ddk_ds.comm import Comm
@@ -36,6 +37,8 @@ _STYLES = {"pass": "green", "warn": "yellow", "fail": "bold red"}
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code: 0 if every check passed or warned, 2 if one failed."""
+    if "RANK" in os.environ:
+        follow_launcher()
     options = _parse(arguments)
     from ddk_ds.comm import destroy  # imports torch, for which --help and a wrong option should not wait
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import ctypes
 import fcntl
 import os
-import signal
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,8 +15,6 @@ from deepspeed.accelerator import get_accelerator
 from ddk_ds.comm import Comm, ProcessGroup
 from ddk_ds.engine.process_memory import peak_bytes
 from ddk_ds.files import write_text
-
-_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 @dataclass(frozen=True)
@@ -38,7 +34,6 @@ def start_runtime() -> Runtime:
     compiled = Path(sys.prefix) / "torch_extensions"
     if compiled.is_dir():
         os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(compiled))
-    _end_with_the_launcher()
     accelerator = get_accelerator()
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     if accelerator.device_name() == "cpu":
@@ -92,16 +87,6 @@ def _unlink_shared_memory(rank: int) -> None:
     """
     job = "_".join([str(os.getuid()), os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", "")])
     Path(f"/dev/shm/deepspeed_allreduce_buffer_{job}_{rank}").unlink(missing_ok=True)
-
-
-def _end_with_the_launcher() -> None:
-    """Have the kernel send SIGTERM to this rank when its launcher is killed: it would train on without a supervisor.
-
-    Not under srun, whose daemon ends a step's processes: the signal follows the thread that started this process, and
-    threads of that daemon come and go.
-    """
-    if "SLURM_STEP_ID" not in os.environ and sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def synchronize(runtime: Runtime) -> None:

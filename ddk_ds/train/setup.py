@@ -58,9 +58,7 @@ def prepare_run(
     options = Options(vocab_size, gamma=0.0, chunk_tokens=chunk_tokens, logits_dtype=config.loss.logits_dtype)
     teacher_ppl = None
     if teacher is not None:
-        teacher_ppl = _teacher_perplexities(
-            config, inputs, teacher, validation, options, runtime, interruption, progress
-        )
+        teacher_ppl = _teacher_perplexities(config, inputs, teacher, validation, options, runtime, progress)
     student = load_student(config, inputs.student, vocab_size, comm, inputs.filters, clock)
     orders = [
         DomainOrder(name, sizes, config.seed) for name, sizes in zip(inputs.names, dataset.shard_sizes, strict=True)
@@ -169,7 +167,6 @@ def _teacher_perplexities(
     validation: ValidationBatches,
     options: Options,
     runtime: Runtime,
-    interruption: Interruption,
     progress: RunProgress,
 ) -> Array:
     """Return the teacher's perplexities (N,). Collective.
@@ -199,7 +196,6 @@ def _teacher_perplexities(
                 options=options,
                 device=runtime.device,
                 comm=comm,
-                poll=interruption.check,
                 advance=advance,
             )
         for i, value in zip(unknown, measured.tolist(), strict=True):

@@ -85,7 +85,9 @@ def _rank(function: str, arguments: dict[str, Any], env: dict[str, str], folder:
     os.environ.update(env)
     from ddk_ds.comm import destroy
     from ddk_ds.engine.runtime import start_runtime
+    from ddk_ds.lifeline import follow_launcher
 
+    follow_launcher()
     runtime = start_runtime()
     module, name = function.split(":")
     value = getattr(importlib.import_module(module), name)(runtime, **arguments)

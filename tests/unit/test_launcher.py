@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from ddk_ds.lifeline import look_up
 from tests.terminal import hear_signals
 
 ROOT = Path(__file__).parents[2]
@@ -60,3 +61,37 @@ def test_what_does_not_answer_a_second_ctrl_c_is_killed() -> None:
     began = time.monotonic()
     assert launched(deaf.join(["import signal; ", READY]) + "time.sleep(100)", signal.SIGINT, signal.SIGINT) == 130
     assert time.monotonic() - began < 60
+
+
+# A launcher that is killed while its rank saves: the rank is left behind, in the launcher's process group.
+LEAVES = """
+import os, signal, sys, time
+if os.fork() == 0:
+    print("ready", flush=True)
+    signal.signal(signal.SIGUSR1, lambda *_: sys.exit(75))
+    time.sleep(2)
+    sys.exit({code})
+{end}
+"""
+
+
+@pytest.mark.parametrize(
+    ("end", "rank_code", "code"),
+    [("os._exit(0)", 75, 75), ("os._exit(0)", 9, 9), ("os._exit(0)", 0, 0), ("os.kill(os.getpid(), 9)", 75, 75)],
+)
+def test_the_exit_code_is_that_of_ranks_whose_launcher_was_killed(end: str, rank_code: int, code: int) -> None:
+    assert launched(LEAVES.format(end=end, code=rank_code)) == code
+
+
+def test_ranks_whose_launcher_was_killed_still_get_signals() -> None:
+    assert launched(LEAVES.format(end="os._exit(0)", code=0), signal.SIGUSR1) == 75
+
+
+def test_a_launcher_ends_with_the_process_that_runs_it(tmp_path: Path) -> None:
+    pid = tmp_path / "pid"
+    write = f"import os; open({str(pid)!r}, 'w').write(str(os.getpid())); "
+    assert launched(write + READY + "time.sleep(100)", signal.SIGKILL) == -signal.SIGKILL
+    end = time.monotonic() + 30
+    while look_up(int(pid.read_text())) is not None:
+        assert time.monotonic() < end, "the launcher lives"
+        time.sleep(0.05)
