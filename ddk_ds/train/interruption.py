@@ -53,8 +53,9 @@ class Interruption:
             yield
         finally:
             for number, handler in before.items():
-                # Under the default handler a late warning would kill a run that has finished.
-                late = number == signal.SIGUSR1 and handler == signal.SIG_DFL
+                # Under the default handler a late signal would kill a run that has saved or finished, which loses its
+                # exit code: a scheduler's warning, or that of a launcher that has gone.
+                late = number != signal.SIGINT and handler == signal.SIG_DFL
                 signal.signal(number, signal.SIG_IGN if late else handler)
 
     def check(self) -> None:

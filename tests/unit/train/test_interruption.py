@@ -16,9 +16,11 @@ from ddk_ds.train.interruption import Interrupted, Interruption
 
 @pytest.fixture
 def listening() -> Iterator[Interruption]:
-    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # ignored if the tests were started by nohup
+    # SIGHUP is ignored if the tests were started by nohup.
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in (signal.SIGHUP, signal.SIGTERM)}
     yield Interruption(SingleProcess(), torch.device("cpu"))
-    signal.signal(signal.SIGHUP, before)
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 def test_a_closed_terminal_is_nothing_to_a_run_under_nohup(listening: Interruption) -> None:
@@ -57,6 +59,14 @@ def test_a_launcher_that_passes_the_same_ctrl_c_on_is_no_second_one(
         after(1.1)
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGHUP"])
+def test_a_signal_after_the_end_changes_nothing(listening: Interruption, name: str) -> None:
+    """The launcher of a run that has saved may have gone: the exit code is not lost to its signal."""
+    with listening.listening():
+        pass
+    signal.raise_signal(signal.Signals[name])
 
 
 def test_a_ctrl_c_after_another_signal_lets_the_run_save(listening: Interruption) -> None:
