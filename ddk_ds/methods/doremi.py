@@ -1,9 +1,11 @@
 """DoReMi's proxy run (arXiv 2305.10429, Algorithm 1): group DRO finds the weights of the domains.
 
 The proxy is the run's student, and the reference model takes the teacher's place. A step minimises
-sum_i w_i * (mean cross-entropy of domain i's tokens). After it the weights follow the domains' excess losses over the
-reference, each token's clipped at 0, and the next step uses them: this needs no second pass over a batch, whatever the
-number of micro-batches and ranks.
+sum_i w_i * (mean cross-entropy of domain i's tokens), divided by sum_i w_i; both sums are over the domains that have
+tokens in the step. After it the weights follow the domains' excess losses over the reference, each token's clipped at
+0, and the next step uses them: this needs no second pass over a batch, whatever the number of micro-batches and ranks.
+A domain without tokens keeps its last excess, as in the authors' code (github.com/sangmichaelxie/doremi); before its
+first tokens it has the mean of the others, which leaves its weight where it was.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ from ddk_ds.engine.teacher import Teacher
 from ddk_ds.files import write_text
 from ddk_ds.kernels import KDLoss, Options, linear_kd_loss
 from ddk_ds.methods.base import IGNORE_INDEX, Batch, token_losses
+from ddk_ds.mixture.domain_vectors import Factors, mixed, softmax
 
 WEIGHTS_FILE = "proportions.yaml"
 
@@ -39,7 +42,10 @@ class DoremiProxy:
         self._reference = reference
         self._options = options
         self._doremi = doremi
-        self._weights = np.array(state.get("weights", [1 / num_domains] * num_domains))
+        logs = state.get("log_weights")
+        weights = np.array(state.get("weights", [1 / num_domains] * num_domains))
+        self._weights = Factors.of(weights, None if logs is None else np.array(logs))
+        self._last_excess = np.array(state.get("excess", [None] * num_domains), np.float64)  # NaN: none yet
         self._sum = np.array(state.get("sum", [0.0] * num_domains))
         self._steps = int(state.get("steps", 0))
         self._excess = torch.zeros(2, num_domains, dtype=torch.float64)
@@ -56,7 +62,7 @@ class DoremiProxy:
         yield losses
 
     def loss(self, student: Student, batch: Batch, teacher_output: torch.Tensor) -> KDLoss:
-        """Run the student and return the micro-batch's part of the step's loss, sum_i w_i * (mean loss of domain i).
+        """Run the student and return the micro-batch's part of the step's loss, as the module's docstring has it.
 
         `ce` of the result is its part of the mean over all tokens, without weights. The excess losses over
         `teacher_output`, the reference model's losses, are kept for `end_step`.
@@ -66,6 +72,8 @@ class DoremiProxy:
     def _weighted(self, hidden: torch.Tensor, head: OutputHead, batch: Batch, reference: torch.Tensor) -> KDLoss:
         length = batch.input_ids.shape[1]
         labels, device = batch.labels.flatten(), hidden.device
+        weights = torch.from_numpy(self._weights.proportions).to(device) * (batch.domain_tokens > 0)
+        weights = (weights / weights.sum()).to(torch.promote_types(hidden.dtype, torch.float32))
         loss = hidden.new_zeros((), dtype=torch.float32)
         ce = torch.zeros((), dtype=torch.float64, device=device)
         excess = torch.zeros_like(self._excess, device=device)
@@ -85,7 +93,7 @@ class DoremiProxy:
             )
             assert result.token_ce is not None, "per_token is set"
             token_ce = result.token_ce.double() * batch.domain_tokens[domain]
-            loss = loss + float(self._weights[domain]) * result.loss
+            loss = loss + weights[domain] * result.loss
             ce += token_ce.sum()
             excess[0, domain] = ((token_ce - reference[rows]).clamp(min=0) * valid).sum()
             excess[1, domain] = valid.sum()
@@ -95,31 +103,41 @@ class DoremiProxy:
     def end_step(self, comm: Comm) -> dict[str, Any]:
         """Update the weights of the domains from the step's excess losses.
 
-        Return `weights` (after the update) and `excess` (mean over a domain's tokens, in nats), both in the order of
-        the run's domains. An excess that is not finite leaves the weights unchanged.
+        Return `weights` (after the update) and `excess` (mean over a domain's tokens in the last step that had any, in
+        nats; None before it), both in the order of the run's domains. An excess that is not finite leaves both
+        unchanged.
         """
-        total, tokens = comm.all_reduce_sum(self._excess).tolist()
+        total, tokens = np.array(comm.all_reduce_sum(self._excess).tolist())
         self._excess = torch.zeros_like(self._excess)
-        excess = np.array(total) / np.maximum(tokens, 1)
-        if np.isfinite(excess).all():  # otherwise the step was skipped
-            scores = np.log(self._weights) + self._doremi.step_size * excess
-            weights = np.exp(scores - scores.max())
+        if np.isfinite(total).all() and tokens.any():  # otherwise the step was skipped
+            self._last_excess = np.where(tokens > 0, total / np.maximum(tokens, 1), self._last_excess)
+            excess = np.where(np.isnan(self._last_excess), np.nanmean(self._last_excess), self._last_excess)
             smoothing = self._doremi.smoothing
-            self._weights = (1 - smoothing) * weights / weights.sum() + smoothing / len(weights)
-            self._sum = self._sum + self._weights
+            raised = softmax(self._weights.logs + self._doremi.step_size * excess)
+            self._weights = mixed(1 - smoothing, raised, smoothing / len(excess))
+            self._sum = self._sum + self._weights.proportions
             self._steps += 1
-        return {"weights": self._weights.tolist(), "excess": excess.tolist()}
+        return {key: self.state_dict()[key] for key in ("weights", "excess")}
 
     def state_dict(self) -> dict[str, Any]:
-        """Return `weights` and `sum`, their sum over all steps, (N,) each, and `steps`, the number of steps."""
-        return {"weights": self._weights.tolist(), "sum": self._sum.tolist(), "steps": self._steps}
+        """Return, (N,) each, `weights`, `log_weights`, `excess` (the last ones) and `sum` of the weights; and `steps`.
+
+        The sum is that over all steps, whose number is `steps`.
+        """
+        return {
+            "weights": self._weights.proportions.tolist(),
+            "log_weights": self._weights.logs.tolist(),
+            "excess": [None if np.isnan(value) else value for value in self._last_excess.tolist()],
+            "sum": self._sum.tolist(),
+            "steps": self._steps,
+        }
 
     def export(self, student: Student, directory: Path, names: Sequence[str], comm: Comm) -> None:
         """Write `proportions.yaml`: each domain's weight, averaged over all steps.
 
         The file has the form of `mixture.proportions`. Before the first step it holds the current weights.
         """
-        mean = self._sum / self._sum.sum() if self._steps else self._weights
+        mean = self._sum / self._sum.sum() if self._steps else self._weights.proportions
         if comm.rank == 0:
             proportions = dict(zip(names, mean.tolist(), strict=True))
             write_text(directory / WEIGHTS_FILE, yaml.safe_dump(proportions, sort_keys=False))

@@ -57,8 +57,7 @@ def test_the_methods_own_metrics(results: list[dict[str, Any]]) -> None:
     ted, proxy = by_method["ted"], by_method["doremi_proxy"]
     assert ted["method_metrics"]["mse"] == pytest.approx(ted["plain"]["mse"], rel=1e-5)
     assert proxy["method_metrics"]["weights"] == pytest.approx(proxy["plain"]["weights"], rel=1e-5)
-    assert proxy["state"] == {
-        "weights": proxy["method_metrics"]["weights"],
-        "sum": proxy["method_metrics"]["weights"],
-        "steps": 1,
-    }
+    weights = proxy["method_metrics"]["weights"]
+    assert proxy["state"]["log_weights"] == pytest.approx(np.log(weights), rel=1e-12)
+    rest = {key: value for key, value in proxy["state"].items() if key != "log_weights"}
+    assert rest == {"weights": weights, "excess": proxy["method_metrics"]["excess"], "sum": weights, "steps": 1}
