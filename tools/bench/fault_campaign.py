@@ -2,9 +2,13 @@
 
 python -m tools.bench.fault_campaign --runs 50 --seed 1 --json docs/results/fault_campaign.json
 
-Each run is started by the `deepspeed` launcher, harmed at a random moment and started again, sometimes on another
+Each of --runs is started by the `deepspeed` launcher, harmed at a random moment and started again, sometimes on another
 number of ranks. On the same number, its ledger must be the undisturbed one bit for bit; on another number, the samples
 must be the same and the losses within 1e-5.
+
+The other kinds fork their ranks from a server that has imported everything, where no launcher is harmed. A run that was
+killed must resume to the undisturbed one's numbers; one whose files were damaged may be refused with one line. Nothing
+prints a traceback, and no process is left.
 """
 
 from __future__ import annotations
@@ -18,6 +22,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -29,8 +34,12 @@ from rich.console import Console
 from rich.table import Table
 
 from ddk_ds.version import versions
+from tools.bench.damaged_files import damaged
+from tools.bench.fault_cases import RESULTS, ROUNDING, Case, Setting, compare, resumed_from
 from tools.bench.faults import DISK, KINDS, MOMENTS, Fault, Job, intact_checkpoints, small_disk
-from tools.bench.small_run import ROOT, make_workspace, without_clock, write_config
+from tools.bench.killed_launchers import launcher_faults
+from tools.bench.operation_faults import full_disks, kills
+from tools.bench.small_run import ROOT, write_config
 
 # Two and a half intervals, and a checkpoint every second step. The rounding noise of near-zero gradients differs
 # between numbers of ranks; with AdamW's usual epsilon it would become steps as large as the learning rate.
@@ -41,8 +50,13 @@ OPTIONS: dict[str, Any] = {
     "optimizer": {"eps": 1e-5},
     "train": {"global_batch_samples": 12, "micro_batch_samples": 2},
 }
-ROUNDING = 1e-5
-_ROUNDED = ("loss", "ce", "kl", "grad_norm", "student_ppl", "ratio", "proportions")
+# Kind -> (how many cases by default, of all its cases, an iterator over their outcomes).
+NEW_KINDS: dict[str, tuple[int, Callable[[Setting, int, np.random.Generator], Iterator[Case]], str]] = {
+    "kills": (2, kills, "kills at file operations of a first or a resumed start on 1 to 3 ranks"),
+    "full-disks": (1, full_disks, "disks that are full from one writer on"),
+    "launchers": (1, launcher_faults, "signals to the launcher that a user holds"),
+    "damages": (2, damaged, "damaged files of an interrupted or a finished run's directory"),
+}
 
 
 @dataclass(frozen=True)
@@ -86,6 +100,8 @@ def main() -> int:
     parser.add_argument(
         "--other-ranks", type=int, nargs="*", default=[1, 3], help="numbers of ranks with which some runs continue"
     )
+    for name, (default, _, text) in NEW_KINDS.items():
+        parser.add_argument(f"--{name}", type=int, default=default, help=f"number of {text} (default: %(default)s)")
     parser.add_argument("--json", type=Path, help="file for the result")
     parser.add_argument("--keep", type=Path, help="directory in which the runs are kept (default: a temporary one)")
     options = parser.parse_args()
@@ -93,13 +109,16 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="faults-") if options.keep is None else nullcontext(options.keep) as folder:
         ranks = (options.ranks, *options.other_ranks)
         outcomes = campaign(Path(folder).absolute(), options.runs, options.seed, ranks, console)
-    result = summary(outcomes)
+        cases = new_kinds(Path(folder).absolute(), options, console)
+    result = summary(outcomes, cases)
     console.print(table(outcomes))
-    console.print("  ".join(f"{key} {value}" for key, value in result.items() if key != "faults"))
+    console.print(case_table(cases))
+    console.print("  ".join(f"{key} {value}" for key, value in result.items() if key not in ("faults", "cases")))
     if options.json is not None:
         options.json.write_text(json.dumps({"seed": options.seed, **made_with(), **result}, indent=1) + "\n")
     passed = result["resumed"] == result["identical"] == result["runs"]
-    return 0 if passed and not result["hangs"] and not result["partial_checkpoints_loaded"] else 1
+    broken = result["hangs"] or result["partial_checkpoints_loaded"] or result["broken"]
+    return 0 if passed and not broken else 1
 
 
 def made_with() -> dict[str, Any]:
@@ -113,14 +132,27 @@ def made_with() -> dict[str, Any]:
     }
 
 
+def new_kinds(folder: Path, options: argparse.Namespace, console: Console) -> list[Case]:
+    """Make the cases of each new kind, as many as the options say, and return them."""
+    setting, cases = Setting(folder), []
+    for place, (name, (_, make, _)) in enumerate(NEW_KINDS.items()):
+        count = getattr(options, name.replace("-", "_"))
+        for case in make(setting, count, np.random.default_rng([options.seed, place])):
+            cases.append(case)
+            said = f"{case.result} {case.line}" if not case.broken else f"BROKEN: {', '.join(case.broken)}"
+            console.print(f"{name}: {case.fault}; ranks {case.ranks}, codes {case.exit_codes}: {said}", markup=False)
+    return cases
+
+
 def campaign(folder: Path, runs: int, seed: int, ranks: tuple[int, ...], console: Console) -> list[Outcome]:
     """Harm `runs` runs, and return their outcomes. Kinds and moments alternate in a random order, so all come early.
 
     Runs begin on the first of `ranks`; half continue on that number, the others on any of them.
     """
+    if not runs:
+        return []
     rng = np.random.default_rng(seed)
-    folder.mkdir(parents=True, exist_ok=True)
-    workspace = make_workspace(folder / "workspace") if not (folder / "workspace").exists() else folder / "workspace"
+    workspace = Setting(folder).workspace
     reference = Job(
         write_config(workspace, folder, name="undisturbed", **OPTIONS), folder / "runs/undisturbed", ranks[0]
     )
@@ -182,35 +214,7 @@ def run_one(
         )
 
 
-def resumed_from(run_dir: Path, since: float) -> Path | None:
-    """Return the checkpoint from which a start after `since` resumed.
-
-    It is None if the run began anew, or if nothing was left to do.
-    """
-    path = run_dir / "events.jsonl"
-    events = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
-    paths = [event["path"] for event in events if event["event"] == "resume" and event["time_s"] >= since]
-    return Path(paths[-1]) if paths else None
-
-
-def compare(run_dir: Path, reference: Path) -> tuple[float, bool]:
-    """Return the largest relative difference of the rounded numbers, and True if all else in the ledgers is equal."""
-    ours, theirs = without_clock(run_dir), without_clock(reference)
-    if len(ours) != len(theirs):
-        return float("nan"), False
-    worst, same = 0.0, True
-    for line, expected in zip(ours, theirs, strict=True):
-        for key in line.keys() | expected.keys():
-            left, right = line.get(key), expected.get(key)
-            if key in _ROUNDED and left is not None and right is not None:
-                a, b = (np.array([*x.values()] if isinstance(x, dict) else x, np.float64) for x in (left, right))
-                worst = max(worst, float(np.max(np.abs(a - b) / np.maximum(np.abs(b), 1e-12))))
-            else:
-                same = same and left == right
-    return worst, same
-
-
-def summary(outcomes: list[Outcome]) -> dict[str, Any]:
+def summary(outcomes: list[Outcome], cases: list[Case]) -> dict[str, Any]:
     """Return the counts and the outcomes for the JSON file."""
     return {
         "runs": len(outcomes),
@@ -218,8 +222,10 @@ def summary(outcomes: list[Outcome]) -> dict[str, Any]:
         "identical": sum(outcome.identical for outcome in outcomes),
         "hangs": sum(outcome.hang for outcome in outcomes),
         "partial_checkpoints_loaded": sum(outcome.partial_loaded for outcome in outcomes),
-        "slowest_end_s": max(outcome.ended_s for outcome in outcomes),
+        "slowest_end_s": max((outcome.ended_s for outcome in outcomes), default=0.0),
+        "broken": sum(bool(case.broken) for case in cases),
         "faults": [asdict(outcome) for outcome in outcomes],
+        "cases": [asdict(case) for case in cases],
     }
 
 
@@ -235,6 +241,16 @@ def table(outcomes: list[Outcome]) -> Table:
                 f"{moment} {count}" for moment, count in sorted(Counter(o.moment for o in of_kind).items())
             )
             shown.add_row(kind, *map(str, counts), moments)
+    return shown
+
+
+def case_table(cases: list[Case]) -> Table:
+    """Return the table of the new kinds."""
+    shown = Table("kind", "cases", "resumed", "refused", "same output", "said", "broken", title="new kinds")
+    for kind in dict.fromkeys(case.kind for case in cases):
+        of_kind = [case for case in cases if case.kind == kind]
+        results = [sum(case.result == result and not case.broken for case in of_kind) for result in RESULTS]
+        shown.add_row(kind, *map(str, (len(of_kind), *results, sum(bool(case.broken) for case in of_kind))))
     return shown
 
 

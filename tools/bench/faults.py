@@ -18,10 +18,24 @@ import numpy as np
 import psutil
 
 from ddk_ds.files import new_file, size_and_xxh64
+from ddk_ds.launcher import free_port
+from tools.bench.file_operations import fill
+from tools.bench.forked import in_session
 from tools.bench.small_run import ROOT
 
 LIMIT_S = 60.0
 """Seconds after which a harmed job that has not ended counts as a hang."""
+FRONTS = {
+    "deepspeed": (
+        *("-m", "deepspeed.launcher.runner", "--num_gpus", "{ranks}", "--master_port", "{port}"),
+        *("launch/distill.py", "--config", "{config}"),
+    ),
+    "ddk distill": (
+        *("-c", "import sys; from ddk_ds.commands.console import main; sys.exit(main())"),
+        *("distill", "--ranks", "{ranks}", "--config", "{config}"),
+    ),
+}
+"""Commands with which a user starts a run, by the name of their first process."""
 DISK = "disk full"
 DAMAGE = "checkpoint damaged"
 _ALL = ("training", "evaluation", "controller", "checkpoint", "export")
@@ -39,26 +53,30 @@ _PHASES = {"step": "training"}
 
 
 class Job:
-    """A run under the real launcher, in its own session."""
+    """A run under a real launcher, in its own session."""
 
-    def __init__(self, config: Path, run_dir: Path, ranks: int) -> None:
+    def __init__(self, config: Path, run_dir: Path, ranks: int, front: str = "deepspeed") -> None:
         self.run_dir = run_dir
         self.killed = False
         """True if the job was killed because it did not end."""
         self._config = config
         self._ranks = ranks
+        self._front = front
         self._output = config.with_suffix(".txt")
         self._session: list[psutil.Process] = []
 
     def start(self) -> None:
         """Start the launcher, which appends to the job's output."""
-        port = str(20000 + int.from_bytes(os.urandom(2), "big") % 20000)
-        command = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(self._ranks)]
-        command += ["--master_port", port, "launch/distill.py", "--config", str(self._config)]
+        values = {"ranks": self._ranks, "port": free_port(), "config": self._config}
+        command = [sys.executable, *(word.format(**values) for word in FRONTS[self._front])]
         with self._output.open("a") as output:
             self._process = subprocess.Popen(
                 command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
             )
+
+    def send(self, number: signal.Signals) -> None:
+        """Send a signal to the process that a user has started. Raises ProcessLookupError if it has ended."""
+        os.kill(self._process.pid, number)
 
     def finish(self, limit_s: float = 240.0) -> None:
         """Run to the end. Raises AssertionError with the output if the run fails, TimeoutError if it hangs."""
@@ -88,6 +106,7 @@ class Job:
         with contextlib.suppress(psutil.NoSuchProcess):
             known = psutil.Process(self._process.pid)
             self._session = list({*self._session, known, *known.children(recursive=True)})
+        self._session = list({*self._session, *in_session(self._process.pid)})
         return [p for p in self._session if p.is_running() and _status(p) != psutil.STATUS_ZOMBIE]
 
     def ranks(self) -> list[psutil.Process]:
@@ -148,7 +167,7 @@ class Fault:
             ranks = job.ranks()
             _send(ranks[int(self.rng.integers(len(ranks)))] if ranks else None, signal.SIGUSR1)
         elif self.kind == DISK:
-            _fill(job.run_dir.parent)
+            fill(str(job.run_dir.parent))
         else:
             for process in job.processes():
                 _send(process, signal.SIGKILL)
@@ -195,12 +214,6 @@ def small_disk(folder: Path) -> Iterator[Path]:
         yield folder
     finally:
         subprocess.run(["umount", "--lazy", str(folder)], check=True)
-
-
-def _fill(folder: Path) -> None:
-    with contextlib.suppress(OSError), (folder / "ballast").open("wb", buffering=0) as stream:
-        while True:
-            stream.write(bytes(4096))
 
 
 def _damage(path: Path, rng: np.random.Generator) -> None:

@@ -1,0 +1,142 @@
+"""Damage to each file of a run's directory, one at a time, and what the next start and the readers make of it."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+
+from ddk_ds.files import size_and_xxh64
+from tools.bench.fault_cases import TRACEBACK, Case, Setting, note_command, refusal
+from tools.bench.faults import intact_checkpoints
+from tools.bench.forked import READERS, ForkedJob, Said, run_commands
+
+RESUMED, READ = "file damaged, then resumed", "file damaged, then read"
+_RANKS = 2
+_NOTICED = re.compile(r"warning|damaged|NOT equal|passed over|left out|cut", re.IGNORECASE)
+
+
+def _empty(content: bytes, rng: np.random.Generator) -> bytes:
+    return b""
+
+
+def _half(content: bytes, rng: np.random.Generator) -> bytes:
+    return content[: len(content) // 2]
+
+
+def _flip(content: bytes, rng: np.random.Generator) -> bytes:
+    flipped = bytearray(content)
+    flipped[int(rng.integers(len(content)))] ^= 1 << int(rng.integers(8))
+    return bytes(flipped)
+
+
+def _garbage(content: bytes, rng: np.random.Generator) -> bytes:
+    middle, size = len(content) // 2, min(64, max(1, len(content) // 4))
+    return content[:middle] + rng.bytes(size) + content[middle + size :]
+
+
+DAMAGES: dict[str, Callable[[bytes, np.random.Generator], bytes]] = {
+    "empty": _empty,
+    "cut in half": _half,
+    "one bit flipped": _flip,
+    "garbage in the middle": _garbage,
+}
+
+
+def damages(runs: Path) -> list[tuple[str, str]]:
+    """Return every pair of a file below `runs` that is not empty and a kind of damage.
+
+    Of a finished run's checkpoints only the newest is taken: nothing reads the others.
+    """
+    files = sorted(path for path in runs.rglob("*") if path.is_file() and path.stat().st_size)
+    if (runs / "run/summary.json").exists():
+        newest = max(path for path in runs.glob("run/checkpoints/step-*"))
+        files = [path for path in files if "checkpoints" not in path.parts or path.is_relative_to(newest)]
+    return [(str(path.relative_to(runs)), damage) for path in files for damage in DAMAGES]
+
+
+def damaged(setting: Setting, count: int, rng: np.random.Generator) -> Iterator[Case]:
+    """Damage files of an interrupted and of a finished run in `count` ways, all of them if there are fewer.
+
+    Each is read by the commands and started again.
+    """
+    sources = [setting.interrupted(_RANKS), setting.reference(_RANKS).parent]
+    chosen = [(source, name, damage) for source in sources for name, damage in damages(source)]
+    if count < len(chosen):
+        chosen = [chosen[number] for number in np.sort(rng.permutation(len(chosen))[:count])]
+    expected: dict[Path, dict[str, str]] = {}
+    for number, (source, name, damage) in enumerate(chosen):
+        if source not in expected:
+            expected[source] = _undamaged(setting, source)
+        folder = setting.folder / f"damage-{number:03d}"
+        shutil.copytree(source, folder / "runs")
+        path = folder / "runs" / name
+        path.write_bytes(DAMAGES[damage](path.read_bytes(), rng))
+        finished = source == sources[1]
+        fault = f"{'finished' if finished else 'interrupted'} run's {name} {damage}"
+        cases = [_readers(folder, fault, expected[source]), _resume(setting, folder, fault, finished=finished)]
+        if not any(case.broken for case in cases):
+            shutil.rmtree(folder)
+        yield from cases
+
+
+def _undamaged(setting: Setting, source: Path) -> dict[str, str]:
+    folder = setting.folder / f"{source.parent.name}-read"
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(source, folder / "runs")
+    return _read(folder)[1]
+
+
+def _resume(setting: Setting, folder: Path, fault: str, *, finished: bool) -> Case:
+    run_dir = folder / "runs/run"
+    case = Case(RESUMED, fault, (_RANKS, _RANKS))
+    intact = {path.name for path in intact_checkpoints(run_dir)}
+    job = ForkedJob(setting.config(folder.name), run_dir, _RANKS)
+    case.exit_codes.append(job.run())
+    if finished:  # nothing is left to do, and nothing is to be written
+        note_command(case, Said(case.exit_codes[0], job.output()))
+    else:
+        setting.judge(case, run_dir, job.output())
+    loaded = re.search(r"resumed from \S+/(step-\d+)", job.output())
+    if loaded and loaded[1] not in intact:
+        case.broken.append("partial checkpoint loaded")
+    return case
+
+
+def _readers(folder: Path, fault: str, expected: dict[str, str]) -> Case:
+    """Return what the commands make of the directory. `expected` is what each says of an undamaged one."""
+    said, shown = _read(folder)
+    case = Case(READ, fault, (), [code for code, _ in said.values()], result="same")
+    for name, (code, text) in said.items():
+        if TRACEBACK in text:
+            case.broken.append(f"{name}: traceback")
+        elif code is None:
+            case.broken.append(f"{name}: hang")
+        elif shown[name] == expected[name]:
+            continue
+        elif code in (1, 2) and refusal(text):
+            case.result, case.line = "refused", refusal(text)
+        elif _NOTICED.search(text):
+            case.result = "said"
+        else:
+            case.broken.append(f"{name}: other output, and nothing said")
+    return case
+
+
+def _read(folder: Path) -> tuple[dict[str, Said], dict[str, str]]:
+    """Return what each command printed, and all that it said: its output, its page's text, its model's hash."""
+    run, out = folder / "runs/run", folder / "out"
+    options = {"report": ["--out", str(out / "report")], "export": ["--out", str(out / "exported")]}
+    said = run_commands([[name, str(run), *options.get(name, [])] for name in READERS], folder / "said")
+    by_name = dict(zip(READERS, said, strict=True))
+    shown = {name: f"{code} {text.replace(str(folder), '')}" for name, (code, text) in by_name.items()}
+    page, model = out / "report/report.html", out / "exported/model.safetensors"
+    if page.is_file():
+        text = re.sub(r"(?s)<(script|style|svg)\b.*?</\1>|<[^>]*>", " ", page.read_text())
+        shown["report"] += re.sub(r"\s+", " ", text).replace(str(folder), "")
+    if model.is_file():
+        shown["export"] += size_and_xxh64(model)[1] + (model.parent / "README.md").read_text()
+    return by_name, shown
