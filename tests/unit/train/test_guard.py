@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from statistics import NormalDist, median
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from ddk_ds.config import Guard, Mixture
 from ddk_ds.mixture.controllers import make_controller
 from ddk_ds.mixture.decide import decide
 from ddk_ds.mixture.interval_state import IntervalState
-from ddk_ds.train.guard import NumbersGoneWrong, check_interval, check_step
+from ddk_ds.train.guard import NumbersGoneWrong, check_interval, check_step, is_spike
 from ddk_ds.train.state import RunState
 
 NAN = math.nan
@@ -64,6 +65,29 @@ def test_spikes_in_a_row_stop_and_a_single_one_does_not() -> None:
     assert feed([*usual, *[60.0] * 9], Guard(spike_deviations=0.0)).spikes_in_row == 0
 
 
+def test_a_spike_is_measured_in_robust_standard_deviations() -> None:
+    """Half of a normal distribution lies within its median absolute deviation: that is its 0.75 quantile."""
+    recent = (4.0 + np.random.default_rng(1).normal(0, 0.5, 64)).tolist()
+    options, centre = Guard(spike_deviations=6.0), median(recent)
+    limit = 6.0 * median(abs(loss - centre) for loss in recent) / NormalDist().inv_cdf(0.75)
+    assert is_spike(recent, centre + 1.001 * limit, options)
+    assert not is_spike(recent, centre + 0.999 * limit, options)
+    assert not is_spike(recent, centre - 10 * limit, options)
+    assert not is_spike(recent[1:], 1e9, options)  # 63 losses are too few
+
+
+@pytest.mark.parametrize("usual", [100.0, -100.0])
+def test_a_loss_that_hardly_varies_has_a_deviation_of_one_percent(usual: float) -> None:
+    options = Guard(spike_deviations=2.0)
+    assert not is_spike([usual] * 64, usual + 2.0, options)
+    assert is_spike([usual] * 64, usual + 2.001, options)
+
+
+def test_the_last_64_good_losses_are_remembered() -> None:
+    losses = [10 - 0.01 * i for i in range(70)]
+    assert feed([*losses[:30], NAN, *losses[30:], 60.0]).recent_losses == losses[-64:]
+
+
 def test_the_state_goes_through_a_checkpoint() -> None:
     state = feed([*noisy(80), 60.0, NAN])
     again = RunState.from_json(state.to_json())
@@ -100,6 +124,34 @@ def test_85_percent_for_one_of_any_number_of_domains_raises_an_alarm(count: int)
     assert len(check_interval(state, None, names, Guard(), (), ("floors",))) == 1
     state.proportions = [0.55, *[0.45 / (count - 1)] * (count - 1)]
     assert not check_interval(state, None, names, Guard(), (), ("floors",))
+
+
+def alarms_of(proportions: list[float], spreading: Any, excluded: Any = (), **options: Any) -> list[str]:
+    """Return the alarms of one interval with these proportions in a run without a teacher."""
+    state, names = fresh(), [str(i) for i in range(len(proportions))]
+    state.proportions = proportions
+    return check_interval(state, None, names, Guard(**options), excluded, spreading)
+
+
+def test_the_entropy_is_compared_with_equal_proportions_of_the_domains_that_are_drawn() -> None:
+    """Half and half has the entropy log 2: all of two domains', half of four's."""
+    assert alarms_of([0.5, 0.5, 0.0, 0.0], ("floors",), least_entropy=0.5) == []
+    found = alarms_of([0.5, 0.5, 0.0, 0.0], ("floors",), least_entropy=0.501)
+    assert len(found) == 1 and "the entropy is 0.50 of equal" in found[0]
+    assert alarms_of([0.5, 0.5, 0.0, 0.0], ("floors",), ("2", "3"), least_entropy=0.99) == []
+    assert alarms_of([0.5, 0.5, 0.0, 0.0], (), least_entropy=0.99) == []  # nothing moves these proportions
+
+
+def test_a_rise_is_counted_from_the_ratio_before() -> None:
+    """Equal ratios are no rise, the first interval's have nothing before them, and a fall begins again."""
+    state = fresh()
+    state.proportions = [0.5, 0.5]
+    counted = []
+    for ratio in ([2.0, 2.0], [2.0, 2.1], [2.1, 2.2], [2.2, 2.1], [2.3, 2.2]):
+        found = check_interval(state, ratio, ["a", "b"], Guard(rising_intervals=2))
+        counted.append((state.rises, len(found)))
+        assert state.last_ratio == ratio
+    assert counted == [([0, 0], 0), ([0, 1], 0), ([1, 2], 1), ([2, 0], 1), ([3, 1], 1)]
 
 
 RATIOS = (40.0, 5.0, 5.0)

@@ -1,0 +1,187 @@
+"""One optimizer step's own parts: its learning rate, its dropout seed, its batches' sums and its line of the ledger."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import pytest
+import torch
+from transformers import get_cosine_with_min_lr_schedule_with_warmup
+
+from ddk_ds.comm import SingleProcess
+from ddk_ds.config import Optimizer
+from ddk_ds.kernels import KDLoss
+from ddk_ds.train.step import StepMetrics, learning_rate, seed_step, step_clock, step_numbers, train_step
+
+
+def rates(steps: int, total: int, warmup: int, peak: float = 1.0, least: float = 0.1) -> list[float]:
+    """Return the learning rates of the first steps."""
+    options = Optimizer(learning_rate=peak, min_learning_rate=least, warmup_steps=warmup)
+    return [learning_rate(step, total, options) for step in range(steps)]
+
+
+def test_the_learning_rate_by_hand() -> None:
+    """Warm-up of 4 steps to 1, then a cosine over 6 steps to 0.1; cos(pi k / 6) is 1, sqrt(3)/2, 1/2, 0, ..."""
+    root = math.sqrt(3) / 2
+    falling = [0.55 + 0.45 * cosine for cosine in (1, root, 0.5, 0, -0.5, -root, -1)]
+    expected = [0.25, 0.5, 0.75, 1.0, *falling, 0.1, 0.1]  # it stays at its minimum
+    assert rates(13, 10, 4) == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("warmup", [1, 7])
+def test_the_learning_rate_is_that_of_transformers(warmup: int) -> None:
+    """Transformers' rate before its first step is 0: its warm-up is one step ahead, its cosine is at the same steps."""
+    total, peak, least = 50, 3e-5, 3e-6
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=peak)
+    scheduler = get_cosine_with_min_lr_schedule_with_warmup(optimizer, warmup, total, min_lr=least)
+    theirs = []
+    for _ in range(total + 1):
+        theirs.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    expected = [*theirs[1 : warmup + 1], *theirs[warmup:]]
+    assert rates(total + 1, total, warmup, peak, least) == pytest.approx(expected, rel=1e-9)
+
+
+def test_a_learning_rate_whose_warmup_is_none_or_all() -> None:
+    assert rates(3, 2, 0) == pytest.approx([1.0, 0.55, 0.1])
+    assert rates(5, 3, 3) == pytest.approx([1 / 3, 2 / 3, 1.0, 1.0, 0.1])
+    assert rates(4, 3, 8) == pytest.approx([1 / 8, 2 / 8, 3 / 8, 4 / 8])
+
+
+def test_a_steps_dropout_is_its_own() -> None:
+    """Other steps, ranks and seeds draw other numbers, and the same again the same: SHA-256 of the three, 63 bits."""
+    drawn = {}
+    for key in ((1, 2, 3), (1, 2, 4), (1, 3, 2), (2, 2, 3)):
+        seed_step(*key)
+        drawn[key] = torch.rand(4)
+        digest = hashlib.sha256("/".join(map(str, key)).encode()).hexdigest()
+        torch.manual_seed(int(digest[:16], 16) // 2)
+        assert torch.equal(torch.rand(4), drawn[key])
+    assert len({tuple(values.tolist()) for values in drawn.values()}) == 4
+
+
+class Clock:
+    """Counts what waits, as the student's clock does."""
+
+    def __init__(self) -> None:
+        self.waits: list[str] = []
+
+    @contextlib.contextmanager
+    def waiting(self, name: str) -> Iterator[None]:
+        self.waits.append(name)
+        yield
+
+    def take_seconds(self) -> dict[str, float]:
+        return {"forward": 2.0}
+
+    def take_peaks(self) -> dict[str, int]:
+        return {"forward": 7}
+
+
+class Doubled(SingleProcess):
+    """The first of two ranks that hold the same."""
+
+    world_size = 2
+
+    def all_reduce_sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.mul_(2)
+
+
+class Recorder:
+    """A student and a method in one: they note what the step asks of them. A batch's loss is its number of labels."""
+
+    def __init__(self) -> None:
+        self.clock = Clock()
+        self.backwards: list[tuple[float, bool]] = []
+        self.passes: list[int] = []
+        self.batches: list[Any] = []
+        self.rates: list[float] = []
+
+    @contextlib.contextmanager
+    def teacher_outputs(self, batches: Sequence[Any]) -> Iterator[list[int]]:
+        self.passes.append(len(batches))
+        yield [int(batch.input_ids[0, 0]) for batch in batches]
+
+    def loss(self, student: Any, batch: Any, teacher_output: int) -> KDLoss:
+        assert teacher_output == int(batch.input_ids[0, 0]), "another batch's output of the teacher"
+        self.batches.append(batch)
+        count = torch.tensor(float((batch.labels >= 0).sum()))
+        return KDLoss(count / batch.num_valid, count * 10, count * 100)
+
+    def backward(self, loss: torch.Tensor, *, last: bool) -> None:
+        self.backwards.append((float(loss), last))
+
+    def update(self, rate: float) -> float:
+        self.rates.append(rate)
+        return 0.5
+
+    def end_step(self, comm: Any) -> dict[str, Any]:
+        return {"weights": [1.0]}
+
+
+def test_a_step_adds_up_its_micro_batches() -> None:
+    """Three micro-batches of 2 x 4 tokens, 6 labels each; the other rank has the same. The teacher runs on two."""
+    domains = [[0, 2], [2, 2], [0, 0]]
+    micro_batches: Any = [
+        {"input_ids": torch.full((2, 4), number), "domain": torch.tensor(of)} for number, of in enumerate(domains)
+    ]
+    both: Any = Recorder()
+    metrics = train_step(
+        both,
+        both,
+        micro_batches,
+        learning_rate=0.25,
+        progress=0.5,
+        teacher_pass_size=2,
+        num_domains=3,
+        device=torch.device("cpu"),
+        comm=Doubled(),
+    )
+    assert metrics.domain_tokens == [18, 0, 18]  # 3 samples of 3 labels on each of two ranks
+    assert both.passes == [2, 1] and both.rates == [0.25]
+    # DeepSpeed averages gradients over the ranks: each backward pass is of twice the loss.
+    assert both.backwards == [(pytest.approx(2 * 6 / 36), last) for last in (False, False, True)]
+    assert (metrics.loss, metrics.ce, metrics.kl) == (pytest.approx(1.0), 360.0, 3600.0)
+    assert (metrics.grad_norm, metrics.method) == (0.5, {"weights": [1.0]})
+    assert [batch.labels.tolist() for batch in both.batches] == [[[k, k, k, -100]] * 2 for k in range(3)]
+    assert all(batch.progress == 0.5 and float(batch.num_valid) == 36 for batch in both.batches)
+    assert both.clock.waits == ["sync", "sync"]
+    assert (metrics.seconds, metrics.peaks) == ({"forward": 2.0}, {"forward": 7})
+    alone: Any = Recorder()
+    arguments: Any = {"learning_rate": 0.1, "progress": 0.0, "num_domains": 3, "device": torch.device("cpu")}
+    train_step(alone, alone, micro_batches, **arguments, comm=SingleProcess())
+    assert alone.passes == [1, 1, 1]
+
+
+def test_the_ledgers_numbers_of_a_step() -> None:
+    metrics = StepMetrics(math.inf, 2.0, math.nan, 0.25, [3, 4], {}, {"forward": 1.0}, {"forward": 2})
+    numbers = {"loss": None, "ce": 2.0, "kl": None, "grad_norm": 0.25, "domain_tokens": [3, 4]}
+    assert step_numbers(metrics) == numbers
+    with_method = StepMetrics(1.0, 2.0, 0.0, 0.25, [3, 4], {"mse": 0.5})
+    assert step_numbers(with_method) == {**numbers, "loss": 1.0, "kl": 0.0, "method": {"mse": 0.5}}
+
+
+def test_the_ledgers_clock_of_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    peaks = {"forward": 2_345_678_901, "update": 1_000_000_000}
+    metrics = StepMetrics(1.0, 1.0, 0.0, 1.0, [300, 700], {}, {"forward": 1.23456789}, peaks)
+    clock = step_clock(metrics, {"step": 4.0, "data": 0.00004}, 1e12)
+    assert clock == {
+        "step_s": 4.0,
+        "data_s": 0.0,
+        "forward_s": 1.2346,
+        "tokens_per_s": 250.0,
+        "mfu": None,
+        "peak_memory_gb": 2.346,
+        "peak_gb": {"forward": 2.346, "update": 1.0},
+    }
+    three = StepMetrics(1.0, 1.0, 0.0, 1.0, [1000], {}, {}, peaks)
+    assert step_clock(three, {"step": 3.0}, 1e12)["tokens_per_s"] == 333.3
+    # An H100 SXM does 989e12 dense bf16 operations a second (NVIDIA's data sheet).
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100 80GB HBM3")
+    assert step_clock(metrics, {"step": 4.0}, 4 * 989e12 / 3)["mfu"] == 0.3333
