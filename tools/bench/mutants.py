@@ -1,0 +1,117 @@
+"""Mutants of a source file: cosmic-ray's operators, without those that change no behaviour that a test should notice.
+
+Left out are messages (f-strings and `raise` statements), annotations, decorators, `strict=` of zip and `if
+TYPE_CHECKING`. cosmic-ray has no operator for strings, so docstrings and plain texts are never changed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cosmic_ray.ast import ast_nodes, get_ast
+from cosmic_ray.mutating import mutate_code
+from cosmic_ray.plugins import get_operator
+
+ROOT = Path(__file__).parents[2]
+
+_BINARY = "Add_Sub Sub_Add Mul_Div Div_Mul FloorDiv_Mul Mod_FloorDiv Pow_Mul LShift_RShift RShift_LShift "
+_BINARY += "BitOr_BitAnd BitAnd_BitOr"
+_COMPARISONS = "Eq_NotEq NotEq_Eq Lt_LtE LtE_Lt Gt_GtE GtE_Gt Is_IsNot IsNot_Is"
+_UNARY = "Delete_Not Delete_USub Delete_Invert"
+_OTHERS = "AddNot ReplaceAndWithOr ReplaceOrWithAnd ReplaceTrueWithFalse ReplaceFalseWithTrue NumberReplacer "
+_OTHERS += "ReplaceBreakWithContinue ReplaceContinueWithBreak ExceptionReplacer ZeroIterationForLoop"
+OPERATORS = (
+    *(f"core/ReplaceBinaryOperator_{name}" for name in _BINARY.split()),
+    *(f"core/ReplaceComparisonOperator_{name}" for name in _COMPARISONS.split()),
+    *(f"core/ReplaceUnaryOperator_{name}" for name in _UNARY.split()),
+    *(f"core/{name}" for name in _OTHERS.split()),
+)
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """One change of one file."""
+
+    file: str
+    """Path below the repository."""
+    line: int
+    was: str
+    """The changed lines before."""
+    now: str
+    function: tuple[int, int] | None
+    """First and last line of the outermost function that holds the change; None outside of functions."""
+    source: str
+    """The complete changed source of the file."""
+
+    @property
+    def path(self) -> str:
+        """Absolute path of the file."""
+        return str(ROOT / self.file)
+
+
+def mutants_of(file: str) -> Iterator[Mutant]:
+    """Yield every mutant of a file (path below the repository)."""
+    source = (ROOT / file).read_text()
+    tree = get_ast(source)
+    for name in OPERATORS:
+        operator = get_operator(name)()
+        occurrence = -1
+        for node in ast_nodes(tree):
+            for (line, column), _end in operator.mutation_positions(node):
+                occurrence += 1
+                parents = list(_parents(tree.get_leaf_for_position((line, column))))
+                if any(_is_noise(child, parent) for child, parent in parents):
+                    continue
+                try:
+                    changed = str(mutate_code(source, operator, occurrence))
+                except AttributeError:  # cosmic-ray's ExceptionReplacer at a dotted name
+                    continue
+                was, now = _difference(source, changed)
+                if was != now:
+                    yield Mutant(file, line, was, now, _function(parents), changed)
+
+
+def _parents(leaf: Any) -> Iterator[tuple[Any, Any]]:
+    """Yield (node, its parent) from a leaf to the root of parso's tree."""
+    while leaf.parent is not None:
+        yield leaf, leaf.parent
+        leaf = leaf.parent
+
+
+def _is_noise(child: Any, parent: Any) -> bool:
+    """Return True if a change of `child` changes a message, an annotation, a decorator or a check of the typing."""
+    match parent.type:
+        case "raise_stmt" | "fstring" | "decorator" | "tfpdef":
+            return True
+        case "annassign":
+            return child is parent.children[1]
+        case "funcdef":
+            return child is parent.annotation
+        case "argument":
+            return bool(parent.children[0].get_code(include_prefix=False) == "strict")
+        case "if_stmt":
+            return bool(child.get_code(include_prefix=False) == "TYPE_CHECKING")
+    return False
+
+
+def _function(parents: list[tuple[Any, Any]]) -> tuple[int, int] | None:
+    outermost = None
+    for child, parent in parents:
+        if parent.type == "funcdef" and child is parent.children[-1]:
+            outermost = parent.start_pos[0], parent.end_pos[0]
+    return outermost
+
+
+def _difference(source: str, changed: str) -> tuple[str, str]:
+    """Return the lines that differ, joined."""
+    was, now = source.splitlines(), changed.splitlines()
+    begin = next((i for i, pair in enumerate(zip(was, now, strict=False)) if pair[0] != pair[1]), len(was))
+    end = next((i for i, pair in enumerate(zip(reversed(was), reversed(now), strict=False)) if pair[0] != pair[1]), 0)
+    return _joined(was[begin : len(was) - end]), _joined(now[begin : len(now) - end])
+
+
+def _joined(lines: list[str]) -> str:
+    return " ".join(" ".join(lines).split())

@@ -1,0 +1,104 @@
+"""Mutation test: change one operator, comparison or constant at a time, and see whether a unit test notices.
+
+    uv pip install '.[mutation]'
+    nice -n 19 python -m tools.bench.mutation_test --json docs/results/mutation.json [PATH ...]
+
+A PATH is a key of `ROOMS`, or a file or directory of it; without one all are tested. Results of other files stay in
+FILE, and so do the reasons that were written there at survivors.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import os
+import random
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import hypothesis
+
+from ddk_ds.files import write_text
+from tools.bench.mutant_runs import run_mutants
+from tools.bench.mutants import ROOT, Mutant, mutants_of
+
+# The longest tests, which other tests make needless here.
+_SHORT = ("--ignore=tests/unit/mixture/test_planning_cost.py", "--ignore=tests/unit/mixture/test_elastic_order.py")
+# Source -> the tests that are to notice.
+ROOMS: dict[str, tuple[str, ...]] = {
+    "ddk_ds/mixture": ("tests/unit/mixture", *_SHORT),
+    "ddk_ds/methods": ("tests/unit/test_methods.py",),
+    "ddk_ds/config/run_config.py": ("tests/unit/config",),
+    "ddk_ds/data/mds.py": ("tests/unit/data/test_data_packing.py",),
+    "ddk_ds/data/reading.py": ("tests/unit/data/test_data_packing.py",),
+    "ddk_ds/train/guard.py": ("tests/unit/train/test_guard.py",),
+    "ddk_ds/train/step.py": ("tests/unit/train/test_train_step.py",),
+    "ddk_ds/train/interval.py": ("tests/unit/train/test_interval.py",),
+    "ddk_ds/train/run_dir.py": ("tests/unit/train/test_run_identity.py",),
+    "ddk_ds/train/checkpoint/checkpoint_files.py": ("tests/unit/train/test_checkpoint.py",),
+    "ddk_ds/planner": ("tests/unit/planner",),
+    "ddk_ds/kernels": ("tests/unit/kernels",),
+}
+# Triton compiles its kernels from their source, which a changed code object does not reach.
+SKIPPED = ("ddk_ds/kernels/rows_triton.py",)
+SEED = 0
+
+
+def _files(room: str) -> list[str]:
+    paths = sorted((ROOT / room).rglob("*.py")) if (ROOT / room).is_dir() else [ROOT / room]
+    return [name for path in paths if (name := str(path.relative_to(ROOT))) not in SKIPPED]
+
+
+def _say(mutant: Mutant, noticed: bool) -> None:
+    os.write(1, f"{'killed  ' if noticed else 'survived'} {mutant.file}:{mutant.line} {mutant.now}\n".encode())
+
+
+def _entry(mutants: list[Mutant], tried: dict[Mutant, bool], old: dict[str, Any]) -> dict[str, Any]:
+    """Return a file's results; a survivor keeps the reason that the file's old results give."""
+    reasons = {(one["was"], one["now"]): one["reason"] for one in old.get("survivors", ())}
+    survivors = [
+        {"line": one.line, "was": one.was, "now": one.now, "reason": reasons.get((one.was, one.now), "")}
+        for one in mutants
+        if tried.get(one) is False
+    ]
+    results = [tried[one] for one in mutants if one in tried]
+    return {"mutants": len(mutants), "tried": len(results), "killed": sum(results), "survivors": survivors}
+
+
+def _test_room(names: list[str], tests: tuple[str, ...], sample: int | None, results: dict[str, Any]) -> None:
+    """Try the mutants of files, and put what became of them into `results`."""
+    by_file = {name: list(mutants_of(name)) for name in names}
+    mutants = [mutant for of_file in by_file.values() for mutant in of_file]
+    if sample is not None and sample < len(mutants):
+        mutants = random.Random(SEED).sample(mutants, sample)
+    tried = dict(zip(mutants, run_mutants(mutants, tests, _say), strict=True)) if mutants else {}
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
+    for name, of_file in by_file.items():
+        results[name] = {"commit": commit.strip(), **_entry(of_file, tried, results.get(name, {}))}
+
+
+def main() -> None:
+    """Test the rooms that the command line names."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("paths", nargs="*", metavar="PATH")
+    parser.add_argument("--json", type=Path, required=True, metavar="FILE", help="file of the results")
+    parser.add_argument("--sample", type=int, help="try this many mutants of a room, drawn with a fixed seed")
+    options = parser.parse_args()
+    # Examples are the same for every mutant, and a failing one is not made smaller.
+    phases = (hypothesis.Phase.explicit, hypothesis.Phase.generate)
+    hypothesis.settings.register_profile("mutants", derandomize=True, database=None, deadline=None, phases=phases)
+    hypothesis.settings.load_profile("mutants")
+    for name in ("torch", "transformers", "deepspeed"):  # what takes long, once for all rooms
+        importlib.import_module(name)
+    results = json.loads(options.json.read_text()) if options.json.exists() else {}
+    for room, tests in ROOMS.items():
+        names = [name for name in _files(room) if name.startswith(tuple(options.paths) or "")]
+        if names:
+            _test_room(names, tests, options.sample, results)
+            write_text(options.json, json.dumps(results, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
