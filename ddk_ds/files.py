@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
+import json
 import os
+import re
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from secrets import token_hex
+from typing import Any
 
 import xxhash
 
-from ddk_ds.errors import UserError
+from ddk_ds.errors import CheckpointError, UserError
 
 PARTIAL = ".partial-"
 """Prefix of the directories in which directories are written; nothing that has it is complete."""
+_LEFTOVER = re.compile(r"\.(.+)\.[0-9a-f]+\.partial")
+# No live process takes this long to write a small file; clocks of nodes differ by less.
+_DEAD_AFTER_S = 3600.0
 _BLOCK_BYTES = 1 << 22
 
 
@@ -38,24 +47,48 @@ def new_file(path: Path) -> Iterator[Path]:
     """Yield the path of a partial file next to `path`; when the block ends, it takes the place of `path`.
 
     The block writes the partial file. Its content is on the disk before the rename, so that a power cut leaves the old
-    file or the new one. After an error in the block the partial file is removed and `path` is as it was; a process that
-    is killed leaves the partial file, whose name begins with a dot.
+    file or the new one. After an error in the block the partial file is removed and `path` is as it was; what a killed
+    process left is removed by the next one that writes the same `path`, an hour later or more.
     """
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    remove_leftovers(path.parent, path.name)
+    partial = path.with_name(f".{path.name}.{token_hex(4)}.partial")
     try:
         yield partial
-        _sync(partial)
+        sync(partial)
         partial.replace(path)
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
+    sync(path.parent)
+
+
+def is_leftover(path: Path) -> bool:
+    """Return True if `path` is a partial file of `new_file`: of a process that writes, or that was killed."""
+    return _LEFTOVER.fullmatch(path.name) is not None and path.is_file()
+
+
+def remove_leftovers(directory: Path, name: str | None = None, *, age_s: float = _DEAD_AFTER_S) -> None:
+    """Delete partial files of `new_file` that killed processes left in `directory`, if there is one.
+
+    Args:
+        name: the file that they were to become; None: any.
+        age_s: seconds since the last write after which their process counts as dead.
+    """
+    for path in directory.glob(".*.partial"):
+        found = _LEFTOVER.fullmatch(path.name)
+        if found is not None and name in (None, found[1]):
+            try:
+                if time.time() - path.stat().st_mtime >= age_s:
+                    path.unlink()
+            except OSError:  # renamed or removed by its own process
+                pass
 
 
 @contextmanager
 def new_directory(path: Path, *, replace: bool = False) -> Iterator[Path]:
     """Yield an empty directory on the disk of `path`; when the block ends, it is renamed to `path`.
 
-    Every file in it is on the disk before the rename. After an error in the block it is removed and `path` is as it
+    Everything in it is on the disk before the rename. After an error in the block it is removed and `path` is as it
     was; what a killed process left is removed by the next one that writes the same `path`.
 
     Args:
@@ -81,11 +114,13 @@ def new_directory(path: Path, *, replace: bool = False) -> Iterator[Path]:
             yield new
             for file in new.rglob("*"):
                 if file.is_file():
-                    _sync(file)
-            if replace and path.exists():
-                _exchange(new, path)
+                    sync(file)
+            sync_directories(new)
+            if replace:
+                _put(new, path)
             else:
                 new.rename(path)
+            sync(path.parent)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
 
@@ -95,17 +130,62 @@ def partial_path(path: Path) -> Path:
     return path.with_name(f"{PARTIAL}{path.name}")
 
 
-def _exchange(new: Path, path: Path) -> None:
+def _put(new: Path, path: Path) -> None:
+    """Rename `new` to `path`, and delete what was there; also what a process left that was killed in between."""
     old = path.with_name(f".replaced-{path.name}")
-    shutil.rmtree(old, ignore_errors=True)
-    path.rename(old)
+    if path.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        path.rename(old)
     new.rename(path)
-    shutil.rmtree(old)
+    shutil.rmtree(old, ignore_errors=True)
 
 
-def _sync(path: Path) -> None:
-    with path.open("rb") as stream:
-        os.fsync(stream.fileno())
+def sync(path: Path) -> None:
+    """Wait until the content of a file, or the names in a directory, are on the disk. Raises OSError."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:  # some file systems have no fsync of a directory
+        if not (path.is_dir() and error.errno in (errno.EINVAL, errno.ENOTSUP)):
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def sync_directories(root: Path) -> None:
+    """Wait until the names in `root` and in all directories below are on the disk, the deepest first. Raises OSError."""
+    for directory, _, _ in os.walk(root, topdown=False):
+        sync(Path(directory))
+
+
+@contextmanager
+def written(path: Path, then: str) -> Iterator[None]:
+    """Raise an OSError of the block as CheckpointError: `path` cannot be written, why not, and what to do `then`."""
+    try:
+        yield
+    except OSError as error:
+        room = "make room, then " if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
+        raise CheckpointError(f"{path} cannot be written: {error.strerror or error}; {room}{then}") from error
+
+
+def read_json(path: Path, mend: str, error: type[UserError] = CheckpointError) -> Any:
+    """Return the content of a JSON file. Raises `error`, which ends with how to `mend` it, if it cannot be read."""
+    try:
+        text = path.read_bytes()
+        return json.loads(text)
+    except OSError as failure:
+        reason = f"cannot be read: {failure.strerror or failure}"
+    except (ValueError, RecursionError):
+        reason = "is damaged: it is no JSON" if text.strip(b"\0 \n") else "is damaged: it is empty"
+    raise error(f"{path} {reason}; {mend}")
+
+
+def read_object(path: Path, mend: str, error: type[UserError] = CheckpointError) -> dict[str, Any]:
+    """Return the object in a JSON file. Raises `error`, which ends with how to `mend` it, if there is none."""
+    content = read_json(path, mend, error)
+    if not isinstance(content, dict):
+        raise error(f"{path} is damaged: it holds {type(content).__name__} where an object is due; {mend}")
+    return content
 
 
 def size_and_xxh64(path: Path) -> tuple[int, str]:

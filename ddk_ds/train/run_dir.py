@@ -13,7 +13,7 @@ from typing import IO, Any
 from ddk_ds.config import Config, to_yaml
 from ddk_ds.config.keys import flatten
 from ddk_ds.errors import CheckpointError
-from ddk_ds.files import nearest_existing, write_text
+from ddk_ds.files import is_leftover, nearest_existing, read_object, remove_leftovers, sync, write_text
 from ddk_ds.train.checkpoint.checkpoint_files import FORMAT, newest_checkpoint
 from ddk_ds.train.checkpoint.restore import check_fork
 
@@ -35,6 +35,9 @@ _FREE = {
     "ted": {"filters"},  # the hash of its content is in the identity
 }
 _INIT_FROM = "content.init_from"
+_MEND_OWNER = (
+    'put back a copy (the object "run" in the manifest.json of its checkpoints is one), or start under another name'
+)
 
 
 def run_identity(config: Config, fingerprints: dict[str, Any]) -> dict[str, Any]:
@@ -59,8 +62,10 @@ def claim_run_dir(config: Config, identity: dict[str, Any]) -> None:
     """
     config.run_dir.mkdir(parents=True, exist_ok=True)
     _lock(config.run_dir)
+    remove_leftovers(config.run_dir, age_s=0.0)  # with the lock, whoever left them is dead
     write_text(config.run_dir / "run.json", json.dumps(identity, indent=1))
     write_text(config.run_dir / "config.yaml", to_yaml(config))
+    sync(config.run_dir.parent)
 
 
 def check_run_dir(config: Config, identity: dict[str, Any]) -> None:
@@ -77,10 +82,15 @@ def check_run_dir(config: Config, identity: dict[str, Any]) -> None:
         raise CheckpointError(f"output_dir: {run_dir} cannot be written: {existing}: {error.strerror}") from error
     owner = run_dir / "run.json"
     if not owner.is_file():
-        if run_dir.exists() and any(path.name not in (".lock", "slurm") for path in run_dir.iterdir()):
+        foreign = [
+            path
+            for path in (run_dir.iterdir() if run_dir.exists() else ())
+            if path.name not in (".lock", "slurm") and not is_leftover(path)
+        ]
+        if foreign:
             raise CheckpointError(f"{run_dir} holds files of something else; set name or output_dir to a new directory")
         return
-    stored = json.loads(owner.read_text())
+    stored = read_object(owner, _MEND_OWNER)
     if stored.get("format") != FORMAT:
         raise CheckpointError(
             f"{run_dir} has format {stored.get('format')}, this version of ddk_ds reads and writes format {FORMAT}: "

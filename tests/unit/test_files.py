@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from ddk_ds.errors import UserError
-from ddk_ds.files import new_directory, new_file, partial_path, write_text
+from ddk_ds.files import is_leftover, new_directory, new_file, partial_path, remove_leftovers, write_text
 
 
 def names(directory: Path) -> list[str]:
@@ -132,3 +132,49 @@ def test_a_full_disk_is_an_error_before_the_rename(
     with pytest.raises(OSError, match="No space left"), writer(tmp_path / "new") as partial:
         (partial / "file" if partial.is_dir() else partial).write_text("half")
     assert names(tmp_path) == []
+
+
+def test_what_a_killed_writer_left_goes_with_the_next_write(tmp_path: Path) -> None:
+    path, other = tmp_path / "file", tmp_path / "other"
+    killed_while_writing(path, "new_file")
+    killed_while_writing(other, "new_file")
+    (of_path,) = tmp_path.glob(".file.*")
+    (of_other,) = tmp_path.glob(".other.*")
+    mine = tmp_path / ".file.mine"
+    mine.touch()
+    write_text(path, "new")
+    assert is_leftover(of_path) and not is_leftover(mine) and not is_leftover(path), "its process may still write"
+    os.utime(of_path, (0, 0))
+    write_text(path, "newer")
+    assert names(tmp_path) == sorted([".file.mine", "file", of_other.name])
+    remove_leftovers(tmp_path, age_s=0.0)
+    assert names(tmp_path) == [".file.mine", "file"]
+
+
+def test_a_kill_between_the_two_renames_loses_nothing_and_leaves_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "directory"
+    with new_directory(path) as partial:
+        (partial / "old").write_text("old")
+    path.rename(tmp_path / ".replaced-directory")  # the first of the two, of a process that was killed then
+    with new_directory(path, replace=True) as partial:
+        (partial / "new").write_text("new")
+    assert names(path) == ["new"]
+    assert names(tmp_path) == ["directory"]
+
+
+def test_names_are_on_the_disk_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: list[Path] = []
+    fsync = os.fsync
+
+    def noted(descriptor: int) -> None:
+        synced.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", noted)
+    write_text(tmp_path / "file", "new")
+    assert [path.name for path in synced] == [synced[0].name, tmp_path.name] and synced[0].name.startswith(".file.")
+    synced.clear()
+    with new_directory(tmp_path / "directory") as partial:
+        (partial / "inner").mkdir()
+        (partial / "inner/file").write_text("new")
+    assert [path.name for path in synced] == ["file", "inner", "directory", tmp_path.name]

@@ -65,6 +65,21 @@ def test_a_directory_of_another_format_is_refused(tmp_path: Path, other: int | N
         check_run_dir(config, identity)
 
 
+def test_a_kill_in_the_first_write_does_not_keep_the_directory(tmp_path: Path) -> None:
+    config = config_of(tmp_path)
+    identity = run_identity(config, {})
+    config.run_dir.mkdir(parents=True)
+    left = config.run_dir / ".run.json.1.partial"
+    left.write_text("{")
+    check_run_dir(config, identity)
+    claim_run_dir(config, identity)
+    assert not left.exists() and json.loads((config.run_dir / "run.json").read_text()) == identity
+    (config.run_dir / "run.json").unlink()
+    (config.run_dir / ".mine.partial").touch()
+    with pytest.raises(CheckpointError, match="holds files of something else"):
+        check_run_dir(config, identity)
+
+
 def test_where_the_teacher_lies_is_free(tmp_path: Path) -> None:
     resume(config_of(tmp_path), config_of(tmp_path, teacher={"path": "elsewhere", "shard_within": "node"}))
 
