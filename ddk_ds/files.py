@@ -153,19 +153,25 @@ def sync(path: Path) -> None:
 
 
 def sync_directories(root: Path) -> None:
-    """Wait until the names in `root` and in all directories below are on the disk, the deepest first. Raises OSError."""
+    """Wait until the names in `root` and in all directories below are on the disk. Raises OSError."""
     for directory, _, _ in os.walk(root, topdown=False):
         sync(Path(directory))
 
 
 @contextmanager
-def written(path: Path, then: str) -> Iterator[None]:
-    """Raise an OSError of the block as CheckpointError: `path` cannot be written, why not, and what to do `then`."""
+def written(path: Path) -> Iterator[None]:
+    """Raise an OSError of the block as CheckpointError: a run cannot write `path`, why not, and what to do."""
     try:
         yield
     except OSError as error:
-        room = "make room, then " if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
-        raise CheckpointError(f"{path} cannot be written: {error.strerror or error}; {room}{then}") from error
+        then = "start the same command again: the run continues from its newest checkpoint"
+        raise unwritable(path, error, then) from error
+
+
+def unwritable(path: Path | str, error: OSError, then: str) -> CheckpointError:
+    """Return the error that `path` cannot be written: why not, and what to do `then`."""
+    room = "make room, then " if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
+    return CheckpointError(f"{path} cannot be written: {error.strerror or error}; {room}{then}")
 
 
 def read_json(path: Path, mend: str, error: type[UserError] = CheckpointError) -> Any:

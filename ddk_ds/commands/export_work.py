@@ -15,7 +15,7 @@ from ddk_ds.engine.export import CheckpointExport, check_room, check_target
 from ddk_ds.engine.model_files import DTYPES, ModelFiles, check_code, model_directory, read_model
 from ddk_ds.engine.zero_shards import UniversalShards, ZeroShards
 from ddk_ds.errors import CheckpointError, ConfigError
-from ddk_ds.files import size_and_xxh64
+from ddk_ds.files import size_and_xxh64, unwritable
 from ddk_ds.train.checkpoint.checkpoint_files import TAG, Manifest, complete_checkpoints, read_manifest
 from ddk_ds.train.run_end import companions
 from ddk_ds.train.state import RunState
@@ -65,13 +65,17 @@ def export(options: argparse.Namespace, bar: Progress) -> tuple[Path, str]:
         )
         task = bar.add_task("writing", total=work.num_bytes)
         work.write(
-            out, companion_files, int(options.max_shard_gb * 1e9), lambda num_bytes: bar.advance(task, num_bytes)
+            out,
+            companion_files,
+            int(options.max_shard_gb * 1e9),
+            lambda num_bytes: bar.advance(task, num_bytes),
+            overwrite=options.overwrite,
         )
     except OSError as error:
         if not checkpoint.directory.is_dir():
             deleted = f"{checkpoint.directory} was deleted while it was read"
             raise CheckpointError(f"{deleted}: {_steps_message(options.run)}") from error
-        raise CheckpointError(f"--out {out} cannot be written: {error}") from error
+        raise unwritable(f"--out {out}", error, "give the same command again") from error
     return out, f"step {manifest.step:,}, {dtype}, {len(work.specs):,} tensors, {work.num_bytes:,} bytes"
 
 

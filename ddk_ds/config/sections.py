@@ -349,8 +349,8 @@ class Guard(Section):
     spike_steps: Positive = 3
     """Number of consecutive spikes that stop the run."""
     roll_backs: Natural = 0
-    """Number of times that the run, instead of stopping, returns to its last checkpoint and skips the samples since
-    it."""
+    """Number of times that the run, instead of stopping, returns to its last checkpoint before the bad steps and skips
+    the samples since it."""
     least_entropy: Fraction = 0.65
     """Entropy of the proportions, divided by that of equal proportions, below which there is an alarm, in every
     interval and with every controller that moves proportions; 0: no alarm. At 0.65 it comes when one domain has more

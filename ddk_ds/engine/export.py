@@ -2,7 +2,7 @@
 
 An export appears complete or not at all. It replaces an earlier export only if that is as it was written: each export
 holds a note, ddk_ds_export.json, with the sizes and hashes of its files, which shows if one of them was changed, such
-as a model card that a user has filled in.
+as a model card that a user has filled in. The command then refuses; a run's end moves what is there aside.
 """
 
 from __future__ import annotations
@@ -10,22 +10,23 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
 
-from ddk_ds.comm import Comm
+from ddk_ds.comm import Comm, call_together
 from ddk_ds.engine.model_files import ModelFiles
 from ddk_ds.engine.process_memory import freed_at_once
 from ddk_ds.engine.student import Student, names_on_disk
 from ddk_ds.engine.weights import TensorSpec, save_weights, write_tensors
 from ddk_ds.engine.zero_shards import UniversalShards, ZeroShards
-from ddk_ds.errors import CheckpointError
-from ddk_ds.files import nearest_existing, new_directory, size_and_xxh64
+from ddk_ds.errors import CheckpointError, UserError
+from ddk_ds.files import nearest_existing, new_directory, read_object, size_and_xxh64, written
 
 NOTE = "ddk_ds_export.json"
 """File name of an export's note."""
@@ -68,21 +69,45 @@ def export_student(
     comm: Comm,
     companions: Callable[[], Companions],
     poll: Callable[[], None] = lambda: None,
-) -> None:
+    also: Callable[[Path], None] = lambda partial: None,
+) -> Path | None:
     """Write the student in training to `directory`, in its training dtype. Collective.
 
-    One tensor at a time is gathered. `directory` appears complete or not at all, and replaces an earlier export.
-    `companions` is called on rank 0 alone. `poll` is called before each tensor on all ranks; if it raises on all of
-    them, the export ends.
+    One tensor at a time is gathered. `directory` appears complete or not at all, and replaces an earlier export. What
+    must not be replaced is renamed; rank 0 returns its new path.
+
+    Args:
+        companions: called on rank 0 alone.
+        poll: called before each tensor on all ranks; if it raises on all of them, the export ends.
+        also: called on all ranks with the directory that becomes `directory`; writes further files there. Collective.
+
+    Raises:
+        UserError: on every rank, if rank 0 cannot write.
     """
+    moved: list[Path] = []
+
+    def make_way() -> None:
+        if unreplaceable(directory):
+            moved.append(_move_aside(directory))
+
     with ExitStack() as stack:
-        partial = directory
-        if comm.rank == 0:
-            other_files = companions()
-            partial = stack.enter_context(new_export(directory, other_files.about))
-            other_files.write(partial, next(iter(student.parameters.values())).dtype)
+
+        def begin() -> Path:
+            with written(directory):
+                other_files = companions()
+                partial = stack.enter_context(new_export(directory, other_files.about, make_way))
+                other_files.write(partial, next(iter(student.parameters.values())).dtype)
+            return partial
+
+        def end() -> None:
+            with written(directory):
+                stack.close()
+
+        partial = call_together(comm, begin if comm.rank == 0 else lambda: directory)
         save_weights(student.parameters, partial, comm, poll)
-    comm.barrier()
+        also(partial)
+        call_together(comm, end if comm.rank == 0 else lambda: None)
+    return moved[0] if moved else None
 
 
 class CheckpointExport:
@@ -120,9 +145,24 @@ class CheckpointExport:
         """Return the size of the weights in bytes."""
         return sum(spec.num_bytes for spec in self.specs.values())
 
-    def write(self, directory: Path, companions: Companions, max_shard_bytes: int, done: Callable[[int], None]) -> None:
-        """Write the export, which appears complete or not at all. `done` is called with the bytes of each tensor."""
-        with new_export(directory, companions.about) as partial, freed_at_once():
+    def write(
+        self,
+        directory: Path,
+        companions: Companions,
+        max_shard_bytes: int,
+        done: Callable[[int], None],
+        *,
+        overwrite: bool,
+    ) -> None:
+        """Write the export, which appears complete or not at all. `done` is called with the bytes of each tensor.
+
+        Raises CheckpointError, as `check_target` does, if somebody has changed `directory` meanwhile.
+        """
+
+        def make_way() -> None:
+            check_target(directory, overwrite=overwrite)
+
+        with new_export(directory, companions.about, make_way) as partial, freed_at_once():
             companions.write(partial, self._dtype)
             write_tensors(partial, self.specs, self._tensors(done), max_shard_bytes)
 
@@ -139,20 +179,37 @@ class CheckpointExport:
 
 
 def check_target(directory: Path, *, overwrite: bool) -> None:
-    """Raise CheckpointError if `directory` exists and must not be replaced.
+    """Raise CheckpointError if `directory` must not be replaced; with `overwrite` any that has a config.json can be."""
+    reason = unreplaceable(directory)
+    if reason and not (directory / "config.json").is_file():
+        raise CheckpointError(f"--out {directory} exists and is no model's directory: name another")
+    if reason and not overwrite:
+        raise CheckpointError(
+            f"--out {directory} exists, and {reason}: name another, or replace all of it with --overwrite"
+        )
 
-    An empty directory can be replaced, and an export whose files are as they were written; with `overwrite` every
-    directory of a model, which is one with a config.json.
+
+def unreplaceable(directory: Path) -> str:
+    """Return why an export must not replace `directory`, as a part of a sentence, or "" if it may.
+
+    It may replace an empty directory, and an export whose files are as they were written.
     """
     if not directory.exists() or (directory.is_dir() and not any(directory.iterdir())):
-        return
-    if not (directory / "config.json").is_file():
-        raise CheckpointError(f"--out {directory} exists and is no model's directory: name another")
-    changed = _changed(directory)
-    if changed and not overwrite:
-        raise CheckpointError(
-            f"--out {directory} exists, and {changed}: name another, or replace all of it with --overwrite"
-        )
+        return ""
+    noted = None
+    with suppress(UserError):
+        noted = read_object(directory / NOTE, "").get("files")
+    if not isinstance(noted, dict):
+        return "is no export of ours"
+    files = _files(directory)
+    differing = sorted(name for name in {**noted, **files} if noted.get(name) != files.get(name))
+    return f"{differing[0]} in it is not as we wrote it" if differing else ""
+
+
+def _move_aside(directory: Path) -> Path:
+    """Rename a directory with files of the user's, next to it, and return its new path. Raises OSError."""
+    numbers = (directory.with_name(f"{directory.name}-kept-{number}") for number in count(1))
+    return directory.rename(next(path for path in numbers if not path.exists()))
 
 
 def check_room(directory: Path, needed_bytes: int) -> None:
@@ -167,35 +224,28 @@ def check_room(directory: Path, needed_bytes: int) -> None:
 
 
 @contextmanager
-def new_export(directory: Path, about: dict[str, Any]) -> Iterator[Path]:
+def new_export(directory: Path, about: dict[str, Any], make_way: Callable[[], None]) -> Iterator[Path]:
     """Yield an empty directory that becomes `directory` when the block ends, and is removed after an error.
 
-    `about` goes into the note next to the files. Raises UserError where another process writes the same directory.
+    `about` goes into the note next to the files. `make_way` is called just before `directory` is replaced, and raises
+    or renames it if that must not be. Raises UserError where another process writes the same directory.
     """
     with new_directory(directory, replace=True) as partial:
         yield partial
         (partial / NOTE).write_text(json.dumps({**about, "files": _files(partial)}, indent=1))
+        make_way()
 
 
 def _files(directory: Path) -> dict[str, list[int | str]]:
-    """Return by name the bytes of each file, and the xxh64 of each that holds no weights.
+    """Return by name the bytes of each file, and the xxh64 of each that holds no weights; [] for a directory.
 
     Weights are not hashed because of their size; whoever changes them changes other files too.
     """
     files: dict[str, list[int | str]] = {}
     for path in sorted(directory.iterdir()):
-        if path.name != NOTE:
+        if path.is_dir():
+            files[path.name] = []
+        elif path.name != NOTE:
             weights = path.suffix == ".safetensors"
             files[path.name] = [path.stat().st_size] if weights else list(size_and_xxh64(path))
     return files
-
-
-def _changed(directory: Path) -> str:
-    """Return how `directory` differs from an unchanged export, as a part of a sentence, or "" if it does not."""
-    try:
-        noted = json.loads((directory / NOTE).read_text())["files"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return "is no export of ours"
-    files = {} if any(path.is_dir() for path in directory.iterdir()) else _files(directory)
-    differing = sorted(name for name in {**noted, **files} if noted.get(name) != files.get(name))
-    return f"{differing[0]} in it is not as we wrote it" if differing else ""

@@ -13,15 +13,15 @@ import deepspeed
 import torch
 from deepspeed.runtime.zero.partition_parameters import GatheredParameters
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import nn
 
-from ddk_ds.comm import Comm
+from ddk_ds.comm import Comm, call_together
 from ddk_ds.config import Config
 from ddk_ds.engine.layers import layers_of
 from ddk_ds.engine.model_files import ModelFiles
 from ddk_ds.errors import ConfigError
-from ddk_ds.files import new_file, size_and_xxh64
+from ddk_ds.files import new_file, size_and_xxh64, written
 
 DEFAULT_PAIRS = 4
 
@@ -161,13 +161,15 @@ def build_filters(config: Config, shape: FilterShape, ds_config: dict[str, Any],
 
 
 def write_filters(filters: LayerFilters, path: Path, comm: Comm) -> None:
-    """Write all filters to one safetensors file. Collective."""
+    """Write all filters to one safetensors file. Collective. Raises CheckpointError if rank 0 cannot write it."""
     values = {}
     for name, parameter in filters.named_parameters():
         with GatheredParameters([parameter]):
             if comm.rank == 0:
                 values[name] = parameter.detach().float().cpu().clone()
-    if comm.rank == 0:
-        with new_file(path) as partial:
-            save_file(values, partial)
-    comm.barrier()
+
+    def write() -> None:
+        with written(path), new_file(path) as partial:
+            partial.write_bytes(save(values))
+
+    call_together(comm, write if comm.rank == 0 else lambda: None)

@@ -20,9 +20,10 @@ from deepspeed.runtime.zero.partition_parameters import GatheredParameters, Zero
 from safetensors import safe_open
 from torch import nn
 
-from ddk_ds.comm import Comm
+from ddk_ds.comm import Comm, raise_together
 from ddk_ds.engine.model_files import ModelFiles
-from ddk_ds.errors import ConfigError
+from ddk_ds.errors import ConfigError, UserError
+from ddk_ds.files import written
 
 # transformers 5 gives some tensors other names than their checkpoint. mypy sees one of the two versions.
 try:
@@ -144,14 +145,21 @@ def save_weights(
 ) -> None:
     """Write the parameters, by their names on disk, as Hugging Face safetensors shards. Collective; rank 0 writes.
 
-    Rank 0 holds one full tensor at a time. `poll` is called before each tensor; if it raises, the export ends.
+    Rank 0 holds one full tensor at a time. `poll` is called before each tensor; if it raises, the export ends. Raises
+    CheckpointError on every rank if rank 0 cannot write.
     """
     specs = {name: TensorSpec(tuple(getattr(p, "ds_shape", p.shape)), p.dtype) for name, p in parameters.items()}
     tensors = _gathered(parameters, comm, poll)
-    if comm.rank == 0:
-        write_tensors(directory, specs, tensors, max_shard_bytes)
-    for _ in tensors:  # the other ranks take part in the gathers, and rank 0 in releasing the last tensor
+    failure: UserError | None = None
+    try:
+        with written(directory):
+            if comm.rank == 0:
+                write_tensors(directory, specs, tensors, max_shard_bytes)
+    except UserError as error:
+        failure = error
+    for _ in tensors:  # the other ranks take part in the gathers, and rank 0 in those that are left
         pass
+    raise_together(comm, failure)
 
 
 def _gathered(parameters: dict[str, nn.Parameter], comm: Comm, poll: Callable[[], None]) -> Iterator[torch.Tensor]:

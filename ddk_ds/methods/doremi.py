@@ -20,12 +20,12 @@ import numpy as np
 import torch
 import yaml
 
-from ddk_ds.comm import Comm
+from ddk_ds.comm import Comm, call_together
 from ddk_ds.config import Doremi
 from ddk_ds.engine.head import OutputHead
 from ddk_ds.engine.student import Student
 from ddk_ds.engine.teacher import Teacher
-from ddk_ds.files import write_text
+from ddk_ds.files import write_text, written
 from ddk_ds.kernels import KDLoss, Options, linear_kd_loss
 from ddk_ds.methods.base import IGNORE_INDEX, Batch, token_losses
 from ddk_ds.mixture.domain_vectors import Factors, mixed, softmax
@@ -138,7 +138,10 @@ class DoremiProxy:
         The file has the form of `mixture.proportions`. Before the first step it holds the current weights.
         """
         mean = self._sum / self._sum.sum() if self._steps else self._weights.proportions
-        if comm.rank == 0:
-            proportions = dict(zip(names, mean.tolist(), strict=True))
-            write_text(directory / WEIGHTS_FILE, yaml.safe_dump(proportions, sort_keys=False))
-        comm.barrier()
+        path, proportions = directory / WEIGHTS_FILE, dict(zip(names, mean.tolist(), strict=True))
+
+        def write() -> None:
+            with written(path):
+                write_text(path, yaml.safe_dump(proportions, sort_keys=False))
+
+        call_together(comm, write if comm.rank == 0 else lambda: None)

@@ -40,6 +40,7 @@ def check_step(state: RunState, loss: float, grad_norm: float, options: Guard) -
         usual = median(state.recent_losses)
         raise NumbersGoneWrong(f"the loss rose to {loss:.4g} from {usual:.4g}, {state.spikes_in_row} steps in a row")
     if not state.spikes_in_row:
+        state.good_step = state.step
         state.recent_losses = [*state.recent_losses, loss][-_WINDOW:]
 
 

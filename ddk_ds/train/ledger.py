@@ -18,64 +18,85 @@ from threading import Event as Flag
 from threading import Thread
 from typing import Any
 
+import xxhash
+
 from ddk_ds.engine.monitors import Event, Writer, close_writers
 from ddk_ds.errors import CheckpointError
+from ddk_ds.files import sync, written
 from ddk_ds.redact import redact
+from ddk_ds.train.checkpoint.checkpoint_files import LEDGER
 
 
 class Ledger:
     """Appends records to ledger.jsonl and events.jsonl. Only rank 0 writes; on other ranks every call does nothing."""
 
     def __init__(self, run_dir: Path, rank: int) -> None:
-        self._path = run_dir / "ledger.jsonl"
+        self._path = run_dir / LEDGER
         self._events = run_dir / "events.jsonl"
         self._writes = rank == 0
+        self._length, self._digest = 0, xxhash.xxh64()
 
     def write(self, record: dict[str, Any]) -> None:
-        """Append a line of numbers to ledger.jsonl. Raises CheckpointError if it cannot be written."""
-        self._append(self._path, record)
+        """Append a line of numbers to ledger.jsonl; `rewind` makes the file.
+
+        Raises CheckpointError if it cannot be written, or is not as this object left it: a run whose directory was
+        deleted must not go on in a new one, nor two runs in one.
+        """
+        if not self._writes:
+            return
+        line = _line(record)
+        with written(self._path):
+            if not self._path.is_file() or self._path.stat().st_size != self._length:
+                raise CheckpointError(
+                    f"{self._path} was deleted or changed while the run wrote it; put the run's directory back, then "
+                    "start the same command again"
+                )
+            with self._path.open("ab") as stream:
+                stream.write(line)
+        self._length += len(line)
+        self._digest.update(line)
 
     def event(self, kind: str, **values: Any) -> None:
         """Append an event to events.jsonl with the time of day (seconds since 1970)."""
-        self._append(self._events, {"event": kind, "time_s": round(time.time(), 3), **values})
+        if self._writes:
+            with written(self._events):
+                _append(self._events, _line({"event": kind, "time_s": round(time.time(), 3), **values}))
 
-    def position(self) -> int:
-        """Return the length of ledger.jsonl in bytes, for the checkpoint; 0 on ranks that do not write."""
-        return self._path.stat().st_size if self._writes and self._path.is_file() else 0
+    def position(self) -> tuple[int, str]:
+        """Return the bytes and the xxh64 of ledger.jsonl, for the checkpoint; only rank 0's are meant."""
+        return self._length, self._digest.hexdigest()
 
     def rewind(self, position: int) -> None:
         """Cut ledger.jsonl to `position` bytes, its length at a checkpoint; move later lines to ledger.discarded.jsonl.
 
-        Raises CheckpointError if the file is shorter.
+        The file must have them (`usable_checkpoint` looks). Raises CheckpointError if it cannot be written.
         """
         if not self._writes:
             return
-        size = self.position()
-        if size < position:
-            raise CheckpointError(
-                f"{self._path} has {size} bytes, the checkpoint was written at {position}: the ledger was cut or "
-                "replaced; put it back, or start a new run under another name"
-            )
-        if size > position:
-            with self._path.open("r+b") as stream:
-                stream.seek(position)
-                with self._path.with_name("ledger.discarded.jsonl").open("ab") as discarded:
-                    discarded.write(stream.read())
-                    discarded.flush()
-                    os.fsync(discarded.fileno())
+        discarded = self._path.with_name("ledger.discarded.jsonl")
+        with written(self._path), self._path.open("ab+") as stream:
+            stream.seek(0)
+            kept = stream.read(position)
+            assert len(kept) == position, "the ledger is shorter than at the checkpoint"
+            if later := stream.read():
+                _append(discarded, later)
+                sync(discarded)
                 stream.truncate(position)
+        self._length, self._digest = position, xxhash.xxh64(kept)
 
-    def _append(self, path: Path, record: dict[str, Any]) -> None:
-        if not self._writes:
-            return
-        try:
-            with path.open("a", encoding="utf-8") as stream:
-                stream.write(redact(json.dumps(record)) + "\n")
-        except OSError as error:
-            raise CheckpointError(
-                f"{path} cannot be written: {error.strerror}; make room, then start the same command again: the run "
-                "continues from its newest checkpoint"
-            ) from error
+
+def _line(record: dict[str, Any]) -> bytes:
+    return (redact(json.dumps(record)) + "\n").encode()
+
+
+def _append(path: Path, lines: bytes) -> None:
+    """Append lines to a file, after the end of a line that a full disk or a kill left unfinished. Raises OSError."""
+    with path.open("ab+") as stream:
+        if stream.seek(0, os.SEEK_END):
+            stream.seek(-1, os.SEEK_END)
+            if stream.read(1) != b"\n":
+                stream.write(b"\n")
+        stream.write(lines)
 
 
 _STEP = {"loss": "loss/total", "ce": "loss/ce", "kl": "loss/kl"}

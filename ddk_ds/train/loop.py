@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from itertools import islice
 from typing import Any
 
-from ddk_ds.comm import Comm, raise_together
+from ddk_ds.comm import Comm, call_together, raise_together
 from ddk_ds.config.run_config import interval_steps
 from ddk_ds.data.loader import MicroBatch, interval_loader
 from ddk_ds.engine.export import export_student
@@ -176,7 +176,7 @@ def _train_interval(run: Run, ids: Ids) -> None:
         state.method = method.state_dict()
         _record_step(run, metrics, rate, data_s, time.perf_counter() - started)
         save_pending |= state.step % config.checkpoint.every_steps == 0
-        if save_pending and not state.spikes_in_row:  # a checkpoint amid a spike would be a bad one to roll back to
+        if save_pending and state.good_step == state.step:  # amid bad steps is no place to roll back to
             save_pending = not _begin_checkpoint(run)
         if run.saver.ready():
             _finish_checkpoint(run)
@@ -315,17 +315,19 @@ def _finish(run: Run, student_ppl: Array, measure_s: float, reason: str) -> dict
             run.interruption.check()
             advance()
 
-        export_student(
+        kept = export_student(
             run.student,
             config.run_dir / "export",
             comm,
             lambda: companions(config.run_dir, config, run.inputs.student, state, versions()),
             poll,
+            also=lambda directory: run.make_method().export(run.student, directory, names, comm),
         )
-    run.make_method().export(run.student, config.run_dir / "export", names, comm)
+    if kept is not None:
+        message = f"warning: {config.run_dir / 'export'} held files that are not ours: it is now {kept}"
+        run.announce("kept", message, step=state.step, path=str(kept))
     summary = make_summary(config, state, names, student_ppl, run.teacher_ppl, reason)
-    if comm.rank == 0:
-        write_summary(config.run_dir, summary)
+    call_together(comm, lambda: write_summary(config.run_dir, summary) if comm.rank == 0 else None)
     run.progress.stop()
     message = f"finished: {reason}; student exported to {config.run_dir / 'export'}"
     run.announce("end", message, step=state.step, reason=reason)

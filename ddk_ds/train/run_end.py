@@ -15,7 +15,7 @@ from rich.table import Table
 from ddk_ds.config import Config
 from ddk_ds.engine.export import Companions
 from ddk_ds.engine.model_files import ModelFiles, read_licence
-from ddk_ds.files import write_text
+from ddk_ds.files import write_text, written
 from ddk_ds.redact import redact
 from ddk_ds.run_files import read_ledger
 from ddk_ds.train.interval import Array, ratio_to_teacher
@@ -66,8 +66,9 @@ def make_summary(
 
 
 def write_summary(run_dir: Path, summary: dict[str, Any]) -> None:
-    """Write <run>/summary.json, whose presence marks the run as finished."""
-    write_text(run_dir / "summary.json", json.dumps(summary, indent=2) + "\n")
+    """Write <run>/summary.json, whose presence marks the run as finished. Raises CheckpointError if it cannot."""
+    with written(run_dir / "summary.json"):
+        write_text(run_dir / "summary.json", json.dumps(summary, indent=2) + "\n")
 
 
 def summary_table(summary: dict[str, Any]) -> Table:
@@ -103,22 +104,16 @@ def summary_table(summary: dict[str, Any]) -> Table:
 def companions(
     run_dir: Path, config: Config, files: ModelFiles, state: RunState, versions: dict[str, str]
 ) -> Companions:
-    """Return the files that go next to the exported weights of the student at `state`; reads the run's ledger."""
-    card = model_card(config, files, state, read_ledger(run_dir), versions)
+    """Return the files that go next to the exported weights of the student at `state`."""
+    card = model_card(config, files, state, run_dir, versions)
     return Companions(files, card, {"run": config.name, "step": state.step})
 
 
-def model_card(
-    config: Config, files: ModelFiles, state: RunState, records: Sequence[dict[str, Any]], versions: dict[str, str]
-) -> str:
+def model_card(config: Config, files: ModelFiles, state: RunState, run_dir: Path, versions: dict[str, str]) -> str:
     """Return README.md of the student at `state`, in the form of the Hugging Face hub.
 
     It has method, results by domain, mixture over time, settings, versions and licence, and no path of a machine.
-
-    Args:
-        records: the run's ledger; lines after the step of `state` are left out.
     """
-    measured = [line for line in records if line["kind"] in ("interval", "end") and line["step"] <= state.step]
     student = _model_name(config.student.path, files)
     teacher = None if config.teacher is None else _model_name(config.teacher.path)
     licence = read_licence(files)
@@ -133,10 +128,7 @@ def model_card(
         f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n",
         f"# {config.name}, step {state.step:,}",
         _introduction(config, student, teacher, sum(state.domain_tokens)),
-        "## Domains",
-        _domains(state, measured, teacher is not None),
-        "## Mixture",
-        _mixture(measured),
+        *_measured_parts(run_dir, state, teacher is not None),
         "## Settings",
         f"```yaml\n{_settings(config)}```",
         "## Versions",
@@ -145,6 +137,16 @@ def model_card(
         _licence_text(student, teacher, licence),
     ]
     return redact("\n\n".join(parts) + "\n")
+
+
+def _measured_parts(run_dir: Path, state: RunState, has_teacher: bool) -> list[str]:
+    """Return the parts from the run's ledger up to the step of `state`; a damaged ledger keeps no student back."""
+    try:
+        records = read_ledger(run_dir)
+        measured = [line for line in records if line["kind"] in ("interval", "end") and line["step"] <= state.step]
+        return ["## Domains", _domains(state, measured, has_teacher), "## Mixture", _mixture(measured)]
+    except (KeyError, TypeError, AttributeError, ValueError):  # which a UserError is
+        return ["## Domains", "Not known: the run's ledger could not be read when the student was exported."]
 
 
 def _introduction(config: Config, student: str, teacher: str | None, tokens: int) -> str:

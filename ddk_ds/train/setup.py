@@ -140,9 +140,6 @@ def _announce_start(run: Run, start: Start | None) -> None:
     if start is None:
         run.ledger.event("start", **setting, versions=versions())
         return
-    for path in start.damaged:
-        message = f"warning: {path} is damaged, its files are not what their hashes say; continuing from an older one"
-        run.announce("damaged", message, path=str(path))
     kind, done = ("fork", "forked") if start.forked else ("resume", "resumed")
     step, changed, wrote = run.state.step, start.changed_versions, start.manifest.world_size
     ranks = "" if start.universal is None else f"; {wrote} ranks wrote it, {world_size} go on"

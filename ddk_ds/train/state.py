@@ -29,6 +29,8 @@ class RunState:
     """Perplexities (N,) of the student before step 1."""
     chunk_tokens: int = 0
     """Tokens of a chunk in the loss: a resumed run adds up in the same order as before."""
+    good_step: int = 0
+    """Last step that was neither skipped nor a spike: a roll-back goes to it or before."""
     skipped_in_row: int = 0
     """Number of steps without a finite gradient up to the last step, in a row."""
     spikes_in_row: int = 0

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from pathlib import Path
 
+import pytest
 import torch
 from deepspeed.utils import safe_get_full_fp32_param
 from safetensors.torch import save_file
@@ -12,6 +15,7 @@ from ddk_ds.commands.export_command import main
 from ddk_ds.engine.head import OutputHead
 from ddk_ds.engine.process_memory import held_bytes, peak_bytes, reset_peak
 from ddk_ds.engine.runtime import Runtime
+from ddk_ds.errors import UserError
 from ddk_ds.kernels.reference import reference_logits
 from ddk_ds.train.loop import train
 from tests.dist.resume_worker import prepare
@@ -43,6 +47,36 @@ def run_and_look(runtime: Runtime, configs: list[str]) -> list[str]:
         directories.append(str(run.config.run_dir))
         runtime.comm.barrier()
     return directories
+
+
+def end_among_files(runtime: Runtime, config_path: str) -> list[str]:
+    """Train to an end at which rank 0's disk is full, then end again among files of a user's, with a damaged ledger.
+
+    Returns the errors of all ranks at the first end.
+    """
+    run = prepare(runtime, config_path, "whole")
+    run_dir, on_rank_0 = run.config.run_dir, runtime.comm.rank == 0
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(UserError) as raised:
+        if on_rank_0:
+            patch.setattr("ddk_ds.engine.weights._write_shard", full)
+        train(run)
+    errors = runtime.comm.gather_objects(str(raised.value))
+    if on_rank_0:
+        assert not (run_dir / "export").exists() and not list(run_dir.glob(".partial-*"))
+    run = prepare(runtime, config_path, "whole")
+    if on_rank_0:
+        (run_dir / "export").mkdir()
+        (run_dir / "export/my_notes.txt").write_text("a week of notes")
+        ledger = (run_dir / "ledger.jsonl").read_bytes()
+        (run_dir / "ledger.jsonl").write_bytes(ledger.replace(b'"kind": "step"', b'"kind": [step"', 1))
+    runtime.comm.barrier()
+    train(run)
+    return errors
+
+
+def full(*_: object) -> None:
+    """Stand in for a disk without space."""
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def peak_of_export(runtime: Runtime, run: str, small: str) -> dict[str, int]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import signal
 from typing import Any
 
 import torch
 
 from ddk_ds.engine.runtime import Runtime
 from ddk_ds.train.guard import NumbersGoneWrong
+from ddk_ds.train.interruption import Interrupted
 from ddk_ds.train.loop import train
 from tests.dist.resume_worker import BreakOff, prepare
 
@@ -28,9 +30,18 @@ class Poisoned:
         return result._replace(loss=result.loss * torch.nan) if poisoned else result
 
 
-def poison(runtime: Runtime, config_path: str, name: str, steps: list[int], lines: int | None = None) -> str:
-    """Train, break off after that many lines of the ledger, and return how the run ended."""
+def poison(
+    runtime: Runtime,
+    config_path: str,
+    name: str,
+    steps: list[int],
+    lines: int | None = None,
+    signal_after: int | None = None,
+) -> str:
+    """Train, break off after that many lines of the ledger, or interrupt after a step; return how the run ended."""
     run = prepare(runtime, config_path, name, lines)
+    if signal_after is not None:
+        _signal_after(run, signal_after)
     if runtime.comm.rank == 1:
         make = run.make_method
         run.make_method = lambda: Poisoned(make(), run, steps)  # type: ignore[method-assign,assignment,return-value]
@@ -40,4 +51,17 @@ def poison(runtime: Runtime, config_path: str, name: str, steps: list[int], line
         return str(wrong)
     except BreakOff:
         return "broken off"
+    except Interrupted:
+        return "interrupted"
     return "finished"
+
+
+def _signal_after(run: Any, step: int) -> None:
+    write = run.ledger.write
+
+    def signalled(record: dict[str, Any]) -> None:
+        write(record)
+        if record["kind"] == "step" and record["step"] == step:
+            run.interruption.signal = signal.SIGTERM
+
+    run.ledger.write = signalled

@@ -11,8 +11,10 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ddk_ds.commands.export_command import main
+from ddk_ds.engine.export import unreplaceable
 from ddk_ds.engine.zero_shards import write_universal
 from ddk_ds.files import partial_path
+from ddk_ds.run_files import read_events
 from ddk_ds.train.checkpoint.checkpoint_files import TAG, put_in_place, read_manifest
 from tests.dist.export_worker import IDS
 from tests.dist.ranks import run_ranks
@@ -102,6 +104,20 @@ def test_an_earlier_step_and_the_universal_form(runs: dict[str, Path]) -> None:
     assert not put_in_place(partial, step.with_name("universal-00000002"), manifest)
     step.rename(step.with_name("kept"))
     assert_equal(exported(run, "--step=2", "--overwrite"), earlier)
+
+
+def test_the_runs_end_loses_nothing_of_a_users(workspace: Path, tmp_path: Path) -> None:
+    config = str(write_config(workspace, tmp_path, **SHORT, method="ted_filters"))
+    errors = run_ranks("tests.dist.export_worker:end_among_files", 2, timeout_s=300, config_path=config)
+    assert len(errors) == 2 and len(set(errors)) == 1
+    assert "cannot be written: No space left on device; make room, then start the same command again" in errors[0]
+    run = tmp_path / "runs/whole"
+    assert (run / "export-kept-1/my_notes.txt").read_text() == "a week of notes"
+    assert "Not known: the run's ledger could not be read" in (run / "export/README.md").read_text()
+    assert not unreplaceable(run / "export") and (run / "export/filters.safetensors").is_file()
+    assert (run / "summary.json").is_file() and not [path for path in run.iterdir() if "partial" in path.name]
+    (kept,) = [event for event in read_events(run) if event["event"] == "kept"]
+    assert kept["path"] == str(run / "export-kept-1")
 
 
 def test_one_tensor_in_memory(tmp_path: Path) -> None:

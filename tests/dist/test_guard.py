@@ -29,24 +29,30 @@ def test_steps_without_a_finite_gradient(workspace: Path, tmp_path: Path, poison
     assert all(loss < 20 for loss in later)
 
 
-@pytest.mark.long("two runs, 22 s of CPU; the decisions have unit tests")
-def test_back_to_the_last_checkpoint_and_past_the_samples(workspace: Path, tmp_path: Path) -> None:
-    # Intervals of 4 steps. Steps 5 and 6 have no finite gradient: back to step 3, and the samples of steps 4 to 6 are
-    # left out: the rest of the first interval, and half of the second.
+@pytest.mark.long("three runs, 30 s of CPU; the decisions have unit tests")
+def test_back_to_before_the_bad_steps_and_past_the_samples(workspace: Path, tmp_path: Path) -> None:
+    # Intervals of 4 steps. Steps 6 and 7 have no finite gradient. At step 6 a checkpoint is due, and is not taken; a
+    # run that is interrupted there saves it, and does not go back to it. Back to step 3, and the samples of steps 4 to
+    # 7 are left out: the rest of the first interval, and three steps of the second.
     options = {"stop": {"steps": 9}, "guard": {"max_skipped_steps": 1, "roll_backs": 1}}
     config = write_config(workspace, tmp_path, **options, checkpoint={"every_steps": 3, "in_background": False})
-    worker, poisoned = "tests.dist.guard_worker:poison", [5, 6]
-    for name, lines in {"whole": None, "cut": 10}.items():  # cut after the roll-back, before the next checkpoint
-        arguments = {"config_path": str(config), "name": name, "steps": poisoned}
-        done = run_ranks(worker, 2, timeout_s=300, **arguments, lines=lines)
-        assert done == ("finished" if lines is None else "broken off")
-    assert run_ranks(worker, 2, timeout_s=300, **arguments) == "finished"
-    records = without_clock(tmp_path / "runs/whole")
-    assert records == without_clock(tmp_path / "runs/cut")
-    steps = [record for record in records if record["kind"] == "step"]
+    worker, poisoned = "tests.dist.guard_worker:poison", [6, 7]
+    starts: dict[str, list[tuple[dict[str, int], str]]] = {
+        "whole": [({}, "finished")],
+        "cut": [({"lines": 11}, "broken off"), ({}, "finished")],  # after the roll-back, before the next checkpoint
+        "interrupted": [({"signal_after": 6}, "interrupted"), ({}, "finished")],
+    }
+    for name, parts in starts.items():
+        for more, end in parts:
+            arguments = {"config_path": str(config), "name": name, "steps": poisoned, **more}
+            assert run_ranks(worker, 2, timeout_s=300, **arguments) == end
+        assert without_clock(tmp_path / "runs" / name) == without_clock(tmp_path / "runs/whole"), name
+        (entry,) = json.loads((tmp_path / "runs" / name / "roll_backs.json").read_text())
+        assert (entry["step"], entry["failed_step"], entry["skip_until"]) == (3, 7, 56), name
+    (left_out,) = (tmp_path / "runs/interrupted/checkpoints").glob("broken-*")
+    assert left_out.name.startswith("broken-step-00000006-")
+    steps = [record for record in without_clock(tmp_path / "runs/whole") if record["kind"] == "step"]
     assert [record["step"] for record in steps] == list(range(1, 10))
-    assert [record["interval"] for record in steps] == [0, 0, 0, 1, 1, 2, 2, 2, 2]
+    assert [record["interval"] for record in steps] == [0, 0, 0, 1, 2, 2, 2, 2, 3]
     assert all(record["loss"] is not None for record in steps)
-    (entry,) = json.loads((tmp_path / "runs/whole/roll_backs.json").read_text())
-    assert (entry["step"], entry["failed_step"], entry["skip_until"]) == (3, 6, 48)
     assert "roll_back" in [json.loads(line)["event"] for line in (tmp_path / "runs/cut/events.jsonl").open()]

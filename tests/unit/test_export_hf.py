@@ -15,6 +15,7 @@ import yaml
 from safetensors.torch import load_file
 
 from ddk_ds.commands.export_command import main
+from ddk_ds.engine.export import CheckpointExport
 from ddk_ds.engine.model_files import read_licence, read_model
 from tests.dist.tiny import VOCAB, save_model
 from tests.saved_run import save_run
@@ -110,6 +111,15 @@ def test_a_card_of_many_intervals_stays_short(run: Path) -> None:
     assert "12 of the 502 intervals" in text and text.count("\n") < 120
 
 
+@pytest.mark.parametrize("line", ["{", '["kind"]', '{"kind": "interval"}', '{"kind": "interval", "step": "0"}'])
+def test_a_damaged_ledger_keeps_no_student_back(run: Path, line: str) -> None:
+    lines = (run / "ledger.jsonl").read_text().splitlines()
+    (run / "ledger.jsonl").write_text("".join(f"{each}\n" for each in (lines[0], line, *lines[1:])))
+    assert main([str(run), "--out", str(run / "x")]) == 0
+    assert "Not known: the run's ledger could not be read" in card_of(run / "x")[1]
+    assert (run / "x/model.safetensors").is_file()
+
+
 class Refused(NamedTuple):
     """What is done to the run, the options, and what the error says."""
 
@@ -198,6 +208,24 @@ def test_replaces_its_own_and_nothing_else(run: Path, capsys: pytest.CaptureFixt
     assert "notes.txt in it" in capsys.readouterr().err
 
 
+def test_what_changes_while_it_is_written_is_kept(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = run / "x"
+    assert main([str(run), "--step", "2", "--out", str(out)]) == 0
+    write = CheckpointExport.write
+
+    def slow(*arguments: Any, **options: Any) -> None:
+        (out / "notes").mkdir()
+        (out / "notes/mine.txt").write_text("mine")
+        write(*arguments, **options)
+
+    monkeypatch.setattr(CheckpointExport, "write", slow)
+    assert main([str(run), "--out", str(out)]) == 2
+    assert "notes in it is not as we wrote it" in capsys.readouterr().err
+    assert (out / "notes/mine.txt").read_text() == "mine" and "step 2" in (out / "README.md").read_text()
+
+
 def test_never_over_what_it_is_made_from(run: Path, made: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shutil.copytree(made / "student", run / "model/student")
     shutil.copy(made / "student/config.json", run / "model")
@@ -213,7 +241,7 @@ def test_whole_or_not_at_all(run: Path, monkeypatch: pytest.MonkeyPatch, capsys:
 
     monkeypatch.setattr(os, "fsync", full)
     assert main([str(run), "--out", str(run / "x")]) == 2
-    assert "x cannot be written: [Errno 28] No space left" in capsys.readouterr().err
+    assert "x cannot be written: No space left on device; make room, then" in capsys.readouterr().err
     assert not list(run.glob("*x*"))
     monkeypatch.undo()
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")

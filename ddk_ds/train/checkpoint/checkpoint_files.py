@@ -4,30 +4,35 @@
     <run>/checkpoints/step-00000500/state/           DeepSpeed's shards; the run's own state is their client state
     <run>/checkpoints/universal-00000500/            the same for any number of ranks, made when a run needs it
 
-A directory without a valid manifest is never loaded and never counted.
+A directory without a valid manifest is never loaded and never counted. It is in place only when everything that it
+needs is on the disk, so that a power cut leaves no checkpoint that cannot be resumed.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import xxhash
+from pydantic import TypeAdapter
 
 from ddk_ds.config import Checkpoint
-from ddk_ds.errors import CheckpointError
-from ddk_ds.files import PARTIAL, partial_path, size_and_xxh64, write_text
+from ddk_ds.errors import UserError
+from ddk_ds.files import PARTIAL, partial_path, read_object, size_and_xxh64, sync, sync_directories, write_text
 
-if TYPE_CHECKING:  # it imports torch, which `ddk status` need not wait for
-    from ddk_ds.comm import Comm
-
-FORMAT = 4
+FORMAT = 5
 """Number of the layout of a run's directory and its checkpoints; a directory of another format is refused."""
 MANIFEST = "manifest.json"
 TAG = "state"
+LEDGER = "ledger.jsonl"
+_OWN_HASH = "xxh64"
+"""Key of manifest.json with the hash of all else in it."""
 _BROKEN = "broken-"
 
 Files = dict[str, tuple[int, str]]
@@ -51,6 +56,8 @@ class Manifest:
     """Path below the checkpoint -> (bytes, xxh64)."""
     source: str = ""
     """xxh64 of the manifest that a universal checkpoint was made from; "" in any other."""
+    ledger_xxh64: str = ""
+    """xxh64 of these bytes of ledger.jsonl; "" if it was not noted."""
 
     @property
     def num_bytes(self) -> int:
@@ -58,22 +65,46 @@ class Manifest:
         return sum(size for size, _ in self.files.values())
 
 
+_MANIFEST = TypeAdapter(Manifest)
+
+
 def put_in_place(partial: Path, final: Path, manifest: Manifest) -> str:
     """Write the manifest into `partial` and rename it to `final`; return why that is not possible, or "".
 
-    An incomplete directory in the place of `final` is kept under another name.
+    The files of the manifest must be on the disk. The ledger, the other files and all directories are before the
+    rename, which makes the checkpoint count. An incomplete directory in the place of `final` is kept under another
+    name.
     """
+    run_dir = final.parent.parent
     try:
+        if (run_dir / LEDGER).is_file():
+            sync(run_dir / LEDGER)
         for path in sorted(partial.rglob("*")):  # DeepSpeed copies a script that joins the shards next to them
             if path.is_file() and str(path.relative_to(partial)) not in manifest.files:
+                sync(path)
                 manifest.files[str(path.relative_to(partial))] = size_and_xxh64(path)
-        write_text(partial / MANIFEST, json.dumps(asdict(manifest), indent=1))
+        sync_directories(partial)
+        content = asdict(manifest)
+        write_text(partial / MANIFEST, json.dumps({**content, _OWN_HASH: _own_hash(content)}, indent=1))
+        if read_manifest(partial) is None:
+            return f"files of {partial} were deleted while it was written"
         if final.exists():
-            final.rename(final.with_name(f"{_BROKEN}{final.name}-{time.time_ns()}"))
+            set_aside(final, str(time.time_ns()))
         partial.rename(final)
+        sync(final.parent)
+        sync(run_dir)
     except OSError as error:
         return str(error)
     return ""
+
+
+def _own_hash(content: dict[str, Any]) -> str:
+    return xxhash.xxh64_hexdigest(json.dumps(content))
+
+
+def set_aside(directory: Path, ending: str) -> Path:
+    """Rename a checkpoint, so that it is never loaded and never deleted, and return its new path. Raises OSError."""
+    return directory.rename(directory.with_name(f"{_BROKEN}{directory.name}-{ending}"))
 
 
 def delete_old(root: Path, keep: Checkpoint) -> None:
@@ -90,14 +121,15 @@ def delete_old(root: Path, keep: Checkpoint) -> None:
 def _delete(directory: Path) -> None:
     # Renamed first: a kill in between must not leave half a checkpoint under the name of one.
     renamed = partial_path(directory.with_name(f"old-{directory.name}"))
-    directory.rename(renamed)
+    with contextlib.suppress(FileNotFoundError):  # somebody deleted it
+        directory.rename(renamed)
     shutil.rmtree(renamed, ignore_errors=True)
 
 
 def remove_partial(run_dir: Path) -> None:
     """Delete what killed writers left behind; complete checkpoints are not touched."""
     for partial in (run_dir / "checkpoints").glob(PARTIAL + "*"):
-        shutil.rmtree(partial)
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def newest_checkpoint(run_dir: Path) -> tuple[Path, Manifest] | None:
@@ -114,13 +146,19 @@ def complete_checkpoints(root: Path) -> Iterator[tuple[Path, Manifest]]:
 
 
 def read_manifest(directory: Path) -> Manifest | None:
-    """Return the manifest of a checkpoint; None unless it is complete: every file exists and has its size."""
+    """Return the manifest of a checkpoint; None unless it is complete: every file exists and has its size.
+
+    A manifest that is not as it was written is none.
+    """
     try:
-        manifest = Manifest(**json.loads((directory / MANIFEST).read_text()))
+        content = read_object(directory / MANIFEST, "")
+        if content.pop(_OWN_HASH, None) not in (None, _own_hash(content)):
+            return None
+        manifest = _MANIFEST.validate_json(json.dumps(content), strict=True)
         complete = manifest.format == FORMAT and all(
             (directory / file).stat().st_size == size for file, (size, _) in manifest.files.items()
         )
-    except (OSError, ValueError, TypeError):
+    except (OSError, ValueError):  # which a UserError is
         return None
     return manifest if complete else None
 
@@ -131,43 +169,7 @@ def other_format(directory: Path) -> int | None:
     Return None if it has this version's format, or if the directory has no readable manifest.
     """
     try:
-        found = json.loads((directory / MANIFEST).read_text())["format"]
-    except (OSError, ValueError, KeyError, TypeError):
+        found = read_object(directory / MANIFEST, "").get("format")
+    except UserError:
         return None
-    return None if found == FORMAT else int(found)
-
-
-def is_intact(directory: Path, manifest: Manifest, comm: Comm) -> bool:
-    """Return True on all ranks if every file has its hash of the manifest. Each rank hashes a share. Collective."""
-    share = sorted(manifest.files)[comm.rank :: comm.world_size]
-    try:
-        intact = all(size_and_xxh64(directory / name) == tuple(manifest.files[name]) for name in share)
-    except OSError:
-        intact = False
-    return all(comm.gather_objects(intact))
-
-
-def usable_checkpoint(run_dir: Path, comm: Comm) -> tuple[Path, Manifest, list[Path]] | None:
-    """Return the newest checkpoint whose files have their hashes, and the newer, damaged ones. Collective.
-
-    A damaged checkpoint is renamed, so that it is never loaded and never deleted.
-
-    Raises CheckpointError if there are checkpoints and all of them are damaged.
-    """
-    damaged: list[Path] = []
-    while True:
-        found = comm.broadcast_object(newest_checkpoint(run_dir) if comm.rank == 0 else None)
-        if found is None and damaged:
-            raise CheckpointError(
-                f"every checkpoint of {run_dir} is damaged: {', '.join(map(str, damaged))}; put one back from a copy, "
-                "or start a new run under another name"
-            )
-        if found is None:
-            return None
-        directory, manifest = found
-        if is_intact(directory, manifest, comm):
-            return directory, manifest, damaged
-        damaged.append(directory.with_name(f"{_BROKEN}{directory.name}-{manifest.ledger_bytes}"))
-        if comm.rank == 0:
-            directory.rename(damaged[-1])
-        comm.barrier()
+    return found if isinstance(found, int) and found != FORMAT else None

@@ -11,25 +11,24 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from ddk_ds.comm import Comm
+from ddk_ds.comm import Comm, call_together
 from ddk_ds.config import Config
 from ddk_ds.engine.student import Student
 from ddk_ds.engine.zero_shards import write_universal
 from ddk_ds.errors import CheckpointError
-from ddk_ds.files import partial_path, size_and_xxh64, write_text
+from ddk_ds.files import partial_path, read_json, size_and_xxh64, write_text
 from ddk_ds.train.checkpoint.checkpoint_files import (
     FORMAT,
     MANIFEST,
     TAG,
     Manifest,
     complete_checkpoints,
-    is_intact,
     other_format,
     read_manifest,
     remove_partial,
-    usable_checkpoint,
 )
 from ddk_ds.train.checkpoint.saver import SaveFailed, agree_on_failure, finish_directory, make_room
+from ddk_ds.train.checkpoint.usable_checkpoint import PassedOver, is_intact, leave_out_after, usable_checkpoint
 from ddk_ds.train.run import Run
 from ddk_ds.train.state import RunState
 from ddk_ds.version import versions
@@ -57,8 +56,8 @@ class Start:
     """True if it is another run's checkpoint, named by `init_from`."""
     universal: Path | None = None
     """The same checkpoint converted for any number of ranks; None if as many ranks as this run has wrote it."""
-    damaged: list[Path] = field(default_factory=list)
-    """Newer checkpoints whose files do not match their hashes; each has been renamed."""
+    passed: list[PassedOver] = field(default_factory=list)
+    """Newer checkpoints that cannot be used; each has been renamed."""
 
     @property
     def changed_versions(self) -> dict[str, str]:
@@ -73,17 +72,19 @@ class Start:
         )
 
 
-def find_start(config: Config, comm: Comm) -> Start | None:
+def find_start(config: Config, comm: Comm, at_most: int | None = None) -> Start | None:
     """Return the checkpoint that the run continues from, or None if it begins anew. Collective.
+
+    With `at_most` it is the newest checkpoint of the run itself up to that step, or None.
 
     Raises CheckpointError if there are checkpoints and none can be used.
     """
     if comm.rank == 0:
         remove_partial(config.run_dir)
-    found = usable_checkpoint(config.run_dir, comm)
+    found = usable_checkpoint(config.run_dir, comm, at_most)
     if found is not None:
-        directory, manifest, damaged = found
-        start = Start(directory, manifest, damaged=damaged)
+        directory, manifest, passed = found
+        start = Start(directory, manifest, passed=passed)
     elif config.init_from is not None:
         directory, manifest = source_checkpoint(config.init_from)
         if not is_intact(directory, manifest, comm):
@@ -98,11 +99,22 @@ def find_start(config: Config, comm: Comm) -> Start | None:
 
 def read_roll_backs(run_dir: Path, comm: Comm) -> list[dict[str, Any]]:
     """Return the roll-backs of the run so far, as `roll_back` wrote them. Collective."""
-    path = run_dir / ROLL_BACKS
+    path, on_rank_0 = run_dir / ROLL_BACKS, comm.rank == 0
     done: list[dict[str, Any]] = comm.broadcast_object(
-        json.loads(path.read_text()) if comm.rank == 0 and path.is_file() else []
+        call_together(comm, lambda: _roll_backs(path) if on_rank_0 and path.is_file() else [])
     )
     return done
+
+
+def _roll_backs(path: Path) -> list[dict[str, Any]]:
+    mend = "put it back from a copy; without one, begin under another name (init_from)"
+    entries = read_json(path, mend)
+    try:
+        if all(type(entry[key]) is int for entry in entries for key in ("step", "failed_step", "skip_until")):
+            return list(entries)
+    except (TypeError, KeyError):
+        pass
+    raise CheckpointError(f"{path} is damaged: it holds no list of roll-backs; {mend}")
 
 
 def source_checkpoint(init_from: str) -> tuple[Path, Manifest]:
@@ -191,13 +203,16 @@ def restore(run: Run, start: Start) -> None:
         run.state.chunk_tokens = fresh.chunk_tokens
     run.head_options = replace(run.head_options, chunk_tokens=run.state.chunk_tokens)
     run.ledger.rewind(0 if start.forked else start.manifest.ledger_bytes)
+    for passed in start.passed:
+        message = f"warning: {passed.path} {passed.reason}; continuing from an older one"
+        run.announce("damaged", message, path=str(passed.path), reason=passed.reason)
     done = read_roll_backs(run.config.run_dir, run.runtime.comm)
     positions = [entry["skip_until"] for entry in done if entry["step"] == run.state.step]
     run.state.skip_until = max([run.state.skip_until, *positions])
 
 
 def roll_back(run: Run, reason: str) -> bool:
-    """Restore the last checkpoint, leave out the samples since then, and return True. Collective.
+    """Restore the last checkpoint before the bad steps, leave out the samples since then, and return True. Collective.
 
     Return False if the configuration allows no further roll-back or there is no checkpoint. The roll-back and its
     `reason` are written to roll_backs.json: if the run is killed before its next checkpoint, it leaves out the same
@@ -209,9 +224,11 @@ def roll_back(run: Run, reason: str) -> bool:
         return False
     failed, skip_until = run.state.step, run.state.position
     run.watchdog.watch("checkpoint", failed)
-    start = find_start(config, comm)
+    good_step = run.state.good_step
+    start = find_start(config, comm, at_most=good_step)
     if start is None:
         return False
+    leave_out_after(config.run_dir, good_step, comm)  # a run that was interrupted amid bad steps has saved there
     if comm.rank == 0:
         entry = {"step": start.manifest.step, "failed_step": failed, "skip_until": skip_until, "reason": reason}
         write_text(config.run_dir / ROLL_BACKS, json.dumps([*done, entry], indent=1))

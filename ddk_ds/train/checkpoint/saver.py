@@ -63,14 +63,15 @@ class Saver:
         self._pending: tuple[Student, Manifest] | None = None
         self._began = self._pause_s = 0.0
 
-    def begin(self, student: Student, state: RunState, ledger_bytes: int) -> bool:
+    def begin(self, student: Student, state: RunState, ledger: tuple[int, str]) -> bool:
         """Begin a checkpoint of this step; its content is copied by the time this returns. Collective.
 
-        Return False if this step has a complete checkpoint already. Raises SaveFailed if the save cannot begin.
+        `ledger` are the bytes and the xxh64 of the ledger at this step (`Ledger.position`). Return False if this step
+        has a complete checkpoint already. Raises SaveFailed if the save cannot begin.
         """
         assert self._pending is None, "a checkpoint began before the last one was finished"
         self._began = time.perf_counter()
-        comm, manifest = self._comm, self._manifest(state.step, ledger_bytes)
+        comm, manifest = self._comm, self._manifest(state.step, *ledger)
         # Rank 0 looks for all ranks: another node may see the shared directory late.
         if comm.broadcast_object(read_manifest(self._final(manifest)) is not None if comm.rank == 0 else None):
             return False
@@ -105,8 +106,9 @@ class Saver:
         ended = time.perf_counter()
         return Saved(final, manifest.step, self._pause_s + ended - started, ended - self._began)
 
-    def _manifest(self, step: int, ledger_bytes: int) -> Manifest:
-        return Manifest(FORMAT, step, self._comm.world_size, ledger_bytes, self._identity, versions(), {})
+    def _manifest(self, step: int, ledger_bytes: int, ledger_xxh64: str) -> Manifest:
+        world_size, made_by = self._comm.world_size, versions()
+        return Manifest(FORMAT, step, world_size, ledger_bytes, self._identity, made_by, {}, ledger_xxh64=ledger_xxh64)
 
     def _final(self, manifest: Manifest) -> Path:
         return self._run_dir / "checkpoints" / f"step-{manifest.step:08d}"
@@ -158,7 +160,8 @@ def make_room(run_dir: Path, partial: Path) -> str:
     needed = 0 if newest is None else int(_HEADROOM * newest[1].num_bytes)
     try:
         remove_partial(run_dir)
-        partial.mkdir(parents=True)
+        partial.parent.mkdir(exist_ok=True)  # never the run's directory, which somebody may have deleted
+        partial.mkdir()
         free = shutil.disk_usage(partial).free
     except OSError as error:
         return str(error)

@@ -18,7 +18,7 @@ from ddk_ds.config import Config
 from ddk_ds.data.manifest import SPLITS, Manifest
 from ddk_ds.engine.memory_estimate import OPTIMIZER_BYTES, shard_ranks
 from ddk_ds.engine.model_files import COMPUTE_BYTES, ModelFiles, ModelShape, read_model
-from ddk_ds.files import nearest_existing
+from ddk_ds.files import nearest_existing, read_object
 from ddk_ds.train.checkpoint.checkpoint_files import MANIFEST, complete_checkpoints, newest_checkpoint
 from ddk_ds.train.preflight.agreement import Job
 from ddk_ds.train.preflight.machine import size
@@ -145,15 +145,15 @@ def checkpoints(config: Config, ranks: int) -> Row:
 
 def _fault_of(directory: Path) -> str:
     try:
-        files = json.loads((directory / MANIFEST).read_text())["files"]
+        files = read_object(directory / MANIFEST, "")["files"]
         for file, (expected, _) in sorted(files.items()):
             found = (directory / file).stat().st_size if (directory / file).is_file() else None
             if found != expected:
                 has = "is missing" if found is None else f"has {found:,} bytes"
                 return f"{file} {has}, {MANIFEST} says {expected:,}"
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"its {MANIFEST} cannot be read: {error}"
-    return f"its {MANIFEST} is of another format"
+    return f"its {MANIFEST} is of another format, or was changed"
 
 
 def checkpoint_space(config: Config, student: ModelShape) -> Row:

@@ -27,6 +27,7 @@ def fresh() -> RunState:
 def feed(losses: Any, options: Guard | None = None, norms: Any = None) -> RunState:
     state = fresh()
     for loss, norm in zip(losses, norms or [1.0] * len(losses), strict=True):
+        state.step += 1
         check_step(state, float(loss), norm, options or Guard())
     return state
 
@@ -86,6 +87,14 @@ def test_a_loss_that_hardly_varies_has_a_deviation_of_one_percent(usual: float) 
 def test_the_last_64_good_losses_are_remembered() -> None:
     losses = [10 - 0.01 * i for i in range(70)]
     assert feed([*losses[:30], NAN, *losses[30:], 60.0]).recent_losses == losses[-64:]
+
+
+@pytest.mark.parametrize(
+    ("bad", "good_step"),
+    [([], 80), ([NAN], 80), ([60.0], 80), ([NAN, 60.0, NAN, 60.0], 80), ([60.0, NAN, NAN], 80), ([NAN, 60.0, 4.0], 83)],
+)
+def test_the_last_good_step_is_before_the_whole_series(bad: list[float], good_step: int) -> None:
+    assert feed([*noisy(80), *bad]).good_step == good_step
 
 
 def test_the_state_goes_through_a_checkpoint() -> None:
