@@ -96,6 +96,9 @@ def _run(config: Config, *, dry_run: bool, preflight: bool, ranks: int) -> int:
     runtime = start_runtime() if "RANK" in os.environ else None
     comm: Comm = SingleProcess() if runtime is None else runtime.comm
     inputs = check_inputs(config, comm)
+    for attention in inputs.attention.values():
+        if attention.note:
+            _console().print(attention.note, soft_wrap=True, highlight=False)
     identity = call_together(comm, lambda: run_identity(config, inputs.fingerprints))
     call_together(comm, lambda: check_run_dir(config, identity))
     if dry_run or runtime is None:

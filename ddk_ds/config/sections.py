@@ -42,8 +42,9 @@ class Model(Section):
 
     path: ModelPath
     """Directory or hub name of the model: config.json, safetensors weights, tokenizer."""
-    attn_implementation: Literal["sdpa", "flash_attention_2", "eager"] = "sdpa"
-    """Attention kernel that transformers uses."""
+    attn_implementation: Literal["auto", "sdpa", "flash_attention_2", "eager"] = "auto"
+    """Attention kernel that transformers uses. auto: sdpa, or eager for a model with something that sdpa leaves out,
+    such as Gemma 2's soft cap; a kernel named here that leaves something out is an error."""
     offload_params: Literal["none", "cpu", "nvme"] = "none"
     """Memory that holds the sharded parameters between uses; none: the device's own."""
     trust_remote_code: bool = False

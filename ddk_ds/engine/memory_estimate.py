@@ -248,8 +248,9 @@ def _layer_activations(model: Model, shape: ModelShape, tokens: int, length: int
     norms = 2 * shape.hidden * (4 + 2 * compute)
     # Only flash_attention_2 accepts grouped keys and values. For other implementations transformers repeats them, but
     # makes a view of a single head.
-    repeated = model.attn_implementation != "flash_attention_2" and shape.key_value > shape.attention // shape.heads
+    kernel = shape.best_kernel if model.attn_implementation == "auto" else model.attn_implementation
+    repeated = kernel != "flash_attention_2" and shape.key_value > shape.attention // shape.heads
     attention = compute * (2 * shape.attention + 2 * (shape.attention if repeated else shape.key_value))
-    if model.attn_implementation == "eager":
+    if kernel == "eager":
         attention += shape.heads * length * (4 + 2 * compute)  # scores, their softmax in float32, the same rounded
     return tokens * (norms + attention + compute * (4 if shape.gated else 2) * shape.intermediate)

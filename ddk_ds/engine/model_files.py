@@ -17,19 +17,15 @@ from typing import Any, NamedTuple
 
 import torch
 import yaml
-from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
+from transformers import CONFIG_MAPPING, AutoConfig
 
 from ddk_ds.comm import Comm, raise_together
 from ddk_ds.config import Model
 from ddk_ds.config.sections import Teacher
+from ddk_ds.engine.attention import Kernel, best_kernel
+from ddk_ds.engine.unloaded_models import meta_model
 from ddk_ds.errors import ConfigError, UserError
 from ddk_ds.kernels import LogitForm
-
-# Its place differs between transformers 4 and 5; mypy sees one of the two versions.
-try:
-    from transformers.initialization import no_init_weights  # type: ignore[import-not-found,unused-ignore]
-except ImportError:
-    from transformers.modeling_utils import no_init_weights  # type: ignore[attr-defined,no-redef,unused-ignore]
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 """Compute dtypes by `train.precision`."""
@@ -86,8 +82,10 @@ class ModelFiles:
 
     @property
     def fingerprint(self) -> str:
-        """Return a hash of config.json, of all tensors' names, shapes and dtypes, and of samples of their bytes."""
+        """Return a hash of config.json, the tensors' names, shapes, dtypes and samples of their bytes, and own code."""
         digest = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
+        for code in sorted(self.directory.glob("*.py")) if "auto_map" in self.config else ():
+            digest.update(code.read_bytes())
         for file in sorted({tensor.file for tensor in self.tensors.values()}):
             header, start = _header(file)
             digest.update(json.dumps(header, sort_keys=True).encode())
@@ -143,7 +141,8 @@ def _no_model(path: str, key: str, failure: Exception, note: str) -> UserError:
 def read_model(directory: Path, key: str) -> ModelFiles:
     """Read a model's config.json and the headers of its weights.
 
-    Raises ConfigError if config.json or safetensors are missing; it names `key`, the configuration key.
+    Raises ConfigError if config.json or safetensors are missing, or if there are two sets of weights; it names `key`,
+    the configuration key.
     """
     config_file = directory / "config.json"
     if not config_file.is_file():
@@ -164,17 +163,6 @@ def configured_files(config: Path) -> ModelFiles:
     return ModelFiles(config.parent, values, tensors)
 
 
-def meta_model(hf_config: Any, *, trusted: bool = False) -> Any:
-    """Build a transformers model on the meta device, where its tensors have shapes but no memory, with tied weights.
-
-    `trusted` permits Python code of the model's own directory.
-    """
-    with no_init_weights(), torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(hf_config, trust_remote_code=trusted)
-    model.tie_weights()
-    return model
-
-
 def check_code(files: ModelFiles, key: str, *, trusted: bool) -> None:
     """Raise ConfigError if the model needs Python code of its own directory and the configuration does not trust it."""
     if "auto_map" not in files.config or files.config.get("model_type") in CONFIG_MAPPING:
@@ -192,6 +180,11 @@ def _tensor_files(directory: Path, key: str) -> dict[str, StoredTensor]:
     index, single = directory / "model.safetensors.index.json", directory / "model.safetensors"
     if index.is_file():
         files = [directory / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+        if single.is_file() and single not in files:
+            raise ConfigError(
+                f"{key}: {directory} holds two sets of weights, {single.name} and the files that {index.name} names, "
+                "and programs differ in which one they read: move one of the two away"
+            )
     elif single.is_file():
         files = [single]
     else:
@@ -202,12 +195,14 @@ def _tensor_files(directory: Path, key: str) -> dict[str, StoredTensor]:
     missing = [file.name for file in files if not file.is_file()]
     if missing:
         raise ConfigError(f"{key}: {directory} lacks {', '.join(missing)}, which its index names; copy it again")
-    return {
-        name: StoredTensor(file, tuple(entry["shape"]))
-        for file in files
-        for name, entry in _header(file)[0].items()
-        if name != "__metadata__"
-    }
+    tensors: dict[str, StoredTensor] = {}
+    for file in files:
+        for name, entry in _header(file)[0].items():
+            if name in tensors:
+                raise ConfigError(f"{key}: {tensors[name].file} and {file} both hold {name}: copy the model again")
+            if name != "__metadata__":
+                tensors[name] = StoredTensor(file, tuple(entry["shape"]))
+    return tensors
 
 
 def _header(file: Path) -> tuple[dict[str, Any], int]:
@@ -257,6 +252,8 @@ class ModelShape:
     heads: int
     matrices: tuple[int, ...] = ()
     """Elements of each matrix in the layers; these are part of `tensors`."""
+    best_kernel: Kernel = "sdpa"
+    """The kernel of its attention if `attn_implementation` is auto."""
 
     @property
     def parameters(self) -> int:
@@ -314,6 +311,7 @@ def model_shape(files: ModelFiles) -> ModelShape:
         matrices=tuple(
             size for name, size in sizes.items() if _LAYER.match(name) and len(files.tensors[name].shape) == 2
         ),
+        best_kernel=best_kernel(files.config),
     )
 
 

@@ -16,13 +16,15 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from ddk_ds.comm import Comm
 from ddk_ds.config import Config, Model
+from ddk_ds.engine.attention import choose_attention
 from ddk_ds.engine.ds_config import bucket_sizes, student_ds_config
 from ddk_ds.engine.filters import FilterShape, LayerFilters, build_filters
 from ddk_ds.engine.head import HeadFunction, OutputHead, StudentRoot
 from ddk_ds.engine.layers import checkpoint_layers, prepare_layers, use_causal_kernels
-from ddk_ds.engine.model_files import DTYPES, ModelFiles, meta_model, model_shape, no_init_weights
+from ddk_ds.engine.model_files import DTYPES, ModelFiles, model_shape
 from ddk_ds.engine.process_memory import freed_at_once
 from ddk_ds.engine.stage_clock import StageClock, time_gathers, time_reductions
+from ddk_ds.engine.unloaded_models import backbone_of, meta_model, no_init_weights
 from ddk_ds.engine.weights import load_weights, source_names
 from ddk_ds.engine.zero_shards import ShardWriter
 from ddk_ds.errors import ConfigError
@@ -199,6 +201,7 @@ def load_sharded(
     """
     use_causal_kernels()
     trusted = model.trust_remote_code
+    kernel = choose_attention(files.config, files.directory, key.removesuffix(".path"), model).kernel
     hf_config = AutoConfig.from_pretrained(files.directory, trust_remote_code=trusted)
     hf_config.use_cache = False
     dtype = DTYPES[config.train.precision]
@@ -211,22 +214,13 @@ def load_sharded(
         )
         with no_init_weights(), sharded:
             built = AutoModelForCausalLM.from_config(
-                hf_config, attn_implementation=model.attn_implementation, dtype=dtype, trust_remote_code=trusted
+                hf_config, attn_implementation=kernel, dtype=dtype, trust_remote_code=trusted
             )
     except (ImportError, ValueError) as error:
         raise ConfigError(f"{key}: {files.directory} cannot be built: {error}") from error
-    if built.get_output_embeddings() is None:
-        raise ConfigError(f"{key}: {type(built).__name__} has no output head to distil")
     built.tie_weights()
     load_weights(built, files, comm)
     return built
-
-
-def backbone_of(model: PreTrainedModel) -> nn.Module:
-    """Return the model without its output head."""
-    backbone = model.base_model
-    assert backbone is not model, f"{type(model).__name__} has no backbone apart from its head"
-    return backbone
 
 
 def check_vocabulary(model: PreTrainedModel, vocab_size: int, key: str) -> None:

@@ -26,7 +26,8 @@ from ddk_ds.engine.head import TEACHER_GATHER, FrozenHead, HeadFunction
 from ddk_ds.engine.layers import LayerByLayer, layers_of, prepare_layers
 from ddk_ds.engine.model_files import ModelFiles, model_shape
 from ddk_ds.engine.stage_clock import StageClock, time_gathers
-from ddk_ds.engine.student import backbone_of, check_vocabulary, load_sharded
+from ddk_ds.engine.student import check_vocabulary, load_sharded
+from ddk_ds.engine.unloaded_models import backbone_of
 from ddk_ds.errors import ConfigError
 
 INT8_MAX = 127

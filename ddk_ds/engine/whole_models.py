@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from pathlib import Path
 from typing import Any, Literal
@@ -11,9 +12,12 @@ import torch
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
 
 from ddk_ds.data.tokenizer import load_tokenizer
+from ddk_ds.engine.attention import choose_attention
+from ddk_ds.engine.model_files import read_model
 from ddk_ds.errors import ConfigError
 from ddk_ds.files import new_directory
 
+_log = logging.getLogger(__name__)
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 
 
@@ -22,9 +26,15 @@ def load_model(directory: Path, dtype: torch.dtype | Literal["auto"] = torch.flo
 
     `trusted` permits Python code of the model's own directory.
 
+    Attention is computed by sdpa, or by eager if sdpa leaves out something of the model's; a warning says so.
+
     Raises ConfigError if transformers cannot build it, or if the files lack weights.
     """
-    options = {"use_safetensors": True, "local_files_only": True, "trust_remote_code": trusted}
+    attention = choose_attention(read_model(directory, "model").config, directory, str(directory), trusted=trusted)
+    if attention.note:
+        _log.warning(attention.note)
+    options: dict[str, Any] = {"use_safetensors": True, "local_files_only": True, "trust_remote_code": trusted}
+    options["attn_implementation"] = attention.kernel
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, output_loading_info=True, **options)
     except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:

@@ -17,9 +17,11 @@ from ddk_ds.data.mds import open_split
 from ddk_ds.data.store import LocalStore
 from ddk_ds.data.tokenizer import load_tokenizer
 from ddk_ds.engine.model_files import ModelFiles
+from ddk_ds.engine.unloaded_models import backbone_of
 from ddk_ds.errors import DataError
 from ddk_ds.evaluation.results import DomainScore
 from ddk_ds.kernels import Options, linear_nll
+from ddk_ds.mixture.domain_vectors import perplexity
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,7 @@ def sample_losses(
     As in a run, the softmax is over the tokenizer's `vocab_size` tokens; further rows of the head are padding.
     """
     ids = torch.from_numpy(input_ids).to(next(model.parameters()).device)
-    hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state[:, :-1]
+    hidden = backbone_of(model)(input_ids=ids, use_cache=False).last_hidden_state[:, :-1]
     head = model.get_output_embeddings()
     losses = linear_nll(
         hidden.flatten(0, 1),
@@ -102,19 +104,20 @@ def domain_score(
 
     `losses` (n,) holds the summed loss of each sample in nats, `text_bytes` (n,) the size of its predicted text, and
     `tokens_each` is the number of predicted tokens of a sample. The perplexity's standard error is that of the mean
-    loss times the perplexity (delta method). Both errors are None for a single sample.
+    loss times the perplexity (delta method); None for an infinite perplexity. Both errors are None for a single sample.
     """
     number, size = len(losses), np.array(text_bytes, np.float64)
     loss = float(losses.sum() / (number * tokens_each))
-    perplexity = math.exp(loss)
+    ppl = float(perplexity(loss))  # as in training
     bits = float(losses.sum() / math.log(2) / size.sum())
     perplexity_error = bits_error = None
     if number > 1:
-        perplexity_error = perplexity * float(losses.std(ddof=1)) / tokens_each / math.sqrt(number)
+        if math.isfinite(ppl):
+            perplexity_error = ppl * float(losses.std(ddof=1)) / tokens_each / math.sqrt(number)
         # The standard error of a ratio of sums, from the residuals of losses on bytes.
         residuals = losses / math.log(2) - bits * size
         bits_error = float(np.sqrt((residuals**2).sum() / (number - 1) / number) / size.mean())
     return DomainScore(
-        *(domain, perplexity, perplexity_error, bits, bits_error),
+        *(domain, ppl, perplexity_error, bits, bits_error),
         *(number, number * tokens_each, int(size.sum())),
     )

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from ddk_ds.errors import ConfigError, DataError
 
@@ -174,3 +174,9 @@ def mixed(weight: float, factors: Factors, rest: float | Vector) -> Factors:
     with np.errstate(divide="ignore"):  # the log of a weight or rest of 0
         logs = np.logaddexp(np.log(weight) + factors.logs, np.log(rests))
     return Factors.of(weight * factors.proportions + rests, logs)
+
+
+def perplexity(mean_loss: ArrayLike) -> Vector:
+    """Return exp(mean loss per token, in nats): infinity above 709.78, where float64 has no number."""
+    with np.errstate(over="ignore"):
+        return np.exp(np.asarray(mean_loss, np.float64))

@@ -14,6 +14,7 @@ from ddk_ds.data.cache import open_store
 from ddk_ds.data.manifest import Manifest, load_manifest
 from ddk_ds.data.store import Store
 from ddk_ds.data.tokenizer import TokenizerInfo, load_tokenizer
+from ddk_ds.engine.attention import Attention, choose_attention
 from ddk_ds.engine.ds_config import student_ds_config
 from ddk_ds.engine.filters import FilterShape, check_filters, filter_shape
 from ddk_ds.engine.model_files import ModelFiles, check_code, model_directory, read_model
@@ -37,6 +38,8 @@ class Inputs:
     teacher: ModelFiles | None
     controller: Controller
     exhaustion: Exhaustion
+    attention: dict[str, Attention]
+    """The attention kernels of student and teacher, by these names."""
     filters: FilterShape | None = None
     """Matched layers of TED; None for other methods."""
     filters_hash: str | None = None
@@ -53,6 +56,7 @@ class Inputs:
             "student": self.student.fingerprint,
             "teacher": None if self.teacher is None else self.teacher.fingerprint,
             "tokenizer": self.tokenizer.fingerprint,
+            "attention": {name: attention.kernel for name, attention in self.attention.items()},
             "domains": {
                 name: f"{self.manifest.domains[name].train.sha}/{self.manifest.domains[name].validation.sha}"
                 for name in self.names
@@ -100,9 +104,11 @@ def check_files(config: Config, student_path: Path, teacher_path: Path | None, w
             f"data.path: {manifest.root} was tokenised with another tokenizer ({manifest.tokenizer_fingerprint[:12]}) "
             f"than that of student.path {student.directory} ({tokenizer.fingerprint[:12]}); prepare the data with it"
         )
+    attention = {}
     for key, model, files in (("student", config.student, student), ("teacher", config.teacher, teacher)):
         if model is not None and files is not None:
             _check_model(config, key, model, files)
+            attention[key] = choose_attention(files.config, files.directory, key, model)
     if teacher is not None:
         _check_same_vocabulary(tokenizer, load_tokenizer(teacher.directory), student, teacher)
     schedule = read_schedule(config.mixture.schedule_file)
@@ -122,6 +128,7 @@ def check_files(config: Config, student_path: Path, teacher_path: Path | None, w
         teacher=teacher,
         controller=controller,
         exhaustion=exhaustion,
+        attention=attention,
         filters=filters,
         filters_hash=filters_hash,
         schedule=schedule,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -31,7 +32,13 @@ from ddk_ds.train.run import Run
 from ddk_ds.train.samples import Sampler, held_out_prompts
 from ddk_ds.train.state import RunState
 from ddk_ds.train.teacher_passes import settle_passes
-from ddk_ds.train.validation import PerplexityCache, ValidationBatches, count_micro_batches, perplexities
+from ddk_ds.train.validation import (
+    PerplexityCache,
+    ValidationBatches,
+    count_micro_batches,
+    perplexities,
+    perplexity_conditions,
+)
 from ddk_ds.version import versions
 
 
@@ -58,7 +65,7 @@ def prepare_run(
     options = Options(vocab_size, gamma=0.0, chunk_tokens=chunk_tokens, logits_dtype=config.loss.logits_dtype)
     teacher_ppl = None
     if teacher is not None:
-        teacher_ppl = _teacher_perplexities(config, inputs, teacher, validation, options, runtime, progress)
+        teacher_ppl = _teacher_perplexities(config, inputs, identity, teacher, validation, options, runtime, progress)
     student = load_student(config, inputs.student, vocab_size, comm, inputs.filters, clock)
     orders = [
         DomainOrder(name, sizes, config.seed) for name, sizes in zip(inputs.names, dataset.shard_sizes, strict=True)
@@ -160,6 +167,7 @@ def _domain_entries(dataset: MixtureDataset) -> list[DomainEntry]:
 def _teacher_perplexities(
     config: Config,
     inputs: Inputs,
+    identity: dict[str, Any],
     teacher: Teacher,
     validation: ValidationBatches,
     options: Options,
@@ -170,16 +178,8 @@ def _teacher_perplexities(
 
     The teacher never changes, so values that were measured under the same conditions are read from a cache.
     """
-    assert inputs.teacher is not None, "a teacher without files"
     comm = runtime.comm
-    key = {
-        "weights": inputs.teacher.fingerprint,
-        "dtype": config.train.precision,
-        "logits_dtype": config.loss.logits_dtype,
-        "tokenizer": inputs.tokenizer.fingerprint,
-        "sequence_length": config.data.sequence_length,
-        "samples": config.data.validation_samples,
-    }
+    key = perplexity_conditions(identity, {"options": asdict(options), "device": runtime.device.type, **versions()})
     cache = PerplexityCache(config.run_dir.parent / ".teacher-perplexities", key)
     domain_keys = [inputs.manifest.domains[name].validation.sha for name in inputs.names]
     values = comm.broadcast_object(cache.read(domain_keys) if comm.rank == 0 else None)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from ddk_ds.engine.teacher import Teacher
 from ddk_ds.files import write_text
 from ddk_ds.kernels import Options
 from ddk_ds.methods import IGNORE_INDEX, next_token_labels, token_losses
+from ddk_ds.mixture.domain_vectors import perplexity
 
 # For each domain micro-batches of (input_ids (B, L) int64, real (B,) bool), the same number on every rank.
 ValidationBatches = Sequence[Sequence[tuple[torch.Tensor, torch.Tensor]]]
@@ -61,7 +62,35 @@ def perplexities(
                 sums[1, domain] += (flat != IGNORE_INDEX).sum()
                 advance()
     comm.all_reduce_sum(sums)
-    return np.exp((sums[0] / sums[1]).cpu().numpy())
+    return perplexity((sums[0] / sums[1]).cpu().numpy())
+
+
+# What the teacher's perplexities do not depend on. All else that a run's numbers depend on is part of their conditions,
+# so that an option of a later version is too.
+_NOT_THE_TEACHERS = (
+    "method",
+    "seed",
+    "student.",
+    "mixture.",
+    "loss.",  # what the evaluation uses of it is in its own options
+    "optimizer.",
+    "stop.",
+    "ted.",
+    "doremi.",
+    "data.domains",  # each domain has its own file
+    "train.global_batch_samples",
+    "content.student",
+    "content.attention.student",
+    "content.domains.",
+    "content.filters",
+    "content.schedule",
+    "content.init_from",
+)
+
+
+def perplexity_conditions(identity: Mapping[str, Any], more: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the conditions of measuring the teacher: what the run's `identity` has of it, and `more`."""
+    return {**{key: value for key, value in identity.items() if not key.startswith(_NOT_THE_TEACHERS)}, **more}
 
 
 class PerplexityCache:

@@ -41,6 +41,16 @@ def run_all(runtime: Runtime, starts: list[tuple[str, str, int | None]]) -> list
     return broken
 
 
+def teacher_perplexities(runtime: Runtime, config_paths: list[str]) -> list[list[float]]:
+    """Start a run of each configuration, up to its first step; return the teacher's perplexities of each."""
+    found = []
+    for number, config_path in enumerate(config_paths):
+        ppl = prepare(runtime, config_path, f"run-{number}").teacher_ppl
+        assert ppl is not None
+        found.append(ppl.tolist())
+    return found
+
+
 def break_off(runtime: Runtime, config_path: str, name: str, lines: int) -> None:
     """Train until that many lines of the ledger are written."""
     with contextlib.suppress(BreakOff):

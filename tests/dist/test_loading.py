@@ -15,7 +15,14 @@ SLACK_BYTES = 24 * 2**20  # for the allocator and buffers; the model is 12 times
 @pytest.mark.long("every architecture, 33 s of CPU; parity loads one")
 def test_architectures_tied_and_untied(tmp_path: Path) -> None:
     errors = run_ranks("tests.dist.loading_worker:logits_of_architectures", 2, folder=str(tmp_path))
-    assert len(errors) == 12
+    assert len(errors) == 14
+    assert max(errors.values()) < 1e-5, errors
+
+
+def test_a_soft_cap_in_attention_and_a_backbone_of_another_name(tmp_path: Path) -> None:
+    kinds = ["gemma2", "gemma3_text"]
+    errors = run_ranks("tests.dist.loading_worker:logits_of_architectures", 2, folder=str(tmp_path), kinds=kinds)
+    assert len(errors) == 4
     assert max(errors.values()) < 1e-5, errors
 
 

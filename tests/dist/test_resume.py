@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
+from typing import Any
 
 from tests.dist.ranks import run_ranks
 from tests.dist.resume_worker import run_dir
@@ -27,3 +29,20 @@ def test_interrupted_anywhere(workspace: Path, tmp_path: Path) -> None:
     assert len(whole) == uninterrupted
     for name in done:
         assert without_clock(run_dir(str(config), name)) == whole, name
+
+
+def test_a_teacher_that_is_computed_otherwise_has_its_own_perplexities(workspace: Path, tmp_path: Path) -> None:
+    # A directory of its own has no cache: what is measured there is right.
+    def config(folder: Path, **teacher: Any) -> str:
+        folder.mkdir(exist_ok=True)
+        path = write_config(workspace, folder, teacher={"path": str(workspace / "teacher"), **teacher})
+        return str(shutil.copyfile(path, folder / f"{len(list(folder.iterdir()))}.yaml"))
+
+    shared, alone = tmp_path / "shared", tmp_path / "alone"
+    configs = [config(shared), config(shared, quantize="int8"), config(alone, quantize="int8"), config(shared)]
+    plain, int8, right, again = run_ranks(
+        "tests.dist.resume_worker:teacher_perplexities", 2, timeout_s=400, config_paths=configs
+    )
+    assert int8 == right != plain
+    assert again == plain
+    assert len(list((shared / "runs" / ".teacher-perplexities").iterdir())) == 2 * len(plain)

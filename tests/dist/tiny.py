@@ -23,6 +23,17 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
         "head_dim": 8,
         "query_pre_attn_scalar": 8,
         "final_logit_softcapping": 3.0,
+        "attn_logit_softcapping": 2.0,
+    },
+    "gemma3_text": {
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "intermediate_size": 64,
+        "head_dim": 8,
+        "query_pre_attn_scalar": 8,
+        "sliding_window": 5,
+        "layer_types": ["sliding_attention", "full_attention"],
     },
     "cohere": {
         "num_hidden_layers": 2,

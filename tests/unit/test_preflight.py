@@ -188,6 +188,11 @@ def write_index(model: Path, weight_map: dict[str, str]) -> None:
     [
         ("file gone", ("model-00002-of-00002.safetensors", "which its index names")),
         ("not in the index", ("names 1 of the 2 files",)),
+        (
+            "one file too",
+            ("two sets of weights, model.safetensors and", "model.safetensors.index.json", "move one"),
+        ),
+        ("a tensor twice", ("model-00001-of-00002.safetensors and", "model-00002-of-00002.safetensors both hold")),
         ("a tensor too many", ("names tensor model.extra in model-00001-of-00002.safetensors",)),
         ("a layer gone", ("config.json has 3 layers", "none of layer 2")),
     ],
@@ -198,6 +203,10 @@ def test_index(workspace: Path, tmp_path: Path, model: Path, fault: str, parts: 
     assert rows_of(config)["student files"].status == "pass"
     if fault == "file gone":
         (model / "model-00002-of-00002.safetensors").unlink()
+    elif fault == "one file too":
+        shutil.copyfile(workspace / "student/model.safetensors", model / "model.safetensors")
+    elif fault == "a tensor twice":
+        shutil.copyfile(model / "model-00001-of-00002.safetensors", model / "model-00002-of-00002.safetensors")
     elif fault == "not in the index":
         write_index(model, {name: file for name, file in weight_map.items() if "00001-of" in file})
     elif fault == "a tensor too many":

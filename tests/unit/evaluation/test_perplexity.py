@@ -133,3 +133,12 @@ def test_it_is_the_perplexity_of_a_run(tiny: Path, files: ModelFiles) -> None:
     of_run = perplexities(Plain(), batches, options=options, device=torch.device("cpu"), comm=SingleProcess())  # type: ignore[arg-type]
     scores = score_domains(model, files, held_out, batch_size=4, limit=None)
     np.testing.assert_allclose([score.perplexity for score in scores], of_run, rtol=1e-5)
+
+
+def test_a_loss_beyond_the_range_of_numbers_is_an_infinite_perplexity() -> None:
+    largest = math.log(np.finfo(np.float64).max)  # 709.78: the last loss whose perplexity is a number
+    below, above = (domain_score("d", np.full(3, 10 * loss), 10, [40, 40, 40]) for loss in (0.999 * largest, 800.0))
+    assert below.perplexity == pytest.approx(math.exp(0.999 * largest))
+    assert above.perplexity == math.inf
+    assert above.perplexity_stderr is None
+    assert above.bits_per_byte == pytest.approx(10 * 800 / math.log(2) / 40)

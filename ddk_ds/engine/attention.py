@@ -1,0 +1,237 @@
+"""The attention kernel of a model: one that computes all that the model's own attention computes.
+
+transformers hands a kernel whatever the model wants, and the kernel drops what it does not know: torch's sdpa has
+neither the soft cap of Gemma 2 nor the sinks of gpt-oss, and would compute another model without a word. Which kernels
+are right for a model is measured: each of its attention modules is called with random queries, keys and values, once by
+its own code ("eager") and once by sdpa.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import json
+import math
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.integrations.flash_attention import flash_attention_forward
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from ddk_ds.config import Model
+from ddk_ds.engine.unloaded_models import backbone_of, no_init_weights
+from ddk_ds.errors import ConfigError
+
+Kernel = Literal["sdpa", "flash_attention_2", "eager"]
+_PROBE = "ddk_probe"
+_LENGTH = 8
+_SCORES = 8.0
+"""Standard deviation of the probe's attention scores: a soft cap of up to 1,000 changes such scores measurably."""
+_TOLERANCE = 1e-5
+_COMMON = set(inspect.signature(sdpa_attention_forward).parameters)
+_FLASH = set(inspect.signature(flash_attention_forward).parameters)
+
+
+@dataclass(frozen=True)
+class Attention:
+    """The kernel that a model is computed with, and a line for the user if it is not the usual one."""
+
+    kernel: Kernel
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class _Call:
+    """A call of an attention kernel: the module, the shapes of queries, keys and values, and the kernel's options."""
+
+    module: Any
+    shapes: tuple[torch.Size, torch.Size, torch.Size]
+    options: dict[str, Any]
+
+
+class _NotComparable(Exception):
+    """A model that does not reach its first attention without values."""
+
+
+def choose_attention(
+    config: dict[str, Any], directory: Path, key: str, section: Model | None = None, *, trusted: bool = False
+) -> Attention:
+    """Return the attention kernel of a model: the one that its `section` of the configuration names, or the best.
+
+    The best is sdpa if it computes what the model's own attention computes, and otherwise "eager", the model's own.
+    No weight is read.
+
+    Args:
+        config: content of the model's config.json.
+        directory: the model's directory, for code of its own, which `trusted` or the section permits.
+        key: the configuration's key of the model, for messages.
+
+    Raises ConfigError if the model cannot be built, has no backbone or output head, or if the section names a kernel
+    that leaves out something that the model computes.
+    """
+    asked = "auto" if section is None else section.attn_implementation
+    trusted = trusted or (section is not None and section.trust_remote_code)
+    own_code = directory if trusted and "auto_map" in config else None
+    try:
+        unfit = dict(_unfit(json.dumps(config), own_code))
+    except Exception as error:  # each model's code has errors of its own
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ConfigError(f"{key}: {directory} cannot be built: {reason}") from error
+    if asked == "auto":
+        why = unfit.get("sdpa") or unfit.get("auto")
+        if why is None:
+            return Attention("sdpa")
+        return Attention("eager", f"{key}: attention is computed by eager: {why}")
+    if asked in unfit:
+        raise ConfigError(
+            f"{key}.attn_implementation is {asked}, but {unfit[asked]}: set {key}.attn_implementation to auto or eager"
+        )
+    return Attention(asked)
+
+
+def best_kernel(config: dict[str, Any]) -> Kernel:
+    """Return the kernel for a model of this config.json, for estimates: sdpa also where that cannot be told."""
+    try:
+        return choose_attention(config, Path(), "model").kernel
+    except ConfigError:
+        return "sdpa"
+
+
+@lru_cache
+def _unfit(config: str, own_code: Path | None) -> tuple[tuple[str, str], ...]:
+    """Return (kernel, reason) for each kernel that may not be used for the model of this config.json.
+
+    The kernel "auto" stands for sdpa where that may be used only if it is named.
+
+    `own_code` is the directory of a model whose own Python code is run; None for one of transformers' models.
+    """
+    if own_code is None:
+        hf_config = AutoConfig.for_model(**json.loads(config))
+    else:
+        hf_config = AutoConfig.from_pretrained(own_code, trust_remote_code=True)
+    calls: list[_Call] | None = None
+    # Fake tensors have shapes and no memory, as those of the meta device, on which rotary positions do not run.
+    with FakeTensorMode(allow_non_fake_inputs=True), no_init_weights(), suppress(_NotComparable):
+        model = AutoModelForCausalLM.from_config(hf_config, trust_remote_code=own_code is not None).eval()
+        backbone_of(model)
+        if model.get_output_embeddings() is None:
+            raise ConfigError(f"{type(model).__name__} has no output head to distil")
+        calls = _calls(model)
+    name, found = type(model).__name__, {}
+    for kernel, flag in (("sdpa", "_supports_sdpa"), ("flash_attention_2", "_supports_flash_attn")):
+        lost = set() if calls is None else {item for call in calls for item in _lost(call, kernel)}
+        if lost:
+            found[kernel] = f"{kernel} leaves out {' and '.join(sorted(lost))} of {name}'s attention"
+        elif not getattr(model, flag, False):
+            found[kernel] = f"transformers has no {kernel} for {name}"
+    if calls is None:
+        found["auto"] = f"sdpa could not be compared with the attention of {name}"
+    return tuple(found.items())
+
+
+_noted: list[_Call] = []
+
+
+def _note_call(
+    module: Any, query: Any, key: Any, value: Any, attention_mask: Any = None, **options: Any
+) -> tuple[Any, None]:
+    """Note a call as the attention kernel `_PROBE`, and return a result of the right shape."""
+    _noted.append(_Call(module, (query.shape, key.shape, value.shape), options))
+    return query.new_empty(query.shape[0], query.shape[2], query.shape[1], value.shape[-1]), None
+
+
+ALL_ATTENTION_FUNCTIONS.register(_PROBE, _note_call)
+ALL_MASK_ATTENTION_FUNCTIONS.register(_PROBE, ALL_MASK_ATTENTION_FUNCTIONS["eager"])
+
+
+def _calls(model: Any) -> list[_Call]:
+    """Return the calls of attention in a pass of the model, of those alike one; [] if it takes no kernels.
+
+    Older models have a class for each kernel, in which transformers implements all of the model's attention.
+    """
+    if not model._can_set_attn_implementation():
+        return []
+    _noted.clear()
+    model.set_attn_implementation(_PROBE)
+    try:
+        model(torch.zeros(1, _LENGTH, dtype=torch.long), use_cache=False)
+    except Exception as error:
+        # A mixture of experts does not run without values: its routing depends on them. Its first layer's attention
+        # has been noted then.
+        if not _noted:
+            raise _NotComparable from error
+    alike = {(type(call.module), call.shapes, repr(sorted(_plain(call.options)))): call for call in _noted}
+    _noted.clear()
+    return list(alike.values())
+
+
+def _plain(options: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    for name, value in options.items():
+        yield name, f"tensor {tuple(value.shape)}" if isinstance(value, torch.Tensor) else repr(value)
+
+
+def _lost(call: _Call, kernel: str) -> list[str]:
+    """Return the parts of a call that the kernel leaves out: names of options, or "a part" if no option explains it."""
+    eager = getattr(sys.modules[type(call.module).__module__], "eager_attention_forward", None)
+    if eager is None:
+        return []
+    torch_state = torch.random.get_rng_state()
+    try:
+        torch.manual_seed(0)
+        module, options = _real_module(call.module), {key: _real(value) for key, value in call.options.items()}
+        tensors = _queries(call)
+    finally:
+        torch.random.set_rng_state(torch_state)
+
+    def result(function: Callable[..., Any], without: tuple[str, ...] = ()) -> torch.Tensor:
+        used = {key: value for key, value in options.items() if key not in without}
+        output: torch.Tensor = function(module, *tensors, **used)[0]
+        return output
+
+    def same(first: torch.Tensor, second: torch.Tensor) -> bool:
+        return bool((first - second).abs().max() <= _TOLERANCE)
+
+    with torch.no_grad():
+        own, plain = result(eager), result(sdpa_attention_forward)
+        if same(own, plain):
+            return []
+        further = [key for key in options if key not in _COMMON and not same(result(eager, (key,)), own)]
+        if not further or not same(result(eager, tuple(further)), plain):
+            return ["a part"]
+    return [key for key in further if kernel != "flash_attention_2" or key not in _FLASH]
+
+
+def _queries(call: _Call) -> tuple[torch.Tensor, ...]:
+    """Return random queries, keys, values and a causal mask, in float64, for a call."""
+    query, key, value = (torch.randn(shape, dtype=torch.float64) for shape in call.shapes)
+    scaling = call.options.get("scaling") or query.shape[-1] ** -0.5
+    query *= _SCORES / (scaling * math.sqrt(query.shape[-1]))
+    mask = torch.full((1, 1, query.shape[2], key.shape[2]), torch.finfo(torch.float64).min, dtype=torch.float64)
+    return query, key, value, mask.triu(1)
+
+
+def _real_module(module: Any) -> Any:
+    """Return a copy of a module with values in its own parameters and buffers, such as gpt-oss's sinks."""
+    real = copy.copy(module)
+    real._parameters = {name: _real(value) for name, value in module._parameters.items()}
+    real._buffers = {name: _real(value) for name, value in module._buffers.items()}
+    return real
+
+
+def _real(value: Any) -> Any:
+    """Return random numbers in place of a tensor of numbers, and ones in place of a mask or of positions."""
+    if not isinstance(value, torch.Tensor):
+        return value
+    if value.dtype.is_floating_point:
+        return torch.randn(tuple(value.shape), dtype=torch.float64)
+    return torch.ones(tuple(value.shape), dtype=value.dtype)

@@ -1,0 +1,41 @@
+"""transformers' models without weights, which show a model's names, shapes and parts before it is loaded."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from ddk_ds.errors import ConfigError
+
+# Its place differs between transformers 4 and 5; mypy sees one of the two versions.
+try:
+    from transformers.initialization import no_init_weights  # type: ignore[import-not-found,unused-ignore]
+except ImportError:
+    from transformers.modeling_utils import no_init_weights  # type: ignore[attr-defined,no-redef,unused-ignore]
+
+__all__ = ["backbone_of", "meta_model", "no_init_weights"]
+
+
+def meta_model(hf_config: Any, *, trusted: bool = False) -> Any:
+    """Build a transformers model on the meta device, where its tensors have shapes but no memory, with tied weights.
+
+    `trusted` permits Python code of the model's own directory.
+    """
+    with no_init_weights(), torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(hf_config, trust_remote_code=trusted)
+    model.tie_weights()
+    return model
+
+
+def backbone_of(model: Any) -> nn.Module:
+    """Return a transformers model without its output head. Raises ConfigError if it has no such part."""
+    backbone: Any = model.base_model
+    if backbone is model:  # the prefix of Gemma 3's text model is the name of a part that it does not have
+        backbone = model.get_decoder()
+    if backbone is model:
+        raise ConfigError(f"{type(model).__name__} has no backbone apart from its head: choose another model")
+    assert isinstance(backbone, nn.Module)
+    return backbone

@@ -1,0 +1,90 @@
+"""The kernel of a model's attention computes all that the model computes: the right value is plain transformers' eager.
+
+Eager is each model's own code for its attention.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from ddk_ds.config.sections import Student, Teacher
+from ddk_ds.engine.attention import best_kernel, choose_attention
+from ddk_ds.engine.model_files import configured_files, model_shape
+from ddk_ds.engine.whole_models import load_model
+from ddk_ds.errors import ConfigError
+from tests.dist.tiny import ARCHITECTURES, save_model
+
+SINKS = {"num_hidden_layers": 2, "num_local_experts": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+SINKS |= {"hidden_size": 32, "intermediate_size": 32, "head_dim": 8, "vocab_size": 64}
+
+
+def config_of(kind: str, **values: Any) -> dict[str, Any]:
+    return {"model_type": kind, **{"vocab_size": 50, "hidden_size": 32, **ARCHITECTURES.get(kind, {}), **values}}
+
+
+@pytest.mark.parametrize(
+    ("config", "kernel"),
+    [
+        (config_of("llama"), "sdpa"),
+        (config_of("qwen2"), "sdpa"),
+        (config_of("gpt_neox"), "sdpa"),
+        (config_of("gemma3_text"), "sdpa"),
+        (config_of("gemma2"), "eager"),
+        (config_of("gemma2", attn_logit_softcapping=50.0), "eager"),
+        (config_of("gemma2", attn_logit_softcapping=None), "sdpa"),
+        (config_of("gpt_oss", **SINKS), "eager"),  # sinks
+        (config_of("mixtral", **SINKS), "sdpa"),  # a mixture of experts, whose routing cannot be run without values
+        ({"model_type": "bloom", "vocab_size": 50}, "eager"),  # transformers has no sdpa for it
+    ],
+    ids=lambda value: value if isinstance(value, str) else value["model_type"],
+)
+def test_the_best_kernel(config: dict[str, Any], kernel: str) -> None:
+    assert best_kernel(config) == kernel
+    assert choose_attention(config, Path(), "teacher", Teacher(path="x")).kernel == kernel
+
+
+def test_a_named_kernel_that_leaves_something_out_is_refused() -> None:
+    gemma, gpt_oss = config_of("gemma2"), config_of("gpt_oss", **SINKS)
+    for kernel in ("eager", "flash_attention_2"):  # flash attention has soft caps
+        section = Student(path="x", attn_implementation=kernel)  # type: ignore[arg-type]
+        assert choose_attention(gemma, Path(), "student", section).kernel == kernel
+    for config, kernel in ((gemma, "sdpa"), (gpt_oss, "sdpa"), (gpt_oss, "flash_attention_2")):
+        section = Student(path="x", attn_implementation=kernel)  # type: ignore[arg-type]
+        message = rf"student.attn_implementation is {kernel}, but {kernel} leaves out .*: set .* to auto or eager"
+        with pytest.raises(ConfigError, match=message):
+            choose_attention(config, Path(), "student", section)
+
+
+def test_what_is_no_language_model_is_refused_before_it_is_loaded() -> None:
+    with pytest.raises(ConfigError, match="teacher: m cannot be built: "):
+        choose_attention({"model_type": "vit"}, Path("m"), "teacher")
+
+
+def test_a_whole_model_is_loaded_with_its_soft_cap(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    save_model(tmp_path / "gemma2", model_type="gemma2", vocab=50, tied=True, seed=3)
+    ids = torch.randint(50, (2, 12), generator=torch.Generator().manual_seed(5))
+    plain = {
+        kernel: AutoModelForCausalLM.from_pretrained(tmp_path / "gemma2", attn_implementation=kernel)(ids).logits
+        for kernel in ("eager", "sdpa")
+    }
+    with caplog.at_level(logging.WARNING):
+        ours = load_model(tmp_path / "gemma2")(ids).logits
+    assert (plain["eager"] - plain["sdpa"]).abs().max() > 0.01, "the cap has no effect"
+    torch.testing.assert_close(ours, plain["eager"])
+    assert "attention is computed by eager: sdpa leaves out softcap" in caplog.text
+
+
+def test_memory_is_estimated_for_the_kernel_that_is_used(tmp_path: Path) -> None:
+    kernels = {}
+    for kind in ("llama", "gemma2"):
+        file = tmp_path / f"{kind}.json"
+        file.write_text(json.dumps(config_of(kind)))
+        kernels[kind] = model_shape(configured_files(file)).best_kernel
+    assert kernels == {"llama": "sdpa", "gemma2": "eager"}
