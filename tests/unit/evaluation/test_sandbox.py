@@ -120,7 +120,8 @@ while frame.f_back:
 def test_what_a_program_writes_is_no_verdict(attempt: str) -> None:
     for sandboxed in (True, False):
         source = f"{SAY}\ntry:\n    {attempt}\nfinally:\n    os._exit(0)\n"
-        assert run_program(source, TIGHT, sandboxed=sandboxed) == Outcome(False, "ended early"), sandboxed
+        outcome = run_program(source, TIGHT, sandboxed=sandboxed)
+        assert not outcome.passed and "false assertion" not in outcome.reason, (sandboxed, outcome)
 
 
 @pytest.mark.parametrize("attempt", ["say(str(words).encode())", "os.write(words[-2]['status'], words[-2]['verdict'])"])
@@ -131,7 +132,7 @@ def test_a_program_that_finds_the_drivers_secret_is_found_by_its_control(attempt
 
 
 def test_a_program_cannot_be_taken_for_a_sandbox_that_does_not_start() -> None:
-    erased = f"{SAY}\\nfor fd in range(3, 64):\\n    try: os.ftruncate(fd, 0)\\n    except OSError: pass\\nos._exit(1)"
+    erased = f"{SAY}\nfor fd in range(3, 64):\n    try: os.ftruncate(fd, 0)\n    except OSError: pass\nos._exit(1)"
     assert run(erased).reason == "ended early"
 
 
