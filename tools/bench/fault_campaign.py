@@ -33,6 +33,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from ddk_ds.files import write_text
 from ddk_ds.version import versions
 from tools.bench.damaged_files import damaged
 from tools.bench.fault_cases import RESULTS, ROUNDING, Case, Setting, compare, resumed_from
@@ -106,19 +107,27 @@ def main() -> int:
     parser.add_argument("--keep", type=Path, help="directory in which the runs are kept (default: a temporary one)")
     options = parser.parse_args()
     console = Console(highlight=False, soft_wrap=True)
-    with tempfile.TemporaryDirectory(prefix="faults-") if options.keep is None else nullcontext(options.keep) as folder:
-        ranks = (options.ranks, *options.other_ranks)
-        outcomes = campaign(Path(folder).absolute(), options.runs, options.seed, ranks, console)
-        cases = new_kinds(Path(folder).absolute(), options, console)
+    with tempfile.TemporaryDirectory(prefix="faults-") if options.keep is None else nullcontext(options.keep) as name:
+        folder, cases = Path(name).absolute(), list[Case]()
+        outcomes = campaign(folder, options.runs, options.seed, (options.ranks, *options.other_ranks), console)
+        head = {"seed": options.seed, **made_with()}
+        write_result(options.json, folder, {**head, **summary(outcomes, cases)})
+        for case in new_kinds(Setting(folder), options):
+            cases.append(case)
+            console.print(said(case), markup=False)
+            write_result(options.json, folder, {**head, **summary(outcomes, cases)})
     result = summary(outcomes, cases)
-    console.print(table(outcomes))
-    console.print(case_table(cases))
+    console.print(*([table(outcomes)] if outcomes else []), *([case_table(cases)] if cases else []), sep="\n")
     console.print("  ".join(f"{key} {value}" for key, value in result.items() if key not in ("faults", "cases")))
-    if options.json is not None:
-        options.json.write_text(json.dumps({"seed": options.seed, **made_with(), **result}, indent=1) + "\n")
     passed = result["resumed"] == result["identical"] == result["runs"]
     broken = result["hangs"] or result["partial_checkpoints_loaded"] or result["broken"]
     return 0 if passed and not broken else 1
+
+
+def write_result(path: Path | None, folder: Path, result: dict[str, Any]) -> None:
+    """Write what is known so far, without the paths of this machine."""
+    if path is not None:
+        write_text(path, json.dumps(result, indent=1).replace(f"{folder}/", "") + "\n")
 
 
 def made_with() -> dict[str, Any]:
@@ -132,16 +141,16 @@ def made_with() -> dict[str, Any]:
     }
 
 
-def new_kinds(folder: Path, options: argparse.Namespace, console: Console) -> list[Case]:
-    """Make the cases of each new kind, as many as the options say, and return them."""
-    setting, cases = Setting(folder), []
+def new_kinds(setting: Setting, options: argparse.Namespace) -> Iterator[Case]:
+    """Make the cases of each new kind, as many as the options say, and yield them."""
     for place, (name, (_, make, _)) in enumerate(NEW_KINDS.items()):
-        count = getattr(options, name.replace("-", "_"))
-        for case in make(setting, count, np.random.default_rng([options.seed, place])):
-            cases.append(case)
-            said = f"{case.result} {case.line}" if not case.broken else f"BROKEN: {', '.join(case.broken)}"
-            console.print(f"{name}: {case.fault}; ranks {case.ranks}, codes {case.exit_codes}: {said}", markup=False)
-    return cases
+        yield from make(setting, getattr(options, name.replace("-", "_")), np.random.default_rng([options.seed, place]))
+
+
+def said(case: Case) -> str:
+    """Return a case as a line."""
+    came = f"BROKEN: {', '.join(case.broken)}" if case.broken else f"{case.result} {case.line}"
+    return f"{case.kind}: {case.fault}; ranks {case.ranks}, codes {case.exit_codes}, {case.seconds:.1f} s: {came}"
 
 
 def campaign(folder: Path, runs: int, seed: int, ranks: tuple[int, ...], console: Console) -> list[Outcome]:
