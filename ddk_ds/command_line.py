@@ -10,8 +10,8 @@ from functools import wraps
 from pathlib import Path
 from typing import NoReturn, Protocol
 
-from ddk_ds.errors import UserError
-from ddk_ds.exit_codes import exit_code
+from ddk_ds.errors import UserError, disk_error
+from ddk_ds.exit_codes import EXIT_USER_ERROR, exit_code
 
 RANK_SCRIPT = Path(__file__).resolve().with_name("commands") / "distill_rank.py"
 """The script that a launcher starts on each rank of a run."""
@@ -24,7 +24,7 @@ class Main(Protocol):
 
 
 def reports_user_errors(main: Callable[[Sequence[str] | None], int]) -> Main:
-    """Make a main() print a UserError as one line to stderr and return its exit code."""
+    """Make a main() print a UserError, or a disk's or file's error, as one line to stderr and return its exit code."""
 
     @wraps(main)
     def reporting(arguments: Sequence[str] | None = None) -> int:
@@ -33,6 +33,11 @@ def reports_user_errors(main: Callable[[Sequence[str] | None], int]) -> Main:
         except UserError as error:
             print(f"error: {error}", file=sys.stderr)
             return exit_code(error)
+        except OSError as error:
+            if not (line := disk_error(error)):
+                raise
+            print(f"error: {line}", file=sys.stderr)
+            return EXIT_USER_ERROR
 
     return reporting
 

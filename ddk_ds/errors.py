@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_OF_A_DISK = (*_FULL, errno.EROFS, errno.EIO, errno.ESTALE)
+
 
 class UserError(ValueError):
     """Base class of all errors that a user can correct; the commands print it as one line and exit by `exit_code`."""
@@ -21,3 +26,15 @@ class CheckpointError(UserError):
 
 class TemporaryError(UserError):
     """Something that time may mend, like an object store that does not answer: the same command may pass later."""
+
+
+def disk_error(error: OSError) -> str:
+    """Return an error about a file or a disk as a line that says what to do; "" for any other error.
+
+    Writing to an open file, or closing it, gives an error without a name.
+    """
+    if error.filename is None and error.errno not in _OF_A_DISK:
+        return ""
+    name = "" if error.filename is None else f"{error.filename}: "
+    mend = "make room" if error.errno in _FULL else "mend that"
+    return f"{name}{error.strerror or error}; {mend}, then start the same command again"

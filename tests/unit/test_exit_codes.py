@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import pickle
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +52,44 @@ def test_a_command_ends_with_the_code_of_its_error(error: UserError, code: int) 
         raise error
 
     assert main([]) == code
+
+
+def write_to_a_full_disk() -> None:
+    with open("/dev/full", "w") as stream:  # Linux: each write says that the disk is full, without a name
+        stream.write("numbers")
+
+
+def open_what_is_no_file() -> None:
+    Path("/dev/null/report.json").write_text("numbers")
+
+
+@pytest.mark.parametrize(
+    ("work", "line"),
+    [
+        (write_to_a_full_disk, "error: No space left on device; make room, then start the same command again\n"),
+        (open_what_is_no_file, "error: /dev/null/report.json: Not a directory; mend that, then start"),
+    ],
+)
+def test_a_commands_disk_error_is_one_line(
+    work: Callable[[], None], line: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    @reports_user_errors
+    def main(arguments: Any = None) -> int:
+        work()
+        return 0
+
+    assert main([]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(line) and said.count("\n") == 1
+
+
+def test_a_pipes_end_is_no_disk_error() -> None:
+    @reports_user_errors
+    def main(arguments: Any = None) -> int:
+        raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+
+    with pytest.raises(BrokenPipeError):
+        main([])
 
 
 def test_the_documentation_has_these_codes() -> None:
