@@ -19,6 +19,7 @@ from ddk_ds.data.documents import Dropped, read_texts
 from ddk_ds.data.manifest import load_manifest
 from ddk_ds.data.mds import open_split
 from ddk_ds.data.recipe import Source, SourceFile
+from ddk_ds.data.same_cuts import prepared_with
 from ddk_ds.data.store import LocalStore
 from ddk_ds.data.tokenizer import TokenizerInfo
 from ddk_ds.engine import pruning
@@ -147,7 +148,7 @@ def _from_text(options: argparse.Namespace, tokenizer: TokenizerInfo) -> torch.T
 def _from_shards(options: argparse.Namespace, tokenizer: TokenizerInfo) -> torch.Tensor:
     store = LocalStore(options.shards)
     manifest = load_manifest(store)
-    if manifest.tokenizer_fingerprint != tokenizer.fingerprint:
+    if not prepared_with(manifest, tokenizer):
         raise DataError(f"--shards {options.shards} is not of the teacher's tokenizer; prepare it with that")
     if options.sequence_length > (longest := manifest.sequence_length):
         raise DataError(f"--sequence-length is {options.sequence_length}, {options.shards} has {longest}: lower it")

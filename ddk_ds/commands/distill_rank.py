@@ -146,7 +146,7 @@ def _warn(rows: Sequence[Row]) -> None:
 
 
 def _report(config: Config, inputs: Inputs, world_size: int) -> None:
-    from ddk_ds.train.preflight import domain_samples
+    from ddk_ds.train.preflight import domain_samples, same_tokenizers
 
     train = config.train
     ranks = "1 rank" if world_size == 1 else f"{world_size} ranks"
@@ -163,7 +163,7 @@ def _report(config: Config, inputs: Inputs, world_size: int) -> None:
         "launcher's; without one that of --ranks, or 1",
         soft_wrap=True,
     )
-    _warn([domain_samples(config, inputs)])
+    _warn([same_tokenizers(inputs), domain_samples(config, inputs)])
 
 
 def _console(*, stderr: bool = False) -> Console:

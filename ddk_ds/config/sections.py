@@ -28,7 +28,10 @@ ControllerKind = Literal[
 
 FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 """The name of a run or of a domain, which is also a directory's, on any file system and store."""
-FILE_NAME_RULE = "it names a directory: use letters a-z or A-Z, digits, . _ and -, beginning with a letter or digit"
+FILE_NAME_RULE = (
+    "it names a directory: use letters a-z or A-Z, digits, . _ and -, beginning with a letter or digit; other letters "
+    "have several spellings in Unicode, which stores and file systems tell apart, and are boxes in pictures"
+)
 
 
 class Section(BaseModel):
@@ -121,6 +124,9 @@ class Data(Section):
     """Tokens of a training sample; must equal the value that the shards were prepared with."""
     validation_samples: Positive = 500
     """Held-out samples of each domain that perplexities are measured on (the paper: 500)."""
+    allow_other_cuts: bool = False
+    """Train although the tokenizers of student and teacher, or of student and data, have one vocabulary but cut text
+    differently (other merges): more than 1% of the tokens of a probe text, or data that another tokenizer cut."""
     num_workers: Natural = 0
     """Processes of each rank that read samples ahead; 0: the training process reads them."""
 

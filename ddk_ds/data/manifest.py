@@ -43,7 +43,8 @@ class DomainInfo:
 class Manifest:
     """A prepared data directory: `root` is its path or, if remote, its address; `domains` has the recipe's order.
 
-    `bos` are the ids at the beginning of each document.
+    `bos` are the ids at the beginning of each document. `probe_hash` says how the tokenizer cuts text (same_cuts.py);
+    "" in data of earlier versions.
     """
 
     root: Path | str
@@ -54,6 +55,7 @@ class Manifest:
     eos_token_id: int
     domains: dict[str, DomainInfo]
     bos: tuple[int, ...] = ()
+    probe_hash: str = ""
 
     def require(self, names: Sequence[str]) -> None:
         """Raise DataError if one of `names` is not among the domains."""
@@ -82,6 +84,7 @@ def write_manifest(manifest: Manifest) -> None:
             "vocab_size": manifest.vocab_size,
             "eos_token_id": manifest.eos_token_id,
             "bos": list(manifest.bos),
+            "probe_hash": manifest.probe_hash,
         },
         "domains": {name: asdict(domain) for name, domain in manifest.domains.items()},
     }
@@ -133,6 +136,7 @@ def _parse(store: Store, text: bytes) -> Manifest:
             eos_token_id=int(tokenizer["eos_token_id"]),
             domains=domains,
             bos=tuple(map(int, tokenizer.get("bos", ()))),
+            probe_hash=str(tokenizer.get("probe_hash", "")),
         )
     except DataError:
         raise

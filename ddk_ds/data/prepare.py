@@ -23,6 +23,7 @@ from ddk_ds.data.manifest import FILE_NAME, DomainInfo, Manifest, SplitInfo, loa
 from ddk_ds.data.mds import pack, token_dtype, write_split
 from ddk_ds.data.reading import DomainText, HeldOut, Progress, Spool, choose_validation
 from ddk_ds.data.recipe import Recipe, list_files
+from ddk_ds.data.same_cuts import probe_hash
 from ddk_ds.data.tokenizer import TokenizerInfo, load_tokenizer
 from ddk_ds.data.workdir import Reading, WorkDir, open_work
 from ddk_ds.errors import DataError
@@ -147,6 +148,7 @@ def _manifest(
         vocab_size=info.vocab_size,
         eos_token_id=info.eos_token_id,
         bos=bos,
+        probe_hash=probe_hash(info),
         domains=domains,
     )
 

@@ -10,7 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Encoding, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from ddk_ds.data.documents import Dropped, read_documents
 from ddk_ds.data.ordinary_text import OrdinaryText, ordinary_text
@@ -131,10 +131,15 @@ def _bos(directory: Path, tokenizer: Tokenizer, named: str | None) -> tuple[int,
         number = tokenizer.token_to_id(named or token)
         return (number,) if config.get("add_bos_token", adds) and number is not None else ()
 
-    def encode(text: str, *, add_special_tokens: bool) -> list[int]:
-        return list(tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
+    return added_before(lambda text, **options: encode(tokenizer, text, **options).ids)
 
-    return added_before(encode)
+
+def encode(tokenizer: Tokenizer, text: str, *, add_special_tokens: bool = False) -> Encoding:
+    """Return the encoding of a text. Raises DataError if the tokenizer has no token for a part of it."""
+    try:
+        return tokenizer.encode(text, add_special_tokens=add_special_tokens)
+    except Exception as error:  # tokenizers raises bare Exception
+        raise DataError(f"the tokenizer cannot encode {text[:80]!r}: {error}; repair its tokenizer.json") from error
 
 
 def added_before(encode: Callable[..., Sequence[int]]) -> tuple[int, ...]:

@@ -99,7 +99,7 @@ def _read(path: Path) -> list[Completion]:
                 row = json.loads(line)
                 context = (row.get("crossfile_context") or {}).get("text", "")
                 documents.append(Completion(row["prompt"], row["groundtruth"], context))
-            except (ValueError, KeyError, AttributeError) as error:
+            except (ValueError, KeyError, AttributeError, RecursionError) as error:
                 raise DataError(f"{path}, line {number}: {error!r}; see docs/evaluation.md for the fields") from error
     if not documents:
         raise DataError(f"{path} is empty")

@@ -18,6 +18,7 @@ from lm_eval.evaluator import evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
+from ddk_ds.data.tokenizer import added_before
 from ddk_ds.errors import ConfigError, DataError
 from ddk_ds.evaluation.results import Score
 from ddk_ds.evaluation.sandbox import score_programs
@@ -138,8 +139,13 @@ def _mbpp_examples(documents: Any) -> list[dict[str, Any]]:
 
 
 def load_lm(model: Any, directory: Path, batch_size: int) -> HFLM:
-    """Wrap a transformers model, which is on its device, into the harness' adapter."""
-    return HFLM(pretrained=model, tokenizer=str(directory), batch_size=batch_size)
+    """Wrap a transformers model, which is on its device, into the harness' adapter.
+
+    Prompts begin as the documents of prepared data do: with the tokenizer's BOS if it puts one before a text.
+    """
+    lm = HFLM(pretrained=model, tokenizer=str(directory), batch_size=batch_size)
+    lm.add_bos_token = bool(added_before(lm.tokenizer.encode))
+    return lm
 
 
 def check_window(lm: HFLM, benchmarks: Sequence[Loaded]) -> None:

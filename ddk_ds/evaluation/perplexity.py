@@ -14,6 +14,7 @@ import torch
 
 from ddk_ds.data.manifest import Manifest, load_manifest
 from ddk_ds.data.mds import open_split
+from ddk_ds.data.same_cuts import prepared_with
 from ddk_ds.data.store import LocalStore
 from ddk_ds.data.tokenizer import load_tokenizer
 from ddk_ds.engine.model_files import ModelFiles
@@ -39,7 +40,7 @@ class HeldOut:
 
     def check_model(self, directory: Path) -> None:
         """Raise DataError if the shards were made with another tokenizer than that of the model in `directory`."""
-        if load_tokenizer(directory).fingerprint != self.manifest.tokenizer_fingerprint:
+        if not prepared_with(self.manifest, load_tokenizer(directory)):
             raise DataError(
                 f"--shards {self.root} were made with another tokenizer than that of {directory}: prepare the same "
                 "text with its own (`ddk prepare`), and compare bits per byte, not perplexities"

@@ -234,5 +234,5 @@ def read_rows(files: Sequence[Path]) -> Iterator[dict[str, Any]]:
             else:
                 with path.open(encoding="utf-8") as lines:
                     yield from (json.loads(line) for line in lines if line.strip())
-        except (OSError, ValueError, pyarrow.ArrowException) as error:
+        except (OSError, ValueError, RecursionError, pyarrow.ArrowException) as error:
             raise DataError(f"{path} cannot be read: {error}") from error

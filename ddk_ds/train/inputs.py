@@ -12,6 +12,7 @@ from ddk_ds.config import Config, Model
 from ddk_ds.config.run_config import corpus_samples, interval_steps, total_steps
 from ddk_ds.data.cache import open_store
 from ddk_ds.data.manifest import Manifest, load_manifest
+from ddk_ds.data.same_cuts import LARGEST_SHARE, cut_differently, prepared_with
 from ddk_ds.data.store import Store
 from ddk_ds.data.tokenizer import TokenizerInfo, load_tokenizer
 from ddk_ds.engine.attention import Attention, choose_attention
@@ -46,6 +47,8 @@ class Inputs:
     """Hash of the file `ted.filters`; None for other methods than ted."""
     schedule: Any = None
     """Content of the file `mixture.schedule_file`; None without one."""
+    cut_differently: float = 0.0
+    """Share of a probe text's tokens that the teacher's tokenizer cuts differently from the student's."""
     prompts: Prompts = field(default_factory=dict)
     """Prompts of `monitor.sample_prompts`; {} if they come from held-out samples."""
 
@@ -98,19 +101,13 @@ def check_files(config: Config, student_path: Path, teacher_path: Path | None, w
     exhaustion = _check_exhaustion(config, manifest, names)
     student = read_model(student_path, "student.path")
     teacher = None if teacher_path is None else read_model(teacher_path, "teacher.path")
-    tokenizer = load_tokenizer(student.directory)
-    if tokenizer.fingerprint != manifest.tokenizer_fingerprint:
-        raise DataError(
-            f"data.path: {manifest.root} was tokenised with another tokenizer ({manifest.tokenizer_fingerprint[:12]}) "
-            f"than that of student.path {student.directory} ({tokenizer.fingerprint[:12]}); prepare the data with it"
-        )
+    tokenizer = _check_data_tokenizer(config, manifest, student)
     attention = {}
     for key, model, files in (("student", config.student, student), ("teacher", config.teacher, teacher)):
         if model is not None and files is not None:
             _check_model(config, key, model, files)
             attention[key] = choose_attention(files.config, files.directory, key, model)
-    if teacher is not None:
-        _check_same_vocabulary(tokenizer, load_tokenizer(teacher.directory), student, teacher)
+    different = 0.0 if teacher is None else _check_same_tokenizer(config, tokenizer, student, teacher)
     schedule = read_schedule(config.mixture.schedule_file)
     train_tokens = {name: manifest.domains[name].train.tokens for name in names}
     controller = make_controller(config.mixture, train_tokens, schedule)
@@ -132,6 +129,7 @@ def check_files(config: Config, student_path: Path, teacher_path: Path | None, w
         filters=filters,
         filters_hash=filters_hash,
         schedule=schedule,
+        cut_differently=different,
         prompts=given_prompts(config, tokenizer, manifest.bos),
     )
 
@@ -186,6 +184,38 @@ def _check_model(config: Config, key: str, model: Model, files: ModelFiles) -> N
             f"data.sequence_length is {config.data.sequence_length}, {key}.path {files.directory} has {positions} "
             "positions: prepare the data with shorter samples, or choose another model"
         )
+
+
+def _check_data_tokenizer(config: Config, manifest: Manifest, student: ModelFiles) -> TokenizerInfo:
+    """Return the student's tokenizer, which the data were prepared with."""
+    tokenizer = load_tokenizer(student.directory)
+    if tokenizer.fingerprint != manifest.tokenizer_fingerprint:
+        raise DataError(
+            f"data.path: {manifest.root} was tokenised with another tokenizer ({manifest.tokenizer_fingerprint[:12]}) "
+            f"than that of student.path {student.directory} ({tokenizer.fingerprint[:12]}); prepare the data with it"
+        )
+    if not prepared_with(manifest, tokenizer) and not config.data.allow_other_cuts:
+        raise DataError(
+            f"data.path: {manifest.root} was tokenised with a tokenizer that has the vocabulary of student.path "
+            f"{student.directory} and cuts text differently (other merges): prepare the data with the student's, or "
+            "set data.allow_other_cuts"
+        )
+    return tokenizer
+
+
+def _check_same_tokenizer(config: Config, ours: TokenizerInfo, student: ModelFiles, teacher: ModelFiles) -> float:
+    """Return the share of a probe text's tokens that the teacher's tokenizer cuts differently from the student's."""
+    theirs = load_tokenizer(teacher.directory)
+    _check_same_vocabulary(ours, theirs, student, teacher)
+    different = cut_differently(ours, theirs)
+    if different > LARGEST_SHARE and not config.data.allow_other_cuts:
+        raise ConfigError(
+            f"student.path {student.directory} and teacher.path {teacher.directory}: their tokenizers have one "
+            f"vocabulary and cut {different:.1%} of a probe text's tokens differently (other merges), so the teacher "
+            "would see text as it was never trained on: choose a pair that shares one tokenizer, or set "
+            "data.allow_other_cuts"
+        )
+    return different
 
 
 def _check_same_vocabulary(

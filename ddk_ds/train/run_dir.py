@@ -27,7 +27,10 @@ _FREE = {
     "guard": True,
     "limits": True,
     "monitor": True,
-    "data": {"path", "num_workers", "cache_dir", "cache_limit_gb", "download_timeout_s", "download_retries"},
+    "data": {
+        *("path", "allow_other_cuts", "num_workers"),
+        *("cache_dir", "cache_limit_gb", "download_timeout_s", "download_retries"),
+    },
     "student": {"path", "attn_implementation"},  # the kernel that it stands for is in the identity
     "teacher": {"path", "attn_implementation", "shard_within", "micro_batches_per_pass", "whole_layers"},
     "mixture": {"schedule_file"},  # the hash of its content is in the identity

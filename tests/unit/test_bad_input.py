@@ -7,12 +7,14 @@ import os
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import AutoTokenizer
 
-from ddk_ds import distil
+from ddk_ds import data, distil
 from ddk_ds.commands.distill_rank import main
 from ddk_ds.config import load_config
 from ddk_ds.errors import UserError
@@ -146,6 +148,67 @@ def test_another_tokenizer(
     swap_two_tokens(copy / "tokenizer.json")
     text = error_of(write_config(workspace, tmp_path, **{model: {"path": str(copy)}}), capsys)
     assert expected in text
+
+
+PROBE = (Path(data.__file__).parent / "probe.txt").read_text(encoding="utf-8").splitlines()
+
+
+def without_merges(directory: Path, most: float) -> None:
+    """Take merges from a tokenizer that make up to this share of the probe text's tokens; its vocabulary stays."""
+    plain = AutoTokenizer.from_pretrained(directory)
+    found = Counter(token for line in PROBE for token in plain.convert_ids_to_tokens(plain(line).input_ids))
+    content = json.loads((directory / "tokenizer.json").read_text(encoding="utf-8"))
+    merges = content["model"]["merges"]
+    used = {part for merge in merges for part in merge}
+    left, kept = most * found.total(), []
+    for merge in merges:
+        count = found["".join(merge)]
+        if "".join(merge) in used or not 0 < count <= left:
+            kept.append(merge)
+        else:
+            left -= count
+    assert len(kept) < len(merges)
+    content["model"]["merges"] = kept
+    (directory / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
+
+
+def cut_differently(student: Path, teacher: Path) -> float:
+    """Return the share of the probe text's tokens by one tokenizer that the other has not, by plain transformers."""
+    tokens: list[list[tuple[int, int, tuple[int, int]]]] = [[], []]
+    for found, directory in zip(tokens, (student, teacher), strict=True):
+        plain = AutoTokenizer.from_pretrained(directory)
+        for number, line in enumerate(PROBE):
+            encoded = plain(line, return_offsets_mapping=True)
+            places = zip(encoded.input_ids, encoded.offset_mapping, strict=True)
+            found += [(number, token, place) for token, place in places]
+    others = set(tokens[1])
+    return sum(token not in others for token in tokens[0]) / len(tokens[0])
+
+
+@pytest.mark.parametrize("most", [0.002, 0.2])
+def test_tokenizers_of_one_vocabulary_and_other_merges(
+    workspace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], most: float
+) -> None:
+    teacher = Path(shutil.copytree(workspace / "teacher", tmp_path / "teacher"))
+    without_merges(teacher, most)
+    share = cut_differently(workspace / "student", teacher)
+    assert 0 < share < 0.01 if most < 0.01 else share > 0.01
+    config = write_config(workspace, tmp_path, teacher={"path": str(teacher)})
+    if share > 0.01:
+        text = error_of(config, capsys)
+        assert f"one vocabulary and cut {share:.1%} of a probe text's tokens differently" in text
+    allowed = ("data.allow_other_cuts=true",) if share > 0.01 else ()
+    assert main(["--config", str(config), "--dry-run", *allowed]) == 0
+    assert f"the teacher cuts {share:.2%} of a probe text's tokens differently" in capsys.readouterr().out
+
+
+def test_data_of_a_tokenizer_with_other_merges(
+    workspace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    student = Path(shutil.copytree(workspace / "student", tmp_path / "student"))
+    without_merges(student, 0.002)
+    text = error_of(write_config(workspace, tmp_path, student={"path": str(student)}), capsys)
+    assert "cuts text differently (other merges): prepare the data with the student's" in text
 
 
 def test_a_directory_of_another_run(workspace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,7 +6,7 @@ from ddk_ds.train.preflight.agreement import PlannedRanks, measure_collectives
 from ddk_ds.train.preflight.checks import preflight, preflight_machine
 from ddk_ds.train.preflight.login_node import check_on_login_node
 from ddk_ds.train.preflight.rows import Row, failed
-from ddk_ds.train.preflight.sample_counts import domain_samples
+from ddk_ds.train.preflight.sample_counts import domain_samples, same_tokenizers
 
 __all__ = [
     "PlannedRanks",
@@ -17,4 +17,5 @@ __all__ = [
     "measure_collectives",
     "preflight",
     "preflight_machine",
+    "same_tokenizers",
 ]

@@ -19,7 +19,7 @@ from ddk_ds.train.inputs import Inputs, check_inputs
 from ddk_ds.train.preflight import agreement, machine, path_checks
 from ddk_ds.train.preflight.agreement import Job, PlannedRanks
 from ddk_ds.train.preflight.rows import Row, attempt, deadline, failed, merge
-from ddk_ds.train.preflight.sample_counts import domain_samples
+from ddk_ds.train.preflight.sample_counts import domain_samples, same_tokenizers
 
 # Headers, indices and sampled bytes of large models on a busy shared file system; a first download from the hub.
 FILES_S, DOWNLOAD_S = 300.0, 7200.0
@@ -134,8 +134,7 @@ def _with_local_models(config: Config, paths: dict[str, Path]) -> Config:
 
 def _fit(config: Config, known: Inputs | None, checked: list[Inputs]) -> Row:
     checked.append(known or check_inputs(config, SingleProcess()))
-    found = f"one vocabulary of {checked[0].tokenizer.vocab_size:,} tokens, which the shards were made with"
-    return Row("tokenizers and data", "pass", found)
+    return same_tokenizers(checked[0])
 
 
 def _model_checks(config: Config, job: Job, paths: dict[str, Path]) -> list[Row]:

@@ -1,4 +1,4 @@
-"""The check of the domains' samples: enough for training, against those held out and against what the run draws."""
+"""Checks of the data: one tokenizer, and enough samples, against those held out and against what the run draws."""
 
 from __future__ import annotations
 
@@ -37,3 +37,13 @@ def domain_samples(config: Config, inputs: Inputs) -> Row:
         "--validation-samples; mixture.exhaustion: cap with mixture.max_passes: 4 bounds how often they are drawn"
     )
     return judged("samples of domains", found, fail=False, warn=bool(findings), fix=fix)
+
+
+def same_tokenizers(inputs: Inputs) -> Row:
+    """Warn if student and teacher cut a probe text differently; vocabularies that differ were refused before."""
+    vocabulary = f"one vocabulary of {inputs.tokenizer.vocab_size:,} tokens"
+    if not inputs.cut_differently:
+        return Row("tokenizers and data", "pass", f"{vocabulary}, which the shards were made with")
+    found = f"{vocabulary}, but the teacher cuts {inputs.cut_differently:.2%} of a probe text's tokens differently"
+    fix = "the teacher sees text as it was never trained on: choose a pair that shares one tokenizer"
+    return Row("tokenizers and data", "warn", found, fix)

@@ -12,7 +12,8 @@ from transformers import AutoTokenizer
 
 from ddk_ds.data import long_documents
 from ddk_ds.data.documents import Dropped
-from ddk_ds.data.long_documents import DocumentCutter
+from ddk_ds.data.encoding import Encoded, TextEncoder
+from ddk_ds.data.long_documents import DocumentCutter, Part
 from ddk_ds.data.manifest import Manifest, load_manifest
 from ddk_ds.data.mds import open_split
 from ddk_ds.data.prepare import Plan, prepare
@@ -80,6 +81,8 @@ def test_truncation_and_padding_of_a_tokenizer_are_off(tmp_path: Path) -> None:
     assert len(cut.ids) == 512 and sum(cut.attention_mask) == 16
     _, ids = prepared(tmp_path / "data", directory, TEXTS)
     assert len(ids) == wanted
+    # Evaluation and `ddk generate` read it by transformers, which turns both off for each call.
+    assert AutoTokenizer.from_pretrained(directory).encode(TEXTS[0]) == plain(TEXTS[0]).input_ids
     info = load_tokenizer(directory)
     for tokenizer in (info.tokenizer, info.text.tokenizer):
         assert (tokenizer.truncation, tokenizer.padding) == (None, None)
@@ -191,3 +194,20 @@ def test_a_long_document_is_prepared_as_a_short_one(tmp_path: Path, monkeypatch:
     monkeypatch.setattr("ddk_ds.data.reading.PART_SECONDS", 0.0)
     _, in_parts = prepared(tmp_path / "parts", directory, texts)
     assert in_parts == whole
+    calls = 0
+    encode = TextEncoder.__call__
+
+    def interrupted(self: TextEncoder, parts: list[Part]) -> Encoded:
+        nonlocal calls
+        calls += 1
+        if calls == 8:
+            assert not parts[0].opens and not parts[-1].closes, "in the middle of the long document"
+            raise KeyboardInterrupt
+        return encode(self, parts)
+
+    monkeypatch.setattr(TextEncoder, "__call__", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        prepared(tmp_path / "again", directory, [TEXTS[0] + "!", *texts])
+    _, again = prepared(tmp_path / "again", directory, [TEXTS[0] + "!", *texts])
+    _, fresh = prepared(tmp_path / "fresh", directory, [TEXTS[0] + "!", *texts])
+    assert again == fresh

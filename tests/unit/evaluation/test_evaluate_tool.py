@@ -5,14 +5,18 @@ from __future__ import annotations
 import json
 import math
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 
 from ddk_ds.commands.evaluate_command import main
+from ddk_ds.data.tokenizer import load_tokenizer
+from ddk_ds.engine.generation import _encode
 from ddk_ds.engine.whole_models import load_model
 from ddk_ds.evaluation import benchmark_run as run
 from ddk_ds.evaluation import sandbox
@@ -103,6 +107,27 @@ def test_a_choice_is_that_of_plain_transformers(tiny: Path, tmp_path: Path) -> N
     assert score["more"]["acc,none"] == pytest.approx(sum(a == r for (a, _), r in zip(chosen, right, strict=True)) / 12)
     assert score["value"] == pytest.approx(sum(b == r for (_, b), r in zip(chosen, right, strict=True)) / 12)
     assert 0 < score["value"] < 1, "a score that says something"
+
+
+@pytest.mark.parametrize(("template", "begins"), [("$A", 0), ("B:0 $A", 1), ("B:0 $A E:0", 1), ("$A E:0", 0)])
+def test_prompts_and_documents_begin_alike(tiny: Path, tmp_path: Path, template: str, begins: int) -> None:
+    """A prompt has the BOS that transformers puts before a text, everywhere; what it puts after one ends no prompt."""
+    from ddk_ds.evaluation.harness import load_lm
+
+    shutil.copytree(tiny / "model", tmp_path, dirs_exist_ok=True)
+    own = AutoTokenizer.from_pretrained(tmp_path)
+    special = [("B", own.pad_token_id), ("E", own.eos_token_id)]
+    own.backend_tokenizer.post_processor = TemplateProcessing(single=template, special_tokens=special)
+    own.backend_tokenizer.save(str(tmp_path / "tokenizer.json"))
+    plain = AutoTokenizer.from_pretrained(tmp_path)
+    prompt = "one two"
+    bare = plain(prompt, add_special_tokens=False).input_ids
+    wanted = plain(prompt).input_ids[: begins + len(bare)]
+    assert wanted == [own.pad_token_id] * begins + bare
+    assert [*load_tokenizer(tmp_path).bos, *bare] == _encode(plain, prompt, chat=False) == wanted
+    lm = load_lm(load_model(tiny / "model"), tmp_path, 1)
+    assert lm.tok_encode(prompt)[: len(wanted)] == wanted
+    assert lm.tok_encode(prompt) == wanted or template == "B:0 $A E:0"  # the harness adds both or none
 
 
 @pytest.fixture

@@ -1,0 +1,52 @@
+"""Comparison of how two tokenizers of one vocabulary cut text.
+
+Equal ids of all tokens do not show that two tokenizers are one: with other merges, or another pre-tokenizer, the same
+text has other tokens. A teacher then sees text that it was not trained on, and shards are not the student's text. Both
+cut a probe text: prose, code, formulas and numbers in the scripts of a dozen languages.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from importlib.resources import files
+
+from ddk_ds.data.manifest import Manifest
+from ddk_ds.data.tokenizer import TokenizerInfo, encode
+
+LARGEST_SHARE = 0.01
+"""Share of tokens cut differently from which on two tokenizers are refused as a pair."""
+
+
+def probe_hash(info: TokenizerInfo) -> str:
+    """Return a hash of the probe text's ids, 16 hexadecimal digits: equal if two tokenizers cut it the same way."""
+    ids = [encode(info.tokenizer, line).ids for line in _probe()]
+    return hashlib.sha256(json.dumps(ids).encode()).hexdigest()[:16]
+
+
+def prepared_with(manifest: Manifest, info: TokenizerInfo) -> bool:
+    """Return True if data were prepared with this tokenizer, or with one that cuts text in the same way."""
+    return manifest.tokenizer_fingerprint == info.fingerprint and manifest.probe_hash in ("", probe_hash(info))
+
+
+def cut_differently(ours: TokenizerInfo, theirs: TokenizerInfo) -> float:
+    """Return the share of the probe text's tokens by `ours` that `theirs` has not, at the same place."""
+    if ours.path.read_bytes() == theirs.path.read_bytes():
+        return 0.0
+    tokens = different = 0
+    for line in _probe():
+        mine, others = (_tokens(info, line) for info in (ours, theirs))
+        tokens += mine.total()
+        different += (mine - others).total()
+    return different / max(tokens, 1)
+
+
+def _tokens(info: TokenizerInfo, line: str) -> Counter[tuple[int, tuple[int, int]]]:
+    """Return the tokens of a line with their places; the bytes of a letter are several tokens at one place."""
+    encoding = encode(info.tokenizer, line)
+    return Counter(zip(encoding.ids, encoding.offsets, strict=True))
+
+
+def _probe() -> list[str]:
+    return files("ddk_ds.data").joinpath("probe.txt").read_text(encoding="utf-8").splitlines()
