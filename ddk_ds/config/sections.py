@@ -248,9 +248,12 @@ class Loss(Section):
     gamma_end: NonNegativeFloat | None = None
     """Weight of the divergence at the run's end; it changes linearly with the steps. null: it stays constant."""
     temperature: PositiveFloat = 1.0
-    """Temperature of both softmaxes in the divergence, which is multiplied by its square."""
+    """Temperature T of both softmaxes in the divergence."""
     temperature_end: PositiveFloat | None = None
     """Temperature at the run's end; it changes linearly with the steps. null: it stays constant."""
+    temperature_squared: bool = True
+    """Multiply the divergence by T^2 (Hinton et al., arXiv 1503.02531), so that its gradient keeps its scale; false:
+    cross-entropy + gamma * divergence."""
     divergence: Divergence = "forward_kl"
     """Divergence between the models' distributions of the next token; forward_kl is that of Eq. 3."""
     coefficient: OpenFraction = 0.5

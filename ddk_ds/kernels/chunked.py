@@ -210,7 +210,7 @@ class _Loop:
     def _teacher_rows(self, rows: slice | Tensor, targets: Tensor) -> Tensor | TeacherTopK | None:
         teacher = self.teacher
         if isinstance(teacher, TeacherTopK):
-            return TeacherTopK(teacher.ids[rows], teacher.log_probs[rows])
+            return TeacherTopK(*(tensor[rows] for tensor in teacher))
         return None if teacher is None else teacher.logits(rows, targets)
 
     def _add_grads(self, grad: Tensor, hidden: Tensor, rows: slice | Tensor) -> None:

@@ -33,7 +33,7 @@ def linear_kd_sums(call: Call, weight_grad_buffer: Tensor | None, options: Optio
         *call.student,
         weight_grad_buffer,
         *(teacher or (None, None, None)),
-        *(topk or (None, None)),
+        *(topk or (None, None, None)),
         call.labels,
         call.valid_rows,
         wanted=list(call.wanted),
@@ -53,6 +53,7 @@ def linear_kd(
     teacher_bias: Tensor | None,
     topk_ids: Tensor | None,
     topk_log_probs: Tensor | None,
+    topk_log_tail: Tensor | None,
     labels: Tensor,
     valid_rows: Tensor | None,
     *,
@@ -94,8 +95,8 @@ def linear_kd(
     teacher: HeadInput | TeacherTopK | None = None
     if teacher_hidden is not None and teacher_weight is not None:
         teacher = HeadInput(teacher_hidden, teacher_weight, teacher_bias)
-    elif topk_ids is not None and topk_log_probs is not None:
-        teacher = TeacherTopK(topk_ids, topk_log_probs)
+    elif topk_ids is not None and topk_log_probs is not None and topk_log_tail is not None:
+        teacher = TeacherTopK(topk_ids, topk_log_probs, topk_log_tail)
     sums = run_chunks(Call(student, teacher, labels, valid_rows, Wanted(*wanted)), options)
     return tuple(student_hidden.new_empty(0) if x is None else x for x in sums)  # type: ignore[return-value]
 

@@ -14,7 +14,7 @@ from ddk_ds.errors import ConfigError
 from ddk_ds.kernels.chunked import Call, Head, HeadInput, Wanted, compute_dtype, logits_dtype, run_chunks
 from ddk_ds.kernels.custom_op import linear_kd_sums
 from ddk_ds.kernels.options import KDLoss, Options, TeacherTopK, default_chunk_tokens
-from ddk_ds.kernels.rows_eager import apply_form
+from ddk_ds.kernels.rows_eager import apply_form, log_sum_of_others
 
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -100,7 +100,7 @@ def top_k_of(hidden: Tensor, weight: Tensor, k: int, *, options: Options, bias: 
         temperature, chunk_tokens, logits_dtype and teacher_form have an effect.
 
     Returns:
-        ids (n, k) int64 and log_probs (n, k) float32.
+        ids (n, k) int64; log_probs (n, k) and log_tail (n,) float32.
 
     Raises:
         ConfigError: a shape, dtype or option is wrong, or k is not in 1..vocab_size.
@@ -110,15 +110,15 @@ def top_k_of(hidden: Tensor, weight: Tensor, k: int, *, options: Options, bias: 
     check_head("teacher", HeadInput(hidden, weight, bias), options.vocab_size)
     _check_top_k(k, options.vocab_size)
     head = Head(weight, bias, options.vocab_size, logits_dtype(hidden, options))
-    ids, log_probs = [], []
+    parts = []
     for part in hidden.detach().split(options.chunk_tokens):
         products = part.new_empty(len(part), options.vocab_size, dtype=head.logits_dtype)
         head.logits(part, products)
         logits = apply_form(products, options.teacher_form)[0] / options.temperature
-        top = logits.topk(k, dim=-1)
-        ids.append(top.indices)
-        log_probs.append((top.values - logits.logsumexp(-1, keepdim=True)).float())
-    return TeacherTopK(torch.cat(ids), torch.cat(log_probs))
+        top, log_norm = logits.topk(k, dim=-1), logits.logsumexp(-1, keepdim=True)
+        log_tail = log_sum_of_others(logits, top.indices) - log_norm
+        parts.append((top.indices, (top.values - log_norm).float(), log_tail.squeeze(1).float()))
+    return TeacherTopK(*map(torch.cat, zip(*parts, strict=True)))
 
 
 def _with_chunk_tokens(options: Options, hidden: Tensor) -> Options:
@@ -141,7 +141,7 @@ def _teacher_given(
     if hidden is not None and topk is not None:
         raise ConfigError("teacher_topk is given beside teacher_hidden: give one of them")
     if topk is not None:
-        return TeacherTopK(topk.ids.detach(), topk.log_probs.detach())
+        return TeacherTopK(*(tensor.detach() for tensor in topk))
     if hidden is None or weight is None:
         return None
     return HeadInput(hidden.detach(), weight.detach(), None if bias is None else bias.detach())
@@ -185,10 +185,11 @@ def _check_call(
 def _check_teacher_topk(topk: TeacherTopK, student_hidden: Tensor, vocab_size: int) -> None:
     _check_top_k(topk.ids.shape[-1], vocab_size)
     _check_same_tokens("teacher_topk.ids", topk.ids, student_hidden)
-    if topk.ids.shape != topk.log_probs.shape or topk.ids.dtype != torch.int64:
+    shapes = (topk.ids.shape, topk.log_probs.shape, (*topk.log_tail.shape, topk.ids.shape[-1]))
+    if len(set(map(tuple, shapes))) > 1 or topk.ids.dtype != torch.int64:
         raise ConfigError(
-            f"teacher_topk has ids {topk.ids.dtype} {tuple(topk.ids.shape)} and log_probs "
-            f"{tuple(topk.log_probs.shape)}: give int64 (n, k) and (n, k)"
+            f"teacher_topk has ids {topk.ids.dtype} {tuple(topk.ids.shape)}, log_probs {tuple(topk.log_probs.shape)} "
+            f"and log_tail {tuple(topk.log_tail.shape)}: give int64 (n, k), (n, k) and (n,)"
         )
 
 

@@ -34,13 +34,18 @@ _PLAIN = LogitForm()
 
 
 class TeacherTopK(NamedTuple):
-    """A teacher's k likeliest tokens: ids (n, k) int64, and their log-probabilities (n, k) at the loss's temperature.
+    """A teacher's k likeliest tokens at the loss's temperature.
 
-    The rest of its probability is one bucket, which is compared with the rest of the student's.
+    The rest of its probability is one bucket, which is compared with the rest of the student's. Its log is here since
+    1 less the sum of the k probabilities has no digits left where the teacher is sure.
     """
 
     ids: Tensor
+    """(n, k) int64."""
     log_probs: Tensor
+    """(n, k) log-probabilities of the k tokens."""
+    log_tail: Tensor
+    """(n,) log of the probability of all other tokens together; -inf where there are none."""
 
 
 class Rows(NamedTuple):

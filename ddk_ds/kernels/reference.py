@@ -103,9 +103,13 @@ def _definition(options: Options, log_q: Tensor, log_p: Tensor) -> Tensor:
 
 
 def _buckets(topk: TeacherTopK, log_p: Tensor) -> tuple[Tensor, Tensor]:
-    """Return log-probabilities (n, k + 1) of teacher and student: the k tokens, and all other tokens together."""
+    """Return log-probabilities (n, k + 1) of teacher and student: the k tokens, and all other tokens together.
 
-    def with_tail(log_probs: Tensor) -> Tensor:
-        return torch.cat([log_probs, torch.log(1 - log_probs.exp().sum(-1, keepdim=True))], -1)
-
-    return with_tail(topk.log_probs.double()), with_tail(log_p.gather(1, topk.ids))
+    They are (n, k) where there are no others. The teacher's are normalised: they come rounded to float32.
+    """
+    log_q, found = topk.log_probs.double(), log_p.gather(1, topk.ids)
+    if log_q.shape[-1] == log_p.shape[-1]:
+        return log_q.log_softmax(-1), found
+    others = log_p.scatter(-1, topk.ids, -math.inf).logsumexp(-1, keepdim=True)
+    buckets = torch.cat([log_q, topk.log_tail.double()[:, None]], -1)
+    return buckets.log_softmax(-1), torch.cat([found, others], -1)

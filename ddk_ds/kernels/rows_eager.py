@@ -103,21 +103,18 @@ def _topk_terms(scaled: Tensor, teacher: TeacherTopK, options: Options) -> tuple
     if teacher.ids.shape[1] == scaled.shape[1]:  # no tail: every token of the teacher is known
         logits = torch.empty_like(scaled).scatter_(1, teacher.ids, teacher.log_probs.to(scaled.dtype))
         return _full_terms(scaled, logits, replace(options, temperature=1.0))
-    log_norm = scaled.logsumexp(-1, keepdim=True)
-    log_p = torch.cat([scaled.gather(1, teacher.ids), _log_tail(scaled, teacher.ids)], 1) - log_norm
-    log_q = teacher.log_probs.to(scaled.dtype)
-    q = log_q.exp()
-    tail = (1 - q.sum(-1, keepdim=True)).clamp_min(torch.finfo(scaled.dtype).tiny)
-    q, log_q = torch.cat([q, tail], 1), torch.cat([log_q, tail.log()], 1)
-    p = log_p.exp()
+    tail = log_sum_of_others(scaled, teacher.ids)
+    log_p = torch.cat([scaled.gather(1, teacher.ids), tail], 1) - scaled.logsumexp(-1, keepdim=True)
+    log_q = torch.cat([teacher.log_probs, teacher.log_tail[:, None]], 1).to(scaled.dtype)
+    # q log q is 0 at q = 0, and nan by -inf. Rounded to float32 the probabilities sum to nearly 1: to 1 here.
+    log_q = log_q.clamp_min(torch.finfo(scaled.dtype).min).log_softmax(-1)
     b = teacher_weight(options.divergence, options.coefficient)
-    terms, bucket_grad = divergence_terms(options.divergence, q, p, log_q - log_p, b)
-    # A tail whose probability underflows has nothing to share out.
-    share = bucket_grad[:, -1:] / p[:, -1:].clamp_min(torch.finfo(p.dtype).tiny)
-    grad = (scaled - log_norm).exp_().mul_(share)
+    terms, bucket_grad = divergence_terms(options.divergence, log_q.exp(), log_p.exp(), log_q - log_p, b)
+    # By the tokens' shares of the tail, not of the whole row: there they can underflow together.
+    grad = (scaled - tail).exp_().mul_(bucket_grad[:, -1:])
     return terms, grad.scatter_(1, teacher.ids, bucket_grad[:, :-1])
 
 
-def _log_tail(scaled: Tensor, ids: Tensor) -> Tensor:
-    """Return log(sum of exp(scaled)) over the tokens that are not in `ids`, (m, 1)."""
-    return scaled.scatter(1, ids, -torch.inf).logsumexp(-1, keepdim=True)
+def log_sum_of_others(logits: Tensor, ids: Tensor) -> Tensor:
+    """Return log(sum of exp(logits)) over the tokens that are not in `ids`, (m, 1); -inf where all are in it."""
+    return logits.scatter(1, ids, -torch.inf).logsumexp(-1, keepdim=True)

@@ -32,12 +32,20 @@ class ContinuedPretraining(Stateless):
 
 
 class Distillation(Stateless):
-    """CE + gamma * T^2 * D(teacher, student): the loss of every method that differs only in mixture or divergence."""
+    """CE + gamma * T^2 * D(teacher, student): the loss of every method that differs only in mixture or divergence.
+
+    Without T^2 if `loss.temperature_squared` is False.
+    """
 
     def __init__(self, teacher: Teacher, loss: Loss, options: Options) -> None:
         self._teacher = teacher
         self._loss = loss
-        self._options = replace(options, divergence=loss.divergence, coefficient=loss.coefficient)
+        self._options = replace(
+            options,
+            divergence=loss.divergence,
+            coefficient=loss.coefficient,
+            scale_by_temperature=loss.temperature_squared,
+        )
 
     @contextmanager
     def teacher_outputs(self, batches: Sequence[Batch]) -> Iterator[Sequence[torch.Tensor | None]]:

@@ -102,13 +102,28 @@ def stop_reason(config: Config, state: RunState, student_ppl: Array, teacher_ppl
     if stop.intervals is not None and intervals_done >= stop.intervals:
         return f"{intervals_done} intervals done"
     if stop.data_once and state.step * config.train.global_batch_samples >= samples:
-        return f"all {samples} samples used once"
+        return _data_used(state, samples, config.mixture.exclude)
     if stop.discrepancy is not None and teacher_ppl is not None:
         included = [name not in config.mixture.exclude for name in sizes]
         largest = discrepancy(student_ppl[included], teacher_ppl[included])
         if largest < stop.discrepancy:
             return f"discrepancy {largest:.4g} is under {stop.discrepancy:g}"
     return None
+
+
+def _data_used(state: RunState, samples: int, excluded: Sequence[str]) -> str:
+    """Return how many samples were drawn of the `samples` of all domains, and how often the least and most drawn ones.
+
+    The mixture decides which samples those are: a domain can have been drawn twice over, and another hardly.
+    """
+    passes = {
+        domain["name"]: drawn / domain["num_samples"]
+        for domain, drawn in zip(state.data.domains, state.data.drawn, strict=True)
+        if domain["name"] not in excluded
+    }
+    least, most = min(passes, key=passes.__getitem__), max(passes, key=passes.__getitem__)
+    shown = ", ".join(f"{name} {passes[name]:.2f} times over" for name in dict.fromkeys((least, most)))
+    return f"{sum(state.data.drawn):,} samples drawn, as many as the data has ({samples:,}) or more: {shown}"
 
 
 def ratio_to_teacher(student_ppl: Array, teacher_ppl: Array | None) -> Array | None:

@@ -174,6 +174,11 @@ def test_a_missing_compiler_is_one_warning(monkeypatch: pytest.MonkeyPatch) -> N
         rows_native.load.cache_clear()
 
 
+def top_k(num_rows: int, log_probs: tuple[int, ...], log_tail: tuple[int, ...]) -> TeacherTopK:
+    ids = torch.zeros(num_rows, 4, dtype=torch.int64)
+    return TeacherTopK(ids, torch.zeros(log_probs), torch.zeros(log_tail))
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -184,7 +189,7 @@ def test_a_missing_compiler_is_one_warning(monkeypatch: pytest.MonkeyPatch) -> N
         ({"student_form": LogitForm(1.0, -3.0)}, "student_form is LogitForm"),
         ({"valid_rows": torch.ones(3)}, "valid_rows is torch.float32"),
         ({"weight_grad_buffer": torch.zeros(3, 3)}, "weight_grad_buffer is torch.float32"),
-        ({"teacher_topk": TeacherTopK(torch.zeros(67, 4, dtype=torch.int64), torch.zeros(67, 4))}, "give one of them"),
+        ({"teacher_topk": top_k(67, (67, 4), (67,))}, "give one of them"),
     ],
 )
 def test_bad_options_are_refused(changes: dict[str, object], message: str) -> None:
@@ -194,9 +199,11 @@ def test_bad_options_are_refused(changes: dict[str, object], message: str) -> No
 
 def test_a_teachers_top_k_must_fit() -> None:
     case = replace(make(), teacher_hidden=None, teacher_weight=None)
-    ids = torch.zeros(66, 4, dtype=torch.int64)
     with pytest.raises(ConfigError, match=r"teacher_topk.ids has 66 rows"):
-        replace(case, teacher_topk=TeacherTopK(ids, torch.zeros(66, 4))).run()
+        replace(case, teacher_topk=top_k(66, (66, 4), (66,))).run()
+    for log_probs, log_tail in (((67, 3), (67,)), ((67, 4), (67, 1)), ((67, 4), (66,))):
+        with pytest.raises(ConfigError, match=r"give int64 \(n, k\), \(n, k\) and \(n,\)"):
+            replace(case, teacher_topk=top_k(67, log_probs, log_tail)).run()
 
 
 def test_engines_are_named() -> None:

@@ -107,7 +107,9 @@ def test_an_excluded_domain_counts_in_no_stop() -> None:
     stop = {"data_once": True}
     assert stop_reason(config({}, stop=stop), state, *measured) is None
     excluding = config({"exclude": ["law"]}, stop=stop)
-    assert stop_reason(excluding, state, *measured) == "all 100 samples used once"
+    assert stop_reason(excluding, state, *measured) == (
+        "100 samples drawn, as many as the data has (100) or more: code 0.25 times over, prose 1.50 times over"
+    )
     assert corpus_samples(excluding.mixture, dict(zip(NAMES, sizes, strict=True))) == 100
     stop = {"steps": 1000, "discrepancy": 0.05}
     assert stop_reason(config({}, stop=stop), state, *measured) is None
