@@ -67,7 +67,7 @@ class Named:
     @property
     def may_be_hub_name(self) -> bool:
         """Return True if the text is no path that exists, and has the form of the hub's names."""
-        return self.kind.hub and _HUB_NAME.fullmatch(self.text) is not None and not os.path.exists(self.absolute)
+        return self.kind.hub and is_hub_name(self.text) and not os.path.exists(self.absolute)
 
     @property
     def value(self) -> str:
@@ -126,6 +126,11 @@ def path_keys(section: type[BaseModel]) -> dict[str, PathKind]:
         inner = (item for part in get_args(key_field.annotation) for item in getattr(part, "__metadata__", ()))
         marks[key] = next((item for item in (*key_field.metadata, *inner) if isinstance(item, PathKind)), None)
     return {key: mark for key, mark in marks.items() if mark is not None}
+
+
+def is_hub_name(text: str) -> bool:
+    """Return True if the text has the form of a model's name on the hub, which a path can have too."""
+    return _HUB_NAME.fullmatch(text) is not None
 
 
 def is_address(text: str) -> bool:

@@ -13,6 +13,7 @@ from rich import box
 from rich.table import Table
 
 from ddk_ds.config import Config
+from ddk_ds.config.paths import is_hub_name
 from ddk_ds.engine.export import Companions
 from ddk_ds.engine.model_files import ModelFiles, read_licence
 from ddk_ds.files import write_text, written
@@ -210,13 +211,10 @@ def _settings(config: Config) -> str:
 def _model_name(path: str, files: ModelFiles | None = None) -> str:
     """Return the hub's name of a model, as its path or its config.json gives it; else the name of its directory."""
     remembered = "" if files is None else str(files.config.get("_name_or_path") or "")
-    if Path(path).is_dir() and _is_hub_name(remembered):
+    # A name without an owner can be that of a directory in which the model once lay.
+    if Path(path).is_dir() and "/" in remembered and is_hub_name(remembered):
         return remembered
-    return path if _is_hub_name(path) and not Path(path).is_dir() else Path(path).name
-
-
-def _is_hub_name(name: str) -> bool:
-    return name.count("/") == 1 and not name.startswith((".", "/", "~")) and not name.endswith("/")
+    return path if is_hub_name(path) and not Path(path).is_dir() else Path(path).name
 
 
 def _licence_text(student: str, teacher: str | None, licence: dict[str, str]) -> str:

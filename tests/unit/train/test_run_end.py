@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,8 +11,9 @@ import pytest
 from rich.console import Console
 
 from ddk_ds.config import make_config
+from ddk_ds.engine.model_files import ModelFiles
 from ddk_ds.mixture.interval_state import IntervalState
-from ddk_ds.train.run_end import make_summary, summary_table
+from ddk_ds.train.run_end import _model_name, make_summary, summary_table
 from ddk_ds.train.state import RunState
 
 
@@ -30,3 +32,23 @@ def test_a_run_without_a_teacher_has_no_columns_of_one(teacher: bool) -> None:
     rows = {line.split()[0]: line.split()[1:] for line in output.getvalue().splitlines() if line.strip()}
     assert rows["code"] == (["2.00", "8.00", "4.00", "4.000", "2.000"] if teacher else ["8.00", "4.00"]) + ["75.0%"]
     assert ("mean" in rows) is teacher and ("ratio" in output.getvalue()) is teacher
+
+
+@pytest.mark.parametrize(
+    ("remembered", "name"),
+    [
+        ("Qwen/Qwen2.5-0.5B", "Qwen/Qwen2.5-0.5B"),
+        ("checkpoints/last one", "student"),  # no name that the hub can have
+        ("../models/teacher", "student"),
+        ("C:/teacher", "student"),
+        ("teacher", "student"),
+        ("", "student"),
+    ],
+)
+def test_the_card_names_a_model_as_the_hub_does_only_by_a_name_of_the_hubs_form(
+    tmp_path: Path, remembered: str, name: str
+) -> None:
+    directory = tmp_path / "student"
+    directory.mkdir()
+    assert _model_name(str(directory), ModelFiles(directory, {"_name_or_path": remembered}, {})) == name
+    assert _model_name("owner/model") == "owner/model"
