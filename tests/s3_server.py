@@ -1,4 +1,4 @@
-"""A real S3 API on the loopback (moto's server), which counts what is asked of it and can fail every n-th request."""
+"""A real S3 API on the loopback (moto's server): it counts requests, and can fail every n-th or be down."""
 
 from __future__ import annotations
 
@@ -24,6 +24,9 @@ class S3Server:
         self.got: Counter[str] = Counter()
         self.fail_every = 0
         self.deny = False
+        self.down = False
+        self.breaks_at: str | None = None
+        """A part of a key; the first request for such a key takes the server down."""
         self._application = DomainDispatcherApplication(create_backend_app)
         self._requests = 0
         self._counting = threading.Lock()
@@ -33,10 +36,14 @@ class S3Server:
     def __call__(self, environment: dict[str, Any], respond: Callable[..., Any]) -> Any:
         """A WSGI application around moto's."""
         with self._counting:
+            self.down = self.down or (self.breaks_at is not None and self.breaks_at in environment["PATH_INFO"])
             self._requests += 1
-            fail = self.fail_every and self._requests % self.fail_every == 0
-            if environment["REQUEST_METHOD"] == "GET" and not fail:
+            fail = not self.down and self.fail_every and self._requests % self.fail_every == 0
+            if environment["REQUEST_METHOD"] == "GET" and not (fail or self.down):
                 self.got[environment["PATH_INFO"].removeprefix(f"/{BUCKET}/")] += 1
+        if self.down:
+            respond("503 Service Unavailable", [("Content-Length", "0")])
+            return [b""]
         if self.deny:
             respond("403 Forbidden", [("Content-Length", "0")])
             return [b""]

@@ -101,6 +101,7 @@ class Config(MethodSections):
                 f"monitor.sample_tokens is {self.monitor.sample_tokens}, data.sequence_length "
                 f"{self.data.sequence_length}: lower sample_tokens, so that there is room for a prompt"
             )
+        self._check_patience()
         uses_nvme = "nvme" in (self.optimizer.offload, self.student.offload_params) or (
             self.teacher is not None and self.teacher.offload_params == "nvme"
         )
@@ -109,6 +110,18 @@ class Config(MethodSections):
         if self.data.domains is not None and len(set(self.data.domains)) != len(self.data.domains):
             raise ValueError(f"data.domains names a domain twice: {', '.join(self.data.domains)}")
         return self
+
+    def _check_patience(self) -> None:
+        """Raise ValueError if a limit of time would end a rank that waits for a store while it may."""
+        longest = self.data.download_patience_s + self.data.download_timeout_s
+        for name in ("step_s", "evaluation_s"):
+            limit = getattr(self.limits, name)
+            if self.data.cache_dir is not None and 0 < limit <= longest:
+                raise ValueError(
+                    f"limits.{name} is {limit:g}, and data.download_patience_s with data.download_timeout_s is "
+                    f"{longest:g}: a rank that waits for the store would be ended as one that hangs; raise the limit, "
+                    "or lower data.download_patience_s"
+                )
 
     def _check_teacher(self) -> None:
         """Raise ValueError if the method or a section needs a teacher and the run has none.

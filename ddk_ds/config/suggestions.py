@@ -32,6 +32,7 @@ _ELSEWHERE = {
     "data.sequence_length": "seqlen seqlength sequencelen maxseqlength maxseqlen maxlength blocksize contextlength",
     "data.validation_samples": "evalsamples maxevalsamples validationsize evalsize evaliters",
     "data.path": "dataset datasets datasetname datapath datadir traindata trainfile datafiles",
+    "data.download_patience_s": "downloadretry downloadretries",
     "data.num_workers": "dataloadernumworkers workers",
     "student.path": "model modelname modelnameorpath modelpath basemodel studentmodel studentmodelnameorpath "
     "pretrained",

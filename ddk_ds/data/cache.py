@@ -45,7 +45,7 @@ class CacheOptions:
     directory: Path
     limit_gb: float | None
     timeout_s: float
-    retries: int
+    patience_s: float
 
 
 class CachedStore:
@@ -54,7 +54,7 @@ class CachedStore:
     def __init__(self, location: str, options: CacheOptions) -> None:
         self.location = location
         self.options = options
-        self.fetcher = Fetcher(location, timeout_s=options.timeout_s, retries=options.retries)
+        self.fetcher = Fetcher(location, timeout_s=options.timeout_s, patience_s=options.patience_s)
         self._data = options.directory / "data"
         self._fetching = options.directory / "fetching"
         self._locks = options.directory / "locks"
@@ -69,10 +69,10 @@ class CachedStore:
         return None if self.options.limit_gb is None else int(self.options.limit_gb * _GB)
 
     def read(self, name: str, *, fresh: bool = False) -> bytes:
-        path = self._data / name
+        path, wanted_since = self._data / name, time.monotonic()
         with self._lock(name):
             if fresh or not path.is_file():
-                self._download(name, self._fetching / _key(name), path)
+                self._download(name, self._fetching / _key(name), path, wanted_since)
             return path.read_bytes()
 
     def check(self, directory: str, shards: list[Shard]) -> None:
@@ -105,6 +105,8 @@ class CachedStore:
             self._marked[shard.name] = now
 
     def _fetch(self, shard: Shard, path: Path) -> None:
+        # The wait for another process that is patient is part of this one's patience.
+        wanted_since = time.monotonic()
         with self._lock(shard.name):
             try:
                 # Another process may have fetched it while this one waited for the lock.
@@ -117,14 +119,14 @@ class CachedStore:
             reserved = self._fetching / f"{_key(shard.name)}.space"
             self._make_room(reserved, shard.num_bytes)
             try:
-                self._download(shard.name, self._fetching / _key(shard.name), path, shard)
+                self._download(shard.name, self._fetching / _key(shard.name), path, wanted_since, shard)
             finally:
                 reserved.unlink(missing_ok=True)
 
-    def _download(self, name: str, partial: Path, path: Path, shard: Shard | None = None) -> None:
+    def _download(self, name: str, partial: Path, path: Path, wanted_since: float, shard: Shard | None = None) -> None:
         _make(path.parent)
         try:
-            self.fetcher.fetch(name, partial, shard)
+            self.fetcher.fetch(name, partial, shard, wanted_since)
             partial.replace(path)
         except OSError as error:
             if error.errno not in DISK_FULL:
@@ -169,7 +171,7 @@ def open_store(data: Data) -> Store:
     if data.cache_dir is None:
         return LocalStore(data.path)
     directory = Path(data.cache_dir)
-    options = CacheOptions(directory, data.cache_limit_gb, data.download_timeout_s, data.download_retries)
+    options = CacheOptions(directory, data.cache_limit_gb, data.download_timeout_s, data.download_patience_s)
     store = CachedStore(data.path, options)
     if earlier := _claims.pop(directory.resolve(), None):
         earlier.close()
@@ -287,7 +289,8 @@ class Prefetcher:
             self._changed.notify()
 
     def close(self) -> None:
-        """End the thread, after the shard that it is fetching."""
+        """End the thread, after the attempt to fetch a shard that it is making. Nobody may read from the store then."""
+        self._store.fetcher.give_up = lambda: True
         with self._changed:
             self._closed = True
             self._changed.notify()

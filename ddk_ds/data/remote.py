@@ -1,6 +1,6 @@
 """Files on object stores and web servers: fetch a file to a local path, list files, download text while it is read.
 
-`Fetcher` uses mosaicml-streaming's downloaders and adds retries, a time limit and verification.
+`Fetcher` uses mosaicml-streaming's downloaders and adds patience, a time limit and verification.
 """
 
 from __future__ import annotations
@@ -11,24 +11,28 @@ import re
 import shutil
 import tempfile
 import threading
-import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from http.client import HTTPException
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
+from ddk_ds.data.patience import PATIENCE_S, Unavailable, http_status, never, patiently, refused
 from ddk_ds.data.store import Damaged, Shard, verify
-from ddk_ds.errors import DataError
+from ddk_ds.errors import DataError, UserError
 from ddk_ds.redact import redact
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
-_FIRST_WAIT_S, _LONGEST_WAIT_S = 0.5, 30.0
+_Result = TypeVar("_Result")
+_DAMAGED_ATTEMPTS = 5
 # Codes of a store's error that another attempt does not mend.
 _GONE = {"404", "NoSuchKey", "NoSuchBucket", "NotFound"}
 _DENIED = {"401", "403", "AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken"}
+# Codes of an answer with status 400 that time may mend.
+_MENDABLE = {"RequestTimeout", "SlowDown", "Throttling", "ThrottlingException"}
 
 
 class Missing(DataError):
@@ -38,44 +42,52 @@ class Missing(DataError):
 class Fetcher:
     """Fetches files below a location: a URL that mosaicml-streaming downloads from, or a directory."""
 
-    def __init__(self, location: str, *, timeout_s: float, retries: int) -> None:
+    def __init__(self, location: str, *, timeout_s: float, patience_s: float) -> None:
         self.location = location.rstrip("/")
         self.timeout_s = timeout_s
-        self.retries = retries
+        self.patience_s = patience_s
+        self.give_up: Callable[[], bool] = never
+        """Looked at while the store fails: True ends the patience. A process that is started has its own."""
         self._downloaders: dict[int, Any] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_downloaders": {}}
+        return self.__dict__ | {"_downloaders": {}, "give_up": never}
 
-    def fetch(self, name: str, path: Path, shard: Shard | None = None) -> None:
+    def fetch(self, name: str, path: Path, shard: Shard | None = None, since: float | None = None) -> None:
         """Write the file `name` to `path`, replacing it, and verify it if `shard` is given.
 
+        `since` is the time (time.monotonic) from which the patience counts; None: from now on.
+
         Raises:
+            TemporaryError: the store failed for `patience_s`; names the last attempt's error.
             Missing: the remote has no such file.
-            DataError: access is denied, or 1 + `retries` attempts failed; names the last attempt's error.
+            DataError: access is denied, or the file came damaged again and again.
             OSError: `path` cannot be written.
         """
-        for attempt in range(self.retries + 1):
+        domain = f" of domain {shard.domain!r}" if shard is not None else ""
+        what, damaged = f"{self.location}/{name}{domain}", 0
+
+        def attempt() -> None:
+            nonlocal damaged
             path.unlink(missing_ok=True)
             try:
                 self._download(name, path)
                 if shard is not None:
                     verify(shard, path)
-                return
             except Damaged as error:
+                damaged += 1
                 failure = str(error).replace(str(path), f"{self.location}/{name}")
+                if damaged == _DAMAGED_ATTEMPTS:
+                    raise DataError(f"{what} cannot be fetched, {damaged} attempts: {failure}") from None
+                raise Unavailable(failure) from None
             except TimeoutError:
                 failure = f"nothing came of it within data.download_timeout_s, {self.timeout_s:g} s"
+                raise Unavailable(failure) from None
             except Exception as error:  # every kind of store has errors of its own
                 self._raise_final(error, name, path)
-                failure = _describe(error)
-            if attempt < self.retries:
-                time.sleep(min(_LONGEST_WAIT_S, _FIRST_WAIT_S * 2**attempt))
-        domain = f" of domain {shard.domain!r}" if shard is not None else ""
-        raise DataError(
-            f"{self.location}/{name}{domain} cannot be fetched, {self.retries + 1} attempts: {failure}; "
-            "check the address and the store, then start again: what was fetched is kept"
-        )
+                raise Unavailable(_describe(error)) from None
+
+        patiently(attempt, what, self.patience_s, since=since, give_up=self.give_up)
 
     def _download(self, name: str, path: Path) -> None:
         """Download in a thread that is abandoned after the time limit, because some stores' clients wait for ever."""
@@ -109,7 +121,9 @@ class Fetcher:
 
     def _raise_final(self, error: Exception, name: str, path: Path) -> None:
         """Raise the errors that another attempt would not mend; return after all others."""
-        code = str(getattr(error, "response", {}).get("Error", {}).get("Code", ""))
+        response = getattr(error, "response", None)
+        code = str(response.get("Error", {}).get("Code", "")) if isinstance(response, dict) else ""
+        code = code or str(http_status(error) or "")
         if isinstance(error, FileNotFoundError) or code in _GONE:
             raise Missing(f"{self.location}/{name} does not exist; check the address") from None
         if isinstance(error, PermissionError) or code in _DENIED or type(error).__name__ == "NoCredentialsError":
@@ -117,6 +131,8 @@ class Fetcher:
                 f"{self.location}/{name}: access is denied ({code or type(error).__name__}); give this process "
                 "credentials that may read it"
             ) from None
+        if refused(error) and code not in _MENDABLE:
+            raise DataError(f"{self.location}/{name}: the store refuses it: {_describe(error)}") from None
         if isinstance(error, OSError) and error.errno is not None and not path.parent.is_dir():
             raise error
         if isinstance(error, OSError) and error.errno in DISK_FULL:
@@ -133,8 +149,8 @@ def _describe(error: BaseException) -> str:
 
 _WEB = ("http", "https")
 _TIMEOUT_SECONDS = 60
-# Time limit and retries of one file of text, which can have many GB.
-_FILE_SECONDS, _RETRIES = 7200.0, 3
+# Time limit of one file of text, which can have many GB.
+_FILE_SECONDS = 7200.0
 _WILDCARD = re.compile(r"[*?\[]")
 
 
@@ -170,11 +186,15 @@ def _list_s3(url: str) -> list[RemoteFile]:
     wildcard = _WILDCARD.search(key)
     prefix = key[: wildcard.start()] if wildcard else key
     matches = re.compile(glob_pattern(key) if wildcard else re.escape(key))
-    try:
+
+    def attempt() -> list[dict[str, Any]]:
         try:
-            objects = _s3_objects(bucket, prefix, signed=True)
+            return _s3_objects(bucket, prefix, signed=True)
         except NoCredentialsError:  # a public bucket; streaming's downloader does the same
-            objects = _s3_objects(bucket, prefix, signed=False)
+            return _s3_objects(bucket, prefix, signed=False)
+
+    try:
+        objects = patiently(_mendable(attempt, (BotoCoreError, ClientError)), url, PATIENCE_S)
     except (BotoCoreError, ClientError) as error:
         raise DataError(f"{url} cannot be listed: {error}; check the address and the credentials") from error
     return [
@@ -182,6 +202,20 @@ def _list_s3(url: str) -> list[RemoteFile]:
         for entry in objects
         if matches.fullmatch(entry["Key"])
     ]
+
+
+def _mendable(attempt: Callable[[], _Result], kinds: tuple[type[Exception], ...]) -> Callable[[], _Result]:
+    """Return `attempt` with `Unavailable` in place of errors of these kinds, unless the store has refused it."""
+
+    def run() -> _Result:
+        try:
+            return attempt()
+        except kinds as error:
+            if refused(error) or getattr(error, "errno", None) in DISK_FULL:
+                raise
+            raise Unavailable(_describe(error)) from error
+
+    return run
 
 
 def _s3_objects(bucket: str, prefix: str, *, signed: bool) -> list[dict[str, Any]]:
@@ -229,17 +263,21 @@ def downloaded(url: str, directory: Path | None) -> Iterator[Path]:
 def _download_text(url: str, path: Path) -> None:
     try:
         if urlsplit(url).scheme in _WEB:
-            with urllib.request.urlopen(url, timeout=_TIMEOUT_SECONDS) as response, path.open("wb") as stream:
-                shutil.copyfileobj(response, stream, 1 << 20)
-                expected = response.headers["Content-Length"]
-            if expected is not None and path.stat().st_size != int(expected):
-                raise OSError(f"{path.stat().st_size:,} of {int(expected):,} bytes came")
+            patiently(_mendable(lambda: _download_page(url, path), (OSError, HTTPException)), url, PATIENCE_S)
         else:
             location, _, name = url.rpartition("/")
-            Fetcher(location, timeout_s=_FILE_SECONDS, retries=_RETRIES).fetch(name, path)
-    except DataError:
+            Fetcher(location, timeout_s=_FILE_SECONDS, patience_s=PATIENCE_S).fetch(name, path)
+    except UserError:
         raise
     except Exception as error:  # urllib raises several types
         if isinstance(error, OSError) and error.errno in DISK_FULL:
             raise
         raise DataError(f"{url} cannot be downloaded: {error}; check address, credentials, and run again") from error
+
+
+def _download_page(url: str, path: Path) -> None:
+    with urllib.request.urlopen(url, timeout=_TIMEOUT_SECONDS) as response, path.open("wb") as stream:
+        shutil.copyfileobj(response, stream, 1 << 20)
+        expected = response.headers["Content-Length"]
+    if expected is not None and path.stat().st_size != int(expected):
+        raise OSError(f"{path.stat().st_size:,} of {int(expected):,} bytes came")

@@ -22,9 +22,10 @@ from transformers import CONFIG_MAPPING, AutoConfig
 from ddk_ds.comm import Comm, raise_together
 from ddk_ds.config import Model
 from ddk_ds.config.sections import Teacher
+from ddk_ds.data.patience import http_status, refused
 from ddk_ds.engine.attention import Kernel, best_kernel
 from ddk_ds.engine.unloaded_models import meta_model
-from ddk_ds.errors import ConfigError, UserError
+from ddk_ds.errors import ConfigError, TemporaryError, UserError
 from ddk_ds.kernels import LogitForm
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -135,6 +136,9 @@ def _hub_errors() -> tuple[type[Exception], ...]:
 
 def _no_model(path: str, key: str, failure: Exception, note: str) -> UserError:
     reason = (str(failure).strip() or type(failure).__name__).splitlines()[0]
+    answer = failure if failure.__cause__ is None else failure.__cause__
+    if http_status(answer) is not None and not refused(answer):
+        return TemporaryError(f"{key}: the hub cannot give {path} now: {reason}; start again later{note}")
     return ConfigError(f"{key}: {path} is neither a directory here nor a model that the hub gives: {reason}{note}")
 
 

@@ -11,7 +11,7 @@ from ddk_ds.comm import Comm, call_together, raise_together
 from ddk_ds.config.run_config import interval_steps
 from ddk_ds.data.loader import MicroBatch, interval_loader
 from ddk_ds.engine.export import export_student
-from ddk_ds.errors import UserError
+from ddk_ds.errors import TemporaryError, UserError
 from ddk_ds.mixture.exhaustion import Exhausted
 from ddk_ds.mixture.order import Ids
 from ddk_ds.train.checkpoint.checkpoint_files import newest_checkpoint
@@ -154,7 +154,11 @@ def _train_interval(run: Run, ids: Ids) -> None:
     save_pending = False
     while True:
         started = time.perf_counter()
-        micro_batches = _read_step(batches, config.micro_batches(comm.world_size), comm, run.interruption)
+        try:
+            micro_batches = _read_step(batches, config.micro_batches(comm.world_size), comm, run.interruption)
+        except TemporaryError:
+            _save_now(run)
+            raise
         data_s = time.perf_counter() - started
         if not micro_batches:
             return
@@ -217,9 +221,9 @@ def _read_step(
         failure = error
     # Each step reduces two numbers; an error itself is sent only if a rank has one.
     failed, signal = interruption.highest(failure is not None)
+    raise_for(signal)  # what is done is saved, also while a store fails
     if failed:
         raise_together(comm, failure)
-    raise_for(signal)
     return read
 
 

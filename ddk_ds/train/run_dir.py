@@ -29,7 +29,7 @@ _FREE = {
     "monitor": True,
     "data": {
         *("path", "allow_other_cuts", "num_workers"),
-        *("cache_dir", "cache_limit_gb", "download_timeout_s", "download_retries"),
+        *("cache_dir", "cache_limit_gb", "download_timeout_s", "download_patience_s"),
     },
     "student": {"path", "attn_implementation"},  # the kernel that it stands for is in the identity
     "teacher": {"path", "attn_implementation", "shard_within", "micro_batches_per_pass", "whole_layers"},

@@ -10,6 +10,7 @@ import numpy as np
 from ddk_ds.comm import Comm, call_together
 from ddk_ds.config import Config
 from ddk_ds.config.run_config import corpus_samples, interval_ends, total_steps
+from ddk_ds.data.cache import CachedStore
 from ddk_ds.data.loader import MixtureDataset, validation_batches
 from ddk_ds.engine.flops import step_flops
 from ddk_ds.engine.monitors import open_writers
@@ -51,6 +52,8 @@ def prepare_run(
     """
     comm = runtime.comm
     config = settle_passes(config, inputs, runtime)
+    if isinstance(inputs.store, CachedStore):  # a signal is answered while the store fails
+        inputs.store.fetcher.give_up = lambda: interruption.signal != 0
     start = find_start(config, comm)
     dataset = MixtureDataset(inputs.store, inputs.names)
     validation = _validation(config, inputs, comm)

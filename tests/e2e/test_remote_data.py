@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import threading
 import time
 from pathlib import Path
 
@@ -31,6 +32,27 @@ def test_s3_that_fails_every_tenth_request_gives_the_same_run(
     assert len(shards) == 6 and set(shards.values()) == {1}, shards
     everything = output + "".join(file.read_text() for file in runs.rglob("*.jsonl"))
     assert ENVIRONMENT["AWS_SECRET_ACCESS_KEY"] not in everything
+
+
+def test_a_store_that_is_down_is_waited_for_and_then_left_with_the_code_of_what_time_mends(
+    s3: S3Server, workspace: Path, tmp_path: Path, whole: Path
+) -> None:
+    url = s3.upload(workspace / "shards", "shards")
+    remote = {"path": url, "cache_dir": str(tmp_path / "cache")}
+    # It goes down when the first step reads, and the ranks' patience is short.
+    s3.breaks_at = "/train/shard"
+    process = start(
+        write_config(workspace, tmp_path, name="down", data={**remote, "download_patience_s": 2.0}, **WHOLE)
+    )
+    output, _ = process.communicate(timeout=240)
+    assert process.returncode == 69, output[-3000:]
+    assert output.count("error:") == 1 and "503" in output and "Traceback" not in output, output[-3000:]
+    # The same command goes on. The store is down for 20 s more, which is no more than a wait.
+    s3.breaks_at = None
+    threading.Timer(20.0, setattr, (s3, "down", False)).start()
+    output = finish(write_config(workspace, tmp_path, name="down", data=remote, **WHOLE))
+    assert "cannot be fetched for" in output and "trying for 900 s" in output
+    assert without_clock(tmp_path / "runs/down") == without_clock(whole)
 
 
 def test_a_shard_that_breaks_in_mid_run_ends_all_ranks_with_one_error(workspace: Path, tmp_path: Path) -> None:

@@ -74,7 +74,7 @@ def order_of(dataset: MixtureDataset, num_samples: int) -> Ids:
 
 def read_ours(root: Path, ids: Ids, workers: int, cache: Path | None, limit_gb: float | None) -> tuple[float, float]:
     """Read by this project's loader. Returns the seconds to the first batch, and the seconds in total."""
-    store = None if cache is None else CachedStore(str(root), CacheOptions(cache, limit_gb, 60.0, 2))
+    store = None if cache is None else CachedStore(str(root), CacheOptions(cache, limit_gb, 60.0, 10.0))
     names = [f"domain{number}" for number in range(NUM_DOMAINS)]
     dataset = MixtureDataset(root if store is None else store, names)
     started = time.perf_counter()

@@ -25,7 +25,7 @@ from ddk_ds.data.loader import MixtureDataset
 from ddk_ds.data.manifest import FILE_NAME, load_manifest
 from ddk_ds.data.mds import write_split
 from ddk_ds.data.store import LocalStore, Shard
-from ddk_ds.errors import ConfigError, DataError
+from ddk_ds.errors import ConfigError, DataError, TemporaryError
 
 NAMES = ["large", "small", "tree"]
 GB = 10**9
@@ -53,7 +53,7 @@ def remote(prepared: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture(autouse=True)
 def _no_pauses(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(fetch_module, "_FIRST_WAIT_S", 0.01)
+    monkeypatch.setattr("ddk_ds.data.patience._FIRST_WAIT_S", 0.01)
     yield
     for stream in cache_module._claims.values():
         stream.close()
@@ -61,7 +61,7 @@ def _no_pauses(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def cached(remote: Path | str, tmp_path: Path, **changes: float | None) -> CachedStore:
-    values = {"limit_gb": None, "timeout_s": 20.0, "retries": 2} | changes
+    values = {"limit_gb": None, "timeout_s": 20.0, "patience_s": 5.0} | changes
     return CachedStore(str(remote), CacheOptions(tmp_path / "cache", **values))  # type: ignore[arg-type]
 
 
@@ -135,7 +135,7 @@ def test_a_damaged_remote_shard_names_file_domain_expected_and_found(remote: Pat
     data[-1] ^= 1
     file.write_bytes(data)
     expected = (
-        r"small/train/shard\.00000\.mds of domain 'small' cannot be fetched, 3 attempts: .*xxh64 is [0-9a-f]{16}, "
+        r"small/train/shard\.00000\.mds of domain 'small' cannot be fetched, 5 attempts: .*xxh64 is [0-9a-f]{16}, "
     )
     with pytest.raises(DataError, match=expected + r"its index says [0-9a-f]{16}"):
         here[int(here.sample_offsets[1])]
@@ -167,10 +167,10 @@ def test_a_missing_remote_is_an_error(tmp_path: Path) -> None:
 def test_a_slow_remote_ends_in_an_error(remote: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from streaming.base.storage.download import LocalDownloader
 
-    here = MixtureDataset(cached(remote, tmp_path, timeout_s=0.3, retries=1), NAMES)
+    here = MixtureDataset(cached(remote, tmp_path, timeout_s=0.3, patience_s=0.6), NAMES)
     monkeypatch.setattr(LocalDownloader, "_download_file_impl", lambda *_: time.sleep(60))
     started = time.monotonic()
-    with pytest.raises(DataError, match=r"\.mds of domain 'large' .* 2 attempts: .*download_timeout_s, 0\.3 s"):
+    with pytest.raises(TemporaryError, match=r"\.mds of domain 'large' .* tried for 1 s: .*download_timeout_s, 0\.3 s"):
         here[0]
     assert time.monotonic() - started < 5
 
@@ -187,12 +187,14 @@ def test_failed_attempts_are_repeated(remote: Path, tmp_path: Path, monkeypatch:
         original(self, *arguments)  # type: ignore[arg-type]
 
     monkeypatch.setattr(LocalDownloader, "_download_file_impl", flaky)
-    monkeypatch.setattr("ddk_ds.data.remote._FIRST_WAIT_S", 0.01)
+    monkeypatch.setattr("ddk_ds.data.patience._FIRST_WAIT_S", 0.01)
     there = MixtureDataset(remote, NAMES)
-    here = MixtureDataset(cached(remote, tmp_path, retries=2), NAMES)
+    here = MixtureDataset(cached(remote, tmp_path), NAMES)
     assert all((here[i]["input_ids"] == there[i]["input_ids"]).all() for i in range(0, len(there), 7))
-    with pytest.raises(DataError, match=r"ConnectionError: https://\*\*\*@store/x\?signature=\*\*\* reset") as error:
-        MixtureDataset(cached(remote, tmp_path, retries=0), NAMES)[len(there) - 1]
+    with pytest.raises(
+        TemporaryError, match=r"ConnectionError: https://\*\*\*@store/x\?signature=\*\*\* reset"
+    ) as error:
+        MixtureDataset(cached(remote, tmp_path, patience_s=0.0), NAMES)[len(there) - 1]
     assert "password" not in str(error.value)
 
 

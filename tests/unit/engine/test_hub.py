@@ -1,0 +1,51 @@
+"""A hub that cannot answer now is an error that time may mend; a name that it does not have is the user's.
+
+The hub is a web server on the loopback that gives one answer, and the client is huggingface_hub's own.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+import pytest
+
+from ddk_ds.engine.model_files import check_hub_name
+from ddk_ds.errors import ConfigError, TemporaryError
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> Iterator[list[int]]:
+    """Answer each of the client's requests with the status in the list."""
+    status = [404]
+
+    class Answer(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(status[0])
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+        do_HEAD = do_GET
+
+        def log_message(self, *_arguments: Any) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Answer)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    address = f"http://127.0.0.1:{server.server_port}"
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", address)
+    monkeypatch.setattr("huggingface_hub.file_download.HUGGINGFACE_CO_URL_TEMPLATE", address + "/{repo_id}/{filename}")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda _seconds: None)
+    yield status
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.mark.parametrize(("status", "kind"), [(503, TemporaryError), (429, TemporaryError), (404, ConfigError)])
+def test_an_answer_of_the_hub(hub: list[int], status: int, kind: type[Exception]) -> None:
+    hub[0] = status
+    with pytest.raises(kind, match=r"student\.path: .*owner/model"):
+        check_hub_name("owner/model", "student.path")
