@@ -139,6 +139,11 @@ class Job:
                 f"{run_dir} holds a finished run of another configuration: {'; '.join(changed[:4])}. Give another "
                 "directory, or the values of that run"
             )
+        if replaced := _replaced_content(run_dir, wanted):
+            raise ConfigError(
+                f"{run_dir} holds a finished run, and since then {', '.join(replaced)} got other content at the same "
+                "place: give another directory"
+            )
         return True
 
 
@@ -157,6 +162,32 @@ def differences(finished: Config, wanted: Config) -> list[tuple[str, Any, Any]]:
     }
     keys = sorted({*old, *new} - moved)
     return [(key, old.get(key), new.get(key)) for key in keys if old.get(key) != new.get(key)]
+
+
+def _replaced_content(run_dir: Path, config: Config) -> list[str]:
+    """Return the keys of models and data whose content is no more that of the finished run; nothing remote is read.
+
+    Raises UserError if they cannot be read.
+    """
+    # They import torch and transformers, which takes seconds that a comparison without a finished run should not take.
+    from ddk_ds.data.manifest import load_manifest
+    from ddk_ds.engine.model_files import read_model
+
+    path = run_dir / "run.json"
+    known = json.loads(path.read_text()) if path.is_file() else {}
+    replaced = []
+    for key, model in (("student", config.student), ("teacher", config.teacher)):
+        recorded = known.get(f"content.{key}")
+        if model is None or recorded is None or not Path(model.path).is_dir():
+            continue
+        if read_model(Path(model.path), f"{key}.path").fingerprint != recorded:
+            replaced.append(f"{key}.path {model.path}")
+    data = Path(config.data.path)
+    domains = load_manifest(data).domains if config.data.cache_dir is None and data.is_dir() else {}
+    for name, domain in domains.items():
+        if known.get(f"content.domains.{name}", domain.fingerprint) != domain.fingerprint:
+            replaced.append(f"data.path {data} ({name})")
+    return replaced
 
 
 def run_job(job: Job, ranks: int | None) -> Iterator[str]:

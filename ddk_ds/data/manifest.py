@@ -38,6 +38,11 @@ class DomainInfo:
     validation: SplitInfo
     dropped: Dropped = field(default_factory=Dropped)
 
+    @property
+    def fingerprint(self) -> str:
+        """Return the hashes of both splits."""
+        return f"{self.train.sha}/{self.validation.sha}"
+
 
 @dataclass(frozen=True)
 class Manifest:

@@ -62,7 +62,7 @@ def patiently(
                 f"{what} cannot be fetched, tried for {now - began:.0f} s: {failure}; check the address and the store, "
                 "then start again: what was fetched is kept"
             )
-        if now >= say_at:
+        if now + pause >= say_at:
             say_at = now + _SAY_EVERY_S
             _log.warning("%s cannot be fetched for %.0f s: %s; trying for %g s", what, now - began, failure, patience_s)
         _pause(min(pause, max(0.0, began + patience_s - now)), give_up)

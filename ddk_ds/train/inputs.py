@@ -60,10 +60,7 @@ class Inputs:
             "teacher": None if self.teacher is None else self.teacher.fingerprint,
             "tokenizer": self.tokenizer.fingerprint,
             "attention": {name: attention.kernel for name, attention in self.attention.items()},
-            "domains": {
-                name: f"{self.manifest.domains[name].train.sha}/{self.manifest.domains[name].validation.sha}"
-                for name in self.names
-            },
+            "domains": {name: self.manifest.domains[name].fingerprint for name in self.names},
             "filters": self.filters_hash,
             "schedule": self.controller.state_dict().get("stages"),
         }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 import yaml
 
+from ddk_ds.comm import SingleProcess
 from ddk_ds.command_line import RANK_SCRIPT
 from ddk_ds.commands import compare_command as command
 from ddk_ds.commands import stages_command
@@ -29,7 +31,12 @@ from ddk_ds.comparison.results_table import (
     t_quantile,
 )
 from ddk_ds.config import load_config, to_yaml
+from ddk_ds.data.mds import read_index
+from ddk_ds.data.store import LocalStore
 from ddk_ds.errors import ConfigError, DataError
+from ddk_ds.train.inputs import check_inputs
+from ddk_ds.train.run_dir import run_identity
+from tools.bench.small_run import write_config
 
 CONFIG = {
     "name": "base",
@@ -367,6 +374,35 @@ def test_a_finished_run_of_another_configuration_is_an_error(
     assert command.main([*arguments, "loss.gamma=0.3"]) == 2
     assert "loss.gamma was 0.2, is 0.3" in capsys.readouterr().err
     assert launches.names == ["kd-s0"]
+
+
+def test_a_finished_run_of_other_content_at_the_same_place_is_an_error(workspace: Path, tmp_path: Path) -> None:
+    for name in ("student", "shards"):
+        shutil.copytree(workspace / name, tmp_path / name)
+    config = write_config(
+        workspace, tmp_path, student={"path": str(tmp_path / "student")}, data={"path": str(tmp_path / "shards")}
+    )
+    job = Job(config, "kd", "kd-s0", tmp_path / "out")
+    run = write_run(tmp_path / "out/kd-s0", config, [5.0, 20.0], "method=kd")
+    finished = load_config(run / "config.yaml")
+    identity = run_identity(finished, check_inputs(finished, SingleProcess()).fingerprints)
+    (run / "run.json").write_text(json.dumps(identity))
+    assert job.is_done(job.stages[0])
+    weights, index = tmp_path / "student/model.safetensors", next((tmp_path / "shards").glob("*/train/index.json"))
+    kept = weights.read_bytes()
+    weights.write_bytes(kept[:-1] + bytes([kept[-1] ^ 1]))
+    with pytest.raises(ConfigError, match=r"since then student\.path .*student got other content at the same place"):
+        job.is_done(job.stages[0])
+    weights.write_bytes(kept)
+    # As a preparation of other text of the same size would leave it.
+    store, split = LocalStore(tmp_path / "shards"), str(index.parent.relative_to(tmp_path / "shards"))
+    shards, old = json.loads(index.read_text()), read_index(store, split).sha
+    shards["shards"][0]["raw_data"]["hashes"]["xxh64"] = "0" * 16
+    index.write_text(json.dumps(shards))
+    manifest = tmp_path / "shards/domains.json"
+    manifest.write_text(manifest.read_text().replace(old, read_index(store, split).sha))
+    with pytest.raises(ConfigError, match=rf"since then data\.path .*shards \({index.parts[-3]}\) got other content"):
+        job.is_done(job.stages[0])
 
 
 def test_an_interrupted_run_ends_the_comparison(
