@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import csv
-import hashlib
 import os
+import secrets
 import subprocess
 import sys
 import time
@@ -110,8 +110,11 @@ def _name_for_wandb(folder: Path, name: str) -> None:
     Variables that the user has set are kept.
     """
     (folder / "wandb").mkdir(parents=True, exist_ok=True)
-    run_id = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
-    variables = {"WANDB_DIR": str(folder), "WANDB_NAME": name, "WANDB_RUN_ID": run_id, "WANDB_RESUME": "allow"}
+    kept = folder / "wandb" / "ddk_run_id"  # a path would be another machine's too, or that of a run since deleted
+    if not kept.is_file():
+        write_text(kept, secrets.token_hex(8))
+    variables = {"WANDB_DIR": str(folder), "WANDB_NAME": name, "WANDB_RUN_ID": kept.read_text()}
+    variables["WANDB_RESUME"] = "allow"
     for key, value in variables.items():
         os.environ.setdefault(key, value)
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import threading
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from ddk_ds.config import make_config
-from ddk_ds.engine.monitors import Event
+from ddk_ds.engine.monitors import Event, _name_for_wandb
 from ddk_ds.errors import ConfigError
 from ddk_ds.train.ledger import MonitorFeed, events
 
@@ -145,3 +148,18 @@ def test_a_wrong_section_is_refused(monitor: dict[str, Any], message: str) -> No
     values: dict[str, Any] = {"name": "run", "student": {"path": "s"}, "teacher": {"path": "t"}, "data": {"path": "d"}}
     with pytest.raises(ConfigError, match=message):
         make_config({**values, "stop": {"steps": 2000}, "monitor": monitor}, "run.yaml")
+
+
+def test_a_run_keeps_its_name_in_wandb_and_another_run_at_its_place_gets_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run_id() -> str:
+        for key in ("WANDB_DIR", "WANDB_NAME", "WANDB_RUN_ID", "WANDB_RESUME"):
+            monkeypatch.delenv(key, raising=False)
+        _name_for_wandb(tmp_path / "monitor", "run")
+        return os.environ["WANDB_RUN_ID"]
+
+    first = run_id()
+    assert run_id() == first
+    shutil.rmtree(tmp_path / "monitor")
+    assert run_id() != first
