@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import builtins
 import gc
+import importlib
 import os
 import pickle
 import resource
@@ -32,10 +33,24 @@ from _pytest.runner import runtestprotocol
 
 from tools.bench.mutants import Mutant
 
-_PYTEST = ("-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist", "--timeout=0", "-m", "not long")
+_PLUGINS = ("no:cacheprovider", "no:xdist", "no:warnings")
+_PYTEST = ("-qx", "--noconftest", "--timeout=0", "-m", "not long", *(f"-p{plugin}" for plugin in _PLUGINS))
+    "-q",
+    "-x",
+    "--noconftest",
+    "-p",
+    "no:warnings",
+    "-p",
+    "no:cacheprovider",
+    "-p",
+    "no:xdist",
+    "--timeout=0",
+    "-m",
+    "not long",
+)
 _NOT_SWAPPED = 70  # exit code: the change needs an import
 # hypothesis' attribute of a test. A mutant that lives runs every test that calls it: few examples must do.
-_OPTIONS, _EXAMPLES = "_hypothesis_internal_use_settings", 25
+_OPTIONS, _EXAMPLES = "_hypothesis_internal_use_settings", 15
 
 
 @dataclass
@@ -47,6 +62,8 @@ class Baseline:
     seconds: dict[str, float] = field(default_factory=dict)
     """CPU seconds of each test."""
     failed: list[str] = field(default_factory=list)
+    modules: set[str] = field(default_factory=set)
+    """Modules of other projects that the tests import."""
 
     def tests_for(self, mutant: Mutant) -> list[str]:
         """Return the tests that call the mutant's function, fast ones first; outside of one its file's, or all."""
@@ -67,6 +84,8 @@ def run_mutants(mutants: Sequence[Mutant], tests: Sequence[str], say: Callable[[
     baseline, codes = _in_child(partial(_collected, mutants, tests, say))
     if baseline.failed or not baseline.calls:
         raise SystemExit(f"without a change these tests fail: {', '.join(baseline.failed) or 'all'}")
+    for name in sorted(baseline.modules) if _NOT_SWAPPED in codes else ():
+        importlib.import_module(name)
     for number, mutant in enumerate(mutants):
         if codes[number] == _NOT_SWAPPED:
             codes[number] = _forked(partial(_run_imported, mutant, baseline.tests_for(mutant), baseline))
@@ -104,6 +123,10 @@ def _run_collected(
     gc.collect()
     gc.freeze()  # a collection in a child would copy all memory
     baseline: Baseline = _in_child(partial(_measure, items, functions))
+    named = {name for name, module in sys.modules.items() if getattr(module, "__spec__", None) is not None}
+    baseline.modules = {
+        name for name in named if name.partition(".")[0] not in ("ddk_ds", "tests", "tools", "__main__")
+    }
     by_id = {item.nodeid: item for item in items}
     codes = []
     for mutant in mutants if not baseline.failed else ():
@@ -139,7 +162,7 @@ def _passes(item: pytest.Item, following: pytest.Item | None) -> bool:
 def _run_swapped(mutant: Mutant, functions: list[FunctionType], items: list[pytest.Item], baseline: Baseline) -> int:
     """Return 1 if a test notices a mutant inside a function, else 0."""
     try:
-        _swap(functions, mutant.path, mutant.source)
+        _swap(functions, mutant.path, mutant.source())
     except ValueError:
         return _NOT_SWAPPED
     _limit(sum(baseline.seconds[item.nodeid] for item in items))
@@ -259,4 +282,4 @@ class _Changed(MetaPathFinder, Loader):
     def exec_module(self, module: ModuleType) -> None:
         """Run the mutant's source in the module."""
         module.__file__ = self._mutant.path
-        exec(compile(self._mutant.source, self._mutant.path, "exec", dont_inherit=True), module.__dict__)
+        exec(compile(self._mutant.source(), self._mutant.path, "exec", dont_inherit=True), module.__dict__)

@@ -38,24 +38,33 @@ class Mutant:
     file: str
     """Path below the repository."""
     line: int
-    was: str
-    """The changed lines before."""
-    now: str
     function: tuple[int, int] | None
     """First and last line of the outermost function that holds the change; None outside of functions."""
-    source: str
-    """The complete changed source of the file."""
+    operator: str
+    occurrence: int
+    """Number of the operator's place in the file, from 0."""
 
     @property
     def path(self) -> str:
         """Absolute path of the file."""
         return str(ROOT / self.file)
 
+    def source(self) -> str:
+        """Return the complete changed source of the file."""
+        return str(mutate_code(Path(self.path).read_text(), get_operator(self.operator)(), self.occurrence))
+
+    def difference(self) -> tuple[str, str]:
+        """Return the changed lines before and after, joined."""
+        was, now = Path(self.path).read_text().splitlines(), self.source().splitlines()
+        begin = next(i for i, pair in enumerate(zip(was, now, strict=False)) if pair[0] != pair[1])
+        ends = zip(reversed(was[begin:]), reversed(now[begin:]), strict=False)
+        end = next((i for i, pair in enumerate(ends) if pair[0] != pair[1]), 0)
+        return _joined(was[begin : len(was) - end]), _joined(now[begin : len(now) - end])
+
 
 def mutants_of(file: str) -> Iterator[Mutant]:
     """Yield every mutant of a file (path below the repository)."""
-    source = (ROOT / file).read_text()
-    tree = get_ast(source)
+    tree = get_ast((ROOT / file).read_text())
     for name in OPERATORS:
         operator = get_operator(name)()
         occurrence = -1
@@ -63,15 +72,8 @@ def mutants_of(file: str) -> Iterator[Mutant]:
             for (line, column), _end in operator.mutation_positions(node):
                 occurrence += 1
                 parents = list(_parents(tree.get_leaf_for_position((line, column))))
-                if any(_is_noise(child, parent) for child, parent in parents):
-                    continue
-                try:
-                    changed = str(mutate_code(source, operator, occurrence))
-                except AttributeError:  # cosmic-ray's ExceptionReplacer at a dotted name
-                    continue
-                was, now = _difference(source, changed)
-                if was != now:
-                    yield Mutant(file, line, was, now, _function(parents), changed)
+                if not any(_is_noise(child, parent) for child, parent in parents):
+                    yield Mutant(file, line, _function(parents), name, occurrence)
 
 
 def _parents(leaf: Any) -> Iterator[tuple[Any, Any]]:
@@ -86,10 +88,14 @@ def _is_noise(child: Any, parent: Any) -> bool:
     match parent.type:
         case "raise_stmt" | "fstring" | "decorator" | "tfpdef":
             return True
+        case "parameters":
+            return bool(child.type == "operator")
         case "annassign":
             return child is parent.children[1]
         case "funcdef":
             return child is parent.annotation
+        case "atom_expr" | "power":  # a dotted name in `except`, which cosmic-ray cannot change
+            return parent.parent.type == "except_clause" or parent.parent.parent.parent.type == "except_clause"
         case "argument":
             return bool(parent.children[0].get_code(include_prefix=False) == "strict")
         case "if_stmt":
@@ -103,14 +109,6 @@ def _function(parents: list[tuple[Any, Any]]) -> tuple[int, int] | None:
         if parent.type == "funcdef" and child is parent.children[-1]:
             outermost = parent.start_pos[0], parent.end_pos[0]
     return outermost
-
-
-def _difference(source: str, changed: str) -> tuple[str, str]:
-    """Return the lines that differ, joined."""
-    was, now = source.splitlines(), changed.splitlines()
-    begin = next((i for i, pair in enumerate(zip(was, now, strict=False)) if pair[0] != pair[1]), len(was))
-    end = next((i for i, pair in enumerate(zip(reversed(was), reversed(now), strict=False)) if pair[0] != pair[1]), 0)
-    return _joined(was[begin : len(was) - end]), _joined(now[begin : len(now) - end])
 
 
 def _joined(lines: list[str]) -> str:

@@ -10,7 +10,6 @@ FILE, and so do the reasons that were written there at survivors.
 from __future__ import annotations
 
 import argparse
-import importlib
 import json
 import os
 import random
@@ -52,17 +51,18 @@ def _files(room: str) -> list[str]:
 
 
 def _say(mutant: Mutant, noticed: bool) -> None:
-    os.write(1, f"{'killed  ' if noticed else 'survived'} {mutant.file}:{mutant.line} {mutant.now}\n".encode())
+    text = "killed" if noticed else f"survived {' -> '.join(mutant.difference())}"
+    os.write(1, f"{mutant.file}:{mutant.line} {text}\n".encode())
 
 
 def _entry(mutants: list[Mutant], tried: dict[Mutant, bool], old: dict[str, Any]) -> dict[str, Any]:
     """Return a file's results; a survivor keeps the reason that the file's old results give."""
     reasons = {(one["was"], one["now"]): one["reason"] for one in old.get("survivors", ())}
-    survivors = [
-        {"line": one.line, "was": one.was, "now": one.now, "reason": reasons.get((one.was, one.now), "")}
-        for one in mutants
-        if tried.get(one) is False
-    ]
+    survivors = []
+    for one in mutants:
+        if tried.get(one) is False:
+            was, now = one.difference()
+            survivors.append({"line": one.line, "was": was, "now": now, "reason": reasons.get((was, now), "")})
     results = [tried[one] for one in mutants if one in tried]
     return {"mutants": len(mutants), "tried": len(results), "killed": sum(results), "survivors": survivors}
 
@@ -71,8 +71,8 @@ def _test_room(names: list[str], tests: tuple[str, ...], sample: int | None, res
     """Try the mutants of files, and put what became of them into `results`."""
     by_file = {name: list(mutants_of(name)) for name in names}
     mutants = [mutant for of_file in by_file.values() for mutant in of_file]
-    if sample is not None and sample < len(mutants):
-        mutants = random.Random(SEED).sample(mutants, sample)
+    random.Random(SEED).shuffle(mutants)
+    mutants = mutants[:sample]
     tried = dict(zip(mutants, run_mutants(mutants, tests, _say), strict=True)) if mutants else {}
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
     for name, of_file in by_file.items():
@@ -90,8 +90,7 @@ def main() -> None:
     phases = (hypothesis.Phase.explicit, hypothesis.Phase.generate)
     hypothesis.settings.register_profile("mutants", derandomize=True, database=None, deadline=None, phases=phases)
     hypothesis.settings.load_profile("mutants")
-    for name in ("torch", "transformers", "deepspeed"):  # what takes long, once for all rooms
-        importlib.import_module(name)
+    os.environ["TRITON_INTERPRET"] = "1"  # as in tests/conftest.py, which would import much that is not needed
     results = json.loads(options.json.read_text()) if options.json.exists() else {}
     for room, tests in ROOMS.items():
         names = [name for name in _files(room) if name.startswith(tuple(options.paths) or "")]

@@ -1,0 +1,168 @@
+"""The methods' losses on heads and hidden states, without engines, against plain torch in float64."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from ddk_ds.comm import SingleProcess
+from ddk_ds.config import Loss
+from ddk_ds.engine.head import OutputHead
+from ddk_ds.kernels import LogitForm, Options
+from ddk_ds.methods import Batch, make_method, next_token_labels, token_losses
+
+VOCAB, SAMPLES, LENGTH = 13, 3, 5
+FORMS = LogitForm(0.5, 2.0), LogitForm(2.0, 0.0)
+VALID = 40  # the step's valid tokens: 12 of this micro-batch, and others'
+
+
+def normal(seed: int, *shape: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def logits_of(hidden: torch.Tensor, head: OutputHead) -> torch.Tensor:
+    """Return the logits (n, VOCAB) in float64; the heads' further rows are padding."""
+    logits = head.form.scale * F.linear(hidden.double(), head.weight.double(), head.bias.double())[:, :VOCAB]  # type: ignore[union-attr]
+    return head.form.softcap * (logits / head.form.softcap).tanh() if head.form.softcap else logits
+
+
+class Models:
+    """A student and a teacher, which hold hidden states and a head each and note what is asked of them."""
+
+    def __init__(self) -> None:
+        self.hidden_states = normal(1, SAMPLES * LENGTH, 6).requires_grad_()
+        self.head = OutputHead(normal(2, VOCAB + 3, 6), normal(3, VOCAB + 3), FORMS[0])
+        self.teacher_states = normal(4, SAMPLES * LENGTH, 8)
+        self.teacher_head = OutputHead(normal(5, VOCAB + 1, 8), normal(6, VOCAB + 1), FORMS[1])
+        # What TED's filters return: of two matched layers, in the teacher's width.
+        self.filtered_states = [normal(seed, SAMPLES * LENGTH, 8) for seed in (7, 8, 9, 10)]
+        self.asked: list[str] = []
+        self.student: Any = self
+        self.teacher: Any = SimpleNamespace(
+            hidden=self._teacher_hidden,
+            hidden_with_layers=lambda ids: [("tapped", number) for number, _ in enumerate(ids)],
+            head=SimpleNamespace(gathered=self._gathered),
+            shared_head=self._shared,
+        )
+
+    def _teacher_hidden(self, ids: list[torch.Tensor]) -> list[torch.Tensor]:
+        self.asked.append(f"hidden of {len(ids)}")
+        return [self.teacher_states for _ in ids]
+
+    @contextlib.contextmanager
+    def _gathered(self) -> Iterator[OutputHead]:
+        yield self.teacher_head
+
+    @contextlib.contextmanager
+    def _shared(self, batches: Any) -> Iterator[None]:
+        self.asked.append("shared head")
+        yield
+
+    def __call__(self, input_ids: torch.Tensor, function: Any) -> Any:
+        return function(self.hidden_states, self.head)
+
+    def filtered(self, input_ids: torch.Tensor, function: Any, teacher_states: Any) -> Any:
+        result = None if function is None else self(input_ids, function)
+        return result, (self.filtered_states[:2], self.filtered_states[2:])
+
+    def teacher_ce(self, hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return F.cross_entropy(logits_of(hidden, self.teacher_head), labels)
+
+
+def batch_at(progress: float = 0.0) -> Batch:
+    ids = torch.randint(0, VOCAB, (SAMPLES, LENGTH), generator=torch.Generator().manual_seed(0))
+    tokens = torch.tensor([float(VALID)], dtype=torch.float64)
+    return Batch(ids, next_token_labels(ids), torch.zeros(SAMPLES, dtype=torch.int64), tokens, tokens.sum(), progress)
+
+
+def method_of(models: Models, name: str, **sections: Any) -> Any:
+    config: Any = SimpleNamespace(method=name, loss=Loss(**sections), ted=SimpleNamespace(weight=0.7), doremi=None)
+    teacher = None if name == "cpt" else models.teacher
+    return make_method(config, teacher, Options(VOCAB, gamma=0.0, chunk_tokens=4), 1, {})
+
+
+def plain(models: Models, batch: Batch, gamma: float, temperature: float) -> tuple[float, float, float]:
+    """Return loss, cross-entropy and KL(teacher, student) of the valid tokens, divided by the step's number."""
+    valid = batch.labels.flatten() != -100
+    ours = logits_of(models.hidden_states, models.head)[valid]
+    theirs = logits_of(models.teacher_states, models.teacher_head)[valid]
+    ce = F.cross_entropy(ours, batch.labels.flatten()[valid], reduction="sum") / VALID
+    student, teacher = ((logits / temperature).log_softmax(-1) for logits in (ours, theirs))
+    kl = F.kl_div(student, teacher, reduction="sum", log_target=True) / VALID
+    return float(ce + gamma * temperature**2 * kl), float(ce), float(kl)
+
+
+def test_labels_are_the_next_tokens() -> None:
+    ids = torch.tensor([[5, 6, 7], [1, 0, 2]])
+    assert next_token_labels(ids).tolist() == [[6, 7, -100], [0, 2, -100]]
+
+
+def test_token_losses_are_torchs() -> None:
+    models, batch = Models(), batch_at()
+    losses = token_losses(models.hidden_states, models.head, batch.labels.flatten(), Options(VOCAB, gamma=0.0))
+    expected = F.cross_entropy(logits_of(models.hidden_states, models.head), batch.labels.flatten(), reduction="none")
+    torch.testing.assert_close(losses.double(), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_continued_pretraining_is_cross_entropy() -> None:
+    models, batch = Models(), batch_at()
+    method = method_of(models, "cpt")
+    with method.teacher_outputs([batch, batch]) as outputs:
+        assert list(outputs) == [None, None]
+    result = method.loss(models.student, batch, None)
+    _, ce, _ = plain(models, batch, 0, 1)
+    assert (float(result.loss), float(result.ce), float(result.kl)) == (pytest.approx(ce), pytest.approx(ce), 0.0)
+    assert (method.end_step(SingleProcess()), method.state_dict()) == ({}, {})
+
+
+@pytest.mark.parametrize(("progress", "gamma", "temperature"), [(0.0, 0.4, 2.0), (0.25, 0.55, 1.75), (1.0, 1.0, 1.0)])
+def test_distillation_is_equation_3_at_the_runs_progress(progress: float, gamma: float, temperature: float) -> None:
+    models, batch = Models(), batch_at(progress)
+    method = method_of(models, "kd", gamma=0.4, gamma_end=1.0, temperature=2.0, temperature_end=1.0)
+    with method.teacher_outputs([batch, batch]) as outputs:
+        result = method.loss(models.student, batch, outputs[1])
+    assert models.asked == ["hidden of 2", "shared head"]
+    assert [float(part) for part in result[:3]] == pytest.approx(plain(models, batch, gamma, temperature), rel=1e-5)
+
+
+def test_without_a_weight_the_teacher_does_not_run() -> None:
+    models, batch = Models(), batch_at()
+    method = method_of(models, "kd", gamma=0.0, gamma_end=1.0)
+    with method.teacher_outputs([batch, batch]) as outputs:
+        assert list(outputs) == [None, None] and models.asked == []
+        result = method.loss(models.student, batch, outputs[0])
+    assert float(result.loss) == pytest.approx(plain(models, batch, 0, 1)[1], rel=1e-5)
+    later = batch_at(0.5)
+    with method.teacher_outputs([later]) as outputs:
+        assert len(outputs) == 1 and models.asked == ["hidden of 1", "shared head"]
+
+
+def test_teds_first_stage_is_the_filters_mean_cross_entropy_through_the_teachers_head() -> None:
+    models, batch = Models(), batch_at()
+    method = method_of(models, "ted_filters")
+    with method.teacher_outputs([batch, batch]) as outputs:
+        assert list(outputs) == [("tapped", 0), ("tapped", 1)] and models.asked == ["shared head"]
+    result = method.loss(models.student, batch, (models.teacher_states, []))
+    each = [models.teacher_ce(states, batch.labels.flatten()) * 12 / VALID for states in models.filtered_states]
+    expected = float(torch.stack(each).mean())
+    assert [float(part) for part in result[:3]] == pytest.approx([expected, expected, 0.0], rel=1e-5)
+
+
+def test_teds_second_stage_adds_the_mean_squared_error_of_filtered_states() -> None:
+    models, batch = Models(), batch_at()
+    method = method_of(models, "ted", gamma=0.4, temperature=2.0)
+    result = method.loss(models.student, batch, (models.teacher_states, []))
+    valid = batch.labels.flatten() != -100
+    a, b, c, d = (states[valid].double() for states in models.filtered_states)
+    mse = float((F.mse_loss(a, c) + F.mse_loss(b, d)) / 2) * 12 / VALID
+    loss, ce, kl = plain(models, batch, 0.4, 2.0)
+    assert [float(part) for part in result[:3]] == pytest.approx([loss + 0.7 * mse, ce, kl], rel=1e-5)
+    method.loss(models.student, batch, (models.teacher_states, []))
+    assert method.end_step(SingleProcess()) == {"mse": pytest.approx(2 * mse, rel=1e-5)}
+    assert method.end_step(SingleProcess()) == {"mse": 0.0}
