@@ -35,19 +35,6 @@ from tools.bench.mutants import Mutant
 
 _PLUGINS = ("no:cacheprovider", "no:xdist", "no:warnings")
 _PYTEST = ("-qx", "--noconftest", "--timeout=0", "-m", "not long", *(f"-p{plugin}" for plugin in _PLUGINS))
-    "-q",
-    "-x",
-    "--noconftest",
-    "-p",
-    "no:warnings",
-    "-p",
-    "no:cacheprovider",
-    "-p",
-    "no:xdist",
-    "--timeout=0",
-    "-m",
-    "not long",
-)
 _NOT_SWAPPED = 70  # exit code: the change needs an import
 # hypothesis' attribute of a test. A mutant that lives runs every test that calls it: few examples must do.
 _OPTIONS, _EXAMPLES = "_hypothesis_internal_use_settings", 15

@@ -23,12 +23,22 @@ from ddk_ds.files import write_text
 from tools.bench.mutant_runs import run_mutants
 from tools.bench.mutants import ROOT, Mutant, mutants_of
 
-# The longest tests, which other tests make needless here.
-_SHORT = ("--ignore=tests/unit/mixture/test_planning_cost.py", "--ignore=tests/unit/mixture/test_elastic_order.py")
+# Tests of many seconds; others notice what they would.
+_SLOW = (
+    "test_planning_cost.py",
+    "test_elastic_order.py",
+    "test_cumulative_counts.py::test_proportions_and_lengths_that_change_in_every_interval[100]",
+    "test_cumulative_counts.py::test_constant_proportions[proportions3-8-drawn3]",
+    "test_cumulative_counts.py::test_any_proportions",
+)
 # Source -> the tests that are to notice.
 ROOMS: dict[str, tuple[str, ...]] = {
-    "ddk_ds/mixture": ("tests/unit/mixture", *_SHORT),
-    "ddk_ds/methods": ("tests/unit/test_methods.py",),
+    "ddk_ds/mixture": ("tests/unit/mixture", *(f"--deselect=tests/unit/mixture/{name}" for name in _SLOW)),
+    "ddk_ds/methods": (
+        "tests/unit/test_methods.py",
+        "tests/unit/test_method_losses.py",
+        "tests/unit/test_doremi_proxy.py",
+    ),
     "ddk_ds/config/run_config.py": ("tests/unit/config",),
     "ddk_ds/data/mds.py": ("tests/unit/data/test_data_packing.py",),
     "ddk_ds/data/reading.py": ("tests/unit/data/test_data_packing.py",),

@@ -1,11 +1,12 @@
 """Counts over many intervals: rounding is made up for, so every domain keeps within one sample of what is due to it.
 
-What is due is computed here in exact fractions: the sum over the intervals of proportion times samples.
+What is due is computed here with 50 digits: the sum over the intervals of proportion times samples.
 """
 
 from __future__ import annotations
 
 import json
+from decimal import Decimal, localcontext
 from fractions import Fraction
 
 import numpy as np
@@ -16,6 +17,7 @@ from ddk_ds.mixture.interval_state import DomainEntry, IntervalState
 from tests.unit.mixture.mixture_section import exhaustion_of
 
 INTERVALS = 1000
+DIGITS = 50
 
 
 def fresh(num_domains: int) -> IntervalState:
@@ -23,21 +25,24 @@ def fresh(num_domains: int) -> IntervalState:
     return IntervalState.new(entries, seed=0)
 
 
-def largest_gap(proportions: np.ndarray, totals: list[int]) -> Fraction:
+def largest_gap(proportions: np.ndarray, totals: list[int]) -> Decimal:
     """Return the largest difference between the samples drawn and due, over all domains and intervals.
 
     Every interval goes through a checkpoint, as if each had a start of its own.
     """
     state = fresh(proportions.shape[1])
-    due = [Fraction(0)] * proportions.shape[1]
-    largest = Fraction(0)
+    due = [Decimal(0)] * proportions.shape[1]
+    largest = Decimal(0)
     for row, total in zip(proportions, totals, strict=True):
-        exact = [Fraction(float(value)) for value in row]
-        due = [a + b / sum(exact) * total for a, b in zip(due, exact, strict=True)]
+        exact = [Decimal(float(value)) for value in row]
+        with localcontext(prec=DIGITS):
+            whole = sum(exact)
+            due = [a + b * total / whole for a, b in zip(due, exact, strict=True)]
         state = IntervalState.from_json(json.loads(json.dumps(state.to_json())))
         state = state.advance(row, total).consume(total)
         assert state.total == total and min(state.counts) >= 0
-        largest = max(largest, *(abs(a - b) for a, b in zip(due, state.drawn, strict=True)))
+        with localcontext(prec=DIGITS):
+            largest = max(largest, *(abs(a - b) for a, b in zip(due, state.drawn, strict=True)))
     return largest
 
 
