@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import builtins
+import contextlib
 import gc
 import importlib
 import os
@@ -72,7 +73,8 @@ def run_mutants(mutants: Sequence[Mutant], tests: Sequence[str], say: Callable[[
     if baseline.failed or not baseline.calls:
         raise SystemExit(f"without a change these tests fail: {', '.join(baseline.failed) or 'all'}")
     for name in sorted(baseline.modules) if _NOT_SWAPPED in codes else ():
-        importlib.import_module(name)
+        with contextlib.suppress(ImportError):
+            importlib.import_module(name)
     for number, mutant in enumerate(mutants):
         if codes[number] == _NOT_SWAPPED:
             codes[number] = _forked(partial(_run_imported, mutant, baseline.tests_for(mutant), baseline))

@@ -45,7 +45,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "ddk_ds/train/guard.py": ("tests/unit/train/test_guard.py",),
     "ddk_ds/train/step.py": ("tests/unit/train/test_train_step.py",),
     "ddk_ds/train/interval.py": ("tests/unit/train/test_interval.py",),
-    "ddk_ds/train/run_dir.py": ("tests/unit/train/test_run_identity.py",),
+    "ddk_ds/train/run_dir.py": ("tests/unit/train/test_run_identity.py", "tests/unit/train/test_run_directory.py"),
     "ddk_ds/train/checkpoint/checkpoint_files.py": ("tests/unit/train/test_checkpoint.py",),
     "ddk_ds/planner": ("tests/unit/planner",),
     "ddk_ds/kernels": ("tests/unit/kernels",),

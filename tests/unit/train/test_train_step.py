@@ -167,7 +167,7 @@ def test_the_ledgers_numbers_of_a_step() -> None:
 
 
 def test_the_ledgers_clock_of_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    peaks = {"forward": 2_345_678_901, "update": 1_000_000_000}
+    peaks = {"forward": 2_345_500_001, "update": 2_345_499_999}
     metrics = StepMetrics(1.0, 1.0, 0.0, 1.0, [300, 700], {}, {"forward": 1.23456789}, peaks)
     clock = step_clock(metrics, {"step": 4.0, "data": 0.00004}, 1e12)
     assert clock == {
@@ -177,7 +177,7 @@ def test_the_ledgers_clock_of_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
         "tokens_per_s": 250.0,
         "mfu": None,
         "peak_memory_gb": 2.346,
-        "peak_gb": {"forward": 2.346, "update": 1.0},
+        "peak_gb": {"forward": 2.346, "update": 2.345},
     }
     three = StepMetrics(1.0, 1.0, 0.0, 1.0, [1000], {}, {}, peaks)
     assert step_clock(three, {"step": 3.0}, 1e12)["tokens_per_s"] == 333.3
