@@ -39,7 +39,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
         "tests/unit/test_method_losses.py",
         "tests/unit/test_doremi_proxy.py",
     ),
-    "ddk_ds/config/run_config.py": ("tests/unit/config",),
+    "ddk_ds/config/run_config.py": ("tests/unit/config/test_lengths.py",),
     "ddk_ds/data/mds.py": ("tests/unit/data/test_data_packing.py",),
     "ddk_ds/data/reading.py": ("tests/unit/data/test_data_packing.py",),
     "ddk_ds/train/guard.py": ("tests/unit/train/test_guard.py",),
