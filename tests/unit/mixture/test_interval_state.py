@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 from dataclasses import replace
@@ -15,7 +16,7 @@ from hypothesis import strategies as st
 from ddk_ds.errors import CheckpointError, ConfigError, DataError
 from ddk_ds.mixture.exhaustion import largest_remainder
 from ddk_ds.mixture.interval_state import DomainEntry, IntervalState, ids_sha, interval_ids
-from ddk_ds.mixture.order import DomainOrder
+from ddk_ds.mixture.order import MIX, SAMPLES, DomainOrder, philox
 
 shard_sizes = st.lists(st.integers(0, 40), min_size=1, max_size=12).filter(any)
 
@@ -111,6 +112,22 @@ def test_the_order_is_the_one_that_checkpoints_were_written_with() -> None:
     state = state.advance([0.2, 0.5, 0.3], 200)
     assert state.counts == (40, 100, 60)
     assert ids_sha(interval_ids(orders, offsets, state)) == "eb5cb86a940ff25c"
+
+
+def test_random_streams_are_numpys_philox_of_all_64_bits_of_their_values() -> None:
+    """Seed and name's key as two 32-bit words each, low word first, then purpose, number and block."""
+    seed, key = 0x8123_4567_89AB_CDEF, 0xFEDC_BA98_7654_3210
+    words = [0x89AB_CDEF, 0x8123_4567, 0x7654_3210, 0xFEDC_BA98, 1, 7, 5]
+    theirs = np.random.Generator(np.random.Philox(np.random.SeedSequence(words)))
+    assert philox(seed, key, SAMPLES, 7, 5).integers(0, 2**63, 8).tolist() == theirs.integers(0, 2**63, 8).tolist()
+    words[-3:] = [2, 9, 0]
+    theirs = np.random.Generator(np.random.Philox(np.random.SeedSequence(words)))
+    assert philox(seed, key, MIX, 9).integers(0, 2**63, 8).tolist() == theirs.integers(0, 2**63, 8).tolist()
+
+
+def test_a_shuffles_block_is_2_to_the_16_samples() -> None:
+    """Another number would be another order: a checkpoint of an earlier version could not be resumed."""
+    assert IntervalState.new(entries(5), seed=1).block == 65536 == DomainOrder("prose", [5], 1).block
 
 
 @pytest.mark.parametrize(("sizes", "message"), [([], "0 training samples"), ([0, 0], "0"), ([5, -1], "4")])
@@ -222,6 +239,9 @@ def test_the_hash_of_the_history_covers_every_past_interval() -> None:
     assert other.history_sha != long.history_sha
     assert play(50, 10, 20, 30, 40, 50, 60) == long
     assert play().history_sha == play(50).history_sha == ""
+    first = hashlib.sha256(b" 50 50").hexdigest()[:16]
+    assert play(50, 10).history_sha == first
+    assert play(50, 10, 20).history_sha == hashlib.sha256(f"{first} 10 90".encode()).hexdigest()[:16]
 
 
 def test_a_record_with_other_fields_is_refused() -> None:
