@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -97,18 +98,35 @@ def test_an_interval_is_decided_begun_and_written_down() -> None:
         "smoothed_ppl": None,
         "asked": {"code": 5, "law": 4, "prose": 3},
         "counts": {"code": 6, "law": 3, "prose": 3},
+        "owed": {"code": 0.5, "law": -0.25, "prose": -0.25},
         "domain_tokens": {"code": 10, "law": 20, "prose": 30},
         "ids_sha": state.data.ids_sha,
         "alarms": ["beware"],
         "clock": {"student_s": 1.2346, "decision_s": 0.0},
     }
     assert {key: line[key] for key in expected} == expected
+    assert list(line["proportions"].values()) == pytest.approx([1 / 3] * 3)
+    assert list(line["log_proportions"].values()) == pytest.approx([-math.log(3)] * 3)
     state.smoothed_ppl = [1.0, 2.0, 3.0]
     line = interval_record("interval", state, list(SIZES), teacher, None, {}, (), draws.asked)
     assert line["smoothed_ppl"] == {"code": 1.0, "law": 2.0, "prose": 3.0} and line["ratio"] is None
     last = interval_record("end", state, list(SIZES), teacher, teacher, {})
-    begun = ("smoothed_ppl", "proportions", "asked", "counts", "ids_sha")
-    assert [last[key] for key in begun] == [None] * 5 and last["domain_tokens"] == line["domain_tokens"]
+    begun = ("smoothed_ppl", "proportions", "log_proportions", "asked", "counts", "owed", "ids_sha")
+    assert [last[key] for key in begun] == [None] * 7 and last["domain_tokens"] == line["domain_tokens"]
+
+
+def test_each_interval_has_its_own_number() -> None:
+    """A schedule says by interval what comes next: 0, 1, 2 and 3 have other proportions each."""
+    rows = [[0.5, 0.25, 0.25], [0.25, 0.5, 0.25], [0.25, 0.25, 0.5], [0.0, 0.5, 0.5]]
+    stages = [{"from_interval": t, "proportions": dict(zip(SIZES, row, strict=True))} for t, row in enumerate(rows)]
+    controller = make_controller(section("schedule", schedule_file="stages.yaml"), SIZES, stages)
+    orders = [DomainOrder(name, [size], 3) for name, size in SIZES.items()]
+    mixer, state = Mixer(controller, orders, np.array([0, 40, 60]), SingleProcess()), state_of()
+    for row in rows:
+        decision = mixer.decide(state, np.ones(3), np.ones(3))
+        assert decision.proportions == row
+        mixer.begin(state, decision, Draws((4, 4, 4), (4, 4, 4), (0.0, 0.0, 0.0)))
+        state.data = state.data.consume(12)
 
 
 def test_a_schedules_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
