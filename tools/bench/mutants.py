@@ -38,6 +38,8 @@ class Mutant:
     file: str
     """Path below the repository."""
     line: int
+    part: str
+    """Name of the class or function at the file's top that holds the change; "" outside of them."""
     function: tuple[int, int] | None
     """First and last line of the outermost function that holds the change; None outside of functions."""
     operator: str
@@ -73,7 +75,7 @@ def mutants_of(file: str) -> Iterator[Mutant]:
                 occurrence += 1
                 parents = list(_parents(tree.get_leaf_for_position((line, column))))
                 if not any(_is_noise(child, parent) for child, parent in parents):
-                    yield Mutant(file, line, _function(parents), name, occurrence)
+                    yield Mutant(file, line, _part(parents), _function(parents), name, occurrence)
 
 
 def _parents(leaf: Any) -> Iterator[tuple[Any, Any]]:
@@ -101,6 +103,11 @@ def _is_noise(child: Any, parent: Any) -> bool:
         case "if_stmt":
             return bool(child.get_code(include_prefix=False) == "TYPE_CHECKING")
     return False
+
+
+def _part(parents: list[tuple[Any, Any]]) -> str:
+    named = [str(parent.name.value) for _, parent in parents if parent.type in ("funcdef", "classdef")]
+    return named[-1] if named else ""
 
 
 def _function(parents: list[tuple[Any, Any]]) -> tuple[int, int] | None:

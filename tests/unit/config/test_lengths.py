@@ -103,6 +103,7 @@ def test_sections_that_do_not_fit_together_are_refused() -> None:
         samples = {"samples_every": 10, "sample_tokens": tokens}
         assert refused(monitor=samples, data=lengths) == wrong
         assert not refused(monitor={**samples, "samples_every": 0}, data=lengths)
+    assert refused(method="ted") and not refused(method="ted", ted={"filters": "filters.safetensors"})
     twice = {"path": "data", "domains": ["a", "b", "a"]}
     assert refused(data=twice) and not refused(data={**twice, "domains": ["a", "b"]})
 
