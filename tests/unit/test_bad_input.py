@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 
 from ddk_ds import data, distil
@@ -200,6 +201,21 @@ def test_tokenizers_of_one_vocabulary_and_other_merges(
     allowed = ("data.allow_other_cuts=true",) if share > 0.01 else ()
     assert main(["--config", str(config), "--dry-run", *allowed]) == 0
     assert f"the teacher cuts {share:.2%} of a probe text's tokens differently" in capsys.readouterr().out
+
+
+def test_data_without_the_bos_of_the_tokenizer(
+    workspace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    student = Path(shutil.copytree(workspace / "student", tmp_path / "student"))
+    plain = AutoTokenizer.from_pretrained(student)
+    plain.backend_tokenizer.post_processor = TemplateProcessing(
+        single="B $A", special_tokens=[("B", plain.pad_token_id)]
+    )
+    plain.save_pretrained(student)
+    begin = AutoTokenizer.from_pretrained(student)("").input_ids
+    assert main(["--config", str(write_config(workspace, tmp_path, student={"path": str(student)})), "--dry-run"]) == 0
+    printed = capsys.readouterr().out
+    assert f"documents of the data begin with the ids [], the tokenizer itself begins a text with {begin}" in printed
 
 
 def test_data_of_a_tokenizer_with_other_merges(

@@ -40,10 +40,17 @@ def domain_samples(config: Config, inputs: Inputs) -> Row:
 
 
 def same_tokenizers(inputs: Inputs) -> Row:
-    """Warn if student and teacher cut a probe text differently; vocabularies that differ were refused before."""
-    vocabulary = f"one vocabulary of {inputs.tokenizer.vocab_size:,} tokens"
-    if not inputs.cut_differently:
-        return Row("tokenizers and data", "pass", f"{vocabulary}, which the shards were made with")
-    found = f"{vocabulary}, but the teacher cuts {inputs.cut_differently:.2%} of a probe text's tokens differently"
-    fix = "the teacher sees text as it was never trained on: choose a pair that shares one tokenizer"
-    return Row("tokenizers and data", "warn", found, fix)
+    """Warn if student and teacher cut a probe text differently, or if the data's documents begin without the BOS.
+
+    Vocabularies that differ were refused before.
+    """
+    found = f"one vocabulary of {inputs.tokenizer.vocab_size:,} tokens, which the shards were made with"
+    fixes = []
+    if inputs.cut_differently:
+        found += f"; the teacher cuts {inputs.cut_differently:.2%} of a probe text's tokens differently"
+        fixes.append("the teacher sees text as it was never trained on: choose a pair that shares one tokenizer")
+    data, own = list(inputs.manifest.bos), list(inputs.tokenizer.bos)
+    if data != own:
+        found += f"; documents of the data begin with the ids {data}, the tokenizer itself begins a text with {own}"
+        fixes.append("prepare the data again with tokenizer.add_bos: auto, unless the models were trained so")
+    return judged("tokenizers and data", found, fail=False, warn=bool(fixes), fix="; ".join(fixes))

@@ -7,10 +7,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 CONTROLS = ["<unk>", "<s>", "</s>"]
-KINDS = ("byte_level", "ignore_merges", "llama_2", "sentencepiece_bpe", "unigram", "wordpiece", "wordlevel")
+KINDS = (
+    *("byte_level", "qwen", "deepseek", "ignore_merges"),
+    *("llama_2", "sentencepiece_bpe", "unigram", "wordpiece", "wordlevel"),
+)
+QWEN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+"""The borders of words in Qwen 2.5, and with up to three digits in Llama 3 and GPT-4."""
 
 
 def make_tokenizer(kind: str, texts: Sequence[str], directory: Path, **config: Any) -> Path:
@@ -32,12 +37,22 @@ def make_tokenizer(kind: str, texts: Sequence[str], directory: Path, **config: A
 
 
 def _trained(kind: str, texts: Sequence[str]) -> Tokenizer:
-    if kind in ("byte_level", "ignore_merges"):
+    if kind in ("byte_level", "qwen", "deepseek", "ignore_merges"):
         tokenizer, trainer = Tokenizer(models.BPE()), trainers.BpeTrainer
-        # The second has no borders around punctuation, so that a word can be a control token.
-        splitters: list[Any] = [pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=kind == "byte_level")]
-        if kind == "ignore_merges":
-            splitters.insert(0, pre_tokenizers.WhitespaceSplit())
+        split = pre_tokenizers.Split
+        splitters: list[Any] = {
+            "byte_level": [],
+            "qwen": [split(Regex(QWEN), "isolated")],
+            "deepseek": [
+                *(split(Regex(rule), "isolated") for rule in (r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", "[一-龥]+")),
+                pre_tokenizers.Digits(individual_digits=True),
+            ],
+            # No borders at punctuation, so that a word can be a control token.
+            "ignore_merges": [pre_tokenizers.WhitespaceSplit()],
+        }[kind]
+        splitters.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=kind == "byte_level"))
+        if kind == "qwen":
+            tokenizer.normalizer = normalizers.NFC()
         tokenizer.pre_tokenizer = pre_tokenizers.Sequence(splitters)
         tokenizer.decoder = decoders.ByteLevel()
         trained = trainer(
