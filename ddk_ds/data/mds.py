@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ddk_ds.data.store import AGAIN, LocalStore, Shard, Store
-from ddk_ds.errors import DataError
+from ddk_ds.errors import DataError, UserError
 
 Ids = npt.NDArray[np.unsignedinteger[Any]]
 """Token ids in the shards' dtype, uint16 or uint32."""
@@ -108,7 +108,7 @@ def read_index(store: Store, directory: str, *, fresh: bool = False) -> SplitInd
         encodings = {encoding for entry in entries for encoding in entry["column_encodings"]}
     except FileNotFoundError:
         raise DataError(f"{path} is missing; {AGAIN}") from None
-    except DataError:
+    except UserError:
         raise
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"{path} is damaged ({error!r}); {AGAIN}") from None

@@ -114,6 +114,13 @@ def test_patience_has_an_end_and_is_shared_by_the_processes_that_wait(
     assert 3 <= took < 30, "the second waited for the first one's lock, and then tried once"
 
 
+def test_a_store_that_goes_down_between_two_files_is_no_damage(s3: S3Server, prepared: Path, tmp_path: Path) -> None:
+    url = s3.upload(prepared, "data")
+    s3.breaks_at = "small/validation/index.json"
+    with pytest.raises(TemporaryError, match=r"small/validation/index\.json cannot be fetched, tried for"):
+        load_manifest(CachedStore(url, CacheOptions(tmp_path / "cache", None, 20.0, 0.5)))
+
+
 def test_what_time_does_not_mend_ends_at_once(s3: S3Server, prepared: Path, tmp_path: Path) -> None:
     s3.upload(prepared, "data")
     for number, address in enumerate(("s3://no-such-bucket/data", "s3://corpus/nothing")):
