@@ -197,8 +197,8 @@ def _under_caps(shares: Vector, due: Vector, asked: Ids, caps: Ids) -> tuple[Ids
         full |= over
         rest = int(asked.sum() - caps[full].sum())
         others = np.where(full, 0.0, shares)
-        if others.sum():
-            others /= others.sum()
+        if others.any():
+            others /= math.fsum(others)
         elif rest:
             return None
         now_due = np.where(full, caps, due + math.fsum(due[full] - caps[full]) * others)

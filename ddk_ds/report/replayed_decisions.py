@@ -52,7 +52,7 @@ class RecordedRun:
 def read_recorded_run(run_dir: Path) -> RecordedRun:
     """Read the decisions on a run's mixture, with their inputs, from the ledger and the events in its directory.
 
-    Raises CheckpointError if no interval has begun, or if the start event lacks the sizes of the domains.
+    Raises CheckpointError if no interval has begun, or if an older version wrote the files.
     """
     records = [record for record in read_ledger(run_dir) if record["kind"] == "interval"]
     if not records:
@@ -61,6 +61,11 @@ def read_recorded_run(run_dir: Path) -> RecordedRun:
     if start is None:
         raise CheckpointError(
             f"{run_dir / 'events.jsonl'}: no start event has the sizes of the domains: an older version wrote it"
+        )
+    if "owed" not in records[0]:
+        raise CheckpointError(
+            f"{run_dir / 'ledger.jsonl'}: its intervals do not say what is owed: an older version wrote it; replay it "
+            "with that version"
         )
     domains = list(records[0]["proportions"])
     decisions = [_recorded_decision(record, domains) for record in records]

@@ -150,6 +150,8 @@ def _measurement(
         "proportions": None if end else by_domain(shares),
         "asked": counts,
         "counts": counts,
+        "log_proportions": None,
+        "owed": None if end else dict.fromkeys(domains, 0.0),
         "domain_tokens": by_domain(total.astype(int)),
         "ids_sha": None if end else "0" * 64,
         "alarms": [],

@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
+import pytest
 
 from ddk_ds.config import Mixture
+from ddk_ds.errors import CheckpointError
 from ddk_ds.mixture.controllers import make_controller
 from ddk_ds.mixture.decide import Controller, decide
 from ddk_ds.mixture.exhaustion import due_samples, largest_remainder
-from ddk_ds.report.replayed_decisions import RecordedDecision, RecordedRun, decide_otherwise, replay, replay_json
+from ddk_ds.report.replayed_decisions import (
+    RecordedDecision,
+    RecordedRun,
+    decide_otherwise,
+    read_recorded_run,
+    replay,
+    replay_json,
+)
 
 SIZES = {"python": 1000, "cpp": 2000, "mathematics": 500}
 
@@ -61,6 +72,15 @@ def test_a_fork_begins_with_the_recorded_decision() -> None:
     other = decide_otherwise(controller(alpha=0.0), entries)
     assert other[0] == entries[0].decision
     np.testing.assert_allclose(other[1].proportions, 1 / 3)
+
+
+def test_a_ledger_of_an_older_version_is_refused(tmp_path: Path) -> None:
+    line = {"kind": "interval", "interval": 0, "step": 0, "proportions": {"python": 1.0}, "asked": {"python": 8}}
+    (tmp_path / "ledger.jsonl").write_text(json.dumps(line) + "\n")
+    start = {"event": "start", "mixture": {"train_tokens": {"python": 1}, "schedule": None}}
+    (tmp_path / "events.jsonl").write_text(json.dumps(start) + "\n")
+    with pytest.raises(CheckpointError, match=r"what is owed: an older version wrote it"):
+        read_recorded_run(tmp_path)
 
 
 def test_json_has_both_decisions() -> None:
