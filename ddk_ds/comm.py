@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import sys
+import time
 from collections.abc import Callable
-from typing import Any, Protocol, TypeVar
+from contextlib import suppress
+from datetime import timedelta
+from threading import Event, Thread
+from typing import Any, NoReturn, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -157,9 +163,85 @@ def _store() -> Any:
     return dist.distributed_c10d._get_default_store()
 
 
+def set_default_timeout(seconds: float) -> timedelta:
+    """Make `seconds` the timeout of every process group that is made later without one, DeepSpeed's too; return it."""
+    timeout = timedelta(seconds=seconds)
+    for name in ("default_pg_timeout", "default_pg_nccl_timeout"):
+        setattr(dist.distributed_c10d, name, timeout)
+    return timeout
+
+
+_LEAVING, _HEARD = "ddk_ds/leaving", "ddk_ds/heard"
+_LOOK_EVERY_S, _LONGEST_WAIT_S = 0.5, 5.0
+_ended = Event()
+_listeners: list[Thread] = []
+
+
+def hear_leaving() -> None:
+    """End this process as soon as another rank has called `leave`, with that rank's code. A thread looks for it.
+
+    This rank may be in a collective that the other one will not join: it could not learn it otherwise, and would end by
+    a lost connection or a time limit.
+    """
+    store = _store().clone()  # a separate connection, because the other one may be blocked
+
+    def look() -> None:
+        try:
+            while not store.check([_LEAVING]):
+                if _ended.wait(_LOOK_EVERY_S):
+                    return
+            code = int(store.get(_LEAVING).split()[0])
+            store.add(_HEARD, 1)
+        except (RuntimeError, OSError):  # the process that keeps the store has gone
+            return
+        os._exit(code)
+
+    _listeners.append(Thread(target=look, name="leaving", daemon=True))
+    _listeners[-1].start()
+
+
+def leave(code: int, say: Callable[[], object]) -> NoReturn:
+    """End this process, which cannot go on, and all other ranks, with the code of the first rank that leaves.
+
+    That rank calls `say`, so that an error that all ranks have agreed on is said once. It waits for 5 s at most until
+    all ranks have heard it. The process group is not left in an orderly way: that could wait for ranks that are gone.
+    """
+    try:
+        _stop_hearing()  # this rank's own thread would take this for another rank's
+        store, rank = _store(), dist.get_rank()
+        first = store.compare_set(_LEAVING, "", f"{code} {rank}").decode().split()
+        code = int(first[0])
+        if int(first[1]) == rank:
+            say()
+        heard, end = store.add(_HEARD, 1), time.monotonic() + _LONGEST_WAIT_S
+        while heard < dist.get_world_size() and time.monotonic() < end:
+            time.sleep(_LOOK_EVERY_S / 10)
+            heard = store.add(_HEARD, 0)
+    except (RuntimeError, OSError):  # the process that keeps the store has gone
+        say()
+    finally:
+        with suppress(OSError):
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(code)
+
+
+def _stop_hearing() -> None:
+    _ended.set()
+    for listener in _listeners:
+        listener.join(_LONGEST_WAIT_S)
+
+
+def in_group() -> bool:
+    """Return True if this process is in a process group."""
+    return dist.is_initialized()
+
+
 def destroy() -> None:
-    """Leave the process group if this process is in one."""
+    """Leave the process group if this process is in one. Collective: all ranks have come to their end."""
     if dist.is_initialized():
+        _stop_hearing()
+        dist.barrier()  # the store is in the first rank's process: nobody may ask it any more when that ends
         dist.destroy_process_group()
 
 

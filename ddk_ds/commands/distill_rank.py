@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import traceback
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -17,11 +18,12 @@ from rich.table import Table
 from ddk_ds.command_line import command_parser, parse, positive
 from ddk_ds.config import Config, load_config, to_yaml
 from ddk_ds.config.suggestions import dashes_hint
-from ddk_ds.errors import UserError
-from ddk_ds.exit_codes import EXIT_ENDED_AT_ONCE, EXIT_INTERRUPTED, EXIT_WRONG_NUMBERS, exit_code
+from ddk_ds.errors import UserError, disk_error
+from ddk_ds.exit_codes import EXIT_ENDED_AT_ONCE, EXIT_INTERRUPTED, EXIT_USER_ERROR, EXIT_WRONG_NUMBERS, exit_code
 from ddk_ds.lifeline import follow_launcher
 from ddk_ds.redact import redact
 from ddk_ds.run_files import is_finished
+from ddk_ds.train.watchdog import Watchdog
 
 if TYPE_CHECKING:
     from ddk_ds.comm import Comm
@@ -59,20 +61,34 @@ def main(arguments: Sequence[str] | None = None) -> int:
             config.check_paths()
         if "RANK" not in os.environ and not options.dry_run:
             raise UserError("start it with a launcher: ddk distill, or deepspeed launch/distill.py")
-        return _run(config, dry_run=options.dry_run, preflight=options.preflight, ranks=options.ranks or 1)
-    except KeyboardInterrupt:
-        _console(stderr=True).print(
-            "ended at once: start the same command again to continue from the newest checkpoint"
-        )
-        sys.stderr.flush()
-        os._exit(EXIT_ENDED_AT_ONCE)  # other ranks may wait in a collective that this rank will not join
-    except UserError as error:
-        shown = redact(f"error: {error}")
-        _console(stderr=True).print(shown, style="bold red", highlight=False, soft_wrap=True, markup=False)
-        return exit_code(error)
-    finally:
+        code = _run(config, dry_run=options.dry_run, preflight=options.preflight, ranks=options.ranks or 1)
         if (comm := sys.modules.get("ddk_ds.comm")) is not None:  # it imports torch; without it nothing was begun
             comm.destroy()
+        return code
+    except KeyboardInterrupt:
+        text = "ended at once: start the same command again to continue from the newest checkpoint"
+        return _leave(EXIT_ENDED_AT_ONCE, text)
+    except UserError as error:
+        return _leave(exit_code(error), f"error: {error}")
+    except Exception as error:
+        if isinstance(error, OSError) and (line := disk_error(error)):
+            return _leave(EXIT_USER_ERROR, f"error: {line}")
+        return _leave(1, traceback.format_exc())
+
+
+def _leave(code: int, text: str) -> int:
+    """Print `text` once and return the exit code, or end all ranks with it if they have met."""
+
+    def say() -> None:
+        console = Console(stderr=True)
+        console.print(redact(text), style="bold red", highlight=False, soft_wrap=True, markup=False)
+
+    comm = sys.modules.get("ddk_ds.comm")
+    if comm is not None and comm.in_group():
+        comm.leave(code, say)
+    if os.environ.get("RANK", "0") == "0":
+        say()
+    return code
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -87,21 +103,24 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(config: Config, *, dry_run: bool, preflight: bool, ranks: int) -> int:
+    watchdog = Watchdog(config.limits) if "RANK" in os.environ else None
     # Imported here: torch and DeepSpeed take seconds, for which a misspelt key should not have to wait.
-    from ddk_ds.comm import SingleProcess, call_together
+    from ddk_ds.comm import SingleProcess, call_together, hear_leaving
     from ddk_ds.engine.runtime import start_runtime
     from ddk_ds.train.inputs import check_inputs
     from ddk_ds.train.run_dir import check_run_dir, claim_run_dir, run_identity
 
-    runtime = start_runtime() if "RANK" in os.environ else None
+    runtime = None if watchdog is None else start_runtime(config.limits)
     comm: Comm = SingleProcess() if runtime is None else runtime.comm
+    if runtime is not None:
+        hear_leaving()
     inputs = check_inputs(config, comm)
     for attention in inputs.attention.values():
         if attention.note:
             _console().print(attention.note, soft_wrap=True, highlight=False)
     identity = call_together(comm, lambda: run_identity(config, inputs.fingerprints))
     call_together(comm, lambda: check_run_dir(config, identity))
-    if dry_run or runtime is None:
+    if dry_run or runtime is None or watchdog is None:
         _report(config, inputs, ranks if runtime is None else comm.world_size)
         return 0
     if comm.broadcast_object(is_finished(config.run_dir)):
@@ -110,14 +129,14 @@ def _run(config: Config, *, dry_run: bool, preflight: bool, ranks: int) -> int:
     if preflight:
         _check_machines(config, inputs, runtime)
     call_together(comm, lambda: claim_run_dir(config, identity) if comm.rank == 0 else None)
+    watchdog.write_to(config.run_dir, comm.rank)
     from ddk_ds.train.guard import NumbersGoneWrong
-    from ddk_ds.train.interruption import Interrupted, Interruption
+    from ddk_ds.train.interruption import Interrupted
     from ddk_ds.train.loop import train
     from ddk_ds.train.setup import prepare_run
 
-    interruption = Interruption(comm, runtime.device)
-    run = prepare_run(config, inputs, identity, runtime, interruption)
-    with interruption.listening():  # until here there is nothing to save: a signal ends the process at once
+    run = prepare_run(config, inputs, identity, runtime, watchdog)
+    with run.interruption.listening():  # until here there is nothing to save: a signal ends the process at once
         try:
             train(run)
         except Interrupted:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import traceback
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -40,12 +41,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if "RANK" in os.environ:
         follow_launcher()
     options = _parse(arguments)
-    from ddk_ds.comm import destroy  # imports torch, for which --help and a wrong option should not wait
+    from ddk_ds.comm import destroy, in_group, leave  # imports torch, for which --help should not wait
 
     try:
-        return _run(options)
-    finally:
+        code = _run(options)
         destroy()
+    except Exception:
+        if in_group():
+            leave(1, traceback.print_exc)
+        raise
+    return code
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -88,7 +93,7 @@ def _planned(options: argparse.Namespace, parser: argparse.ArgumentParser) -> tu
 def _run(options: argparse.Namespace) -> int:
     import torch
 
-    from ddk_ds.comm import SingleProcess
+    from ddk_ds.comm import SingleProcess, hear_leaving
     from ddk_ds.engine.runtime import start_runtime
     from ddk_ds.train.preflight import (
         PlannedRanks,
@@ -100,6 +105,8 @@ def _run(options: argparse.Namespace) -> int:
 
     runtime = start_runtime() if "RANK" in os.environ else None
     comm: Comm = SingleProcess() if runtime is None else runtime.comm
+    if runtime is not None:
+        hear_leaving()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu") if runtime is None else runtime.device
     config, error = _load(options)
     # A rank that has no configuration must not leave the others waiting for it in the checks that need one.

@@ -372,18 +372,34 @@ class Guard(Section):
     alarm; 0: no alarm."""
 
 
+# gloo counts milliseconds in 32 bits.
+_FOR_EVER_S = 20 * 86400.0
+
+
 class Limits(Section):
     """Time limits in seconds: after one, a rank that still waits writes its stacks to <run>/stacks and ends the job; 0:
     no limit."""
 
+    start_s: NonNegativeFloat = 1800.0
+    """Limit of a run's start until its ranks have met and checked its inputs, and again of loading its models, in
+    seconds."""
     step_s: NonNegativeFloat = 1800.0
-    """Limit of one optimizer step with the loading of its data, in seconds."""
+    """Limit of one optimizer step with the loading of its data, or of the ranks' leaving at the end, in seconds."""
     evaluation_s: NonNegativeFloat = 7200.0
     """Limit of measuring one model's perplexities on all domains, or of the decision after it, in seconds."""
     checkpoint_s: NonNegativeFloat = 3600.0
-    """Limit of writing one checkpoint, in seconds."""
+    """Limit of writing one checkpoint, or of restoring one, in seconds."""
     export_s: NonNegativeFloat = 7200.0
     """Limit of writing the student at the end of the run, in seconds."""
+
+    @property
+    def collective_s(self) -> float:
+        """Return the timeout of a collective, longer than any limit: the limit of the phase ends a wait, with stacks.
+
+        A slow rank may be in an earlier phase than those that wait for it, so it is longer than two limits.
+        """
+        limits = (self.start_s, self.step_s, self.evaluation_s, self.checkpoint_s, self.export_s)
+        return 2 * max(limits) + 600.0 if all(limits) else _FOR_EVER_S
 
 
 class Monitor(Section):

@@ -12,7 +12,8 @@ import deepspeed
 import torch
 from deepspeed.accelerator import get_accelerator
 
-from ddk_ds.comm import Comm, ProcessGroup
+from ddk_ds.comm import Comm, ProcessGroup, set_default_timeout
+from ddk_ds.config import Limits
 from ddk_ds.engine.process_memory import peak_bytes
 from ddk_ds.files import write_text
 
@@ -25,8 +26,11 @@ class Runtime:
     device: torch.device
 
 
-def start_runtime() -> Runtime:
-    """Join the process group that the launcher described in the environment. Collective."""
+def start_runtime(limits: Limits = Limits()) -> Runtime:  # noqa: B008
+    """Join the process group that the launcher described in the environment. Collective.
+
+    Its collectives wait longer than any of `limits`.
+    """
     # DeepSpeed unpickles what it loads. With this, torch.load accepts only tensors and plain values in every call.
     os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
     # Compiled by `make setup`. DeepSpeed's default is one directory for all environments of a user, which would then
@@ -44,7 +48,8 @@ def start_runtime() -> Runtime:
         load_communication()
     else:
         accelerator.set_device(local_rank)
-    deepspeed.init_distributed(dist_backend=accelerator.communication_backend_name(), verbose=False)
+    timeout = set_default_timeout(limits.collective_s)
+    deepspeed.init_distributed(dist_backend=accelerator.communication_backend_name(), timeout=timeout, verbose=False)
     comm = ProcessGroup(local_rank)
     _unlink_shared_memory(comm.rank)
     return Runtime(comm, torch.device(accelerator.device_name(), local_rank))

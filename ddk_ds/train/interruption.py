@@ -1,29 +1,21 @@
-"""The two ways in which a run is cut short: by a signal, and by a phase that exceeds its time limit.
+"""How a run is cut short by a signal.
 
 SIGTERM and SIGUSR1 (schedulers' warnings), SIGHUP (the terminal has gone) and the first SIGINT are noted by a handler.
 All ranks agree on them at the next step, domain of an evaluation or tensor of an export; the run then saves and ends
 with `EXIT_INTERRUPTED`. A second SIGINT ends it at once.
-
-A phase that exceeds its limit writes the stack of every thread and ends the process. faulthandler's own thread does
-this, which needs neither the interpreter's lock nor an answer from the GPU. The launcher (or srun) then ends the other
-ranks.
 """
 
 from __future__ import annotations
 
-import faulthandler
 import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from types import FrameType
-from typing import Literal
 
 import torch
 
 from ddk_ds.comm import Comm
-from ddk_ds.config import Limits
 
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT)
 # A launcher that got the terminal's SIGINT too passes it on at once (torchrun): not a second Ctrl-C.
@@ -81,39 +73,3 @@ def raise_for(number: int) -> None:
     """Raise Interrupted if `number`, the second value of `highest`, is not 0."""
     if number:
         raise Interrupted(signal.Signals(number).name)
-
-
-Phase = Literal["step", "evaluation", "controller", "checkpoint", "export"]
-
-
-class Watchdog:
-    """Limits the time of each phase of one rank.
-
-    `<run>/stacks/rank-<n>.txt` names the phase that the rank is in, and holds the stacks if that exceeded its limit.
-    Stacks of an earlier start are kept next to it.
-    """
-
-    def __init__(self, run_dir: Path, rank: int, limits: Limits) -> None:
-        self._limits = limits
-        path = run_dir / "stacks" / f"rank-{rank}.txt"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if path.is_file() and "Timeout" in path.read_text(errors="replace"):
-            path.rename(path.with_name(f"{path.stem}-{int(path.stat().st_mtime)}.txt"))
-        self._stream = path.open("w")
-
-    def watch(self, phase: Phase, step: int) -> None:
-        """End the phase before and begin `phase` with its time limit; a limit of 0 s means no limit."""
-        limit = getattr(self._limits, f"{'evaluation' if phase == 'controller' else phase}_s")
-        self._stream.seek(0)
-        self._stream.truncate()
-        self._stream.write(f"{phase} after step {step}, at most {limit:g} s\n")
-        self._stream.flush()
-        if limit:
-            faulthandler.dump_traceback_later(limit, exit=True, file=self._stream)
-        else:
-            faulthandler.cancel_dump_traceback_later()
-
-    def close(self) -> None:
-        """End the current limit and close the file."""
-        faulthandler.cancel_dump_traceback_later()
-        self._stream.close()

@@ -48,9 +48,9 @@ def train(run: Run) -> dict[str, Any]:
         _save_interrupted(run, str(interrupted))
         raise
     finally:
+        run.watchdog.watch("end", run.state.step)
         run.progress.stop()
         run.ahead.close()
-        run.watchdog.close()
         run.monitor.close()
 
 

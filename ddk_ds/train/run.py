@@ -14,7 +14,7 @@ from ddk_ds.kernels import Options
 from ddk_ds.methods import Method, make_method
 from ddk_ds.train.checkpoint.saver import Saver
 from ddk_ds.train.inputs import Inputs
-from ddk_ds.train.interruption import Interruption, Watchdog
+from ddk_ds.train.interruption import Interruption
 from ddk_ds.train.interval import Array, Mixer
 from ddk_ds.train.ledger import Ledger, MonitorFeed
 from ddk_ds.train.progress import RunProgress
@@ -22,6 +22,7 @@ from ddk_ds.train.read_ahead import ReadAhead
 from ddk_ds.train.samples import Sampler
 from ddk_ds.train.state import RunState
 from ddk_ds.train.validation import ValidationBatches
+from ddk_ds.train.watchdog import Watchdog
 
 
 @dataclass

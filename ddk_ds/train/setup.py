@@ -24,7 +24,7 @@ from ddk_ds.mixture.order import DomainOrder
 from ddk_ds.train.checkpoint.restore import Start, find_start, restore
 from ddk_ds.train.checkpoint.saver import Saver
 from ddk_ds.train.inputs import Inputs
-from ddk_ds.train.interruption import Interruption, Watchdog
+from ddk_ds.train.interruption import Interruption
 from ddk_ds.train.interval import Array, Mixer
 from ddk_ds.train.ledger import Ledger, MonitorFeed
 from ddk_ds.train.progress import RunProgress
@@ -40,21 +40,20 @@ from ddk_ds.train.validation import (
     perplexities,
     perplexity_conditions,
 )
+from ddk_ds.train.watchdog import Watchdog
 from ddk_ds.version import versions
 
 
-def prepare_run(
-    config: Config, inputs: Inputs, identity: dict[str, Any], runtime: Runtime, interruption: Interruption
-) -> Run:
+def prepare_run(config: Config, inputs: Inputs, identity: dict[str, Any], runtime: Runtime, watchdog: Watchdog) -> Run:
     """Load models and data, restore the checkpoint that the run continues from, and return the run. Collective.
 
     Raises CheckpointError on every rank if there are checkpoints and none can be used.
     """
     comm = runtime.comm
     config = settle_passes(config, inputs, runtime)
-    if isinstance(inputs.store, CachedStore):  # a signal is answered while the store fails
-        inputs.store.fetcher.give_up = lambda: interruption.signal != 0
+    watchdog.watch("restore")
     start = find_start(config, comm)
+    watchdog.watch("models")
     dataset = MixtureDataset(inputs.store, inputs.names)
     validation = _validation(config, inputs, comm)
     vocab_size = inputs.tokenizer.vocab_size
@@ -68,7 +67,9 @@ def prepare_run(
     options = Options(vocab_size, gamma=0.0, chunk_tokens=chunk_tokens, logits_dtype=config.loss.logits_dtype)
     teacher_ppl = None
     if teacher is not None:
+        watchdog.watch("evaluation")
         teacher_ppl = _teacher_perplexities(config, inputs, identity, teacher, validation, options, runtime, progress)
+        watchdog.watch("models")
     student = load_student(config, inputs.student, vocab_size, comm, inputs.filters, clock)
     orders = [
         DomainOrder(name, sizes, config.seed) for name, sizes in zip(inputs.names, dataset.shard_sizes, strict=True)
@@ -84,8 +85,8 @@ def prepare_run(
         validation=validation,
         teacher_ppl=teacher_ppl,
         mixer=Mixer(inputs.controller, orders, dataset.sample_offsets, comm),
-        interruption=interruption,
-        watchdog=Watchdog(config.run_dir, comm.rank, config.limits),
+        interruption=Interruption(comm, runtime.device),
+        watchdog=watchdog,
         ahead=ReadAhead(inputs.store, dataset, orders, enabled=comm.local_rank == 0),
         sampler=_sampler(config, inputs, validation, runtime),
         state=RunState(
@@ -109,10 +110,13 @@ def _begin(run: Run, start: Start | None) -> None:
 
     Collective.
     """
+    run.watchdog.watch("restore")
     if start is None:
         run.ledger.rewind(0)
     else:
         restore(run, start)
+    if isinstance(run.inputs.store, CachedStore):  # a signal is answered while the store fails
+        run.inputs.store.fetcher.give_up = lambda: run.interruption.signal != 0
     call_together(run.runtime.comm, lambda: _open_monitors(run) if run.runtime.comm.rank == 0 else None)
     _announce_start(run, start)
 

@@ -10,11 +10,11 @@ from typing import Any
 from ddk_ds.config import load_config
 from ddk_ds.engine.runtime import Runtime
 from ddk_ds.train.inputs import check_inputs
-from ddk_ds.train.interruption import Interruption
 from ddk_ds.train.loop import train
 from ddk_ds.train.run import Run
 from ddk_ds.train.run_dir import claim_run_dir, run_identity
 from ddk_ds.train.setup import prepare_run
+from ddk_ds.train.watchdog import Watchdog
 
 
 class BreakOff(Exception):
@@ -70,7 +70,7 @@ def prepare(runtime: Runtime, config_path: str, name: str, lines: int | None = N
     if runtime.comm.rank == 0:
         claim_run_dir(config, identity)
     runtime.comm.barrier()
-    run = prepare_run(config, inputs, identity, runtime, Interruption(runtime.comm, runtime.device))
+    run = prepare_run(config, inputs, identity, runtime, Watchdog(config.limits))
     if lines is not None:
         _break_after(run, lines)
     return run

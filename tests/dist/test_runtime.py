@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from ddk_ds.config import Limits
 from tests.dist.ranks import run_ranks
 
 
@@ -28,3 +29,9 @@ def test_a_lock_file_of_a_killed_process_blocks_no_later_start(tmp_path: Path, m
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
     total, _, _ = run_ranks("tests.dist.runtime_worker:shared_memory", 2)
     assert total == 3.0
+
+
+def test_no_collective_ends_before_the_limit_of_a_phase() -> None:
+    """DeepSpeed makes groups without naming a timeout: theirs would be torch's half an hour, or 10 minutes on GPUs."""
+    limits = Limits()
+    assert run_ranks("tests.dist.runtime_worker:shortest_timeout_s", 2) > 2 * max(limits.evaluation_s, limits.export_s)

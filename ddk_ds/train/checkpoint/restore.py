@@ -223,7 +223,7 @@ def roll_back(run: Run, reason: str) -> bool:
     if len(done) >= config.guard.roll_backs:
         return False
     failed, skip_until = run.state.step, run.state.position
-    run.watchdog.watch("checkpoint", failed)
+    run.watchdog.watch("restore", failed)
     good_step = run.state.good_step
     start = find_start(config, comm, at_most=good_step)
     if start is None:

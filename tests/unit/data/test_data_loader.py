@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from torch.utils.data import DataLoader
 from ddk_ds.data.loader import MixtureDataset, interval_loader, validation_batches
 from ddk_ds.data.mds import open_split
 from ddk_ds.data.store import LocalStore
-from ddk_ds.errors import DataError
+from ddk_ds.errors import DataError, TemporaryError
 
 NAMES = ["large", "small", "tree"]
 
@@ -129,3 +130,18 @@ def test_validation_is_the_same_samples_for_any_world_size(prepared: Path, world
 def test_too_few_validation_samples_are_named(prepared: Path) -> None:
     with pytest.raises(DataError, match=r"domain 'tree' .* validation samples, 1,000 are asked for"):
         validation_batches(prepared, ["tree"], num_samples=1000, rank=0, world=1, micro_batch=2)
+
+
+class Unreachable:
+    """A dataset whose store does not answer."""
+
+    def read(self, sample_id: int) -> None:
+        raise TemporaryError(f"sample {sample_id}: the store does not answer")
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_an_error_that_time_may_mend_keeps_its_kind(num_workers: int) -> None:
+    dataset: Any = Unreachable()
+    batches = interval_loader(dataset, np.arange(2), rank=0, world=1, micro_batch=2, num_workers=num_workers)
+    with pytest.raises(TemporaryError, match=r"^sample 0: the store does not answer$"):
+        next(batches)
