@@ -185,13 +185,9 @@ def _lost(call: _Call, kernel: str) -> list[str]:
     eager = getattr(sys.modules[type(call.module).__module__], "eager_attention_forward", None)
     if eager is None:
         return []
-    torch_state = torch.random.get_rng_state()
-    try:
-        torch.manual_seed(0)
-        module, options = _real_module(call.module), {key: _real(value) for key, value in call.options.items()}
-        tensors = _queries(call)
-    finally:
-        torch.random.set_rng_state(torch_state)
+    drawn = torch.Generator().manual_seed(0)  # the training's own generators stay as they are
+    module, options = _real_module(call.module, drawn), {k: _real(value, drawn) for k, value in call.options.items()}
+    tensors = _queries(call, drawn)
 
     def result(function: Callable[..., Any], without: tuple[str, ...] = ()) -> torch.Tensor:
         used = {key: value for key, value in options.items() if key not in without}
@@ -211,27 +207,27 @@ def _lost(call: _Call, kernel: str) -> list[str]:
     return [key for key in further if kernel != "flash_attention_2" or key not in _FLASH]
 
 
-def _queries(call: _Call) -> tuple[torch.Tensor, ...]:
+def _queries(call: _Call, drawn: torch.Generator) -> tuple[torch.Tensor, ...]:
     """Return random queries, keys, values and a causal mask, in float64, for a call."""
-    query, key, value = (torch.randn(shape, dtype=torch.float64) for shape in call.shapes)
+    query, key, value = (torch.randn(shape, generator=drawn, dtype=torch.float64) for shape in call.shapes)
     scaling = call.options.get("scaling") or query.shape[-1] ** -0.5
     query *= _SCORES / (scaling * math.sqrt(query.shape[-1]))
     mask = torch.full((1, 1, query.shape[2], key.shape[2]), torch.finfo(torch.float64).min, dtype=torch.float64)
     return query, key, value, mask.triu(1)
 
 
-def _real_module(module: Any) -> Any:
+def _real_module(module: Any, drawn: torch.Generator) -> Any:
     """Return a copy of a module with values in its own parameters and buffers, such as gpt-oss's sinks."""
     real = copy.copy(module)
-    real._parameters = {name: _real(value) for name, value in module._parameters.items()}
-    real._buffers = {name: _real(value) for name, value in module._buffers.items()}
+    real._parameters = {name: _real(value, drawn) for name, value in module._parameters.items()}
+    real._buffers = {name: _real(value, drawn) for name, value in module._buffers.items()}
     return real
 
 
-def _real(value: Any) -> Any:
+def _real(value: Any, drawn: torch.Generator) -> Any:
     """Return random numbers in place of a tensor of numbers, and ones in place of a mask or of positions."""
     if not isinstance(value, torch.Tensor):
         return value
     if value.dtype.is_floating_point:
-        return torch.randn(tuple(value.shape), dtype=torch.float64)
+        return torch.randn(tuple(value.shape), generator=drawn, dtype=torch.float64)
     return torch.ones(tuple(value.shape), dtype=value.dtype)
