@@ -63,7 +63,7 @@ def load_tokenizer(directory: Path) -> TokenizerInfo:
     token is ordinary text; `tokenizer` finds such a token if its model has it as a word or piece.
 
     Raises:
-        DataError: no tokenizer.json, a broken file, or a BOS or EOS token that the vocabulary lacks.
+        DataError: no tokenizer.json, a broken file, or an EOS token that the vocabulary lacks.
     """
     path = directory / "tokenizer.json"
     if not path.is_file():
@@ -95,17 +95,20 @@ def fingerprint(vocab: Mapping[str, int]) -> str:
 
 
 def _special_token(directory: Path, vocab: Mapping[str, int], key: str) -> str | None:
-    """Return the token that tokenizer_config.json, or else special_tokens_map.json, names."""
+    """Return the token that tokenizer_config.json, or else special_tokens_map.json, names.
+
+    A BOS token that the vocabulary lacks is none: no text begins with it.
+    """
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
         token = _read(directory / name).get(key)
         if isinstance(token, dict):
             token = token.get("content")
         if token is None:
             continue
-        if token not in vocab:
-            kind = key.partition("_")[0].upper()
-            raise DataError(f"{directory / name} names the {kind} token {token!r}, which tokenizer.json lacks")
-        return str(token)
+        if token in vocab:
+            return str(token)
+        if key == "eos_token":
+            raise DataError(f"{directory / name} names the EOS token {token!r}, which tokenizer.json lacks")
     return None
 
 

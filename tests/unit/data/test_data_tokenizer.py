@@ -88,6 +88,14 @@ def test_broken_files_are_named(tokenizer_dir: Path, tmp_path: Path, name: str, 
         load_tokenizer(tmp_path)
 
 
+def test_a_bos_token_that_the_vocabulary_lacks_is_none(tokenizer_dir: Path, tmp_path: Path) -> None:
+    shutil.copy(tokenizer_dir / "tokenizer.json", tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<s>", "eos_token": EOS_TOKEN}))
+    info = load_tokenizer(tmp_path)
+    assert (info.bos_token, info.bos, info.eos_token_id) == (None, (), 0)
+    assert info.text.encode("<s>") == load_tokenizer(tokenizer_dir).text.encode("<s>")
+
+
 def test_a_missing_tokenizer_is_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"holds no tokenizer\.json"):
         load_tokenizer(tmp_path)
