@@ -23,7 +23,7 @@ from ddk_ds.exit_codes import EXIT_INTERRUPTED
 
 @reports_user_errors
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Return 0 if done, 1 if a stage failed, 2 for an error that the user can mend, 75 if interrupted."""
+    """Return 0 if done, 1 if a stage failed, 75 if interrupted, or the code of an error."""
     parser = command_parser(__doc__, dashes_hint)
     parser.add_argument("--config", type=Path, required=True, help="YAML file of the run")
     parser.add_argument("--method", required=True, choices=tuple(STAGES), help="method of all its stages")

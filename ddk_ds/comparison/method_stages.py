@@ -18,8 +18,8 @@ from ddk_ds.config import Config, load_config
 from ddk_ds.config.keys import flatten
 from ddk_ds.config.methods import METHODS as SINGLE_STAGE
 from ddk_ds.config.paths import path_keys
-from ddk_ds.errors import CheckpointError, ConfigError, UserError
-from ddk_ds.exit_codes import EXIT_ENDED_AT_ONCE, EXIT_INTERRUPTED
+from ddk_ds.errors import CheckpointError, ConfigError, TemporaryError, UserError
+from ddk_ds.exit_codes import EXIT_ENDED_AT_ONCE, EXIT_INTERRUPTED, EXIT_TEMPORARY
 from ddk_ds.launcher import launcher_command, run_launcher
 from ddk_ds.run_files import is_finished
 
@@ -193,8 +193,8 @@ def _replaced_content(run_dir: Path, config: Config) -> list[str]:
 def run_job(job: Job, ranks: int | None) -> Iterator[str]:
     """Run the stages that are not finished, and yield a line of text for each stage.
 
-    `ranks` is the number of processes; None starts one for each accelerator of the machine. Raises StageFailed that
-    names the log, RunInterrupted after a signal, and UserError if a stage cannot begin.
+    `ranks` is the number of processes; None starts one for each accelerator of the machine. Raises StageFailed (or
+    TemporaryError) that names the log, RunInterrupted after a signal, and UserError if a stage cannot begin.
     """
     for stage in job.stages:
         run = job.run_name(stage.suffix)
@@ -207,7 +207,8 @@ def run_job(job: Job, ranks: int | None) -> Iterator[str]:
             raise RunInterrupted(f"{run} was interrupted by a signal")
         # The launcher exits with 0 when a signal ends its ranks: only the summary proves that the run is done.
         if code != 0 or not is_finished(job.run_dir(stage.suffix)):
-            raise StageFailed(f"{run} failed with exit code {code}: see {log}")
+            kind = TemporaryError if code == EXIT_TEMPORARY else StageFailed
+            raise kind(f"{run} failed with exit code {code}: see {log}")
         yield f"{run}: finished in {time.monotonic() - began:.0f} s"
 
 

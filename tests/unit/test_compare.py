@@ -314,6 +314,15 @@ class Launches:
         return 0
 
 
+def test_a_stage_that_time_may_mend_keeps_its_code(
+    tmp_path: Path, config: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(stages, "launch", lambda *_: 69)
+    overrides = [f"output_dir={tmp_path / 'out'}"]
+    assert stages_command.main(["--config", str(config), "--method", "doremi", *overrides]) == 69
+    assert "failed with exit code 69: see" in capsys.readouterr().err
+
+
 def test_stages_of_doremi(tmp_path: Path, config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     launches = Launches(monkeypatch)
     job = Job(config, "doremi", "doremi-s0", tmp_path / "out", ("seed=4",))
