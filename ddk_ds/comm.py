@@ -191,7 +191,7 @@ def hear_leaving() -> None:
                 if _ended.wait(_LOOK_EVERY_S):
                     return
             code = int(store.get(_LEAVING).split()[0])
-            store.add(_HEARD, 1)
+            _has_heard(store)
         except (RuntimeError, OSError):  # the process that keeps the store has gone
             return
         os._exit(code)
@@ -203,27 +203,34 @@ def hear_leaving() -> None:
 def leave(code: int, say: Callable[[], object]) -> NoReturn:
     """End this process, which cannot go on, and all other ranks, with the code of the first rank that leaves.
 
-    That rank calls `say`, so that an error that all ranks have agreed on is said once. It waits for 5 s at most until
-    all ranks have heard it. The process group is not left in an orderly way: that could wait for ranks that are gone.
+    That rank calls `say`, so that an error that all ranks have agreed on is said once. The process group is not left in
+    an orderly way: that could wait for ranks that are gone.
     """
+    said = False
     try:
         _stop_hearing()  # this rank's own thread would take this for another rank's
         store, rank = _store(), dist.get_rank()
-        first = store.compare_set(_LEAVING, "", f"{code} {rank}").decode().split()
-        code = int(first[0])
-        if int(first[1]) == rank:
+        first_code, first_rank = map(int, store.compare_set(_LEAVING, "", f"{code} {rank}").split())
+        code, said = first_code, True
+        if first_rank == rank:
             say()
-        heard, end = store.add(_HEARD, 1), time.monotonic() + _LONGEST_WAIT_S
-        while heard < dist.get_world_size() and time.monotonic() < end:
-            time.sleep(_LOOK_EVERY_S / 10)
-            heard = store.add(_HEARD, 0)
+        _has_heard(store)
     except (RuntimeError, OSError):  # the process that keeps the store has gone
-        say()
+        if not said:
+            say()
     finally:
         with suppress(OSError):
             sys.stdout.flush()
             sys.stderr.flush()
         os._exit(code)
+
+
+def _has_heard(store: Any) -> None:
+    """Note that this rank has heard it. Rank 0, which keeps the store, then waits for 5 s at most for the others."""
+    heard, end = store.add(_HEARD, 1), time.monotonic() + _LONGEST_WAIT_S
+    while dist.get_rank() == 0 and heard < dist.get_world_size() and time.monotonic() < end:
+        time.sleep(_LOOK_EVERY_S / 10)
+        heard = store.add(_HEARD, 0)
 
 
 def _stop_hearing() -> None:
