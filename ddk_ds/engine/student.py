@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -160,7 +161,8 @@ def load_student(
         model.requires_grad_(False)
     root = _root(model, files, filters)
     engine, _, _, _ = deepspeed.initialize(model=root, optimizer=_adamw(root, config), config=ds_config)
-    engine.checkpoint_engine = ShardWriter()
+    engine.checkpoint_engine = writer = ShardWriter()
+    engine._copy_recovery_script = partial(writer.keep_error, engine._copy_recovery_script)
     engine.train()
     clock = clock or StageClock(get_accelerator().device_name())
     time_gathers(engine.optimizer.parameter_offload.get_param_coordinator(), clock, "gather")

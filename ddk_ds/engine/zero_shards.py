@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import count
 from pathlib import Path
@@ -71,15 +71,26 @@ class ShardWriter(TorchCheckpointEngine):
         self.wait()
         self._files, self._failure, self._background = {}, "", background
 
+    def makedirs(self, path: str, exist_ok: bool = False) -> None:
+        """Make a directory; DeepSpeed calls this."""
+        self.keep_error(super().makedirs, path, exist_ok)
+
+    def keep_error(self, write: Callable[..., None], path: str, *arguments: Any) -> None:
+        """Call `write`, which makes `path` or writes there. An error is kept for `wait`."""
+        try:
+            write(path, *arguments)
+        except (OSError, RuntimeError) as error:  # torch's writer raises RuntimeError when the disk is full
+            self._failure = self._failure or f"{path}: {error}"
+
     def save(self, state_dict: Any, path: str) -> None:
         """Write `state_dict` to the file `path`; DeepSpeed calls this."""
         if self._background:
             copy = self._on_host(state_dict, Path(path).name, count())
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
-            self._pending.append(self._thread.submit(self._write, copy, Path(path)))
+            self._pending.append(self._thread.submit(self.keep_error, self._write, path, copy))
         else:
-            self._write(state_dict, Path(path))
+            self.keep_error(self._write, path, state_dict)
 
     @property
     def pending(self) -> bool:
@@ -113,16 +124,14 @@ class ShardWriter(TorchCheckpointEngine):
             return {key: self._on_host(item, file, numbers) for key, item in value.items()}
         return [self._on_host(item, file, numbers) for item in value] if isinstance(value, list) else value
 
-    def _write(self, state_dict: Any, path: Path) -> None:
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with path.open("wb") as stream:
-                torch.save(state_dict, stream)
-                stream.flush()
-                os.fsync(stream.fileno())
-            self._files[path] = size_and_xxh64(path)
-        except (OSError, RuntimeError) as error:  # torch's writer raises RuntimeError when the disk is full
-            self._failure = f"{path}: {error}"
+    def _write(self, name: str, state_dict: Any) -> None:
+        path = Path(name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("wb") as stream:
+            torch.save(state_dict, stream)
+            stream.flush()
+            os.fsync(stream.fileno())
+        self._files[path] = size_and_xxh64(path)
 
 
 class _Slot(NamedTuple):

@@ -51,6 +51,13 @@ def teacher_perplexities(runtime: Runtime, config_paths: list[str]) -> list[list
     return found
 
 
+def save_where_nothing_can_be_written(runtime: Runtime, config_path: str) -> list[str]:
+    """Save a checkpoint below a file; return why each rank could not write, or "". Collective."""
+    student = prepare(runtime, config_path, "unsaved").student
+    student.save(Path("/dev/null/checkpoint"), "state", {}, background=True)
+    return runtime.comm.gather_objects(student.wait_for_save()[1])
+
+
 def break_off(runtime: Runtime, config_path: str, name: str, lines: int) -> None:
     """Train until that many lines of the ledger are written."""
     with contextlib.suppress(BreakOff):

@@ -46,3 +46,12 @@ def test_a_teacher_that_is_computed_otherwise_has_its_own_perplexities(workspace
     assert int8 == right != plain
     assert again == plain
     assert len(list((shared / "runs" / ".teacher-perplexities").iterdir())) == 2 * len(plain)
+
+
+def test_a_checkpoint_that_cannot_be_written_ends_no_rank(workspace: Path, tmp_path: Path) -> None:
+    # DeepSpeed makes directories and copies a script of its own while it saves, on some ranks alone.
+    config = write_config(workspace, tmp_path)
+    failures = run_ranks(
+        "tests.dist.resume_worker:save_where_nothing_can_be_written", 2, timeout_s=100, config_path=str(config)
+    )
+    assert len(failures) == 2 and all("/dev/null" in failure for failure in failures)

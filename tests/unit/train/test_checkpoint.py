@@ -366,6 +366,17 @@ def test_a_file_that_cannot_be_written_is_noted(tmp_path: Path) -> None:
         assert writer.load(str(tmp_path / "a.pt")) == {"a": 1}
 
 
+def test_a_directory_that_cannot_be_made_is_noted(tmp_path: Path) -> None:
+    writer = ShardWriter()
+    writer.begin(background=False)
+    writer.makedirs(str(tmp_path / "a/b"))
+    (tmp_path / "file").touch()
+    writer.makedirs(str(tmp_path / "file/b"))
+    writer.keep_error(lambda path: Path(path).write_text(""), str(tmp_path / "file/c"))
+    assert writer.wait() == ({}, f"{tmp_path}/file/b: [Errno 20] Not a directory: '{tmp_path}/file/b'")
+    assert (tmp_path / "a/b").is_dir()
+
+
 def test_what_is_written_in_the_background_is_what_was_saved(tmp_path: Path) -> None:
     writer, weights, nested = ShardWriter(), torch.zeros(1 << 20), {"step": torch.tensor(3.0)}
     writer.begin(background=True)
