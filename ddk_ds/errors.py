@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import errno
 
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-_OF_A_DISK = (*_FULL, errno.EROFS, errno.EIO, errno.ESTALE)
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""Numbers of the operating system's errors that free space mends."""
+_OF_A_DISK = (*DISK_FULL, errno.EROFS, errno.EIO, errno.ESTALE)
 
 
 class UserError(ValueError):
@@ -36,5 +37,5 @@ def disk_error(error: OSError) -> str:
     if error.filename is None and error.errno not in _OF_A_DISK:
         return ""
     name = "" if error.filename is None else f"{error.filename}: "
-    mend = "make room" if error.errno in _FULL else "mend that"
+    mend = "make room" if error.errno in DISK_FULL else "mend that"
     return f"{name}{error.strerror or error}; {mend}, then start the same command again"

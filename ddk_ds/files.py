@@ -17,7 +17,7 @@ from typing import Any
 
 import xxhash
 
-from ddk_ds.errors import CheckpointError, UserError
+from ddk_ds.errors import DISK_FULL, CheckpointError, UserError
 
 PARTIAL = ".partial-"
 """Prefix of the directories in which directories are written; nothing that has it is complete."""
@@ -170,7 +170,7 @@ def written(path: Path) -> Iterator[None]:
 
 def unwritable(path: Path | str, error: OSError, then: str) -> CheckpointError:
     """Return the error that `path` cannot be written: why not, and what to do `then`."""
-    room = "make room, then " if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
+    room = "make room, then " if error.errno in DISK_FULL else ""
     return CheckpointError(f"{path} cannot be written: {error.strerror or error}; {room}{then}")
 
 

@@ -27,9 +27,9 @@ from pathlib import Path
 from typing import IO, Any
 
 from ddk_ds.config import Data
-from ddk_ds.data.remote import DISK_FULL, Fetcher
+from ddk_ds.data.remote import Fetcher
 from ddk_ds.data.store import Damaged, LocalStore, Shard, Store, Verified
-from ddk_ds.errors import ConfigError, DataError, UserError
+from ddk_ds.errors import DISK_FULL, ConfigError, DataError, UserError
 from ddk_ds.files import write_text
 
 MIN_SHARDS = 4

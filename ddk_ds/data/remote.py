@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import re
 import shutil
@@ -22,10 +21,9 @@ from urllib.parse import urlsplit
 
 from ddk_ds.data.patience import PATIENCE_S, Unavailable, http_status, never, patiently, refused
 from ddk_ds.data.store import Damaged, Shard, verify
-from ddk_ds.errors import DataError, UserError
+from ddk_ds.errors import DISK_FULL, DataError, UserError
 from ddk_ds.redact import redact
 
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 _Result = TypeVar("_Result")
 _DAMAGED_ATTEMPTS = 5
 # Codes of a store's error that another attempt does not mend.

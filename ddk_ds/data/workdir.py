@@ -18,8 +18,7 @@ from typing import Any
 
 from ddk_ds.data.documents import Dropped, Position
 from ddk_ds.data.recipe import Domain, SourceFile
-from ddk_ds.data.remote import DISK_FULL
-from ddk_ds.errors import DataError
+from ddk_ds.errors import DISK_FULL, DataError
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS settings (name TEXT PRIMARY KEY, value TEXT) WITHOUT ROWID;

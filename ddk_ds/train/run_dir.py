@@ -13,7 +13,7 @@ from typing import IO, Any
 from ddk_ds.config import Config, to_yaml
 from ddk_ds.config.keys import flatten
 from ddk_ds.errors import CheckpointError
-from ddk_ds.files import is_leftover, nearest_existing, read_object, remove_leftovers, sync, write_text
+from ddk_ds.files import is_leftover, nearest_existing, read_object, remove_leftovers, sync, write_text, written
 from ddk_ds.train.checkpoint.checkpoint_files import FORMAT, newest_checkpoint
 from ddk_ds.train.checkpoint.restore import check_fork
 
@@ -61,13 +61,14 @@ def run_identity(config: Config, fingerprints: dict[str, Any]) -> dict[str, Any]
 def claim_run_dir(config: Config, identity: dict[str, Any]) -> None:
     """Make the run's directory, lock it and write its identity to run.json (rank 0 only; after `check_run_dir`).
 
-    Raises CheckpointError if another process runs in it.
+    Raises CheckpointError if another process runs in it, or if it cannot be written.
     """
-    config.run_dir.mkdir(parents=True, exist_ok=True)
-    _lock(config.run_dir)
-    remove_leftovers(config.run_dir, age_s=0.0)  # with the lock, whoever left them is dead
-    write_text(config.run_dir / "run.json", json.dumps(identity, indent=1))
-    write_text(config.run_dir / "config.yaml", to_yaml(config))
+    with written(config.run_dir):
+        config.run_dir.mkdir(parents=True, exist_ok=True)
+        _lock(config.run_dir)
+        remove_leftovers(config.run_dir, age_s=0.0)  # with the lock, whoever left them is dead
+        write_text(config.run_dir / "run.json", json.dumps(identity, indent=1))
+        write_text(config.run_dir / "config.yaml", to_yaml(config))
     sync(config.run_dir.parent)
 
 
@@ -127,7 +128,6 @@ def _lock(run_dir: Path) -> None:
         ) from error
     except OSError:  # a file system without locks
         return
-    stream.truncate(0)
-    stream.write(f"process {os.getpid()} on {platform.node()}")
-    stream.flush()
     _locks[run_dir] = stream
+    stream.truncate(0)
+    os.write(stream.fileno(), f"process {os.getpid()} on {platform.node()}".encode())

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from ddk_ds.launcher import free_port
+from tools.bench.forked import rank_environment
 
 _SERVER = multiprocessing.get_context("forkserver")
 _SERVER.set_forkserver_preload(["ddk_ds.train.setup"])
@@ -37,14 +38,11 @@ def run_ranks(
 
     `per_node`: ranks that are told to be on one node; None: all.
     """
-    local = per_node or world
-    place = {"WORLD_SIZE": world, "LOCAL_WORLD_SIZE": local, "LOCAL_SIZE": local, "OMP_NUM_THREADS": 1}
-    place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    port = free_port()
     with tempfile.TemporaryDirectory() as folder:
         workers: list[BaseProcess] = []
         for rank in range(world):
-            ours = place | {"RANK": rank, "LOCAL_RANK": rank % local}
-            env = os.environ | {key: str(value) for key, value in ours.items()}
+            env = os.environ | rank_environment(rank, world, port, per_node) | {"OMP_NUM_THREADS": "1"}
             workers.append(_SERVER.Process(target=_rank, args=(function, arguments, env, Path(folder))))
             workers[-1].start()
         failed = _wait(workers, timeout_s)

@@ -87,7 +87,7 @@ def _wait(job: Job, moment: str) -> None:
             "checkpoint": any((run_dir / "checkpoints").glob(".partial-step-*")),
             "end": (run_dir / "summary.json").exists(),
         }
-        if begun.get(moment, phase == moment and (step > 0 or moment == "evaluation")):
+        if begun.get(moment, phase == moment and step > 0):
             return
         time.sleep(0.002)
 

@@ -11,7 +11,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from tools.bench.fault_cases import TRACEBACK, Case, Setting, note_command, resumed_from
+from tools.bench.fault_cases import TRACEBACK, Case, Setting, note_command, refusal, resumed_from
 from tools.bench.faults import intact_checkpoints, small_disk
 from tools.bench.file_operations import FILL, KILL_ALL, KILL_RANK, Operation, Strike, fill
 from tools.bench.forked import ForkedJob, run_commands
@@ -99,6 +99,8 @@ def _strike(setting: Setting, name: str, ranks: tuple[int, ...], operation: Oper
             case.broken.append("hang of the harmed start")
         if action == FILL and TRACEBACK in job.output():
             case.broken.append("traceback of the harmed start")
+        elif action == FILL and not (code == 0 or (code == 2 and refusal(job.output()))):
+            case.broken.append(f"the harmed start ended with {code}")
         (runs / "ballast").unlink(missing_ok=True)
         (config.parent / "harmed.txt").write_text(job.output())
         intact, started = intact_checkpoints(runs / "run"), time.time()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,19 @@ def resume(old: Config, new: Config) -> None:
     """Start `new` in the directory in which `old` ran."""
     claim_run_dir(old, run_identity(old, {}))
     check_run_dir(new, run_identity(new, {}))
+
+
+def test_a_full_disk_is_one_error(tmp_path: Path) -> None:
+    config = config_of(tmp_path)
+    config.run_dir.mkdir()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, limits[1]))  # files can be made, and not a byte be written
+    try:
+        with pytest.raises(CheckpointError, match=r"run cannot be written: File too large; make room, then start"):
+            claim_run_dir(config, run_identity(config, {}))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    claim_run_dir(config, run_identity(config, {}))
 
 
 STOP = {"exhaustion": "stop"}
