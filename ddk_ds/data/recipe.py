@@ -37,6 +37,7 @@ from ddk_ds.data.file_globs import find_files
 from ddk_ds.data.remote import list_remote
 from ddk_ds.errors import ConfigError, DataError, UserError
 
+_INSTALLED = ("stdlib:", "site-packages:", "package:")
 Format = Literal["text", "jsonl", "json_strings", "parquet"]
 
 
@@ -231,11 +232,11 @@ def _find(domain: str, source: Source, path: str, root: str) -> Iterator[SourceF
         bases, pattern = _locate(domain, path, Path(root))
         named = {(file.relative_to(base).as_posix(), file) for base in bases for file in find_files(base, pattern)}
         for name, file in sorted(named):
-            if file.is_symlink() and not file.exists() and not _excluded(source, name):
-                raise DataError(f"domain {domain!r}: {file} is a link to nothing: restore its file, or exclude it")
             if file.is_file():
                 status = file.stat()
                 yield SourceFile(file, name, source, None, status.st_size, str(status.st_mtime_ns))
+            elif file.is_symlink() and not path.startswith(_INSTALLED) and not _excluded(source, name):
+                raise DataError(f"domain {domain!r}: {file} is a link to nothing: restore its file, or exclude it")
 
 
 def _listed(domain: str, source: Source, path: str, root: str) -> Iterator[SourceFile]:
@@ -260,7 +261,7 @@ def _below(domain: str, source: Source, root: str) -> str:
 
 
 def _is_locator(path: str) -> bool:
-    return path.startswith(("stdlib:", "site-packages:", "package:", "/"))
+    return path.startswith((*_INSTALLED, "/"))
 
 
 def _locate(domain: str, path: str, root: Path) -> tuple[Sequence[Path], str]:
