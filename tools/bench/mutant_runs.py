@@ -198,7 +198,7 @@ def _forked(work: Callable[[], int]) -> int:
 
 def _limit(seconds: float) -> None:
     """End this process if it needs many times the memory and CPU seconds that the tests need without a change."""
-    end = int(time.process_time() + 3 * seconds) + 5
+    end = int(time.process_time() + 3 * seconds) + 3
     resource.setrlimit(resource.RLIMIT_CPU, (end, end + 5))
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + (4 << 30), used + (4 << 30)))

@@ -23,13 +23,15 @@ from ddk_ds.files import write_text
 from tools.bench.mutant_runs import run_mutants
 from tools.bench.mutants import ROOT, Mutant, mutants_of
 
-# Tests of many seconds; others notice what they would.
+# Tests of a second and more; others notice what they would.
 _SLOW = (
     "test_planning_cost.py",
     "test_elastic_order.py",
-    "test_cumulative_counts.py::test_proportions_and_lengths_that_change_in_every_interval[100]",
-    "test_cumulative_counts.py::test_constant_proportions[proportions3-8-drawn3]",
+    "test_bounds.py::test_floors_hold_in_every_interval",
     "test_cumulative_counts.py::test_any_proportions",
+    "test_cumulative_counts.py::test_constant_proportions",
+    "test_cumulative_counts.py::test_proportions_and_lengths_that_change_in_every_interval",
+    "test_interval_state.py::test_the_record_is_small_plain_json",
 )
 # Source -> the tests that are to notice.
 ROOMS: dict[str, tuple[str, ...]] = {
@@ -39,7 +41,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
         "tests/unit/test_method_losses.py",
         "tests/unit/test_doremi_proxy.py",
     ),
-    "ddk_ds/config/run_config.py": ("tests/unit/config/test_lengths.py",),
+    "ddk_ds/config/run_config.py": ("tests/unit/config/test_lengths.py", "tests/unit/config/test_config_paths.py"),
     "ddk_ds/data/mds.py": ("tests/unit/data/test_data_packing.py",),
     "ddk_ds/data/reading.py": ("tests/unit/data/test_data_packing.py",),
     "ddk_ds/train/guard.py": ("tests/unit/train/test_guard.py",),
@@ -97,7 +99,7 @@ def _test_room(names: list[str], tests: tuple[str, ...], sample: int | None, res
 def main() -> None:
     """Test the rooms that the command line names."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("paths", nargs="*", metavar="PATH")
+    parser.add_argument("paths", nargs="*", metavar="PATH", help="room, directory or file; default: all rooms")
     parser.add_argument("--json", type=Path, required=True, metavar="FILE", help="file of the results")
     parser.add_argument("--sample", type=int, help="try this many mutants of a room, drawn with a fixed seed")
     options = parser.parse_args()

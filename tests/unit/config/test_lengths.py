@@ -75,6 +75,7 @@ def test_a_batch_is_divided_between_ranks_and_micro_batches(total: int, micro: i
             4,
             "= 20: change one of the three: train.global_batch_samples=20 or 40; train.micro_batch_samples=3 or 6",
         ),
+        (24, 5, 1, "= 5: FIX train.global_batch_samples=20 or 25; train.micro_batch_samples=4 or 6"),
         # 10 ranks do not divide 24; micro-batches of 2 do on 1, 2, 3, 4, 6, 12 ranks.
         (24, 2, 10, "= 20: FIX train.global_batch_samples=20 or 40; 6 or 12 ranks"),
         (4, 4, 2, "= 8: FIX train.global_batch_samples=8; train.micro_batch_samples=2; 1 ranks"),
@@ -122,7 +123,7 @@ def test_what_goes_to_nvme_needs_its_directory(place: str | None) -> None:
 def test_what_the_teacher_computes_at_once_is_its_pass() -> None:
     assert config_with({}, teacher={"path": "t", "micro_batches_per_pass": 3}).teacher_pass_size == 3
     alone = config_with({"controller": "equal"}, method="cpt", teacher=None)
-    assert alone.teacher_pass_size == 1 and alone.run_dir.name == "run"
+    assert (alone.teacher_pass_size, alone.run_dir.name, alone.seed) == (1, "run", 0)
 
 
 @pytest.mark.parametrize("controller", ["ddk", "ddk_no_smoothing", "sheared_llama", "doremi_online"])

@@ -1,0 +1,62 @@
+"""The mixture where something is exactly 0, exactly full, or one sample over, by hand."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+from ddk_ds.mixture.bounds import raise_to_floors
+from ddk_ds.mixture.controllers import make_controller
+from ddk_ds.mixture.ddk import initial_factors
+from ddk_ds.mixture.decide import Decision, decide
+from ddk_ds.mixture.domain_vectors import Factors, values_in_order
+from ddk_ds.mixture.exhaustion import largest_remainder
+from ddk_ds.mixture.order import DomainOrder
+from tests.unit.mixture.mixture_section import section
+
+
+def test_floors_that_take_all_leave_nothing_to_the_others() -> None:
+    raised = raise_to_floors([0.5, 0.5, 0.0], Factors.of(np.array([0.25, 0.25, 0.5])))
+    assert raised.proportions.tolist() == [0.5, 0.5, 0.0]
+    assert raised.logs.tolist() == [math.log(0.5), math.log(0.5), -math.inf]
+
+
+def test_a_floor_of_all_that_there_is_gives_equal_proportions() -> None:
+    """The next float above 1/3, times 3, is above 1: nothing is left for the softmax, not less than nothing."""
+    floor = math.nextafter(1 / 3, 1)
+    assert initial_factors(np.array([3.0, 2.0, 1.0]), floor=floor).proportions.tolist() == [floor] * 3
+
+
+def test_a_domain_without_a_proportion_stays_without_one() -> None:
+    """Eq. 2 with alpha 1 multiplies by exp(2), exp(1) and exp(3): 0 stays 0, the others are e : 1."""
+    controller = make_controller(section(alpha=1.0), {"a": 1, "b": 1, "c": 1})
+    last = Decision([0.5, 0.5, 0.0], [], [math.log(0.5), math.log(0.5), None])
+    decision = decide(controller, last, np.array([2.0, 1.0, 3.0]), np.ones(3), interval=1)
+    assert decision.proportions == pytest.approx([math.e / (math.e + 1), 1 / (math.e + 1), 0.0])
+    assert decision.log_proportions[2] is None
+
+
+def test_a_default_stands_for_domains_that_are_not_named() -> None:
+    assert values_in_order({"b": 2.0}, ["a", "b"], label="floors", quantity="floor", default=0.5) == [0.5, 2.0]
+
+
+@pytest.mark.parametrize("block", [1, 2, 3])
+def test_as_many_samples_are_drawn_as_were_asked_for_wherever_a_block_begins(block: int) -> None:
+    order = DomainOrder("prose", [1, 2, 1, 3], 5, block)
+    with pytest.raises(AssertionError, match="draws -1"):
+        order.take(-1, 0)
+    whole = order.take(0, 21).tolist()
+    assert [sorted(whole[first : first + 7]) for first in (0, 7, 14)] == [list(range(7))] * 3
+    for start in range(14):
+        for stop in range(start, 15):
+            assert order.take(start, stop).tolist() == whole[start:stop]
+
+
+def test_more_whole_samples_due_than_there_are() -> None:
+    """Due are -1.5, 2 and 3.5 of 4: the two whole ones are a sample too many, and the one that lacks less gives it."""
+    counts = largest_remainder([0.25, 0.25, 0.5], 4, [-2.5, 1.0, 1.5])
+    assert counts.tolist() == [0, 1, 3]
+    # Due are -3, 2.25, 2.75 and 3 of 5: whole are 2, 2 and 3, two too many.
+    assert largest_remainder([0.2] * 5, 5, [-4.0, 1.25, 1.75, 2.0, -1.0]).tolist() == [0, 1, 2, 2, 0]
