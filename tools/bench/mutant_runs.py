@@ -36,7 +36,7 @@ from tools.bench.mutants import Mutant
 
 _PLUGINS = ("no:cacheprovider", "no:xdist", "no:warnings")
 _PYTEST = ("-qx", "--noconftest", "--timeout=0", "-m", "not long", *(f"-p{plugin}" for plugin in _PLUGINS))
-_NOT_SWAPPED = 70  # exit code: the change needs an import
+_NOT_SWAPPED, _NO_PROGRAM = 70, 71  # exit codes: the change needs an import; cosmic-ray made no Python
 # hypothesis' attribute of a test. A mutant that lives runs every test that calls it: few examples must do.
 _OPTIONS, _EXAMPLES = "_hypothesis_internal_use_settings", 15
 
@@ -64,8 +64,10 @@ class Baseline:
         return sorted(chosen if chosen or mutant.function else self.calls, key=self.seconds.__getitem__)
 
 
-def run_mutants(mutants: Sequence[Mutant], tests: Sequence[str], say: Callable[[Mutant, bool], None]) -> list[bool]:
-    """Return for each mutant True if one of the tests (arguments of pytest) notices it.
+def run_mutants(
+    mutants: Sequence[Mutant], tests: Sequence[str], say: Callable[[Mutant, bool], None]
+) -> list[bool | None]:
+    """Return for each mutant True if one of the tests (arguments of pytest) notices it, None if it is no program.
 
     `say` is called for each mutant that was tried. Raises SystemExit if a test fails without a change.
     """
@@ -79,7 +81,7 @@ def run_mutants(mutants: Sequence[Mutant], tests: Sequence[str], say: Callable[[
         if codes[number] == _NOT_SWAPPED:
             codes[number] = _forked(partial(_run_imported, mutant, baseline.tests_for(mutant), baseline))
             say(mutant, codes[number] != 0)
-    return [code != 0 for code in codes]
+    return [None if code == _NO_PROGRAM else code != 0 for code in codes]
 
 
 def _collected(
@@ -122,7 +124,7 @@ def _run_collected(
         chosen = [by_id[test] for test in baseline.tests_for(mutant)]
         work = partial(_run_swapped, mutant, functions[mutant.path], chosen, baseline)
         codes.append(_NOT_SWAPPED if mutant.function is None else _forked(work) if chosen else 0)
-        if codes[-1] != _NOT_SWAPPED:
+        if codes[-1] not in (_NOT_SWAPPED, _NO_PROGRAM):
             say(mutant, codes[-1] != 0)
     return baseline, codes
 
@@ -152,7 +154,9 @@ def _run_swapped(mutant: Mutant, functions: list[FunctionType], items: list[pyte
     """Return 1 if a test notices a mutant inside a function, else 0."""
     try:
         _swap(functions, mutant.path, mutant.source())
-    except ValueError:
+    except SyntaxError:
+        return _NO_PROGRAM
+    except (ValueError, KeyError):
         return _NOT_SWAPPED
     _limit(sum(baseline.seconds[item.nodeid] for item in items))
     return 0 if all(_passes(*pair) for pair in zip(items, [*items[1:], None], strict=True)) else 1

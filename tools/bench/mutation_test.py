@@ -48,7 +48,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "ddk_ds/train/step.py": ("tests/unit/train/test_train_step.py",),
     "ddk_ds/train/interval.py": ("tests/unit/train/test_interval.py",),
     "ddk_ds/train/run_dir.py": ("tests/unit/train/test_run_identity.py", "tests/unit/train/test_run_directory.py"),
-    "ddk_ds/train/checkpoint/checkpoint_files.py": ("tests/unit/train/test_checkpoint.py",),
+    "ddk_ds/train/checkpoint/checkpoint_files.py": ("tests/unit/train/test_checkpoint_files.py",),
     "ddk_ds/planner": ("tests/unit/planner",),
     "ddk_ds/kernels": ("tests/unit/kernels",),
 }
@@ -72,7 +72,7 @@ def _say(mutant: Mutant, noticed: bool) -> None:
     os.write(1, f"{mutant.file}:{mutant.line} {text}\n".encode())
 
 
-def _entry(mutants: list[Mutant], tried: dict[Mutant, bool], old: dict[str, Any]) -> dict[str, Any]:
+def _entry(mutants: list[Mutant], tried: dict[Mutant, bool | None], old: dict[str, Any]) -> dict[str, Any]:
     """Return a file's results; a survivor keeps the reason that the file's old results give."""
     reasons = {(one["was"], one["now"]): one["reason"] for one in old.get("survivors", ())}
     survivors = []
@@ -81,7 +81,8 @@ def _entry(mutants: list[Mutant], tried: dict[Mutant, bool], old: dict[str, Any]
             was, now = one.difference()
             survivors.append({"line": one.line, "was": was, "now": now, "reason": reasons.get((was, now), "")})
     results = [tried[one] for one in mutants if one in tried]
-    return {"mutants": len(mutants), "tried": len(results), "killed": sum(results), "survivors": survivors}
+    killed, programs = results.count(True), len(results) - results.count(None)
+    return {"mutants": len(mutants) - results.count(None), "tried": programs, "killed": killed, "survivors": survivors}
 
 
 def _test_room(names: list[str], tests: tuple[str, ...], sample: int | None, results: dict[str, Any]) -> None:
