@@ -114,7 +114,7 @@ class Config(MethodSections):
     def _check_patience(self) -> None:
         """Raise ValueError if a limit of time would end a rank that waits for a store while it may."""
         longest = self.data.download_patience_s + self.data.download_timeout_s
-        for name in ("step_s", "evaluation_s"):
+        for name in ("start_s", "step_s", "evaluation_s"):
             limit = getattr(self.limits, name)
             if self.data.cache_dir is not None and 0 < limit <= longest:
                 raise ValueError(

@@ -118,8 +118,8 @@ class Data(Section):
     """Longest time of one attempt to fetch a shard, in seconds."""
     download_patience_s: NonNegativeFloat = 900.0
     """Seconds for which a shard is tried again, with growing pauses, while the store does not answer or answers that it
-    cannot serve now; then the run ends with the exit code of what time may mend. Less than `limits.step_s` and
-    `limits.evaluation_s`, by `download_timeout_s` and more."""
+    cannot serve now; then the run ends with the exit code of what time may mend. Less than `limits.start_s`,
+    `limits.step_s` and `limits.evaluation_s`, by `download_timeout_s` and more."""
     domains: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
     """Domains to train on, in the order of reports; null: all domains of the data."""
     sequence_length: Positive = 2048

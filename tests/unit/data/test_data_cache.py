@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ddk_ds.config import Data
+from ddk_ds.config import Config, Data, make_config
 from ddk_ds.data import cache as cache_module
 from ddk_ds.data import remote as fetch_module
 from ddk_ds.data.cache import CachedStore, CacheOptions, Prefetcher, open_store
@@ -344,3 +344,16 @@ def test_a_full_disk_is_named_and_fetched_shards_are_kept(remote: Path, small_di
     room.unlink()
     assert all((here[i]["input_ids"] == there[i]["input_ids"]).all() for i in range(10))
     assert all(file.is_file() for file in kept)
+
+
+@pytest.mark.parametrize("limit", ["start_s", "step_s", "evaluation_s"])
+def test_no_limit_ends_a_rank_that_may_still_wait_for_its_store(limit: str) -> None:
+    def config(**limits: float) -> Config:
+        data = {"path": "s3://bucket/data", "cache_dir": "cache", "download_timeout_s": 60.0}
+        values = {"name": "n", "student": {"path": "s"}, "method": "cpt", "stop": {"steps": 9999}, "data": data}
+        return make_config({**values, "limits": limits}, "test")
+
+    assert config(**{limit: 961.0}).data.download_patience_s == 900
+    assert config(**{limit: 0.0}), "no limit"
+    with pytest.raises(ConfigError, match=rf"limits\.{limit} is 960, and data\.download_patience_s .* is 960"):
+        config(**{limit: 960.0})
