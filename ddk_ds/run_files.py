@@ -1,30 +1,150 @@
 """Readers of the files in a run's directory: ledger.jsonl, events.jsonl, summary.json. They need no torch.
 
-A last line that a crash cut off is left out; a line that is damaged elsewhere is an error.
+A last line that a crash cut off is left out. Elsewhere a damaged line of the ledger is an error, because its numbers
+would be missing; one of the events, which a full disk leaves, is passed over, and an event says so.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, NotRequired, Required
 
-from ddk_ds.errors import CheckpointError
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from typing_extensions import TypedDict
+
+from ddk_ds.errors import CheckpointError, UserError
 
 _BLOCK_BYTES = 1 << 20
 _STEP = b'{"kind": "step"'
 _SAMPLES = b'{"kind": "samples"'
 
 
+UNREADABLE = "unreadable"
+"""Kind of the event that stands in the place of a damaged line of events.jsonl."""
+_FORM = ConfigDict(strict=True, extra="allow")  # no text is read as a number; other versions write further keys
+_ByDomain = dict[str, float]
+
+
+class _Step(TypedDict):
+    __pydantic_config__ = _FORM  # type: ignore[misc]
+    kind: Literal["step"]
+    step: int
+    interval: int
+    loss: float | None
+    ce: float | None
+    kl: float | None
+    grad_norm: float | None
+    learning_rate: float
+    domain_tokens: list[int]
+    clock: dict[str, float | dict[str, float] | None]
+
+
+class _Measurement(TypedDict):
+    __pydantic_config__ = _FORM  # type: ignore[misc]
+    kind: Literal["interval", "end"]
+    interval: int
+    step: int
+    student_ppl: _ByDomain
+    teacher_ppl: _ByDomain | None
+    ratio: _ByDomain | None
+    smoothed_ppl: _ByDomain | None
+    proportions: _ByDomain | None
+    log_proportions: NotRequired[dict[str, float | None] | None]
+    owed: NotRequired[_ByDomain | None]
+    asked: dict[str, int] | None
+    counts: dict[str, int] | None
+    domain_tokens: dict[str, int]
+    alarms: list[str]
+    clock: dict[str, float]
+
+
+class _Samples(TypedDict):
+    __pydantic_config__ = _FORM  # type: ignore[misc]
+    kind: Literal["samples"]
+    step: int
+    samples: list[dict[str, str | None]]
+
+
+class _Mixture(TypedDict):
+    train_tokens: dict[str, int]
+    schedule: Any
+
+
+class _Event(TypedDict, total=False):
+    __pydantic_config__ = _FORM  # type: ignore[misc]
+    event: Required[str]
+    time_s: Required[float]
+    step: int
+    world_size: int
+    mixture: _Mixture
+    versions: dict[str, str]
+    changed_versions: dict[str, str]
+    path: str
+    reason: str
+    signal: str
+    text: str
+    pause_s: float
+    seconds: float
+
+
+class _DomainSummary(TypedDict):
+    __pydantic_config__ = _FORM  # type: ignore[misc]
+    name: str
+    teacher_ppl: float | None
+    student_ppl_before: float
+    student_ppl_after: float
+    ratio_before: float | None
+    ratio_after: float | None
+    tokens: int
+    token_share: float
+
+
+class _Summary(TypedDict):
+    __pydantic_config__ = _FORM  # type: ignore[misc]
+    run: str
+    controller: NotRequired[str]
+    domains: Annotated[list[_DomainSummary], Field(min_length=1)]
+    mean_ratio_before: float | None
+    mean_ratio_after: float | None
+    steps: int
+    tokens: int
+    wall_s: float
+    reason: str
+
+
+_RECORD: TypeAdapter[Any] = TypeAdapter(Annotated[_Step | _Measurement | _Samples, Field(discriminator="kind")])
+_EVENT: TypeAdapter[Any] = TypeAdapter(_Event)
+_SUMMARY: TypeAdapter[Any] = TypeAdapter(_Summary)
+
+
 def read_ledger(run_dir: Path) -> list[dict[str, Any]]:
     """Return every complete line of a run's ledger. Raises CheckpointError if the file is missing or damaged."""
-    return _complete_lines(run_dir, "ledger.jsonl")
+    path = _existing(run_dir, "ledger.jsonl")
+    return [_record(path, f"line {number}", line) for number, line in _complete_lines(path)]
 
 
 def read_events(run_dir: Path) -> list[dict[str, Any]]:
-    """Return every complete line of a run's events.jsonl. Raises CheckpointError if it is missing or damaged."""
-    return _complete_lines(run_dir, "events.jsonl")
+    """Return every complete line of a run's events.jsonl. Raises CheckpointError if the file is missing.
+
+    In place of a damaged line there is an event of kind `UNREADABLE` with a text, at the time of the event before it.
+    """
+    path = _existing(run_dir, "events.jsonl")
+    events: list[dict[str, Any]] = []
+    for number, line in _complete_lines(path):
+        try:
+            events.append(_EVENT.validate_json(line))
+        except ValidationError:
+            text = f"{path.name}, line {number}: damaged, as a full disk leaves it; left out"
+            events.append({"event": UNREADABLE, "time_s": None, "text": text})
+    if not events or (is_finished(run_dir) and events[-1]["event"] not in ("end", UNREADABLE)):
+        text = f"{path.name}: its last lines are missing"
+        events.append({"event": UNREADABLE, "time_s": None, "text": text})
+    known = next((event["time_s"] for event in events if event["event"] != UNREADABLE), 0.0)
+    for event in events:
+        known = event["time_s"] = known if event["event"] == UNREADABLE else event["time_s"]
+    return events
 
 
 def read_ledger_end(run_dir: Path, *, steps: int, measurements: int) -> list[dict[str, Any]]:
@@ -42,7 +162,7 @@ def read_ledger_end(run_dir: Path, *, steps: int, measurements: int) -> list[dic
         is_step = line.startswith(_STEP)
         if line.startswith(_SAMPLES) or (is_step and steps <= 0):
             continue
-        records.append(_parse(path, "near its end", line))
+        records.append(_record(path, "near its end", line))
         steps, measurements = steps - is_step, measurements - (not is_step)
         if steps <= 0 and measurements <= 0:
             break
@@ -50,11 +170,42 @@ def read_ledger_end(run_dir: Path, *, steps: int, measurements: int) -> list[dic
 
 
 def read_summary(run_dir: Path) -> dict[str, Any]:
-    """Return the summary of a finished run. Raises CheckpointError if there is none."""
+    """Return the summary of a finished run. Raises CheckpointError if there is none, or a damaged one."""
+    path = run_dir / "summary.json"
     if not is_finished(run_dir):
         raise CheckpointError(f"{run_dir}: holds no summary.json: no such run, or it is not finished")
-    summary: dict[str, Any] = json.loads((run_dir / "summary.json").read_text())
+    try:
+        summary: dict[str, Any] = _SUMMARY.validate_json(path.read_bytes())
+    except (OSError, ValidationError) as error:
+        raise CheckpointError(
+            f"{path} is damaged{_where(error)}; put it back from a copy, or delete it and start the run's command "
+            "again: it continues from its last checkpoint and writes it"
+        ) from error
     return summary
+
+
+@contextmanager
+def complete_files(run_dir: Path) -> Iterator[None]:
+    """Raise CheckpointError if the block does not find in a run's files what a run writes there."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (KeyError, TypeError, IndexError, AttributeError, ValueError, ArithmeticError) as error:
+        raise CheckpointError(
+            f"{run_dir}: ledger.jsonl, events.jsonl or summary.json lacks what a run writes there "
+            f"({type(error).__name__}: {error}); take them from a copy"
+        ) from error
+
+
+def check_end(run_dir: Path, records: Sequence[dict[str, Any]], steps: int) -> None:
+    """Raise CheckpointError unless the last lines of a finished run's ledger are of its end, after so many steps."""
+    last = next((record for record in reversed(records) if record["kind"] in ("interval", "end")), None)
+    if last is None or last["kind"] != "end" or last["step"] != steps:
+        raise CheckpointError(
+            f"{run_dir / 'ledger.jsonl'}: does not end at step {steps:,}, as summary.json says the run did: one of the "
+            "two was cut or replaced; take it from a copy"
+        )
 
 
 def is_finished(run_dir: Path) -> bool:
@@ -69,21 +220,28 @@ def _existing(run_dir: Path, name: str) -> Path:
     return path
 
 
-def _complete_lines(run_dir: Path, name: str) -> list[dict[str, Any]]:
-    path = _existing(run_dir, name)
-    lines = path.read_bytes().split(b"\n")
-    return [_parse(path, f"line {number}", line) for number, line in enumerate(lines[:-1], 1)]
+def _complete_lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    """Yield the number and text of each line, from 1, except a last one that was cut off."""
+    return enumerate(path.read_bytes().split(b"\n")[:-1], 1)
 
 
-def _parse(path: Path, where: str, line: bytes) -> dict[str, Any]:
+def _record(path: Path, where: str, line: bytes) -> dict[str, Any]:
     try:
-        record = json.loads(line)
-    except ValueError:
-        record = None
-    if not isinstance(record, dict):
+        record: dict[str, Any] = _RECORD.validate_json(line)
+    except ValidationError as error:
         shown = line[:60].decode("utf-8", "replace")
-        raise CheckpointError(f"{path}, {where}: damaged, it begins {shown!r}; take the file from a copy")
+        raise CheckpointError(
+            f"{path}, {where}: damaged{_where(error)}, it begins {shown!r}; take the file from a copy"
+        ) from error
     return record
+
+
+def _where(error: Exception) -> str:
+    """Return the first thing that is wrong, as a phrase after "damaged"; "" if it is no JSON at all."""
+    if not isinstance(error, ValidationError) or (first := error.errors()[0])["type"] == "json_invalid":
+        return ""
+    key = ".".join(map(str, first["loc"]))
+    return f" ({key or 'it'}: {first['msg'][0].lower()}{first['msg'][1:]})"
 
 
 def _lines_from_end(path: Path) -> Iterator[bytes]:

@@ -22,7 +22,7 @@ from ddk_ds.errors import UserError, disk_error
 from ddk_ds.exit_codes import EXIT_ENDED_AT_ONCE, EXIT_INTERRUPTED, EXIT_USER_ERROR, EXIT_WRONG_NUMBERS, exit_code
 from ddk_ds.lifeline import follow_launcher
 from ddk_ds.redact import redact
-from ddk_ds.run_files import is_finished
+from ddk_ds.run_files import is_finished, read_summary
 from ddk_ds.train.watchdog import Watchdog
 
 if TYPE_CHECKING:
@@ -123,7 +123,7 @@ def _run(config: Config, *, dry_run: bool, preflight: bool, ranks: int) -> int:
     if dry_run or runtime is None or watchdog is None:
         _report(config, inputs, ranks if runtime is None else comm.world_size)
         return 0
-    if comm.broadcast_object(is_finished(config.run_dir)):
+    if comm.broadcast_object(call_together(comm, lambda: _is_finished(config) if comm.rank == 0 else False)):
         _console().print(f"{config.run_dir} is finished: see {config.run_dir / 'summary.json'}", soft_wrap=True)
         return 0
     if preflight:
@@ -145,6 +145,11 @@ def _run(config: Config, *, dry_run: bool, preflight: bool, ranks: int) -> int:
         except NumbersGoneWrong:
             return EXIT_WRONG_NUMBERS
     return 0
+
+
+def _is_finished(config: Config) -> bool:
+    """Return True if the run has its summary. Raises CheckpointError if that is damaged."""
+    return is_finished(config.run_dir) and bool(read_summary(config.run_dir))
 
 
 def _check_machines(config: Config, inputs: Inputs, runtime: Runtime) -> None:

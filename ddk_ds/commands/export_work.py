@@ -10,7 +10,7 @@ from pathlib import Path
 from rich.progress import Progress
 
 from ddk_ds.comm import SingleProcess
-from ddk_ds.config import Config, load_config
+from ddk_ds.config import Config, load_run_config
 from ddk_ds.engine.export import CheckpointExport, check_room, check_target
 from ddk_ds.engine.model_files import DTYPES, ModelFiles, check_code, model_directory, read_model
 from ddk_ds.engine.zero_shards import UniversalShards, ZeroShards
@@ -84,7 +84,7 @@ def read_config(run: Path, student: str | None) -> Config:
     path = run / "config.yaml"
     if not path.is_file() or not (run / "checkpoints").is_dir():
         raise CheckpointError(f"{run}: holds no config.yaml and checkpoints/: give the directory of a run")
-    return load_config(path, [] if student is None else [f"student.path={student}"])
+    return load_run_config(run, [] if student is None else [f"student.path={student}"])
 
 
 def find_checkpoint(run: Path, step: int | None) -> Checkpoint:

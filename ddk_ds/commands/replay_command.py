@@ -14,7 +14,7 @@ from pathlib import Path
 from rich.console import Console
 
 from ddk_ds.command_line import command_parser, parse, reports_user_errors
-from ddk_ds.config import load_config
+from ddk_ds.config import load_run_config
 from ddk_ds.files import write_text
 from ddk_ds.mixture.controllers import make_controller
 from ddk_ds.mixture.decide import Controller
@@ -37,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     console = Console(soft_wrap=not sys.stdout.isatty(), highlight=False)
     run = read_recorded_run(options.run)
     replayed = replay(_controller(options.run, run, []), run.decisions)
-    for line in _verdict(replayed, run):
+    for line in (*run.unreadable, *_verdict(replayed, run)):
         console.print(line)
     other, overrides = None, " ".join(options.overrides)
     if options.overrides:
@@ -64,13 +64,12 @@ def _controller(run_dir: Path, run: RecordedRun, overrides: Sequence[str]) -> Co
     """Make the controller of the run's configuration, with other options of section mixture."""
     from ddk_ds.train.interval import read_schedule  # imports torch, for which --help should not wait
 
-    config_file = run_dir / "config.yaml"
-    own = load_config(config_file)
+    own = load_run_config(run_dir)
     # Another controller may contradict the run's method (`ddk_equal`), which takes no part here.
     values = [f"method={'cpt' if own.teacher is None else 'kd'}", f"mixture.controller={own.mixture.controller}"]
     values += [f"loss.divergence={own.loss.divergence}"]
     values += [f"mixture.{item.removeprefix('mixture.')}" for item in overrides]
-    mixture = load_config(config_file, values).mixture
+    mixture = load_run_config(run_dir, values).mixture
     other_file = mixture.schedule_file != own.mixture.schedule_file
     schedule = read_schedule(mixture.schedule_file) if other_file else run.schedule
     return make_controller(mixture, run.train_tokens, schedule)

@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from ddk_ds.config import Config, load_config
+from ddk_ds.config import Config, load_config, load_run_config
 from ddk_ds.config.keys import flatten
 from ddk_ds.config.methods import METHODS as SINGLE_STAGE
 from ddk_ds.config.paths import path_keys
@@ -46,7 +46,11 @@ def _proportions(run_dir: RunDir) -> list[str]:
     path = run_dir(PROXY) / "export/proportions.yaml"
     if not path.is_file():
         raise CheckpointError(f"{path}: there is no such file; did the proxy model's run finish?")
-    return [f"mixture.proportions={json.dumps(yaml.safe_load(path.read_text()), separators=(',', ':'))}"]
+    try:
+        proportions = yaml.safe_load(path.read_text())
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise CheckpointError(f"{path} is damaged: {' '.join(str(error).split())}; export it again") from error
+    return [f"mixture.proportions={json.dumps(proportions, separators=(',', ':'))}"]
 
 
 @dataclass(frozen=True)
@@ -132,7 +136,7 @@ class Job:
         wanted, run_dir = load_config(self.config, self.arguments(stage)), self.run_dir(stage.suffix)
         if not is_finished(run_dir):
             return False
-        finished = load_config(run_dir / "config.yaml")
+        finished = load_run_config(run_dir)
         changed = [f"{key} was {old!r}, is {new!r}" for key, old, new in differences(finished, wanted)]
         if changed:
             raise ConfigError(

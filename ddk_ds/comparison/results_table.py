@@ -17,11 +17,11 @@ import numpy as np
 
 from ddk_ds.comm import SingleProcess
 from ddk_ds.comparison.method_stages import SUFFIXES
-from ddk_ds.config import load_config
+from ddk_ds.config import load_run_config
 from ddk_ds.engine.flops import model_flops, run_flops
 from ddk_ds.engine.model_files import model_directory, read_model
 from ddk_ds.errors import DataError, UserError
-from ddk_ds.run_files import is_finished, read_events, read_ledger, read_summary
+from ddk_ds.run_files import UNREADABLE, check_end, complete_files, is_finished, read_events, read_ledger, read_summary
 
 _T95 = (12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622, 2.2281)
 """Two-sided 95 % quantiles of Student's t for 1 to 10 degrees of freedom."""
@@ -95,7 +95,14 @@ def compare_runs(
     if not results:
         raise DataError(f"{directory}: no run <method>-s<seed> in it is finished: nothing to report")
     baseline = baseline or (labels or [results[0].label])[0]
-    return {**compare(results, baseline), **_ranks_and_versions(directory, results)}
+    with complete_files(directory):
+        comparison = compare(results, baseline)
+    events = {f"{r.label}-s{r.seed}": read_events(directory / f"{r.label}-s{r.seed}") for r in results}
+    comparison["remarks"] += [
+        f"{run}: {event['text']}" for run, lines in events.items() for event in lines if event["event"] == UNREADABLE
+    ]
+    starts = [next((event for event in lines if "world_size" in event), {}) for lines in events.values()]
+    return {**comparison, **_ranks_and_versions(starts)}
 
 
 def read_results(
@@ -125,7 +132,8 @@ def run_cost(run_dir: Path) -> RunCost:
     FLOPs are None if a model cannot be read. Raises CheckpointError if the directory holds no finished run.
     """
     summary, records = read_summary(run_dir), read_ledger(run_dir)
-    config = load_config(run_dir / "config.yaml")
+    check_end(run_dir, records, summary["steps"])
+    config = load_run_config(run_dir)
     measurements = [record for record in records if record["kind"] in ("interval", "end")]
     evaluation_s = _clock(measurements, "measure_s") + _clock(measurements, "controller_s")
     steps_s = _clock(records, "step_s")
@@ -317,9 +325,8 @@ def paired_difference(method: Mapping[int, float], baseline: Mapping[int, float]
     return Difference(len(seeds), differences.mean, error, low, high, verdict)
 
 
-def _ranks_and_versions(directory: Path, results: Sequence[Result]) -> dict[str, Any]:
-    """Return the different versions and numbers of ranks that the runs recorded at their start."""
-    events = [read_events(directory / f"{result.label}-s{result.seed}")[0] for result in results]
+def _ranks_and_versions(events: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Return the different versions and numbers of ranks that the runs recorded at their starts."""
     versions: dict[str, set[str]] = {}
     for event in events:
         for name, version in event.get("versions", {}).items():

@@ -6,7 +6,7 @@ expensive. No value is changed silently: a run uses exactly the values that `--p
 
 from __future__ import annotations
 
-from ddk_ds.config.load import load_config, make_config, to_yaml
+from ddk_ds.config.load import load_config, load_run_config, make_config, to_yaml
 from ddk_ds.config.methods import METHODS, Doremi, Ted
 from ddk_ds.config.run_config import Config
 from ddk_ds.config.sections import (
@@ -40,6 +40,7 @@ __all__ = [
     "Section",
     "Ted",
     "load_config",
+    "load_run_config",
     "make_config",
     "to_yaml",
 ]

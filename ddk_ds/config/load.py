@@ -14,13 +14,14 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import ValidationError
 from yaml import YAMLError
 
-from ddk_ds.config.keys import value_at
+from ddk_ds.config.keys import flatten, value_at
 from ddk_ds.config.methods import METHODS, OF_STAGES
 from ddk_ds.config.paths import resolve_overrides, resolve_paths
 from ddk_ds.config.run_config import Config
 from ddk_ds.config.sections import FILE_NAME_RULE
 from ddk_ds.config.suggestions import did_you_mean
 from ddk_ds.errors import ConfigError
+from ddk_ds.files import read_object
 from ddk_ds.redact import names_a_secret, redact
 
 
@@ -35,9 +36,28 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         raise ConfigError(f"--config {path}: there is no such file")
     try:
         values = OmegaConf.load(path)
-    except (OmegaConfBaseException, YAMLError, ValueError, TypeError) as error:
-        raise ConfigError(f"{path}: cannot be read as YAML: {error}") from error
+    except (OmegaConfBaseException, YAMLError, ValueError, TypeError, AttributeError, OSError, RecursionError) as error:
+        raise ConfigError(f"{path}: cannot be read as YAML: {' '.join(str(error).split())}") from error
     return make_config(values, str(path), overrides, path.parent)
+
+
+def load_run_config(run_dir: Path, overrides: Sequence[str] = ()) -> Config:
+    """Read the resolved configuration of a run, and apply `key.path=value` overrides.
+
+    Raises ConfigError, as `load_config`, or if it is not what the run's run.json says: a file that was cut would give
+    defaults in place of what the run used.
+    """
+    path, identity = run_dir / "config.yaml", run_dir / "run.json"
+    if identity.is_file():
+        known = read_object(identity, "put it back from a copy", ConfigError)
+        values = flatten(load_config(path).model_dump(mode="json"))
+        for key in known.keys() & values.keys():
+            if known[key] != values[key]:
+                raise ConfigError(
+                    f"{path}: {key} is {values[key]!r}, in {identity} it is {known[key]!r}: one of the two was cut or "
+                    "changed; put it back from a copy"
+                )
+    return load_config(path, overrides)
 
 
 def make_config(raw: Any, source: str, overrides: Sequence[str] = (), base: Path | None = None) -> Config:

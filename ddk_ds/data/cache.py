@@ -30,7 +30,7 @@ from ddk_ds.config import Data
 from ddk_ds.data.remote import Fetcher
 from ddk_ds.data.store import Damaged, LocalStore, Shard, Store, Verified
 from ddk_ds.errors import DISK_FULL, ConfigError, DataError, UserError
-from ddk_ds.files import write_text
+from ddk_ds.files import read_object, write_text
 
 MIN_SHARDS = 4
 _GB = 10**9
@@ -221,11 +221,7 @@ def _claim(store: CachedStore) -> IO[bytes]:
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:
-    try:
-        content: dict[str, Any] = json.loads(path.read_text())
-    except FileNotFoundError:
-        return None
-    return content
+    return read_object(path, "delete it, with no job in the cache", DataError) if path.is_file() else None
 
 
 def _files(directory: Path, suffix: str) -> Iterator[tuple[float, int, Path]]:

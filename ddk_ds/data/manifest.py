@@ -145,7 +145,7 @@ def _parse(store: Store, text: bytes) -> Manifest:
         )
     except DataError:
         raise
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise DataError(f"{path} is damaged ({error!r}); {AGAIN}") from None
 
 

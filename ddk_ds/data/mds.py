@@ -110,7 +110,7 @@ def read_index(store: Store, directory: str, *, fresh: bool = False) -> SplitInd
         raise DataError(f"{path} is missing; {AGAIN}") from None
     except UserError:
         raise
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise DataError(f"{path} is damaged ({error!r}); {AGAIN}") from None
     store.check(directory, shards)
     sha = hashlib.sha256(json.dumps(entries, sort_keys=True).encode()).hexdigest()

@@ -26,6 +26,7 @@ from ddk_ds.data.patience import http_status, refused
 from ddk_ds.engine.attention import Kernel, best_kernel
 from ddk_ds.engine.unloaded_models import meta_model
 from ddk_ds.errors import ConfigError, TemporaryError, UserError
+from ddk_ds.files import read_object
 from ddk_ds.kernels import LogitForm
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -151,7 +152,7 @@ def read_model(directory: Path, key: str) -> ModelFiles:
     config_file = directory / "config.json"
     if not config_file.is_file():
         raise ConfigError(f"{key}: {directory} holds no config.json; give the directory of a Hugging Face model")
-    config = json.loads(config_file.read_text())
+    config = read_object(config_file, "copy the model's directory again", ConfigError)
     return ModelFiles(directory, config, _tensor_files(directory, key))
 
 

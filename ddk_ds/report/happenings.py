@@ -12,11 +12,12 @@ from ddk_ds.drawing import time_unit
 from ddk_ds.report.charts import Chart, Curve, Mark, Panel
 from ddk_ds.report.groups import Group
 from ddk_ds.report.records import RunRecord
+from ddk_ds.run_files import UNREADABLE
 
 _KINDS = {
     "restart": ("start", "resume", "fork"),
     "alarm": ("alarm", "warning"),
-    "fault": ("roll_back", "stopped", "checkpoint_failed", "damaged", "skipped"),
+    "fault": ("roll_back", "stopped", "checkpoint_failed", "damaged", "skipped", UNREADABLE),
 }
 _MARKS_ACROSS = 120
 

@@ -250,9 +250,10 @@ def _differences(runs: Sequence[RunRecord]) -> str:
 
 
 def _configuration(run: RunRecord) -> str:
+    fault = f"<p>{escape(run.config_fault)}</p>" if run.config_fault else ""
     if not run.config_text:
-        return "<p>The directory has no config.yaml.</p>"
-    return f"<details><summary>config.yaml, as resolved</summary><pre>{escape(run.config_text)}</pre></details>"
+        return fault
+    return f"{fault}<details><summary>config.yaml, as resolved</summary><pre>{escape(run.config_text)}</pre></details>"
 
 
 def _versions(run: RunRecord) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import time
 from collections.abc import Sequence
@@ -12,12 +11,13 @@ from typing import Any
 
 import numpy as np
 
-from ddk_ds.config import Config, load_config
+from ddk_ds.config import Config, load_run_config
 from ddk_ds.drawing import Array
 from ddk_ds.errors import CheckpointError, UserError
+from ddk_ds.files import read_object
 from ddk_ds.redact import names_a_secret, redact
 from ddk_ds.report.run_progress import State, expected_steps, run_state
-from ddk_ds.run_files import is_finished, read_events, read_ledger, read_summary
+from ddk_ds.run_files import check_end, complete_files, is_finished, read_events, read_ledger, read_summary
 
 PARTS = {
     "data_s": "waiting for data",
@@ -85,6 +85,8 @@ class RunRecord:
     """None if this version cannot read it."""
     config_text: str
     """YAML text without secrets; empty if the directory has no config.yaml."""
+    config_fault: str
+    """Why `config` is None, or ""."""
     summary: dict[str, Any] | None
     """Content of summary.json; None if the run is not finished."""
     identity: dict[str, Any] | None
@@ -147,16 +149,8 @@ class RunRecord:
 
 def read_run(run_dir: Path) -> RunRecord:
     """Read a run's directory. Raises CheckpointError if it holds no run, or if nothing is measured yet."""
-    records, events = read_ledger(run_dir), read_events(run_dir)
-    try:
-        return _run_record(run_dir, records, events)
-    except UserError:
-        raise
-    except (KeyError, TypeError, IndexError, ValueError) as error:
-        raise CheckpointError(
-            f"{run_dir}: ledger.jsonl, events.jsonl or summary.json lacks what a run writes there "
-            f"({type(error).__name__}: {error}); take them from a copy"
-        ) from error
+    with complete_files(run_dir):
+        return _run_record(run_dir, read_ledger(run_dir), read_events(run_dir))
 
 
 def read_runs(run_dirs: Sequence[Path]) -> list[RunRecord]:
@@ -170,8 +164,11 @@ def _run_record(run_dir: Path, records: list[dict[str, Any]], events: list[dict[
     measurements = [record for record in records if record["kind"] in ("interval", "end")]
     if not measurements:
         raise CheckpointError(f"{run_dir}: not begun: ledger.jsonl has no measurement yet")
-    domains = tuple(measurements[0]["student_ppl"])
-    config, text = _read_config(run_dir)
+    domains, identity = tuple(measurements[0]["student_ppl"]), run_dir / "run.json"
+    config, text, fault = _read_config(run_dir)
+    summary = read_summary(run_dir) if is_finished(run_dir) else None
+    if summary is not None:
+        check_end(run_dir, records, summary["steps"])
     return RunRecord(
         run_dir=run_dir,
         name=run_dir.resolve().name,
@@ -182,8 +179,9 @@ def _run_record(run_dir: Path, records: list[dict[str, Any]], events: list[dict[
         events=events,
         config=config,
         config_text=text,
-        summary=read_summary(run_dir) if is_finished(run_dir) else None,
-        identity=_read_identity(run_dir / "run.json"),
+        config_fault=fault,
+        summary=summary,
+        identity=read_object(identity, "put it back from a copy") if identity.is_file() else None,
         state=run_state(run_dir, events, records, time.time()),
         expected_steps=expected_steps(config, events),
     )
@@ -203,21 +201,16 @@ def _steps(records: list[dict[str, Any]], num_domains: int) -> Steps:
     return Steps(column(records, "step"), column(records, "interval"), tokens, columns, peaks)
 
 
-def _read_identity(path: Path) -> dict[str, Any] | None:
-    identity: dict[str, Any] | None = json.loads(path.read_text()) if path.is_file() else None
-    return identity
-
-
-def _read_config(run_dir: Path) -> tuple[Config | None, str]:
+def _read_config(run_dir: Path) -> tuple[Config | None, str, str]:
     path = run_dir / "config.yaml"
     if not path.is_file():
-        return None, ""
+        return None, "", "The directory has no config.yaml."
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     text = "\n".join(_without_secret(line) for line in lines)
     try:
-        return load_config(path), text
-    except UserError:  # from another version: the text is shown anyway
-        return None, text
+        return load_run_config(run_dir), text, ""
+    except UserError as error:  # from another version: the text is shown anyway
+        return None, text, redact(str(error))
 
 
 def _without_secret(line: str) -> str:

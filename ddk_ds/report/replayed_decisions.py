@@ -6,7 +6,7 @@ The ledger's measurements are the input, so another controller is only compared 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from ddk_ds.drawing import Array, tidy
 from ddk_ds.errors import CheckpointError, DataError
 from ddk_ds.mixture.decide import Controller, Decision, decide
 from ddk_ds.mixture.exhaustion import due_samples, largest_remainder
-from ddk_ds.run_files import read_events, read_ledger
+from ddk_ds.run_files import UNREADABLE, check_end, complete_files, is_finished, read_events, read_ledger, read_summary
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,8 @@ class RecordedRun:
     """Size of each domain."""
     schedule: Any
     """Content of `mixture.schedule_file`, or None."""
+    unreadable: list[str] = field(default_factory=list)
+    """A text about each damaged line of events.jsonl."""
 
 
 def read_recorded_run(run_dir: Path) -> RecordedRun:
@@ -54,22 +56,29 @@ def read_recorded_run(run_dir: Path) -> RecordedRun:
 
     Raises CheckpointError if no interval has begun, or if an older version wrote the files.
     """
-    records = [record for record in read_ledger(run_dir) if record["kind"] == "interval"]
+    ledger = read_ledger(run_dir)
+    if is_finished(run_dir):
+        check_end(run_dir, ledger, read_summary(run_dir)["steps"])
+    records = [record for record in ledger if record["kind"] == "interval"]
     if not records:
         raise CheckpointError(f"{run_dir / 'ledger.jsonl'}: no interval has begun yet")
-    start = next((event["mixture"] for event in read_events(run_dir) if "mixture" in event), None)
+    events = read_events(run_dir)
+    start = next((event["mixture"] for event in events if "mixture" in event), None)
     if start is None:
         raise CheckpointError(
-            f"{run_dir / 'events.jsonl'}: no start event has the sizes of the domains: an older version wrote it"
+            f"{run_dir / 'events.jsonl'}: no start event has the sizes of the domains: it is damaged, or an older "
+            "version wrote it; take the file from a copy"
         )
     if "owed" not in records[0]:
         raise CheckpointError(
             f"{run_dir / 'ledger.jsonl'}: its intervals do not say what is owed: an older version wrote it; replay it "
             "with that version"
         )
-    domains = list(records[0]["proportions"])
-    decisions = [_recorded_decision(record, domains) for record in records]
-    return RecordedRun(domains, decisions, start["train_tokens"], start["schedule"])
+    with complete_files(run_dir):
+        domains = list(records[0]["proportions"])
+        decisions = [_recorded_decision(record, domains) for record in records]
+    unreadable = [event["text"] for event in events if event["event"] == UNREADABLE]
+    return RecordedRun(domains, decisions, start["train_tokens"], start["schedule"], unreadable)
 
 
 def _recorded_decision(record: dict[str, Any], domains: Sequence[str]) -> RecordedDecision:

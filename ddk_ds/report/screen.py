@@ -14,12 +14,12 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from ddk_ds.config import Config, load_config
+from ddk_ds.config import Config, load_run_config
 from ddk_ds.config.run_config import interval_ends
 from ddk_ds.errors import CheckpointError, UserError
 from ddk_ds.remaining_time import RECENT_STEPS, RemainingTime
 from ddk_ds.report.run_progress import State, duration, expected_steps, run_state
-from ddk_ds.run_files import read_events, read_ledger_end
+from ddk_ds.run_files import UNREADABLE, check_end, complete_files, read_events, read_ledger_end, read_summary
 
 _COLOURS = {"running": "green", "finished": "green", "silent": "yellow", "interrupted": "yellow"}
 _BAR = 20
@@ -62,15 +62,13 @@ def screen(run_dir: Path, around: Surroundings, max_domains: int | None = None) 
     records = []
     if (run_dir / "ledger.jsonl").is_file():
         records = read_ledger_end(run_dir, steps=RECENT_STEPS, measurements=2)
-    try:
+    with complete_files(run_dir):
         state = run_state(run_dir, events, records, around.now_s)
         if not records:
-            raise CheckpointError(f"{run_dir}: nothing is measured yet: {state.text}")
+            raise CheckpointError(f"{run_dir}: nothing is measured yet in ledger.jsonl: {state.text}")
+        if state.kind == "finished":
+            check_end(run_dir, records, read_summary(run_dir)["steps"])
         return Group(*_lines(run_dir, state, events, records, around, max_domains))
-    except (KeyError, TypeError, IndexError, AttributeError) as error:
-        raise CheckpointError(
-            f"{run_dir}: the end of ledger.jsonl lacks what a run writes there ({type(error).__name__}: {error})"
-        ) from error
 
 
 def _lines(
@@ -139,10 +137,10 @@ def _progress(
 ) -> RenderableType:
     step, total, left_s = records[-1]["step"], None, None
     try:
-        config = load_config(run_dir / "config.yaml")
+        config = load_run_config(run_dir)
         total = expected_steps(config, events)
         left_s = None if total is None else _seconds_left(config, total, events, records)
-    except UserError:  # from another version, or missing
+    except UserError:  # from another version, missing or damaged: its end is not known
         pass
     if total is None or finished:
         return _line(f"step {step:,}" + (" of ?" if not finished else ""))
@@ -227,7 +225,7 @@ def _change(value: float) -> str:
 
 def _alarms(events: Sequence[dict[str, Any]]) -> list[str]:
     """Return a line for each of the last alarms and faults."""
-    kinds = ("alarm", "warning", "checkpoint_failed", "roll_back", "skipped", "damaged")
+    kinds = ("alarm", "warning", "checkpoint_failed", "roll_back", "skipped", "damaged", UNREADABLE)
     last = [event for event in events if event["event"] in kinds][-_ALARMS:]
     return [
         f"{event['event']} at step {event.get('step', '?')}: "

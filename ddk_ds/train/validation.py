@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+import xxhash
 
 from ddk_ds.comm import Comm
 from ddk_ds.engine.student import Student
 from ddk_ds.engine.teacher import Teacher
-from ddk_ds.files import write_text
+from ddk_ds.errors import UserError
+from ddk_ds.files import read_object, remove_leftovers, write_text
 from ddk_ds.kernels import Options
 from ddk_ds.methods import IGNORE_INDEX, next_token_labels, token_losses
 from ddk_ds.mixture.domain_vectors import perplexity
@@ -104,17 +107,26 @@ class PerplexityCache:
         """Return the cached perplexity of each domain; None for a domain without one."""
         values: list[float | None] = []
         for domain_key in domain_keys:
-            path = self._path(domain_key)
-            values.append(json.loads(path.read_text())["perplexity"] if path.is_file() else None)
+            value = None
+            with suppress(UserError):  # missing or damaged: it is measured again
+                record = read_object(self._path(domain_key), "")
+                value = record["perplexity"] if record.get("xxh64") == _own_hash(record) else None
+            values.append(value)
         return values
 
     def write(self, domain_keys: Sequence[str], values: Sequence[float]) -> None:
         """Write the perplexity of each domain to its file, together with the conditions."""
         self._directory.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(self._directory)
         for domain_key, value in zip(domain_keys, values, strict=True):
             record = {**self._key, "validation": domain_key, "perplexity": value}
-            write_text(self._path(domain_key), json.dumps(record, indent=2))
+            write_text(self._path(domain_key), json.dumps({**record, "xxh64": _own_hash(record)}, indent=2))
 
     def _path(self, domain_key: str) -> Path:
         text = json.dumps({**self._key, "validation": domain_key}, sort_keys=True)
         return self._directory / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.json"
+
+
+def _own_hash(record: dict[str, Any]) -> str:
+    """Return the hash of all that a record holds except its hash."""
+    return xxhash.xxh64_hexdigest(json.dumps({key: value for key, value in record.items() if key != "xxh64"}))

@@ -161,12 +161,34 @@ def _measurement(
 
 def _summary(name: str, records: list[dict[str, Any]]) -> dict[str, Any]:
     first, last = records[0], records[-1]
+    total = sum(last["domain_tokens"].values())
+
+    def ratio(record: dict[str, Any], domain: str) -> float | None:
+        return None if record["ratio"] is None else record["ratio"][domain]
+
+    def mean(record: dict[str, Any]) -> float | None:
+        return None if record["ratio"] is None else sum(record["ratio"].values()) / len(record["ratio"])
+
     return {
         "run": name,
+        "controller": "ddk",
         "domains": [
-            {"name": domain, "student_ppl_before": value, "student_ppl_after": last["student_ppl"][domain]}
+            {
+                "name": domain,
+                "teacher_ppl": None if last["teacher_ppl"] is None else last["teacher_ppl"][domain],
+                "student_ppl_before": value,
+                "student_ppl_after": last["student_ppl"][domain],
+                "ratio_before": ratio(first, domain),
+                "ratio_after": ratio(last, domain),
+                "tokens": last["domain_tokens"][domain],
+                "token_share": last["domain_tokens"][domain] / max(1, total),
+            }
             for domain, value in first["student_ppl"].items()
         ],
+        "mean_ratio_before": mean(first),
+        "mean_ratio_after": mean(last),
         "steps": last["step"],
+        "tokens": total,
+        "wall_s": 100.0,
         "reason": f"{last['step']} steps done",
     }

@@ -124,7 +124,9 @@ def test_one_clear_line_where_there_is_nothing_to_show(tmp_path: Path, capsys: p
     for name in ("measuring", "damaged", "strange"):
         (tmp_path / name / "events.jsonl").write_bytes((run_dir / "events.jsonl").read_bytes())
     watched(tmp_path / "measuring", "evaluation after step 0, at most 7200 s\n")
-    cases.append((tmp_path / "measuring", "nothing is measured yet: running, in evaluation after step 0"))
+    cases.append(
+        (tmp_path / "measuring", "nothing is measured yet in ledger.jsonl: running, in evaluation after step 0")
+    )
     (tmp_path / "damaged" / "ledger.jsonl").write_text('{"kind": "step", "step\n')
     cases.append((tmp_path / "damaged", "damaged, it begins"))
     (tmp_path / "strange" / "ledger.jsonl").write_text('{"kind": "step", "step": 4}\n')
