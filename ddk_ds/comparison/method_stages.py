@@ -20,6 +20,7 @@ from ddk_ds.config.methods import METHODS as SINGLE_STAGE
 from ddk_ds.config.paths import path_keys
 from ddk_ds.errors import CheckpointError, ConfigError, TemporaryError, UserError
 from ddk_ds.exit_codes import EXIT_ENDED_AT_ONCE, EXIT_INTERRUPTED, EXIT_TEMPORARY
+from ddk_ds.files import read_object
 from ddk_ds.launcher import launcher_command, run_launcher
 from ddk_ds.run_files import is_finished
 
@@ -178,7 +179,7 @@ def _replaced_content(run_dir: Path, config: Config) -> list[str]:
     from ddk_ds.engine.model_files import read_model
 
     path = run_dir / "run.json"
-    known = json.loads(path.read_text()) if path.is_file() else {}
+    known = read_object(path, "put it back from a copy") if path.is_file() else {}
     replaced = []
     for key, model in (("student", config.student), ("teacher", config.teacher)):
         recorded = known.get(f"content.{key}")

@@ -31,6 +31,7 @@ from ddk_ds.kernels import LogitForm
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 """Compute dtypes by `train.precision`."""
+_COPY = "copy the model's directory again"
 COMPUTE_BYTES = {"bf16": 2, "fp32": 4}
 # Files of a model that are downloaded from the hub.
 _PATTERNS = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "README.md", "LICENSE*", "NOTICE*"]
@@ -152,8 +153,13 @@ def read_model(directory: Path, key: str) -> ModelFiles:
     config_file = directory / "config.json"
     if not config_file.is_file():
         raise ConfigError(f"{key}: {directory} holds no config.json; give the directory of a Hugging Face model")
-    config = read_object(config_file, "copy the model's directory again", ConfigError)
-    return ModelFiles(directory, config, _tensor_files(directory, key))
+    config = read_object(config_file, _COPY, ConfigError)
+    try:
+        return ModelFiles(directory, config, _tensor_files(directory, key))
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError, struct.error) as error:
+        if isinstance(error, UserError):
+            raise
+        raise ConfigError(f"{key}: {directory}: the index or a header is damaged ({error!r}); {_COPY}") from error
 
 
 def configured_files(config: Path) -> ModelFiles:
@@ -215,7 +221,7 @@ def _header(file: Path) -> tuple[dict[str, Any], int]:
     # The format: 8 bytes of little-endian length, a JSON header of that length, the tensors' bytes.
     with file.open("rb") as stream:
         (length,) = struct.unpack("<Q", stream.read(8))
-        return json.loads(stream.read(length)), 8 + length
+        return json.loads(stream.read(min(length, file.stat().st_size))), 8 + length
 
 
 def _sample(file: Path, start: int, pieces: int = 64, piece_bytes: int = 65536) -> bytes:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import shutil
 from pathlib import Path
@@ -15,7 +14,7 @@ from ddk_ds.data.tokenizer import load_tokenizer
 from ddk_ds.engine.attention import choose_attention
 from ddk_ds.engine.model_files import read_model
 from ddk_ds.errors import ConfigError
-from ddk_ds.files import new_directory
+from ddk_ds.files import new_directory, read_object
 
 _log = logging.getLogger(__name__)
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
@@ -60,10 +59,7 @@ def make_random_model(config: Path, tokenizer: Path, out: Path, seed: int, devic
     if not config.is_file():
         raise ConfigError(f"--config {config}: there is no such file")
     info = load_tokenizer(tokenizer)
-    try:
-        values = json.loads(config.read_text())
-    except ValueError as error:
-        raise ConfigError(f"--config {config}: is not JSON: {error}") from error
+    values = read_object(config, "name another --config", ConfigError)
     if values.get("model_type") not in CONFIG_MAPPING:
         raise ConfigError(f"--config {config}: model_type is {values.get('model_type')!r}, which transformers lacks")
     values |= {"vocab_size": info.vocab_size, "eos_token_id": info.eos_token_id, "bos_token_id": info.eos_token_id}

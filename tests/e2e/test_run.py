@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -78,6 +79,23 @@ def test_cpt_then_ddk_killed_and_resumed(workspace: Path, tmp_path: Path) -> Non
     check_ledger(runs / "whole")
     check_summary(runs / "whole")
     check_export(runs / "whole" / "export")
+
+
+@pytest.mark.long("one start of the launcher; tests/unit/train/test_ledger_lines.py has the decision")
+def test_a_run_whose_directory_goes_away_fails(workspace: Path, tmp_path: Path) -> None:
+    config = write_config(workspace, tmp_path, name="gone", stop={"steps": 2000})
+    run_dir = tmp_path / "runs/gone"
+    process = start(config)
+    try:
+        wait_for_step(process, run_dir / "ledger.jsonl", 2)
+        run_dir.rename(tmp_path / "runs/moved")
+        output, _ = process.communicate(timeout=120)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode != 0 and "finished" not in output
+    assert "ledger.jsonl was deleted or changed while the run wrote it" in output
+    assert not run_dir.exists() or not (run_dir / "ledger.jsonl").exists()
 
 
 def check_ledger(run_dir: Path) -> None:
