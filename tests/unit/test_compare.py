@@ -65,6 +65,10 @@ def plan_of(config: Path, out: Path, *overrides: str, **values: Any) -> Comparis
 def summary(teacher: list[float] | None, before: list[float], after: list[float], tokens: int = 100) -> dict[str, Any]:
     """A run's summary over the domains a, b, ..."""
     return {
+        "run": "run",
+        "mean_ratio_before": None,
+        "mean_ratio_after": None,
+        "reason": "10 steps done",
         "steps": 10,
         "tokens": tokens,
         "wall_s": 10.0,
@@ -74,6 +78,10 @@ def summary(teacher: list[float] | None, before: list[float], after: list[float]
                 "teacher_ppl": teacher and teacher[i],
                 "student_ppl_before": before[i],
                 "student_ppl_after": after[i],
+                "ratio_before": None,
+                "ratio_after": None,
+                "tokens": tokens // len(after),
+                "token_share": 1 / len(after),
             }
             for i in range(len(after))
         ],
@@ -168,13 +176,18 @@ def write_run(directory: Path, config: Path, after: list[float], *overrides: str
     (directory / "summary.json").write_text(
         json.dumps(summary(None if resolved.teacher is None else [4.0, 10.0], [8.0, 40.0], after))
     )
+    none = dict.fromkeys(("teacher_ppl", "ratio", "smoothed_ppl", "proportions", "asked", "counts"))
+    numbers = dict.fromkeys(("loss", "ce", "kl", "grad_norm", "learning_rate"), 1.0)
+    measured = {**none, "student_ppl": {}, "domain_tokens": {}, "alarms": [], "clock": {"measure_s": 1.0}}
+    step = {"kind": "step", "interval": 0, **numbers, "domain_tokens": [], "clock": {"step_s": 3.0}}
     records = [
-        *({"kind": kind, "clock": {"measure_s": 1.0}} for kind in ("interval", "interval", "end")),
-        *({"kind": "step", "clock": {"step_s": 3.0}} for _ in range(3)),
+        *({**step, "step": number} for number in (1, 2, 3)),
+        *({"kind": kind, "interval": 0, "step": 10, **measured} for kind in ("interval", "interval", "end")),
     ]
     (directory / "ledger.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-    event = {"event": "start", "world_size": 2, "versions": {"torch": "2.9"}}
-    (directory / "events.jsonl").write_text(json.dumps(event) + "\n")
+    start = {"event": "start", "time_s": 1.0, "world_size": 2, "versions": {"torch": "2.9"}}
+    events = [start, {"event": "end", "time_s": 2.0}]
+    (directory / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
     return directory
 
 

@@ -122,7 +122,7 @@ def test_a_cut_line_is_left_out_and_a_damaged_one_named(tmp_path: Path, capsys: 
     lines[7] = json.dumps({"kind": "step", "step": 7})
     ledger.write_text("\n".join(lines) + "\n")
     assert main([str(run_dir)]) == 2
-    assert "lacks what a run writes there" in capsys.readouterr().err
+    assert "line 8: damaged (step.interval: field required)" in capsys.readouterr().err
 
 
 def test_no_run_is_an_error_of_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
