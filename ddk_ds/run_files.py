@@ -9,12 +9,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, Literal, NotRequired, Required
-
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
-from typing_extensions import TypedDict
+from typing import TYPE_CHECKING, Any
 
 from ddk_ds.errors import CheckpointError, UserError
+
+if TYPE_CHECKING:
+    from ddk_ds.run_schema import Kind
 
 _BLOCK_BYTES = 1 << 20
 _STEP = b'{"kind": "step"'
@@ -23,100 +23,6 @@ _SAMPLES = b'{"kind": "samples"'
 
 UNREADABLE = "unreadable"
 """Kind of the event that stands in the place of a damaged line of events.jsonl."""
-_FORM = ConfigDict(strict=True, extra="allow")  # no text is read as a number; other versions write further keys
-_ByDomain = dict[str, float]
-
-
-class _Step(TypedDict):
-    __pydantic_config__ = _FORM  # type: ignore[misc]
-    kind: Literal["step"]
-    step: int
-    interval: int
-    loss: float | None
-    ce: float | None
-    kl: float | None
-    grad_norm: float | None
-    learning_rate: float
-    domain_tokens: list[int]
-    clock: dict[str, float | dict[str, float] | None]
-
-
-class _Measurement(TypedDict):
-    __pydantic_config__ = _FORM  # type: ignore[misc]
-    kind: Literal["interval", "end"]
-    interval: int
-    step: int
-    student_ppl: _ByDomain
-    teacher_ppl: _ByDomain | None
-    ratio: _ByDomain | None
-    smoothed_ppl: _ByDomain | None
-    proportions: _ByDomain | None
-    log_proportions: NotRequired[dict[str, float | None] | None]
-    owed: NotRequired[_ByDomain | None]
-    asked: dict[str, int] | None
-    counts: dict[str, int] | None
-    domain_tokens: dict[str, int]
-    alarms: list[str]
-    clock: dict[str, float]
-
-
-class _Samples(TypedDict):
-    __pydantic_config__ = _FORM  # type: ignore[misc]
-    kind: Literal["samples"]
-    step: int
-    samples: list[dict[str, str | None]]
-
-
-class _Mixture(TypedDict):
-    train_tokens: dict[str, int]
-    schedule: Any
-
-
-class _Event(TypedDict, total=False):
-    __pydantic_config__ = _FORM  # type: ignore[misc]
-    event: Required[str]
-    time_s: Required[float]
-    step: int
-    world_size: int
-    mixture: _Mixture
-    versions: dict[str, str]
-    changed_versions: dict[str, str]
-    path: str
-    reason: str
-    signal: str
-    text: str
-    pause_s: float
-    seconds: float
-
-
-class _DomainSummary(TypedDict):
-    __pydantic_config__ = _FORM  # type: ignore[misc]
-    name: str
-    teacher_ppl: float | None
-    student_ppl_before: float
-    student_ppl_after: float
-    ratio_before: float | None
-    ratio_after: float | None
-    tokens: int
-    token_share: float
-
-
-class _Summary(TypedDict):
-    __pydantic_config__ = _FORM  # type: ignore[misc]
-    run: str
-    controller: NotRequired[str]
-    domains: Annotated[list[_DomainSummary], Field(min_length=1)]
-    mean_ratio_before: float | None
-    mean_ratio_after: float | None
-    steps: int
-    tokens: int
-    wall_s: float
-    reason: str
-
-
-_RECORD: TypeAdapter[Any] = TypeAdapter(Annotated[_Step | _Measurement | _Samples, Field(discriminator="kind")])
-_EVENT: TypeAdapter[Any] = TypeAdapter(_Event)
-_SUMMARY: TypeAdapter[Any] = TypeAdapter(_Summary)
 
 
 def read_ledger(run_dir: Path) -> list[dict[str, Any]]:
@@ -134,8 +40,8 @@ def read_events(run_dir: Path) -> list[dict[str, Any]]:
     events: list[dict[str, Any]] = []
     for number, line in _complete_lines(path):
         try:
-            events.append(_EVENT.validate_json(line))
-        except ValidationError:
+            events.append(_parsed("event", line))
+        except ValueError:
             text = f"{path.name}, line {number}: damaged, as a full disk leaves it; left out"
             events.append({"event": UNREADABLE, "time_s": None, "text": text})
     if not events or (is_finished(run_dir) and events[-1]["event"] not in ("end", UNREADABLE)):
@@ -175,13 +81,12 @@ def read_summary(run_dir: Path) -> dict[str, Any]:
     if not is_finished(run_dir):
         raise CheckpointError(f"{run_dir}: holds no summary.json: no such run, or it is not finished")
     try:
-        summary: dict[str, Any] = _SUMMARY.validate_json(path.read_bytes())
-    except (OSError, ValidationError) as error:
+        return _parsed("summary", path.read_bytes())
+    except (OSError, ValueError) as error:
         raise CheckpointError(
-            f"{path} is damaged{_where(error)}; put it back from a copy, or delete it and start the run's command "
+            f"{path} is damaged ({error}); put it back from a copy, or delete it and start the run's command "
             "again: it continues from its last checkpoint and writes it"
         ) from error
-    return summary
 
 
 @contextmanager
@@ -227,21 +132,18 @@ def _complete_lines(path: Path) -> Iterator[tuple[int, bytes]]:
 
 def _record(path: Path, where: str, line: bytes) -> dict[str, Any]:
     try:
-        record: dict[str, Any] = _RECORD.validate_json(line)
-    except ValidationError as error:
+        return _parsed("ledger", line)
+    except ValueError as error:
         shown = line[:60].decode("utf-8", "replace")
         raise CheckpointError(
-            f"{path}, {where}: damaged{_where(error)}, it begins {shown!r}; take the file from a copy"
+            f"{path}, {where}: damaged ({error}), it begins {shown!r}; take the file from a copy"
         ) from error
-    return record
 
 
-def _where(error: Exception) -> str:
-    """Return the first thing that is wrong, as a phrase after "damaged"; "" if it is no JSON at all."""
-    if not isinstance(error, ValidationError) or (first := error.errors()[0])["type"] == "json_invalid":
-        return ""
-    key = ".".join(map(str, first["loc"]))
-    return f" ({key or 'it'}: {first['msg'][0].lower()}{first['msg'][1:]})"
+def _parsed(kind: Kind, text: bytes) -> dict[str, Any]:
+    from ddk_ds.run_schema import parsed  # imports pydantic, for which `import ddk_ds` should not wait
+
+    return parsed(kind, text)
 
 
 def _lines_from_end(path: Path) -> Iterator[bytes]:

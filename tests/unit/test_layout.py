@@ -33,7 +33,7 @@ FLOORS = (
     ("comm", "config", "run_files"),
     ("launcher",),
     ("command_line",),
-    ("drawing", "exit_codes", "files", "lifeline", "redact", "remaining_time", "version"),
+    ("drawing", "exit_codes", "files", "lifeline", "redact", "run_schema", "remaining_time", "version"),
     ("errors",),
 )
 FLOOR = {room: floor for floor, rooms in enumerate(reversed(FLOORS)) for room in rooms}

@@ -22,6 +22,7 @@ from ddk_ds.report.replayed_decisions import (
     replay,
     replay_json,
 )
+from tests.unit.report.made_run import make_run
 
 SIZES = {"python": 1000, "cpp": 2000, "mathematics": 500}
 
@@ -75,9 +76,10 @@ def test_a_fork_begins_with_the_recorded_decision() -> None:
 
 
 def test_a_ledger_of_an_older_version_is_refused(tmp_path: Path) -> None:
-    line = {"kind": "interval", "interval": 0, "step": 0, "proportions": {"python": 1.0}, "asked": {"python": 8}}
-    (tmp_path / "ledger.jsonl").write_text(json.dumps(line) + "\n")
-    start = {"event": "start", "mixture": {"train_tokens": {"python": 1}, "schedule": None}}
+    made = make_run(tmp_path, finished=False) / "ledger.jsonl"
+    line = json.loads(made.read_text().splitlines()[0])
+    (tmp_path / "ledger.jsonl").write_text(json.dumps({key: line[key] for key in line if key != "owed"}) + "\n")
+    start = {"event": "start", "time_s": 1.0, "mixture": {"train_tokens": {"python": 1}, "schedule": None}}
     (tmp_path / "events.jsonl").write_text(json.dumps(start) + "\n")
     with pytest.raises(CheckpointError, match=r"what is owed: an older version wrote it"):
         read_recorded_run(tmp_path)

@@ -128,7 +128,7 @@ def test_one_clear_line_where_there_is_nothing_to_show(tmp_path: Path, capsys: p
         (tmp_path / "measuring", "nothing is measured yet in ledger.jsonl: running, in evaluation after step 0")
     )
     (tmp_path / "damaged" / "ledger.jsonl").write_text('{"kind": "step", "step\n')
-    cases.append((tmp_path / "damaged", "damaged, it begins"))
+    cases.append((tmp_path / "damaged", "damaged (no JSON), it begins"))
     (tmp_path / "strange" / "ledger.jsonl").write_text('{"kind": "step", "step": 4}\n')
     cases.append((tmp_path / "strange", "near its end: damaged (step.interval: field required)"))
     for path, message in cases:
