@@ -26,6 +26,7 @@ def check(ranks: Ranks, codes: list[int], expected: str) -> None:
     assert len(lines) == 1 and expected in lines[0] and "Traceback" not in ranks.text, ranks.text
 
 
+@pytest.mark.long("one start; tests/dist/test_leaving.py has the way out")
 def test_a_ledger_that_rank_0_cannot_write(workspace: Path, tmp_path: Path) -> None:
     options = {"stop": {"steps": 100_000}, "mixture": {"interval_steps": 100_000}}
     config = write_config(workspace, tmp_path, checkpoint={"every_steps": 100_000}, **options)
@@ -38,7 +39,7 @@ def test_a_ledger_that_rank_0_cannot_write(workspace: Path, tmp_path: Path) -> N
     check(ranks, ranks.wait(120), "ledger.jsonl was deleted or changed")
 
 
-@pytest.mark.long("two starts; the ledger's test has the same way out")
+@pytest.mark.long("three starts; tests/dist/test_leaving.py has the way out")
 def test_a_rewind_and_a_summary_that_rank_0_cannot_write(workspace: Path, tmp_path: Path) -> None:
     config = write_config(workspace, tmp_path, checkpoint={"every_steps": 100_000}, stop={"steps": 4})
     run_dir = tmp_path / "runs/run"
@@ -54,7 +55,7 @@ def test_a_rewind_and_a_summary_that_rank_0_cannot_write(workspace: Path, tmp_pa
     end_of(config, tmp_path, "summary.json")
 
 
-@pytest.mark.long("one start; the way out is that of an error")
+@pytest.mark.long("one start; tests/dist/test_leaving.py has the way out")
 def test_a_signal_that_ends_one_rank_at_once(workspace: Path, tmp_path: Path) -> None:
     """A first Ctrl-C before the training: the other rank would wait for this one."""
     config = write_config(workspace, tmp_path)

@@ -84,14 +84,14 @@ def _words(process: psutil.Process) -> list[str]:
 
 
 INNER, RANK = "deepspeed.launcher.launch", "--local_rank=0"
-LONG = pytest.mark.long("15 to 30 s a start; two of these kills and tests/unit/test_lifeline.py run always")
+LONG = pytest.mark.long("5 to 30 s a start; one of these kills and tests/unit/test_lifeline.py run always")
 
 
 @pytest.mark.parametrize(
     ("launcher", "victim", "number", "moment", "code"),
     [
         ("ddk distill", INNER, signal.SIGKILL, "training", 75),
-        ("deepspeed", "", signal.SIGKILL, INNER, -9),
+        pytest.param("deepspeed", "", signal.SIGKILL, INNER, -9, marks=LONG),
         pytest.param("deepspeed", "", signal.SIGKILL, "training", -9, marks=LONG),
         pytest.param("deepspeed", "", signal.SIGTERM, "training", -15, marks=LONG),
         pytest.param("deepspeed", "", signal.SIGTERM, RANK, -15, marks=LONG),

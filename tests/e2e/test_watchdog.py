@@ -41,13 +41,15 @@ def test_a_rank_that_hangs_ends_the_job_with_the_stacks_of_the_others(workspace:
 
 
 @pytest.mark.long("each waits for a limit of a minute; tests/unit/train/test_watchdog_limits.py has the phases")
-@pytest.mark.parametrize(("file", "phase"), [("shards/domains.json", "start"), ("/validation/", "models")])
+@pytest.mark.parametrize(("file", "phase"), [("shards/domains.json", "start"), ("/validation/shard.", "models")])
 def test_a_disk_that_hangs_before_the_training(workspace: Path, tmp_path: Path, file: str, phase: str) -> None:
     """The rank that hangs names its phase and its place, and so does the one that waits for it."""
     config = write_config(workspace, tmp_path, limits={"start_s": 60.0})
     ranks = Ranks(config, tmp_path, {"SLOW_FILE": file, "SLOW_S": "10000"})
     assert ranks.wait(300) == [1, 1], ranks.text
-    assert all(f"rank {rank}: {phase} after step 0, at most 60 s: not done" in ranks.text for rank in range(2))
+    assert all(f"rank {rank}: {phase} after step 0, at most 60 s: not done" in ranks.text for rank in range(2)), (
+        ranks.text
+    )
     written = tmp_path / "runs/run/stacks/rank-1.txt"
     stacks = written.read_text() if phase == "models" else ranks.outputs[1].read_text()
     assert "Timeout (0:01:00)" in stacks and "sitecustomize.py" in stacks, stacks
@@ -59,6 +61,6 @@ def test_a_disk_that_is_slow_on_one_rank_does_not_end_the_run(
 ) -> None:
     """The other rank waits in a collective for longer than DeepSpeed's timeout, which is set to a minute here."""
     monkeypatch.setenv("DEEPSPEED_TIMEOUT", "1")
-    config = write_config(workspace, tmp_path, stop={"steps": 2}, mixture={"interval_steps": 2})
-    ranks = Ranks(config, tmp_path, {"SLOW_FILE": "/validation/", "SLOW_S": "25"})  # three domains
+    config = write_config(workspace, tmp_path, stop={"steps": 4})
+    ranks = Ranks(config, tmp_path, {"SLOW_FILE": "/validation/shard.", "SLOW_S": "25"})  # three domains
     assert ranks.wait(400) == [0, 0], ranks.text

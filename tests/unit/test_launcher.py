@@ -66,10 +66,13 @@ def test_what_does_not_answer_a_second_ctrl_c_is_killed() -> None:
 # A launcher that is killed while its rank saves: the rank is left behind, in the launcher's process group.
 LEAVES = """
 import os, signal, sys, time
+launcher = os.getpid()
 if os.fork() == 0:
-    print("ready", flush=True)
     signal.signal(signal.SIGUSR1, lambda *_: sys.exit(75))
-    time.sleep(2)
+    while os.getppid() == launcher:
+        time.sleep(0.01)
+    print("ready", flush=True)
+    time.sleep({seconds})
     sys.exit({code})
 {end}
 """
@@ -80,11 +83,11 @@ if os.fork() == 0:
     [("os._exit(0)", 75, 75), ("os._exit(0)", 9, 9), ("os._exit(0)", 0, 0), ("os.kill(os.getpid(), 9)", 75, 75)],
 )
 def test_the_exit_code_is_that_of_ranks_whose_launcher_was_killed(end: str, rank_code: int, code: int) -> None:
-    assert launched(LEAVES.format(end=end, code=rank_code)) == code
+    assert launched(LEAVES.format(end=end, code=rank_code, seconds=0.5)) == code
 
 
 def test_ranks_whose_launcher_was_killed_still_get_signals() -> None:
-    assert launched(LEAVES.format(end="os._exit(0)", code=0), signal.SIGUSR1) == 75
+    assert launched(LEAVES.format(end="os._exit(0)", code=0, seconds=100), signal.SIGUSR1) == 75
 
 
 def test_a_launcher_ends_with_the_process_that_runs_it(tmp_path: Path) -> None:
