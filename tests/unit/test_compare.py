@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -451,8 +453,10 @@ def test_the_launcher_is_started_without_a_shell(tmp_path: Path, monkeypatch: py
     def popen(command: list[str], **options: Any) -> Any:
         assert not options.get("shell")
         started.append(command)
-        return SimpleNamespace(wait=lambda: 5)
+        return SimpleNamespace(wait=lambda: 5, pid=process.pid)
 
+    process = subprocess.Popen([sys.executable, "-c", ""], process_group=0)
+    process.wait()  # there is nothing left in its process group to wait for
     monkeypatch.setattr("ddk_ds.launcher.subprocess.Popen", popen)
     log = tmp_path / "out/run.log"
     assert stages.launch(tmp_path / "a b.yaml", ["x={a: 1}"], 2, log) == 5

@@ -25,7 +25,7 @@ ENVIRONMENT = {key: value for key, value in os.environ.items() if key not in ("P
 
 def front_doors() -> list[list[str]]:
     """Return the command of each file in launch/ and tools/, and of each subcommand of ddk."""
-    files = [path for tree in ("launch", "tools") for path in sorted((ROOT / tree).rglob("*.py"))]
+    files = [path for tree in ("launch", "tools") for path in sorted((ROOT / tree).glob("*.py"))]
     files = [path for path in files if "from ddk_ds.commands." in path.read_text(encoding="utf-8")]
     return [*([sys.executable, str(path)] for path in files), [DDK], *([DDK, name] for name in console.NAMES)]
 

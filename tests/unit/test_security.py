@@ -107,6 +107,7 @@ def test_a_configuration_takes_no_credentials(
 
 def test_credentials_are_removed_from_what_is_written(tmp_path: Path) -> None:
     ledger = Ledger(tmp_path, rank=0)
+    ledger.rewind(0)
     ledger.event("data", reason="https://user:sesame@store/x failed: token=sesame, next")
     ledger.write({"kind": "step", "domain_tokens": [1, 2], "text": "password: sesame"})
     written = (tmp_path / "events.jsonl").read_text() + (tmp_path / "ledger.jsonl").read_text()

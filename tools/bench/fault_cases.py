@@ -18,7 +18,9 @@ from tools.bench.forked import ForkedJob, Said
 from tools.bench.small_run import make_workspace, without_clock, write_config
 
 ROUNDING = 1e-5
-_ROUNDED = ("loss", "ce", "kl", "grad_norm", "student_ppl", "ratio", "proportions")
+# Each with the least size that its differences are divided by; samples that are owed can be none.
+_ROUNDED = dict.fromkeys(("loss", "ce", "kl", "grad_norm", "student_ppl", "ratio"), 1e-12)
+_ROUNDED |= {"proportions": 1e-12, "log_proportions": 1e-12, "owed": 1.0}
 # As OPTIONS of fault_campaign.py, and shorter: two and a third intervals, a checkpoint every second step, and a process
 # that reads.
 SHORT: dict[str, Any] = {
@@ -193,7 +195,7 @@ def compare(run_dir: Path, reference: Path) -> tuple[float, bool]:
             left, right = line.get(key), expected.get(key)
             if key in _ROUNDED and left is not None and right is not None:
                 a, b = (np.array([*x.values()] if isinstance(x, dict) else x, np.float64) for x in (left, right))
-                worst = max(worst, float(np.max(np.abs(a - b) / np.maximum(np.abs(b), 1e-12))))
+                worst = max(worst, float(np.max(np.abs(a - b) / np.maximum(np.abs(b), _ROUNDED[key]))))
             else:
                 same = same and left == right
     return worst, same
