@@ -135,3 +135,13 @@ def test_without_a_teacher_nothing_compares_with_one(controller: str) -> None:
         config_with({"controller": controller, "reference_losses": {"a": 1.0}}, **alone)
     with pytest.raises(ConfigError, match=r"stop.discrepancy compares with a teacher"):
         config_with({"controller": "equal"}, **alone, stop={"steps": 100, "discrepancy": 0.1})
+
+
+@pytest.mark.parametrize("name", ["step_s", "evaluation_s"])
+def test_a_limit_of_time_is_longer_than_a_rank_may_wait_for_a_store(name: str) -> None:
+    """It may wait 100 s, and 20 s in its last attempt; 0 is no limit."""
+    data = {"path": "data", "cache_dir": "/cache", "download_patience_s": 100.0, "download_timeout_s": 20.0}
+    limits = {"step_s": 500.0, "evaluation_s": 500.0}
+    found = [refused(data=data, limits={**limits, name: limit}) for limit in (0.0, 0.5, 120.0, 120.5)]
+    assert found == [False, True, True, False]
+    assert not refused(data={**data, "cache_dir": None}, limits={**limits, name: 10.0})

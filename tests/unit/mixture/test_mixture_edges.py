@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
 
+from ddk_ds.errors import ConfigError, DataError
 from ddk_ds.mixture.bounds import raise_to_floors
 from ddk_ds.mixture.controllers import make_controller
 from ddk_ds.mixture.ddk import initial_factors
 from ddk_ds.mixture.decide import Decision, decide
-from ddk_ds.mixture.domain_vectors import Factors, values_in_order
+from ddk_ds.mixture.domain_vectors import (
+    Factors,
+    check_perplexities,
+    check_proportions,
+    proportions_by_size,
+    proportions_in_order,
+    values_in_order,
+)
 from ddk_ds.mixture.exhaustion import largest_remainder
+from ddk_ds.mixture.fixed import parse_stages
 from ddk_ds.mixture.order import DomainOrder
 from tests.unit.mixture.mixture_section import section
 
@@ -60,3 +70,71 @@ def test_more_whole_samples_due_than_there_are() -> None:
     assert counts.tolist() == [0, 1, 3]
     # Due are -3, 2.25, 2.75 and 3 of 5: whole are 2, 2 and 3, two too many.
     assert largest_remainder([0.2] * 5, 5, [-4.0, 1.25, 1.75, 2.0, -1.0]).tolist() == [0, 1, 2, 2, 0]
+
+
+def test_proportions_sum_to_1_within_a_millionth() -> None:
+    def refused(*values: float) -> bool:
+        try:
+            check_proportions(values, num_domains=2, label="these")
+        except ConfigError:
+            return True
+        return False
+
+    assert not refused(0.0, 1.0) and not refused(0.5, 0.5 + 9e-7) and not refused(0.5, 0.5 - 9e-7)
+    assert refused(0.5, 0.5 + 2e-6) and refused(0.5, 0.5 - 2e-6) and refused(-0.5, 1.5) and refused(0.5, math.nan)
+    assert refused(1.0) and refused(0.5, 0.25, 0.25)
+
+
+def test_a_perplexity_is_any_positive_number() -> None:
+    assert check_perplexities([0.5, 1e-300, 1.0, 1e300], model="student").tolist() == [0.5, 1e-300, 1.0, 1e300]
+    assert check_perplexities([2.0], model="student", names=["a"]).tolist() == [2.0]
+    for values in ([], None, [0.0], [-1.0], [math.inf], [math.nan], [2.0, None]):
+        with pytest.raises(DataError):
+            check_perplexities(values, model="student")
+    for values in ([2.0], [2.0, 3.0, 4.0]):
+        with pytest.raises(DataError):
+            check_perplexities(values, model="student", names=["a", "b"])
+
+
+def test_a_domain_of_one_sample_has_its_share() -> None:
+    assert proportions_by_size(["a", "b"], {"a": 1, "b": 3, "c": 9}) == (0.25, 0.75)
+    with pytest.raises(ConfigError, match="'b' has size 0"):
+        proportions_by_size(["a", "b"], {"a": 1, "b": 0})
+
+
+def test_an_excluded_domain_has_no_proportion_but_0() -> None:
+    given = {"a": 0.25, "b": 0.75, "c": 0.0}
+    assert proportions_in_order(given, ["c", "a", "b"], ["c"], label="these") == (0.25, 0.75)
+    assert proportions_in_order({"a": 0.25, "b": 0.75}, ["c", "a", "b"], ["c"], label="these") == (0.25, 0.75)
+    for value in (1.0, -1.0):
+        with pytest.raises(ConfigError, match="exclude names it"):
+            proportions_in_order({**given, "c": value}, ["c", "a", "b"], ["c"], label="these")
+
+
+def test_the_log_of_no_proportion_is_minus_infinity() -> None:
+    assert Factors.of(np.array([0.0, 1.0])).logs.tolist() == [-math.inf, 0.0]
+    assert Factors.of(np.array([0.0, 1.0]), np.array([-1000.0, 5.0])).logs.tolist() == [-1000.0, 0.0]
+
+
+def test_controllers_without_perplexities_smooth_none_and_need_no_teacher() -> None:
+    stages = [{"from_interval": t, "proportions": {"a": share, "b": 1 - share}} for t, share in ((0, 0.5), (1, 0.25))]
+    for options in ({"controller": "equal"}, {"controller": "schedule", "schedule_file": "stages.yaml"}):
+        controller = make_controller(section(**options), {"a": 1, "b": 3}, stages)
+        decision = decide(controller, None, np.array([2.0, 3.0]), None, interval=0)
+        assert (decision.proportions, decision.smoothed_ppl, controller.uses_teacher) == ([0.5, 0.5], [], False)
+
+
+@pytest.mark.parametrize("first", [[0, 5, 3], [0, 3, 3], [0, 0], [1], [-1], [0, True], [0, 1.5]])
+def test_stages_begin_with_0_and_rise(first: list[Any]) -> None:
+    stages = [{"from_interval": t, "proportions": {"a": 1.0}} for t in first]
+    with pytest.raises(ConfigError, match="from_interval is") as caught:
+        parse_stages(stages, ["a"], (), source="stages.yaml")
+    assert f"stages.yaml, entry {len(first)}:" in str(caught.value)
+
+
+def test_a_stages_proportions_are_numbers() -> None:
+    for value in (True, "0.5", None):
+        with pytest.raises(ConfigError, match="entry 1: the proportion of 'b' is"):
+            parse_stages([{"from_interval": 0, "proportions": {"a": 1, "b": value}}], ["a", "b"], (), source="x")
+    parsed = parse_stages([{"from_interval": 0, "proportions": {"a": 1, "b": 0.0}}], ["a", "b"], (), source="x")
+    assert parsed == ((0, (1.0, 0.0)),)
