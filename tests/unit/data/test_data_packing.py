@@ -138,6 +138,7 @@ def test_a_spool_gives_back_each_splits_documents(
             assert all(0 < len(piece) <= ids for piece in pieces)
     spool.remove()
     assert list(tmp_path.iterdir()) == []
+    spool.remove()  # somebody was faster
 
 
 def test_a_spool_that_is_opened_again_is_cut_to_what_was_finished(tmp_path: Path) -> None:
@@ -153,6 +154,27 @@ def test_a_spool_that_is_opened_again_is_cut_to_what_was_finished(tmp_path: Path
     read = [x for piece in spool.ids(HeldOut(0), validation=False) for x in piece.tolist()]
     assert read == [*documents[0], *documents[1], 9, 8]
     spool.close()
+
+
+def test_a_spool_is_closed_on_a_full_disk_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Full:
+        """A stream whose last write fails when it is closed."""
+
+        def __init__(self) -> None:
+            self.raw = self
+            self.closed = 0
+
+        def close(self) -> None:
+            self.closed += 1
+            if self.closed == 1:
+                raise OSError(28, "No space left on device")
+
+    spool = Spool(tmp_path, "code", "uint16")
+    spool.close()
+    full = [Full(), Full()]
+    monkeypatch.setattr(spool, "_streams", full)
+    spool.close()
+    assert [stream.closed for stream in full] == [2, 2]
 
 
 def test_one_of_the_two_rules_chooses() -> None:
