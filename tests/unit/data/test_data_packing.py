@@ -73,6 +73,10 @@ def test_no_documents_hold_nothing_out() -> None:
     assert choose_validation([], min_tokens=10) == HeldOut(0)
 
 
+def test_a_key_alone_holds_out_what_is_below_it() -> None:
+    assert HeldOut(5).mask(np.array([5, 4, 5, 6], np.uint64), 0).tolist() == [False, True, False, False]
+
+
 def test_a_fraction_holds_out_that_share_of_the_keys_range() -> None:
     keys = (np.arange(1000, dtype=np.float64) / 1000 * 2.0**64).astype(np.uint64)
     held_out = chosen(keys, np.ones(1000, np.int64), fraction=0.1)

@@ -44,6 +44,17 @@ def test_a_run_ends_at_the_first_border_that_reaches_its_end() -> None:
     assert ends({"steps": 100, "data_once": True}, state_of(30)) and ends({"steps": 9, "intervals": 99}, state_of(9))
 
 
+def test_a_run_whose_data_are_used_says_how_often_the_least_and_most_drawn_domain_was() -> None:
+    """Of 40, 20 and 60 samples, 20, 40 and 60 were drawn: half, twice and once."""
+    state = state_of(30)
+    state.data = state.data.begin([20, 40, 60], [0.0] * 3)
+    reason = stop_reason(config_with({}, stop={"data_once": True}), state, np.ones(3), np.ones(3))
+    assert reason is not None and reason.endswith(": code 0.50 times over, law 2.00 times over")
+    excluding = config_with({"exclude": ["law"]}, stop={"data_once": True})
+    reason = stop_reason(excluding, state, np.ones(3), np.ones(3))
+    assert reason is not None and reason.endswith(": code 0.50 times over, prose 1.00 times over")
+
+
 def test_a_run_ends_when_its_student_is_near_the_teacher_in_every_drawn_domain() -> None:
     """The largest ratio less 1 is 0.25, exactly in float64."""
     stop = {"steps": 100, "discrepancy": 0.25}
