@@ -34,8 +34,8 @@ def test_floors_that_take_all_leave_nothing_to_the_others() -> None:
 
 
 def test_a_floor_of_all_that_there_is_gives_equal_proportions() -> None:
-    """The next float above 1/3, times 3, is above 1: nothing is left for the softmax, not less than nothing."""
-    floor = math.nextafter(1 / 3, 1)
+    """A floor that was rounded up: nothing is left for the softmax, not less than nothing."""
+    floor = 1 / 3 + 1e-13
     assert initial_factors(np.array([3.0, 2.0, 1.0]), floor=floor).proportions.tolist() == [floor] * 3
 
 
