@@ -38,6 +38,14 @@ def test_ledgers_are_compared_to_the_last_digit(tmp_path: Path) -> None:
     assert not compare(write_ledger(tmp_path / "e", 2.0), reference)[1]
 
 
+def test_what_follows_from_rounded_numbers_is_compared_as_they_are(tmp_path: Path) -> None:
+    for name, owed, log_share in (("a", 0.001, -1.0), ("b", 0.00100001, -1.00001)):
+        (tmp_path / name).mkdir()
+        line = {"kind": "interval", "owed": {"x": owed}, "log_proportions": {"x": log_share}, "counts": {"x": 3}}
+        (tmp_path / name / "ledger.jsonl").write_text(json.dumps(line) + "\n")
+    assert compare(tmp_path / "b", tmp_path / "a") == (pytest.approx(1e-5), True)
+
+
 def test_a_checkpoint_is_whole_by_its_hashes(tmp_path: Path) -> None:
     for step, content in ((1, b"whole"), (2, b"harmed")):
         directory = tmp_path / f"checkpoints/step-{step}"

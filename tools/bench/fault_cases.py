@@ -19,7 +19,7 @@ from tools.bench.small_run import make_workspace, without_clock, write_config
 
 ROUNDING = 1e-5
 # Each with the least size that its differences are divided by; samples that are owed can be none.
-_ROUNDED = dict.fromkeys(("loss", "ce", "kl", "grad_norm", "student_ppl", "ratio"), 1e-12)
+_ROUNDED = dict.fromkeys(("loss", "ce", "kl", "grad_norm", "student_ppl", "smoothed_ppl", "ratio"), 1e-12)
 _ROUNDED |= {"proportions": 1e-12, "log_proportions": 1e-12, "owed": 1.0}
 # As OPTIONS of fault_campaign.py, and shorter: two and a third intervals, a checkpoint every second step, and a process
 # that reads.

@@ -25,7 +25,6 @@ _EVENTS = {
     "os.remove": ("remove", 0, 1),
     "os.rmdir": ("rmdir", 0, 1),
     "os.mkdir": ("mkdir", 0, 2),
-    "os.truncate": ("truncate", 0, None),
     "os.link": ("link", 1, 3),
     "os.symlink": ("symlink", 1, 2),
 }
