@@ -73,11 +73,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:
         if isinstance(error, OSError) and (line := disk_error(error)):
             return _leave(EXIT_USER_ERROR, f"error: {line}")
-        return _leave(1, traceback.format_exc())
+        return _leave(1, f"rank {os.environ.get('RANK', '0')}: {traceback.format_exc()}")
 
 
 def _leave(code: int, text: str) -> int:
-    """Print `text` once and return the exit code, or end all ranks with it if they have met."""
+    """Print `text` and return the exit code, or end all ranks with it if they have met; then it is printed once.
+
+    Before they meet, each machine prints its error, and each rank an unexpected one: the others may not have it.
+    """
 
     def say() -> None:
         console = Console(stderr=True)
@@ -86,7 +89,7 @@ def _leave(code: int, text: str) -> int:
     comm = sys.modules.get("ddk_ds.comm")
     if comm is not None and comm.in_group():
         comm.leave(code, say)
-    if os.environ.get("RANK", "0") == "0":
+    if code == 1 or os.environ.get("LOCAL_RANK", "0") == "0":
         say()
     return code
 

@@ -16,6 +16,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 
 from ddk_ds import data, distil
+from ddk_ds.commands import distill_rank
 from ddk_ds.commands.distill_rank import main
 from ddk_ds.config import load_config
 from ddk_ds.errors import UserError
@@ -259,3 +260,32 @@ def test_a_run_that_goes_on_elsewhere_keeps_its_directory(workspace: Path, tmp_p
     code = other + "claim_run_dir(load_config(sys.argv[1]), {})"
     done = subprocess.run([sys.executable, "-c", code, tmp_path / "run.yaml"], capture_output=True, text=True)
     assert "CheckpointError" in done.stderr and f"process {os.getpid()} on" in done.stderr, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("local_rank", "error", "said"),
+    [
+        ("1", RuntimeError("no such device"), "rank 9: Traceback"),
+        ("0", UserError("not on this node"), "error: not on this node"),
+        ("1", UserError("not on this node"), ""),
+    ],
+)
+def test_an_error_of_one_machine_is_said_before_the_ranks_have_met(
+    workspace: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    local_rank: str,
+    error: Exception,
+    said: str,
+) -> None:
+    def run(*_: object, **__: object) -> int:
+        raise error
+
+    monkeypatch.setattr(distill_rank, "_run", run)
+    monkeypatch.setattr(distill_rank, "follow_launcher", lambda: None)
+    monkeypatch.setenv("RANK", "9")
+    monkeypatch.setenv("LOCAL_RANK", local_rank)
+    assert main(["--config", str(write_config(workspace, tmp_path))]) == (1 if "Traceback" in said else 2)
+    text = capsys.readouterr().err
+    assert text.startswith(said) and (str(error) in text) == bool(said)
