@@ -11,8 +11,8 @@ import builtins
 import contextlib
 import gc
 import importlib
+import multiprocessing
 import os
-import pickle
 import resource
 import signal
 import sys
@@ -21,11 +21,11 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from importlib.abc import Loader, MetaPathFinder
+from importlib.abc import MetaPathFinder, SourceLoader
 from importlib.machinery import ModuleSpec
 from importlib.util import spec_from_loader
 from pathlib import Path
-from types import CodeType, FunctionType, ModuleType
+from types import CodeType, FunctionType
 from typing import Any
 
 import hypothesis
@@ -177,16 +177,14 @@ def _silence() -> None:
 
 def _in_child(work: Callable[[], Any]) -> Any:
     """Return what `work` returns in a forked child."""
-    readable, writable = os.pipe()
+    ours, theirs = multiprocessing.Pipe(duplex=False)
     if (pid := os.fork()) == 0:
-        with os.fdopen(writable, "wb") as stream:
-            pickle.dump(work(), stream)
+        theirs.send(work())
         os._exit(0)
-    os.close(writable)
-    with os.fdopen(readable, "rb") as stream:
-        data = stream.read()
+    theirs.close()
+    result = ours.recv()
     os.waitpid(pid, 0)
-    return pickle.loads(data)
+    return result
 
 
 def _forked(work: Callable[[], int]) -> int:
@@ -255,7 +253,7 @@ def _noting_calls(file: str) -> ast.Module:
     return ast.fix_missing_locations(tree)
 
 
-class _Changed(MetaPathFinder, Loader):
+class _Changed(MetaPathFinder, SourceLoader):  # type: ignore[misc]  # typeshed knows SourceLoader.source_to_code twice
     """Imports one module from a mutant's source."""
 
     def __init__(self, mutant: Mutant) -> None:
@@ -272,7 +270,10 @@ class _Changed(MetaPathFinder, Loader):
             spec.submodule_search_locations.append(str(Path(self._mutant.path).parent))
         return spec
 
-    def exec_module(self, module: ModuleType) -> None:
-        """Run the mutant's source in the module."""
-        module.__file__ = self._mutant.path
-        exec(compile(self._mutant.source(), self._mutant.path, "exec", dont_inherit=True), module.__dict__)
+    def get_filename(self, fullname: str) -> str:
+        """Return the path of the file that the mutant changes."""
+        return self._mutant.path
+
+    def get_data(self, path: str | bytes) -> bytes:
+        """Return the mutant's source in place of the file's."""
+        return self._mutant.source().encode()

@@ -104,6 +104,9 @@ def main() -> None:
     parser.add_argument("--json", type=Path, required=True, metavar="FILE", help="file of the results")
     parser.add_argument("--sample", type=int, help="try this many mutants of a room, drawn with a fixed seed")
     options = parser.parse_args()
+    known = [name for room in ROOMS for name in _files(room)]
+    if wrong := [path for path in options.paths if not any(name.startswith(path) for name in known)]:
+        parser.error(f"{', '.join(wrong)}: not in the rooms that are tested ({', '.join(ROOMS)})")
     # Examples are the same for every mutant, and a failing one is not made smaller.
     phases = (hypothesis.Phase.explicit, hypothesis.Phase.generate)
     hypothesis.settings.register_profile("mutants", derandomize=True, database=None, deadline=None, phases=phases)
