@@ -10,6 +10,7 @@ import pytest
 
 from ddk_ds.config import Checkpoint
 from ddk_ds.files import PARTIAL
+from ddk_ds.train.checkpoint import checkpoint_files as module
 from ddk_ds.train.checkpoint.checkpoint_files import (
     FORMAT,
     Manifest,
@@ -55,6 +56,7 @@ def test_a_checkpoint_is_all_of_its_files(tmp_path: Path) -> None:
 
 def test_the_highest_step_is_the_newest(tmp_path: Path) -> None:
     assert newest_checkpoint(tmp_path) is None
+    (tmp_path / "ledger.jsonl").touch()
     for step in (9, 100, 20):
         make(tmp_path, step)
     assert [manifest.step for _, manifest in complete_checkpoints(tmp_path / "checkpoints")] == [100, 20, 9]
@@ -124,6 +126,20 @@ def test_what_a_killed_writer_left_is_removed(tmp_path: Path) -> None:
         (tmp_path / "checkpoints" / f"{PARTIAL}{name}/state").mkdir(parents=True)
     remove_partial(tmp_path)
     assert names(tmp_path) == [directory.name] and read_manifest(directory) is not None
+
+
+def test_what_cannot_be_removed_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A link in the place of a directory, and a checkpoint that somebody deletes first."""
+    directory = make(tmp_path, 7)
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "checkpoints" / f"{PARTIAL}link").symlink_to(tmp_path / "elsewhere")
+    remove_partial(tmp_path)
+    assert (tmp_path / "elsewhere").is_dir()
+    manifest = read_manifest(directory)
+    found = [(directory, manifest), (directory.with_name("step-00000005"), manifest)]
+    monkeypatch.setattr(module, "complete_checkpoints", lambda root: iter(found))
+    delete_old(tmp_path / "checkpoints", Checkpoint(keep_last=1))
+    assert read_manifest(directory) == manifest
 
 
 def test_a_checkpoint_that_cannot_be_put_in_place_says_why(tmp_path: Path) -> None:
