@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+import yaml
 
 from ddk_ds.comm import SingleProcess
-from ddk_ds.config import Loss
+from ddk_ds.config import Doremi, Loss
 from ddk_ds.engine.head import OutputHead
 from ddk_ds.kernels import LogitForm, Options
 from ddk_ds.methods import Batch, make_method, next_token_labels, token_losses
+from ddk_ds.methods.doremi import DoremiProxy
 
 VOCAB, SAMPLES, LENGTH = 13, 3, 5
 FORMS = LogitForm(0.5, 2.0), LogitForm(2.0, 0.0)
@@ -166,3 +169,27 @@ def test_teds_second_stage_adds_the_mean_squared_error_of_filtered_states() -> N
     method.loss(models.student, batch, (models.teacher_states, []))
     assert method.end_step(SingleProcess()) == {"mse": pytest.approx(2 * mse, rel=1e-5)}
     assert method.end_step(SingleProcess()) == {"mse": 0.0}
+
+
+def test_doremis_excess_is_the_mean_of_what_its_tokens_lose_over_the_reference(tmp_path: Path) -> None:
+    """Two micro-batches of three samples: domain 0 has two in each, domain 2 one, domain 1 none."""
+    models, ids = Models(), batch_at().input_ids
+    tokens = torch.tensor([16.0, 0.0, 8.0], dtype=torch.float64)
+    batch = Batch(ids, next_token_labels(ids), torch.tensor([0, 2, 0]), tokens, tokens.sum(), 0.0)
+    models.teacher.clock = SimpleNamespace(stage=lambda name: contextlib.nullcontext())
+    method: Any = DoremiProxy(models.teacher, Options(VOCAB, gamma=0.0, chunk_tokens=4), Doremi(), 3, {})
+    assert method.state_dict()["weights"] == pytest.approx([1 / 3] * 3) and method.state_dict()["steps"] == 0
+    labels = batch.labels.flatten()
+    ours = F.cross_entropy(logits_of(models.hidden_states, models.head), labels, reduction="none")
+    theirs = F.cross_entropy(logits_of(models.teacher_states, models.teacher_head), labels, reduction="none")
+    with method.teacher_outputs([batch, batch]) as outputs:
+        torch.testing.assert_close(outputs[1].double(), theirs, rtol=1e-5, atol=1e-6)
+        results = [method.loss(models.student, batch, output) for output in outputs]
+    assert float(sum(result.ce for result in results)) == pytest.approx(float(2 * ours.sum() / 24), rel=1e-5)
+    lost = (ours - theirs).clamp(min=0).view(3, LENGTH).sum(1).tolist()  # the last token of a sample has no label
+    metrics = method.end_step(SingleProcess())
+    assert metrics["excess"][1] is None
+    assert [metrics["excess"][k] for k in (0, 2)] == pytest.approx([(lost[0] + lost[2]) / 8, lost[1] / 4], rel=1e-5)
+    method.export(models.student, tmp_path, ["zebra", "ape", "cat"], SingleProcess())
+    written = yaml.safe_load((tmp_path / "proportions.yaml").read_text())
+    assert list(written) == ["zebra", "ape", "cat"] and list(written.values()) == pytest.approx(metrics["weights"])
