@@ -19,7 +19,7 @@ from tools.bench.forked import ForkedJob, run_commands
 KILLED = "killed at a file operation"
 FULL = "disk full at a writer"
 # Numbers of ranks: of a first start, or of the start before and the one that resumes and is killed.
-STARTS = ((2,), (2, 2), (1,), (3,), (2, 3), (2, 1), (3, 3), (1, 2))
+STARTS = ((2,), (1, 1), (1,), (2, 2), (2, 1), (1, 2), (3,))
 _AFTER = (1, 2, 3)
 _WRITING_COMMANDS = (
     ("report", "{run}", "--out", "{out}/report"),
