@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import psutil
+import torch
 
 from ddk_ds.launcher import free_port
 from tools.bench.file_operations import Operation, Strike, look_at, read_operations
@@ -36,7 +37,7 @@ PRELOADED = [
     *("ddk_ds.train.loop", "ddk_ds.train.setup", "ddk_ds.train.preflight", "ddk_ds.report.page"),
     *(_RANK, "ddk_ds.commands.export_work", *(f"ddk_ds.commands.{name}_command" for name in READERS)),
 ]
-LIMIT_S = 120.0
+LIMIT_S = 600.0
 """Seconds after which a job that has not ended counts as a hang."""
 _NOW = 2e9
 _LAST_WORDS_S = 2.0  # DeepSpeed's launcher looks for ended ranks once a second
@@ -168,7 +169,9 @@ def _node(config: Path, folder: Path, world: int, strike: Strike | None) -> None
         if process == 0:
             redirect(rank_log(config, rank, "txt"))
             log = rank_log(config, rank, "operations")
-            os.environ.update(rank_environment(rank, world, port))
+            # One thread each: with more, threads that wait for one another stand still on a machine at work.
+            os.environ.update(rank_environment(rank, world, port) | {"OMP_NUM_THREADS": "1"})
+            torch.set_num_threads(1)
             os._exit(code_of(partial(_rank, config, folder, rank, log, strike)))
         ranks.add(process)
     os._exit(_supervise(ranks) % 256)
