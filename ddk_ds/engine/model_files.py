@@ -31,7 +31,8 @@ from ddk_ds.kernels import LogitForm
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 """Compute dtypes by `train.precision`."""
-_COPY = "copy the model's directory again"
+COPY_AGAIN = "copy the complete model directory again"
+"""What mends a model whose files are damaged."""
 COMPUTE_BYTES = {"bf16": 2, "fp32": 4}
 # Files of a model that are downloaded from the hub.
 _PATTERNS = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "README.md", "LICENSE*", "NOTICE*"]
@@ -153,13 +154,13 @@ def read_model(directory: Path, key: str) -> ModelFiles:
     config_file = directory / "config.json"
     if not config_file.is_file():
         raise ConfigError(f"{key}: {directory} holds no config.json; give the directory of a Hugging Face model")
-    config = read_object(config_file, _COPY, ConfigError)
+    config = read_object(config_file, COPY_AGAIN, ConfigError)
     try:
         return ModelFiles(directory, config, _tensor_files(directory, key))
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError, struct.error) as error:
         if isinstance(error, UserError):
             raise
-        raise ConfigError(f"{key}: {directory}: the index or a header is damaged ({error!r}); {_COPY}") from error
+        raise ConfigError(f"{key}: {directory}: the index or a header is damaged ({error}); {COPY_AGAIN}") from error
 
 
 def configured_files(config: Path) -> ModelFiles:

@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from ddk_ds.config import Config
 from ddk_ds.data.manifest import SPLITS, Manifest
 from ddk_ds.engine.memory_estimate import OPTIMIZER_BYTES, shard_ranks
-from ddk_ds.engine.model_files import COMPUTE_BYTES, ModelFiles, ModelShape, read_model
+from ddk_ds.engine.model_files import COMPUTE_BYTES, COPY_AGAIN, ModelFiles, ModelShape, read_model
 from ddk_ds.files import nearest_existing, read_object
 from ddk_ds.train.checkpoint.checkpoint_files import MANIFEST, complete_checkpoints, newest_checkpoint
 from ddk_ds.train.preflight.agreement import Job
@@ -25,7 +25,6 @@ from ddk_ds.train.preflight.machine import size
 from ddk_ds.train.preflight.rows import Row, judged
 from ddk_ds.train.run_dir import check_run_dir, run_identity
 
-_COPY = "copy the complete model directory again"
 _OF = re.compile(r"-of-(\d+)\.safetensors$")
 _LAYER = re.compile(r"\.(?:layers|h|blocks)\.(\d+)\.")
 _FLOATS = {"F64", "F32", "BF16", "F16"}
@@ -41,7 +40,7 @@ def model_files(directory: Path, key: str) -> Row:
     fault = next(filter(None, map(_cut_short, paths)), "") or _index_fault(files, paths) or _layer_fault(files)
     num_bytes = sum(path.stat().st_size for path in paths)
     found = f"{key}.path: {fault}" if fault else f"{directory}: {len(paths)} safetensors, {size(num_bytes)}, complete"
-    return judged(name, found, fail=bool(fault), fix=_COPY)
+    return judged(name, found, fail=bool(fault), fix=COPY_AGAIN)
 
 
 def _cut_short(path: Path) -> str:
