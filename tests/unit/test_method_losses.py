@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -18,6 +19,7 @@ from ddk_ds.config import Doremi, Loss
 from ddk_ds.engine.head import OutputHead
 from ddk_ds.kernels import LogitForm, Options
 from ddk_ds.methods import Batch, make_method, next_token_labels, token_losses
+from ddk_ds.methods.base import IGNORE_INDEX
 from ddk_ds.methods.doremi import DoremiProxy
 
 VOCAB, SAMPLES, LENGTH = 13, 3, 5
@@ -190,6 +192,29 @@ def test_doremis_excess_is_the_mean_of_what_its_tokens_lose_over_the_reference(t
     metrics = method.end_step(SingleProcess())
     assert metrics["excess"][1] is None
     assert [metrics["excess"][k] for k in (0, 2)] == pytest.approx([(lost[0] + lost[2]) / 8, lost[1] / 4], rel=1e-5)
-    method.export(models.student, tmp_path, ["zebra", "ape", "cat"], SingleProcess())
+    method.export(models.student, tmp_path, names := ["zebra", "ape", "cat"], SingleProcess())
+    assert yaml.safe_load((tmp_path / "proportions.yaml").read_text()) == dict(
+        zip(names, metrics["weights"], strict=True)
+    )
+    with method.teacher_outputs([batch]) as outputs:
+        method.loss(models.student, batch, outputs[0])
+    second = method.end_step(SingleProcess())["weights"]
+    assert method.state_dict()["steps"] == 2 and second != metrics["weights"]
+    method.export(models.student, tmp_path, names, SingleProcess())
     written = yaml.safe_load((tmp_path / "proportions.yaml").read_text())
-    assert list(written) == ["zebra", "ape", "cat"] and list(written.values()) == pytest.approx(metrics["weights"])
+    assert list(written) == names, "in the run's order"
+    assert list(written.values()) == pytest.approx(np.mean([metrics["weights"], second], 0))
+
+
+def test_doremi_weighs_a_domain_of_a_single_token() -> None:
+    models, ids = Models(), batch_at().input_ids[:2]
+    labels = next_token_labels(ids)
+    labels[1, 1:] = IGNORE_INDEX
+    tokens = (labels != IGNORE_INDEX).sum(1).double()
+    assert tokens[1] == 1
+    batch = Batch(ids, labels, torch.tensor([0, 1]), tokens, tokens.sum(), 0.0)
+    method: Any = DoremiProxy(models.teacher, Options(VOCAB, gamma=0.0, chunk_tokens=4), Doremi(), 2, {})
+    loss = method.loss(models.student, batch, torch.zeros(labels.numel(), dtype=torch.float64)).loss
+    logits = logits_of(models.hidden_states[: labels.numel()], models.head)
+    of_domain = [F.cross_entropy(part, at) for part, at in zip(logits.chunk(2), labels, strict=True)]
+    assert float(loss) == pytest.approx(float(sum(of_domain) / 2), rel=1e-5)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -100,7 +101,7 @@ def _is_noise(child: Any, parent: Any) -> bool:
         case "funcdef":
             return child is parent.annotation
         case "atom_expr" | "power":  # a dotted name in `except`, which cosmic-ray cannot change
-            return parent.parent.type == "except_clause" or parent.parent.parent.parent.type == "except_clause"
+            return any(above.type == "except_clause" for _, above in islice(_parents(parent), 3))
         case "argument":
             return bool(parent.children[0].get_code(include_prefix=False) == "strict")
         case "if_stmt":
