@@ -157,6 +157,14 @@ def test_intervals_follow_their_plan(data: st.DataObject) -> None:
         assert drawn[d] == orders[d].take(0, len(drawn[d])).tolist()
 
 
+def test_an_interval_owes_what_its_counts_leave() -> None:
+    _, _, state = make(1000, 1000)
+    first = state.advance([0.25, 0.75], 3)  # due 0.75 and 2.25
+    assert first.counts == (1, 2) and first.owed == pytest.approx((-0.25, 0.25))
+    second = replace(first, consumed=3).advance([0.25, 0.75], 2)  # due 0.5 - 0.25 and 1.5 + 0.25
+    assert second.counts == (0, 2) and second.owed == pytest.approx((0.25, -0.25))
+
+
 def test_an_interval_is_mixed() -> None:
     orders, offsets, state = make(1000, 1000)
     ids = interval_ids(orders, offsets, state.advance([0.5, 0.5], 1000))

@@ -11,7 +11,7 @@ import pytest
 from ddk_ds.errors import ConfigError, DataError
 from ddk_ds.mixture.bounds import raise_to_floors
 from ddk_ds.mixture.controllers import make_controller
-from ddk_ds.mixture.ddk import initial_factors
+from ddk_ds.mixture.ddk import DDK, initial_factors
 from ddk_ds.mixture.decide import Decision, decide
 from ddk_ds.mixture.domain_vectors import (
     Factors,
@@ -19,11 +19,12 @@ from ddk_ds.mixture.domain_vectors import (
     check_proportions,
     proportions_by_size,
     proportions_in_order,
+    softmax,
     values_in_order,
 )
 from ddk_ds.mixture.exhaustion import largest_remainder
 from ddk_ds.mixture.fixed import parse_stages
-from ddk_ds.mixture.order import DomainOrder
+from ddk_ds.mixture.order import DomainOrder, check_seed
 from tests.unit.mixture.mixture_section import section
 
 
@@ -138,3 +139,22 @@ def test_a_stages_proportions_are_numbers() -> None:
             parse_stages([{"from_interval": 0, "proportions": {"a": 1, "b": value}}], ["a", "b"], (), source="x")
     parsed = parse_stages([{"from_interval": 0, "proportions": {"a": 1, "b": 0.0}}], ["a", "b"], (), source="x")
     assert parsed == ((0, (1.0, 0.0)),)
+
+
+def test_the_log_of_a_share_that_underflows_is_normalised_too() -> None:
+    """exp(-800) of exp(0) + exp(0) + exp(-800), a sum of 2."""
+    assert softmax(np.array([0.0, 0.0, -800.0])).logs == pytest.approx([-math.log(2), -math.log(2), -800 - math.log(2)])
+
+
+def test_the_first_interval_is_eq_1s_and_the_others_eq_2s() -> None:
+    controller = make_controller(section(), {"a": 1, "b": 1})
+    assert isinstance(controller, DDK)
+    assert controller.spreading(0) == ("ratio_cap", "initial_floor")
+    assert controller.spreading(1) == controller.spreading(7) == ("ratio_cap", "alpha")
+
+
+def test_a_seed_has_64_bits() -> None:
+    check_seed(2**64 - 1, 1)
+    for seed in (-1, 2**64):
+        with pytest.raises(ConfigError, match="seed"):
+            check_seed(seed, 1)
