@@ -22,7 +22,7 @@ from ddk_ds.mixture.domain_vectors import (
     softmax,
     values_in_order,
 )
-from ddk_ds.mixture.exhaustion import largest_remainder
+from ddk_ds.mixture.exhaustion import Exhaustion, largest_remainder
 from ddk_ds.mixture.fixed import parse_stages
 from ddk_ds.mixture.order import DomainOrder, check_seed
 from tests.unit.mixture.mixture_section import section
@@ -158,3 +158,13 @@ def test_a_seed_has_64_bits() -> None:
     for seed in (-1, 2**64):
         with pytest.raises(ConfigError, match="seed"):
             check_seed(seed, 1)
+
+
+@pytest.mark.parametrize("cap", [None, 1])
+def test_a_proportion_of_0_draws_nothing_also_where_samples_are_due(cap: int | None) -> None:
+    """Due are 0.9, 1.05 and 1.05 samples of 3; the second domain may be at its cap, which leaves 1 to the third."""
+    policy = "cycle" if cap is None else "cap"
+    exhaustion = Exhaustion(("a", "b", "c"), ("cycle", policy, "cycle"), (None, cap, None))
+    draws = exhaustion.draws([0.0, 0.5, 0.5], 3, [0, 0, 0], (0.9, -0.45, -0.45))
+    assert draws.asked[0] == draws.counts[0] == 0 and sum(draws.counts) == 3
+    assert draws.owed[0] == 0.9
