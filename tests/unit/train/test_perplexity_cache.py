@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 
-from ddk_ds.config import Config, make_config
+from ddk_ds.config import Config
 from ddk_ds.train.run_dir import run_identity
 from ddk_ds.train.validation import PerplexityCache, perplexity_conditions
+from tests.unit.train.short_config import config_of
 
 CONTENT: dict[str, Any] = {
     "student": "s",
@@ -23,17 +24,7 @@ CONTENT: dict[str, Any] = {
 
 
 def identity(folder: Path, content: dict[str, Any] | None = None, **sections: Any) -> dict[str, Any]:
-    values: dict[str, Any] = {
-        "name": "run",
-        "output_dir": str(folder),
-        "student": {"path": "student"},
-        "teacher": {"path": "teacher"},
-        "data": {"path": "data"},
-        "stop": {"intervals": 2},
-    }
-    for key, section in sections.items():
-        values[key] = {**values.get(key, {}), **section} if isinstance(section, dict) else section
-    return run_identity(make_config(values, "test"), {**CONTENT, **(content or {})})
+    return run_identity(config_of(folder, **sections), {**CONTENT, **(content or {})})
 
 
 @pytest.mark.parametrize(

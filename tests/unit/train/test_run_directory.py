@@ -11,26 +11,11 @@ from typing import Any
 
 import pytest
 
-from ddk_ds.config import Config, make_config
+from ddk_ds.config import Config
 from ddk_ds.errors import CheckpointError
 from ddk_ds.train import run_dir as module
 from ddk_ds.train.run_dir import check_run_dir, claim_run_dir, run_identity
-
-
-def config_of(folder: Path, **sections: Any) -> Config:
-    """Return a configuration; `sections` are merged into it."""
-    values: dict[str, Any] = {
-        "name": "run",
-        "output_dir": str(folder),
-        "student": {"path": "student"},
-        "teacher": {"path": "teacher"},
-        "data": {"path": "data"},
-        "stop": {"intervals": 2},
-    }
-    for name, section in sections.items():
-        values[name] = {**values.get(name, {}), **section} if isinstance(section, dict) else section
-    return make_config(values, "test")
-
+from tests.unit.train.short_config import config_of
 
 # Where things lie, how fast the run is, and when it saves, watches and tells: none changes a number.
 FREE: list[dict[str, Any]] = [

@@ -9,22 +9,11 @@ from typing import Any
 
 import pytest
 
-from ddk_ds.config import Config, make_config
+from ddk_ds.config import Config
 from ddk_ds.errors import CheckpointError, ConfigError
 from ddk_ds.train.checkpoint.checkpoint_files import FORMAT
 from ddk_ds.train.run_dir import check_run_dir, claim_run_dir, run_identity
-
-
-def config_of(folder: Path, **sections: Any) -> Config:
-    values: dict[str, Any] = {
-        "name": "run",
-        "output_dir": str(folder),
-        "student": {"path": "student"},
-        "teacher": {"path": "teacher"},
-        "data": {"path": "data"},
-        "stop": {"intervals": 2},
-    }
-    return make_config({**values, **sections}, "test")
+from tests.unit.train.short_config import config_of
 
 
 def resume(old: Config, new: Config) -> None:
