@@ -50,7 +50,7 @@ class Watchdog:
     def __init__(self, limits: Limits) -> None:
         self._limits = limits
         self._phase: Phase = "start"
-        self._where = ""
+        self._key, self._limit, self._where = "start_s", 0.0, ""
         self._deadline = float("inf")
         self._file = 2
         self._path: Path | None = None
@@ -67,11 +67,13 @@ class Watchdog:
 
     def watch(self, phase: Phase, step: int = 0) -> None:
         """End the phase before and begin `phase` with its time limit; a limit of 0 s means no limit."""
-        limit = float(getattr(self._limits, _KEYS[phase])) or float("inf")
+        key = _KEYS[phase]
+        limit = float(getattr(self._limits, key)) or float("inf")
         deadline = time.monotonic() + limit
-        if self._phase in _LEFT_ALONE and phase != self._phase:
-            deadline = max(deadline, self._deadline)
-        self._phase, self._where, self._deadline = phase, f"{phase} after step {step}, at most {limit:g} s", deadline
+        if self._phase in _LEFT_ALONE and phase != self._phase and self._deadline > deadline:
+            key, limit, deadline = self._key, self._limit, self._deadline
+        self._phase, self._key, self._limit, self._deadline = phase, key, limit, deadline
+        self._where = f"{phase} after step {step}, at most {limit:g} s"
         with suppress(OSError):  # a full disk must not end the run
             if self._path is not None:
                 os.ftruncate(self._file, 0)
@@ -86,18 +88,17 @@ class Watchdog:
     def _look(self) -> None:
         while time.monotonic() <= self._deadline:
             time.sleep(_LOOK_EVERY_S)
-        limit = float(getattr(self._limits, _KEYS[self._phase]))
         line = (
-            f"rank {os.environ.get('RANK', '0')}: {self._where}: not done; the run ends. limits.{_KEYS[self._phase]} "
-            f"sets the time; stacks: {self._path or 'below'}\n"
+            f"rank {os.environ.get('RANK', '0')}: {self._where}: not done; the run ends. limits.{self._key} sets the "
+            f"time; stacks: {self._path or 'below'}\n"
         )
         with TemporaryFile() as stacks:
             faulthandler.dump_traceback(file=stacks)
             stacks.seek(0)
-            text = f"Timeout ({timedelta(seconds=limit)})!\n".encode() + stacks.read()
+            text = f"Timeout ({timedelta(seconds=self._limit)})!\n".encode() + stacks.read()
         # A thread of its own: the disk may be what does not answer.
         Thread(target=self._report, args=(line.encode(), text), daemon=True).start()
-        time.sleep(min(_LEAD_S, limit))
+        time.sleep(min(_LEAD_S, self._limit))
         os._exit(1)
 
     def _report(self, line: bytes, stacks: bytes) -> None:
