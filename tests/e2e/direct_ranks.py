@@ -12,11 +12,14 @@ from pathlib import Path
 from ddk_ds.launcher import free_port
 from tools.bench.small_run import ROOT
 
-# Delays a rank whenever it opens a file whose path has SLOW_FILE in it, as a slow disk does.
+# Delays a rank by SLOW_S when it opens a file whose path has SLOW_FILE in it, as a slow disk does; only the first time
+# with SLOW_ONCE.
 _SITE = """
 import os, sys, time
 def slow(event, arguments):
-    if event == "open" and os.environ["SLOW_FILE"] in str(arguments[0]):
+    if event == "open" and os.environ.get("SLOW_FILE", "\\0") in str(arguments[0]):
+        if "SLOW_ONCE" in os.environ:
+            del os.environ["SLOW_FILE"]
         print("waits for the disk", file=sys.stderr, flush=True)
         time.sleep(float(os.environ["SLOW_S"]))
 if os.environ.get("SLOW_FILE"):
