@@ -99,7 +99,7 @@ test: lint
 	$(BIN)/python -m pytest -n 2 --dist loadscope
 
 test-long: $(READY)
-	$(BIN)/python -m pytest -m long --result=docs/results/test_full.md
+	$(BIN)/python -m pytest -n 2 --dist loadscope -m long --result=docs/results/test_full.md
 
 test-full: test test-long
 	$(BIN)/python -m tools.bench.fault_campaign --runs 50 --seed 5 --json docs/results/fault_campaign.json
