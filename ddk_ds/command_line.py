@@ -23,6 +23,15 @@ class Main(Protocol):
     def __call__(self, arguments: Sequence[str] | None = None) -> int: ...
 
 
+def mendable(error: Exception) -> tuple[str, int] | None:
+    """Return the line for the user and the exit code of an error that can be mended; None for any other error."""
+    if isinstance(error, UserError):
+        return f"error: {error}", exit_code(error)
+    if isinstance(error, OSError) and (line := disk_error(error)):
+        return f"error: {line}", EXIT_USER_ERROR
+    return None
+
+
 def reports_user_errors(main: Callable[[Sequence[str] | None], int]) -> Main:
     """Make a main() print a UserError, or a disk's or file's error, as one line to stderr and return its exit code."""
 
@@ -30,14 +39,12 @@ def reports_user_errors(main: Callable[[Sequence[str] | None], int]) -> Main:
     def reporting(arguments: Sequence[str] | None = None) -> int:
         try:
             return main(arguments)
-        except UserError as error:
-            print(f"error: {error}", file=sys.stderr)
-            return exit_code(error)
-        except OSError as error:
-            if not (line := disk_error(error)):
+        except (UserError, OSError) as error:
+            if (found := mendable(error)) is None:
                 raise
-            print(f"error: {line}", file=sys.stderr)
-            return EXIT_USER_ERROR
+            line, code = found
+            print(line, file=sys.stderr)
+            return code
 
     return reporting
 

@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.table import Table
 
-from ddk_ds.command_line import command_parser, parse, positive
+from ddk_ds.command_line import command_parser, mendable, parse, positive
 from ddk_ds.config import Config, load_config, to_yaml
 from ddk_ds.config.suggestions import dashes_hint
-from ddk_ds.errors import UserError, disk_error
-from ddk_ds.exit_codes import EXIT_ENDED_AT_ONCE, EXIT_INTERRUPTED, EXIT_USER_ERROR, EXIT_WRONG_NUMBERS, exit_code
+from ddk_ds.errors import UserError
+from ddk_ds.exit_codes import EXIT_ENDED_AT_ONCE, EXIT_INTERRUPTED, EXIT_WRONG_NUMBERS
 from ddk_ds.lifeline import follow_launcher
 from ddk_ds.redact import redact
 from ddk_ds.run_files import is_finished, read_summary
@@ -68,12 +68,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         text = "ended at once: start the same command again to continue from the newest checkpoint"
         return _leave(EXIT_ENDED_AT_ONCE, text)
-    except UserError as error:
-        return _leave(exit_code(error), f"error: {error}")
     except Exception as error:
-        if isinstance(error, OSError) and (line := disk_error(error)):
-            return _leave(EXIT_USER_ERROR, f"error: {line}")
-        return _leave(1, f"rank {os.environ.get('RANK', '0')}: {traceback.format_exc()}")
+        unexpected = f"rank {os.environ.get('RANK', '0')}: {traceback.format_exc()}", 1
+        text, code = mendable(error) or unexpected
+        return _leave(code, text)
 
 
 def _leave(code: int, text: str) -> int:

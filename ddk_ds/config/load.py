@@ -48,16 +48,17 @@ def load_run_config(run_dir: Path, overrides: Sequence[str] = ()) -> Config:
     defaults in place of what the run used.
     """
     path, identity = run_dir / "config.yaml", run_dir / "run.json"
-    if identity.is_file():
-        known = read_object(identity, "put it back from a copy", ConfigError)
-        values = flatten(load_config(path).model_dump(mode="json"))
-        for key in known.keys() & values.keys():
-            if known[key] != values[key]:
-                raise ConfigError(
-                    f"{path}: {key} is {values[key]!r}, in {identity} it is {known[key]!r}: one of the two was cut or "
-                    "changed; put it back from a copy"
-                )
-    return load_config(path, overrides)
+    if not identity.is_file():
+        return load_config(path, overrides)
+    known, own = read_object(identity, "put it back from a copy", ConfigError), load_config(path)
+    values = flatten(own.model_dump(mode="json"))
+    for key in known.keys() & values.keys():
+        if known[key] != values[key]:
+            raise ConfigError(
+                f"{path}: {key} is {values[key]!r}, in {identity} it is {known[key]!r}: one of the two was cut or "
+                "changed; put it back from a copy"
+            )
+    return load_config(path, overrides) if overrides else own
 
 
 def make_config(raw: Any, source: str, overrides: Sequence[str] = (), base: Path | None = None) -> Config:

@@ -25,7 +25,7 @@ class Unavailable(Exception):
 
 
 def never() -> bool:
-    """Return False."""
+    """Return False: nothing ends the patience before its time."""
     return False
 
 

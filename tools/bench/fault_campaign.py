@@ -36,21 +36,12 @@ from rich.table import Table
 from ddk_ds.files import write_text
 from ddk_ds.version import versions
 from tools.bench.damaged_files import damaged
-from tools.bench.fault_cases import RESULTS, ROUNDING, Case, Setting, compare, resumed_from
+from tools.bench.fault_cases import OPTIONS, RESULTS, ROUNDING, Case, Setting, compare, resumed_from
 from tools.bench.faults import DISK, KINDS, MOMENTS, Fault, Job, intact_checkpoints, small_disk
 from tools.bench.killed_launchers import launcher_faults
 from tools.bench.operation_faults import full_disks, kills
 from tools.bench.small_run import ROOT, write_config
 
-# Two and a half intervals, and a checkpoint every second step. The rounding noise of near-zero gradients differs
-# between numbers of ranks; with AdamW's usual epsilon it would become steps as large as the learning rate.
-OPTIONS: dict[str, Any] = {
-    "mixture": {"interval_steps": 4},
-    "stop": {"steps": 10},
-    "checkpoint": {"every_steps": 2, "keep_last": 3},
-    "optimizer": {"eps": 1e-5},
-    "train": {"global_batch_samples": 12, "micro_batch_samples": 2},
-}
 # Kind -> (how many cases by default, of all its cases, an iterator over their outcomes).
 NEW_KINDS: dict[str, tuple[int, Callable[[Setting, int, np.random.Generator], Iterator[Case]], str]] = {
     "kills": (2, kills, "kills at file operations of a first or a resumed start on 1 to 3 ranks"),

@@ -15,7 +15,6 @@ import numpy as np
 
 from tools.bench.fault_cases import Case, Setting
 from tools.bench.faults import FRONTS, Job
-from tools.bench.forked import ForkedJob
 
 LAUNCHER = "launcher got a signal"
 # Moment -> least and most seconds after it begins.
@@ -63,11 +62,7 @@ def launcher_faults(setting: Setting, count: int, rng: np.random.Generator) -> I
             case.broken.append("processes left")
         if code == 0 and not (run_dir / "summary.json").exists():
             case.broken.append("code 0 for a run that is not finished")
-        again = ForkedJob(config, run_dir, _RANKS)
-        case.exit_codes.append(again.run())
-        setting.judge(case, run_dir, again.output())
-        if case.result == "refused":
-            case.broken.append("refused")
+        setting.start_again(case, config, run_dir, _RANKS)
         if not case.broken:
             shutil.rmtree(config.parent)
         yield case

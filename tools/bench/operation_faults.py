@@ -11,8 +11,8 @@ from itertools import pairwise
 
 import numpy as np
 
-from tools.bench.fault_cases import TRACEBACK, Case, Setting, note_command, refusal, resumed_from
-from tools.bench.faults import intact_checkpoints, small_disk
+from tools.bench.fault_cases import TRACEBACK, Case, Setting, note_command, refusal
+from tools.bench.faults import small_disk
 from tools.bench.file_operations import FILL, KILL_ALL, KILL_RANK, Operation, Strike, fill
 from tools.bench.forked import ForkedJob, run_commands
 
@@ -103,15 +103,7 @@ def _strike(setting: Setting, name: str, ranks: tuple[int, ...], operation: Oper
             case.broken.append(f"the harmed start ended with {code}")
         (runs / "ballast").unlink(missing_ok=True)
         (config.parent / "harmed.txt").write_text(job.output())
-        intact, started = intact_checkpoints(runs / "run"), time.time()
-        again = ForkedJob(config, runs / "run", after)
-        case.exit_codes.append(again.run())
-        source = resumed_from(runs / "run", started)
-        if source is not None and source not in intact:
-            case.broken.append("partial checkpoint loaded")
-        setting.judge(case, runs / "run", again.output())
-        if case.result == "refused":
-            case.broken.append("refused")
+        setting.start_again(case, config, runs / "run", after)
     if not case.broken:
         shutil.rmtree(config.parent)
     return case
