@@ -47,6 +47,18 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
+def offline_hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Refuse every request to the hub, as HF_HUB_OFFLINE=1 does, in this test alone: huggingface_hub keeps sessions."""
+    from huggingface_hub.utils import reset_sessions
+
+    with monkeypatch.context() as patch:
+        patch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+        reset_sessions()
+        yield
+    reset_sessions()
+
+
+@pytest.fixture
 def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[S3Server]:
     """An S3 API on the loopback, which this process and those that it starts find."""
     # Only here: moto is not on every machine that runs tests/gpu.

@@ -138,8 +138,11 @@ def _hub_errors() -> tuple[type[Exception], ...]:
 
 
 def _no_model(path: str, key: str, failure: Exception, note: str) -> UserError:
-    reason = (str(failure).strip() or type(failure).__name__).splitlines()[0]
+    from huggingface_hub.errors import OfflineModeIsEnabled
+
     answer = failure if failure.__cause__ is None else failure.__cause__
+    said = answer if isinstance(answer, OfflineModeIsEnabled) else failure
+    reason = (str(said).strip() or type(said).__name__).splitlines()[0]
     if http_status(answer) is not None and not refused(answer):
         return TemporaryError(f"{key}: the hub cannot give {path} now: {reason}; start again later{note}")
     return ConfigError(f"{key}: {path} is neither a directory here nor a model that the hub gives: {reason}{note}")

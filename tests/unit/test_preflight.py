@@ -147,8 +147,8 @@ def test_the_options_of_a_planned_run(options: str, planned: object, capsys: pyt
     assert planned in capsys.readouterr().err
 
 
-def test_missing_model_directory(workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+@pytest.mark.usefixtures("offline_hub")
+def test_missing_model_directory(workspace: Path, tmp_path: Path) -> None:
     rows = rows_of(write_config(workspace, tmp_path, teacher={"path": str(tmp_path / "nowhere")}))
     check(rows, "teacher files", "teacher.path", "there is no ", "/nowhere: give a model's directory")
     rows = rows_of(write_config(workspace, tmp_path, teacher={"path": "no/where"}))

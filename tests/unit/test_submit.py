@@ -251,6 +251,7 @@ def change_the_tokenizer(workspace: Path) -> str:
     return "teacher.path={}/teacher"
 
 
+@pytest.mark.usefixtures("offline_hub")
 @pytest.mark.parametrize(
     ("override", "expected"),
     [
@@ -271,11 +272,9 @@ def test_a_run_that_cannot_start_is_not_submitted(
     workspace: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
     override: str | Callable[[Path], str],
     expected: str,
 ) -> None:
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     if not isinstance(override, str):
         copy = Path(shutil.copytree(workspace, tmp_path / "copy"))
         override = override(copy).format(copy)

@@ -11,6 +11,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import pytest
+from huggingface_hub.utils import reset_sessions
 
 from ddk_ds.engine.model_files import check_hub_name
 from ddk_ds.errors import ConfigError, TemporaryError
@@ -38,14 +39,23 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> Iterator[list[int]]:
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", address)
     monkeypatch.setattr("huggingface_hub.file_download.HUGGINGFACE_CO_URL_TEMPLATE", address + "/{repo_id}/{filename}")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)  # where the environment says otherwise
+    reset_sessions()
     monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda _seconds: None)
     yield status
     server.shutdown()
     server.server_close()
+    reset_sessions()
 
 
 @pytest.mark.parametrize(("status", "kind"), [(503, TemporaryError), (429, TemporaryError), (404, ConfigError)])
 def test_an_answer_of_the_hub(hub: list[int], status: int, kind: type[Exception]) -> None:
     hub[0] = status
     with pytest.raises(kind, match=r"student\.path: .*owner/model"):
+        check_hub_name("owner/model", "student.path")
+
+
+@pytest.mark.usefixtures("offline_hub")
+def test_an_offline_hub_is_named() -> None:
+    with pytest.raises(ConfigError, match=r"student\.path: owner/model .*HF_HUB_OFFLINE"):
         check_hub_name("owner/model", "student.path")
