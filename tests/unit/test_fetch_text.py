@@ -250,12 +250,14 @@ class Clients:
         elif command[0] == "apt-get":
             (cwd / "q_1%3a2.0-1_all.deb").write_bytes(b"")
         elif command[0] == "dpkg":
-            write(Path(command[3]) / "usr/q.txt", "text")
+            (cwd / command[2]).read_bytes()
+            write(cwd / command[3] / "usr/q.txt", "text")
         return subprocess.CompletedProcess(command, 0, "", "")
 
 
 def test_a_package_is_downloaded_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    clients, store = Clients(monkeypatch), PackageStore(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    clients, store = Clients(monkeypatch), PackageStore(Path("packages"))
     for _ in range(2):
         assert (store.get(parse_package("pypi:p==1.0")).root / "p/data.txt").read_text() == "text"
         unpacked = store.get(parse_package("debian:q"))

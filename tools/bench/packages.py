@@ -66,7 +66,7 @@ class PackageStore:
     """A directory of unpacked packages, `KIND/NAME@VERSION`; each is downloaded only once."""
 
     def __init__(self, directory: Path) -> None:
-        self._directory = directory
+        self._directory = directory.absolute()  # clients run in directories of their own
 
     def get(self, package: Package) -> Unpacked:
         """Return the unpacked package; download it if the store lacks it.
