@@ -53,8 +53,6 @@ def check(options: argparse.Namespace, files: ModelFiles) -> None:
         raise ConfigError(f"--out {options.out} exists and is not empty; remove it or name another")
     if options.json is not None and not options.json.absolute().parent.is_dir():
         raise ConfigError(f"--json {options.json}: there is no such directory; make it first")
-    if "quantization_config" in files.config:
-        raise ConfigError(f"--teacher: {options.teacher} is quantised; give the model's unquantised weights")
     if stored_dtype(files) not in DTYPES:
         raise ConfigError(f"--teacher: its dtype is {stored_dtype(files)}, not one of {', '.join(DTYPES)}")
     for option, least in (("samples", 1), ("sequence_length", 2)):

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 
 from ddk_ds.comm import Comm, call_together
 from ddk_ds.engine.model_files import ModelFiles
@@ -173,8 +172,7 @@ class CheckpointExport:
             if name in trained:
                 yield self._shards.read(name, dtype=self._dtype).reshape(spec.shape)
             else:
-                with safe_open(self._files.tensors[on_disk].file, framework="pt") as reader:
-                    yield reader.get_tensor(on_disk).to(self._dtype)
+                yield self._files.read(on_disk).to(self._dtype)
             done(spec.num_bytes)
 
 

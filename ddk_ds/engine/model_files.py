@@ -13,7 +13,7 @@ import struct
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import yaml
@@ -24,6 +24,7 @@ from ddk_ds.config import Model
 from ddk_ds.config.sections import Teacher
 from ddk_ds.data.patience import http_status, refused
 from ddk_ds.engine.attention import Kernel, best_kernel
+from ddk_ds.engine.stored_tensors import StoredTensor, read_entries
 from ddk_ds.engine.unloaded_models import meta_model
 from ddk_ds.errors import ConfigError, TemporaryError, UserError
 from ddk_ds.files import read_object
@@ -51,21 +52,30 @@ _PLAIN_MLP = re.compile(r"\.(c_fc|fc1|fc_in|dense_h_to_4h)\.weight$")
 _TIED_BY_DEFAULT = ("gpt_bigcode", "gpt2")
 
 
-class StoredTensor(NamedTuple):
-    """The file that holds a tensor of a checkpoint, and the tensor's shape."""
-
-    file: Path
-    shape: tuple[int, ...]
-
-
 @dataclass(frozen=True)
 class ModelFiles:
     """A causal language model on disk: its directory, config.json and tensors."""
 
     directory: Path
     config: dict[str, Any]
+    """The content of config.json, without `quantization_config`: tensors are read as what they stand for."""
     tensors: dict[str, StoredTensor]
     """The tensors by their names in the checkpoint."""
+
+    def read(self, name: str) -> torch.Tensor:
+        """Return a tensor in the dtype of its file; if it is quantised, the numbers that it stands for."""
+        return self.tensors[name].read(name)
+
+    @property
+    def quantized(self) -> bool:
+        """Return True if a tensor is stored as small numbers and scales."""
+        return any(tensor.scale is not None for tensor in self.tensors.values())
+
+    @property
+    def stored_names(self) -> set[str]:
+        """Return the names of all tensors in the files, scales included."""
+        names = {tensor.stored_name or name for name, tensor in self.tensors.items()}
+        return names | {tensor.scale.name for tensor in self.tensors.values() if tensor.scale is not None}
 
     @property
     def logit_form(self) -> LogitForm:
@@ -151,15 +161,16 @@ def _no_model(path: str, key: str, failure: Exception, note: str) -> UserError:
 def read_model(directory: Path, key: str) -> ModelFiles:
     """Read a model's config.json and the headers of its weights.
 
-    Raises ConfigError if config.json or safetensors are missing, or if there are two sets of weights; it names `key`,
-    the configuration key.
+    Raises ConfigError if config.json or safetensors are missing, if there are two sets of weights, or if they are
+    quantised in a way that cannot be read; it names `key`, the configuration key.
     """
     config_file = directory / "config.json"
     if not config_file.is_file():
         raise ConfigError(f"{key}: {directory} holds no config.json; give the directory of a Hugging Face model")
     config = read_object(config_file, COPY_AGAIN, ConfigError)
     try:
-        return ModelFiles(directory, config, _tensor_files(directory, key))
+        tensors = read_entries(config, _entries(directory, key), f"{key}: {directory}")
+        return ModelFiles(directory, _unquantized(config), tensors)
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError, struct.error) as error:
         if isinstance(error, UserError):
             raise
@@ -191,7 +202,16 @@ def check_code(files: ModelFiles, key: str, *, trusted: bool) -> None:
         raise ConfigError(f"{key}.path: {files.directory} needs Python code that is not in it; download it whole")
 
 
-def _tensor_files(directory: Path, key: str) -> dict[str, StoredTensor]:
+def _unquantized(config: dict[str, Any]) -> dict[str, Any]:
+    """Return config.json's content without `quantization_config`, also in the part of the text model."""
+    plain = {name: value for name, value in config.items() if name != "quantization_config"}
+    if isinstance(plain.get("text_config"), dict):
+        plain["text_config"] = _unquantized(plain["text_config"])
+    return plain
+
+
+def _entries(directory: Path, key: str) -> dict[str, tuple[Path, dict[str, Any]]]:
+    """Return the file and the header's entry of each tensor."""
     index, single = directory / "model.safetensors.index.json", directory / "model.safetensors"
     if index.is_file():
         files = [directory / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
@@ -210,14 +230,14 @@ def _tensor_files(directory: Path, key: str) -> dict[str, StoredTensor]:
     missing = [file.name for file in files if not file.is_file()]
     if missing:
         raise ConfigError(f"{key}: {directory} lacks {', '.join(missing)}, which its index names; copy it again")
-    tensors: dict[str, StoredTensor] = {}
+    entries: dict[str, tuple[Path, dict[str, Any]]] = {}
     for file in files:
         for name, entry in _header(file)[0].items():
-            if name in tensors:
-                raise ConfigError(f"{key}: {tensors[name].file} and {file} both hold {name}: copy the model again")
+            if name in entries:
+                raise ConfigError(f"{key}: {entries[name][0]} and {file} both hold {name}: copy the model again")
             if name != "__metadata__":
-                tensors[name] = StoredTensor(file, tuple(entry["shape"]))
-    return tensors
+                entries[name] = (file, entry)
+    return entries
 
 
 def _header(file: Path) -> tuple[dict[str, Any], int]:

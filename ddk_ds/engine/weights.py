@@ -17,7 +17,6 @@ from typing import Any, NamedTuple
 import torch
 import transformers
 from deepspeed.runtime.zero.partition_parameters import GatheredParameters, ZeroParamStatus
-from safetensors import safe_open
 from torch import nn
 
 from ddk_ds.comm import Comm, raise_together
@@ -108,9 +107,7 @@ def _load_tensor(target: Any, source: str, files: ModelFiles, comm: Comm) -> Non
     if stored.shape != shape:
         raise ConfigError(f"{stored.file}: {source} has shape {stored.shape}, config.json gives {shape}: not a pair")
     if comm.local_rank == 0:
-        # The file is opened for each tensor, so that the pages of earlier tensors leave this process's memory.
-        with safe_open(stored.file, framework="pt") as reader:
-            full = reader.get_tensor(source).to(device=target.device, dtype=target.dtype, copy=True)
+        full = stored.read(source).to(device=target.device, dtype=target.dtype, copy=True)
     else:
         full = torch.empty(shape, dtype=target.dtype, device=target.device)
     comm.broadcast_in_node(full)

@@ -10,9 +10,12 @@ from typing import Any, Literal
 import torch
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
 
+from ddk_ds.comm import SingleProcess
 from ddk_ds.data.tokenizer import load_tokenizer
 from ddk_ds.engine.attention import choose_attention
-from ddk_ds.engine.model_files import read_model
+from ddk_ds.engine.model_files import ModelFiles, read_model
+from ddk_ds.engine.unloaded_models import no_init_weights
+from ddk_ds.engine.weights import load_weights
 from ddk_ds.errors import ConfigError
 from ddk_ds.files import new_directory, read_object
 
@@ -29,11 +32,14 @@ def load_model(directory: Path, dtype: torch.dtype | Literal["auto"] = torch.flo
 
     Raises ConfigError if transformers cannot build it, or if the files lack weights.
     """
-    attention = choose_attention(read_model(directory, "model").config, directory, str(directory), trusted=trusted)
+    files = read_model(directory, "model")
+    attention = choose_attention(files.config, directory, str(directory), trusted=trusted)
     if attention.note:
         _log.warning(attention.note)
     options: dict[str, Any] = {"use_safetensors": True, "local_files_only": True, "trust_remote_code": trusted}
     options["attn_implementation"] = attention.kernel
+    if files.quantized:
+        return _load_quantized(files, dtype, options)
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, output_loading_info=True, **options)
     except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
@@ -42,6 +48,23 @@ def load_model(directory: Path, dtype: torch.dtype | Literal["auto"] = torch.flo
     model, info = loaded
     if info["missing_keys"]:
         raise ConfigError(f"{directory}: its weights lack {min(info['missing_keys'])}; is config.json that of these?")
+    return model.eval().requires_grad_(False)
+
+
+def _load_quantized(files: ModelFiles, dtype: torch.dtype | Literal["auto"], options: dict[str, Any]) -> Any:
+    """Load a model of FP8 or MXFP4 weights as the numbers that these stand for; transformers needs a GPU for some."""
+    config = AutoConfig.from_pretrained(files.directory, **options)
+    del config.quantization_config
+    chosen = (config.dtype or torch.bfloat16) if dtype == "auto" else dtype
+    with no_init_weights():
+        model = AutoModelForCausalLM.from_config(
+            config,
+            dtype=chosen,
+            attn_implementation=options["attn_implementation"],
+            trust_remote_code=options["trust_remote_code"],
+        )
+    model.tie_weights()
+    load_weights(model, files, SingleProcess())
     return model.eval().requires_grad_(False)
 
 

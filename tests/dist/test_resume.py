@@ -8,6 +8,7 @@ from typing import Any
 
 from tests.dist.ranks import run_ranks
 from tests.dist.resume_worker import run_dir
+from tests.quantised_checkpoint import write_fp8
 from tools.bench.small_run import without_clock, write_config
 
 
@@ -39,13 +40,18 @@ def test_a_teacher_that_is_computed_otherwise_has_its_own_perplexities(workspace
         return str(shutil.copyfile(path, folder / f"{len(list(folder.iterdir()))}.yaml"))
 
     shared, alone = tmp_path / "shared", tmp_path / "alone"
+    dequantised = Path(shutil.copytree(workspace / "teacher", tmp_path / "dequantised"))
+    fp8 = Path(shutil.copytree(dequantised, tmp_path / "fp8", ignore=shutil.ignore_patterns("*.safetensors")))
+    write_fp8(dequantised, fp8, "blocks")
     configs = [config(shared), config(shared, quantize="int8"), config(alone, quantize="int8"), config(shared)]
-    plain, int8, right, again = run_ranks(
+    configs += [config(shared, path=str(fp8)), config(alone, path=str(dequantised))]
+    plain, int8, right, again, in_fp8, in_float32 = run_ranks(
         "tests.dist.resume_worker:teacher_perplexities", 2, timeout_s=400, config_paths=configs
     )
     assert int8 == right != plain
     assert again == plain
-    assert len(list((shared / "runs" / ".teacher-perplexities").iterdir())) == 2 * len(plain)
+    assert in_fp8 == in_float32 != plain
+    assert len(list((shared / "runs" / ".teacher-perplexities").iterdir())) == 3 * len(plain)
 
 
 def test_a_checkpoint_that_cannot_be_written_ends_no_rank(workspace: Path, tmp_path: Path) -> None:

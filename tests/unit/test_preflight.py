@@ -232,9 +232,9 @@ def test_another_tokenizer(workspace: Path, tmp_path: Path, model: Path) -> None
 
 def test_quantised_weights(workspace: Path, tmp_path: Path, model: Path) -> None:
     values = json.loads((model / "config.json").read_text())
-    (model / "config.json").write_text(json.dumps(values | {"quantization_config": {"quant_method": "fp8"}}))
+    (model / "config.json").write_text(json.dumps(values | {"quantization_config": {"quant_method": "awq"}}))
     rows = rows_of(write_config(workspace, tmp_path, student={"path": str(model)}))
-    check(rows, "student precision", "student.path", "quantised", "full weights")
+    check(rows, "student files", "student.path", "quantised by 'awq'", "full weights")
 
 
 @pytest.mark.parametrize("fault", ["missing", "truncated"])
