@@ -54,8 +54,8 @@ def check_interval(
 ) -> list[str]:
     """Return the alarms at the beginning of an interval, and note its ratios to the teacher in the state.
 
-    There is an alarm if a controller has moved the proportions to little entropy, or if the ratio of a domain keeps
-    rising.
+    There is an alarm if a controller has moved the proportions to little entropy, which names the domains above an
+    equal share, or if the ratio of a domain keeps rising.
 
     Args:
         ratio: (N,) ratios to the teacher; None in a run without one.
@@ -65,12 +65,13 @@ def check_interval(
     alarms = []
     proportions = state.proportions
     entropy = -sum(share * math.log(share) for share in proportions if share > 0)
-    equal = math.log(len(proportions) - len(excluded))
+    drawn = len(proportions) - len(excluded)
+    equal = math.log(drawn)
     if spreading and entropy < options.least_entropy * equal:
-        top = max(range(len(proportions)), key=proportions.__getitem__)
+        large = sorted(((share, name) for name, share in zip(names, proportions, strict=True) if share * drawn > 1))
         alarms.append(
-            f"the mixture is nearly one domain's: {names[top]} has {proportions[top]:.1%} of interval "
-            f"{state.data.interval}, the entropy is {entropy / equal:.2f} of equal proportions'; "
+            f"the mixture is one-sided: {', '.join(f'{name} has {share:.1%}' for share, name in reversed(large))} of "
+            f"interval {state.data.interval}, the entropy is {entropy / equal:.2f} of equal proportions'; "
             f"{' and '.join(f'mixture.{option}' for option in spreading)} spread it (docs/methods.md)"
         )
     if ratio is not None:

@@ -74,9 +74,8 @@ def run_mutants(
     baseline, codes = _in_child(partial(_collected, mutants, tests, say))
     if baseline.failed or not baseline.calls:
         raise SystemExit(f"without a change these tests fail: {', '.join(baseline.failed) or 'all'}")
-    for name in sorted(baseline.modules) if _NOT_SWAPPED in codes else ():
-        with contextlib.suppress(ImportError):
-            importlib.import_module(name)
+    if _NOT_SWAPPED in codes:
+        _import(baseline.modules)
     for number, mutant in enumerate(mutants):
         if codes[number] == _NOT_SWAPPED:
             codes[number] = _forked(partial(_run_imported, mutant, baseline.tests_for(mutant), baseline))
@@ -111,13 +110,12 @@ def _run_collected(
         if (options := getattr(item.obj, _OPTIONS, None)) is not None:  # type: ignore[attr-defined]
             few = hypothesis.settings(options, max_examples=min(options.max_examples, _EXAMPLES))
             setattr(getattr(item.obj, "__func__", item.obj), _OPTIONS, few)  # type: ignore[attr-defined]
-    gc.collect()
-    gc.freeze()  # a collection in a child would copy all memory
     baseline: Baseline = _in_child(partial(_measure, items, functions))
-    named = {name for name, module in sys.modules.items() if getattr(module, "__spec__", None) is not None}
-    baseline.modules = {
-        name for name in named if name.partition(".")[0] not in ("ddk_ds", "tests", "tools", "__main__")
-    }
+    if not baseline.failed:  # what only a test's run imports costs each child seconds: once for all, and measured again
+        _import(baseline.modules)
+        gc.collect()
+        gc.freeze()  # a collection in a child would copy all memory
+        baseline = _in_child(partial(_measure, items, functions))
     by_id = {item.nodeid: item for item in items}
     codes = []
     for mutant in mutants if not baseline.failed else ():
@@ -142,7 +140,16 @@ def _measure(items: list[pytest.Item], functions: dict[str, list[FunctionType]])
         if not _passes(item, following):
             baseline.failed.append(item.nodeid)
         baseline.calls[item.nodeid], baseline.seconds[item.nodeid] = called, time.process_time() - began
+    named = {name for name, module in sys.modules.items() if getattr(module, "__spec__", None) is not None}
+    ours = ("ddk_ds", "tests", "tools", "__main__")
+    baseline.modules = {name for name in named if name.partition(".")[0] not in ours}
     return baseline
+
+
+def _import(modules: set[str]) -> None:
+    for name in sorted(modules):
+        with contextlib.suppress(ImportError):
+            importlib.import_module(name)
 
 
 def _passes(item: pytest.Item, following: pytest.Item | None) -> bool:

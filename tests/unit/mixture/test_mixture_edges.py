@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from ddk_ds.errors import ConfigError, DataError
-from ddk_ds.mixture.bounds import raise_to_floors
+from ddk_ds.mixture.bounds import floors_in_order, raise_to_floors
 from ddk_ds.mixture.controllers import make_controller
 from ddk_ds.mixture.ddk import DDK, initial_factors
 from ddk_ds.mixture.decide import Decision, decide
@@ -24,6 +24,7 @@ from ddk_ds.mixture.domain_vectors import (
 )
 from ddk_ds.mixture.exhaustion import Exhaustion, largest_remainder
 from ddk_ds.mixture.fixed import parse_stages
+from ddk_ds.mixture.interval_state import IntervalState
 from ddk_ds.mixture.order import DomainOrder, check_seed
 from tests.unit.mixture.mixture_section import section
 
@@ -32,6 +33,31 @@ def test_floors_that_take_all_leave_nothing_to_the_others() -> None:
     raised = raise_to_floors([0.5, 0.5, 0.0], Factors.of(np.array([0.25, 0.25, 0.5])))
     assert raised.proportions.tolist() == [0.5, 0.5, 0.0]
     assert raised.logs.tolist() == [math.log(0.5), math.log(0.5), -math.inf]
+
+
+def test_floors_may_sum_to_exactly_1() -> None:
+    assert floors_in_order({"b": 0.75, "a": 0.25}, ["a", "b", "c"], ()) == (0.25, 0.75, 0.0)
+    with pytest.raises(ConfigError, match=r"sum 1\.25"):
+        floors_in_order({"b": 0.75, "a": 0.5}, ["a", "b"], ())
+
+
+def test_no_interval_gives_samples_back() -> None:
+    state = IntervalState.new([{"name": "a", "num_samples": 4, "sha": "0"}], seed=0).begin([4], [0.0]).consume(3)
+    for wrong in (-1, 2):
+        with pytest.raises(AssertionError, match=f"{3 + wrong} of 4 samples"):
+            state.consume(wrong)
+    assert (state.consume(0).consumed, state.consume(1).consumed) == (3, 4)
+
+
+def test_a_block_ends_with_the_shard_that_fills_it() -> None:
+    """Four shards of 2 samples: a block of 2 is one shard, a block of 3 is two, whose samples come in any order."""
+    one_each, mixed = (DomainOrder("prose", [2, 2, 2, 2], 7, block) for block in (2, 3))
+    for draw in range(0, 400, 2):  # 50 passes
+        assert len(one_each.shards_of(draw, draw + 2)) == 1
+        if draw % 4 == 0:
+            assert len(mixed.shards_of(draw, draw + 4)) == 2
+    begins = [len(mixed.shards_of(first, first + 2)) for first in range(0, 400, 8)]
+    assert begins.count(2) > 10  # of 50; two in three are expected
 
 
 def test_a_floor_of_all_that_there_is_gives_equal_proportions() -> None:

@@ -146,9 +146,19 @@ def test_the_entropy_is_compared_with_equal_proportions_of_the_domains_that_are_
     """Half and half has the entropy log 2: all of two domains', half of four's."""
     assert alarms_of([0.5, 0.5, 0.0, 0.0], ("floors",), least_entropy=0.5) == []
     found = alarms_of([0.5, 0.5, 0.0, 0.0], ("floors",), least_entropy=0.501)
-    assert len(found) == 1 and "the entropy is 0.50 of equal" in found[0]
+    assert len(found) == 1 and "0.50 of equal" in found[0]
     assert alarms_of([0.5, 0.5, 0.0, 0.0], ("floors",), ("2", "3"), least_entropy=0.99) == []
     assert alarms_of([0.5, 0.5, 0.0, 0.0], (), least_entropy=0.99) == []  # nothing moves these proportions
+
+
+def test_the_alarm_names_every_domain_above_an_equal_share() -> None:
+    [text] = alarms_of([0.04, 0.45, 0.04, 0.47], ("floors",), least_entropy=0.9)
+    assert text.startswith("the mixture is one-sided: 3 has 47.0%, 1 has 45.0% of interval -1, the entropy is 0.70 of")
+    [text] = alarms_of([0.85, 0.05, 0.05, 0.05, 0.0], ("floors",), ("4",), least_entropy=0.9)
+    assert text.startswith("the mixture is one-sided: 0 has 85.0% of interval")
+    # A quarter is the equal share of the four that are drawn.
+    [text] = alarms_of([0.7, 0.22, 0.04, 0.04, 0.0], ("floors",), ("4",), least_entropy=0.9)
+    assert text.startswith("the mixture is one-sided: 0 has 70.0% of interval")
 
 
 def test_a_rise_is_counted_from_the_ratio_before() -> None:

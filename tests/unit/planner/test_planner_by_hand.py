@@ -1,0 +1,271 @@
+"""The planner's figures on a cluster and models of round numbers, each computed here by hand from its definition."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from math import ceil
+from typing import Any
+
+import pytest
+
+from ddk_ds.config import Config, make_config
+from ddk_ds.engine.model_files import ModelShape
+from ddk_ds.planner.gpu_memory import changed
+from ddk_ds.planner.gpus import Cluster, Gpu, Speed
+from ddk_ds.planner.plan_inputs import Models, PlannedData, PlannedModel
+from ddk_ds.planner.run_plan import Plan, make_plan, plan_json
+from ddk_ds.planner.step_time import Step, collective_s, simulate_step
+
+# Kernels reach 0.8 of the 1e12 bytes/s, matmuls 0.5 of the 1e12 FLOP/s, collectives 0.8 of the links.
+GPU = Gpu(
+    name="round",
+    peak_flop_per_s=1e12,
+    memory_bytes=1e11,
+    hbm_bytes_per_s=1e12,
+    nvlink_bytes_per_s=1e10,
+    network_bytes_per_s=1e9,
+    host_bytes_per_s=2e10,
+    compute_efficiency=0.5,
+)
+CLUSTER = Cluster(GPU, nodes=2, gpus_per_node=2)
+
+
+def model(parameters: int, head: int, layers: int, flops: float) -> PlannedModel:
+    shape = ModelShape(
+        tensors=(head, parameters - head),
+        largest_layer=(parameters - head) // layers,
+        head=head,
+        layers=layers,
+        hidden=100,
+        attention=100,
+        key_value=100,
+        intermediate=400,
+        gated=True,
+        heads=2,
+    )
+    return PlannedModel(shape, flops, "by hand")
+
+
+STUDENT, TEACHER = model(1_000_000, 100_000, 4, 3e6), model(4_000_000, 400_000, 8, 1e7)
+MODELS = Models(STUDENT, TEACHER, 1000)
+# 4 ranks: each has 3 micro-batches of 2 x 100 tokens in a step.
+VALUES: dict[str, Any] = {
+    "name": "by-hand",
+    "student": {"path": "s", "whole_layers": False},
+    "teacher": {"path": "t", "micro_batches_per_pass": 2},
+    "data": {"path": "d", "sequence_length": 100, "validation_samples": 10},
+    "mixture": {"interval_steps": 50},
+    "train": {"global_batch_samples": 24, "micro_batch_samples": 2},
+    "checkpoint": {"every_steps": 20, "keep_last": 5},
+    "optimizer": {"warmup_steps": 0},
+    "stop": {"steps": 120},
+}
+HOST_S = 1e-3
+
+
+def config_of(**sections: dict[str, Any]) -> Config:
+    return changed(make_config(VALUES, "by hand"), **sections)
+
+
+def gather_s(elements: float, calls: int) -> float:
+    """Return the time of a gather in bf16 over 4 ranks: 3/4 of it go over the 2 adapters of each node."""
+    return 2 * elements * 3 / 4 / (0.8 * 2e9) + calls * (8.4e-6 + 2 * 3.4e-6 + 2 * 14e-6)
+
+
+def waits_s(compute_s: float, elements: float, layers: int, *, first: bool) -> float:
+    """Return what a pass waits for gathers: the first one, and what is longer than its computation."""
+    first_s = gather_s(elements / layers, 1) if first else 0.0
+    return first_s + max(0.0, gather_s(elements, layers) - compute_s)
+
+
+def hooks_s(device_s: float, layers: int, times: float = 1) -> float:
+    return max(0.0, times * layers * HOST_S - device_s)
+
+
+def simulated(config: Config, models: Models = MODELS, cluster: Cluster = CLUSTER) -> Step:
+    return simulate_step(config, models, cluster, domains=3, storage_bytes_per_s=1e9, host_s_per_layer=HOST_S)
+
+
+def test_every_part_of_a_step() -> None:
+    """The teacher computes 2 micro-batches and then 1, without its head, which is gathered apart."""
+    step = simulated(config_of())
+    compute = {tokens: tokens * 1e7 / (0.5 * 1e12) for tokens in (400, 200)}
+    teacher_waits = sum(waits_s(compute[tokens], 3.6e6, 8, first=True) + gather_s(4e5, 1) for tokens in compute)
+    forward_s, backward_s = 200 * 3e6 / 5e11, 200 * 6e6 / 5e11
+    # The teacher's whole layers have 0.48 of the host's time, the student's modules all of it.
+    hooks = sum(hooks_s(max(compute[tokens], gather_s(3.6e6, 8)), 8, 0.48) for tokens in compute)
+    hooks += 3 * hooks_s(max(forward_s, gather_s(1e6, 4)), 4) + 3 * hooks_s(max(backward_s, gather_s(1e6, 4)), 4)
+    # A rank measures 3 of 10 samples of 3 domains, in passes of 2 and 1, which count as passes of 2.
+    measured = forward_s + waits_s(forward_s, 1e6, 4, first=True) + hooks_s(max(forward_s, gather_s(1e6, 4)), 4)
+    expected = {
+        "teacher: compute": compute[400] + compute[200],
+        "teacher: communication not hidden": teacher_waits,
+        "student: compute": 3 * (forward_s + backward_s),
+        "student: communication not hidden": 3
+        * (waits_s(forward_s, 1e6, 4, first=True) + waits_s(backward_s, 1e6, 4, first=False)),
+        "host's hooks not hidden": hooks,
+        "loss: row kernel": 3 * 200 * 1000 * 18 / (0.8 * 1e12),
+        "optimizer": 250_000 * 30 / (0.8 * 1e12),
+        "controller": 3 * ceil(3 / 2) * measured / 50,
+        "checkpoint": 250_000 * 14 / 2e10 / 20,
+    }
+    assert min(expected.values()) > 0
+    assert step.parts == pytest.approx(expected, rel=1e-12)
+    assert step.seconds == pytest.approx(sum(expected.values()))
+    assert step.tokens == 2400 and step.tokens_per_s == pytest.approx(2400 / step.seconds)
+    assert step.flops == 2400 * (3 * 3e6 + 1e7)
+    assert step.mfu == pytest.approx(step.flops / step.seconds / 4e12)
+
+
+def test_what_options_change_in_a_step() -> None:
+    plain = simulated(config_of()).parts
+    # The layers' products once more in the backward pass, without the head's 2 x 100,000.
+    again = simulated(config_of(student={"gradient_checkpointing": True})).parts
+    assert again["student: compute"] - plain["student: compute"] == pytest.approx(3 * 200 * (3e6 - 2e5) / 5e11)
+    # Every recomputed layer passes its hooks once more, "selective" too, which computes no product again.
+    selective = simulated(config_of(student={"gradient_checkpointing": "selective"})).parts
+    assert selective["student: compute"] == plain["student: compute"]
+    backward_s, gathered_s = 200 * 6e6 / 5e11, gather_s(1e6, 4)
+    more = hooks_s(max(backward_s, gathered_s), 4, 2) - hooks_s(max(backward_s, gathered_s), 4)
+    name = "host's hooks not hidden"
+    assert selective[name] - plain[name] == pytest.approx(3 * more)
+    # Gradients go to the host in float32, weights come back in bf16.
+    offloaded = simulated(config_of(optimizer={"offload": "cpu"})).parts
+    assert offloaded["optimizer"] - plain["optimizer"] == pytest.approx(250_000 * (4 + 2) / 2e10)
+    waiting = simulated(config_of(checkpoint={"in_background": False})).parts
+    assert waiting["checkpoint"] == pytest.approx(1_000_000 * 14 / 1e9 / 20)
+    fp32 = simulated(config_of(train={"precision": "fp32"})).parts
+    assert fp32["checkpoint"] == pytest.approx(250_000 * 16 / 2e10 / 20)
+    # One model's logits where no teacher runs: 9 bytes each.
+    alone = simulated(config_of(loss={"gamma": 0.0})).parts
+    assert alone["loss: row kernel"] == pytest.approx(3 * 200 * 1000 * 9 / 8e11)
+    assert not any(part.startswith("teacher") for part in alone)
+
+
+def test_layers_gathered_as_wholes_have_48_percent_of_the_hooks() -> None:
+    """Of a part that nothing hides: links and matmuls are endless here."""
+    endless = {"nvlink_bytes_per_s": 1e30, "network_bytes_per_s": 1e30, "peak_flop_per_s": 1e30}
+    cluster = Cluster(GPU.model_copy(update=endless), 1, 1)
+    config = config_of(train={"global_batch_samples": 6})
+    name = "host's hooks not hidden"
+    # Two passes of the teacher's 8 layers; a forward and a backward pass of the student's 4 for each micro-batch.
+    for student, teacher in ((False, False), (True, False), (False, True)):
+        sections = {"student": {"whole_layers": student}, "teacher": {"whole_layers": teacher}}
+        hooks = 2 * 8 * (0.48 if teacher else 1) + 3 * 2 * 4 * (0.48 if student else 1)
+        assert simulated(changed(config, **sections), cluster=cluster).parts[name] == pytest.approx(hooks * HOST_S)
+
+
+def test_a_backward_pass_gathers_again_what_a_billion_elements_do_not_hold() -> None:
+    """The last half of a billion elements is used again before another billion has been; gradients are all reduced."""
+    large = Models(model(2_000_000_000, 100_000, 4, 3e6), None, 1000)
+    config = config_of(train={"global_batch_samples": 8}).model_copy(update={"teacher": None, "method": "cpt"})
+    parts = simulated(config, large).parts
+    compute = 200 * 3e6 / 5e11
+    backward = gather_s(1.5e9, 4) + gather_s(2e9, 4) - 2 * compute
+    expected = waits_s(compute, 2e9, 4, first=True) + backward
+    assert parts["student: communication not hidden"] == pytest.approx(expected, rel=1e-12)
+    exactly = Models(model(500_000_000, 100_000, 4, 3e6), None, 1000)
+    parts = simulated(config, exactly).parts
+    expected = waits_s(compute, 5e8, 4, first=True) + gather_s(5e8, 4) - 2 * compute
+    assert parts["student: communication not hidden"] == pytest.approx(expected, rel=1e-12)
+
+
+def test_gathers_in_pieces_have_the_latency_of_each() -> None:
+    """1,000,000 elements in pieces of 150,000 are 7 calls; 4 layers are at least 4. No computation hides them here."""
+    waiting = replace(CLUSTER, gpu=GPU.model_copy(update={"peak_flop_per_s": 1e30}))
+    latency = 8.4e-6 + 2 * 3.4e-6 + 2 * 14e-6
+    name = "student: communication not hidden"
+    plain = simulated(config_of(), cluster=waiting).parts[name]
+    for bucket, calls in ((150_000, 7), (250_001, 4), (10_000_000, 4)):
+        config = config_of().model_copy(
+            update={"deepspeed": {"zero_optimization": {"stage3_prefetch_bucket_size": bucket}}}
+        )
+        first = max(1, ceil(250_000 / bucket)) - 1
+        # 3 forward and 3 backward passes; only the forward pass waits for a first gather, of 250,000 elements.
+        more = 3 * 2 * (calls - 4) * latency + 3 * first * latency
+        assert simulated(config, cluster=waiting).parts[name] - plain == pytest.approx(more)
+
+
+def test_two_gpus_of_a_node_have_no_network_between_them() -> None:
+    assert collective_s(8e9, 3, Cluster(GPU, 1, 2)) == pytest.approx(8e9 / 2 / 8e9 + 3 * (8.4e-6 + 3.4e-6))
+    # A fast network leaves NVLink as the slower of both.
+    fast = GPU.model_copy(update={"network_bytes_per_s": 1e12})
+    assert collective_s(8e9, 0, Cluster(fast, 2, 2)) == pytest.approx(8e9 * 3 / 4 / 8e9)
+    assert collective_s(8e9, 2, Cluster(fast, 2, 1)) == pytest.approx(8e9 / 2 / 0.8e12 + 2 * (8.4e-6 + 28e-6))
+
+
+DATA = PlannedData(
+    domains=3, vocab_size=1000, token_bytes=4, shard_bytes=10**9, steps=120, intervals=3, source="by hand"
+)
+SPEED = Speed(mfu=0.25, storage_bytes_per_s=1e9)
+
+
+def planned(config: Config, speed: Speed = SPEED, data: PlannedData = DATA) -> Plan:
+    return make_plan(config, MODELS, data, CLUSTER, speed)
+
+
+def test_the_figures_of_a_plan() -> None:
+    plan = planned(config_of())
+    per_token = 3 * 3e6 + 1e7
+    assert plan.tokens == 120 * 24 * 100
+    assert plan.tokens_per_s == pytest.approx(0.25 * 4e12 / per_token)
+    assert plan.read_bytes_per_s == pytest.approx(4 * plan.tokens_per_s)
+    assert plan.flop_per_s == 1e12
+    saved = plan.checkpoints
+    assert (saved.num_bytes, saved.kept_bytes, saved.export_bytes) == (14_000_000, 84_000_000, 2_000_000)
+    assert saved.write_s == pytest.approx(14e6 / 1e9)
+    assert saved.pause_s == pytest.approx(250_000 * 14 / 2e10)
+    assert saved.apart_s == pytest.approx(20 * 2400 * per_token / 1e12)
+    # 4 measurements of the student on 3 x 10 samples and one of the teacher; 6 checkpoints, for which training waits.
+    measured = 3 * 10 * 100 * (4 * 3e6 + 1e7)
+    training = plan.tokens * per_token
+    assert plan.hours == pytest.approx(((training + measured) / 1e12 + 6 * saved.pause_s) / 3600, rel=1e-12)
+    assert plan.gpu_hours == pytest.approx(4 * plan.hours)
+    assert plan.least_hours == pytest.approx(120 * plan.step.seconds / 3600, rel=1e-12)
+    assert not plan.measured and plan.memory.fits and plan.advice == []
+
+
+def test_a_plan_by_a_measured_speed() -> None:
+    plan = planned(config_of(), Speed(mfu=None, tokens_per_s_per_gpu=5000.0))
+    assert plan.measured and plan.mfu == pytest.approx(5000 * 1.9e7 / 1e12)
+    assert plan.tokens_per_s == pytest.approx(20_000)
+    assert any("5,000 tokens/s a GPU, as measured" in line for line in plan.assumptions)
+    # 119 steps end before the sixth checkpoint.
+    five = planned(config_of(), data=replace(DATA, steps=119))
+    six = planned(config_of())
+    step_s = 2400 * 1.9e7 / 1e12
+    assert (six.hours - five.hours) * 3600 == pytest.approx(step_s + six.checkpoints.pause_s)
+
+
+def test_what_a_plan_assumes_is_said_with_its_numbers() -> None:
+    lines = "\n".join(planned(config_of()).assumptions)
+    for text in (
+        "GPU: 1 TFLOP/s dense bf16, 100 GB; one way, GB/s: HBM 1,000, NVLink 10, network 1, host 20",
+        "10% of a device is left",
+        "speed: MFU 25% of the peak",
+        "controller: 3 domains x 10 samples; the student 4 times, the teacher once (by hand)",
+        "matmuls at 50% of the peak, links at 80% and HBM at 80% of nominal, 8.8 ms of the host",
+        "disks: 4 bytes a token; checkpoints written at 1 GB/s in all, in the background",
+    ):
+        assert text in lines, text
+    for absent in ("train.precision is fp32", "stop.discrepancy", "only this stage"):
+        assert absent not in lines
+    config = config_of(train={"precision": "fp32"}, stop={"discrepancy": 1.1}, checkpoint={"in_background": False})
+    lines = "\n".join(planned(config).assumptions)
+    for text in ("train.precision is fp32", "stop.discrepancy may end", "in all, while training waits"):
+        assert text in lines, text
+
+
+def test_a_plan_as_json() -> None:
+    plan = planned(config_of())
+    found = plan_json(plan)
+    training = plan.tokens * 3 * 3e6
+    assert found["flops"]["cpt"] == pytest.approx(training)
+    assert found["flops"]["kd"] == pytest.approx(training + plan.tokens * 1e7)
+    assert found["tflops"] == {name: pytest.approx(value / 1e12) for name, value in found["flops"].items()}
+    assert found["parameters"] == {"student": 1_000_000, "teacher": 4_000_000}
+    assert found["simulated_step"]["seconds"] == plan.step.seconds
+    without = config_of().model_copy(update={"teacher": None, "method": "cpt"})
+    alone = plan_json(make_plan(without, Models(STUDENT, None, 1000), DATA, CLUSTER, SPEED))
+    assert alone["parameters"] == {"student": 1_000_000, "teacher": None}
+    assert alone["tflops"] == {"cpt": pytest.approx(training / 1e12), "kd": None, "ddk": None}
