@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from ddk_ds import files
 from ddk_ds.errors import UserError
 from ddk_ds.files import is_leftover, new_directory, new_file, partial_path, remove_leftovers, write_text
 
@@ -178,3 +179,13 @@ def test_names_are_on_the_disk_too(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         (partial / "inner").mkdir()
         (partial / "inner/file").write_text("new")
     assert [path.name for path in synced] == ["file", "inner", "directory", tmp_path.name]
+
+
+@pytest.mark.parametrize("block", [1, 2, 3, 4, 1 << 20])
+def test_a_files_hash_is_of_all_its_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block: int) -> None:
+    """XXH64 of "", "a" and "abc" with seed 0, as xxHash's authors publish them."""
+    monkeypatch.setattr(files, "_BLOCK_BYTES", block)
+    path = tmp_path / "file"
+    for content, published in ((b"", "ef46db3751d8e999"), (b"a", "d24ec4f1a98c6e5b"), (b"abc", "44bc2cf5ad770999")):
+        path.write_bytes(content)
+        assert files.size_and_xxh64(path) == (len(content), published)

@@ -8,11 +8,12 @@ from typing import Any, get_args
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from ddk_ds.config.sections import ControllerKind
 from ddk_ds.errors import ConfigError, DataError
 from ddk_ds.mixture.controllers import make_controller
-from ddk_ds.mixture.ddk import DDK, initial_factors, perplexity_ratios, updated_factors
+from ddk_ds.mixture.ddk import DDK
 from ddk_ds.mixture.decide import Controller
 from ddk_ds.mixture.domain_vectors import Factors
 from ddk_ds.mixture.excess_loss import DoReMiOnline, ShearedLlama
@@ -40,41 +41,49 @@ def build(kind: str, sizes: Sequence[int] = (100, 300, 600), schedule: Any = SCH
     return make_controller(section(kind, **options), dict(zip(NAMES, sizes, strict=True)), schedule)
 
 
-def logs(proportions: Sequence[float]) -> np.ndarray:
+def logs(proportions: Sequence[float]) -> NDArray[np.float64]:
     return Factors.of(np.array(proportions)).logs
 
 
-def assert_same(computed: Factors, expected: Factors) -> None:
-    np.testing.assert_array_equal(computed.proportions, expected.proportions)
-    np.testing.assert_array_equal(computed.logs, expected.logs)
+def assert_are(computed: Factors, expected: Sequence[float] | NDArray[np.float64]) -> None:
+    np.testing.assert_allclose(computed.proportions, expected, rtol=1e-13)
+    np.testing.assert_allclose(computed.logs, np.log(expected), rtol=1e-13)
+
+
+def eq1(ratios: Sequence[float], floor: float = 0.0) -> NDArray[np.float64]:
+    shares = np.exp(np.array(ratios))
+    return floor + (1 - floor * len(shares)) * shares / shares.sum()
+
+
+def eq2(proportions: NDArray[np.float64], ratios: Sequence[float], alpha: float) -> NDArray[np.float64]:
+    shares = proportions * np.exp(np.array(ratios))
+    return alpha * shares / shares.sum() + (1 - alpha) / len(shares)
 
 
 def test_ddk_is_eq1_and_then_eq2() -> None:
     controller = build("ddk", alpha=0.3)
     r0 = controller.start(STUDENT, TEACHER)
-    assert_same(r0, initial_factors(perplexity_ratios(STUDENT, TEACHER, cap=None), floor=0.0))
+    first = eq1([9 / 3, 30 / 12, 12 / 10])
+    assert_are(r0, first)
     later = [5.0, 20.0, 11.0]
-    ratios = perplexity_ratios(later, TEACHER, cap=None)
-    updated = controller.update(r0.logs, later, TEACHER, interval=1)
-    assert_same(updated, updated_factors(r0.logs, ratios, alpha=0.3, prior=None))
+    assert_are(controller.update(r0.logs, later, TEACHER, interval=1), eq2(first, [5 / 3, 20 / 12, 11 / 10], 0.3))
 
 
 def test_ddk_uses_its_cap_and_floor() -> None:
     controller = build("ddk", ratio_cap=2.0, initial_floor=0.2)
     r0 = controller.start(STUDENT, TEACHER)
-    ratios = perplexity_ratios(STUDENT, TEACHER, cap=2.0)
-    assert_same(r0, initial_factors(ratios, floor=0.2))
-    updated = controller.update(r0.logs, STUDENT, TEACHER, interval=1)
-    assert_same(updated, updated_factors(r0.logs, ratios, alpha=0.5, prior=None))
+    first = eq1([2.0, 2.0, 1.2], floor=0.2)
+    assert_are(r0, first)
+    assert_are(controller.update(r0.logs, STUDENT, TEACHER, interval=1), eq2(first, [2.0, 2.0, 1.2], 0.5))
 
 
 def test_without_smoothing_the_past_takes_no_part() -> None:
     controller = build("ddk_no_smoothing", initial_floor=0.1)
     later = [5.0, 20.0, 11.0]
-    expected = initial_factors(perplexity_ratios(later, TEACHER, cap=None), floor=0.1)
+    expected = eq1([5 / 3, 20 / 12, 11 / 10], floor=0.1)
     for past in ([1.0, 0.0, 0.0], [0.2, 0.2, 0.6]):
-        assert_same(controller.update(logs(past), later, TEACHER, interval=1), expected)
-    assert_same(controller.start(later, TEACHER), expected)
+        assert_are(controller.update(logs(past), later, TEACHER, interval=1), expected)
+    assert_are(controller.start(later, TEACHER), expected)
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import struct
 from dataclasses import replace
 from typing import Any
 
@@ -274,6 +275,7 @@ def test_a_changed_order_is_caught() -> None:
 def test_the_sha_is_of_the_values_alone() -> None:
     ids = np.arange(7)
     assert ids_sha(ids) == ids_sha(ids.astype(">i8")) == ids_sha(np.repeat(ids, 2)[::2])
+    assert ids_sha(ids) == hashlib.sha256(struct.pack("<7q", *range(7))).hexdigest()[:16]
     assert ids_sha(ids) != ids_sha(ids[::-1])
 
 
