@@ -36,6 +36,8 @@ class Student:
     """The model in training: its engine, whose root module is a `StudentRoot`, and its parameters by names on disk."""
 
     engine: Any
+    whole: PreTrainedModel
+    """The model as transformers has it; the engine's root has the same backbone and head."""
     parameters: dict[str, nn.Parameter]
     clock: StageClock
 
@@ -167,7 +169,7 @@ def load_student(
     clock = clock or StageClock(get_accelerator().device_name())
     time_gathers(engine.optimizer.parameter_offload.get_param_coordinator(), clock, "gather")
     time_reductions(engine.optimizer, clock, "reduce")
-    return Student(engine, parameters, clock)
+    return Student(engine, model, parameters, clock)
 
 
 def names_on_disk(files: ModelFiles, *, trusted: bool) -> dict[str, str]:

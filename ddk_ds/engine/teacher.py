@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from deepspeed.accelerator import get_accelerator
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from ddk_ds.comm import Comm
 from ddk_ds.config import Config
@@ -37,9 +38,16 @@ class Teacher:
     """The frozen model: its backbone on an engine without an optimizer, and its head outside of that engine."""
 
     def __init__(
-        self, engine: Any, head: FrozenHead, taps: LayerTaps | None, layers: LayerByLayer | None, clock: StageClock
+        self,
+        engine: Any,
+        whole: PreTrainedModel,
+        head: FrozenHead,
+        taps: LayerTaps | None,
+        layers: LayerByLayer | None,
+        clock: StageClock,
     ) -> None:
         self.engine = engine
+        self.whole = whole
         self.head = head
         self._taps = taps
         self._layers = layers
@@ -124,7 +132,7 @@ def load_teacher(
     engine.eval()
     assert not hasattr(engine.optimizer, "fp32_partitioned_groups_flat"), "the teacher's engine holds optimizer state"
     time_gathers(engine.optimizer.get_param_coordinator(), clock, TEACHER_GATHER)
-    return Teacher(engine, head, taps, layers, clock)
+    return Teacher(engine, model, head, taps, layers, clock)
 
 
 class Int8Linear(nn.Module):

@@ -15,6 +15,7 @@ from ddk_ds.data.loader import MixtureDataset, validation_batches
 from ddk_ds.engine.flops import step_flops
 from ddk_ds.engine.monitors import open_writers
 from ddk_ds.engine.runtime import Runtime
+from ddk_ds.engine.split_check import check_split
 from ddk_ds.engine.stage_clock import StageClock
 from ddk_ds.engine.student import load_student
 from ddk_ds.engine.teacher import Teacher, load_teacher
@@ -39,6 +40,7 @@ from ddk_ds.train.validation import (
     count_micro_batches,
     perplexities,
     perplexity_conditions,
+    worse_than_guessing,
 )
 from ddk_ds.train.watchdog import Watchdog
 from ddk_ds.version import versions
@@ -60,17 +62,18 @@ def prepare_run(config: Config, inputs: Inputs, identity: dict[str, Any], runtim
     clock = StageClock(runtime.device.type, measure_memory=True)
     steps = total_steps(config, corpus_samples(config.mixture, dict(zip(dataset.names, dataset.sizes, strict=True))))
     progress = RunProgress(comm.rank, steps, interval_ends(config.mixture, steps), inputs.names)
-    teacher = None
+    teacher, teacher_ppl = None, None
     if inputs.teacher is not None:
         teacher = load_teacher(config, inputs.teacher, vocab_size, comm, inputs.filters, clock)
+        check_split(teacher, validation[0][0][0].to(runtime.device), vocab_size, "teacher", comm)
     chunk_tokens = config.loss.chunk_tokens or default_chunk_tokens(vocab_size, runtime.device.type)
     options = Options(vocab_size, gamma=0.0, chunk_tokens=chunk_tokens, logits_dtype=config.loss.logits_dtype)
-    teacher_ppl = None
     if teacher is not None:
         watchdog.watch("evaluation")
         teacher_ppl = _teacher_perplexities(config, inputs, identity, teacher, validation, options, runtime, progress)
         watchdog.watch("models")
     student = load_student(config, inputs.student, vocab_size, comm, inputs.filters, clock)
+    check_split(student, validation[0][0][0].to(runtime.device), vocab_size, "student", comm)
     orders = [
         DomainOrder(name, sizes, config.seed) for name, sizes in zip(inputs.names, dataset.shard_sizes, strict=True)
     ]
@@ -119,6 +122,10 @@ def _begin(run: Run, start: Start | None) -> None:
         run.inputs.store.fetcher.give_up = lambda: run.interruption.signal != 0
     call_together(run.runtime.comm, lambda: _open_monitors(run) if run.runtime.comm.rank == 0 else None)
     _announce_start(run, start)
+    ppl = run.teacher_ppl
+    warning = "" if ppl is None else worse_than_guessing(ppl, run.inputs.names, run.inputs.tokenizer.vocab_size)
+    if warning:
+        run.announce("alarm", f"alarm: {warning}", step=run.state.step, text=warning)
 
 
 def _validation(config: Config, inputs: Inputs, comm: Comm) -> ValidationBatches:

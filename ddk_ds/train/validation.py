@@ -68,6 +68,17 @@ def perplexities(
     return perplexity((sums[0] / sums[1]).cpu().numpy())
 
 
+def worse_than_guessing(perplexities: npt.NDArray[np.float64], names: Sequence[str], vocab_size: int) -> str:
+    """Return a warning if a teacher's perplexities (N,) are above `vocab_size`, that of equal probabilities, or ""."""
+    worse = [f"{name} {value:,.0f}" for name, value in zip(names, perplexities, strict=True) if value > vocab_size]
+    if not worse:
+        return ""
+    return (
+        f"the teacher is worse than guessing: of {vocab_size:,} tokens, its perplexity is {', '.join(worse)}. Are its "
+        "weights, config.json and tokenizer of one model, and is it a language model of this text?"
+    )
+
+
 # What the teacher's perplexities do not depend on. All else that a run's numbers depend on is part of their conditions,
 # so that an option of a later version is too.
 _NOT_THE_TEACHERS = (

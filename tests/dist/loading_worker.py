@@ -14,8 +14,10 @@ from ddk_ds.engine.head import OutputHead
 from ddk_ds.engine.model_files import read_model
 from ddk_ds.engine.process_memory import held_bytes, peak_bytes, reset_peak
 from ddk_ds.engine.runtime import Runtime
+from ddk_ds.engine.split_check import check_split
 from ddk_ds.engine.student import load_student
 from ddk_ds.engine.teacher import load_teacher
+from ddk_ds.errors import ConfigError
 from ddk_ds.kernels.reference import reference_logits
 from tests.dist.tiny import ARCHITECTURES, VOCAB, save_model, tiny_config
 
@@ -54,6 +56,7 @@ def _logits_error(root: Path, runtime: Runtime) -> float:
     for name, load in (("student", load_student), ("teacher", load_teacher)):
         files = read_model(root / name, f"{name}.path")
         model: Any = load(config, files, VOCAB, runtime.comm)
+        check_split(model, ids, VOCAB, name, runtime.comm)
         with model.evaluating():
             worst = max(worst, float((model(ids, logits) - expected).abs().max()))
         if name == "student":
@@ -61,6 +64,25 @@ def _logits_error(root: Path, runtime: Runtime) -> float:
             assert read_model(root / "export", "export").tensors.keys() == files.tensors.keys()
             worst = max(worst, float((plain(root / "export") - expected).abs().max()))
     return worst
+
+
+def split_of_another_form(runtime: Runtime, folder: str) -> list[str]:
+    """Return what is said of a student and a teacher with a layer between backbone and head; check one of the usual
+    form in bf16, sharded within a GPU and in 8 bits, which must pass."""
+    root = Path(folder)
+    ids = torch.randint(0, VOCAB, (2, 12), generator=torch.Generator().manual_seed(5))
+    said = []
+    for name, load in (("student", load_student), ("teacher", load_teacher)):
+        model: Any = load(tiny_config(root), read_model(root / name, f"{name}.path"), VOCAB, runtime.comm)
+        try:
+            check_split(model, ids, VOCAB, name, runtime.comm)
+        except ConfigError as error:
+            said.append(str(error))
+    for section in ({}, {"shard_within": "gpu"}, {"quantize": "int8", "micro_batches_per_pass": 4}):
+        config = tiny_config(root, train={"precision": "bf16"}, teacher={"path": str(root / "usual"), **section})
+        teacher = load_teacher(config, read_model(root / "usual", "teacher.path"), VOCAB, runtime.comm)
+        check_split(teacher, ids, VOCAB, "teacher", runtime.comm)
+    return said
 
 
 def differing_buffers(runtime: Runtime, folder: str) -> list[str]:

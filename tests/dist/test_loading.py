@@ -26,6 +26,18 @@ def test_a_soft_cap_in_attention_and_a_backbone_of_another_name(tmp_path: Path) 
     assert max(errors.values()) < 1e-5, errors
 
 
+def test_a_layer_between_backbone_and_head_is_refused(tmp_path: Path) -> None:
+    # ModernBERT's decoder: a dense layer and a norm before the projection. Without them it is another model.
+    shape = {"num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64, "pad_token_id": 0}
+    for seed, name in enumerate(("student", "teacher")):
+        save_model(tmp_path / name, model_type="modernbert-decoder", vocab=VOCAB, tied=True, seed=seed, **shape)
+    save_model(tmp_path / "usual", vocab=VOCAB + 3, tied=True, seed=3)
+    said = run_ranks("tests.dist.loading_worker:split_of_another_form", 2, folder=str(tmp_path))
+    assert len(said) == 2, said
+    for message, name in zip(said, ("student", "teacher"), strict=True):
+        assert message.startswith(f"{name}.path: ModernBertDecoderForCausalLM cannot be distilled: its logits"), message
+
+
 def test_buffers_keep_their_precision(tmp_path: Path) -> None:
     # Rotary frequencies in bf16 would be wrong by full turns at long positions.
     save_model(tmp_path / "teacher", vocab=VOCAB, tied=True, seed=1)

@@ -54,7 +54,8 @@ def save_model(
 ) -> None:
     """Write a random causal LM as safetensors."""
     torch.manual_seed(seed)
-    values = {"vocab_size": vocab, "tie_word_embeddings": tied, "initializer_range": 0.2, **ARCHITECTURES[model_type]}
+    shape = ARCHITECTURES.get(model_type, {})
+    values = {"vocab_size": vocab, "tie_word_embeddings": tied, "initializer_range": 0.2, **shape}
     size = {"n_embd": hidden} if model_type == "gpt_bigcode" else {"hidden_size": hidden}
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **{**values, **size, **extra}))
     model.save_pretrained(directory)

@@ -1,15 +1,16 @@
-"""The teacher's perplexities are read back only for the same teacher, measured in the same way."""
+"""The teacher's perplexities: read back only for the same teacher, measured in the same way; worse than guessing."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from ddk_ds.config import Config
 from ddk_ds.train.run_dir import run_identity
-from ddk_ds.train.validation import PerplexityCache, perplexity_conditions
+from ddk_ds.train.validation import PerplexityCache, perplexity_conditions, worse_than_guessing
 from tests.unit.train.short_config import config_of
 
 CONTENT: dict[str, Any] = {
@@ -87,3 +88,10 @@ def test_runs_of_a_comparison_share_the_measurement(tmp_path: Path) -> None:
     key = perplexity_conditions(identity(tmp_path), {})
     for other in others:
         assert perplexity_conditions(identity(tmp_path, **other), {}) == key, other
+
+
+def test_a_teacher_that_is_worse_than_guessing_is_named() -> None:
+    names = ["code", "web", "news"]
+    assert worse_than_guessing(np.array([12.0, 99.0, 100.0]), names, 100) == ""
+    warning = worse_than_guessing(np.array([12.0, 100.5, 1e77]), names, 100)
+    assert "web 100" in warning and "news" in warning and "code" not in warning

@@ -1,0 +1,78 @@
+"""A check of a loaded model: its backbone and its head, taken apart, give the logits of its own class.
+
+Training runs the backbone, and multiplies by the head inside the loss. An architecture that does anything else between
+or after the two, such as ModernBERT's dense layer before the head, would train as another model in silence.
+"""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from deepspeed.runtime.zero.partition_parameters import GatheredParameters
+from torch import nn
+
+from ddk_ds.comm import Comm
+from ddk_ds.engine.head import OutputHead
+from ddk_ds.engine.student import Student
+from ddk_ds.engine.teacher import Teacher
+from ddk_ds.engine.unloaded_models import backbone_of
+from ddk_ds.errors import ConfigError
+from ddk_ds.kernels.reference import reference_logits
+
+MAX_TOKENS = 128
+"""Tokens of the row that is compared: few, so that all of its logits take no memory to speak of."""
+# Largest difference over the largest logit. The head's products are rounded once more in the model's own class: to 2^-9
+# in bf16. A missing layer, factor or cap changes logits by a large part of their size.
+_LIMITS = {torch.float32: 1e-3, torch.bfloat16: 2e-2}
+
+
+def check_split(model: Student | Teacher, input_ids: torch.Tensor, vocab_size: int, key: str, comm: Comm) -> None:
+    """Raise ConfigError if the logits of our backbone and head differ from those of the model's class. Collective.
+
+    Args:
+        model: as loaded for training, sharded.
+        input_ids: tokens (B, L) of this rank; the first row's first `MAX_TOKENS` are used.
+        vocab_size: number of logits that are compared.
+        key: the model's section of the configuration.
+    """
+    row = input_ids[:1, :MAX_TOKENS]
+
+    def logits(hidden: torch.Tensor, head: OutputHead) -> torch.Tensor:
+        return reference_logits(hidden, head.weight, head.bias, vocab_size, head.form).float()
+
+    with model.evaluating():
+        ours = model(row, logits)
+        theirs = _whole_logits(model.whole, row)[..., :vocab_size].flatten(0, 1)
+    difference = torch.stack([(ours - theirs).abs().max(), theirs.abs().max()]).nan_to_num(torch.inf, torch.inf)
+    difference, largest = comm.all_reduce_max(difference).tolist()
+    limit = _LIMITS[theirs.dtype] * largest
+    if not difference <= limit:
+        raise ConfigError(
+            f"{key}.path: {type(model.whole).__name__} cannot be distilled: its logits are not those of its backbone "
+            f"and output head, but differ by up to {difference:.3g} where the largest is {largest:.3g} (a difference "
+            f"of {limit:.2g} would be rounding)"
+        )
+
+
+def _whole_logits(whole: Any, input_ids: torch.Tensor) -> torch.Tensor:
+    """Return the logits (B, L, V) of a transformers model whose backbone belongs to an engine, by its own forward.
+
+    The engine gathers the backbone's weights; the others are gathered when the backbone has ended, since a head that is
+    tied to the embedding is released with it.
+    """
+    backbone = backbone_of(whole)
+    inside = {id(parameter) for parameter in backbone.parameters()}
+    outside = [parameter for parameter in whole.parameters() if id(parameter) not in inside]
+    head: nn.Module = whole.get_output_embeddings()
+    outside += [parameter for parameter in head.parameters() if id(parameter) in inside]
+    with ExitStack() as gathered:
+
+        def gather(*_call: Any) -> None:
+            gathered.enter_context(GatheredParameters(outside))
+
+        hook = backbone.register_forward_hook(gather)
+        gathered.callback(hook.remove)
+        logits: torch.Tensor = whole(input_ids=input_ids, use_cache=False).logits
+    return logits
