@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.progress import Progress
@@ -13,33 +12,14 @@ from ddk_ds.comm import SingleProcess
 from ddk_ds.config import Config, load_run_config
 from ddk_ds.engine.export import CheckpointExport, check_room, check_target
 from ddk_ds.engine.model_files import DTYPES, ModelFiles, check_code, model_directory, read_model
-from ddk_ds.engine.zero_shards import UniversalShards, ZeroShards
+from ddk_ds.engine.zero_shards import ZeroShards
 from ddk_ds.errors import CheckpointError, ConfigError
 from ddk_ds.files import size_and_xxh64, unwritable
-from ddk_ds.train.checkpoint.checkpoint_files import TAG, Manifest, complete_checkpoints, read_manifest
+from ddk_ds.train.checkpoint.checkpoint_files import TAG, Manifest, complete_checkpoints
 from ddk_ds.train.run_end import companions
 from ddk_ds.train.state import RunState
 
 _ROOM = 1.01  # needed disk space over the weights' size, because of the other files
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """A complete checkpoint of a run."""
-
-    directory: Path
-    manifest: Manifest
-
-    @property
-    def universal(self) -> bool:
-        """Return True if the checkpoint is in DeepSpeed's universal form."""
-        return bool(self.manifest.source)
-
-    @property
-    def files(self) -> list[str]:
-        """Return the files that an export reads, relative to the directory: all except the optimizer's moments."""
-        skipped = ("exp_avg.pt", "exp_avg_sq.pt")
-        return [name for name in sorted(self.manifest.files) if Path(name).name not in skipped]
 
 
 def export(options: argparse.Namespace, bar: Progress) -> tuple[Path, str]:
@@ -47,17 +27,15 @@ def export(options: argparse.Namespace, bar: Progress) -> tuple[Path, str]:
     if not options.max_shard_gb > 0:
         raise ConfigError(f"--max-shard-gb {options.max_shard_gb:g}: must be above 0")
     config = read_config(options.run, options.student)
-    checkpoint = find_checkpoint(options.run, options.step)
-    manifest = checkpoint.manifest
+    checkpoint, manifest = find_checkpoint(options.run, options.step)
     dtype = options.dtype or config.train.precision
     out = options.out or options.run / "exports" / f"step-{manifest.step:08d}-{dtype}"
     check_target(out, overwrite=options.overwrite)
     files = student_files(config, manifest)
     _keep_apart(out, (options.run, files.directory))
     try:
-        verify(checkpoint, bar)
-        state = checkpoint.directory / TAG
-        shards = UniversalShards(state) if checkpoint.universal else ZeroShards(state, manifest.world_size)
+        verify(checkpoint, manifest, bar)
+        shards = ZeroShards(checkpoint / TAG, manifest.world_size)
         work = CheckpointExport(shards, files, DTYPES[dtype], trusted=config.student.trust_remote_code)
         check_room(out, int(_ROOM * work.num_bytes))
         companion_files = companions(
@@ -72,8 +50,8 @@ def export(options: argparse.Namespace, bar: Progress) -> tuple[Path, str]:
             overwrite=options.overwrite,
         )
     except OSError as error:
-        if not checkpoint.directory.is_dir():
-            deleted = f"{checkpoint.directory} was deleted while it was read"
+        if not checkpoint.is_dir():
+            deleted = f"{checkpoint} was deleted while it was read"
             raise CheckpointError(f"{deleted}: {_steps_message(options.run)}") from error
         raise unwritable(f"--out {out}", error, "give the same command again") from error
     return out, f"step {manifest.step:,}, {dtype}, {len(work.specs):,} tensors, {work.num_bytes:,} bytes"
@@ -87,27 +65,18 @@ def read_config(run: Path, student: str | None) -> Config:
     return load_run_config(run, [] if student is None else [f"student.path={student}"])
 
 
-def find_checkpoint(run: Path, step: int | None) -> Checkpoint:
+def find_checkpoint(run: Path, step: int | None) -> tuple[Path, Manifest]:
     """Return the run's complete checkpoint of a step, or the newest. Raises CheckpointError if there is none."""
-    checkpoints = {checkpoint.manifest.step: checkpoint for checkpoint in reversed(list(_checkpoints(run)))}
-    if not checkpoints:
+    found = {manifest.step: (directory, manifest) for directory, manifest in complete_checkpoints(run / "checkpoints")}
+    if not found:
         raise CheckpointError(f"{run}/checkpoints: none is complete yet; wait for the run's next one")
-    if step is not None and step not in checkpoints:
+    if step is not None and step not in found:
         raise CheckpointError(f"--step {step}: {_steps_message(run)}")
-    return checkpoints[max(checkpoints) if step is None else step]
-
-
-def _checkpoints(run: Path) -> Iterator[Checkpoint]:
-    """Yield every complete checkpoint; of a step that has both forms, the shards first."""
-    yield from (Checkpoint(*checkpoint) for checkpoint in complete_checkpoints(run / "checkpoints"))
-    for directory in (run / "checkpoints").glob("universal-*"):
-        manifest = read_manifest(directory)
-        if manifest is not None:
-            yield Checkpoint(directory, manifest)
+    return found[max(found) if step is None else step]
 
 
 def _steps_message(run: Path) -> str:
-    steps = sorted({checkpoint.manifest.step for checkpoint in _checkpoints(run)})
+    steps = sorted(manifest.step for _, manifest in complete_checkpoints(run / "checkpoints"))
     return f"{run} has complete checkpoints of steps {', '.join(map(str, steps)) or 'none'}"
 
 
@@ -124,16 +93,13 @@ def student_files(config: Config, manifest: Manifest) -> ModelFiles:
     return files
 
 
-def verify(checkpoint: Checkpoint, bar: Progress) -> None:
-    """Hash the files that the export will read. Raises CheckpointError that names a damaged file."""
-    files = checkpoint.manifest.files
-    task = bar.add_task("verifying", total=sum(files[name][0] for name in checkpoint.files))
-    for name in checkpoint.files:
-        if size_and_xxh64(checkpoint.directory / name) != tuple(files[name]):
-            raise CheckpointError(
-                f"{checkpoint.directory / name} is damaged, it is not what its hash says: give another --step"
-            )
-        bar.advance(task, files[name][0])
+def verify(checkpoint: Path, manifest: Manifest, bar: Progress) -> None:
+    """Hash the checkpoint's files. Raises CheckpointError that names a damaged file."""
+    task = bar.add_task("verifying", total=manifest.num_bytes)
+    for name, (size, xxh64) in sorted(manifest.files.items()):
+        if size_and_xxh64(checkpoint / name) != (size, xxh64):
+            raise CheckpointError(f"{checkpoint / name} is damaged, it is not what its hash says: give another --step")
+        bar.advance(task, size)
 
 
 def _keep_apart(out: Path, sources: Sequence[Path]) -> None:

@@ -23,7 +23,7 @@ from ddk_ds.engine.model_files import ModelFiles
 from ddk_ds.engine.process_memory import freed_at_once
 from ddk_ds.engine.student import Student, names_on_disk
 from ddk_ds.engine.weights import TensorSpec, save_weights, write_tensors
-from ddk_ds.engine.zero_shards import UniversalShards, ZeroShards
+from ddk_ds.engine.zero_shards import ZeroShards
 from ddk_ds.errors import CheckpointError, UserError
 from ddk_ds.files import nearest_existing, new_directory, read_object, size_and_xxh64, written
 
@@ -116,9 +116,7 @@ class CheckpointExport:
     of the model that the run began with.
     """
 
-    def __init__(
-        self, shards: ZeroShards | UniversalShards, files: ModelFiles, dtype: torch.dtype, *, trusted: bool
-    ) -> None:
+    def __init__(self, shards: ZeroShards, files: ModelFiles, dtype: torch.dtype, *, trusted: bool) -> None:
         """Match the checkpoint's parameters with the tensors of `files`; the export will have this `dtype`.
 
         `trusted` permits Python code of the model's directory. Raises CheckpointError if names or shapes differ.

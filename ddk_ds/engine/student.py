@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,6 +24,7 @@ from ddk_ds.engine.head import HeadFunction, OutputHead, StudentRoot
 from ddk_ds.engine.layers import checkpoint_layers, prepare_layers, use_causal_kernels
 from ddk_ds.engine.model_files import DTYPES, ModelFiles, model_shape
 from ddk_ds.engine.process_memory import freed_at_once
+from ddk_ds.engine.resizing import resized
 from ddk_ds.engine.stage_clock import StageClock, time_gathers, time_reductions
 from ddk_ds.engine.unloaded_models import backbone_of, meta_model, no_init_weights
 from ddk_ds.engine.weights import load_weights, source_names
@@ -108,22 +109,19 @@ class Student:
         """Wait for the last `save`; return this rank's files with bytes and xxh64, and an error message or ""."""
         return self.engine.checkpoint_engine.wait()
 
-    def load(self, directory: Path, tag: str, *, universal: bool = False) -> dict[str, Any]:
-        """Load a checkpoint that `save` wrote on the same number of ranks, and return the run's own state. Collective.
-
-        With `universal` it is a universal checkpoint, which any number of ranks can load.
-        """
-        groups = [{k: v for k, v in group.items() if k != "params"} for group in self.engine.optimizer.param_groups]
-        self.engine._config.load_universal_checkpoint = universal
+    def load(self, directory: Path, tag: str, saved_ranks: int) -> dict[str, Any]:
+        """Load a checkpoint that `save` wrote on `saved_ranks` ranks, and return the run's own state. Collective."""
+        engine = self.engine
+        groups = [{k: v for k, v in group.items() if k != "params"} for group in engine.optimizer.param_groups]
         # Frozen parameters are not saved; they are as they were loaded from the model's own files.
-        strict = all(parameter.requires_grad for parameter in self.engine.module.parameters())
-        path, client_state = self.engine.load_checkpoint(str(directory), tag=tag, load_module_strict=strict)
+        strict = all(parameter.requires_grad for parameter in engine.module.parameters())
+        same = saved_ranks == engine.dp_world_size
+        with nullcontext() if same else resized(engine, directory / tag, saved_ranks):
+            path, client_state = engine.load_checkpoint(str(directory), tag=tag, load_module_strict=strict)
         assert path is not None, f"DeepSpeed found no checkpoint in {directory}/{tag}"
-        # Loading a universal checkpoint gives every group the first group's weight decay, and all one step counter.
-        for group, original in zip(self.engine.optimizer.param_groups, groups, strict=True):
+        # A fork can have other options of AdamW than the checkpoint.
+        for group, original in zip(engine.optimizer.param_groups, groups, strict=True):
             group.update(original)
-        for moments in self.engine.optimizer.optimizer.state.values():
-            moments["step"] = moments["step"].clone()
         return client_state["run"]
 
     @contextmanager

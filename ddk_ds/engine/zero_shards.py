@@ -1,26 +1,21 @@
-"""DeepSpeed's ZeRO-3 checkpoint files: written in the background, read one parameter at a time, made universal.
+"""DeepSpeed's ZeRO-3 checkpoint files: written in the background, read by ranges of elements.
 
 Reading needs no process group, and unpickles tensors and plain values only. The files of a checkpoint are
 
     <directory>/zero_pp_rank_0_mp_rank_00_model_states.pt              names and shapes, and the run's own state
     <directory>/[bf16_]zero_pp_rank_<rank>_mp_rank_00_optim_states.pt  each rank's slice of every group of parameters
 
-and those of DeepSpeed's universal form, which any number of ranks can load:
-
-    <directory>/zero/<parameter>/{fp32,exp_avg,exp_avg_sq}.pt          one complete tensor each
-    <directory>/zero/optimizer_state.pt                                the part that all shards share
-    <directory>/zero_pp_rank_0_mp_rank_00_model_states.pt              as above
-
-DeepSpeed's converter to the universal form works on one machine, writes everything twice and unpickles. Here every
-rank writes its share of the parameters directly from the mapped shards; the files are equal
-(tests/dist/test_universal.py).
+torch.save stores a tensor's bytes in one piece, without compression. So the place of any elements in a file is known
+from the file's directory, and they are read alone, by pread: a mapped file would be read page by page over a network,
+and its pages would count as this process's memory.
 """
 
 from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterator
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import count
 from pathlib import Path
@@ -38,16 +33,13 @@ from ddk_ds.files import size_and_xxh64
 torch.serialization.add_safe_globals([LossScaler, ZeroStageEnum])
 
 MODEL_FILE = "zero_pp_rank_0_mp_rank_00_model_states.pt"
-# Pages of a mapped file count as this process's memory until the file is closed.
-_MAPPED_BYTES = 16 * 2**20
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+_BUFFER_BYTES = 4 * 2**20  # of one read, before its elements are converted
 
 
-def load_shard(path: Path, *, mapped: bool) -> Any:
-    """Return the content of a file, with its tensors on the host. Only tensors and plain values are unpickled.
-
-    With `mapped` a tensor is read from the disk when it is used.
-    """
-    return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+def load_shard(path: Path) -> Any:
+    """Return the content of a file, with its tensors on the host. Only tensors and plain values are unpickled."""
+    return torch.load(path, map_location="cpu", weights_only=True)
 
 
 class ShardWriter(TorchCheckpointEngine):
@@ -106,7 +98,7 @@ class ShardWriter(TorchCheckpointEngine):
 
     def load(self, path: str, map_location: Any = None) -> Any:
         """Return the content of the file `path`; DeepSpeed calls this."""
-        return load_shard(Path(path), mapped=False)
+        return load_shard(Path(path))
 
     def _on_host(self, value: Any, file: str, numbers: Iterator[int]) -> Any:
         """Return a copy that training does not change. Its memory is used again: new pages cost more than the copy.
@@ -144,15 +136,14 @@ class _Slot(NamedTuple):
 
 
 class ZeroShards:
-    """The shards that `ranks` ranks saved in `directory`. Memory holds little more than the tensor being read."""
+    """The shards that `ranks` ranks saved in `directory`. A file is opened when the first of its elements is read."""
 
     def __init__(self, directory: Path, ranks: int) -> None:
         self._files = [_optimizer_file(directory, rank) for rank in range(ranks)]
-        self.model_states: dict[str, Any] = load_shard(directory / MODEL_FILE, mapped=False)
+        self.model_states: dict[str, Any] = load_shard(directory / MODEL_FILE)
         """Content of `MODEL_FILE`; its key "run" is the run's own state."""
         self._slots = _slots(self.model_states["param_shapes"], ranks)
-        self._opened: list[dict[str, Any]] = []
-        self._read_bytes = 0
+        self._opened: dict[int, _Shard] = {}
 
     @property
     def shapes(self) -> dict[str, torch.Size]:
@@ -162,40 +153,103 @@ class ZeroShards:
     def read(self, name: str, key: str = "fp32", dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """Return a parameter's master weight, or one of AdamW's moments, as a flat tensor (numel,) of `dtype`.
 
-        `key` is "fp32" for the weight, "exp_avg" or "exp_avg_sq" for a moment. Raises CheckpointError if the shards do
-        not contain the parameter, as with optimizer.offload: nvme.
+        `key` is "fp32" for the weight, "exp_avg" or "exp_avg_sq" for a moment. Raises CheckpointError as `read_into`.
+        """
+        tensor = torch.empty(self._slots[name].shape.numel(), dtype=dtype)
+        self.read_into(tensor, name, key, 0)
+        return tensor
+
+    def read_into(self, target: torch.Tensor, name: str, key: str, first: int) -> None:
+        """Fill `target` (n,) with the elements of a parameter from number `first` on; `key` is that of `read`.
+
+        Raises CheckpointError if the shards do not contain the parameter, as with optimizer.offload: nvme, or are cut
+        short.
         """
         group, start, shape = self._slots[name]
-        tensor = torch.empty(shape.numel(), dtype=dtype)
         # Every rank holds equally many elements of a parameter; on the last ranks some or all of them are padding.
-        parts = tensor.split(math.ceil(shape.numel() / len(self._files)))
-        for shard, part in zip(self._shards(), parts, strict=False):
-            piece = _flat(shard, group, key)
-            if len(piece) < start + len(part):
+        size = math.ceil(shape.numel() / len(self._files))
+        while len(target):
+            rank, place = divmod(first, size)
+            part = target[: size - place]
+            shard = self._shard(rank)
+            saved = _flat(shard.content, group, key)
+            if len(saved) < start + place + len(part):
                 raise CheckpointError(
                     f"{self._files[0].parent}: the shards lack {name}: with optimizer.offload: nvme they stay on each "
                     "node's disk; the run's own export at its end has the weights"
                 )
-            part.copy_(piece[start : start + len(part)])
-        self._read_bytes += 4 * shape.numel()
-        return tensor
+            shard.read_into(part, saved, start + place)
+            target, first = target[len(part) :], first + len(part)
 
-    def common(self) -> dict[str, Any]:
-        """Return the part that all ranks' shards share: that of rank 0 without weights and moments."""
-        shard = self._shards()[0]
-        optimizer = shard["optimizer_state_dict"]
-        steps = {group: {"step": state["step"].clone()} for group, state in optimizer["state"].items()}
+    def resized(
+        self, groups: Sequence[Mapping[str, torch.Size]], options: Sequence[int], rank: int, ranks: int
+    ) -> dict[str, Any]:
+        """Return what rank `rank` of `ranks` would have saved as the state of its optimizer. Padding is zero.
+
+        Reads hardly more bytes than it returns. Raises CheckpointError as `read_into`.
+
+        Args:
+            groups: the shapes of the parameters, by name, in each of the rank's groups.
+            options: number of the set of AdamW's options that each group has.
+        """
+        content = self._shard(0).content
+        optimizer = content["optimizer_state_dict"]
+        step = torch.empty(1)
+        self._shard(0).read_into(step, optimizer["state"][0]["step"], 0)
+        flat = {key: [self._slice(shapes, key, rank, ranks) for shapes in groups] for key in ("fp32", *_MOMENTS)}
+        state = {
+            group: {"step": step[0].clone(), **{key: flat[key][group] for key in _MOMENTS}}
+            for group in range(len(groups))
+        }
+        param_groups = [
+            {**values, "params": [group for group, own in enumerate(options) if own == number]}
+            for number, values in enumerate(optimizer["param_groups"])
+        ]
         return {
-            **{key: value for key, value in shard.items() if key != "fp32_flat_groups"},
-            "optimizer_state_dict": {"state": steps, "param_groups": optimizer["param_groups"]},
+            **content,
+            "fp32_flat_groups": flat["fp32"],
+            "optimizer_state_dict": {"state": state, "param_groups": param_groups},
         }
 
-    def _shards(self) -> list[dict[str, Any]]:
-        if not self._opened or self._read_bytes > _MAPPED_BYTES:
-            self._opened = []
-            self._opened = [load_shard(path, mapped=True)["optimizer_state_dict"] for path in self._files]
-            self._read_bytes = 0
-        return self._opened
+    def _slice(self, shapes: Mapping[str, torch.Size], key: str, rank: int, ranks: int) -> torch.Tensor:
+        """Return the elements of a group of parameters that rank `rank` of `ranks` holds, as (n,)."""
+        sizes = [math.ceil(shape.numel() / ranks) for shape in shapes.values()]
+        flat = torch.zeros(sum(sizes))
+        for (name, shape), part in zip(shapes.items(), flat.split(sizes), strict=True):
+            first = min(rank * len(part), shape.numel())
+            self.read_into(part[: shape.numel() - first], name, key, first)
+        return flat
+
+    def _shard(self, rank: int) -> _Shard:
+        if rank not in self._opened:
+            self._opened[rank] = _Shard(self._files[rank])
+        return self._opened[rank]
+
+
+class _Shard:
+    """One rank's file, open for reading."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._stream = path.open("rb", buffering=0)
+        weakref.finalize(self, self._stream.close)
+        # On the device "meta" a tensor has no content, and its storage knows its place in the file.
+        read: Any = torch.load(self._stream, map_location="meta", weights_only=True)
+        self.content: dict[str, Any] = read["optimizer_state_dict"]
+
+    def read_into(self, target: torch.Tensor, saved: torch.Tensor, first: int) -> None:
+        """Fill `target` (n,) with the elements of `saved`, a tensor of `content`, from number `first` on."""
+        storage: Any = saved.untyped_storage()
+        place = storage._checkpoint_offset + saved.element_size() * (saved.storage_offset() + first)
+        for part in target.split(_BUFFER_BYTES // saved.element_size()):
+            buffer = torch.empty(len(part), dtype=saved.dtype)
+            left = buffer.view(torch.uint8).numpy().data
+            while left:
+                read = os.preadv(self._stream.fileno(), [left], place)
+                if not read:
+                    raise CheckpointError(f"{self._path} is cut short")
+                left, place = left[read:], place + read
+            part.copy_(buffer)
 
 
 def _optimizer_file(directory: Path, rank: int) -> Path:
@@ -216,43 +270,4 @@ def _slots(groups: list[dict[str, torch.Size]], ranks: int) -> dict[str, _Slot]:
 def _flat(shard: dict[str, Any], group: int, key: str) -> torch.Tensor:
     groups: Any = shard["fp32_flat_groups"] if key == "fp32" else shard["optimizer_state_dict"]["state"]
     tensor: torch.Tensor = groups[group] if key == "fp32" else groups[group][key]
-    return tensor.detach()  # saved with checkpoint.in_background: false, masters still ask for gradients
-
-
-class UniversalShards:
-    """The master weights of a universal checkpoint, with the interface of `ZeroShards`."""
-
-    def __init__(self, directory: Path) -> None:
-        self._directory = directory
-        self.model_states: dict[str, Any] = load_shard(directory / MODEL_FILE, mapped=False)
-        """Content of `MODEL_FILE`; its key "run" is the run's own state."""
-
-    @property
-    def shapes(self) -> dict[str, torch.Size]:
-        """Shapes of the trained parameters, by their names in the student's root module."""
-        return {name: shape for group in self.model_states["param_shapes"] for name, shape in group.items()}
-
-    def read(self, name: str, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        """Return a parameter's master weight as (numel,)."""
-        tensor: torch.Tensor = load_shard(self._directory / "zero" / name / "fp32.pt", mapped=True)
-        return tensor.to(dtype, copy=True)
-
-
-def write_universal(
-    source: Path, target: Path, *, source_ranks: int, rank: int, world_size: int
-) -> tuple[dict[Path, tuple[int, str]], str]:
-    """Write this rank's share of the universal checkpoint `target` from the shards of `source_ranks` in `source`.
-
-    Returns this rank's files with their bytes and xxh64, and an error message, or "" if all were written.
-    """
-    shards = ZeroShards(source, source_ranks)
-    writer = ShardWriter()
-    writer.begin(background=False)
-    for number, name in enumerate(shards.shapes):
-        if number % world_size == rank:
-            for key in ("fp32", "exp_avg", "exp_avg_sq"):
-                writer.save(shards.read(name, key), str(target / "zero" / name / f"{key}.pt"))
-    if rank == 0:
-        writer.save(shards.common(), str(target / "zero" / "optimizer_state.pt"))
-        writer.save(shards.model_states, str(target / MODEL_FILE))
-    return writer.wait()
+    return tensor

@@ -163,7 +163,7 @@ def _announce_start(run: Run, start: Start | None) -> None:
         return
     kind, done = ("fork", "forked") if start.forked else ("resume", "resumed")
     step, changed, wrote = run.state.step, start.changed_versions, start.manifest.world_size
-    ranks = "" if start.universal is None else f"; {wrote} ranks wrote it, {world_size} go on"
+    ranks = "" if wrote == world_size else f"; {wrote} ranks wrote it, {world_size} go on"
     message = f"{done} from {start.directory}, step {step}{ranks}"
     run.announce(kind, message, step=step, **setting, path=str(start.directory), changed_versions=changed)
     if changed:

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from ddk_ds.config import load_config
 from ddk_ds.engine.runtime import Runtime
+from ddk_ds.train.checkpoint.restore import Start, find_start
 from ddk_ds.train.inputs import check_inputs
 from ddk_ds.train.loop import train
 from ddk_ds.train.run import Run
@@ -67,6 +71,41 @@ def break_off(runtime: Runtime, config_path: str, name: str, lines: int) -> None
 def go_on(runtime: Runtime, config_path: str, name: str) -> None:
     """Train the run to its end."""
     train(prepare(runtime, config_path, name))
+
+
+def go_on_counting(runtime: Runtime, config_path: str, name: str, lines: int | None = None) -> dict[str, list[int]]:
+    """Train on, to the end or until that many lines of the ledger are written.
+
+    Return the bytes that each rank read from files while it verified the checkpoint, and while it loaded it.
+    """
+    read_bytes: dict[str, int] = {}
+
+    def counted(what: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def counting(*arguments: Any) -> Any:
+            before = _read_bytes()
+            result = function(*arguments)
+            read_bytes[what] = _read_bytes() - before
+            return result
+
+        return counting
+
+    checkpoints = run_dir(config_path, name) / "checkpoints"
+    files = set(checkpoints.rglob("*"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("ddk_ds.train.setup.find_start", counted("verified", find_start))
+        patch.setattr(Start, "load", counted("loaded", Start.load))
+        run = prepare(runtime, config_path, name, lines)
+    assert set(checkpoints.rglob("*")) == files, "a copy in another form was written"
+    runtime.comm.barrier()
+    with contextlib.suppress(BreakOff):
+        train(run)
+    return {what: runtime.comm.gather_objects(number) for what, number in read_bytes.items()}
+
+
+def _read_bytes() -> int:
+    """What this process has read by system calls so far; what it reads from a mapped file is not counted."""
+    (line,) = (line for line in Path("/proc/self/io").read_text().splitlines() if line.startswith("rchar"))
+    return int(line.split()[1])
 
 
 def prepare(runtime: Runtime, config_path: str, name: str, lines: int | None = None) -> Run:

@@ -12,10 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ddk_ds.commands.export_command import main
 from ddk_ds.engine.export import unreplaceable
-from ddk_ds.engine.zero_shards import write_universal
-from ddk_ds.files import partial_path
 from ddk_ds.run_files import read_events
-from ddk_ds.train.checkpoint.checkpoint_files import TAG, put_in_place, read_manifest
 from tests.dist.export_worker import IDS
 from tests.dist.ranks import run_ranks
 from tests.dist.tiny import VOCAB, save_model
@@ -89,21 +86,10 @@ def test_fp32_is_the_masters(runs: dict[str, Path], name: str) -> None:
     assert float(difference) < (1e-5 if name.endswith("fp32") else 0.1)
 
 
-def test_an_earlier_step_and_the_universal_form(runs: dict[str, Path]) -> None:
+def test_an_earlier_step(runs: dict[str, Path]) -> None:
     run = runs["tied-fp32"]
     last, earlier = exported(run), exported(run, "--step=2")
     assert any(not torch.equal(last[name], tensor) for name, tensor in earlier.items())
-    step = run / "checkpoints/step-00000002"
-    manifest = read_manifest(step)
-    assert manifest is not None
-    partial = partial_path(step.with_name("universal-00000002"))
-    written, _ = write_universal(step / TAG, partial / TAG, source_ranks=2, rank=0, world_size=1)
-    manifest.files.clear()
-    manifest.files.update({str(path.relative_to(partial)): entry for path, entry in written.items()})
-    object.__setattr__(manifest, "source", "of step 2")
-    assert not put_in_place(partial, step.with_name("universal-00000002"), manifest)
-    step.rename(step.with_name("kept"))
-    assert_equal(exported(run, "--step=2", "--overwrite"), earlier)
 
 
 def test_the_runs_end_loses_nothing_of_a_users(workspace: Path, tmp_path: Path) -> None:

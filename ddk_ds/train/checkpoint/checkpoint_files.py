@@ -2,7 +2,6 @@
 
     <run>/checkpoints/step-00000500/manifest.json    every file with its size and hash; written last
     <run>/checkpoints/step-00000500/state/           DeepSpeed's shards; the run's own state is their client state
-    <run>/checkpoints/universal-00000500/            the same for any number of ranks, made when a run needs it
 
 A directory without a valid manifest is never loaded and never counted. It is in place only when everything that it
 needs is on the disk, so that a power cut leaves no checkpoint that cannot be resumed.
@@ -54,8 +53,6 @@ class Manifest:
     """Versions of Python and of the packages that the numbers depend on."""
     files: Files
     """Path below the checkpoint -> (bytes, xxh64)."""
-    source: str = ""
-    """xxh64 of the manifest that a universal checkpoint was made from; "" in any other."""
     ledger_xxh64: str = ""
     """xxh64 of these bytes of ledger.jsonl; "" if it was not noted."""
 
@@ -108,13 +105,9 @@ def set_aside(directory: Path, ending: str) -> Path:
 
 
 def delete_old(root: Path, keep: Checkpoint) -> None:
-    """Delete complete checkpoints that `keep` does not ask for, and universal ones older than the newest checkpoint."""
-    complete = list(complete_checkpoints(root))
-    for directory, manifest in complete[keep.keep_last :]:
+    """Delete complete checkpoints that `keep` does not ask for."""
+    for directory, manifest in list(complete_checkpoints(root))[keep.keep_last :]:
         if keep.keep_every_steps is None or manifest.step % keep.keep_every_steps:
-            _delete(directory)
-    for directory in root.glob("universal-*"):
-        if complete and directory.name < f"universal-{complete[0][1].step:08d}":
             _delete(directory)
 
 

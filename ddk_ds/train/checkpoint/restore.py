@@ -1,7 +1,7 @@
 """The checkpoint that a run continues from: its own newest one, that of the run it forks, or none.
 
-It is found, verified and, for another number of ranks, converted before any model is loaded. A roll-back restores it
-during the run, and leaves out the samples on which the numbers went wrong (as in PaLM, arXiv 2204.02311, 5.1).
+It is found and verified before any model is loaded. A roll-back restores it during the run, and leaves out the samples
+on which the numbers went wrong (as in PaLM, arXiv 2204.02311, 5.1).
 """
 
 from __future__ import annotations
@@ -14,9 +14,8 @@ from typing import Any
 from ddk_ds.comm import Comm, call_together
 from ddk_ds.config import Config
 from ddk_ds.engine.student import Student
-from ddk_ds.engine.zero_shards import write_universal
 from ddk_ds.errors import CheckpointError
-from ddk_ds.files import partial_path, read_json, size_and_xxh64, write_text
+from ddk_ds.files import read_json, size_and_xxh64, write_text
 from ddk_ds.train.checkpoint.checkpoint_files import (
     FORMAT,
     MANIFEST,
@@ -27,7 +26,6 @@ from ddk_ds.train.checkpoint.checkpoint_files import (
     read_manifest,
     remove_partial,
 )
-from ddk_ds.train.checkpoint.saver import SaveFailed, agree_on_failure, finish_directory, make_room
 from ddk_ds.train.checkpoint.usable_checkpoint import PassedOver, is_intact, leave_out_after, usable_checkpoint
 from ddk_ds.train.run import Run
 from ddk_ds.train.state import RunState
@@ -54,8 +52,6 @@ class Start:
     manifest: Manifest
     forked: bool = False
     """True if it is another run's checkpoint, named by `init_from`."""
-    universal: Path | None = None
-    """The same checkpoint converted for any number of ranks; None if as many ranks as this run has wrote it."""
     passed: list[PassedOver] = field(default_factory=list)
     """Newer checkpoints that cannot be used; each has been renamed."""
 
@@ -67,9 +63,7 @@ class Start:
 
     def load(self, student: Student) -> RunState:
         """Load the checkpoint's weights and optimizer state into `student`; return its state of the run. Collective."""
-        return RunState.from_json(
-            student.load(self.universal or self.directory, TAG, universal=self.universal is not None)
-        )
+        return RunState.from_json(student.load(self.directory, TAG, self.manifest.world_size))
 
 
 def find_start(config: Config, comm: Comm, at_most: int | None = None) -> Start | None:
@@ -92,9 +86,12 @@ def find_start(config: Config, comm: Comm, at_most: int | None = None) -> Start 
         start = Start(directory, manifest, forked=True)
     else:
         return None
-    if start.manifest.world_size == comm.world_size:
-        return start
-    return replace(start, universal=_universal(config, start, comm))
+    if start.manifest.world_size != comm.world_size and config.optimizer.offload == "nvme":
+        raise CheckpointError(
+            f"{start.directory} was written by {start.manifest.world_size} ranks, this run has {comm.world_size}, and "
+            f"optimizer.offload is nvme, whose states stay on each node: start it on {start.manifest.world_size} ranks"
+        )
+    return start
 
 
 def read_roll_backs(run_dir: Path, comm: Comm) -> list[dict[str, Any]]:
@@ -156,39 +153,6 @@ def check_fork(init_from: str, identity: dict[str, Any]) -> str:
             "the tokenizer, domains and shards, seed, sequence length, global batch and precision; all else can change"
         )
     return size_and_xxh64(directory / MANIFEST)[1]
-
-
-def _universal(config: Config, start: Start, comm: Comm) -> Path:
-    """Return the checkpoint in DeepSpeed's universal form, which all ranks make once in this run's directory.
-
-    Collective. Raises CheckpointError if it cannot be converted.
-    """
-    if config.optimizer.offload == "nvme":
-        raise CheckpointError(
-            f"{start.directory} was written by {start.manifest.world_size} ranks, this run has {comm.world_size}, and "
-            f"optimizer.offload is nvme, whose states stay on each node: start it on {start.manifest.world_size} ranks"
-        )
-    root = config.run_dir / "checkpoints"
-    final = root / f"universal-{start.manifest.step:08d}"
-    source = size_and_xxh64(start.directory / MANIFEST)[1]
-    existing = comm.broadcast_object(read_manifest(final) if comm.rank == 0 else None)
-    if existing is not None and existing.source == source and is_intact(final, existing, comm):
-        return final
-    partial = partial_path(final)
-    manifest = replace(start.manifest, files={}, source=source)
-    try:
-        agree_on_failure(comm, make_room(config.run_dir, partial) if comm.rank == 0 else "")
-        written = write_universal(
-            start.directory / TAG,
-            partial / TAG,
-            source_ranks=start.manifest.world_size,
-            rank=comm.rank,
-            world_size=comm.world_size,
-        )
-        finish_directory(comm, partial, final, manifest, lambda: written)
-    except SaveFailed as failure:
-        raise CheckpointError(f"{start.directory} cannot be converted for {comm.world_size} ranks: {failure}") from None
-    return final
 
 
 def restore(run: Run, start: Start) -> None:

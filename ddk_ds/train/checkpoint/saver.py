@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,6 @@ from ddk_ds.files import partial_path
 from ddk_ds.train.checkpoint.checkpoint_files import (
     FORMAT,
     TAG,
-    Files,
     Manifest,
     delete_old,
     newest_checkpoint,
@@ -76,7 +74,7 @@ class Saver:
         if comm.broadcast_object(read_manifest(self._final(manifest)) is not None if comm.rank == 0 else None):
             return False
         partial = self._partial(manifest)
-        agree_on_failure(comm, make_room(self._run_dir, partial) if comm.rank == 0 else "")
+        _agree_on_failure(comm, _make_room(self._run_dir, partial) if comm.rank == 0 else "")
         student.save(partial, TAG, state.to_json(), background=self._options.in_background)
         self._pending = student, manifest
         self._pause_s = time.perf_counter() - self._began
@@ -100,11 +98,29 @@ class Saver:
         started = time.perf_counter()
         (student, manifest), self._pending = self._pending, None
         partial, final = self._partial(manifest), self._final(manifest)
-        finish_directory(self._comm, partial, final, manifest, student.wait_for_save)
+        self._put_in_place(partial, final, manifest, *student.wait_for_save())
         if self._comm.rank == 0:
             delete_old(self._run_dir / "checkpoints", self._options)
         ended = time.perf_counter()
         return Saved(final, manifest.step, self._pause_s + ended - started, ended - self._began)
+
+    def _put_in_place(
+        self, partial: Path, final: Path, manifest: Manifest, paths: dict[Path, Any], failure: str
+    ) -> None:
+        """Gather what every rank has written into the manifest and put the directory in its place. Collective.
+
+        `paths` are this rank's files with size and hash; `failure` is why writing failed, or "". Raises SaveFailed on
+        every rank, after the partial directory is deleted.
+        """
+        comm, files = self._comm, {str(path.relative_to(partial)): entry for path, entry in paths.items()}
+        by_rank = comm.gather_objects((files, failure))
+        failure = next((failure for _, failure in by_rank if failure), "")
+        if comm.rank == 0:
+            manifest.files.update({name: entry for files, _ in by_rank for name, entry in files.items()})
+            failure = failure or put_in_place(partial, final, manifest)
+            if failure:
+                shutil.rmtree(partial, ignore_errors=True)
+        _agree_on_failure(comm, failure)
 
     def _manifest(self, step: int, ledger_bytes: int, ledger_xxh64: str) -> Manifest:
         world_size, made_by = self._comm.world_size, versions()
@@ -117,41 +133,13 @@ class Saver:
         return partial_path(self._final(manifest))
 
 
-def finish_directory(
-    comm: Comm,
-    partial: Path,
-    final: Path,
-    manifest: Manifest,
-    wait_for_files: Callable[[], tuple[dict[Path, tuple[int, str]], str]],
-) -> None:
-    """Gather what every rank has written into the manifest and put the directory in its place. Collective.
-
-    Args:
-        wait_for_files: waits until this rank's files are written; returns them with size and hash, and why writing
-            failed, or "".
-
-    Raises:
-        SaveFailed: on every rank; the partial directory is deleted.
-    """
-    paths, failure = wait_for_files()
-    by_rank = comm.gather_objects(({str(path.relative_to(partial)): entry for path, entry in paths.items()}, failure))
-    failure = next((failure for _, failure in by_rank if failure), "")
-    if comm.rank == 0:
-        files: Files = {name: entry for files, _ in by_rank for name, entry in files.items()}
-        manifest.files.update(files)
-        failure = failure or put_in_place(partial, final, manifest)
-        if failure:
-            shutil.rmtree(partial, ignore_errors=True)
-    agree_on_failure(comm, failure)
-
-
-def agree_on_failure(comm: Comm, failure: str) -> None:
+def _agree_on_failure(comm: Comm, failure: str) -> None:
     """Raise SaveFailed on every rank with rank 0's reason, unless that is "". Collective."""
     if reason := comm.broadcast_object(failure):
         raise SaveFailed(reason)
 
 
-def make_room(run_dir: Path, partial: Path) -> str:
+def _make_room(run_dir: Path, partial: Path) -> str:
     """Make the directory `partial` of a new checkpoint and return "".
 
     Return the reason if it cannot be made, or if the disk has no space for a checkpoint as large as the newest one.

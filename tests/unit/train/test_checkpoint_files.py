@@ -24,9 +24,9 @@ from ddk_ds.train.checkpoint.checkpoint_files import (
 )
 
 
-def make(run_dir: Path, step: int, kind: str = "step") -> Path:
+def make(run_dir: Path, step: int) -> Path:
     """Write a checkpoint of two files as a run does, and return its directory."""
-    partial, final = run_dir / "checkpoints" / f"{PARTIAL}{kind}-{step}", run_dir / f"checkpoints/{kind}-{step:08d}"
+    partial, final = run_dir / "checkpoints" / f"{PARTIAL}step-{step}", run_dir / f"checkpoints/step-{step:08d}"
     (partial / "state").mkdir(parents=True)
     (partial / "state/shard.pt").write_bytes(b"weights")
     (partial / "join.py").write_bytes(b"script")
@@ -101,15 +101,6 @@ def test_old_checkpoints_are_deleted_and_incomplete_ones_are_not(
     (tmp_path / "checkpoints/step-00000003").mkdir()
     delete_old(tmp_path / "checkpoints", Checkpoint(**keep))
     assert names(tmp_path) == ["step-00000003", *(f"step-{step:08d}" for step in kept)]
-
-
-def test_universal_checkpoints_are_kept_while_they_are_the_newest(tmp_path: Path) -> None:
-    universal = [make(tmp_path, step, "universal").name for step in (9, 10, 11)]
-    delete_old(tmp_path / "checkpoints", Checkpoint())
-    assert names(tmp_path) == sorted(universal)  # nothing takes their place
-    make(tmp_path, 10)
-    delete_old(tmp_path / "checkpoints", Checkpoint())
-    assert names(tmp_path) == ["step-00000010", *sorted(universal[1:])]
 
 
 def test_an_incomplete_one_gives_way_and_is_kept(tmp_path: Path) -> None:
