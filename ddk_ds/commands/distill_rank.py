@@ -10,6 +10,7 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
+from contextlib import closing
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -18,6 +19,7 @@ from rich.table import Table
 from ddk_ds.command_line import command_parser, mendable, parse, positive
 from ddk_ds.config import Config, load_config, to_yaml
 from ddk_ds.config.suggestions import dashes_hint
+from ddk_ds.data.readers import Readers
 from ddk_ds.errors import UserError
 from ddk_ds.exit_codes import EXIT_ENDED_AT_ONCE, EXIT_INTERRUPTED, EXIT_WRONG_NUMBERS
 from ddk_ds.lifeline import follow_launcher
@@ -61,7 +63,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             config.check_paths()
         if "RANK" not in os.environ and not options.dry_run:
             raise UserError("start it with a launcher: ddk distill, or deepspeed launch/distill.py")
-        code = _run(config, dry_run=options.dry_run, preflight=options.preflight, ranks=options.ranks or 1)
+        with closing(Readers(0 if options.dry_run else config.data.num_workers)) as readers:
+            code = _run(config, readers, options.ranks or 1, dry_run=options.dry_run, preflight=options.preflight)
         if (comm := sys.modules.get("ddk_ds.comm")) is not None:  # it imports torch; without it nothing was begun
             comm.destroy()
         return code
@@ -103,7 +106,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="values that replace configuration values")
 
 
-def _run(config: Config, *, dry_run: bool, preflight: bool, ranks: int) -> int:
+def _run(config: Config, readers: Readers, ranks: int, *, dry_run: bool, preflight: bool) -> int:
     watchdog = Watchdog(config.limits) if "RANK" in os.environ else None
     # Imported here: torch and DeepSpeed take seconds, for which a misspelt key should not have to wait.
     from ddk_ds.comm import SingleProcess, call_together, hear_leaving
@@ -111,6 +114,7 @@ def _run(config: Config, *, dry_run: bool, preflight: bool, ranks: int) -> int:
     from ddk_ds.train.inputs import check_inputs
     from ddk_ds.train.run_dir import check_run_dir, claim_run_dir, run_identity
 
+    readers.start()  # before there is anything of NCCL's or CUDA's
     runtime = None if watchdog is None else start_runtime(config.limits)
     comm: Comm = SingleProcess() if runtime is None else runtime.comm
     if runtime is not None:
@@ -136,7 +140,7 @@ def _run(config: Config, *, dry_run: bool, preflight: bool, ranks: int) -> int:
     from ddk_ds.train.loop import train
     from ddk_ds.train.setup import prepare_run
 
-    run = prepare_run(config, inputs, identity, runtime, watchdog)
+    run = prepare_run(config, inputs, identity, runtime, watchdog, readers)
     with run.interruption.listening():  # until here there is nothing to save: a signal ends the process at once
         try:
             train(run)

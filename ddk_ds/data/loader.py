@@ -8,17 +8,18 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from operator import itemgetter
 from pathlib import Path
-from typing import Any, NamedTuple, TypedDict
+from typing import TypedDict
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from ddk_ds.data.manifest import load_manifest
 from ddk_ds.data.mds import Ids, open_split
+from ddk_ds.data.readers import Read, Readers
 from ddk_ds.data.store import LocalStore, Shard, Store
-from ddk_ds.errors import DataError, UserError
+from ddk_ds.errors import DataError
 
 
 class Sample(TypedDict):
@@ -32,7 +33,7 @@ class Sample(TypedDict):
 class MixtureDataset(Dataset[Sample]):
     """Samples of the N domains `names` of one prepared directory, numbered in the order of `names`.
 
-    It holds no locks, shared memory or open files, so that it can be pickled, forked and spawned.
+    It holds no locks, shared memory or open files, so that it can be sent to another process.
 
     Attributes:
         names: names of the domains.
@@ -106,7 +107,7 @@ def interval_loader(
     world: int,
     micro_batch: int,
     start_sample: int = 0,
-    num_workers: int = 0,
+    readers: Readers | None = None,
 ) -> Iterator[MicroBatch]:
     """Return an iterator over one rank's micro-batches of one interval, beginning with sample `start_sample`.
 
@@ -117,7 +118,7 @@ def interval_loader(
         ids: (total,) global sample ids of the interval, in global order.
         micro_batch: B, number of samples of one rank's forward pass.
         start_sample: number of the interval's samples that are trained already.
-        num_workers: number of reading processes; 0: this process reads.
+        readers: the processes that read; None: this process reads.
 
     Raises:
         DataError: a shard is damaged or cannot be fetched; raised by the iterator.
@@ -127,55 +128,15 @@ def interval_loader(
         f"{remaining} samples from {start_sample} on do not divide into {world} ranks x {micro_batch}"
     )
     batches = ids[start_sample:].reshape(-1, world, micro_batch)[:, rank]
-    loader: DataLoader[Any] = DataLoader(
-        _Reader(dataset),
-        batch_sampler=batches.tolist(),
-        num_workers=num_workers,
-        collate_fn=_identity,
-        # DataLoader draws a seed: from its own generator, or the training's RNG would depend on resumes.
-        generator=torch.Generator().manual_seed(0),
-    )
-    return _micro_batches(loader)
+    return map(_micro_batch, (readers or Readers(0)).read(dataset, batches.tolist()))
 
 
-def _micro_batches(loader: DataLoader[Any]) -> Iterator[MicroBatch]:
-    for read in loader:
-        if isinstance(read, _Failure):
-            raise read.error
-        tokens, domains, sample_ids = read
-        yield {
-            "input_ids": torch.from_numpy(tokens.astype(np.int64)),
-            "domain": torch.tensor(domains),
-            "sample_id": torch.tensor(sample_ids),
-        }
-
-
-class _Failure(NamedTuple):
-    """A worker's error. A raised one would have the worker's traceback as its message."""
-
-    error: UserError
-
-
-class _Reader(Dataset[Any]):
-    """Reads a micro-batch as (token ids (B, L) in the shards' dtype, B domains, B sample ids).
-
-    A worker sends these through its pipe. Tensors would go through shared memory, with a file descriptor each, and be
-    four times as large: with them two workers were slower than none.
-    """
-
-    def __init__(self, dataset: MixtureDataset) -> None:
-        self._dataset = dataset
-
-    def __getitems__(self, sample_ids: list[int]) -> tuple[Ids, list[int], list[int]] | _Failure:
-        try:
-            samples = [self._dataset.read(sample_id) for sample_id in sample_ids]
-        except UserError as error:
-            return _Failure(error)
-        return np.stack([tokens for tokens, _ in samples]), [domain for _, domain in samples], sample_ids
-
-
-def _identity(batch: Any) -> Any:
-    return batch
+def _micro_batch(read: Read) -> MicroBatch:
+    return {
+        "input_ids": torch.from_numpy(read.tokens.astype(np.int64)),
+        "domain": torch.tensor(read.domains),
+        "sample_id": torch.tensor(read.sample_ids),
+    }
 
 
 def validation_batches(

@@ -147,7 +147,7 @@ def _train_interval(run: Run, ids: Ids) -> None:
         world=comm.world_size,
         micro_batch=config.train.micro_batch_samples,
         start_sample=state.data.consumed,
-        num_workers=config.data.num_workers,
+        readers=run.readers,
     )
     run.ahead.interval(ids, state.data.consumed)
     run.watchdog.watch("step", state.step)

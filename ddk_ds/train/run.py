@@ -7,6 +7,7 @@ from typing import Any
 
 from ddk_ds.config import Config
 from ddk_ds.data.loader import MixtureDataset
+from ddk_ds.data.readers import Readers
 from ddk_ds.engine.runtime import Runtime
 from ddk_ds.engine.student import Student
 from ddk_ds.engine.teacher import Teacher
@@ -36,6 +37,7 @@ class Run:
     teacher: Teacher | None
     head_options: Options
     dataset: MixtureDataset
+    readers: Readers
     validation: ValidationBatches
     teacher_ppl: Array | None
     """Perplexities (N,) of the teacher, which never change; None in a run without one."""

@@ -12,6 +12,7 @@ from ddk_ds.config import Config
 from ddk_ds.config.run_config import corpus_samples, interval_ends, total_steps
 from ddk_ds.data.cache import CachedStore
 from ddk_ds.data.loader import MixtureDataset, validation_batches
+from ddk_ds.data.readers import Readers
 from ddk_ds.engine.flops import step_flops
 from ddk_ds.engine.monitors import open_writers
 from ddk_ds.engine.runtime import Runtime
@@ -46,10 +47,12 @@ from ddk_ds.train.watchdog import Watchdog
 from ddk_ds.version import versions
 
 
-def prepare_run(config: Config, inputs: Inputs, identity: dict[str, Any], runtime: Runtime, watchdog: Watchdog) -> Run:
+def prepare_run(
+    config: Config, inputs: Inputs, identity: dict[str, Any], runtime: Runtime, watchdog: Watchdog, readers: Readers
+) -> Run:
     """Load models and data, restore the checkpoint that the run continues from, and return the run. Collective.
 
-    Raises CheckpointError on every rank if there are checkpoints and none can be used.
+    `readers` have been started. Raises CheckpointError on every rank if there are checkpoints and none can be used.
     """
     comm = runtime.comm
     config = settle_passes(config, inputs, runtime)
@@ -85,6 +88,7 @@ def prepare_run(config: Config, inputs: Inputs, identity: dict[str, Any], runtim
         teacher=teacher,
         head_options=options,
         dataset=dataset,
+        readers=readers,
         validation=validation,
         teacher_ppl=teacher_ppl,
         mixer=Mixer(inputs.controller, orders, dataset.sample_offsets, comm),
@@ -92,11 +96,7 @@ def prepare_run(config: Config, inputs: Inputs, identity: dict[str, Any], runtim
         watchdog=watchdog,
         ahead=ReadAhead(inputs.store, dataset, orders, enabled=comm.local_rank == 0),
         sampler=_sampler(config, inputs, validation, runtime),
-        state=RunState(
-            data=IntervalState.new(_domain_entries(dataset), seed=config.seed),
-            domain_tokens=[0] * len(inputs.names),
-            chunk_tokens=chunk_tokens,
-        ),
+        state=_first_state(dataset, config.seed, chunk_tokens),
         ledger=Ledger(config.run_dir, comm.rank),
         monitor=MonitorFeed({}, config.monitor.every_s, print),
         saver=Saver(config.run_dir, identity, comm, config.checkpoint),
@@ -118,8 +118,9 @@ def _begin(run: Run, start: Start | None) -> None:
         run.ledger.rewind(0)
     else:
         restore(run, start)
-    if isinstance(run.inputs.store, CachedStore):  # a signal is answered while the store fails
-        run.inputs.store.fetcher.give_up = lambda: run.interruption.signal != 0
+    run.readers.give_up = lambda: run.interruption.signal != 0  # a signal is answered while the store fails
+    if isinstance(run.inputs.store, CachedStore):
+        run.inputs.store.fetcher.give_up = run.readers.give_up
     call_together(run.runtime.comm, lambda: _open_monitors(run) if run.runtime.comm.rank == 0 else None)
     _announce_start(run, start)
     ppl = run.teacher_ppl
@@ -171,11 +172,12 @@ def _announce_start(run: Run, start: Start | None) -> None:
         run.progress.say(f"warning: other versions than before, so the last digits may differ: {shown}")
 
 
-def _domain_entries(dataset: MixtureDataset) -> list[DomainEntry]:
-    return [
+def _first_state(dataset: MixtureDataset, seed: int, chunk_tokens: int) -> RunState:
+    domains: list[DomainEntry] = [
         {"name": name, "num_samples": int(size), "sha": sha}
         for name, size, sha in zip(dataset.names, dataset.sizes, dataset.shas, strict=True)
     ]
+    return RunState(IntervalState.new(domains, seed=seed), domain_tokens=[0] * len(domains), chunk_tokens=chunk_tokens)
 
 
 def _teacher_perplexities(

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import time
 import zlib
-from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -15,9 +13,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader
 
 from ddk_ds.data.loader import MixtureDataset, interval_loader
+from ddk_ds.data.readers import Readers
 from ddk_ds.files import write_text
 from ddk_ds.mixture.interval_state import IntervalState, interval_ids
 from ddk_ds.mixture.order import DomainOrder
@@ -30,9 +28,6 @@ class Topology:
     world: int
     micro_batch: int
     num_workers: int = 0
-    start_method: str = "fork"
-    persistent: bool = False
-    """The workers live on from interval to interval."""
     nodes: int = 1
 
 
@@ -51,48 +46,6 @@ class Plan:
     checkpoint_steps: int
     step_s: float = 0.0
     """Seconds that a step takes beside its reading."""
-
-
-class Batches:
-    """A batch sampler whose batches change from interval to interval, for workers that live on."""
-
-    def __init__(self) -> None:
-        self.batches: list[list[int]] = []
-
-    def __iter__(self) -> Iterator[list[int]]:
-        return iter(self.batches)
-
-
-class Reader:
-    """A rank's micro-batches of any interval."""
-
-    def __init__(self, dataset: MixtureDataset, topology: Topology, rank: int) -> None:
-        self._dataset, self._topology, self._rank = dataset, topology, rank
-        self._sampler = Batches()
-        self._loader: DataLoader[Any] | None = None
-
-    def read(self, ids: np.ndarray, start: int) -> Iterator[Any]:
-        """From sample `start` of the interval on, in the order of ddk_ds.data.loader."""
-        topology = self._topology
-        if not topology.persistent:
-            return interval_loader(
-                self._dataset,
-                ids,
-                rank=self._rank,
-                world=topology.world,
-                micro_batch=topology.micro_batch,
-                start_sample=start,
-                num_workers=topology.num_workers,
-            )
-        self._sampler.batches = ids[start:].reshape(-1, topology.world, topology.micro_batch)[:, self._rank].tolist()
-        if self._loader is None:
-            self._loader = DataLoader(
-                self._dataset,
-                batch_sampler=self._sampler,  # type: ignore[arg-type]
-                num_workers=topology.num_workers,
-                persistent_workers=True,
-            )
-        return iter(self._loader)
 
 
 def first_state(plan: Plan) -> IntervalState:
@@ -123,10 +76,10 @@ def run_rank(plan: Plan, topology: Topology, rank: int, folder: Path, barrier: A
     """
     os.setpgid(0, 0)  # its readers belong to it
     torch.set_num_threads(1)
-    multiprocessing.set_start_method(topology.start_method, force=True)
     node = rank * topology.nodes // topology.world
     dataset = MixtureDataset(plan.roots[node], plan.names)
-    reader = Reader(dataset, topology, rank)
+    readers = Readers(topology.num_workers)
+    readers.start()
     state = IntervalState.from_json(json.loads((folder / "state.json").read_text()))
     step = 0
     with (folder / f"rank{rank}.txt").open("w") as lines:
@@ -135,7 +88,15 @@ def run_rank(plan: Plan, topology: Topology, rank: int, folder: Path, barrier: A
                 state = begin(state, plan)
             ids = order_of(state, dataset)
             state = state.seal(ids)
-            batches = reader.read(ids, state.consumed)
+            batches = interval_loader(
+                dataset,
+                ids,
+                rank=rank,
+                world=topology.world,
+                micro_batch=topology.micro_batch,
+                start_sample=state.consumed,
+                readers=readers,
+            )
             while not state.done:
                 for number in range(plan.global_batch // (topology.world * topology.micro_batch)):
                     (batch,) = islice(batches, 1)
@@ -151,3 +112,4 @@ def run_rank(plan: Plan, topology: Topology, rank: int, folder: Path, barrier: A
                         write_text(folder / "state.json", json.dumps(state.to_json()))
                     barrier.wait()
             assert next(batches, None) is None, f"rank {rank}: samples are left"
+    readers.close()

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from ddk_ds.config import load_config
+from ddk_ds.data.readers import Readers
 from ddk_ds.engine.runtime import Runtime
 from ddk_ds.train.checkpoint.restore import Start, find_start
 from ddk_ds.train.inputs import check_inputs
@@ -116,7 +117,7 @@ def prepare(runtime: Runtime, config_path: str, name: str, lines: int | None = N
     if runtime.comm.rank == 0:
         claim_run_dir(config, identity)
     runtime.comm.barrier()
-    run = prepare_run(config, inputs, identity, runtime, Watchdog(config.limits))
+    run = prepare_run(config, inputs, identity, runtime, Watchdog(config.limits), Readers(0))
     if lines is not None:
         _break_after(run, lines)
     return run

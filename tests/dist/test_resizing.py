@@ -43,7 +43,8 @@ def whole(workspace: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Configuration of a finished run on two ranks that was never interrupted."""
     folder = tmp_path_factory.mktemp("resizing")
     shutil.copytree(workspace / "tokenizer", folder / "student")
-    save_model(folder / "student", vocab=600, tied=True, seed=1, hidden=160)  # beside which a file's directory is small
+    shape = {"hidden": 160, "initializer_range": 0.02}  # so large that the files' directories are small beside it
+    save_model(folder / "student", vocab=600, tied=True, seed=1, **shape)
     config = write_config(workspace, folder, **OPTIONS, student={"path": str(folder / "student")})
     run_ranks(f"{WORKER}go_on", 2, timeout_s=300, config_path=str(config), name="whole")
     return config
@@ -59,7 +60,7 @@ def assert_near(directory: Path, reference: Path) -> None:
             numbers = list(value.values()) if isinstance(value, dict) else value
             wanted = list(expected[key].values()) if isinstance(value, dict) else expected[key]
             if key in ROUNDED and wanted is not None:
-                atol = 1e-5 if key == "owed" else 0.0  # samples; it can be 0
+                atol = 1e-4 if key == "owed" else 0.0  # samples: a small difference of larger numbers
                 np.testing.assert_allclose(numbers, wanted, rtol=1e-5, atol=atol, err_msg=f"{key} of {line}")
             else:
                 assert value == expected[key], key

@@ -20,7 +20,7 @@ import tracemalloc
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from statistics import median
@@ -37,6 +37,7 @@ from ddk_ds.data.cache import CachedStore, CacheOptions
 from ddk_ds.data.loader import MixtureDataset, interval_loader
 from ddk_ds.data.manifest import DomainInfo, Manifest, SplitInfo, write_manifest
 from ddk_ds.data.mds import write_split
+from ddk_ds.data.readers import Readers
 from ddk_ds.files import write_text
 from ddk_ds.mixture.interval_state import IntervalState, interval_ids
 from ddk_ds.mixture.order import DomainOrder
@@ -77,8 +78,10 @@ def read_ours(root: Path, ids: Ids, workers: int, cache: Path | None, limit_gb: 
     store = None if cache is None else CachedStore(str(root), CacheOptions(cache, limit_gb, 60.0, 10.0))
     names = [f"domain{number}" for number in range(NUM_DOMAINS)]
     dataset = MixtureDataset(root if store is None else store, names)
-    started = time.perf_counter()
-    return _drain(started, interval_loader(dataset, ids, rank=0, world=1, micro_batch=MICRO_BATCH, num_workers=workers))
+    with closing(Readers(workers)) as readers:
+        readers.start()
+        started = time.perf_counter()
+        return _drain(started, interval_loader(dataset, ids, rank=0, world=1, micro_batch=MICRO_BATCH, readers=readers))
 
 
 def read_streaming(
@@ -140,7 +143,7 @@ def in_child(read: Callable[..., tuple[float, float]], *arguments: Any) -> tuple
 
 
 def _fork_workers() -> None:
-    """Make the workers of a spawned process forked, as those of a training process are."""
+    """Let the other loaders fork their workers, from a spawned process too."""
     multiprocessing.set_start_method("fork", force=True)
     warnings.filterwarnings("ignore", message="The given NumPy array is not writable")  # of streaming's loader
 
@@ -172,7 +175,9 @@ def measure(root: Path, ids: Ids, length: int, options: argparse.Namespace) -> l
                     mapped = in_child(read_mapped, root, ids, workers, length)
                     times_by_reader.setdefault("memory map", []).append(mapped)
             for name, times in times_by_reader.items():
-                seconds = median(total - first for first, total in times)  # the workers' start is in first_batch_s
+                seconds = median(
+                    total - first for first, total in times
+                )  # of other loaders, the workers' start is in first_batch_s
                 num_samples = len(ids) - MICRO_BATCH
                 rows.append(
                     {

@@ -43,9 +43,9 @@ def test_two_nodes_read_the_order_of_the_local_data(
     ids = np.random.default_rng(0).permutation(len(local))[: len(local) // 8 * 8]
     expected = list(interval_loader(local, ids, rank=0, world=1, micro_batch=4))
     found: list[list[int]] = []
-    for rank in range(4):  # two ranks on each of two nodes, the second of them with a worker
+    for rank in range(4):  # two ranks on each of two nodes
         dataset = node(url, tmp_path / f"node{rank // 2}")
-        batches = interval_loader(dataset, ids, rank=rank, world=4, micro_batch=2, num_workers=rank % 2)
+        batches = interval_loader(dataset, ids, rank=rank, world=4, micro_batch=2)
         found.append([batch["input_ids"].tolist() for batch in batches])
     together = [row for step in zip(*found, strict=True) for batch in step for row in batch]
     assert together == [row for batch in expected for row in batch["input_ids"].tolist()]
