@@ -111,7 +111,8 @@ def _run_collected(
             few = hypothesis.settings(options, max_examples=min(options.max_examples, _EXAMPLES))
             setattr(getattr(item.obj, "__func__", item.obj), _OPTIONS, few)  # type: ignore[attr-defined]
     baseline: Baseline = _in_child(partial(_measure, items, functions))
-    if not baseline.failed:  # what only a test's run imports costs each child seconds: once for all, and measured again
+    if not baseline.failed and baseline.modules - sys.modules.keys():
+        # What only a test's run imports costs each child seconds: once for all, and measured again.
         _import(baseline.modules)
         gc.collect()
         gc.freeze()  # a collection in a child would copy all memory

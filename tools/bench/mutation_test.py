@@ -5,7 +5,7 @@
 
 A PATH is a key of `ROOMS`, or a file or directory of it; without one all are tested. Results of other files stay in
 FILE, and so do the reasons that were written there at survivors. With --again only survivors of FILE that are not
-equivalent are tried: after new tests.
+equivalent are tried: after new tests, or with all tests of a room after a run with the quick ones of --tests.
 """
 
 from __future__ import annotations
@@ -140,6 +140,7 @@ def main() -> None:
     parser.add_argument("paths", nargs="*", metavar="PATH", help="room, directory or file; default: all rooms")
     parser.add_argument("--json", type=Path, required=True, metavar="FILE", help="file of the results")
     parser.add_argument("--sample", type=int, help="try this many mutants of a room, drawn with a fixed seed")
+    parser.add_argument("--tests", nargs="+", metavar="TEST", help="try with these instead of the room's tests")
     parser.add_argument("--again", action="store_true", help="try only FILE's survivors that are not equivalent")
     options = parser.parse_args()
     known = [name for room in ROOMS for name in _files(room)]
@@ -151,7 +152,8 @@ def main() -> None:
     hypothesis.settings.load_profile("mutants")
     os.environ["TRITON_INTERPRET"] = "1"  # as in tests/conftest.py, which would import much that is not needed
     results = json.loads(options.json.read_text()) if options.json.exists() else {}
-    for room, tests in ROOMS.items():
+    for room, of_room in ROOMS.items():
+        tests = options.tests or of_room
         names = [name for name in _files(room) if name.startswith(tuple(options.paths) or "")]
         if names:
             if options.again:
