@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import os
+import socket
 import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
 from datetime import timedelta
 from threading import Event, Thread
-from typing import Any, NoReturn, Protocol, TypeVar
+from typing import Any, NamedTuple, NoReturn, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from ddk_ds.errors import TemporaryError, UserError
+from ddk_ds.ties import accept_ties, tie_to_rank_0
 
 T = TypeVar("T")
 
@@ -171,58 +174,138 @@ def set_default_timeout(seconds: float) -> timedelta:
     return timeout
 
 
-_LEAVING, _HEARD = "ddk_ds/leaving", "ddk_ds/heard"
+_LEAVING, _HEARD, _TIES = "ddk_ds/leaving", "ddk_ds/heard", "ddk_ds/ties"
 _LOOK_EVERY_S, _LONGEST_WAIT_S = 0.5, 5.0
+# A collective fails as soon as a rank is gone: the ties then get the time to say which one, before that error counts.
+_BROKEN_TIE_S, _UNEXPECTED_ERROR_S = 1.0, 2.5
 _ended = Event()
 _listeners: list[Thread] = []
 
 
-def hear_leaving() -> None:
-    """End this process as soon as another rank has called `leave`, with that rank's code. A thread looks for it.
+class _Leaver(NamedTuple):
+    """The first rank that left, as the store has it; `said` is what the other hosts print of it."""
 
-    This rank may be in a collective that the other one will not join: it could not learn it otherwise, and would end by
-    a lost connection or a time limit.
+    code: int
+    rank: int
+    said: str
+
+
+def watch_ranks(silence_s: float) -> None:
+    """End this process as soon as another rank has called `leave`, with that rank's code, or is gone. Collective.
+
+    Two threads look for it. This rank may be in a collective that the other one will not join: it could not learn it
+    otherwise, and would end by a lost connection or a time limit. One rank of each host prints which rank it was.
+
+    Args:
+        silence_s: seconds after which a host that does not answer counts as gone; 0: for ever.
     """
     store = _store().clone()  # a separate connection, because the other one may be blocked
+    if dist.get_world_size() > 1:
+        _tie_ranks(store, silence_s)
 
     def look() -> None:
         try:
             while not store.check([_LEAVING]):
                 if _ended.wait(_LOOK_EVERY_S):
                     return
-            code = int(store.get(_LEAVING).split()[0])
+            leaver = _leaver(store.get(_LEAVING))
+            _tell(leaver.said)
             _has_heard(store)
         except (RuntimeError, OSError):  # the process that keeps the store has gone
             return
-        os._exit(code)
+        os._exit(leaver.code)
 
     _listeners.append(Thread(target=look, name="leaving", daemon=True))
     _listeners[-1].start()
+
+
+def _tie_ranks(store: Any, silence_s: float) -> None:
+    address, rank = os.environ["MASTER_ADDR"], dist.get_rank()
+
+    def lost(other: int, host: str, silent: bool) -> None:
+        if _ended.wait(_BROKEN_TIE_S):
+            return  # the end of the run; if the other rank has called `leave`, this process ends in this time
+        said = (
+            f"host {host} (rank {other}) has not answered for {silence_s:g} s: it or its network is down; the run ends"
+            if silent
+            else f"rank {other} on {host} is gone without a word: killed, or crashed; the run ends"
+        )
+        if rank == 0:
+            _first_to_leave(store, _Leaver(1, other, said))
+        else:  # the store was in rank 0's process
+            _tell(said)
+            os._exit(1)
+
+    if rank == 0:
+        store.set(_TIES, accept_ties(address, silence_s, lost))
+        return
+    try:
+        tie_to_rank_0(address, store.get(_TIES).decode(), rank, silence_s, lost)
+    except OSError as error:
+        _tell(
+            f"warning: rank {rank} on {socket.gethostname()} cannot be tied to rank 0 at {address} ({error}): if a "
+            "host dies, only the time limits end the run; let the hosts reach each other on all ports"
+        )
 
 
 def leave(code: int, say: Callable[[], object]) -> NoReturn:
     """End this process, which cannot go on, and all other ranks, with the code of the first rank that leaves.
 
     That rank calls `say`, so that an error that all ranks have agreed on is said once. The process group is not left in
-    an orderly way: that could wait for ranks that are gone.
+    an orderly way: that could wait for ranks that are gone. If the store does not answer, this rank ends by itself.
     """
-    said = False
     try:
+        if code == 1:  # an unexpected error; if it came of a rank that is gone, this process is ended in this time
+            _ended.wait(_UNEXPECTED_ERROR_S)
         _stop_hearing()  # this rank's own thread would take this for another rank's
-        store, rank = _store(), dist.get_rank()
-        first_code, first_rank = map(int, store.compare_set(_LEAVING, "", f"{code} {rank}").split())
-        code, said = first_code, True
-        if first_rank == rank:
+        first = _within(_LONGEST_WAIT_S, lambda: _first_to_leave(_store(), _this_rank(code))) if in_group() else None
+        if first is None or first.rank == dist.get_rank():
             say()
-        _has_heard(store)
-    except (RuntimeError, OSError):  # the process that keeps the store has gone
-        if not said:
-            say()
+        elif first.code == 1:
+            _tell(first.said)
+        if first is not None:
+            code = first.code
+            _within(2 * _LONGEST_WAIT_S, lambda: _has_heard(_store()))
     finally:
         with suppress(OSError):
             sys.stdout.flush()
             sys.stderr.flush()
         os._exit(code)
+
+
+def _this_rank(code: int) -> _Leaver:
+    rank = dist.get_rank()
+    return _Leaver(code, rank, f"rank {rank} on {socket.gethostname()} ended the run with exit code {code}")
+
+
+def _first_to_leave(store: Any, this: _Leaver) -> _Leaver:
+    """Note `this` in the store, unless another one stands there, and return the one that stands there."""
+    return _leaver(store.compare_set(_LEAVING, "", json.dumps(this)))
+
+
+def _leaver(noted: bytes) -> _Leaver:
+    return _Leaver(*json.loads(noted))
+
+
+def _within(seconds: float, ask: Callable[[], T]) -> T | None:
+    """Return `ask()`, or None if it fails or takes longer: the host with the store may be down."""
+    answers: list[T] = []
+
+    def work() -> None:
+        with suppress(RuntimeError, OSError):
+            answers.append(ask())
+
+    thread = Thread(target=work, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    return answers[0] if answers else None
+
+
+def _tell(line: str) -> None:
+    """Print `line` on one rank of each host."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        with suppress(OSError):
+            print(line, file=sys.stderr, flush=True)
 
 
 def _has_heard(store: Any) -> None:
@@ -247,6 +330,7 @@ def in_group() -> bool:
 def destroy() -> None:
     """Leave the process group if this process is in one. Collective: all ranks have come to their end."""
     if dist.is_initialized():
+        dist.barrier()  # until then a rank that fails is heard of
         _stop_hearing()
         dist.barrier()  # the store is in the first rank's process: nobody may ask it any more when that ends
         dist.destroy_process_group()

@@ -27,6 +27,7 @@ import psutil
 
 from ddk_ds.command_line import RANK_SCRIPT
 from ddk_ds.exit_codes import EXIT_ENDED_AT_ONCE, OF_A_RUN
+from ddk_ds.remote_hosts import encoded, variables_of_hosts
 
 _PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 # A rank that waits in a collective does not hear a second Ctrl-C.
@@ -51,7 +52,7 @@ def launcher_command(options: Sequence[str], arguments: Sequence[str]) -> list[s
     command = [sys.executable, "-m", "deepspeed.launcher.runner", *options]
     command += [] if "--log_level" in names else ["--quiet"]
     command += [] if names & {"--master_port", "--hostfile"} else [f"--master_port={free_port()}"]
-    return [*command, str(RANK_SCRIPT), *arguments]
+    return [*command, str(RANK_SCRIPT), *encoded(arguments)]
 
 
 def free_port() -> int:
@@ -80,7 +81,8 @@ def run_launcher(command: Sequence[str], **options: Any) -> int:
     Args:
         options: further arguments of `subprocess.Popen`, for example stdout.
     """
-    return _Launched().run(command, options)
+    with variables_of_hosts(os.environ, command) as variables:
+        return _Launched().run(command, options | {"env": _environment() | variables})
 
 
 class _Launched:
@@ -101,9 +103,7 @@ class _Launched:
             options = options | {"preexec_fn": lambda: prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)}
         try:
             # A process group in the terminal's background may write to it, but must not read.
-            self._process = subprocess.Popen(
-                command, env=_environment(), stdin=subprocess.DEVNULL, process_group=0, **options
-            )
+            self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL, process_group=0, **options)
             if self._signals:
                 self._process.terminate()
             code = _code_of([self._process.wait(), *self._left_behind()])

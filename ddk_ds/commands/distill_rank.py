@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import socket
 import sys
 import traceback
 from collections.abc import Sequence
@@ -24,6 +25,7 @@ from ddk_ds.errors import UserError
 from ddk_ds.exit_codes import EXIT_ENDED_AT_ONCE, EXIT_INTERRUPTED, EXIT_WRONG_NUMBERS
 from ddk_ds.lifeline import follow_launcher
 from ddk_ds.redact import redact
+from ddk_ds.remote_hosts import decoded
 from ddk_ds.run_files import is_finished, read_summary
 from ddk_ds.train.watchdog import Watchdog
 
@@ -49,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="with --print-config or --dry-run, without a launcher: check the batch for this number of ranks",
     )
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
-    options = parse(parser, arguments)
+    options = parse(parser, decoded(sys.argv[1:] if arguments is None else arguments))
     try:
         config = load_config(options.config, options.overrides)
         if options.ranks is not None:
@@ -72,7 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         text = "ended at once: start the same command again to continue from the newest checkpoint"
         return _leave(EXIT_ENDED_AT_ONCE, text)
     except Exception as error:
-        unexpected = f"rank {os.environ.get('RANK', '0')}: {traceback.format_exc()}", 1
+        unexpected = f"rank {os.environ.get('RANK', '0')} on {socket.gethostname()}: {traceback.format_exc()}", 1
         text, code = mendable(error) or unexpected
         return _leave(code, text)
 
@@ -109,7 +111,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def _run(config: Config, readers: Readers, ranks: int, *, dry_run: bool, preflight: bool) -> int:
     watchdog = Watchdog(config.limits) if "RANK" in os.environ else None
     # Imported here: torch and DeepSpeed take seconds, for which a misspelt key should not have to wait.
-    from ddk_ds.comm import SingleProcess, call_together, hear_leaving
+    from ddk_ds.comm import SingleProcess, call_together, watch_ranks
     from ddk_ds.engine.runtime import start_runtime
     from ddk_ds.train.inputs import check_inputs
     from ddk_ds.train.run_dir import check_run_dir, claim_run_dir, run_identity
@@ -118,7 +120,7 @@ def _run(config: Config, readers: Readers, ranks: int, *, dry_run: bool, preflig
     runtime = None if watchdog is None else start_runtime(config.limits)
     comm: Comm = SingleProcess() if runtime is None else runtime.comm
     if runtime is not None:
-        hear_leaving()
+        watch_ranks(config.limits.silence_s)
     inputs = check_inputs(config, comm)
     for attention in inputs.attention.values():
         if attention.note:

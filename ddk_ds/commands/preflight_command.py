@@ -23,7 +23,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from ddk_ds.command_line import command_parser, parse, positive
-from ddk_ds.config import Config, load_config
+from ddk_ds.config import Config, Limits, load_config
 from ddk_ds.config.suggestions import dashes_hint
 from ddk_ds.errors import UserError
 from ddk_ds.exit_codes import EXIT_USER_ERROR
@@ -93,7 +93,7 @@ def _planned(options: argparse.Namespace, parser: argparse.ArgumentParser) -> tu
 def _run(options: argparse.Namespace) -> int:
     import torch
 
-    from ddk_ds.comm import SingleProcess, hear_leaving
+    from ddk_ds.comm import SingleProcess, watch_ranks
     from ddk_ds.engine.runtime import start_runtime
     from ddk_ds.train.preflight import (
         PlannedRanks,
@@ -106,7 +106,7 @@ def _run(options: argparse.Namespace) -> int:
     runtime = start_runtime() if "RANK" in os.environ else None
     comm: Comm = SingleProcess() if runtime is None else runtime.comm
     if runtime is not None:
-        hear_leaving()
+        watch_ranks(Limits().silence_s)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu") if runtime is None else runtime.device
     config, error = _load(options)
     # A rank that has no configuration must not leave the others waiting for it in the checks that need one.

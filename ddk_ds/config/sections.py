@@ -391,6 +391,9 @@ class Limits(Section):
     """Limit of writing one checkpoint, or of restoring one, in seconds."""
     export_s: NonNegativeFloat = 7200.0
     """Limit of writing the student at the end of the run, in seconds."""
+    silence_s: NonNegativeFloat = 45.0
+    """Seconds after which a host whose kernel does not answer that of the first rank's counts as gone: the run ends and
+    names it. A stopped or slow process does not count."""
 
     @property
     def collective_s(self) -> float:

@@ -36,22 +36,39 @@ def train(run: Run) -> dict[str, Any]:
     """
     run.progress.start(run.state.step)
     try:
-        while True:
-            try:
-                return _train_to_the_end(run)
-            except NumbersGoneWrong as wrong:
-                _finish_checkpoint(run)
-                if not roll_back(run, str(wrong)):
-                    _announce_wrong_numbers(run, str(wrong))
-                    raise
+        summary = _train_and_roll_back(run)
     except Interrupted as interrupted:
         _save_interrupted(run, str(interrupted))
+        _close(run)
         raise
-    finally:
-        run.watchdog.watch("end", run.state.step)
+    except NumbersGoneWrong:
+        _close(run)
+        raise
+    except BaseException:  # this rank's alone, perhaps: it waits for nothing before it says so and leaves
         run.progress.stop()
-        run.ahead.close()
-        run.monitor.close()
+        raise
+    _close(run)
+    return summary
+
+
+def _close(run: Run) -> None:
+    """End what runs beside the training, at an end that all ranks have agreed on."""
+    run.watchdog.watch("end", run.state.step)
+    run.progress.stop()
+    run.ahead.close()
+    run.monitor.close()
+
+
+def _train_and_roll_back(run: Run) -> dict[str, Any]:
+    """Train to the end, from an earlier checkpoint again where the numbers go wrong; return the summary. Collective."""
+    while True:
+        try:
+            return _train_to_the_end(run)
+        except NumbersGoneWrong as wrong:
+            _finish_checkpoint(run)
+            if not roll_back(run, str(wrong)):
+                _announce_wrong_numbers(run, str(wrong))
+                raise
 
 
 def _train_to_the_end(run: Run) -> dict[str, Any]:

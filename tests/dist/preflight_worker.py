@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from ddk_ds.comm import watch_ranks
 from ddk_ds.config import load_config
 from ddk_ds.engine.memory_estimate import estimate_memory
 from ddk_ds.engine.model_files import model_shape
@@ -65,8 +66,19 @@ def _cover(directory: Path) -> None:
     subprocess.run(["mount", "-t", "tmpfs", "tmpfs", directory], check=True)
 
 
-def silent(runtime: Runtime, limit_s: float) -> None:
+def slow_row(runtime: Runtime, config_path: str, limit_s: float) -> None:
+    """Make a preflight in which rank 1 is slow to a row."""
+    watch_ranks(45.0)
+    agreement.COLLECTIVE_S = limit_s
+    if runtime.comm.rank == 1:
+        agreement.versions = lambda: time.sleep(600)  # type: ignore[assignment,return-value]
+    preflight(load_config(config_path), runtime.comm, runtime.device)
+    os._exit(9)  # not reached: the wait ends the process
+
+
+def silent(runtime: Runtime, config_path: str, limit_s: float) -> None:
     """Measure collectives, to which rank 1 does not come."""
+    watch_ranks(45.0)
     if runtime.comm.rank == 1:
         time.sleep(600)
     measure_collectives(runtime.comm, runtime.device, limit_s)

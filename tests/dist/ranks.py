@@ -27,8 +27,8 @@ from typing import Any
 from ddk_ds.launcher import free_port
 from tools.bench.forked import rank_environment
 
-_SERVER = multiprocessing.get_context("forkserver")
-_SERVER.set_forkserver_preload(["ddk_ds.train.setup"])
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(["ddk_ds.train.setup"])
 
 
 def run_ranks(
@@ -43,7 +43,7 @@ def run_ranks(
         workers: list[BaseProcess] = []
         for rank in range(world):
             env = os.environ | rank_environment(rank, world, port, per_node) | {"OMP_NUM_THREADS": "1"}
-            workers.append(_SERVER.Process(target=_rank, args=(function, arguments, env, Path(folder))))
+            workers.append(SERVER.Process(target=_rank, args=(function, arguments, env, Path(folder))))
             workers[-1].start()
         failed = _wait(workers, timeout_s)
         texts = [f"--- rank {rank}\n{(Path(folder) / f'rank{rank}.txt').read_text()[-6000:]}" for rank in range(world)]
@@ -58,7 +58,7 @@ def _wait(workers: Sequence[BaseProcess], timeout_s: float) -> str:
     while not reason and any(worker.exitcode is None for worker in workers):
         time.sleep(0.05)
         if any(worker.exitcode not in (None, 0) for worker in workers):
-            time.sleep(1.0)  # the others may be about to say why
+            time.sleep(2.0)  # the others may be about to say why
             reason = "a rank failed"
         elif time.monotonic() > end:
             reason = f"not done after {timeout_s} s"
@@ -69,7 +69,7 @@ def _wait(workers: Sequence[BaseProcess], timeout_s: float) -> str:
     for worker in workers:
         worker.join()
     codes = [worker.exitcode for worker in workers]
-    return reason or (f"exit codes {codes}" if any(codes) else "")
+    return f"{reason or 'not well'}; exit codes {codes}" if any(codes) else reason
 
 
 def _rank(function: str, arguments: dict[str, Any], env: dict[str, str], folder: Path) -> None:

@@ -21,6 +21,7 @@ INTERFACE = "eth0"
 class Host:
     """One of them."""
 
+    name: str
     namespace: str
     address: str
     tmp: Path
@@ -30,6 +31,16 @@ class Host:
         # Not `ip netns exec`: that mounts another /sys, in which slurmd finds no cgroups.
         enter = ["nsenter", f"--net=/run/netns/{self.namespace}", "unshare", "--mount", "sh", "-c"]
         return [*enter, 'mount -t tmpfs tmpfs /dev/shm && TMPDIR=$0 exec "$@"', str(self.tmp), *command]
+
+    def cut(self) -> None:
+        """Take its cable out."""
+        _ip("-n", self.namespace, "link", "set", INTERFACE, "down")
+
+    def ranks(self) -> list[str]:
+        """The process ids of the ranks that run there."""
+        pids = _ip("netns", "pids", self.namespace).split()
+        commands = {pid: Path(f"/proc/{pid}/cmdline") for pid in pids}
+        return [pid for pid, path in commands.items() if path.exists() and b"distill_rank" in path.read_bytes()]
 
     def kill(self) -> None:
         """SIGKILL to all that runs there."""
@@ -64,7 +75,7 @@ def hosts(folder: Path, count: int = 2) -> Iterator[list[Host]]:
         _ip("link", "set", bridge, "up")
         result = []
         for number in range(1, count + 1):
-            host = Host(f"ddk{tag}n{number}", f"{network}.{number}", folder / f"tmp{number}")
+            host = Host(f"node{number}", f"ddk{tag}n{number}", f"{network}.{number}", folder / f"tmp{number}")
             host.tmp.mkdir(parents=True)
             _ip("netns", "add", host.namespace)
             stack.callback(_ip, "netns", "del", host.namespace)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 import sys
 import time
@@ -70,32 +69,79 @@ def ssh_daemons(machines: list[Host], folder: Path) -> Iterator[dict[str, str]]:
             ]
             options += ["StrictModes=no", "UsePAM=no", "PermitRootLogin=yes", "PasswordAuthentication=no"]
             flags = [word for option in options for word in ("-o", option)]
-            daemon = subprocess.Popen(host.command("/usr/sbin/sshd", "-D", "-f", "/dev/null", *flags))
+            named = ["unshare", "--uts", "sh", "-c", 'hostname $0 && exec "$@"', host.name]
+            daemon = subprocess.Popen(host.command(*named, "/usr/sbin/sshd", "-D", "-f", "/dev/null", *flags))
             stack.callback(daemon.wait)
             stack.callback(daemon.terminate)
         quiet = "-o StrictHostKeyChecking=no -o UserKnownHostsFile=/dev/null -o LogLevel=ERROR"
         yield {"PDSH_RCMD_TYPE": "ssh", "PDSH_SSH_ARGS_APPEND": f"-i {key} {quiet}"}
 
 
+SEES = """
+import os
+if "RANK" in os.environ:
+    with open(os.environ["FI_SEEN"] + os.environ["RANK"], "w") as stream:
+        stream.write(os.environ.get("HF_ODD", ""))
+"""
+ODD = 'a b; touch pwned $HOME `id` "q" %h'
+
+
+def distil(machines: list[Host], config: Path, folder: Path, *overrides: str) -> list[str]:
+    """The command that starts the run from a third machine."""
+    hostfile = folder / "hosts"
+    hostfile.write_text("".join(f"{host.address} slots=1\n" for host in machines))
+    command = [sys.executable, "-m", "ddk_ds.commands.console", "distill", "--hostfile", str(hostfile)]
+    # DeepSpeed tries plain ssh first, which knows nothing of the key here.
+    command += ["--no_ssh_check", "--master_addr", machines[0].address, "--master_port", str(PORT)]
+    return [*command, "--config", str(config), *overrides]
+
+
+def variables(folder: Path) -> dict[str, str]:
+    """What the ranks must be told: which interface the nodes share, as the user's file says; and odd ones."""
+    file, site = folder / "deepspeed_env", folder / "site"
+    file.write_text(f"GLOO_SOCKET_IFNAME={INTERFACE}\n")
+    site.mkdir()
+    (site / "sitecustomize.py").write_text(SEES)
+    path = os.pathsep.join([str(site), os.environ.get("PYTHONPATH", "")])
+    return {"DS_ENV_FILE": str(file), "PYTHONPATH": path, "FI_SEEN": f"{folder}/seen", "HF_ODD": ODD}
+
+
 def test_by_hostfile_and_pdsh(workspace: Path, tmp_path: Path) -> None:
     need("pdsh", "sshd", "ssh-keygen")
-    config = write_config(workspace, tmp_path, **OPTIONS)
+    config, output_dir = write_config(workspace, tmp_path, **OPTIONS), tmp_path / ODD
     with hosts(tmp_path) as machines, ssh_daemons(machines, tmp_path) as environment:
-        hostfile, variables = tmp_path / "hosts", tmp_path / "deepspeed_env"
-        hostfile.write_text("".join(f"{host.address} slots=1\n" for host in machines))
-        # What each rank must be told: which interface the nodes share.
-        variables.write_text(f"GLOO_SOCKET_IFNAME={INTERFACE}\n")
-        command = [shutil.which("deepspeed") or str(Path(sys.executable).with_name("deepspeed"))]
-        command += ["--hostfile", str(hostfile), "--launcher", "pdsh", "--master_addr", machines[0].address]
-        # DeepSpeed tries plain ssh first, which knows nothing of the key here.
-        command += ["--no_ssh_check", "--master_port", str(PORT), "launch/distill.py", "--config", str(config)]
-        done = subprocess.run(
-            command,
-            cwd=ROOT,
-            env=os.environ | environment | {"DS_ENV_FILE": str(variables)},
-            capture_output=True,
-            text=True,
-            timeout=300,
-        )
+        environment = os.environ | environment | variables(tmp_path)
+        command = distil(machines, config, tmp_path, f"output_dir={output_dir}")
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     assert "finished: 40 steps done" in done.stdout
+    assert (output_dir / "run/summary.json").is_file() and not (ROOT / "pwned").exists()
+    assert [(tmp_path / f"seen{rank}").read_text() for rank in range(2)] == [ODD, ODD]
+
+
+def test_all_ends_when_a_wire_is_cut(workspace: Path, tmp_path: Path) -> None:
+    """No connection is closed, so a collective would wait for its timeout, and ssh for ever."""
+    need("pdsh", "sshd", "ssh-keygen")
+    options = {**OPTIONS, "stop": {"steps": 100_000}, "checkpoint": {"every_steps": 100_000}}
+    config = write_config(workspace, tmp_path, **options)
+    with hosts(tmp_path) as machines, ssh_daemons(machines, tmp_path) as environment:
+        process = subprocess.Popen(
+            distil(machines, config, tmp_path),
+            cwd=ROOT,
+            env=os.environ | environment | variables(tmp_path),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+        wait_for_step(process, tmp_path / "runs/run/ledger.jsonl", 3)
+        machines[1].cut()
+        cut = time.monotonic()
+        output, _ = process.communicate(timeout=120)
+        assert time.monotonic() - cut < 90, output[-3000:]
+        assert process.returncode not in (0, None), output[-3000:]
+        assert "host node2 (rank 1) has not answered for 45 s: it or its network is down" in output, output[-3000:]
+        end = cut + 90
+        while any(host.ranks() for host in machines):  # on the lost host too
+            assert time.monotonic() < end, output[-3000:]
+            time.sleep(0.5)

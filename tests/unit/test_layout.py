@@ -32,8 +32,9 @@ FLOORS = (
     ("data", "kernels", "mixture"),
     ("comm", "config", "run_files"),
     ("launcher",),
+    ("remote_hosts",),
     ("command_line",),
-    ("drawing", "exit_codes", "files", "lifeline", "redact", "run_schema", "remaining_time", "version"),
+    ("drawing", "exit_codes", "files", "lifeline", "redact", "run_schema", "remaining_time", "ties", "version"),
     ("errors",),
 )
 FLOOR = {room: floor for floor, rooms in enumerate(reversed(FLOORS)) for room in rooms}

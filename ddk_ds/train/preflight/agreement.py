@@ -69,7 +69,7 @@ class Job:
 
     @classmethod
     def meet(cls, comm: Comm, device: torch.device, planned: PlannedRanks | None) -> Job:
-        """Return the job of all ranks, which end with EXIT_USER_ERROR if one does not come. Collective.
+        """Return the job of all ranks, which end with EXIT_TEMPORARY if one does not come. Collective.
 
         Args:
             planned: the ranks that a process without a launcher stands for; None for itself alone.
@@ -241,7 +241,7 @@ def measure_collectives(comm: Comm, device: torch.device, limit_s: float = COLLE
     """Measure each kind of collective that a run uses, with two sizes; return rows with its time or its bandwidth.
 
     Takes seconds. If a collective takes longer than `limit_s`, the process names the ranks that did not come to it and
-    ends with EXIT_USER_ERROR.
+    ends with EXIT_TEMPORARY.
     """
     if comm.world_size == 1:
         return [Row("collectives", "pass", "one rank alone has none: under the launcher they are measured")]

@@ -35,7 +35,7 @@ def preflight(
     """Check the machines and the run's configuration, inputs, directory, disks and memory; return the rows.
 
     Collective: the rows are the same on every rank. It takes seconds, and must come before `claim_run_dir`. A check
-    that needs a faulty file is left out. If a rank does not come to a check, the process ends with EXIT_USER_ERROR.
+    that needs a faulty file is left out. If a rank does not come to a check, the process ends with EXIT_TEMPORARY.
 
     Args:
         planned: the ranks that a process without a launcher stands for; None for itself alone.

@@ -5,20 +5,17 @@ from __future__ import annotations
 import os
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from ddk_ds.comm import announce, missing_ranks
+from ddk_ds.comm import announce, leave, missing_ranks
 from ddk_ds.errors import UserError
-from ddk_ds.exit_codes import EXIT_USER_ERROR
+from ddk_ds.exit_codes import EXIT_TEMPORARY
 
 Status = Literal["pass", "warn", "fail"]
 _SEVERITY: dict[str, int] = {"pass": 0, "warn": 1, "fail": 2}
-# Lead of the rank that reports an endless wait: the launcher ends all ranks as soon as one has ended.
-_REPORT_S = 2.0
 
 
 @dataclass(frozen=True)
@@ -74,9 +71,10 @@ def failed(rows: Sequence[Row]) -> bool:
 
 @contextmanager
 def deadline(place: str, seconds: float) -> Iterator[None]:
-    """Limit the time of the body: beyond it, print the ranks that did not reach `place` and exit with EXIT_USER_ERROR.
+    """Limit the time of the body: beyond it, say which ranks did not reach `place`, and end all with EXIT_TEMPORARY.
 
-    A thread ends the process, because a collective that hangs cannot be left otherwise.
+    A thread ends the process, because a collective that hangs cannot be left otherwise. A slow disk or a start on busy
+    nodes is what time may mend; a job is requeued for it only so many times.
     """
     announce(place)
     timer = threading.Timer(seconds, _give_up, (place, seconds))
@@ -89,7 +87,7 @@ def deadline(place: str, seconds: float) -> Iterator[None]:
 
 
 def _give_up(place: str, seconds: float) -> None:
-    rank, size = (int(os.environ.get(key, default)) for key, default in (("RANK", "0"), ("WORLD_SIZE", "1")))
+    size = os.environ.get("WORLD_SIZE", "1")
     try:
         missing = missing_ranks(place)
     except Exception:  # the process that keeps the store may be the one that is gone
@@ -100,10 +98,9 @@ def _give_up(place: str, seconds: float) -> None:
         shown = ", ".join(map(str, missing[:8])) + (", ..." if len(missing) > 8 else "")
         why = f"rank {shown} of {size} never came to it; look at its output and its node"
     else:
-        why = "every rank came to it; look at the network between the nodes (NCCL_DEBUG=INFO, NCCL_SOCKET_IFNAME)"
-    reporter = min(set(range(size)) - set(missing or []), default=rank)
-    if rank == reporter:
-        print(f"preflight: {place}: fail: no answer within {seconds:g} s: {why}", file=sys.stderr, flush=True)
-    else:
-        time.sleep(_REPORT_S)
-    os._exit(EXIT_USER_ERROR)
+        why = (
+            "every rank came to it; a disk is slow on one of them, or look at the network between the nodes "
+            "(NCCL_DEBUG=INFO, NCCL_SOCKET_IFNAME)"
+        )
+    line = f"preflight: {place}: fail: no answer within {seconds:g} s: {why}"
+    leave(EXIT_TEMPORARY, lambda: print(line, file=sys.stderr, flush=True))
