@@ -11,6 +11,7 @@ import pytest
 
 from ddk_ds.config import Limits
 from tests.dist.ranks import run_ranks
+from tools.bench.small_run import write_config
 
 
 def test_no_name_is_left_in_shared_memory() -> None:
@@ -31,7 +32,10 @@ def test_a_lock_file_of_a_killed_process_blocks_no_later_start(tmp_path: Path, m
     assert total == 3.0
 
 
-def test_no_collective_ends_before_the_limit_of_a_phase() -> None:
+def test_no_collective_ends_before_the_limit_of_a_phase(workspace: Path, tmp_path: Path) -> None:
     """DeepSpeed makes groups without naming a timeout: theirs would be torch's half an hour, or 10 minutes on GPUs."""
-    limits = Limits()
-    assert run_ranks("tests.dist.runtime_worker:shortest_timeout_s", 2) > 2 * max(limits.evaluation_s, limits.export_s)
+    limits, config = Limits(), write_config(workspace, tmp_path)
+    found = run_ranks("tests.dist.runtime_worker:timeouts_s", 2, config_path=str(config))
+    for maker, timeouts in found.items():
+        assert timeouts, f"no group of {maker}: {found}"
+        assert min(timeouts) > 2 * max(limits.evaluation_s, limits.export_s), found
