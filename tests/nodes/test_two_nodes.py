@@ -90,7 +90,7 @@ def distil(machines: list[Host], config: Path, folder: Path, *overrides: str) ->
     """The command that starts the run from a third machine."""
     hostfile = folder / "hosts"
     hostfile.write_text("".join(f"{host.address} slots=1\n" for host in machines))
-    command = [sys.executable, "-m", "ddk_ds.commands.console", "distill", "--hostfile", str(hostfile)]
+    command = [str(Path(sys.executable).with_name("ddk")), "distill", "--hostfile", str(hostfile)]
     # DeepSpeed tries plain ssh first, which knows nothing of the key here.
     command += ["--no_ssh_check", "--master_addr", machines[0].address, "--master_port", str(PORT)]
     return [*command, "--config", str(config), *overrides]
