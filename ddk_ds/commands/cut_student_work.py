@@ -116,7 +116,9 @@ def write_model(model: Any, files: ModelFiles, changes: pruning.Changes, directo
     write_text(
         directory / "config.json", json.dumps({**files.config, **read_licence(files), **changes}, indent=2) + "\n"
     )
-    save_weights(dict(model.named_parameters()), directory, SingleProcess())
+    kept = model.state_dict().keys()
+    buffers = {name: buffer for name, buffer in model.named_buffers() if name in kept}
+    save_weights(dict(model.named_parameters()), directory, SingleProcess(), buffers=buffers)
 
 
 def stored_dtype(files: ModelFiles) -> str:

@@ -84,6 +84,7 @@ def export_student(
         UserError: on every rank, if rank 0 cannot write.
     """
     moved: list[Path] = []
+    buffers: dict[str, torch.Tensor] = {}
 
     def make_way() -> None:
         if unreplaceable(directory):
@@ -96,6 +97,7 @@ def export_student(
                 other_files = companions()
                 partial = stack.enter_context(new_export(directory, other_files.about, make_way))
                 other_files.write(partial, next(iter(student.parameters.values())).dtype)
+                buffers.update({name: other_files.files.read(name) for name in student.buffers})
             return partial
 
         def end() -> None:
@@ -103,7 +105,7 @@ def export_student(
                 stack.close()
 
         partial = call_together(comm, begin if comm.rank == 0 else lambda: directory)
-        save_weights(student.parameters, partial, comm, poll)
+        save_weights(student.parameters, partial, comm, poll, buffers=buffers)
         also(partial)
         call_together(comm, end if comm.rank == 0 else lambda: None)
     return moved[0] if moved else None
@@ -112,8 +114,8 @@ def export_student(
 class CheckpointExport:
     """Export of the student from a checkpoint, without a GPU or a process group, with one tensor in memory at a time.
 
-    Trained weights are the float32 master weights. Frozen weights, which no checkpoint holds, are read from the files
-    of the model that the run began with.
+    Trained weights are the float32 master weights. Frozen weights, which no checkpoint holds, and buffers are read from
+    the files of the model that the run began with.
     """
 
     def __init__(self, shards: ZeroShards, files: ModelFiles, dtype: torch.dtype, *, trusted: bool) -> None:
@@ -124,7 +126,8 @@ class CheckpointExport:
         self._shards = shards
         self._files = files
         self._dtype = dtype
-        self._names = {on_disk: name for name, on_disk in names_on_disk(files, trusted=trusted).items()}
+        names, buffers = names_on_disk(files, trusted=trusted)
+        self._names = {on_disk: name for name, on_disk in names.items()}
         shapes = {name: tuple(shape) for name, shape in shards.shapes.items() if not name.startswith(_FILTERS)}
         expected = {name: files.tensors[on_disk].shape for on_disk, name in self._names.items()}
         differing = sorted(name for name, shape in shapes.items() if expected.get(name) != shape)
@@ -135,6 +138,7 @@ class CheckpointExport:
                 "model that the run began with; name that by --student"
             )
         self.specs = {on_disk: TensorSpec(expected[name], dtype) for on_disk, name in self._names.items()}
+        self.specs |= {name: TensorSpec.of(files.read(name)) for name in buffers}
         """Shape and dtype of each tensor of the export, by its name on disk."""
 
     @property
@@ -166,11 +170,11 @@ class CheckpointExport:
     def _tensors(self, done: Callable[[int], None]) -> Iterator[torch.Tensor]:
         trained = self._shards.shapes
         for on_disk, spec in self.specs.items():
-            name = self._names[on_disk]
+            name = self._names.get(on_disk, "")
             if name in trained:
                 yield self._shards.read(name, dtype=self._dtype).reshape(spec.shape)
             else:
-                yield self._files.read(on_disk).to(self._dtype)
+                yield self._files.read(on_disk).to(spec.dtype)
             done(spec.num_bytes)
 
 

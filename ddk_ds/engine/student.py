@@ -40,6 +40,8 @@ class Student:
     whole: PreTrainedModel
     """The model as transformers has it; the engine's root has the same backbone and head."""
     parameters: dict[str, nn.Parameter]
+    buffers: list[str]
+    """Names on disk of the model's buffers that its files hold, such as a router's correction. They are not trained."""
     clock: StageClock
 
     def __call__(self, input_ids: torch.Tensor, function: HeadFunction) -> Any:
@@ -167,13 +169,14 @@ def load_student(
     clock = clock or StageClock(get_accelerator().device_name())
     time_gathers(engine.optimizer.parameter_offload.get_param_coordinator(), clock, "gather")
     time_reductions(engine.optimizer, clock, "reduce")
-    return Student(engine, model, parameters, clock)
+    return Student(engine, model, parameters, _buffers_on_disk(model, files), clock)
 
 
-def names_on_disk(files: ModelFiles, *, trusted: bool) -> dict[str, str]:
+def names_on_disk(files: ModelFiles, *, trusted: bool) -> tuple[dict[str, str], list[str]]:
     """Map the name of each student parameter in its engine, and so in checkpoints, to its name in `files`.
 
-    Reads no weights. Raises ConfigError if the model cannot be built.
+    The second result names the buffers that `files` hold. Reads no weights. Raises ConfigError if the model cannot be
+    built.
     """
     try:
         hf_config = AutoConfig.from_pretrained(files.directory, trust_remote_code=trusted)
@@ -181,12 +184,18 @@ def names_on_disk(files: ModelFiles, *, trusted: bool) -> dict[str, str]:
     except (ImportError, ValueError) as error:
         raise ConfigError(f"{files.directory} cannot be built: {error}") from error
     stored = {id(parameter): name for name, parameter in _by_name_on_disk(model, files).items()}
-    return {name: stored[id(parameter)] for name, parameter in _root(model, files, None).named_parameters()}
+    names = {name: stored[id(parameter)] for name, parameter in _root(model, files, None).named_parameters()}
+    return names, _buffers_on_disk(model, files)
 
 
 def _by_name_on_disk(model: PreTrainedModel, files: ModelFiles) -> dict[str, nn.Parameter]:
     sources = source_names(model, files)
     return {sources.get(name, name): parameter for name, parameter in model.named_parameters()}
+
+
+def _buffers_on_disk(model: PreTrainedModel, files: ModelFiles) -> list[str]:
+    sources, persistent = source_names(model, files), model.state_dict().keys()
+    return sorted({sources[name] for name, _ in model.named_buffers() if name in persistent and name in sources})
 
 
 def _root(model: PreTrainedModel, files: ModelFiles, filters: LayerFilters | None) -> StudentRoot:

@@ -11,6 +11,7 @@ import math
 import os
 import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,6 +37,7 @@ except ImportError:
 
 
 _DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64"}
+_DTYPES |= {torch.int64: "I64", torch.int32: "I32", torch.uint8: "U8", torch.bool: "BOOL"}  # of buffers
 _ALIGNMENT = 8  # bytes: the first tensor begins at a multiple of it
 MAX_SHARD_BYTES = 5 * 10**9
 
@@ -126,6 +128,11 @@ class TensorSpec(NamedTuple):
     shape: tuple[int, ...]
     dtype: torch.dtype
 
+    @classmethod
+    def of(cls, tensor: torch.Tensor) -> TensorSpec:
+        """Return the specification of a tensor."""
+        return cls(tuple(tensor.shape), tensor.dtype)
+
     @property
     def num_bytes(self) -> int:
         """Size of the tensor's elements in bytes."""
@@ -138,15 +145,17 @@ def save_weights(
     comm: Comm,
     poll: Callable[[], None] = lambda: None,
     *,
+    buffers: Mapping[str, torch.Tensor] | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
     """Write the parameters, by their names on disk, as Hugging Face safetensors shards. Collective; rank 0 writes.
 
-    Rank 0 holds one full tensor at a time. `poll` is called before each tensor; if it raises, the export ends. Raises
-    CheckpointError on every rank if rank 0 cannot write.
+    Rank 0 holds one full tensor at a time. `poll` is called before each tensor; if it raises, the export ends. Rank 0
+    writes its `buffers` after the parameters. Raises CheckpointError on every rank if rank 0 cannot write.
     """
     specs = {name: TensorSpec(tuple(getattr(p, "ds_shape", p.shape)), p.dtype) for name, p in parameters.items()}
-    tensors = _gathered(parameters, comm, poll)
+    specs |= {name: TensorSpec.of(buffer) for name, buffer in (buffers or {}).items()}
+    tensors = chain(_gathered(parameters, comm, poll), (buffers or {}).values())
     failure: UserError | None = None
     try:
         with written(directory):
@@ -219,6 +228,6 @@ def _write_shard(path: Path, specs: Mapping[str, TensorSpec], tensors: Iterator[
 
 
 def _content(name: str, tensor: torch.Tensor, spec: TensorSpec) -> memoryview:
-    actual = TensorSpec(tuple(tensor.shape), tensor.dtype)
+    actual = TensorSpec.of(tensor)
     assert actual == spec, f"{name} is {actual}, but the header says {spec}"
     return tensor.contiguous().flatten().view(torch.uint8).numpy().data

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM
 
-from ddk_ds.engine.export import Companions, export_student
+from ddk_ds.engine.export import CheckpointExport, Companions, export_student
 from ddk_ds.engine.head import OutputHead
 from ddk_ds.engine.model_files import read_model
 from ddk_ds.engine.process_memory import held_bytes, peak_bytes, reset_peak
@@ -63,6 +64,10 @@ def _logits_error(root: Path, runtime: Runtime) -> float:
             export_student(model, root / "export", runtime.comm, partial(Companions, files, "", {}))
             assert read_model(root / "export", "export").tensors.keys() == files.tensors.keys()
             worst = max(worst, float((plain(root / "export") - expected).abs().max()))
+            shapes = {n: tuple(p.ds_shape) for n, p in model.engine.module.named_parameters()}
+            shards: Any = SimpleNamespace(shapes=shapes)
+            later = CheckpointExport(shards, files, torch.float32, trusted=False)
+            assert {n: spec.shape for n, spec in later.specs.items()} == {n: t.shape for n, t in files.tensors.items()}
     return worst
 
 

@@ -15,14 +15,14 @@ SLACK_BYTES = 24 * 2**20  # for the allocator and buffers; the model is 12 times
 @pytest.mark.long("every architecture, 33 s of CPU; parity loads one")
 def test_architectures_tied_and_untied(tmp_path: Path) -> None:
     errors = run_ranks("tests.dist.loading_worker:logits_of_architectures", 2, folder=str(tmp_path))
-    assert len(errors) == 14
+    assert len(errors) == 16
     assert max(errors.values()) < 1e-5, errors
 
 
-def test_a_soft_cap_in_attention_and_a_backbone_of_another_name(tmp_path: Path) -> None:
-    kinds = ["gemma2", "gemma3_text"]
+def test_a_soft_cap_in_attention_a_backbone_of_another_name_and_buffers_in_files(tmp_path: Path) -> None:
+    kinds = ["gemma2", "gemma3_text", "glm4_moe"]
     errors = run_ranks("tests.dist.loading_worker:logits_of_architectures", 2, folder=str(tmp_path), kinds=kinds)
-    assert len(errors) == 4
+    assert len(errors) == 6
     assert max(errors.values()) < 1e-5, errors
 
 
@@ -39,8 +39,9 @@ def test_a_layer_between_backbone_and_head_is_refused(tmp_path: Path) -> None:
 
 
 def test_buffers_keep_their_precision(tmp_path: Path) -> None:
-    # Rotary frequencies in bf16 would be wrong by full turns at long positions.
-    save_model(tmp_path / "teacher", vocab=VOCAB, tied=True, seed=1)
+    # Rotary frequencies in bf16 would be wrong by full turns at long positions. A router's correction, which decides
+    # between experts that are nearly equal, is float32 in a bf16 model.
+    save_model(tmp_path / "teacher", model_type="glm4_moe", vocab=VOCAB, tied=True, seed=1)
     assert run_ranks("tests.dist.loading_worker:differing_buffers", 2, folder=str(tmp_path)) == []
 
 

@@ -45,6 +45,17 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
         "bos_token_id": 1,
         "eos_token_id": 2,
     },
+    "glm4_moe": {
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "intermediate_size": 64,
+        "moe_intermediate_size": 16,
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "first_k_dense_replace": 1,
+    },
     "gpt_bigcode": {"n_layer": 2, "n_head": 4, "n_inner": 64, "n_positions": 64},
 }
 
@@ -58,6 +69,9 @@ def save_model(
     values = {"vocab_size": vocab, "tie_word_embeddings": tied, "initializer_range": 0.2, **shape}
     size = {"n_embd": hidden} if model_type == "gpt_bigcode" else {"hidden_size": hidden}
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **{**values, **size, **extra}))
+    for name, buffer in model.named_buffers():  # a router's correction, which is zero at first
+        if name in model.state_dict():
+            buffer.add_(torch.rand_like(buffer))
     model.save_pretrained(directory)
 
 
