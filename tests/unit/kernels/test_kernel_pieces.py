@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import shutil
 import stat
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import torch
 
 from ddk_ds.errors import ConfigError
 from ddk_ds.kernels import Options, TeacherTopK, chunked, rows_eager, rows_native, top_k_of
-from ddk_ds.kernels.chunked import Head, has_fast_half, row_kernel
+from ddk_ds.kernels.chunked import Call, Head, HeadInput, Wanted, has_fast_half, row_kernel, run_chunks
 from ddk_ds.kernels.rows_native import add_half, scaled_half
 from tests.unit.kernels.kd_case import assert_agrees, make
 
@@ -94,7 +95,9 @@ def test_gradients_of_four_chunks_and_of_tiles_of_the_vocabulary(
 
     monkeypatch.setattr(Head, "add_weight_grad", spy)
     case = make(150, vocab_size, (64, 96), std=3.0, dtype=torch.bfloat16, bias=True, padded=(5, 0))
-    assert_agrees(case, 5e-7, 5e-3, engine="native", chunk_tokens=16)
+    with warnings.catch_warnings():  # torch's, if a part of the product had the wrong size
+        warnings.simplefilter("error")
+        assert_agrees(case, 5e-7, 5e-3, engine="native", chunk_tokens=16)
     assert groups == [64, 64, 22]
     groups.clear()
     single = make(150, vocab_size, (64, 96))  # float32 gradients lie over the logits: no groups
@@ -117,6 +120,27 @@ def test_blocks_of_rows_are_as_large_as_their_elements_allow(
     monkeypatch.setattr(rows_eager, "_block", spy)
     make(12).run(engine="eager")
     assert sizes == [rows] * (12 // rows) + [12 % rows] * (12 % rows > 0)
+
+
+def test_no_gradient_is_computed_that_nobody_wants() -> None:
+    case = make()
+    student = HeadInput(case.student_hidden.detach(), case.student_weight.detach())
+    sums = run_chunks(Call(student, None, case.labels), Options(211, 0.0, chunk_tokens=16))
+    assert (sums.hidden_grad, sums.weight_grad, sums.bias_grad) == (None, None, None)
+
+
+@pytest.mark.parametrize("num_tokens", [0, 40])
+def test_what_memory_held_before_is_in_no_gradient(monkeypatch: pytest.MonkeyPatch, num_tokens: int) -> None:
+    case = make(num_tokens, padded=(5, 0))
+    expected = torch.zeros(216, 24) if num_tokens == 0 else torch.autograd.grad(case.run().loss, case.student_weight)[0]
+    empty_like = torch.empty_like
+    monkeypatch.setattr(torch, "empty_like", lambda *args, **options: empty_like(*args, **options).fill_(torch.nan))
+    student = HeadInput(case.student_hidden.detach(), case.student_weight.detach())
+    teacher = HeadInput(case.teacher_hidden, case.teacher_weight)  # type: ignore[arg-type]
+    options = Options(211, 0.5, chunk_tokens=16)
+    found = run_chunks(Call(student, teacher, case.labels, wanted=Wanted(weight=True)), options).weight_grad
+    assert found is not None
+    torch.testing.assert_close(found / case.num_valid.clamp_min(1), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_half_precision_parts_are_added_and_rounded_as_torch_does() -> None:
@@ -194,6 +218,9 @@ def test_the_ends_of_k() -> None:
     wrong = TeacherTopK(found.ids.int(), found.log_probs, found.log_tail)
     with pytest.raises(ConfigError, match=r"teacher_topk has ids torch\.int32"):
         replace(known, teacher_topk=wrong).run()
+    one_axis = TeacherTopK(*(torch.zeros(67, dtype=dtype) for dtype in (torch.int64, torch.float32, torch.float32)))
+    with pytest.raises(ConfigError, match=r"torch\.int64 \(67,\), log_probs \(67,\)"):
+        replace(known, teacher_topk=one_axis).run()
 
 
 COMPILER = """#!/bin/sh

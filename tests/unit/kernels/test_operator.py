@@ -30,8 +30,9 @@ def test_torch_compile_sees_one_operator(dtype: torch.dtype) -> None:
         assert error(a, b.double()) < (1e-6 if dtype == torch.float32 else 5e-3)
 
 
-def test_the_operator_keeps_its_promises() -> None:
-    case = make(20, 50, (8, 8), bias=True)
+@pytest.mark.parametrize("bias", [True, False])
+def test_the_operator_keeps_its_promises(bias: bool) -> None:
+    case = make(20, 50, (8, 8), bias=bias)
     calls: list[tuple[tuple[object, ...], dict[str, object]]] = []
     operator = torch.ops.ddk_ds.linear_kd.default
 

@@ -198,6 +198,16 @@ def test_a_gpus_name_or_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
             find_gpu("wrong")
     with pytest.raises(ConfigError, match="neither one of"):
         find_gpu("")
+    Path("wrong").write_bytes(b"name: \xff\n")
+    with pytest.raises(ConfigError, match="cannot be read as YAML: 'utf-8' codec"):
+        find_gpu("wrong")
+
+    def denied(self: Path, encoding: str) -> str:
+        raise PermissionError("not yours")
+
+    monkeypatch.setattr(Path, "read_text", denied)
+    with pytest.raises(ConfigError, match="cannot be read as YAML: not yours"):
+        find_gpu("wrong")
 
 
 def test_the_data_sheets_of_the_gpus() -> None:
