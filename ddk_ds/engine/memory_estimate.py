@@ -3,7 +3,7 @@
 These are assumptions, not measurements:
 
 - A rank holds 1 / n, rounded up, of everything that ZeRO-3 shards over n ranks. In addition every rank holds all
-  tensors of fewer than `param_persistence_threshold` elements completely.
+  tensors of at most `param_persistence_threshold` elements completely; with `student.whole_layers` there are none.
 - Up to `max_live_parameters` elements of the student stay gathered between forward and backward pass, because a layer
   is used again soon. The teacher has no backward pass: one layer (or its embedding) is gathered, and the next one is
   prefetched (engine/ds_config.py).
@@ -12,8 +12,12 @@ These are assumptions, not measurements:
   each layer keeps its input, and with "selective" also the results of its matrix products and attention; one layer at
   a time has all its activations.
 - DeepSpeed allocates a complete bucket of `reduce_bucket_size` gradients, and a second one in which the gradients of
-  the first are joined. On a CPU memory is only taken for the pages that gradients are written to.
-- A process's libraries take CONTEXT_BYTES of a GPU (CUDA's context, NCCL, cuBLAS) and PROCESS_BYTES of the host.
+  the first are joined, both in `train.reduce_dtype`. A larger tensor is reduced by itself: it is converted to that
+  dtype if it has another, and copied once more if the ranks do not divide it. On a CPU memory is only taken for the
+  pages that gradients are written to.
+- A process's libraries take CONTEXT_BYTES of a GPU (CUDA's context, cuBLAS) and PROCESS_BYTES of the host. Where there
+  are several ranks, NCCL takes COMMUNICATOR_BYTES for each of COMMUNICATORS process groups: torch's and DeepSpeed's of
+  all ranks, the node's, and one more that a library or an option makes. NCCL's buffers are 0.5 to 1 GB on nodes of 8.
 - Holes that the allocator leaves are not counted: a tenth of the device should stay free.
 """
 
@@ -25,23 +29,21 @@ from dataclasses import dataclass
 
 from ddk_ds.config import Config, Model
 from ddk_ds.config.sections import Teacher
-from ddk_ds.engine.ds_config import bucket_sizes
+from ddk_ds.engine.ds_config import RELIED_ON, WHOLE_LAYERS_ZERO, bucket_sizes
 from ddk_ds.engine.model_files import COMPUTE_BYTES, ModelShape
 from ddk_ds.kernels.options import GROUP_CHUNKS, default_chunk_tokens
 
-CONTEXT_BYTES = 1_500_000_000
+CONTEXT_BYTES = 1_000_000_000
+COMMUNICATORS, COMMUNICATOR_BYTES = 4, 750_000_000
 PROCESS_BYTES = 800_000_000
 # Bytes for each weight: float32 master weight and AdamW's two moments; float32 sum of the micro-batches' gradients.
 OPTIMIZER_BYTES, GRADIENT_BYTES = 12, 4
+REDUCE_BYTES = {"float32": 4, "bfloat16": 2}
+"""Bytes of a gradient on the way between ranks, by `train.reduce_dtype`."""
 MEMORY_MARGIN = 0.9
 """Share of a memory that a plan can use; the rest is for the allocator's holes and the estimate's errors."""
 
-# DeepSpeed's defaults for keys that a configuration leaves out, in elements.
-_DEFAULTS = {
-    "param_persistence_threshold": 100_000,
-    "max_live_parameters": 1_000_000_000,
-    "sub_group_size": 1_000_000_000,
-}
+_SIZES = ("stage3_param_persistence_threshold", "stage3_max_live_parameters", "sub_group_size")
 # Buffers that DeepSpeed pins for offloading to nvme: 5 of 1e8 elements of parameters, 4 sub-groups of the optimizer.
 _NVME_PARAMETERS, _NVME_SUB_GROUPS = 500_000_000, 4
 
@@ -96,7 +98,8 @@ def estimate_memory(
     """
     zero = _zero_sizes(config, student)
     compute = COMPUTE_BYTES[config.train.precision]
-    resident = {"CUDA context and NCCL": CONTEXT_BYTES if device_type == "cuda" else 0}
+    libraries = CONTEXT_BYTES + (COMMUNICATORS * COMMUNICATOR_BYTES if world_size > 1 else 0)
+    resident = {"CUDA context and NCCL": libraries if device_type == "cuda" else 0}
     host = {"process": PROCESS_BYTES}
     weights: dict[str, tuple[Model, ModelShape]] = {"student shards": (config.student, student)}
     per_pass = 1  # micro-batches in one pass of the teacher
@@ -113,10 +116,12 @@ def estimate_memory(
             host[f"{name}: nvme buffers"] = compute * _NVME_PARAMETERS
     update = _add_optimizer(resident, host, config, student.shard(world_size), zero["sub_group_size"])
     bucket = zero["reduce_bucket_size"]
-    resident["gradient bucket"] = compute * (bucket if device_type == "cuda" else min(bucket, student.parameters))
+    reduced = REDUCE_BYTES[config.train.reduce_dtype]
+    resident["gradient bucket"] = reduced * (bucket if device_type == "cuda" else min(bucket, student.parameters))
     small = sum(size for size in student.tensors if size <= zero["param_persistence_threshold"])
     resident["small parameters"] = compute * small
     passes = _passes(config, student, teacher, vocab_size, zero, device_type, per_pass)
+    passes["gradients joined for the reduction"] = _joined_bytes(student, bucket, world_size, compute, reduced)
     return MemoryEstimate(resident, passes, update, host)
 
 
@@ -126,9 +131,17 @@ def _zero_sizes(config: Config, student: ModelShape) -> dict[str, int]:
     Section `deepspeed:` changes them for the student alone; the teacher's engine has the defaults.
     """
     raw = config.deepspeed.get("zero_optimization", {})
-    buckets = {name.removeprefix("stage3_"): size for name, size in bucket_sizes(student.largest_layer).items()}
-    defaults = {**_DEFAULTS, **buckets}
-    return {name: int(raw.get(f"stage3_{name}", raw.get(name, default))) for name, default in defaults.items()}
+    defaults = {key: RELIED_ON[f"zero_optimization.{key}"] for key in _SIZES} | bucket_sizes(student.largest_layer)
+    if config.student.whole_layers:
+        defaults |= WHOLE_LAYERS_ZERO
+    sizes = {key.removeprefix("stage3_"): size for key, size in defaults.items()}
+    return {name: int(raw.get(f"stage3_{name}", raw.get(name, default))) for name, default in sizes.items()}
+
+
+def _joined_bytes(student: ModelShape, bucket: int, world_size: int, compute: int, reduced: int) -> int:
+    """Return the bytes of what is allocated for a reduction; a gradient has `compute` bytes, on the wire `reduced`."""
+    alone = (size * ((reduced != compute) + (size % world_size != 0)) for size in set(student.tensors) if size > bucket)
+    return reduced * max(min(bucket, student.parameters), *alone, 0)
 
 
 def _add_optimizer(
@@ -201,8 +214,6 @@ def _passes(
     parts = {
         "student gathered": compute * live,
         "gradients of a layer": compute * largest,
-        "gradients joined for the reduction": compute
-        * min(max(zero["reduce_bucket_size"], student.head), student.parameters),
         # The sum in float32, and the same rounded to the parameter's dtype.
         "head's weight gradient": (4 + compute) * student.head,
         "hidden states": tokens

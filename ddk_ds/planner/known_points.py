@@ -207,7 +207,8 @@ def _config(
         "teacher": None if method == "cpt" else {"path": "-", "whole_layers": False},
         "data": {"path": "-", "sequence_length": length},
         "optimizer": {"offload": offload},
-        "train": {"global_batch_samples": global_batch, "micro_batch_samples": micro_batch},
+        # Both add gradients over ranks in bf16 by default.
+        "train": {"global_batch_samples": global_batch, "micro_batch_samples": micro_batch, "reduce_dtype": "bfloat16"},
         "stop": {"steps": 10_000},
         "deepspeed": {"zero_optimization": {"stage3_prefetch_bucket_size": _PREFETCH}},
     }

@@ -11,7 +11,8 @@ The simulation, part by part:
   computation, communication and the host's own time for ZeRO-3's hooks (DeepSpeed's are Python, for each module).
 - The teacher's layers are gathered once for `teacher.micro_batches_per_pass` micro-batches, from the ranks that
   `teacher.shard_within` names. Its head is gathered by hand around the loss (engine/head.py): nothing hides it.
-- A student's backward gathers again what its forward released, and reduces bf16 gradients of every micro-batch.
+- A student's backward gathers again what its forward released, and reduces the gradients of every micro-batch, each
+  of 4 bytes or 2 (`train.reduce_dtype`).
 - A kernel that only moves bytes takes the bandwidth of the GPU's memory: the loss's row kernel moves 18 bytes a logit
   (docs/kernel.md), the optimizer 30 a parameter of the shard.
 """
@@ -23,8 +24,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ddk_ds.config import Config
+from ddk_ds.engine.ds_config import RELIED_ON
 from ddk_ds.engine.flops import teacher_runs, training_flops
-from ddk_ds.engine.memory_estimate import OPTIMIZER_BYTES
+from ddk_ds.engine.memory_estimate import OPTIMIZER_BYTES, REDUCE_BYTES
 from ddk_ds.engine.model_files import COMPUTE_BYTES
 from ddk_ds.planner.gpus import LINK_EFFICIENCY, MEMORY_EFFICIENCY, Cluster
 from ddk_ds.planner.plan_inputs import Models, PlannedModel
@@ -33,8 +35,8 @@ Within = Literal["world", "node", "gpu"]
 """Ranks that a model's shards lie on: all, those of a node, or one."""
 
 CALL_S, HOP_IN_NODE_S, HOP_BETWEEN_NODES_S = 8.4e-6, 3.4e-6, 14.0e-6
-REUSE_ELEMENTS = 1_000_000_000
-"""DeepSpeed's default: a parameter stays gathered if its next use is at most that many elements ahead."""
+REUSE_ELEMENTS: int = RELIED_ON["zero_optimization.stage3_max_reuse_distance"]
+"""A parameter stays gathered if its next use is at most that many elements ahead."""
 HOST_S_PER_LAYER = 8.8e-3
 """Host's time for a pass over one layer.
 
@@ -195,9 +197,10 @@ class _Simulation:
         # A layer at a distance d from the end is used again after 2 d elements.
         kept = min(shape.parameters, REUSE_ELEMENTS // 2)
         gathers_s = self.gather_s(shape.parameters - kept, shape.layers) if kept < shape.parameters else 0.0
+        reduce_bytes = REDUCE_BYTES[self.config.train.reduce_dtype]
         return _Pass(
             compute_s=self.micro_batch_tokens * (2 * model.forward_flops + recomputed_flops) / self.flop_per_s,
-            communication_s=gathers_s + self.gather_s(shape.parameters, shape.layers),
+            communication_s=gathers_s + self.collectives_s(reduce_bytes, shape.parameters, shape.layers),
             first_s=0.0,
             host_s=self.hooks_s(model) * (2 if self.config.student.gradient_checkpointing else 1),
         )
@@ -209,10 +212,14 @@ class _Simulation:
         return model.shape.layers * self.host_s_per_layer * (WHOLE_LAYERS if whole_layers else 1.0)
 
     def gather_s(self, elements: float, layers: int, within: Within = "world") -> float:
-        """Return the time of gathers in one call for each layer (engine/ds_config.py), or as `deepspeed:` sets it."""
+        """Return the time of gathers of weights, see `collectives_s`."""
+        return self.collectives_s(self.compute_bytes, elements, layers, within)
+
+    def collectives_s(self, element_bytes: int, elements: float, layers: int, within: Within = "world") -> float:
+        """Return the time of one call for each layer (engine/ds_config.py), or of as many as `deepspeed:` asks for."""
         ahead = self.config.deepspeed.get("zero_optimization", {}).get("stage3_prefetch_bucket_size")
         calls = layers if ahead is None else max(layers, math.ceil(elements / ahead))
-        return collective_s(self.compute_bytes * elements, calls, self.cluster, within)
+        return collective_s(element_bytes * elements, calls, self.cluster, within)
 
     def update_s(self) -> float:
         """Return the time of the optimizer's update of a rank's shard."""

@@ -67,15 +67,19 @@ def config_of(**sections: dict[str, Any]) -> Config:
     return changed(make_config(VALUES, "by hand"), **sections)
 
 
-def gather_s(elements: float, calls: int) -> float:
+def gather_s(elements: float, calls: int, element_bytes: int = 2) -> float:
     """Return the time of a gather in bf16 over 4 ranks: 3/4 of it go over the 2 adapters of each node."""
-    return 2 * elements * 3 / 4 / (0.8 * 2e9) + calls * (8.4e-6 + 2 * 3.4e-6 + 2 * 14e-6)
+    return element_bytes * elements * 3 / 4 / (0.8 * 2e9) + calls * (8.4e-6 + 2 * 3.4e-6 + 2 * 14e-6)
 
 
-def waits_s(compute_s: float, elements: float, layers: int, *, first: bool) -> float:
-    """Return what a pass waits for gathers: the first one, and what is longer than its computation."""
-    first_s = gather_s(elements / layers, 1) if first else 0.0
-    return first_s + max(0.0, gather_s(elements, layers) - compute_s)
+def reduce_s(elements: float, calls: int) -> float:
+    """Return the time of a reduction of gradients in float32 over 4 ranks."""
+    return gather_s(elements, calls, 4)
+
+
+def waits_s(compute_s: float, elements: float, layers: int) -> float:
+    """Return what a forward pass waits for gathers: the first one, and what is longer than its computation."""
+    return gather_s(elements / layers, 1) + max(0.0, gather_s(elements, layers) - compute_s)
 
 
 def hooks_s(device_s: float, layers: int, times: float = 1) -> float:
@@ -90,19 +94,18 @@ def test_every_part_of_a_step() -> None:
     """The teacher computes 2 micro-batches and then 1, without its head, which is gathered apart."""
     step = simulated(config_of())
     compute = {tokens: tokens * 1e7 / (0.5 * 1e12) for tokens in (400, 200)}
-    teacher_waits = sum(waits_s(compute[tokens], 3.6e6, 8, first=True) + gather_s(4e5, 1) for tokens in compute)
+    teacher_waits = sum(waits_s(compute[tokens], 3.6e6, 8) + gather_s(4e5, 1) for tokens in compute)
     forward_s, backward_s = 200 * 3e6 / 5e11, 200 * 6e6 / 5e11
     # The teacher's whole layers have 0.48 of the host's time, the student's modules all of it.
     hooks = sum(hooks_s(max(compute[tokens], gather_s(3.6e6, 8)), 8, 0.48) for tokens in compute)
-    hooks += 3 * hooks_s(max(forward_s, gather_s(1e6, 4)), 4) + 3 * hooks_s(max(backward_s, gather_s(1e6, 4)), 4)
+    hooks += 3 * hooks_s(max(forward_s, gather_s(1e6, 4)), 4) + 3 * hooks_s(max(backward_s, reduce_s(1e6, 4)), 4)
     # A rank measures 3 of 10 samples of 3 domains, in passes of 2 and 1, which count as passes of 2.
-    measured = forward_s + waits_s(forward_s, 1e6, 4, first=True) + hooks_s(max(forward_s, gather_s(1e6, 4)), 4)
+    measured = forward_s + waits_s(forward_s, 1e6, 4) + hooks_s(max(forward_s, gather_s(1e6, 4)), 4)
     expected = {
         "teacher: compute": compute[400] + compute[200],
         "teacher: communication not hidden": teacher_waits,
         "student: compute": 3 * (forward_s + backward_s),
-        "student: communication not hidden": 3
-        * (waits_s(forward_s, 1e6, 4, first=True) + waits_s(backward_s, 1e6, 4, first=False)),
+        "student: communication not hidden": 3 * (waits_s(forward_s, 1e6, 4) + max(0.0, reduce_s(1e6, 4) - backward_s)),
         "host's hooks not hidden": hooks,
         "loss: row kernel": 3 * 200 * 1000 * 18 / (0.8 * 1e12),
         "optimizer": 250_000 * 30 / (0.8 * 1e12),
@@ -141,8 +144,8 @@ def test_what_options_change_in_a_step() -> None:
     # Every recomputed layer passes its hooks once more, "selective" too, which computes no product again.
     selective = simulated(config_of(student={"gradient_checkpointing": "selective"})).parts
     assert selective["student: compute"] == plain["student: compute"]
-    backward_s, gathered_s = 200 * 6e6 / 5e11, gather_s(1e6, 4)
-    more = hooks_s(max(backward_s, gathered_s), 4, 2) - hooks_s(max(backward_s, gathered_s), 4)
+    backward_s, reduced_s = 200 * 6e6 / 5e11, reduce_s(1e6, 4)
+    more = hooks_s(max(backward_s, reduced_s), 4, 2) - hooks_s(max(backward_s, reduced_s), 4)
     name = "host's hooks not hidden"
     assert selective[name] - plain[name] == pytest.approx(3 * more)
     # Gradients go to the host in float32, weights come back in bf16.
@@ -150,6 +153,11 @@ def test_what_options_change_in_a_step() -> None:
     assert offloaded["optimizer"] - plain["optimizer"] == pytest.approx(250_000 * (4 + 2) / 2e10)
     waiting = simulated(config_of(checkpoint={"in_background": False})).parts
     assert waiting["checkpoint"] == pytest.approx(1_000_000 * 14 / 1e9 / 20)
+    # Gradients of half the bytes, where the reduction is longer than the backward pass.
+    name = "student: communication not hidden"
+    rounded = simulated(config_of(train={"reduce_dtype": "bfloat16"})).parts
+    saved = max(backward_s, reduced_s) - max(backward_s, gather_s(1e6, 4))
+    assert saved > 0 and plain[name] - rounded[name] == pytest.approx(3 * saved)
     fp32 = simulated(config_of(train={"precision": "fp32"})).parts
     assert fp32["checkpoint"] == pytest.approx(250_000 * 16 / 2e10 / 20)
     # One model's logits where no teacher runs: 9 bytes each.
@@ -177,12 +185,12 @@ def test_a_backward_pass_gathers_again_what_a_billion_elements_do_not_hold() -> 
     config = config_of(train={"global_batch_samples": 8}).model_copy(update={"teacher": None, "method": "cpt"})
     parts = simulated(config, large).parts
     compute = 200 * 3e6 / 5e11
-    backward = gather_s(1.5e9, 4) + gather_s(2e9, 4) - 2 * compute
-    expected = waits_s(compute, 2e9, 4, first=True) + backward
+    backward = gather_s(1.5e9, 4) + reduce_s(2e9, 4) - 2 * compute
+    expected = waits_s(compute, 2e9, 4) + backward
     assert parts["student: communication not hidden"] == pytest.approx(expected, rel=1e-12)
     exactly = Models(model(500_000_000, 100_000, 4, 3e6), None, 1000)
     parts = simulated(config, exactly).parts
-    expected = waits_s(compute, 5e8, 4, first=True) + gather_s(5e8, 4) - 2 * compute
+    expected = waits_s(compute, 5e8, 4) + reduce_s(5e8, 4) - 2 * compute
     assert parts["student: communication not hidden"] == pytest.approx(expected, rel=1e-12)
 
 
