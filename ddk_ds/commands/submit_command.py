@@ -17,17 +17,30 @@ from ddk_ds.command_line import command_parser, parse, reports_user_errors
 from ddk_ds.config import Config, load_config
 from ddk_ds.config.suggestions import dashes_hint
 from ddk_ds.errors import UserError
-from ddk_ds.slurm.batch_script import ROOT, Container, Job, next_snapshot, render, write_snapshot
+from ddk_ds.slurm.batch_script import CORES_PER_GPU, ROOT, Container, Job, next_snapshot, render, write_snapshot
 
 _TIME = re.compile(r"(?:(?P<days>\d+)-)?(?P<fields>\d+(?::\d+){0,2})")
 _ARRAY = re.compile(r"\d+(-\d+(:\d+)?)?(,\d+(-\d+(:\d+)?)?)*(%\d+)?")
 _OPTION = re.compile(r"(?P<key>[a-z][a-z-]*)(?:=(?P<value>.+))?")
 # Options of sbatch that the script and its restarts rely on: not accepted by --sbatch-option.
 _RESERVED = (
-    *("account", "array", "chdir", "cpus-per-task", "dependency", "export", "gpus-per-node", "job-name", "nodes"),
-    *("no-requeue", "ntasks", "ntasks-per-node", "open-mode", "output", "partition", "qos", "requeue", "signal"),
+    *("account", "array", "chdir", "cpus-per-task", "dependency", "distribution", "export", "gpus-per-node"),
+    *(
+        "job-name",
+        "nodes",
+        "no-requeue",
+        "ntasks",
+        "ntasks-per-node",
+        "open-mode",
+        "output",
+        "partition",
+        "qos",
+        "requeue",
+        "signal",
+    ),
     *("time", "wrap"),
 )
+_MEMORY = {"mem", "mem-per-cpu", "mem-per-gpu"}
 
 
 @reports_user_errors
@@ -76,7 +89,11 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--partition", help="as sbatch takes it")
     parser.add_argument("--account", help="as sbatch takes it")
     parser.add_argument("--qos", help="as sbatch takes it")
-    parser.add_argument("--cpus-per-task", type=int, help="cores of a rank, and its OMP_NUM_THREADS")
+    parser.add_argument(
+        "--cpus-per-task",
+        type=int,
+        help=f"cores of a rank, and its OMP_NUM_THREADS (default: {CORES_PER_GPU} with GPUs, else the cluster's own)",
+    )
     parser.add_argument(
         "--sbatch-option", action="append", default=[], metavar="KEY[=VALUE]", help="another option of sbatch"
     )
@@ -124,7 +141,8 @@ def make_job(options: argparse.Namespace, config: Config) -> Job:
         chained=options.chain > 1,
         array=options.array,
         seed_from_task=options.seed_from_task,
-        cpus_per_task=options.cpus_per_task,
+        # Slurm's own default is one.
+        cpus_per_task=options.cpus_per_task or (CORES_PER_GPU if options.gpus_per_node else None),
         interface=options.interface,
         container=_container(options, workdir, config),
     )
@@ -171,6 +189,8 @@ def _sbatch_options(options: argparse.Namespace) -> dict[str, str | None]:
         if match["key"] in _RESERVED:
             raise UserError(f"--sbatch-option {text!r}: {match['key']} is set by this command's own options")
         result[match["key"]] = match["value"]
+    if options.gpus_per_node and not result.keys() & _MEMORY:
+        result["mem"] = "0"  # all of a node; the site's default can be a few GB for each core
     return result
 
 

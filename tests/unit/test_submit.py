@@ -174,6 +174,12 @@ def test_gpus_have_a_rank_each(desk: Desk, capsys: pytest.CaptureFixture[str]) -
     assert main(["--config", str(config), *size, "--no-check", "--dry-run"]) == 0
     found = directives(capsys.readouterr().out)
     assert (found["gpus-per-node"], found["ntasks-per-node"], found["time"]) == ("4", "4", "1-0")
+    # Slurm's defaults are one core a task, and often a few GB for each core.
+    assert (found["cpus-per-task"], found["mem"]) == ("6", "0")
+    other = ["--cpus-per-task", "12", "--sbatch-option", "mem-per-gpu=90G"]
+    assert main(["--config", str(config), *size, *other, "--no-check", "--dry-run"]) == 0
+    found = directives(capsys.readouterr().out)
+    assert (found["cpus-per-task"], found["mem-per-gpu"]) == ("12", "90G") and "mem" not in found
 
 
 @pytest.mark.parametrize(
@@ -326,7 +332,9 @@ def test_what_a_rank_is_started_with(desk: Desk) -> None:
     expected |= {"MASTER_ADDR": "10.0.0.7", "MASTER_PORT": "15007", "OMP_NUM_THREADS": "3"}
     expected |= {"GLOO_SOCKET_IFNAME": "ib0", "NCCL_SOCKET_IFNAME": "ib0"}
     assert {key: found.get(key) for key in expected} == expected
-    assert desk.noted("srun")[:3] == ["--kill-on-bad-exit=0", "--wait=60", "--cpus-per-task=3"]
+    assert desk.noted("srun")[:4] == [
+        *("--kill-on-bad-exit=0", "--wait=60", "--distribution=block", "--cpus-per-task=3"),
+    ]
 
 
 def test_odd_values_arrive_as_they_are(

@@ -126,6 +126,17 @@ def same_devices(job: Job) -> Row:
     return same_as_rank_0(job, "devices", found, "give every node the same number of GPUs of one type")
 
 
+def local_cores(job: Job) -> list[set[int]]:
+    """Return the cores that each rank of this node may run on, this rank's first."""
+    mine = os.sched_getaffinity(0)
+    if job.planned is not None:
+        return [mine] * job.local_ranks
+    all_cores = job.comm.gather_objects(sorted(mine))
+    here = job.hosts[job.comm.rank]
+    others = [rank for rank, host in enumerate(job.hosts) if host == here and rank != job.comm.rank]
+    return [mine, *(set(all_cores[rank]) for rank in others)]
+
+
 def same_configuration(job: Job, config: Config) -> Row:
     """Check that all ranks have the same resolved configuration, line by line."""
     text = to_yaml(config)

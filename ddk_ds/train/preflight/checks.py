@@ -68,6 +68,7 @@ def _machine(job: Job) -> list[Row]:
         rows.append(attempt("versions", agreement.same_versions, job))
         rows.append(attempt("devices", agreement.same_devices, job))
         rows.append(attempt("clocks", agreement.clocks, job))
+        rows.append(attempt("cores", _cores, job))
     return [
         *rows,
         attempt("shared memory", machine.shared_memory, job.local_ranks),
@@ -75,6 +76,10 @@ def _machine(job: Job) -> list[Row]:
         attempt("temporary files", machine.temporary_files),
         attempt("port", machine.master_port),
     ]
+
+
+def _cores(job: Job) -> Row:
+    return machine.cores(agreement.local_cores(job), job.device.type, machine.core_limit())
 
 
 def _batch(config: Config, ranks: int) -> Row:

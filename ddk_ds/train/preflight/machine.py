@@ -7,11 +7,13 @@ import resource
 import shutil
 import socket
 import tempfile
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
 
 from ddk_ds.engine.memory_estimate import MEMORY_MARGIN, MemoryEstimate
+from ddk_ds.slurm.batch_script import CORES_PER_GPU
 from ddk_ds.train.preflight.rows import Row, judged
 
 # DeepSpeed maps 66 MiB a rank on a CPU, NCCL tens of MB a rank between the GPUs of a node, loader workers the batches
@@ -97,16 +99,72 @@ def _memory(name: str, needed: int, free: int, free_of: str, estimate: MemoryEst
     return judged(name, found, fail=needed > free, warn=needed > MEMORY_MARGIN * free, fix=fix)
 
 
-def available_bytes(proc: Path = Path("/proc/meminfo"), group: Path = Path("/sys/fs/cgroup")) -> int:
-    """Return the bytes of memory that processes can still get, within the machine and the container's limit."""
-    meminfo = dict(line.split(":") for line in proc.read_text().splitlines())
-    available = int(meminfo["MemAvailable"].split()[0]) * 1024
+def cores(local: Sequence[set[int]], device_type: str, limit: float) -> Row:
+    """Return a row that fails if a rank with a GPU has fewer than CORES_PER_GPU cores; others are not judged.
+
+    Args:
+        local: the cores that each rank of this node may run on, this one's first; they share what they have in common.
+        limit: cores that the node's ranks may use at a time, from `core_limit`.
+    """
+    share = sum(1 / sum(core in other for other in local) for core in local[0])
+    share = min(share, limit / len(local))
+    found = f"{share:.3g} for each of the {len(local)} ranks of the node; a rank with a GPU needs {CORES_PER_GPU}"
+    fix = (
+        "ddk submit --cpus-per-task, or the container's --cpus; else a GPU waits for the threads that feed it "
+        "(--no-preflight trains all the same)"
+    )
+    return judged("cores", found, fail=device_type == "cuda" and share < CORES_PER_GPU, fix=fix)
+
+
+def available_bytes(proc: Path = Path("/proc"), groups: Path = Path("/sys/fs/cgroup")) -> int:
+    """Return the bytes of memory that processes can still get, within the machine and all limits of this process."""
+    meminfo = dict(line.split(":") for line in (proc / "meminfo").read_text().splitlines())
+    free = [int(meminfo["MemAvailable"].split()[0]) * 1024]
+    for group in _control_groups("memory", proc, groups):
+        for limit, used, cached in (
+            ("memory.max", "memory.current", "inactive_file"),
+            ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),  # version 1
+        ):
+            try:
+                bounds = [int((group / name).read_text()) for name in (limit, used)]
+                pages = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+                free.append(bounds[0] - bounds[1] + int(pages[cached]))
+            except (OSError, KeyError, ValueError):  # another version, or no limit: "max"
+                continue
+    return min(free)
+
+
+def core_limit(proc: Path = Path("/proc"), groups: Path = Path("/sys/fs/cgroup")) -> float:
+    """Return the cores that the control groups of this process may use at a time; infinity if there is no limit."""
+    limits = [float("inf")]
+    for group in _control_groups("cpu", proc, groups):
+        for names in (("cpu.max",), ("cpu.cfs_quota_us", "cpu.cfs_period_us")):  # versions 2 and 1
+            try:
+                quota, period = map(int, " ".join((group / name).read_text() for name in names).split())
+            except (OSError, ValueError):  # another version, or no limit: "max"
+                continue
+            if quota > 0:  # version 1 says -1 for no limit
+                limits.append(quota / period)
+    return min(limits)
+
+
+def _control_groups(controller: str, proc: Path, groups: Path) -> Iterator[Path]:
+    """Yield the directories of this process's control groups that have that controller, from the inmost to the root.
+
+    Slurm sets its limits in a group of the step, deep below the root. In a container a path can be the host's, of which
+    only a part is visible: what is missing is passed over.
+    """
     try:
-        limit, used = ((group / name).read_text().strip() for name in ("memory.max", "memory.current"))
-        cached = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())["inactive_file"]
-    except (OSError, KeyError, ValueError):  # an older version of control groups, or none
-        return available
-    return available if limit == "max" else min(available, int(limit) - int(used) + int(cached))
+        lines = (proc / "self/cgroup").read_text().splitlines()
+    except OSError:  # a kernel without control groups
+        return
+    for line in lines:
+        _, controllers, path = line.split(":", 2)  # version 2 has one hierarchy of all controllers, without a name
+        if controllers and controller not in controllers.split(","):
+            continue
+        root = groups / controllers if controllers else groups
+        inmost = root / path.lstrip("/")
+        yield from (inmost, *(parent for parent in inmost.parents if parent.is_relative_to(root)))
 
 
 def size(num_bytes: float) -> str:
