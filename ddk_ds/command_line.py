@@ -15,6 +15,8 @@ from ddk_ds.exit_codes import EXIT_USER_ERROR, exit_code
 
 RANK_SCRIPT = Path(__file__).resolve().with_name("commands") / "distill_rank.py"
 """The script that a launcher starts on each rank of a run."""
+CORES_PER_GPU = 6
+"""Cores that a rank with a GPU needs: for its own two threads that start kernels, NCCL's, checkpoints and reading."""
 
 
 class Main(Protocol):

@@ -13,11 +13,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from ddk_ds.command_line import command_parser, parse, reports_user_errors
+from ddk_ds.command_line import CORES_PER_GPU, command_parser, parse, reports_user_errors
 from ddk_ds.config import Config, load_config
 from ddk_ds.config.suggestions import dashes_hint
 from ddk_ds.errors import UserError
-from ddk_ds.slurm.batch_script import CORES_PER_GPU, ROOT, Container, Job, next_snapshot, render, write_snapshot
+from ddk_ds.slurm.batch_script import ROOT, Container, Job, next_snapshot, render, write_snapshot
 
 _TIME = re.compile(r"(?:(?P<days>\d+)-)?(?P<fields>\d+(?::\d+){0,2})")
 _ARRAY = re.compile(r"\d+(-\d+(:\d+)?)?(,\d+(-\d+(:\d+)?)?)*(%\d+)?")

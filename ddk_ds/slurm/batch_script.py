@@ -23,8 +23,6 @@ from ddk_ds.files import write_text
 
 ROOT = Path(__file__).resolve().parents[2]
 TEMPLATE = Path(__file__).with_name("job.sbatch")
-CORES_PER_GPU = 6
-"""Cores that a rank with a GPU needs: for its own two threads that start kernels, NCCL's, checkpoints and reading."""
 
 
 @dataclass(frozen=True)

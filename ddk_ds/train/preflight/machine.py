@@ -12,8 +12,8 @@ from pathlib import Path
 
 import torch
 
+from ddk_ds.command_line import CORES_PER_GPU
 from ddk_ds.engine.memory_estimate import MEMORY_MARGIN, MemoryEstimate
-from ddk_ds.slurm.batch_script import CORES_PER_GPU
 from ddk_ds.train.preflight.rows import Row, judged
 
 # DeepSpeed maps 66 MiB a rank on a CPU, NCCL tens of MB a rank between the GPUs of a node, loader workers the batches
