@@ -12,6 +12,7 @@ import multiprocessing
 import os
 import signal
 import threading
+import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from multiprocessing import forkserver
@@ -21,7 +22,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from ddk_ds.data.patience import never
-from ddk_ds.errors import DataError, TemporaryError, UserError
+from ddk_ds.errors import TemporaryError, UserError
 
 _IMPORTED = ["__main__", "ddk_ds.data.loader", "streaming.base.format"]
 # Micro-batches that a process may have ahead of the training: one waits in the pipe while it reads the next.
@@ -78,8 +79,9 @@ class Readers:
         """End the processes."""
         for pipe in self._pipes:
             pipe.close()
+        wait_until = time.monotonic() + _END_S
         for process in self._processes:
-            process.join(_END_S)
+            process.join(max(0.0, wait_until - time.monotonic()))
             process.kill()  # if it still waits for a store
             process.join()
 
@@ -94,7 +96,7 @@ class Readers:
         What was read ahead of an earlier call, and not taken, is dropped.
 
         Raises:
-            UserError: the samples' own; a DataError if a process has died.
+            UserError: the samples' own; a TemporaryError if a process has died, or by `give_up`.
         """
         if not self._number:
             yield from (read_batch(samples, batch) for batch in batches)
@@ -142,12 +144,12 @@ class Readers:
         self._unread[number] -= 1
         return answer
 
-    def _death(self, number: int) -> DataError:
+    def _death(self, number: int) -> TemporaryError:
         process = self._processes[number]
         process.join(_END_S)
-        return DataError(
+        return TemporaryError(
             f"process {process.pid}, which reads samples for this rank (data.num_workers), was killed or has crashed, "
-            f"exit code {process.exitcode}: the kernel's log says if memory ran out; start the same command again"
+            f"exit code {process.exitcode}; the kernel's log says if memory ran out"
         )
 
 

@@ -17,7 +17,7 @@ import numpy as np
 
 from ddk_ds.data import readers as module
 from ddk_ds.data.readers import Readers
-from ddk_ds.errors import DataError, TemporaryError
+from ddk_ds.errors import TemporaryError
 
 STUCK = 999
 
@@ -45,8 +45,8 @@ def error_of(readers: Readers, samples: Samples, batches: list[list[int]]) -> st
     """The error of reading these."""
     try:
         list(readers.read(samples, batches))
-    except (DataError, TemporaryError) as error:
-        return f"{type(error).__name__}: {error}"
+    except TemporaryError as error:
+        return str(error)
     return ""
 
 
