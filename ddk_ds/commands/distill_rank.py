@@ -27,6 +27,7 @@ from ddk_ds.lifeline import follow_launcher
 from ddk_ds.redact import redact
 from ddk_ds.remote_hosts import decoded
 from ddk_ds.run_files import is_finished, read_summary
+from ddk_ds.train.rank_environment import set_rank_environment
 from ddk_ds.train.watchdog import Watchdog
 
 if TYPE_CHECKING:
@@ -110,6 +111,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def _run(config: Config, readers: Readers, ranks: int, *, dry_run: bool, preflight: bool) -> int:
     watchdog = Watchdog(config.limits) if "RANK" in os.environ else None
+    if watchdog is not None:
+        set_rank_environment()
     # Imported here: torch and DeepSpeed take seconds, for which a misspelt key should not have to wait.
     from ddk_ds.comm import SingleProcess, call_together, watch_ranks
     from ddk_ds.engine.runtime import start_runtime

@@ -43,7 +43,8 @@ _LOOK_EVERY_S = 0.5
 class Watchdog:
     """Limits the time of each phase of one rank, until the process has ended.
 
-    `<run>/stacks/rank-<n>.txt` names the phase that the rank is in, and holds the stacks if that exceeded its limit.
+    `<run>/stacks/rank-<n>.txt` names the phase that the rank is in, and holds the stacks if that exceeded its limit. Of
+    many steps in a row it names the first, except on rank 0 and where there are stacks.
     Before there is that directory, the stacks go to the standard error.
     """
 
@@ -54,6 +55,8 @@ class Watchdog:
         self._deadline = float("inf")
         self._file = 2
         self._path: Path | None = None
+        self._rank = 0
+        self._written: tuple[Phase, str] | None = None
         self.watch("start")
         Thread(target=self._look, name="watchdog", daemon=True).start()
 
@@ -64,6 +67,7 @@ class Watchdog:
         if path.is_file() and "Timeout" in path.read_text(errors="replace"):
             path.rename(path.with_name(f"{path.stem}-{int(path.stat().st_mtime)}.txt"))
         self._file, self._path = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666), path
+        self._rank, self._written = rank, None
 
     def watch(self, phase: Phase, step: int = 0) -> None:
         """End the phase before and begin `phase` with its time limit; a limit of 0 s means no limit."""
@@ -74,16 +78,22 @@ class Watchdog:
             key, limit, deadline = self._key, self._limit, self._deadline
         self._phase, self._key, self._limit, self._deadline = phase, key, limit, deadline
         self._where = f"{phase} after step {step}, at most {limit:g} s"
-        with suppress(OSError):  # a full disk must not end the run
-            if self._path is not None:
-                os.ftruncate(self._file, 0)
-                os.pwrite(self._file, f"{self._where}\n".encode(), 0)
-                os.lseek(self._file, 0, os.SEEK_END)
+        # `ddk status` reads the step in rank 0's file. The others, on the same disk, need not change at each step.
+        if self._rank == 0 or (phase, key) != self._written:
+            self._written = phase, key
+            self._write_where()
         if deadline == float("inf"):
             faulthandler.cancel_dump_traceback_later()
         else:
             late_s = deadline - time.monotonic() + 2 * _LEAD_S
             faulthandler.dump_traceback_later(late_s, exit=True, file=self._file)
+
+    def _write_where(self) -> None:
+        with suppress(OSError):  # a full disk must not end the run
+            if self._path is not None:
+                os.ftruncate(self._file, 0)
+                os.pwrite(self._file, f"{self._where}\n".encode(), 0)
+                os.lseek(self._file, 0, os.SEEK_END)
 
     def _look(self) -> None:
         while time.monotonic() <= self._deadline:
@@ -104,5 +114,6 @@ class Watchdog:
     def _report(self, line: bytes, stacks: bytes) -> None:
         with suppress(OSError):
             os.write(2, line)
+        self._write_where()  # the step of this moment
         with suppress(OSError):
             os.write(self._file, stacks)

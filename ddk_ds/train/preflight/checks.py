@@ -74,6 +74,7 @@ def _machine(job: Job) -> list[Row]:
         attempt("shared memory", machine.shared_memory, job.local_ranks),
         attempt("open files", machine.open_files),
         attempt("temporary files", machine.temporary_files),
+        attempt("compiler", machine.compiler, job.device.type),
         attempt("port", machine.master_port),
     ]
 

@@ -6,6 +6,7 @@ import os
 import resource
 import shutil
 import socket
+import sysconfig
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -114,6 +115,19 @@ def cores(local: Sequence[set[int]], device_type: str, limit: float) -> Row:
         "(--no-preflight trains all the same)"
     )
     return judged("cores", found, fail=device_type == "cuda" and share < CORES_PER_GPU, fix=fix)
+
+
+def compiler(device_type: str) -> Row:
+    """Return a row that fails if a rank with a GPU cannot compile: Triton builds a launcher of each kernel in C."""
+    found = os.environ.get("CC") or shutil.which("clang") or shutil.which("gcc")
+    headers = Path(sysconfig.get_path("include")) / "Python.h"
+    missing = [
+        *([] if found and shutil.which(found) else [f"C compiler ({found or 'no CC, clang or gcc'})"]),
+        *([] if headers.is_file() else [str(headers)]),
+    ]
+    text = f"missing: {', '.join(missing)}" if missing else f"{found}, {headers}"
+    fix = "install gcc and the headers of this Python (python3-dev), or set CC"
+    return judged("compiler", text, fail=device_type == "cuda" and bool(missing), fix=fix)
 
 
 def available_bytes(proc: Path = Path("/proc"), groups: Path = Path("/sys/fs/cgroup")) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import time
@@ -79,6 +80,26 @@ def test_a_rank_waits_as_long_as_a_slower_one_may_take(monkeypatch: pytest.Monke
 class threadless:
     def start(self) -> None:
         """Look at nothing."""
+
+
+def test_only_rank_0_writes_at_each_step(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """512 ranks would truncate 512 files on a shared disk, step after step. Rank 0's says where the run is."""
+    monkeypatch.setattr(watchdog.faulthandler, "dump_traceback_later", lambda *_, **__: None)
+    monkeypatch.setattr(watchdog, "Thread", lambda **_: threadless())
+    writes, truncate = [], os.ftruncate
+    monkeypatch.setattr(watchdog.os, "ftruncate", lambda *of: (writes.append(of), truncate(*of)))
+    for rank, expected, step in ((0, 100, 99), (3, 1, 0)):
+        dog = Watchdog(Limits())
+        dog.write_to(tmp_path, rank)
+        writes.clear()
+        for number in range(100):
+            dog.watch("step", number)
+        text = (tmp_path / f"stacks/rank-{rank}.txt").read_text()
+        assert (len(writes), text) == (expected, f"step after step {step}, at most 1800 s\n")
+        dog.watch("checkpoint", 100)
+        assert (tmp_path / f"stacks/rank-{rank}.txt").read_text() == "checkpoint after step 100, at most 3600 s\n"
+        dog._report(b"", b"Timeout\n")  # the step of the stacks is the one that hangs
+        assert (tmp_path / f"stacks/rank-{rank}.txt").read_text().endswith("step 100, at most 3600 s\nTimeout\n")
 
 
 @pytest.mark.parametrize("limit", [0.0, 10.0, 100_000.0])
