@@ -28,12 +28,13 @@ def accept_ties(address: str, silence_s: float, lost: Lost) -> str:
     """Accept the ties of the other ranks in a thread, and return what they need for `tie_to_rank_0`.
 
     Args:
-        address: name or address under which the other ranks reach this one; only its family is used.
+        address: name or address under which the other ranks reach this one; says if IPv6 is used.
         silence_s: seconds without an answer after which a host counts as gone; 0: for ever.
         lost: called for each rank whose tie breaks.
     """
     family = socket.getaddrinfo(address, None, type=socket.SOCK_STREAM)[0][0]
-    listener = socket.create_server(("", 0), family=family, backlog=1024)
+    both = family == socket.AF_INET6 and socket.has_dualstack_ipv6()
+    listener = socket.create_server(("", 0), family=family, backlog=1024, dualstack_ipv6=both)
     token = secrets.token_hex(16)
     Thread(target=_accept, args=(listener, token, silence_s, lost), name="ties", daemon=True).start()
     return f"{listener.getsockname()[1]} {token} {socket.gethostname()}"
