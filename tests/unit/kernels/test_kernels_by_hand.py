@@ -100,12 +100,14 @@ def test_every_divergence_is_its_papers(divergence: str) -> None:
         assert unscaled.loss.item() == pytest.approx(by_hand(divergence, STUDENT, 1.0)[0], rel=1e-12)
 
 
-def test_losses_of_each_token() -> None:
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_losses_of_each_token(divergence: str) -> None:
     for function in (reference_kd_loss, lambda *args, **kw: linear_kd_loss(*args, per_token=True, **kw)):
-        found, _ = loss_of("forward_kl", function)
+        found, _ = loss_of(divergence, function)
         assert found.token_ce is not None and found.token_kl is not None
         ce = [-math.log(softmax(row)[label]) / 2 for row, label in zip(STUDENT, LABELS, strict=True)]
-        divergences = [kl(q, softmax([x / 2 for x in row])) / 2 for q, row in zip(TEACHER, STUDENT, strict=True)]
+        pairs = zip(TEACHER, STUDENT, strict=True)
+        divergences = [PAPERS[divergence](q, softmax([x / 2 for x in row])) / 2 for q, row in pairs]
         assert found.token_ce.tolist() == pytest.approx([*ce, 0.0])
         assert found.token_kl.tolist() == pytest.approx([*divergences, 0.0])
 

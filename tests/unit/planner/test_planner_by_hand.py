@@ -136,6 +136,19 @@ def test_passes_of_the_teacher() -> None:
     assert parts["teacher: communication not hidden"] == pytest.approx(waits, rel=1e-12)
 
 
+def test_a_measurement_is_forward_passes_of_the_student() -> None:
+    """Nothing but its computation and the first gather, where the host has no part: 6 passes in 50 steps."""
+    options: Any = {"domains": 3, "storage_bytes_per_s": 1e9, "host_s_per_layer": 0.0}
+    compute = 200 * 3e6 / 5e11
+    assert compute > gather_s(1e6, 4)
+    found = simulate_step(config_of(), MODELS, CLUSTER, **options).parts["controller"]
+    assert found == pytest.approx(6 * (gather_s(250_000, 1) + compute) / 50, rel=1e-12)
+    # 4 samples of each domain, one a rank: shorter passes of one sample, whose gathers show.
+    config = config_of(data={"validation_samples": 4})
+    found = simulate_step(config, MODELS, CLUSTER, **options).parts["controller"]
+    assert found == pytest.approx(3 * (gather_s(250_000, 1) + gather_s(1e6, 4)) / 50, rel=1e-12)
+
+
 def test_what_options_change_in_a_step() -> None:
     plain = simulated(config_of()).parts
     # The layers' products once more in the backward pass, without the head's 2 x 100,000.
