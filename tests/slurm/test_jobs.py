@@ -138,6 +138,23 @@ def test_time_limit(slurm: Cluster, whole: Path, workspace: Path, tmp_path: Path
     assert slurm.wait_for_end(job)[0] == "CANCELLED"
 
 
+def test_cores_and_memory_are_those_asked_for(slurm: Cluster, workspace: Path, tmp_path: Path) -> None:
+    """By the allocation, and by the step's own environment, which since Slurm 22.05 does not inherit the cores."""
+    rank = tmp_path / "python"
+    rank.write_text(f"#!/bin/bash\nenv > {tmp_path}/environment-$RANK\n")
+    rank.chmod(0o755)
+    options = ["--python", str(rank), "--cpus-per-task", "2", "--sbatch-option", "mem=1500M"]
+    [job] = slurm.submit(write_config(workspace, tmp_path), *options, ranks=1)
+    assert slurm.wait_for_end(job) == ("COMPLETED", 0), log(tmp_path / "runs/run", job)
+    shown = slurm.show(job)
+    assert (shown["NumCPUs"], shown["CPUs/Task"], shown["MinMemoryNode"]) == ("2", "2", "1500M")
+    environment = dict(
+        line.split("=", 1) for line in (tmp_path / "environment-0").read_text().splitlines() if "=" in line
+    )
+    names = ("SLURM_CPUS_PER_TASK", "SLURM_CPUS_ON_NODE", "OMP_NUM_THREADS", "SLURM_MEM_PER_NODE", "SLURM_DISTRIBUTION")
+    assert [environment[name] for name in names] == ["2", "2", "2", "1500", "block"]
+
+
 def test_a_job_that_gains_nothing_is_requeued_once(slurm: Cluster, workspace: Path, tmp_path: Path) -> None:
     idle = tmp_path / "python"
     idle.write_text("#!/bin/bash\nexit 75\n")
