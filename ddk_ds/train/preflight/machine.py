@@ -119,10 +119,10 @@ def cores(local: Sequence[set[int]], device_type: str, limit: float) -> Row:
 
 def compiler(device_type: str) -> Row:
     """Return a row that fails if a rank with a GPU cannot compile: Triton builds a launcher of each kernel in C."""
-    found = os.environ.get("CC") or shutil.which("clang") or shutil.which("gcc")
-    headers = Path(sysconfig.get_path("include")) / "Python.h"
+    found = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
+    headers = Path(sysconfig.get_path("include", "posix_prefix")) / "Python.h"  # not Debian's scheme, as in Triton
     missing = [
-        *([] if found and shutil.which(found) else [f"C compiler ({found or 'no CC, clang or gcc'})"]),
+        *([] if found and shutil.which(found) else [f"C compiler ({found or 'no CC, gcc or clang'})"]),
         *([] if headers.is_file() else [str(headers)]),
     ]
     text = f"missing: {', '.join(missing)}" if missing else f"{found}, {headers}"
