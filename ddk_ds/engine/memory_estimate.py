@@ -31,7 +31,7 @@ from ddk_ds.config import Config, Model
 from ddk_ds.config.sections import Teacher
 from ddk_ds.engine.ds_config import RELIED_ON, WHOLE_LAYERS_ZERO, bucket_sizes
 from ddk_ds.engine.model_files import COMPUTE_BYTES, ModelShape
-from ddk_ds.kernels.options import GROUP_CHUNKS, default_chunk_tokens
+from ddk_ds.kernels.options import GROUP_CHUNKS, default_chunk_tokens, padded
 
 CONTEXT_BYTES = 1_000_000_000
 COMMUNICATORS, COMMUNICATOR_BYTES = 4, 750_000_000
@@ -218,11 +218,11 @@ def _passes(
         "head's weight gradient": (4 + compute) * student.head,
         "hidden states": tokens
         * (student.hidden * (compute + 4) + (per_pass * teacher.hidden * compute if teacher else 0)),
-        "logits of a chunk": chunk * vocab_size * logits * models,
+        "logits of a chunk": chunk * padded(vocab_size) * logits * models,
         "activations": _activations(config, student, tokens, compute),
     }
     if compute == 2:
-        parts["logits' gradients"] = min(tokens, GROUP_CHUNKS * chunk) * vocab_size * compute
+        parts["logits' gradients"] = min(tokens, GROUP_CHUNKS * chunk) * padded(vocab_size) * compute
     if teacher is not None and config.teacher is not None:
         prefetch = bucket_sizes(teacher.largest_layer)["stage3_prefetch_bucket_size"]
         layer = _layer_activations(config.teacher, teacher, tokens, config.data.sequence_length, compute)

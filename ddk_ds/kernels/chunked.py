@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ddk_ds.errors import ConfigError
 from ddk_ds.kernels import rows_native
-from ddk_ds.kernels.options import GROUP_CHUNKS, Options, Rows, TeacherTopK
+from ddk_ds.kernels.options import ALIGN, GROUP_CHUNKS, Options, Rows, TeacherTopK, padded
 from ddk_ds.kernels.rows_eager import eager_rows
 from ddk_ds.kernels.rows_native import add_half
 
@@ -29,11 +29,8 @@ except ImportError:  # Triton comes with CUDA builds of torch only
 
 # Weight rows at a time where a tensor of the weight's size must not be made: a cast tile stays in cache.
 TILE_ROWS = 2048
-# Columns of a logits buffer are a multiple of this, so that every row begins on a cache line and matmuls stay aligned.
-_ALIGN = 64
 # On CUDA the tensor cores multiply bf16 and fp16 exactly and give float32 sums.
-_HAS_MIXED_MM = "dtype_out" in torch.ops.aten.mm.overloads()
-_HAS_MIXED_ADDMM = "dtype_out" in torch.ops.aten.addmm.overloads()
+_HAS_MIXED_MM = "dtype_out" in torch.ops.aten.addmm.overloads()
 
 RowKernel = Callable[[Rows, Options], None]
 
@@ -179,7 +176,7 @@ class _Loop:
             self.grads = _row_buffer("grads", group, vocab_size, grad_dtype, hidden)
         self.has_weight_grad = False
         if sums.weight_grad is not None:
-            sums.weight_grad[vocab_size if self.num_rows else 0 :] = 0
+            sums.weight_grad[len(self.student.weight) if self.num_rows else 0 :] = 0
         self.student_hidden = hidden.new_empty(group, hidden.shape[1])
 
     def chunk(self, start: int, stop: int) -> None:
@@ -223,10 +220,10 @@ class _Loop:
                 self.student.hidden_grad(grad, part)
                 sums.hidden_grad[rows] = part
         if sums.weight_grad is not None:
-            self.student.add_weight_grad(grad, hidden, sums.weight_grad[:classes], keep=self.has_weight_grad)
+            self.student.add_weight_grad(grad, hidden, sums.weight_grad, keep=self.has_weight_grad)
             self.has_weight_grad = True
         if sums.bias_grad is not None:
-            sums.bias_grad[:classes].add_(grad.sum(0, dtype=sums.bias_grad.dtype))
+            sums.bias_grad[:classes].add_(grad[:, :classes].sum(0, dtype=sums.bias_grad.dtype))
 
 
 class _Teacher:
@@ -239,7 +236,7 @@ class _Teacher:
         self._chunk_hidden = self._hidden.new_empty(chunk, self._hidden.shape[1])
 
     def logits(self, rows: slice | Tensor, targets: Tensor) -> Tensor:
-        """Return the logits (m, V) of the tokens `rows`, in memory that the next call overwrites."""
+        """Return the logits (m, W) of the tokens `rows`, in memory that the next call overwrites."""
         logits = self._logits[: len(targets)]
         self._head.logits(_take(self._hidden, rows, targets, self._chunk_hidden[: len(targets)]), logits)
         return logits
@@ -251,11 +248,11 @@ def _take(hidden: Tensor, rows: slice | Tensor, targets: Tensor, out: Tensor) ->
 
 
 def _row_buffer(use: str, rows: int, vocab_size: int, dtype: torch.dtype, like: Tensor) -> Tensor:
-    """Return an uninitialised buffer (rows, vocab_size) whose rows are aligned; `use` names it among the kept ones."""
-    buffer = _workspace(use, (rows, -(-vocab_size // _ALIGN) * _ALIGN), dtype, like)
-    # torch's bf16 matmul on a CPU reads past a row's end and multiplies by zero: no NaN may lie there.
+    """Return a buffer (rows, W), uninitialised but for zeros as padding; `use` names it among the kept ones."""
+    buffer = _workspace(use, (rows, padded(vocab_size)), dtype, like)
+    # torch's bf16 matmul on a CPU reads past the vocabulary's end and multiplies by zero: no NaN may lie there.
     buffer[:, vocab_size:] = 0
-    return buffer[:, :vocab_size]
+    return buffer
 
 
 _kept = threading.local()
@@ -280,13 +277,21 @@ def _workspace(use: str, shape: tuple[int, ...], dtype: torch.dtype, like: Tenso
 
 
 class Head:
-    """One model's output head cut to `vocab_size` rows: its three matmuls in any dtypes of weight, logits and sums."""
+    """One model's output head: its three matmuls in any dtypes of weight, logits and sums.
+
+    cuBLAS is at its best where each size is a multiple of 16 bytes, which a vocabulary V seldom is. So on a GPU the
+    matmuls take further rows of the weight, up to the width W of the logits. A head without them, and the hidden
+    states' gradient (where 0 times a padding row's NaN would be NaN), take a multiple of ALIGN rows and then the rest.
+    """
 
     def __init__(self, weight: Tensor, bias: Tensor | None, vocab_size: int, logits_dtype: torch.dtype) -> None:
         """Keep views of weight and bias; `logits_dtype` is the weight's own, or wider."""
-        self.weight = weight.detach()[:vocab_size]
+        self._vocab_size, self._aligned = vocab_size, wants_multiples(weight)
+        rows = padded(vocab_size) if self._aligned and len(weight) >= padded(vocab_size) else vocab_size
+        self.weight = weight.detach()[:rows]
+        """The rows that take part in matmuls: V, or W."""
         self.logits_dtype = logits_dtype
-        self.bias = None if bias is None else bias.detach()[:vocab_size].to(logits_dtype)
+        self.bias = None if bias is None else bias.detach()[:rows].to(logits_dtype)
         mixed = weight.is_cuda and _HAS_MIXED_MM and logits_dtype == torch.float32
         # A CPU has no matmul of half-precision inputs with float32 output: tiles of the weight are cast.
         self._factor_dtype = weight.dtype if mixed else logits_dtype
@@ -294,15 +299,22 @@ class Head:
         """Dtype in which gradients of the logits enter the two matmuls."""
         self._memory: dict[torch.dtype, Tensor] = {}
 
-    def _tiles(self, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-        """Yield (rows of the vocabulary, the weight's rows in `dtype`): one tile unless the weight must be cast."""
+    def _parts(self, rows: int) -> Iterator[slice]:
+        """Yield slices of 0..rows-1 for one matmul each."""
+        whole = rows // ALIGN * ALIGN if self._aligned else rows
+        for start, stop in ((0, whole), (whole, rows)):
+            if start < stop:
+                yield slice(start, stop)
+
+    def _tiles(self, dtype: torch.dtype, rows: int) -> Iterator[tuple[slice, Tensor]]:
+        """Yield (some of the weight's first `rows` rows, these in `dtype`), in tiles where the weight must be cast."""
         if dtype == self.weight.dtype:
-            yield slice(0, len(self.weight)), self.weight
+            yield from ((part, self.weight[part]) for part in self._parts(rows))
             return
-        tile = self._scratch(min(TILE_ROWS, len(self.weight)), dtype)
-        for start in range(0, len(self.weight), len(tile)):
-            rows = slice(start, min(start + len(tile), len(self.weight)))
-            yield rows, tile[: rows.stop - start].copy_(self.weight[rows])
+        tile = self._scratch(min(TILE_ROWS, rows), dtype)
+        for start in range(0, rows, len(tile)):
+            part = slice(start, min(start + len(tile), rows))
+            yield part, tile[: part.stop - start].copy_(self.weight[part])
 
     def _scratch(self, rows: int, dtype: torch.dtype) -> Tensor:
         """Return (rows, H), the same memory at every call: a new tensor's pages cost more than the work on them."""
@@ -311,39 +323,40 @@ class Head:
         return self._memory[dtype]
 
     def logits(self, hidden: Tensor, out: Tensor) -> None:
-        """Write hidden (m, H) @ weight.T + bias to out (m, V)."""
+        """Write hidden (m, H) @ weight.T + bias to the first V columns of out (m, W); padding may be written too."""
         hidden = hidden.to(self._factor_dtype)
-        for rows, weight in self._tiles(self._factor_dtype):
+        for rows, weight in self._tiles(self._factor_dtype, len(self.weight)):
             if self.bias is not None and weight.dtype == out.dtype:
                 torch.addmm(self.bias[rows], hidden, weight.t(), out=out[:, rows])
                 continue
-            _matmul(hidden, weight.t(), out[:, rows])
+            _matmul(hidden, weight.t(), out[:, rows], keep=False)
             if self.bias is not None:
                 out[:, rows].add_(self.bias[rows])
 
     def hidden_grad(self, grad: Tensor, out: Tensor) -> None:
-        """Write grad (m, V) @ weight to out (m, H); `grad` has the dtype `grad_dtype`."""
-        if grad.dtype == self.weight.dtype:
-            _matmul(grad, self.weight, out)
-            return
-        out.zero_()
-        for rows, weight in self._tiles(grad.dtype):
-            out.addmm_(grad[:, rows], weight)
+        """Write grad (m, W) @ weight to out (m, H), without padding; `grad` has the dtype `grad_dtype`."""
+        for rows, weight in self._tiles(grad.dtype, self._vocab_size):
+            _matmul(grad[:, rows], weight, out, keep=rows.start > 0)
 
     def add_weight_grad(self, grad: Tensor, hidden: Tensor, total: Tensor, *, keep: bool) -> None:
-        """Add grad (m, V).T @ hidden (m, H) to total (V, H); if `keep` is false, overwrite `total` with it."""
+        """Add grad (m, W).T @ hidden (m, H) to the head's rows of total (Vs, H), or overwrite them if not `keep`."""
         hidden = hidden.to(grad.dtype)
-        if grad.dtype == total.dtype:
-            total.addmm_(grad.t(), hidden, beta=int(keep))
-        elif grad.is_cuda and _HAS_MIXED_ADDMM:
-            torch.addmm(total, grad.t(), hidden, beta=int(keep), out_dtype=total.dtype, out=total)
-        else:
-            product = self._scratch(min(TILE_ROWS, len(total)), grad.dtype)
-            for start in range(0, len(total), TILE_ROWS):
-                rows = slice(start, min(start + TILE_ROWS, len(total)))
-                part = product[: rows.stop - start]
-                torch.mm(grad[:, rows].t(), hidden, out=part)
-                add_half(total[rows], part, keep=keep)
+        if grad.dtype == total.dtype or (grad.is_cuda and _HAS_MIXED_MM):
+            for rows in self._parts(len(self.weight)):
+                _matmul(grad[:, rows].t(), hidden, total[rows], keep=keep)
+            return
+        size = len(self.weight)
+        product = self._scratch(min(TILE_ROWS, size), grad.dtype)
+        for start in range(0, size, TILE_ROWS):
+            rows = slice(start, min(start + TILE_ROWS, size))
+            part = product[: rows.stop - start]
+            torch.mm(grad[:, rows].t(), hidden, out=part)
+            add_half(total[rows], part, keep=keep)
+
+
+def wants_multiples(weight: Tensor) -> bool:
+    """Return True if matmuls with the weight are faster where each size is a multiple of 16 bytes."""
+    return weight.is_cuda
 
 
 def has_fast_half(weight: Tensor) -> bool:
@@ -353,10 +366,11 @@ def has_fast_half(weight: Tensor) -> bool:
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
-def _matmul(a: Tensor, b: Tensor, out: Tensor) -> None:
+def _matmul(a: Tensor, b: Tensor, out: Tensor, *, keep: bool) -> None:
+    """Add a @ b to `out`; if `keep` is false, overwrite `out` with it."""
     if a.dtype == out.dtype:
-        torch.mm(a, b, out=out)
+        torch.addmm(out, a, b, beta=int(keep), out=out)
     elif a.is_cuda and _HAS_MIXED_MM and out.dtype == torch.float32:
-        torch.mm(a, b, out_dtype=out.dtype, out=out)
+        torch.addmm(out, a, b, beta=int(keep), out_dtype=out.dtype, out=out)
     else:
-        out.copy_(a @ b)
+        out.add_(a @ b) if keep else out.copy_(a @ b)

@@ -13,7 +13,7 @@ from torch import Tensor
 from ddk_ds.errors import ConfigError
 from ddk_ds.kernels.chunked import Call, Head, HeadInput, Wanted, compute_dtype, logits_dtype, run_chunks
 from ddk_ds.kernels.custom_op import linear_kd_sums
-from ddk_ds.kernels.options import KDLoss, Options, TeacherTopK, default_chunk_tokens
+from ddk_ds.kernels.options import KDLoss, Options, TeacherTopK, default_chunk_tokens, padded
 from ddk_ds.kernels.rows_eager import apply_form, log_sum_of_others
 
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -112,9 +112,9 @@ def top_k_of(hidden: Tensor, weight: Tensor, k: int, *, options: Options, bias: 
     head = Head(weight, bias, options.vocab_size, logits_dtype(hidden, options))
     parts = []
     for part in hidden.detach().split(options.chunk_tokens):
-        products = part.new_empty(len(part), options.vocab_size, dtype=head.logits_dtype)
+        products = part.new_empty(len(part), padded(options.vocab_size), dtype=head.logits_dtype)
         head.logits(part, products)
-        logits = apply_form(products, options.teacher_form)[0] / options.temperature
+        logits = apply_form(products[:, : options.vocab_size], options.teacher_form)[0] / options.temperature
         top, log_norm = logits.topk(k, dim=-1), logits.logsumexp(-1, keepdim=True)
         log_tail = log_sum_of_others(logits, top.indices) - log_norm
         parts.append((top.indices, (top.values - log_norm).float(), log_tail.squeeze(1).float()))

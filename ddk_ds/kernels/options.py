@@ -21,6 +21,8 @@ GROUP_CHUNKS = 4
 # Matmuls of fewer tokens than MIN_CHUNK are slow.
 CHUNK_BYTES = {"cpu": 128 << 20, "cuda": 1_250_000_000}
 MIN_CHUNK, MAX_CHUNK = 512, 8192
+# Columns of a logits buffer are a multiple of this, so that loads are wide and matmuls aligned for any vocabulary.
+ALIGN = 64
 
 
 class LogitForm(NamedTuple):
@@ -49,12 +51,16 @@ class TeacherTopK(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """Tensors that a row kernel reads and writes for m tokens."""
+    """Tensors that a row kernel reads and writes for m tokens.
+
+    Their width W is the vocabulary's V or up to ALIGN - 1 more. What lies between is padding: it may hold anything,
+    takes no part, and a kernel may overwrite it.
+    """
 
     student: Tensor
-    """(m, V) logits before their `LogitForm`; a kernel may overwrite them."""
+    """(m, W) logits before their `LogitForm`; a kernel may overwrite them."""
     teacher: Tensor | TeacherTopK | None
-    """The teacher's logits (m, V) or its top k; None for cross-entropy alone."""
+    """The teacher's logits (m, W) or its top k; None for cross-entropy alone."""
     labels: Tensor
     """(m,) int64, negative where ignored."""
     ce: Tensor
@@ -62,7 +68,10 @@ class Rows(NamedTuple):
     divergence: Tensor
     """(m,) float64, written; 0 where ignored."""
     grad: Tensor | None
-    """(m, V), written: ce_weight dCE + gamma T^2 dD by row; it can lie in the student's memory. None if not wanted."""
+    """(m, W), written: ce_weight dCE + gamma T^2 dD by row, and 0 as padding; it can lie in the student's memory.
+
+    None if not wanted.
+    """
 
 
 class KDLoss(NamedTuple):
@@ -133,6 +142,11 @@ class Options:
         for name, form in (("student_form", self.student_form), ("teacher_form", self.teacher_form)):
             if not (math.isfinite(form.scale) and math.isfinite(form.softcap) and form.softcap >= 0):
                 raise ConfigError(f"{name} is {form}: give finite numbers, softcap >= 0")
+
+
+def padded(vocab_size: int) -> int:
+    """Return the width W of a row of logits."""
+    return -(-vocab_size // ALIGN) * ALIGN
 
 
 def default_chunk_tokens(vocab_size: int, device_type: str) -> int:

@@ -24,17 +24,19 @@ def eager_rows(tensors: Rows, options: Options) -> None:
     The gradient is that of the loss with respect to the student's logits before their `LogitForm`.
     """
     student, teacher, labels, ce, divergence, grad = tensors
-    step = max(1, _BLOCK_ELEMENTS.get(student.device.type, 1 << 23) // student.shape[1])
+    classes = options.vocab_size
+    step = max(1, _BLOCK_ELEMENTS.get(student.device.type, 1 << 23) // classes)
     for start in range(0, len(student), step):
         rows = slice(start, start + step)
         part = TeacherTopK(*(t[rows] for t in teacher)) if isinstance(teacher, TeacherTopK) else teacher
-        part = part[rows] if isinstance(part, Tensor) else part
-        block_ce, block_divergence, block_grad = _block(student[rows], part, labels[rows], options)
+        part = part[rows, :classes] if isinstance(part, Tensor) else part
+        block_ce, block_divergence, block_grad = _block(student[rows, :classes], part, labels[rows], options)
         ignored = labels[rows] < 0
         ce[rows] = block_ce.masked_fill(ignored, 0)
         divergence[rows] = block_divergence.masked_fill(ignored, 0)
         if grad is not None:
-            grad[rows] = block_grad.masked_fill_(ignored[:, None], 0).to(grad.dtype)
+            grad[rows, :classes] = block_grad.masked_fill_(ignored[:, None], 0).to(grad.dtype)
+            grad[rows, classes:] = 0
 
 
 def _block(

@@ -65,7 +65,7 @@ def native_rows(tensors: Rows, options: Options) -> None:
         ce=ce.data_ptr(),
         divergence=divergence.data_ptr(),
         rows=student.shape[0],
-        classes=student.shape[1],
+        classes=options.vocab_size,
         student_stride=student.stride(0),
         teacher_stride=0 if teacher is None else teacher.stride(0),
         grad_stride=0 if grad is None else grad.stride(0),
@@ -83,6 +83,8 @@ def native_rows(tensors: Rows, options: Options) -> None:
     )
     failed = getattr(library, _ENTRY[student.dtype])(ctypes.byref(arguments))
     assert not failed, f"rows.cpp does not know divergence {options.divergence}"
+    if grad is not None:
+        grad[:, options.vocab_size :] = 0
 
 
 def add_half(total: Tensor, part: Tensor, *, keep: bool) -> None:

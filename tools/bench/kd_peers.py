@@ -48,7 +48,10 @@ CASES = {
     "cpu": [
         Case(*shape, dtype) for shape in ((2048, 32_000, 576, 1024), (512, 151_936, 256, 640)) for dtype in DTYPES[:2]
     ],
-    "cuda": [Case(*shape, 2048, 5120, "bfloat16") for shape in ((8192, 151_936), (8192, 32_000), (4096, 262_144))],
+    "cuda": [
+        Case(*shape, 2048, 5120, "bfloat16")
+        for shape in ((8192, 151_936), (8192, 151_646), (8192, 50_257), (8192, 32_000), (4096, 262_144))
+    ],
 }
 NEAR_CASE = Case(512, 32_000, 576, 576, "bfloat16")
 

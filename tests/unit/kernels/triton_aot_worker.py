@@ -1,4 +1,8 @@
-"""Compile variants of the Triton row kernel without a GPU; print the assembler's figures as JSON."""
+"""Compile variants of the Triton row kernel without a GPU; print the assembler's figures as JSON.
+
+The arguments are those of a real call of the loss on a CPU, with the kernel replaced by a recorder: their hints (sizes
+and addresses that are multiples of 16) decide how wide the loads are.
+"""
 
 from __future__ import annotations
 
@@ -6,48 +10,90 @@ import json
 import re
 import subprocess
 import tempfile
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+import torch
 import triton
 import triton.backends.nvidia
+from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from ddk_ds.kernels.rows_triton import BLOCK, NUM_WARPS, row_kernel
+from ddk_ds.kernels import DIVERGENCES, LogitForm, Options, chunked, linear_kd_loss, rows_triton
 
 _PTXAS = Path(triton.backends.nvidia.__file__).parent / "bin" / "ptxas"
 _WIDTH = {"b32": 4, "b64": 8, "b16": 2}
-_POINTERS = {"S": "*fp32", "T": "*fp32", "G": "*bf16", "Y": "*i64", "CE": "*fp64", "D": "*fp64"}
-_INTEGERS = ("s_stride", "t_stride", "g_stride", "V")
+_POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.int64: "*i64", torch.float64: "*fp64"}
+_FORMS = {0: LogitForm(), 2: LogitForm(0.8, 30.0)}
+_KERNEL = rows_triton.row_kernel
+Signature = tuple[tuple[str, str], ...]
 
 
-def compile_variant(kind: int, capability: int, one_softmax: bool, form: int) -> dict[str, Any]:
-    """Compile one variant for sm_<capability>; return its registers, spills and bytes moved."""
-    names = row_kernel.arg_names
-    constants = {
-        "KIND": kind,
-        "ONE_SOFTMAX": one_softmax,
-        "WITH_CE": True,
-        "WRITE": True,
-        "S_FORM": form,
-        "T_FORM": form,
-        "BLOCK": BLOCK,
-    }
-    signature = dict.fromkeys(names, "fp32") | _POINTERS | dict.fromkeys(_INTEGERS, "i32")
-    signature |= dict.fromkeys(constants, "constexpr")
-    aligned = {(names.index(name),): [["tt.divisibility", 16]] for name in (*_POINTERS, *_INTEGERS)}
-    by_place = {(names.index(name),): value for name, value in constants.items()}
-    source = ASTSource(fn=row_kernel, signature=signature, constexprs=by_place, attrs=aligned)
-    kernel = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": NUM_WARPS})
-    name = f"sm_{capability} kind {kind} {'T = 1' if one_softmax else 'T'} form {form}"
-    record = {"name": name, "kind": kind, "capability": capability, "form": form}
-    return {
-        **record,
-        "shared_bytes": kernel.metadata.shared,
-        **_assemble(kernel.asm["ptx"]),
-        **_bytes(kernel.asm["ptx"]),
-    }
+class _Recorder:
+    """The kernel's place in `triton_rows`: it keeps the arguments of the launch and computes nothing."""
+
+    def __getitem__(self, grid: tuple[int, ...]) -> _Recorder:
+        return self
+
+    def __call__(self, *arguments: Any, **constants: Any) -> None:
+        self.arguments, self.constants = arguments, constants
+
+
+def launched(vocab_size: int, kind: int, one_softmax: bool, form: int) -> _Recorder:
+    """Return the arguments with which a GPU's call starts the kernel: float32 logits, bf16 gradients beside them."""
+    options = Options(
+        vocab_size,
+        gamma=float(kind > 0),
+        temperature=1.0 if one_softmax else 2.0,
+        divergence=DIVERGENCES[max(0, kind - 1)],
+        student_form=_FORMS[form],
+        teacher_form=_FORMS[form],
+        engine="triton",
+    )
+    hidden, weight = torch.zeros(2, 8, dtype=torch.bfloat16), torch.zeros(vocab_size, 8, dtype=torch.bfloat16)
+    chunked.has_fast_half = lambda weight: True
+    rows_triton.row_kernel = recorder = _Recorder()
+    labels, valid = torch.zeros(2, dtype=torch.int64), torch.tensor(2)
+    linear_kd_loss(hidden, weight.requires_grad_(), hidden, weight, labels, num_valid=valid, options=options)
+    return recorder
+
+
+def compile_variant(vocab_size: int, kind: int, one_softmax: bool, form: int) -> list[dict[str, Any]]:
+    """Compile one variant for sm_80 and sm_90; return its registers, spills and bytes moved."""
+    call = launched(vocab_size, kind, one_softmax, form)
+    signature: list[tuple[str, str]] = []
+    hints = []
+    for parameter, value in zip(_KERNEL.params, call.arguments, strict=False):
+        number = value.data_ptr() if isinstance(value, Tensor) else value
+        if isinstance(value, float):
+            signature.append((parameter.name, "fp32"))
+            continue
+        signature.append((parameter.name, _POINTERS[value.dtype] if isinstance(value, Tensor) else "i32"))
+        if number % 16 == 0 and not parameter.do_not_specialize:
+            hints.append(parameter.num)
+    constants = {key: value for key, value in call.constants.items() if key != "num_warps"}
+    record = {"vocab_size": vocab_size, "kind": kind, "form": form, "one_softmax": one_softmax}
+    sizes = (tuple(signature), tuple(hints), tuple(constants.items()))
+    return [{**record, "capability": sm, **_compiled(sm, *sizes)} for sm in (80, 90)]
+
+
+@cache
+def _compiled(
+    capability: int, signature: Signature, hints: tuple[int, ...], constants: tuple[tuple[str, int], ...]
+) -> dict[str, Any]:
+    names = _KERNEL.arg_names
+    source = ASTSource(
+        fn=_KERNEL,
+        signature={**dict(signature), **dict.fromkeys(dict(constants), "constexpr")},
+        constexprs={(names.index(name),): value for name, value in constants},
+        attrs={(place,): [["tt.divisibility", 16]] for place in hints},
+    )
+    warps = {"num_warps": rows_triton.NUM_WARPS}
+    kernel = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=warps)
+    ptx = kernel.asm["ptx"]
+    return {"shared_bytes": kernel.metadata.shared, **_assemble(ptx), **_moved(ptx)}
 
 
 def _assemble(ptx: str) -> dict[str, int]:
@@ -64,23 +110,26 @@ def _assemble(ptx: str) -> dict[str, int]:
     return {"registers": int(registers.group(1)), "spill_bytes": sum(map(int, spills))}
 
 
-def _bytes(ptx: str) -> dict[str, Any]:
-    """Count bytes of the loads and stores that the kernel's loops make for each block, by element of the block."""
-    threads = NUM_WARPS * 32
+def _moved(ptx: str) -> dict[str, Any]:
+    """Return bytes of vector loads and stores by element of a block, and the numbers of scalar loads and stores."""
+    block_threads = rows_triton.NUM_WARPS * 32 / rows_triton.BLOCK
     moved = {"ld": 0.0, "st": 0.0}
-    vectorised = True
-    for operation, vector, width in re.findall(r"(ld|st)\.global(?:\.v(\d))?\.(b\d+)", ptx):
-        if not vector:  # label, logit at the label, the two losses: a few bytes a row
-            vectorised = vectorised and width in ("b32", "b64")
-            continue
-        moved[operation] += int(vector) * _WIDTH[width] * threads / BLOCK
+    scalar = {"ld": 0, "st": 0}
+    for operation, vector, width in re.findall(r"(ld|st)\.global(?:\.\w+)*?(?:\.v(\d))?\.(b\d+)", ptx):
+        if vector:
+            moved[operation] += int(vector) * _WIDTH[width] * block_threads
+        else:
+            scalar[operation] += 1
     return {
         "load_bytes_per_element": moved["ld"],
         "store_bytes_per_element": moved["st"],
-        "vectorised": vectorised,
+        "scalar_loads": scalar["ld"],
+        "scalar_stores": scalar["st"],
     }
 
 
 if __name__ == "__main__":
-    variants = [(kind, one, 0) for kind in range(7) for one in (True, False)] + [(1, True, 2), (5, False, 2)]
-    print(json.dumps([compile_variant(kind, sm, one, form) for sm in (80, 90) for kind, one, form in variants]))
+    variants = [(151_646, kind, one, 0) for kind in range(7) for one in (True, False)]
+    variants += [(151_646, 1, True, 2), (151_646, 5, False, 2)]
+    variants += [(vocab_size, 1, True, 0) for vocab_size in (50_257, 151_936)]
+    print(json.dumps([record for variant in variants for record in compile_variant(*variant)]))
