@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
+import textwrap
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -69,6 +71,29 @@ def test_a_command_fails_with_its_last_line(bench: Bench) -> None:
     assert "out of memory" in (bench.out / "part.log").read_text()
 
 
+def test_what_tests_measure_is_in_the_result(bench: Bench) -> None:
+    """Also of a test that fails: the number is what the first hour is for."""
+    text = """
+    import pytest
+
+    @pytest.mark.parametrize("fails", [False, FAILS])
+    def test_cores(record_property, fails):
+        record_property(f"cores {fails}", 16)
+        assert not fails
+    """
+    tests = bench.scratch / "test_numbers.py"
+    tests.write_text(textwrap.dedent(text).replace("FAILS", '""'))
+    found = {"test_cores[False]": {"cores False": "16"}, "test_cores[]": {"cores ": "16"}}
+    assert gpu_suite.run_tests(replace(bench, deadline=time.monotonic() + 100), str(tests)) == {
+        **{"tests": 2, "skipped": 0},
+        "measured": found,
+    }
+    tests.write_text(textwrap.dedent(text).replace("FAILS", "True"))
+    outcome = run_part(lambda bench: gpu_suite.run_tests(bench, str(tests)), bench, 100.0)
+    assert outcome["status"] == "failed"
+    assert outcome["result"]["measured"]["test_cores[True]"] == {"cores True": "16"}
+
+
 def test_a_command_ends_at_the_time_limit(bench: Bench) -> None:
     def work(bench: Bench) -> dict[str, Any]:
         bench.run(sys.executable, "-c", "import time; time.sleep(60)")
@@ -83,7 +108,7 @@ def test_every_part_runs_and_is_recorded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def fails(_: Bench) -> dict[str, Any]:
-        raise PartFailed("2 tests failed")
+        raise PartFailed("2 tests failed", {"measured": {"test_memory": {"reserved": "9 GB"}}})
 
     def breaks(_: Bench) -> dict[str, Any]:
         raise ZeroDivisionError("by zero")
@@ -92,7 +117,7 @@ def test_every_part_runs_and_is_recorded(
         raise PartSkipped("deepspeed is not installed")
 
     def works(_: Bench) -> dict[str, Any]:
-        return {"tests": 3, "skipped": 1}
+        return {"tests": 3, "skipped": 1, "measured": {"test_cores": {"cores a rank": "16"}}}
 
     parts = {"a": (fails, 1.0), "b": (breaks, 1.0), "c": (absent, 1.0), "d": (works, 1.0)}
     monkeypatch.setattr(gpu_suite, "PARTS", parts)
@@ -102,8 +127,8 @@ def test_every_part_runs_and_is_recorded(
     assert outcome["parts"]["b"]["error"] == "ZeroDivisionError: by zero"
     assert torch.__version__.startswith(outcome["torch"])
     shown = capsys.readouterr().out
-    assert "2 tests failed" in shown
-    assert "3 tests, 1 of them skipped" in shown
+    assert "2 tests failed" in shown and "reserved: 9 GB" in shown
+    assert "3 tests, 1 of them skipped" in shown and "cores a rank: 16" in shown
     monkeypatch.setattr(gpu_suite, "PARTS", {"d": (works, 1.0)})
     assert gpu_suite.main(["--device", "cpu", "--quick", "--out", str(tmp_path)]) == 0
 
