@@ -122,16 +122,27 @@ def _online(x, top, total):
 
 
 @triton.jit
+def _lower_padding(X, V, W, ALIGN: tl.constexpr):
+    """Set the logits from V to W - 1 to LOW."""
+    at = W - ALIGN + tl.arange(0, ALIGN)
+    tl.store(X + at, tl.full([ALIGN], LOW, dtype=tl.float32).to(X.dtype.element_ty), mask=at >= V)
+
+
+@triton.jit
 def _softmaxes(
-    S, T, W, inv_t, s_scale, s_cap, t_scale, t_cap,
+    S, T, V, W, inv_t, s_scale, s_cap, t_scale, t_cap,
     KIND: tl.constexpr, ONE_SOFTMAX: tl.constexpr, WITH_CE: tl.constexpr,
-    S_FORM: tl.constexpr, T_FORM: tl.constexpr, BLOCK: tl.constexpr,
+    S_FORM: tl.constexpr, T_FORM: tl.constexpr, BLOCK: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
-    """Read the row once and return three pairs (maximum, sum of exp(x - maximum)).
+    """Lower the row's padding, read the row once and return three pairs (maximum, sum of exp(x - maximum)).
 
     x are the student's logits (for the CE), the student's logits / T, and the teacher's logits / T. A pair that the
     flags exclude is (LOW, 0); with ONE_SOFTMAX the second pair is the first.
     """
+    _lower_padding(S, V, W, ALIGN)
+    if KIND > 0:
+        _lower_padding(T, V, W, ALIGN)
+    tl.debug_barrier()  # the padding is read by other threads than those that wrote it
     h_top = LOW
     h_sum = 0.0
     s_top = LOW
@@ -178,13 +189,6 @@ def _skip_row(G, CE, D, W, WRITE: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _lower_padding(X, V, W, ALIGN: tl.constexpr):
-    """Set the logits from V to W - 1 to LOW."""
-    at = W - ALIGN + tl.arange(0, ALIGN)
-    tl.store(X + at, tl.full([ALIGN], LOW, dtype=tl.float32).to(X.dtype.element_ty), mask=at >= V)
-
-
-@triton.jit
 def _slope(s, s_scale, s_cap, S_FORM: tl.constexpr):
     """Return the derivative of the logit `s` with respect to the raw product hidden @ weight.T + bias."""
     slope = 1.0
@@ -211,12 +215,8 @@ def row_kernel(
     if label < 0:
         _skip_row(G, CE + row, D + row, W, WRITE, BLOCK)
         return
-    _lower_padding(S, V, W, ALIGN)
-    if KIND > 0:
-        _lower_padding(T, V, W, ALIGN)
-    tl.debug_barrier()  # the padding is read by other threads than those that wrote it
     h_top, h_sum, s_top, s_sum, t_top, t_sum = _softmaxes(
-        S, T, W, inv_t, s_scale, s_cap, t_scale, t_cap, KIND, ONE_SOFTMAX, WITH_CE, S_FORM, T_FORM, BLOCK
+        S, T, V, W, inv_t, s_scale, s_cap, t_scale, t_cap, KIND, ONE_SOFTMAX, WITH_CE, S_FORM, T_FORM, BLOCK, ALIGN
     )
     ce = 0.0
     if WITH_CE:
