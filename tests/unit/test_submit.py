@@ -362,7 +362,7 @@ def test_containers(desk: Desk) -> None:
     desk.job("exit 0")
     pyxis = [f"--container-mounts={','.join(f'{path}:{path}' for path in paths)}"]
     pyxis = ["--container-image=my image.sif", *pyxis, f"--container-workdir={desk.folder}"]
-    assert desk.noted("srun")[2:5] == pyxis
+    assert desk.noted("srun")[3:6] == pyxis
     rank = ["python3", str(RANK_SCRIPT), "--config"]
     assert desk.noted("srun")[-4:-1] == rank
     assert desk.submit(*options, "--container-runtime", "apptainer") == 0
@@ -371,7 +371,8 @@ def test_containers(desk: Desk) -> None:
     binds = [word for path in paths for word in ("--bind", f"{path}:{path}")]
     command = ["apptainer", "exec", *binds, "--pwd", str(desk.folder), "my image.sif", *rank]
     words = desk.noted("srun")
-    assert words[:3] == ["--kill-on-bad-exit=0", "--wait=60", "bash"] and words[-len(command) - 1 : -1] == command
+    assert words[:4] == ["--kill-on-bad-exit=0", "--wait=60", "--distribution=block", "bash"]
+    assert words[-len(command) - 1 : -1] == command
 
 
 def test_gpus_in_apptainer(desk: Desk, capsys: pytest.CaptureFixture[str]) -> None:
