@@ -24,10 +24,13 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ddk_ds.launcher import free_port
 from tools.bench.forked import rank_environment
 
-SERVER = multiprocessing.get_context("forkserver")
+# The server's imports look for GPUs, after which a process that it forks cannot use them.
+SERVER = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "forkserver")
 SERVER.set_forkserver_preload(["ddk_ds.train.setup"])
 
 

@@ -15,6 +15,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
+import torch
 import torch.distributed as dist
 
 from ddk_ds import ties
@@ -28,14 +29,16 @@ LONG_S = 3 * SILENCE_S
 SAME = pytest.mark.long("another rank by the same way out")
 
 
-def rank_process(rank: int, port: int, does: Sequence[str], folder: Path) -> None:
+def rank_process(rank: int, port: int, does: Sequence[str], folder: Path, backend: str) -> None:
     """A rank on a host of its own, which does one of the things below after all have met."""
     with (folder / f"rank{rank}.txt").open("w", buffering=1) as output:
         os.dup2(output.fileno(), 1)
         os.dup2(output.fileno(), 2)
     sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
     os.environ.update(rank_environment(rank, len(does), port, per_node=1))
-    dist.init_process_group("gloo")
+    if backend == "nccl":
+        torch.cuda.set_device(rank)
+    dist.init_process_group(backend)
     watch_ranks(SILENCE_S)
     if set(does) - {"ends", "is slow", "is stopped"}:
         dist.destroy_process_group = lambda: time.sleep(600)  # as under NCCL, which waits for ranks that are gone
@@ -61,10 +64,11 @@ def rank_process(rank: int, port: int, does: Sequence[str], folder: Path) -> Non
 
 
 @contextmanager
-def ranks(does: Sequence[str], folder: Path) -> Iterator[list[BaseProcess]]:
+def ranks(does: Sequence[str], folder: Path, backend: str = "gloo") -> Iterator[list[BaseProcess]]:
     """Ranks that do these things; what is left of them is killed."""
     port = free_port()
-    started = [SERVER.Process(target=rank_process, args=(rank, port, does, folder)) for rank in range(len(does))]
+    arguments = [(rank, port, does, folder, backend) for rank in range(len(does))]
+    started = [SERVER.Process(target=rank_process, args=each) for each in arguments]
     for process in started:
         process.start()
     try:
@@ -78,9 +82,9 @@ def outputs(folder: Path) -> list[str]:
     return [path.read_text() for path in sorted(folder.glob("rank*.txt"))]
 
 
-def ends(does: Sequence[str], folder: Path) -> tuple[int | None, ...]:
+def ends(does: Sequence[str], folder: Path, backend: str = "gloo") -> tuple[int | None, ...]:
     """The exit codes of ranks that do these things."""
-    with ranks(does, folder) as started:
+    with ranks(does, folder, backend) as started:
         end = time.monotonic() + 120
         for process in started:
             process.join(max(0.0, end - time.monotonic()))
