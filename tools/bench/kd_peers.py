@@ -19,7 +19,7 @@ from torch.nn import functional
 
 from ddk_ds.errors import ConfigError
 from ddk_ds.kernels import Options, default_chunk_tokens, linear_kd_loss
-from ddk_ds.kernels.options import Engine, LogitsDtype
+from ddk_ds.kernels.options import Engine, LogitsDtype, padded
 from ddk_ds.kernels.reference import reference_logits
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -209,13 +209,13 @@ def _floor(problem: Problem, *, chunked: bool) -> Result:
     sums = torch.float32 if mixed else weight.dtype
     out: dict[str, Any] = {"out_dtype": torch.float32} if mixed else {}
     new = hidden.new_empty if hidden.is_cuda else _kept
-    logits = new((2, chunk, vocab), dtype=sums)
+    logits = new((2, chunk, padded(vocab)), dtype=sums)  # a matmul's rows are aligned for any vocabulary
     hidden_grad, weight_grad = new(hidden.shape, dtype=hidden.dtype), new(weight.shape, dtype=sums)
     for start in range(0, num_tokens, chunk):
         part, teacher = hidden[start : start + chunk], problem.teacher_hidden[start : start + chunk]
         rows = logits[:, : len(part)]
-        torch.mm(part, weight.t(), out=rows[0], **out)
-        torch.mm(teacher, problem.teacher_weight.t(), out=rows[1], **out)
+        torch.mm(part, weight.t(), out=rows[0, :, :vocab], **out)
+        torch.mm(teacher, problem.teacher_weight.t(), out=rows[1, :, :vocab], **out)
         # A gradient in the model's dtype would replace the logits; here the memory's content stands for it.
         grad = rows[0].view(weight.dtype)[:, :vocab]
         torch.mm(grad, weight, out=hidden_grad[start : start + chunk])
