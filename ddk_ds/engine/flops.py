@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ddk_ds.config import Config
+from ddk_ds.engine.config_sizes import SIZE_KEYS, config_size
 
 if TYPE_CHECKING:  # it imports transformers, for which a plan's --help should not wait
     from ddk_ds.engine.model_files import ModelFiles
@@ -53,10 +54,7 @@ def count_forward_flops(
         is_vocabulary = len(shape) == 2 and shape[0] == vocab_size
         sizes[is_vocabulary] += math.prod(shape)
         largest = max(largest, math.prod(shape) if is_vocabulary else 0)
-    layers, hidden, heads = (
-        next((config[key] for key in keys if config.get(key)), 0)
-        for keys in (("num_hidden_layers", "n_layer"), ("hidden_size", "n_embd"), ("num_attention_heads", "n_head"))
-    )
+    layers, hidden, heads = (config_size(config, name) for name in SIZE_KEYS)
     width = heads * config["head_dim"] if config.get("head_dim") else hidden
     return forward_flops(sizes[False] + largest, layers, width, sequence_length, causal=causal)
 

@@ -24,6 +24,7 @@ from ddk_ds.config import Model
 from ddk_ds.config.sections import Teacher
 from ddk_ds.data.patience import http_status, refused
 from ddk_ds.engine.attention import Kernel, best_kernel
+from ddk_ds.engine.config_sizes import SIZE_KEYS, config_size
 from ddk_ds.engine.stored_tensors import StoredTensor, read_entries
 from ddk_ds.engine.unloaded_models import meta_model
 from ddk_ds.errors import ConfigError, TemporaryError, UserError
@@ -86,13 +87,20 @@ class ModelFiles:
 
     @property
     def num_layers(self) -> int:
-        """Return the number of decoder layers."""
-        return int(self.config.get("num_hidden_layers") or self.config["n_layer"])
+        """Return the number of decoder layers. Raises ConfigError if config.json does not say it."""
+        return self._size("layers")
 
     @property
     def width(self) -> int:
-        """Return the width of the hidden states."""
-        return int(self.config.get("hidden_size") or self.config["n_embd"])
+        """Return the width of the hidden states. Raises ConfigError if config.json does not say it."""
+        return self._size("width")
+
+    def _size(self, name: str) -> int:
+        size = config_size(self.config, name)
+        if not size:
+            known = " or ".join(SIZE_KEYS[name])
+            raise ConfigError(f"{self.directory}/config.json does not say the number of {name}: it has no {known}")
+        return size
 
     @property
     def fingerprint(self) -> str:
@@ -327,8 +335,8 @@ def model_shape(files: ModelFiles) -> ModelShape:
         if match := _LAYER.match(name):
             layers[match[1]] = layers.get(match[1], 0) + size
     outside = max((size for name, size in sizes.items() if not _LAYER.match(name)), default=0)
-    hidden = _first(values, "hidden_size", "n_embd", "d_model")
-    num_heads = max(1, _first(values, "num_attention_heads", "n_head"))
+    hidden = config_size(values, "width")
+    num_heads = max(1, config_size(values, "heads"))
     head_size = _first(values, "head_dim") or hidden // num_heads
     experts = _first(values, "num_experts_per_tok") or 1
     intermediate = _first(values, "moe_intermediate_size", "intermediate_size", "n_inner", "ffn_dim") or 4 * hidden
@@ -336,7 +344,7 @@ def model_shape(files: ModelFiles) -> ModelShape:
         tensors=tuple(sizes.values()),
         largest_layer=max(layers.values(), default=0),
         head=next((sizes[name] for name in heads if name in sizes), outside),
-        layers=_first(values, "num_hidden_layers", "n_layer") or len(layers),
+        layers=config_size(values, "layers") or len(layers),
         hidden=hidden,
         attention=num_heads * head_size,
         key_value=(1 if values.get("multi_query") else _first(values, "num_key_value_heads") or num_heads) * head_size,

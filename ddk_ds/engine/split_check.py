@@ -23,8 +23,8 @@ from ddk_ds.kernels.reference import reference_logits
 
 MAX_TOKENS = 128
 """Tokens of the row that is compared: few, so that all of its logits take no memory to speak of."""
-# Largest difference over the largest logit. The head's products are rounded once more in the model's own class: to 2^-9
-# in bf16. A missing layer, factor or cap changes logits by a large part of their size.
+# Largest difference over the largest logit, by the dtype of the head. The model's own class rounds products that ours
+# keeps: to 2^-9 in bf16. A missing layer, factor or cap changes logits by a large part of their size.
 _LIMITS = {torch.float32: 1e-3, torch.bfloat16: 2e-2}
 
 
@@ -47,7 +47,7 @@ def check_split(model: Student | Teacher, input_ids: torch.Tensor, vocab_size: i
         theirs = _whole_logits(model.whole, row)[..., :vocab_size].flatten(0, 1)
     difference = torch.stack([(ours - theirs).abs().max(), theirs.abs().max()]).nan_to_num(torch.inf, torch.inf)
     difference, largest = comm.all_reduce_max(difference).tolist()
-    limit = _LIMITS[theirs.dtype] * largest
+    limit = _LIMITS[model.whole.get_output_embeddings().weight.dtype] * largest
     if not difference <= limit:
         raise ConfigError(
             f"{key}.path: {type(model.whole).__name__} cannot be distilled: its logits are not those of its backbone "

@@ -72,8 +72,9 @@ def _logits_error(root: Path, runtime: Runtime) -> float:
 
 
 def split_of_another_form(runtime: Runtime, folder: str) -> list[str]:
-    """Return what is said of a student and a teacher with a layer between backbone and head; check one of the usual
-    form in bf16, sharded within a GPU and in 8 bits, which must pass."""
+    """Return what is said of a student and a teacher with a layer between backbone and head.
+
+    Others in bf16 must pass: sharded within a GPU, in 8 bits, and GPT-J, whose class makes float32 of bf16 logits."""
     root = Path(folder)
     ids = torch.randint(0, VOCAB, (2, 12), generator=torch.Generator().manual_seed(5))
     said = []
@@ -83,9 +84,10 @@ def split_of_another_form(runtime: Runtime, folder: str) -> list[str]:
             check_split(model, ids, VOCAB, name, runtime.comm)
         except ConfigError as error:
             said.append(str(error))
-    for section in ({}, {"shard_within": "gpu"}, {"quantize": "int8", "micro_batches_per_pass": 4}):
-        config = tiny_config(root, train={"precision": "bf16"}, teacher={"path": str(root / "usual"), **section})
-        teacher = load_teacher(config, read_model(root / "usual", "teacher.path"), VOCAB, runtime.comm)
+    int8 = {"quantize": "int8", "micro_batches_per_pass": 4}
+    for name, section in (("usual", {}), ("usual", {"shard_within": "gpu"}), ("usual", int8), ("gptj", {})):
+        config = tiny_config(root, train={"precision": "bf16"}, teacher={"path": str(root / name), **section})
+        teacher = load_teacher(config, read_model(root / name, "teacher.path"), VOCAB, runtime.comm)
         check_split(teacher, ids, VOCAB, "teacher", runtime.comm)
     return said
 

@@ -56,6 +56,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
         "num_experts_per_tok": 2,
         "first_k_dense_replace": 1,
     },
+    "gpt_neo": {"num_layers": 2, "num_heads": 4, "attention_types": [[["global", "local"], 1]], "window_size": 5},
     "gpt_bigcode": {"n_layer": 2, "n_head": 4, "n_inner": 64, "n_positions": 64},
 }
 
