@@ -21,7 +21,8 @@ from ddk_ds.kernels.reference import reference_kd_loss, reference_logits, refere
 
 C = 0.3
 TEACHER = ((0.75, 0.25), (0.1, 0.9))
-"""The teacher's probabilities of two tokens at T = 2; the student's logits are below."""
+"""The teacher's probabilities of two tokens at T = 2, to which any constant in its logits leads; then the student's
+logits."""
 STUDENT = ((0.4, -0.2), (-0.5, 0.3))
 LABELS = (0, 1)
 
@@ -64,7 +65,7 @@ def loss_of(
 ) -> tuple[KDLoss, Tensor]:
     """Return the loss of the two tokens and of an ignored third one, and the student's logits; heads are identities."""
     rows = torch.tensor([*STUDENT, (9.0, -9.0)], dtype=torch.float64, requires_grad=True)
-    teacher = torch.tensor([*([2 * math.log(x) for x in q] for q in TEACHER), [-3.0, 3.0]], dtype=torch.float64)
+    teacher = torch.tensor([*([1.3 + 2 * math.log(x) for x in q] for q in TEACHER), [-3.0, 3.0]], dtype=torch.float64)
     head = torch.eye(2, dtype=torch.float64)
     values = {"gamma": 0.7, "ce_weight": 0.4, "temperature": 2.0, "coefficient": C, "scale_by_temperature": scaled}
     made = Options(2, **{**values, "divergence": divergence, **options})
