@@ -113,9 +113,10 @@ def _test_room(names: list[str], tests: tuple[str, ...], sample: int | None, res
     by_file = {name: _mutants(name) for name in names}
     mutants = [mutant for of_file in by_file.values() for mutant in of_file]
     random.Random(SEED).shuffle(mutants)
+    commit = _commit()  # before hours in which another may be made
     tried = _try(mutants[:sample], tests)
     for name, of_file in by_file.items():
-        results[name] = {"commit": _commit(), **_entry(of_file, tried, results.get(name, {}))}
+        results[name] = {"commit": commit, **_entry(of_file, tried, results.get(name, {}))}
 
 
 def _test_again(names: list[str], tests: tuple[str, ...], results: dict[str, Any]) -> None:
@@ -125,13 +126,14 @@ def _test_again(names: list[str], tests: tuple[str, ...], results: dict[str, Any
         survivors = results.get(name, {}).get("survivors", ())
         open_ones[name] = {(s["was"], s["now"]) for s in survivors if not s["reason"].startswith("equivalent")}
     mutants = [one for name in names if open_ones[name] for one in _mutants(name)]
+    commit = _commit()
     tried = _try([one for one in mutants if one.difference() in open_ones[one.file]], tests)
     noticed = {(one.file, *one.difference()) for one, result in tried.items() if result}
     for name in sorted({one.file for one in tried}):
         result = results[name]
         left = [one for one in result["survivors"] if (name, one["was"], one["now"]) not in noticed]
         result["killed"] += len(result["survivors"]) - len(left)
-        result["survivors"], result["survivors_again_at"] = left, _commit()
+        result["survivors"], result["survivors_again_at"] = left, commit
 
 
 def main() -> None:
