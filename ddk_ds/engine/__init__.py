@@ -8,9 +8,14 @@ import logging
 import warnings
 
 
+def _is_told(record: logging.LogRecord) -> bool:
+    """Return True for DeepSpeed's errors, and for its warning that the allocator emptied its cache to find memory."""
+    return record.levelno >= logging.ERROR or "allocator cache flushes" in str(record.msg)
+
+
 def _quieten() -> None:
     # Filters, since both loggers set their own level when they are imported, and speak while they are.
-    logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
+    logging.getLogger("DeepSpeed").addFilter(_is_told)
     no_cuda = "No CUDA runtime is found"
     logging.getLogger("torch.utils.cpp_extension").addFilter(lambda record: not str(record.msg).startswith(no_cuda))
     warnings.filterwarnings("ignore", category=FutureWarning)

@@ -12,6 +12,8 @@ from ddk_ds.errors import ConfigError
 
 MIN_BUCKET_ELEMENTS = 16_000_000
 """A collective of fewer elements takes mostly latency."""
+LEAD_LAYERS = 2
+"""Layers that the host queues on a GPU beyond the one that it computes: two hide a slow moment of the host."""
 RELIED_ON: Mapping[str, Any] = MappingProxyType(
     {
         # Numbers. train/step.py multiplies the loss by the number of ranks, over which gradients are then averaged.
@@ -53,6 +55,8 @@ layers 121 gathers. A layer that is gathered as a unit brings its norms and bias
 """
 _REDUCE_DTYPES = {"float32": "fp32", "bfloat16": "bf16"}
 _DEFAULT_BUCKETS: Mapping[str, int] = MappingProxyType({})  # leaves the sizes to DeepSpeed
+# By default a timer that nobody reads makes the host wait for the device before and after each micro-batch.
+_NO_TIMERS = {"throughput": {"enabled": False}}
 # DeepSpeed keys that follow from keys of the run's configuration, or are fixed (None). Section `deepspeed:` may repeat
 # their values, but not change them.
 _DERIVED_KEYS: dict[str, str | None] = {
@@ -87,6 +91,21 @@ def bucket_sizes(largest_layer: int) -> dict[str, int]:
     return {"reduce_bucket_size": size, "stage3_prefetch_bucket_size": size}
 
 
+def teacher_sizes(largest_layer: int, head: int) -> dict[str, int]:
+    """Return DeepSpeed's keys for the teacher's sizes, in elements: the prefetched weights, and the gathered ones.
+
+    The second is for a teacher without whole layers: DeepSpeed would prefetch for each of a layer's matrices. The
+    embedding is taken to be as large as the `head`.
+    """
+    sizes = bucket_sizes(largest_layer)
+    return {**sizes, "stage3_max_live_parameters": max(largest_layer, head) + sizes["stage3_prefetch_bucket_size"]}
+
+
+def lead_elements(largest_layer: int) -> int:
+    """Return the most elements of gathered weights that await their computation when a further layer is gathered."""
+    return LEAD_LAYERS * largest_layer
+
+
 def student_ds_config(config: Config, world_size: int, buckets: Mapping[str, int] = _DEFAULT_BUCKETS) -> dict[str, Any]:
     """Return DeepSpeed's configuration of the student's training engine on `world_size` ranks.
 
@@ -103,6 +122,7 @@ def student_ds_config(config: Config, world_size: int, buckets: Mapping[str, int
         "gradient_accumulation_steps": config.micro_batches(world_size),
         "gradient_clipping": config.optimizer.clip_norm,
         "steps_per_print": 2**31,
+        "timers": _NO_TIMERS,
         # Without this key ZeRO-3 rejects every optimizer that is not DeepSpeed's own. torch's AdamW is exact under it.
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
@@ -125,6 +145,7 @@ def teacher_ds_config(config: Config, buckets: Mapping[str, int] = _DEFAULT_BUCK
     derived = {
         "train_micro_batch_size_per_gpu": config.train.micro_batch_samples,
         "steps_per_print": 2**31,
+        "timers": _NO_TIMERS,
         "bf16": {"enabled": config.train.precision == "bf16"},
         "zero_optimization": {**_zero(config, config.teacher, "none"), **buckets},
     }

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
+from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from torch import nn
 
@@ -87,26 +88,60 @@ class StudentRoot(nn.Module):
 
 
 class FrozenHead:
-    """A frozen model's sharded output head, gathered only inside `gathered()`.
+    """A frozen model's sharded output head, gathered only inside `gathered()` and `held()`.
 
     It belongs to no engine's module tree, so it can be gathered during the student's forward without entering the trace
-    of the student's parameters.
+    of the student's parameters. It is gathered on a stream of its own, for which only the computation waits that needs
+    it.
     """
 
     def __init__(self, head: nn.Module, form: LogitForm, clock: StageClock) -> None:
         self._head = OutputHead(head.weight, getattr(head, "bias", None), form)  # type: ignore[arg-type]
+        self._parts: list[Any] = [part for part in self._head[:2] if part is not None]
         self._clock = clock
+        self._stream = None if get_accelerator().is_synchronized_device() else get_accelerator().Stream()
+        self._gathered: list[Any] = []
+        self._arriving: list[Any] = []
+        self._holders = 0
+
+    def gather(self) -> None:
+        """Begin to gather the head unless that is done; the host goes on. The next block releases it. Collective."""
+        with get_accelerator().stream(self._stream):
+            for part in self._parts:
+                if part.ds_status == ZeroParamStatus.NOT_AVAILABLE:
+                    self._gathered.append(part)
+                    self._arriving.append(part.all_gather_coalesced([part]))
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Begin to gather the head, and release it at the end of the outermost block. Collective."""
+        self.gather()
+        self._holders += 1
+        try:
+            yield
+        finally:
+            self._holders -= 1
+            if self._gathered and not self._holders:
+                self._wait()
+                self._gathered[0].partition(param_list=self._gathered)
+                self._gathered.clear()
 
     @contextmanager
     def gathered(self) -> Iterator[OutputHead]:
-        """Yield the complete head; at the end release it, unless an outer block had gathered it before. Collective."""
-        parts: list[Any] = [part for part in (self._head.weight, self._head.bias) if part is not None]
-        sharded = [part for part in parts if part.ds_status == ZeroParamStatus.NOT_AVAILABLE]
-        if sharded:
-            with self._clock.waiting(TEACHER_GATHER):
-                sharded[0].all_gather(param_list=sharded)
-        try:
+        """Yield the complete head; at the end release it, unless an outer block holds it. Collective."""
+        with self.held():
+            self._wait()
             yield self._head
-        finally:
-            if sharded:
-                sharded[0].partition(param_list=sharded)
+
+    def _wait(self) -> None:
+        """Make what is computed from now on wait for the head."""
+        if not self._arriving:
+            return
+        accelerator = get_accelerator()
+        with self._clock.waiting(TEACHER_GATHER):
+            with accelerator.stream(self._stream):
+                for handle in self._arriving:
+                    handle.wait()
+            if self._stream is not None:
+                accelerator.current_stream().wait_stream(self._stream)
+        self._arriving.clear()

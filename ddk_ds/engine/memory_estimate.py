@@ -6,7 +6,8 @@ These are assumptions, not measurements:
   tensors of at most `param_persistence_threshold` elements completely; with `student.whole_layers` there are none.
 - Up to `max_live_parameters` elements of the student stay gathered between forward and backward pass, because a layer
   is used again soon. The teacher has no backward pass: one layer (or its embedding) is gathered, and the next one is
-  prefetched (engine/ds_config.py).
+  prefetched (engine/ds_config.py). On a GPU two more layers of each are released and not yet computed, since the host
+  runs ahead by as many (engine/gather_brake.py).
 - A layer's activations are those of a block like Llama's: two norms in float32; attention without stored scores,
   except `eager`; an MLP, gated unless its tensors have the names of one without a gate. With gradient checkpointing
   each layer keeps its input, and with "selective" also the results of its matrix products and attention; one layer at
@@ -29,7 +30,7 @@ from dataclasses import dataclass
 
 from ddk_ds.config import Config, Model
 from ddk_ds.config.sections import Teacher
-from ddk_ds.engine.ds_config import RELIED_ON, WHOLE_LAYERS_ZERO, bucket_sizes
+from ddk_ds.engine.ds_config import RELIED_ON, WHOLE_LAYERS_ZERO, bucket_sizes, lead_elements
 from ddk_ds.engine.model_files import COMPUTE_BYTES, ModelShape
 from ddk_ds.kernels.options import GROUP_CHUNKS, default_chunk_tokens, padded
 
@@ -207,7 +208,8 @@ def _passes(
     compute = COMPUTE_BYTES[config.train.precision]
     tokens = config.train.micro_batch_samples * config.data.sequence_length
     largest = max(student.largest_layer, student.head)
-    live = min(student.parameters, max(zero["max_live_parameters"], largest) + zero["prefetch_bucket_size"])
+    lead = lead_elements(student.largest_layer) if device_type == "cuda" else 0
+    live = min(student.parameters, max(zero["max_live_parameters"], largest) + zero["prefetch_bucket_size"] + lead)
     chunk = min(tokens, config.loss.chunk_tokens or default_chunk_tokens(vocab_size, device_type))
     logits = 4 if config.loss.logits_dtype == "float32" else compute
     models = 1 if teacher is None else 2
@@ -224,15 +226,24 @@ def _passes(
     if compute == 2:
         parts["logits' gradients"] = min(tokens, GROUP_CHUNKS * chunk) * padded(vocab_size) * compute
     if teacher is not None and config.teacher is not None:
-        prefetch = bucket_sizes(teacher.largest_layer)["stage3_prefetch_bucket_size"]
         layer = _layer_activations(config.teacher, teacher, tokens, config.data.sequence_length, compute)
-        gathered = compute * min(teacher.parameters, max(teacher.largest_layer, teacher.head) + prefetch)
         # A layer's input and output are those of all micro-batches of the pass; inside, one is computed at a time.
         layer += 2 * (per_pass - 1) * tokens * teacher.hidden * compute
-        # The teacher's layers are released before its head is gathered, its activations before the student's begin.
-        parts["teacher gathered"] = max(gathered, compute * teacher.head)
+        parts["teacher gathered"] = compute * teacher_gathered(teacher, device_type)
+        # The teacher's activations are released before the student's begin.
         parts["activations"] = max(parts["activations"], layer)
     return parts
+
+
+def teacher_gathered(teacher: ModelShape, device_type: str) -> int:
+    """Return the most elements of the teacher's weights that are gathered at a time.
+
+    They are its embedding and the prefetched layer, or a layer and the prefetched one, or its head; before the latter
+    two come the layers that are released and not yet computed.
+    """
+    lead = lead_elements(teacher.largest_layer) if device_type == "cuda" else 0
+    layer, prefetch = teacher.largest_layer, bucket_sizes(teacher.largest_layer)["stage3_prefetch_bucket_size"]
+    return min(teacher.parameters, max(teacher.head + prefetch, lead + layer + prefetch, lead + teacher.head))
 
 
 def _activations(config: Config, shape: ModelShape, tokens: int, compute: int) -> int:

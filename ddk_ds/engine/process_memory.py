@@ -30,7 +30,9 @@ def held_bytes(device_type: str) -> int:
 def peak_bytes(device_type: str) -> int:
     """Return the maximum of the bytes held since `reset_peak`, or since the process began."""
     if device_type == "cuda":
-        return torch.cuda.max_memory_allocated()
+        # max_memory_allocated makes a flat dictionary of all statistics first, ten times in a step.
+        stats = torch.cuda.memory_stats_as_nested_dict()
+        return int(stats["allocated_bytes"]["all"]["peak"]) if stats else 0
     try:
         return _status_bytes("VmHWM")
     except (OSError, KeyError):  # not Linux, or a sandbox
@@ -51,6 +53,12 @@ def take_peak(device_type: str) -> int:
     peak = peak_bytes(device_type)
     reset_peak(device_type)
     return peak
+
+
+def allocator_counts() -> dict[str, int]:
+    """Return how often torch's allocator on the GPU emptied its cache to find memory, and how often it found none."""
+    stats = torch.cuda.memory_stats_as_nested_dict()
+    return {"retries": stats.get("num_alloc_retries", 0), "ooms": stats.get("num_ooms", 0)}
 
 
 def _status_bytes(key: str) -> int:

@@ -6,7 +6,7 @@ On a GPU seconds are measured by CUDA events, which make nothing wait; on a CPU 
 from __future__ import annotations
 
 import time
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -15,7 +15,8 @@ import torch
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from deepspeed.utils.z3_leaf_module import z3_leaf_module
 
-from ddk_ds.engine.process_memory import take_peak
+from ddk_ds.engine.gather_brake import GatherBrake
+from ddk_ds.engine.process_memory import allocator_counts, take_peak
 
 OTHER = "other"
 """Name of the time outside of all stages."""
@@ -33,8 +34,9 @@ class StageClock:
         self._measure_memory = measure_memory
         self._open: list[str] = []
         self._since: Any = None
-        self._spans: list[tuple[str, Any, Any]] = []
+        self._spans: deque[tuple[str, Any, Any]] = deque()
         self._peaks: dict[str, int] = {}
+        self._counted: dict[str, int] = {}
         self._paused = False
 
     @contextmanager
@@ -71,11 +73,11 @@ class StageClock:
             self._paused = False
 
     def take_seconds(self) -> dict[str, float]:
-        """Return the seconds by stage since the last call. On a GPU the caller must have synchronized the device."""
+        """Return the seconds by stage since the last call; what a GPU has not come to yet is left to the next call."""
         seconds: dict[str, float] = defaultdict(float)
-        for name, start, end in self._spans:
+        while self._spans and (not self._on_gpu or self._spans[0][2].query()):
+            name, start, end = self._spans.popleft()
             seconds[name] += start.elapsed_time(end) / 1e3 if self._on_gpu else end - start
-        self._spans.clear()
         return dict(seconds)
 
     def take_peaks(self) -> dict[str, int]:
@@ -83,6 +85,18 @@ class StageClock:
         self._note_peak()
         peaks, self._peaks = self._peaks, {}
         return peaks
+
+    def take_allocator(self) -> dict[str, int]:
+        """Return the bytes that torch's allocator has reserved on the GPU, and its failures since the last call.
+
+        Its "retries" emptied its cache and then found memory, its "ooms" found none. {} on a CPU.
+        """
+        if not (self._measure_memory and self._on_gpu):
+            return {}
+        before, self._counted = self._counted, allocator_counts()
+        return {key: value - before.get(key, 0) for key, value in self._counted.items()} | {
+            "reserved": torch.cuda.memory_reserved()
+        }
 
     def _note_peak(self) -> None:
         if self._measure_memory and not self._paused:
@@ -103,15 +117,17 @@ class StageClock:
         return event
 
 
-def time_gathers(coordinator: Any, clock: StageClock, name: str) -> None:
-    """Make a ZeRO-3 engine's coordinator count its waits for weights under `name`.
+def time_gathers(coordinator: Any, brake: GatherBrake, clock: StageClock, name: str) -> None:
+    """Make a ZeRO-3 engine's coordinator heed the brake, and count its waits for weights under `name`.
 
     On a GPU a gather that was prefetched and runs during computation costs its stream nothing and counts nothing.
     """
     fetch = coordinator.fetch_sub_module
 
     def timed(module: Any, forward: bool) -> None:
-        parameters = module.parameters(recurse=z3_leaf_module(module))
+        parameters = [p for p in module.parameters(recurse=z3_leaf_module(module)) if not p.ds_persist]
+        if parameters:  # all of them: some may have come with the module before
+            brake.hold(sum(parameter.ds_numel for parameter in parameters))
         if all(parameter.ds_status == ZeroParamStatus.AVAILABLE for parameter in parameters):
             fetch(module, forward)
             return

@@ -12,6 +12,7 @@ from typing import Any
 import deepspeed
 import torch
 from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.utils import combine_grad_norm_groups
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
@@ -20,12 +21,14 @@ from ddk_ds.config import Config, Model
 from ddk_ds.engine.attention import choose_attention
 from ddk_ds.engine.ds_config import bucket_sizes, student_ds_config
 from ddk_ds.engine.filters import FilterShape, LayerFilters, build_filters
+from ddk_ds.engine.gather_brake import GatherBrake
 from ddk_ds.engine.head import HeadFunction, OutputHead, StudentRoot
 from ddk_ds.engine.layers import checkpoint_layers, prepare_layers, use_causal_kernels
 from ddk_ds.engine.model_files import DTYPES, ModelFiles, model_shape
 from ddk_ds.engine.process_memory import freed_at_once
 from ddk_ds.engine.resizing import resized
 from ddk_ds.engine.stage_clock import StageClock, time_gathers, time_reductions
+from ddk_ds.engine.transfers import HostCopy
 from ddk_ds.engine.unloaded_models import backbone_of, meta_model, no_init_weights
 from ddk_ds.engine.weights import load_weights, source_names
 from ddk_ds.engine.zero_shards import ShardWriter
@@ -79,13 +82,33 @@ class Student:
             if not last:
                 self.engine.step()
 
-    def update(self, learning_rate: float) -> float:
-        """Update the weights after the last micro-batch, and return the global gradient norm before clipping."""
+    def update(self, learning_rate: float, numbers: torch.Tensor) -> tuple[float, list[float]]:
+        """Update the weights after the last micro-batch; return the gradient's norm before clipping, and `numbers`.
+
+        DeepSpeed decides on the host if the norm is finite, and else leaves the weights as they are. This is the one
+        time in a step that the host waits until the device has computed all; `numbers` (n,) float64 on the device come
+        with the norm, so that nothing waits for the update.
+        """
         for group in self.engine.optimizer.param_groups:
             group["lr"] = learning_rate
-        with self.clock.stage("optimizer"):
-            self.engine.step()
-        return float(self.engine.get_global_grad_norm())
+        optimizer, copies = self.engine.optimizer, list[HostCopy]()
+        norms_of = optimizer._get_norm_groups
+
+        def copied() -> list[torch.Tensor]:
+            norms: list[torch.Tensor] = norms_of()
+            norm = combine_grad_norm_groups(norms).to(numbers)
+            copies.append(HostCopy(torch.cat([norm.reshape(1), numbers])))
+            return norms
+
+        optimizer._get_norm_groups = copied
+        try:
+            with self.clock.stage("optimizer"):
+                self.engine.step()
+        finally:
+            del optimizer._get_norm_groups
+        [copy] = copies
+        grad_norm, *values = copy.read()
+        return grad_norm, values
 
     def save(self, directory: Path, tag: str, client_state: dict[str, Any], *, background: bool) -> None:
         """Write this rank's shards of weights and optimizer, and `client_state`, the run's own state, to directory/tag.
@@ -151,8 +174,8 @@ def load_student(
     `clock` measures the seconds of the student's stages in each step; None makes a new clock. Raises ConfigError if the
     model cannot be built or filled from `files`, or if its head has fewer rows than `vocab_size`.
     """
-    buckets = bucket_sizes(model_shape(files).largest_layer)
-    ds_config = student_ds_config(config, comm.world_size, buckets)
+    largest_layer = model_shape(files).largest_layer
+    ds_config = student_ds_config(config, comm.world_size, bucket_sizes(largest_layer))
     model = load_sharded(config, config.student, "student.path", files, ds_config, comm)
     check_vocabulary(model, vocab_size, "student.path")
     checkpoint_layers(model, config.student.gradient_checkpointing)
@@ -167,9 +190,21 @@ def load_student(
     engine._copy_recovery_script = partial(writer.keep_error, engine._copy_recovery_script)
     engine.train()
     clock = clock or StageClock(get_accelerator().device_name())
-    time_gathers(engine.optimizer.parameter_offload.get_param_coordinator(), clock, "gather")
+    brake = GatherBrake(get_accelerator(), largest_layer)
+    time_gathers(engine.optimizer.parameter_offload.get_param_coordinator(), brake, clock, "gather")
+    _reduce_behind_the_host(engine.optimizer)
     time_reductions(engine.optimizer, clock, "reduce")
     return Student(engine, model, parameters, _buffers_on_disk(model, files), clock)
+
+
+def _reduce_behind_the_host(optimizer: Any) -> None:
+    """Make the computation wait at the end of a backward pass until its gradients are reduced, not the host too.
+
+    DeepSpeed makes the host wait for its stream of reductions after each micro-batch. Offloaded gradients need that.
+    """
+    stream = optimizer.reduce_and_partition_stream
+    if stream is not None and not optimizer.offload_optimizer:
+        stream.synchronize = lambda: get_accelerator().current_stream().wait_stream(stream)
 
 
 def names_on_disk(files: ModelFiles, *, trusted: bool) -> tuple[dict[str, str], list[str]]:

@@ -21,8 +21,9 @@ from transformers import PreTrainedModel
 
 from ddk_ds.comm import Comm
 from ddk_ds.config import Config
-from ddk_ds.engine.ds_config import bucket_sizes, teacher_ds_config
+from ddk_ds.engine.ds_config import teacher_ds_config, teacher_sizes
 from ddk_ds.engine.filters import FilterShape, LayerTaps
+from ddk_ds.engine.gather_brake import GatherBrake
 from ddk_ds.engine.head import TEACHER_GATHER, FrozenHead, HeadFunction
 from ddk_ds.engine.layers import LayerByLayer, layers_of, prepare_layers
 from ddk_ds.engine.model_files import ModelFiles, model_shape
@@ -79,8 +80,12 @@ class Teacher:
 
     @contextmanager
     def shared_head(self, batches: Sequence[Any]) -> Iterator[None]:
-        """Keep the head gathered until the end of the block if there are several `batches`: they share one gather."""
-        with self.head.gathered() if len(batches) > 1 else nullcontext():
+        """Begin to gather the head for the loss of the first of `batches`; if there are several, they share the gather.
+
+        The head arrives while the teacher's last layers are computed, since the host is ahead of them.
+        """
+        self.head.gather()
+        with self.head.held() if len(batches) > 1 else nullcontext():
             yield
 
     def _parts(self, count: int) -> Any:
@@ -115,7 +120,7 @@ def load_teacher(
     """
     assert config.teacher is not None, "the run has no teacher"
     stored = model_shape(files).as_sharded(config.teacher, config.train.precision)
-    ds_config = teacher_ds_config(config, bucket_sizes(stored.largest_layer))
+    ds_config = teacher_ds_config(config, teacher_sizes(stored.largest_layer, stored.head))
     group = comm.group_within(config.teacher.shard_within)
     model = load_sharded(config, config.teacher, "teacher.path", files, ds_config, comm, group)
     check_vocabulary(model, vocab_size, "teacher.path")
@@ -131,7 +136,8 @@ def load_teacher(
     engine, _, _, _ = deepspeed.initialize(model=backbone, config=ds_config)
     engine.eval()
     assert not hasattr(engine.optimizer, "fp32_partitioned_groups_flat"), "the teacher's engine holds optimizer state"
-    time_gathers(engine.optimizer.get_param_coordinator(), clock, TEACHER_GATHER)
+    brake = GatherBrake(get_accelerator(), stored.largest_layer)
+    time_gathers(engine.optimizer.get_param_coordinator(), brake, clock, TEACHER_GATHER)
     return Teacher(engine, model, head, taps, layers, clock)
 
 

@@ -63,10 +63,16 @@ class Method(Protocol):
         parts of all micro-batches and ranks add up to the step's loss.
         """
 
-    def end_step(self, comm: Comm) -> dict[str, Any]:
-        """Return the metrics of the step that only this method has, for the ledger. Collective.
+    def step_sums(self) -> torch.Tensor:
+        """Return numbers (n,) float64 of this rank's part of the step, on the device, to be summed over the ranks.
 
-        The loop calls it after the last micro-batch of the step.
+        The loop calls it after the last micro-batch of the step. The next step begins new sums.
+        """
+
+    def end_step(self, sums: Sequence[float]) -> dict[str, Any]:
+        """Return the metrics of the step that only this method has, for the ledger.
+
+        `sums` (n,) are those of all ranks' `step_sums`.
         """
 
     def state_dict(self) -> dict[str, Any]:
@@ -82,7 +88,11 @@ class Method(Protocol):
 class Stateless:
     """A base of methods without metrics, state or files of their own."""
 
-    def end_step(self, comm: Comm) -> dict[str, Any]:
+    def step_sums(self) -> torch.Tensor:
+        """Return no numbers."""
+        return torch.zeros(0, dtype=torch.float64)
+
+    def end_step(self, sums: Sequence[float]) -> dict[str, Any]:
         """Return {}: the method adds no metrics."""
         return {}
 

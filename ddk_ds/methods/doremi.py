@@ -25,6 +25,7 @@ from ddk_ds.config import Doremi
 from ddk_ds.engine.head import OutputHead
 from ddk_ds.engine.student import Student
 from ddk_ds.engine.teacher import Teacher
+from ddk_ds.engine.transfers import to_device
 from ddk_ds.files import write_text, written
 from ddk_ds.kernels import KDLoss, Options, linear_kd_loss
 from ddk_ds.methods.base import IGNORE_INDEX, Batch, token_losses
@@ -72,13 +73,13 @@ class DoremiProxy:
     def _weighted(self, hidden: torch.Tensor, head: OutputHead, batch: Batch, reference: torch.Tensor) -> KDLoss:
         length = batch.input_ids.shape[1]
         labels, device = batch.labels.flatten(), hidden.device
-        weights = torch.from_numpy(self._weights.proportions).to(device) * (batch.domain_tokens > 0)
+        weights = to_device(torch.from_numpy(self._weights.proportions), device) * (batch.domain_tokens > 0)
         weights = (weights / weights.sum()).to(torch.promote_types(hidden.dtype, torch.float32))
         loss = hidden.new_zeros((), dtype=torch.float32)
         ce = torch.zeros((), dtype=torch.float64, device=device)
         excess = torch.zeros_like(self._excess, device=device)
         for domain in batch.domain.unique().tolist():
-            rows = torch.nonzero((batch.domain == domain).repeat_interleave(length)).flatten().to(device)
+            rows = to_device(torch.nonzero((batch.domain == domain).repeat_interleave(length)).flatten(), device)
             valid = labels[rows] != IGNORE_INDEX
             result = linear_kd_loss(
                 hidden[rows],
@@ -97,18 +98,22 @@ class DoremiProxy:
             ce += token_ce.sum()
             excess[0, domain] = ((token_ce - reference[rows]).clamp(min=0) * valid).sum()
             excess[1, domain] = valid.sum()
-        self._excess = self._excess.to(device) + excess
+        self._excess = to_device(self._excess, device) + excess
         return KDLoss(loss, ce / batch.num_valid, torch.zeros_like(ce))
 
-    def end_step(self, comm: Comm) -> dict[str, Any]:
+    def step_sums(self) -> torch.Tensor:
+        """Return this rank's sums of excess losses (N,) and its numbers of tokens (N,), one behind the other."""
+        sums, self._excess = self._excess.flatten(), torch.zeros_like(self._excess)
+        return sums
+
+    def end_step(self, sums: Sequence[float]) -> dict[str, Any]:
         """Update the weights of the domains from the step's excess losses.
 
         Return `weights` (after the update) and `excess` (mean over a domain's tokens in the last step that had any, in
         nats; None before it), both in the order of the run's domains. An excess that is not finite leaves both
         unchanged.
         """
-        total, tokens = np.array(comm.all_reduce_sum(self._excess).tolist())
-        self._excess = torch.zeros_like(self._excess)
+        total, tokens = np.array(sums).reshape(2, -1)
         if np.isfinite(total).all() and tokens.any():  # otherwise the step was skipped
             self._last_excess = np.where(tokens > 0, total / np.maximum(tokens, 1), self._last_excess)
             excess = np.where(np.isnan(self._last_excess), np.nanmean(self._last_excess), self._last_excess)

@@ -93,8 +93,11 @@ class Ted(_WithFilters):
         self._mse = self._mse + mse.detach()
         return result._replace(loss=result.loss + (self._weight * mse).to(result.loss.dtype))
 
-    def end_step(self, comm: Comm) -> dict[str, Any]:
+    def step_sums(self) -> torch.Tensor:
+        """Return this rank's part of the step's mean squared error, (1,)."""
+        mse, self._mse = torch.as_tensor(self._mse, dtype=torch.float64), 0.0
+        return mse.reshape(1)
+
+    def end_step(self, sums: Sequence[float]) -> dict[str, Any]:
         """Return `mse`, the step's mean squared error between filtered hidden states, over all ranks."""
-        mse = comm.all_reduce_sum(torch.as_tensor(self._mse, dtype=torch.float64))
-        self._mse = 0.0
-        return {"mse": float(mse)}
+        return {"mse": sums[0]}

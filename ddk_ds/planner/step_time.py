@@ -10,7 +10,7 @@ The simulation, part by part:
 - Layers are gathered while the one before computes: a pass takes its first gather, and then the longest of
   computation, communication and the host's own time for ZeRO-3's hooks (DeepSpeed's are Python, for each module).
 - The teacher's layers are gathered once for `teacher.micro_batches_per_pass` micro-batches, from the ranks that
-  `teacher.shard_within` names. Its head is gathered by hand around the loss (engine/head.py): nothing hides it.
+  `teacher.shard_within` names. Its head is gathered by hand (engine/head.py): taken as hidden by nothing.
 - A student's backward gathers again what its forward released, and reduces the gradients of every micro-batch, each
   of 4 bytes or 2 (`train.reduce_dtype`).
 - A kernel that only moves bytes takes the bandwidth of the GPU's memory: the loss's row kernel moves 18 bytes a logit

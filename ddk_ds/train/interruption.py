@@ -1,15 +1,15 @@
 """How a run is cut short by a signal.
 
 SIGTERM and SIGUSR1 (schedulers' warnings), SIGHUP (the terminal has gone) and the first SIGINT are noted by a handler.
-All ranks agree on them at the next step, domain of an evaluation or tensor of an export; the run then saves and ends
-with `EXIT_INTERRUPTED`. A second SIGINT ends it at once.
+All ranks agree on them at the end of a step, before a domain of an evaluation or tensor of an export; the run then
+saves and ends with `EXIT_INTERRUPTED`. A second SIGINT ends it at once.
 """
 
 from __future__ import annotations
 
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
 
@@ -52,13 +52,11 @@ class Interruption:
 
     def check(self) -> None:
         """Raise Interrupted on every rank if a signal came to any rank. Collective."""
-        raise_for(self.highest(False)[1])
+        raise_for(self._comm.all_reduce_sum(torch.tensor(self.noted(), device=self._device)).tolist())
 
-    def highest(self, flag: bool) -> tuple[bool, int]:
-        """Return True if any rank's `flag` is set, and the highest number of a signal on any rank, or 0. Collective."""
-        numbers = torch.tensor([float(flag), float(self.signal)], device=self._device)
-        flagged, number = self._comm.all_reduce_max(numbers).tolist()
-        return bool(flagged), int(number)
+    def noted(self) -> list[float]:
+        """Return this process's signal for `raise_for`, to be summed over the ranks: its place among the signals."""
+        return [float(number == self.signal) for number in _SIGNALS]
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT:
@@ -69,7 +67,8 @@ class Interruption:
         self.signal = self.signal or number
 
 
-def raise_for(number: int) -> None:
-    """Raise Interrupted if `number`, the second value of `highest`, is not 0."""
-    if number:
-        raise Interrupted(signal.Signals(number).name)
+def raise_for(noted: Sequence[float]) -> None:
+    """Raise Interrupted, with the signal of the highest number, if the sums of all ranks' `noted` have any."""
+    came = [number for number, ranks in zip(_SIGNALS, noted, strict=True) if ranks]
+    if came:
+        raise Interrupted(signal.Signals(max(came)).name)

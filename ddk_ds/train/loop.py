@@ -3,26 +3,27 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
-from itertools import islice
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
-from ddk_ds.comm import Comm, call_together, raise_together
+from ddk_ds.comm import call_together
 from ddk_ds.config.run_config import interval_steps
 from ddk_ds.data.loader import MicroBatch, interval_loader
 from ddk_ds.engine.export import export_student
-from ddk_ds.errors import TemporaryError, UserError
+from ddk_ds.errors import TemporaryError
 from ddk_ds.mixture.exhaustion import Exhausted
 from ddk_ds.mixture.order import Ids
 from ddk_ds.train.checkpoint.checkpoint_files import newest_checkpoint
 from ddk_ds.train.checkpoint.restore import roll_back
 from ddk_ds.train.checkpoint.saver import SaveFailed
 from ddk_ds.train.guard import NumbersGoneWrong, check_interval, check_step
-from ddk_ds.train.interruption import Interrupted, Interruption, raise_for
+from ddk_ds.train.interruption import Interrupted
 from ddk_ds.train.interval import Array, interval_record, ratio_to_teacher, stop_reason
 from ddk_ds.train.run import Run
 from ddk_ds.train.run_end import companions, make_summary, summary_table, write_summary
 from ddk_ds.train.step import StepMetrics, learning_rate, seed_step, step_clock, step_numbers, train_step
+from ddk_ds.train.step_reader import StepReader
 from ddk_ds.train.validation import count_micro_batches, perplexities
 from ddk_ds.version import versions
 
@@ -168,17 +169,11 @@ def _train_interval(run: Run, ids: Ids) -> None:
     )
     run.ahead.interval(ids, state.data.consumed)
     run.watchdog.watch("step", state.step)
+    reader = StepReader(batches, config.micro_batches(comm.world_size), run.interruption)
     save_pending = False
-    while True:
-        started = time.perf_counter()
-        try:
-            micro_batches = _read_step(batches, config.micro_batches(comm.world_size), comm, run.interruption)
-        except TemporaryError:
-            _save_now(run)
-            raise
-        data_s = time.perf_counter() - started
-        if not micro_batches:
-            return
+    started = time.perf_counter()
+    micro_batches = _read(run, lambda: reader.first(comm, run.runtime.device))
+    while micro_batches:
         if run.sampler.due(state.step):
             started += _sample(run)
         seed_step(config.seed, state.step, comm.rank)
@@ -193,15 +188,27 @@ def _train_interval(run: Run, ids: Ids) -> None:
             num_domains=len(run.inputs.names),
             device=run.runtime.device,
             comm=comm,
+            meanwhile=reader.read,
         )
         state.method = method.state_dict()
-        _record_step(run, metrics, rate, data_s, time.perf_counter() - started)
+        _record_step(run, metrics, rate, reader.take_seconds(), time.perf_counter() - started)
         save_pending |= state.step % config.checkpoint.every_steps == 0
         if save_pending and state.good_step == state.step:  # amid bad steps is no place to roll back to
             save_pending = not _begin_checkpoint(run)
         if run.saver.ready():
             _finish_checkpoint(run)
         run.watchdog.watch("step", state.step)
+        started = time.perf_counter()
+        micro_batches = _read(run, partial(reader.agreed, comm, metrics.agreed))
+
+
+def _read(run: Run, read: Callable[[], list[MicroBatch]]) -> list[MicroBatch]:
+    """Return the micro-batches that `read` returns; save first if a store does not answer. Collective."""
+    try:
+        return read()
+    except TemporaryError:
+        _save_now(run)
+        raise
 
 
 def _sample(run: Run) -> float:
@@ -219,29 +226,6 @@ def _sample(run: Run) -> float:
     run.record({"kind": "samples", "step": run.state.step, "samples": samples, "clock": clock})
     run.watchdog.watch("step", run.state.step)
     return elapsed
-
-
-def _read_step(
-    batches: Iterator[MicroBatch], micro_batches: int, comm: Comm, interruption: Interruption
-) -> list[MicroBatch]:
-    """Return this rank's micro-batches of the next optimizer step; [] at the end of the interval. Collective.
-
-    Raises:
-        UserError: a rank cannot read its samples. Every rank raises it, so that none waits in a forward pass.
-        Interrupted: a signal came to a rank.
-    """
-    read: list[MicroBatch] = []
-    failure: UserError | None = None
-    try:
-        read = list(islice(batches, micro_batches))
-    except UserError as error:
-        failure = error
-    # Each step reduces two numbers; an error itself is sent only if a rank has one.
-    failed, signal = interruption.highest(failure is not None)
-    raise_for(signal)  # what is done is saved, also while a store fails
-    if failed:
-        raise_together(comm, failure)
-    return read
 
 
 def _record_step(run: Run, metrics: StepMetrics, rate: float, data_s: float, step_s: float) -> None:

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import islice
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from ddk_ds.config import Optimizer
 from ddk_ds.data.loader import MicroBatch
 from ddk_ds.engine.flops import utilisation
 from ddk_ds.engine.student import Student
+from ddk_ds.engine.transfers import to_device
 from ddk_ds.methods import IGNORE_INDEX, Batch, Method, next_token_labels
 
 
@@ -47,6 +49,10 @@ class StepMetrics:
     """Seconds of each part of the step on this rank."""
     peaks: dict[str, int] = field(default_factory=dict)
     """Peak bytes of this rank's memory in each part."""
+    allocator: dict[str, int] = field(default_factory=dict)
+    """Bytes that this rank's GPU has reserved, and the allocator's failures in the step; {} on a CPU."""
+    agreed: list[float] = field(default_factory=list)
+    """The sums over all ranks of what `meanwhile` returned."""
 
 
 def train_step(
@@ -60,8 +66,12 @@ def train_step(
     num_domains: int,
     device: torch.device,
     comm: Comm,
+    meanwhile: Callable[[], list[float]] = list,
 ) -> StepMetrics:
     """Accumulate the gradients of this rank's micro-batches and update the student once. Collective.
+
+    All that the host has to know of the step is reduced before the update and read once: a GPU may still be at the
+    update when this returns (engine/student.py).
 
     A method divides its sums over valid tokens by the number of valid tokens in the complete step on all ranks (DoReMi:
     by that of each domain). So these numbers are reduced before the first backward pass. DeepSpeed averages gradients
@@ -70,6 +80,8 @@ def train_step(
     Args:
         progress: share of the run's steps that are done, 0..1.
         teacher_pass_size: number of micro-batches that the teacher computes in one pass.
+        meanwhile: work for the host while the device computes; returns numbers that are summed over the ranks with the
+            step's.
     """
     clock = student.clock
     labels = [next_token_labels(batch["input_ids"]) for batch in micro_batches]
@@ -77,13 +89,13 @@ def train_step(
     for micro_batch, label in zip(micro_batches, labels, strict=True):
         domain_tokens.index_add_(0, micro_batch["domain"], (label != IGNORE_INDEX).sum(1).double())
     with clock.waiting("sync"):
-        domain_tokens = comm.all_reduce_sum(domain_tokens.to(device))
+        domain_tokens = comm.all_reduce_sum(to_device(domain_tokens, device))
     num_valid = domain_tokens.sum()
     sums = torch.zeros(3, dtype=torch.float64, device=device)
-    batches = [
-        Batch(micro["input_ids"].to(device), label.to(device), micro["domain"], domain_tokens, num_valid, progress)
-        for micro, label in zip(micro_batches, labels, strict=True)
-    ]
+    batches = []
+    for micro, label in zip(micro_batches, labels, strict=True):
+        ids, label = to_device(micro["input_ids"], device), to_device(label, device)
+        batches.append(Batch(ids, label, micro["domain"], domain_tokens, num_valid, progress))
     for first in range(0, len(batches), teacher_pass_size):
         group = batches[first : first + teacher_pass_size]
         with method.teacher_outputs(group) as teacher_outputs:
@@ -91,13 +103,20 @@ def train_step(
                 result = method.loss(student, batch, teacher_output)
                 student.backward(result.loss * comm.world_size, last=number == len(batches))
                 sums += torch.stack([part.detach().double() for part in result[:3]])
-    grad_norm = student.update(learning_rate)
+    more = torch.tensor(meanwhile(), dtype=torch.float64)
+    parts = [sums, to_device(method.step_sums(), device), to_device(more, device)]
     with clock.waiting("sync"):
-        sums = comm.all_reduce_sum(sums)
-    loss, ce, kl = sums.tolist()
-    tokens = [int(count) for count in domain_tokens.tolist()]
-    method_metrics = method.end_step(comm)
-    return StepMetrics(loss, ce, kl, grad_norm, tokens, method_metrics, clock.take_seconds(), clock.take_peaks())
+        reduced = comm.all_reduce_sum(torch.cat(parts))
+    grad_norm, numbers = student.update(learning_rate, torch.cat([reduced, domain_tokens]))
+    (loss, ce, kl), of_method, agreed, tokens = _split(numbers, [*map(len, parts), num_domains])
+    metrics = method.end_step(of_method)
+    measured = clock.take_seconds(), clock.take_peaks(), clock.take_allocator()
+    return StepMetrics(loss, ce, kl, grad_norm, [int(count) for count in tokens], metrics, *measured, agreed)
+
+
+def _split(numbers: list[float], lengths: Sequence[int]) -> list[list[float]]:
+    rest = iter(numbers)
+    return [list(islice(rest, length)) for length in lengths]
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:
@@ -109,7 +128,7 @@ def seed_step(seed: int, step: int, rank: int) -> None:
 def step_numbers(metrics: StepMetrics) -> dict[str, Any]:
     """Return the computed numbers of a step, which a seed determines; None in place of those that are not finite."""
     numbers = asdict(metrics)
-    for name in ("seconds", "peaks", *(() if metrics.method else ("method",))):
+    for name in ("seconds", "peaks", "allocator", "agreed", *(() if metrics.method else ("method",))):
         del numbers[name]
     return {name: _finite(value) for name, value in numbers.items()}
 
@@ -133,7 +152,15 @@ def step_clock(metrics: StepMetrics, seconds: dict[str, float], flops: float) ->
         "mfu": None if mfu is None else round(mfu, 4),
         "peak_memory_gb": max(peaks.values()),
         "peak_gb": peaks,
+        **_allocator_clock(metrics.allocator),
     }
+
+
+def _allocator_clock(allocator: dict[str, int]) -> dict[str, float]:
+    if not allocator:
+        return {}
+    reserved = round(allocator["reserved"] / 1e9, 3)
+    return {"reserved_gb": reserved, "alloc_retries": allocator["retries"], "alloc_ooms": allocator["ooms"]}
 
 
 def _finite(value: Any) -> Any:

@@ -61,7 +61,7 @@ def _signal_after(run: Any, step: int) -> None:
 
     def signalled(record: dict[str, Any]) -> None:
         write(record)
-        if record["kind"] == "step" and record["step"] == step:
+        if record["kind"] == "step" and record["step"] == step - 1:  # agreed on at the end of the step after it
             run.interruption.signal = signal.SIGTERM
 
     run.ledger.write = signalled

@@ -104,12 +104,12 @@ def _step(
     gradients: dict[str, torch.Tensor] = {}
     update = student.update
 
-    def watched(learning_rate: float) -> float:
+    def watched(learning_rate: float, numbers: torch.Tensor) -> tuple[float, list[float]]:
         for name, parameter in student.engine.module.named_parameters():
             if parameter.requires_grad:
                 grad = safe_get_full_grad(parameter)
                 gradients[name] = torch.zeros(parameter.ds_shape) if grad is None else grad.clone()
-        return update(learning_rate)
+        return update(learning_rate, numbers)
 
     student.update = watched  # type: ignore[method-assign]
     options: Any = {"learning_rate": 1e-3, "progress": progress, "num_domains": DOMAINS, "device": runtime.device}

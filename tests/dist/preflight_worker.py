@@ -96,7 +96,7 @@ def measured_memory(runtime: Runtime, config_path: str) -> dict[str, dict[str, i
     for last in (False, True):  # AdamW's moments come with its first step
         loss = student(torch.arange(64)[None], lambda hidden, head: (hidden @ head.weight.T).float().square().mean())
         student.backward(loss, last=last)
-    student.update(1e-3)
+    student.update(1e-3, torch.zeros(0, dtype=torch.float64))
     optimizer = student.engine.optimizer
     parameters = list(student.engine.module.parameters())
     backbone = [*teacher.engine.module.parameters()]

@@ -94,7 +94,7 @@ def test_the_keys(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert found["read_bytes_per_s"] == 4 * found["tokens_per_s"]
     assert found["advice"] == []
     printed = " ".join(capsys.readouterr().out.split())
-    for text in ("54.68", "KD over CPT", "3.746", "GPU-hours", "simulated step", "assumed", "fits"):
+    for text in ("55.51", "KD over CPT", "3.746", "GPU-hours", "simulated step", "assumed", "fits"):
         assert text in printed
     for line in found["assumptions"]:
         assert printed.count(" ".join(line.split())[:60]) == 1, "each assumption is printed once"

@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -82,6 +83,9 @@ class Clock:
     def take_peaks(self) -> dict[str, int]:
         return {"forward": 7}
 
+    def take_allocator(self) -> dict[str, int]:
+        return {"reserved": 9}
+
 
 class Doubled(SingleProcess):
     """The first of two ranks that hold the same."""
@@ -116,12 +120,15 @@ class Recorder:
     def backward(self, loss: torch.Tensor, *, last: bool) -> None:
         self.backwards.append((float(loss), last))
 
-    def update(self, rate: float) -> float:
+    def update(self, rate: float, numbers: torch.Tensor) -> tuple[float, list[float]]:
         self.rates.append(rate)
-        return 0.5
+        return 0.5, numbers.tolist()
 
-    def end_step(self, comm: Any) -> dict[str, Any]:
-        return {"weights": [1.0]}
+    def step_sums(self) -> torch.Tensor:
+        return torch.tensor([1.5, 2.5], dtype=torch.float64)
+
+    def end_step(self, sums: Sequence[float]) -> dict[str, Any]:
+        return {"weights": sums}
 
 
 def test_a_step_adds_up_its_micro_batches() -> None:
@@ -141,17 +148,19 @@ def test_a_step_adds_up_its_micro_batches() -> None:
         num_domains=3,
         device=torch.device("cpu"),
         comm=Doubled(),
+        meanwhile=lambda: [float(len(both.backwards)), 0.0],
     )
     assert metrics.domain_tokens == [18, 0, 18]  # 3 samples of 3 labels on each of two ranks
     assert both.passes == [2, 1] and both.rates == [0.25]
     # DeepSpeed averages gradients over the ranks: each backward pass is of twice the loss.
     assert both.backwards == [(pytest.approx(2 * 6 / 36), last) for last in (False, False, True)]
     assert (metrics.loss, metrics.ce, metrics.kl) == (pytest.approx(1.0), 360.0, 3600.0)
-    assert (metrics.grad_norm, metrics.method) == (0.5, {"weights": [1.0]})
+    assert (metrics.grad_norm, metrics.method) == (0.5, {"weights": [3.0, 5.0]})
+    assert metrics.agreed == [6.0, 0.0], "called after the last of three backward passes, and summed over two ranks"
     assert [batch.labels.tolist() for batch in both.batches] == [[[k, k, k, -100]] * 2 for k in range(3)]
     assert all(batch.progress == 0.5 and float(batch.num_valid) == 36 for batch in both.batches)
     assert both.clock.waits == ["sync", "sync"]
-    assert (metrics.seconds, metrics.peaks) == ({"forward": 2.0}, {"forward": 7})
+    assert (metrics.seconds, metrics.peaks, metrics.allocator) == ({"forward": 2.0}, {"forward": 7}, {"reserved": 9})
     alone: Any = Recorder()
     arguments: Any = {"learning_rate": 0.1, "progress": 0.0, "num_domains": 3, "device": torch.device("cpu")}
     train_step(alone, alone, micro_batches, **arguments, comm=SingleProcess())
@@ -179,6 +188,9 @@ def test_the_ledgers_clock_of_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
         "peak_memory_gb": 2.346,
         "peak_gb": {"forward": 2.346, "update": 2.345},
     }
+    failed = {"reserved": 71_999_500_001, "retries": 3, "ooms": 0}
+    with_gpu = step_clock(replace(metrics, allocator=failed), {"step": 4.0, "data": 0.00004}, 1e12)
+    assert with_gpu == clock | {"reserved_gb": 72.0, "alloc_retries": 3, "alloc_ooms": 0}
     three = StepMetrics(1.0, 1.0, 0.0, 1.0, [1000], {}, {}, peaks)
     assert step_clock(three, {"step": 3.0}, 1e12)["tokens_per_s"] == 333.3
     # An H100 SXM does 989e12 dense bf16 operations a second (NVIDIA's data sheet).
