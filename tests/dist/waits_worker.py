@@ -30,7 +30,7 @@ class Waits:
         to = torch.Tensor.to
 
         def copied(tensor: torch.Tensor, *arguments: Any, **options: Any) -> torch.Tensor:
-            if any(isinstance(argument, torch.device) for argument in arguments):
+            if any(isinstance(argument, torch.device) for argument in arguments) and not options.get("non_blocking"):
                 self._note("to", sys._getframe(1).f_code.co_filename)
             return to(tensor, *arguments, **options)
 
