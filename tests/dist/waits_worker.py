@@ -30,8 +30,10 @@ class Waits:
         to = torch.Tensor.to
 
         def copied(tensor: torch.Tensor, *arguments: Any, **options: Any) -> torch.Tensor:
-            if any(isinstance(argument, torch.device) for argument in arguments) and not options.get("non_blocking"):
-                self._note("to", sys._getframe(1).f_code.co_filename)
+            file = sys._getframe(1).f_code.co_filename
+            # DeepSpeed names the device for tensors that are there.
+            if "/deepspeed/" not in file and any(isinstance(argument, torch.device) for argument in arguments):
+                self._note("to", file)
             return to(tensor, *arguments, **options)
 
         torch.Tensor.to = copied  # type: ignore[method-assign,assignment]
