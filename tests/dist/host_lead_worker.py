@@ -24,7 +24,7 @@ LAYERS, SAMPLES, LENGTH = 10, 1, 8
 
 
 def gathered(runtime: Runtime, folder: str) -> list[dict[str, Any]]:
-    """Take three steps, with whole layers and without; return what each model held at most, and the bounds.
+    """Take two steps, with whole layers and without; return what each model held at most, and the bounds.
 
     All in elements. The student's layers are released at once, and gathered again for their backward pass.
     """
@@ -64,7 +64,7 @@ def _gathered(runtime: Runtime, device: SlowDevice, root: Path, *, whole_layers:
         "student": Weights(device, student.engine.optimizer.parameter_offload.get_param_coordinator()),
     }
     method = make_method(config, teacher, Options(VOCAB, gamma=0.0, chunk_tokens=16), 1, {})
-    for step in range(3):
+    for step in range(2):  # the second with a complete trace
         ids = torch.full((SAMPLES, LENGTH), step + comm.rank)
         batch: Any = {"input_ids": ids, "domain": torch.zeros(SAMPLES, dtype=torch.int64)}
         train_step(
