@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 
+from ddk_ds.engine.ds_config import LEAD_LAYERS
 from ddk_ds.train.preflight.machine import core_limit, cores
 from tests.dist.ranks import run_ranks
 from tests.dist.test_leaving import ends, outputs
@@ -24,8 +25,6 @@ from tests.unit.kernels.test_vocabularies import VOCABULARIES, poisoned
 
 Record = Callable[[str, Any], None]
 LAYERS, HIDDEN, LENGTH = 16, 1024, 2048
-# Layers whose computation may be queued while a further one is gathered, and that one.
-LEAD_LAYERS = 3
 
 
 @pytest.fixture(scope="module")
@@ -66,13 +65,15 @@ def test_memory_of_a_teachers_pass(found: dict[str, Any], record_property: Recor
         record_property(f"teacher's pass: {name}", value)
     assert memory["retries"] == 0
     lead = memory["active"] - memory["allocated"]
-    assert lead <= LEAD_LAYERS * found["layer_bytes"]
+    # Layers whose computation may be queued while a further one is gathered, and that one.
+    assert lead <= (LEAD_LAYERS + 1) * found["layer_bytes"]
 
 
 def test_collectives_and_waits_of_a_step(gpus: int, found: dict[str, Any], record_property: Record) -> None:
     record_property("a step's collectives", found["step"]["collectives"])
     record_property("a step's calls that wait for the GPU", found["step"]["waits"])
-    assert len(found["step"]["waits"]) <= 1
+    if gpus > 1:  # alone, ZeRO-3 waits at each module for its stream of gathers, on which there is nothing
+        assert len(found["step"]["waits"]) <= 1
 
 
 def test_error_of_the_reduction(gpus: int, found: dict[str, Any], record_property: Record) -> None:
