@@ -129,7 +129,7 @@ def _interval(step: int) -> dict[str, Any]:
 def _write_shards(directory: Path, student: Path, factor: float, state: RunState) -> None:
     files = read_model(student, "student.path")
     shapes, slices = {}, [[] for _ in range(RANKS)]  # type: ignore[var-annotated]
-    for name, on_disk in names_on_disk(files, trusted=False).items():
+    for name, on_disk in names_on_disk(files, trusted=False)[0].items():
         with safe_open(files.tensors[on_disk].file, framework="pt") as reader:
             tensor = reader.get_tensor(on_disk).float() * factor
         shapes[name] = tensor.shape

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from ddk_ds.engine.model_files import DTYPES, ModelFiles, check_code, model_dire
 from ddk_ds.engine.zero_shards import ZeroShards
 from ddk_ds.errors import CheckpointError, ConfigError
 from ddk_ds.files import size_and_xxh64, unwritable
-from ddk_ds.train.checkpoint.checkpoint_files import TAG, Manifest, complete_checkpoints
+from ddk_ds.train.checkpoint.checkpoint_files import TAG, Manifest, complete_checkpoints, damaged_since
 from ddk_ds.train.run_end import companions
 from ddk_ds.train.state import RunState
 
@@ -28,6 +29,10 @@ def export(options: argparse.Namespace, bar: Progress) -> tuple[Path, str]:
         raise ConfigError(f"--max-shard-gb {options.max_shard_gb:g}: must be above 0")
     config = read_config(options.run, options.student)
     checkpoint, manifest = find_checkpoint(options.run, options.step)
+    damaged = [] if options.step is not None else damaged_since(options.run, manifest.step)
+    if damaged:
+        found = f"{options.run}/checkpoints: {', '.join(damaged)} is damaged or of another version"
+        print(f"warning: {found}; exporting step {manifest.step:,}", file=sys.stderr)
     dtype = options.dtype or config.train.precision
     out = options.out or options.run / "exports" / f"step-{manifest.step:08d}-{dtype}"
     check_target(out, overwrite=options.overwrite)

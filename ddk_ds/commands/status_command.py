@@ -19,7 +19,7 @@ from ddk_ds.command_line import command_parser, parse, reports_user_errors
 from ddk_ds.errors import DataError, UserError
 from ddk_ds.files import nearest_existing
 from ddk_ds.report.screen import OTHER_LINES, Surroundings, screen
-from ddk_ds.train.checkpoint.checkpoint_files import MANIFEST, newest_checkpoint
+from ddk_ds.train.checkpoint.checkpoint_files import MANIFEST, damaged_since, newest_checkpoint
 
 
 @reports_user_errors
@@ -42,14 +42,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def current_screen(run_dir: Path, console: Console) -> RenderableType:
     """Return the screen as it is now. Raises UserError where the run has not begun or cannot be read."""
     newest = newest_checkpoint(run_dir)
-    checkpoint = None
+    checkpoint, step = None, -1
     if newest is not None:
         directory, manifest = newest
-        checkpoint = manifest.step, (directory / MANIFEST).stat().st_mtime, manifest.num_bytes
+        step = manifest.step
+        checkpoint = step, (directory / MANIFEST).stat().st_mtime, manifest.num_bytes
     free = shutil.disk_usage(nearest_existing(run_dir)).free
     # A file, or a screen that is printed once, can have any height.
     rows = max(3, console.height - OTHER_LINES) if console.is_terminal else None
-    return screen(run_dir, Surroundings(time.time(), checkpoint, free), rows)
+    around = Surroundings(time.time(), checkpoint, damaged_since(run_dir, step), free)
+    return screen(run_dir, around, rows)
 
 
 def watch(run_dir: Path, every_s: float, console: Console) -> int:

@@ -49,6 +49,8 @@ class Surroundings:
     """Seconds since 1970."""
     checkpoint: tuple[int, float, int] | None
     """Step, time of writing (seconds since 1970) and bytes of the newest complete checkpoint; None if there is none."""
+    damaged: Sequence[str]
+    """Names of newer checkpoints that are not complete."""
     disk_free_bytes: int
 
 
@@ -89,6 +91,8 @@ def _lines(
     if steps:
         yield from _numbers(steps)
     yield _line(_checkpoint(around))
+    for name in around.damaged:
+        yield _line(f"[red]checkpoints/{name} is damaged, or of another version: an older one is used[/]")
     if measurements:
         yield _domains(measurements, steps, max_domains)
     for text in _alarms(events):
@@ -135,15 +139,15 @@ def _seconds_left(
 def _progress(
     run_dir: Path, events: Sequence[dict[str, Any]], records: Sequence[dict[str, Any]], *, finished: bool
 ) -> RenderableType:
-    step, total, left_s = records[-1]["step"], None, None
+    step, total, left_s, fault = records[-1]["step"], None, None, ""
     try:
         config = load_run_config(run_dir)
         total = expected_steps(config, events)
         left_s = None if total is None else _seconds_left(config, total, events, records)
-    except UserError:  # from another version, missing or damaged: its end is not known
-        pass
+    except UserError:  # its end is not known
+        fault = " (config.yaml is missing, damaged or of another version)"
     if total is None or finished:
-        return _line(f"step {step:,}" + (" of ?" if not finished else ""))
+        return _line(f"step {step:,}" + ("" if finished else f" of ?{fault}"))
     grid = Table.grid(padding=(0, 2))
     eta = f"ETA {duration(left_s)}" if left_s is not None else "ETA ?"
     bar = ProgressBar(total=max(1, total), completed=step, width=24)

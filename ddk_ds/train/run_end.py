@@ -147,7 +147,7 @@ def _measured_parts(run_dir: Path, state: RunState, has_teacher: bool) -> list[s
         measured = [line for line in records if line["kind"] in ("interval", "end") and line["step"] <= state.step]
         return ["## Domains", _domains(state, measured, has_teacher), "## Mixture", _mixture(measured)]
     except (KeyError, TypeError, AttributeError, ValueError):  # which a UserError is
-        return ["## Domains", "Not known: the run's ledger could not be read when the student was exported."]
+        return ["## Domains", "Not known: the run's ledger.jsonl could not be read when the student was exported."]
 
 
 def _introduction(config: Config, student: str, teacher: str | None, tokens: int) -> str:

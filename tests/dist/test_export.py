@@ -99,7 +99,7 @@ def test_the_runs_end_loses_nothing_of_a_users(workspace: Path, tmp_path: Path) 
     assert "cannot be written: No space left on device; make room, then start the same command again" in errors[0]
     run = tmp_path / "runs/whole"
     assert (run / "export-kept-1/my_notes.txt").read_text() == "a week of notes"
-    assert "Not known: the run's ledger could not be read" in (run / "export/README.md").read_text()
+    assert "Not known: the run's ledger.jsonl could not be read" in (run / "export/README.md").read_text()
     assert not unreplaceable(run / "export") and (run / "export/filters.safetensors").is_file()
     assert (run / "summary.json").is_file() and not [path for path in run.iterdir() if "partial" in path.name]
     (kept,) = [event for event in read_events(run) if event["event"] == "kept"]

@@ -159,12 +159,11 @@ def _resume(run: Path, original: Path) -> int:
     return 0
 
 
-# What a reader says of a damaged file, if not its name: a checkpoint, that it takes an older one; a run's identity,
-# that it is another's; of a model that cannot be read, no FLOPs. Without config.yaml a run's end is not known.
+# What a reader says of a damaged file, if not its name: a checkpoint, that it is damaged; a run's identity,
+# that it is another's; of a model that cannot be read, no FLOPs.
 SAYS_SO = {
-    "config.yaml": "config.yaml|step 4 of \\?",
     "run.json": "run.json|holds another run|has format",
-    "checkpoints/step-00000004/manifest.json": "step-00000002|step 2",
+    "checkpoints/step-00000004/manifest.json": "step-00000004",
     "export/config.json": r"16,000 \| [\d.]+ \| - ",
 }
 

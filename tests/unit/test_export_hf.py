@@ -116,7 +116,7 @@ def test_a_damaged_ledger_keeps_no_student_back(run: Path, line: str) -> None:
     lines = (run / "ledger.jsonl").read_text().splitlines()
     (run / "ledger.jsonl").write_text("".join(f"{each}\n" for each in (lines[0], line, *lines[1:])))
     assert main([str(run), "--out", str(run / "x")]) == 0
-    assert "Not known: the run's ledger could not be read" in card_of(run / "x")[1]
+    assert "Not known: the run's ledger.jsonl could not be read" in card_of(run / "x")[1]
     assert (run / "x/model.safetensors").is_file()
 
 

@@ -246,7 +246,9 @@ def table(outcomes: list[Outcome]) -> Table:
 
 def case_table(cases: list[Case]) -> Table:
     """Return the table of the new kinds."""
-    shown = Table("kind", "cases", "resumed", "refused", "same output", "said", "broken", title="new kinds")
+    shown = Table(
+        "kind", "cases", "resumed", "refused", "same output", "said", "not to be known", "broken", title="new kinds"
+    )
     for kind in dict.fromkeys(case.kind for case in cases):
         of_kind = [case for case in cases if case.kind == kind]
         results = [sum(case.result == result and not case.broken for case in of_kind) for result in RESULTS]

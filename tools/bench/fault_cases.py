@@ -38,7 +38,7 @@ SHORT = OPTIONS | {
     "stop": {"steps": 7},
     "data": {"num_workers": 1, "validation_samples": 6},
 }
-RESULTS = ("resumed", "refused", "same", "said")
+RESULTS = ("resumed", "refused", "same", "said", "not to be known")
 _INTERRUPTED_AT = "run/checkpoints/.partial-step-00000006"
 TRACEBACK = "Traceback (most recent call last)"
 

@@ -130,6 +130,12 @@ def newest_checkpoint(run_dir: Path) -> tuple[Path, Manifest] | None:
     return next(complete_checkpoints(run_dir / "checkpoints"), None)
 
 
+def damaged_since(run_dir: Path, step: int) -> list[str]:
+    """Return the names of the checkpoints after `step` that are not complete, so that an older one is used for them."""
+    named = {directory.name: directory for directory in (run_dir / "checkpoints").glob("step-*")}
+    return sorted(name for name, at in named.items() if name > f"step-{step:08d}" and read_manifest(at) is None)
+
+
 def complete_checkpoints(root: Path) -> Iterator[tuple[Path, Manifest]]:
     """Yield every complete checkpoint below `root` with its manifest, the newest first."""
     for directory in sorted(root.glob("step-*"), reverse=True):

@@ -15,12 +15,12 @@ import xxhash
 from ddk_ds.comm import Comm, call_together
 from ddk_ds.errors import CheckpointError
 from ddk_ds.files import size_and_xxh64
-from ddk_ds.train.checkpoint.checkpoint_files import LEDGER, Manifest, complete_checkpoints, set_aside
+from ddk_ds.train.checkpoint.checkpoint_files import LEDGER, Manifest, complete_checkpoints, damaged_since, set_aside
 
 
 @dataclass(frozen=True)
 class PassedOver:
-    """A complete checkpoint that the run does not continue from."""
+    """A checkpoint that the run does not continue from."""
 
     path: Path
     reason: str
@@ -32,7 +32,8 @@ def usable_checkpoint(
 ) -> tuple[Path, Manifest, list[PassedOver]] | None:
     """Return the newest checkpoint that can be used, and the newer ones that were passed over; None without any.
 
-    Those that were passed over are renamed, so that they are never loaded and never deleted. Collective.
+    Those that were passed over are renamed, so that they are never loaded and never deleted; one that is not complete
+    stays until another is written in its place. Collective.
 
     Args:
         at_most: step of the newest checkpoint that may be used; None: any.
@@ -48,15 +49,24 @@ def usable_checkpoint(
         directory, manifest = found
         reason = _fault(run_dir, directory, manifest, comm)
         if not reason:
-            return directory, manifest, _rename(passed, comm)
+            incomplete = _incomplete(run_dir, manifest.step, comm) if at_most is None else []
+            return directory, manifest, incomplete + _rename(passed, comm)
         passed.append((directory, manifest, reason))
-    if passed:
-        shown = "; ".join(f"{directory} {reason}" for directory, _, reason in passed)
+    incomplete = _incomplete(run_dir, -1, comm) if at_most is None else []
+    if passed or incomplete:
+        faults = [f"{directory} {reason}" for directory, _, reason in passed]
+        shown = "; ".join(faults + [f"{one.path} {one.reason}" for one in incomplete])
         raise CheckpointError(
             f"every checkpoint of {run_dir} is damaged, or the ledger does not reach it: {shown}; put back what is "
             "missing from a copy, go on from an intact checkpoint under another name (init_from), or begin a new run"
         )
     return None
+
+
+def _incomplete(run_dir: Path, step: int, comm: Comm) -> list[PassedOver]:
+    reason = "is damaged or of another version: its manifest or a file's size is not as it was written"
+    names: list[str] = comm.broadcast_object(damaged_since(run_dir, step) if comm.rank == 0 else None)
+    return [PassedOver(run_dir / "checkpoints" / name, reason) for name in names]
 
 
 def leave_out_after(run_dir: Path, step: int, comm: Comm) -> None:

@@ -29,7 +29,7 @@ GB = 10**9
 def shown(run_dir: Path, width: int = 80, *, later_s: float = 0.0, max_domains: int | None = None) -> str:
     """The screen as text, as it is `later_s` from now."""
     console = Console(file=io.StringIO(), width=width, highlight=False)
-    around = Surroundings(time.time() + later_s, (40, time.time() - 90, 3 * GB), 5 * GB)
+    around = Surroundings(time.time() + later_s, (40, time.time() - 90, 3 * GB), [], 5 * GB)
     console.print(screen(run_dir, around, max_domains))
     assert isinstance(console.file, io.StringIO)
     return console.file.getvalue()

@@ -166,18 +166,21 @@ def test_no_room_is_known_before_anything_is_written(tmp_path: Path, monkeypatch
 def test_a_damaged_one_is_passed_over_and_kept(tmp_path: Path, size: str) -> None:
     save(tmp_path, 1)
     shard = save(tmp_path, 2) / "state/shard.pt"
-    shard.write_bytes(b"weighty" if size == "same" else b"weight")
+    shard_of = {"same": b"weighty", "other": b"weight"}
+    shard.write_bytes(shard_of[size])
     found = usable_checkpoint(tmp_path, SingleProcess())
     assert found is not None
     directory, manifest, passed = found
     assert (directory.name, manifest.step) == ("step-00000001", 1)
-    assert len(passed) == (size == "same")  # the other was never complete
-    assert all((one.path / "state/shard.pt").read_bytes() == b"weighty" for one in passed)
+    (one,) = passed
+    assert (one.path / "state/shard.pt").read_bytes() == shard_of[size]
+    assert (one.path == shard.parents[1]) == (size == "other")  # what is not complete cannot be taken for a checkpoint
 
 
-def test_all_damaged_is_no_new_beginning(tmp_path: Path) -> None:
+@pytest.mark.parametrize("size", ["same", "other"])
+def test_all_damaged_is_no_new_beginning(tmp_path: Path, size: str) -> None:
     shard = save(tmp_path, 1) / "state/shard.pt"
-    shard.write_bytes(b"weighty")
+    shard.write_bytes(b"weighty" if size == "same" else b"weight")
     with pytest.raises(CheckpointError, match=r"every checkpoint of .* is damaged"):
         usable_checkpoint(tmp_path, SingleProcess())
     shard.write_bytes(b"weights")  # back from a copy
