@@ -125,14 +125,14 @@ def test_passes_of_the_teacher() -> None:
     for size, passes in ((1, (1, 1, 1)), (3, (3,)), (9, (3,))):
         parts = simulated(config_of(teacher={"micro_batches_per_pass": size})).parts
         compute = [one * 200 * 1e7 / 5e11 for one in passes]
-        waits = sum(waits_s(seconds, 3.6e6, 8, first=True) + gather_s(4e5, 1) for seconds in compute)
+        waits = sum(waits_s(seconds, 3.6e6, 8) + gather_s(4e5, 1) for seconds in compute)
         assert parts["teacher: compute"] == pytest.approx(sum(compute))
         assert parts["teacher: communication not hidden"] == pytest.approx(waits, rel=1e-12)
     # In 8 bits an element of bf16 holds two weights of a matrix: 1.6 of 3.6 million are gathered as 0.8.
     shape = replace(TEACHER.shape, tensors=(400_000, 2_000_000, 1_600_000), matrices=(1_600_000,))
     small = Models(STUDENT, replace(TEACHER, shape=shape), 1000)
     parts = simulated(config_of(teacher={"micro_batches_per_pass": 3, "quantize": "int8"}), small).parts
-    waits = waits_s(600 * 1e7 / 5e11, 2.8e6, 8, first=True) + gather_s(4e5, 1)
+    waits = waits_s(600 * 1e7 / 5e11, 2.8e6, 8) + gather_s(4e5, 1)
     assert parts["teacher: communication not hidden"] == pytest.approx(waits, rel=1e-12)
 
 
