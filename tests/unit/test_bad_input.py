@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 from collections import Counter
@@ -265,7 +266,7 @@ def test_a_run_that_goes_on_elsewhere_keeps_its_directory(workspace: Path, tmp_p
 @pytest.mark.parametrize(
     ("local_rank", "error", "said"),
     [
-        ("1", RuntimeError("no such device"), "rank 9: Traceback"),
+        ("1", RuntimeError("no such device"), f"rank 9 on {socket.gethostname()}: Traceback"),
         ("0", UserError("not on this node"), "error: not on this node"),
         ("1", UserError("not on this node"), ""),
     ],

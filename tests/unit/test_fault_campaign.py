@@ -193,6 +193,6 @@ def test_the_summary_counts_what_went_wrong() -> None:
         **{"slowest_end_s": 60.0, "broken": 1},
     }
     assert [list(column.cells) for column in case_table(cases).columns] == [
-        *(["file damaged"], ["2"], ["0"], ["1"], ["0"], ["0"], ["1"]),
+        *(["file damaged"], ["2"], ["0"], ["1"], ["0"], ["0"], ["0"], ["1"]),
     ]
     assert set(KINDS) == set(MOMENTS)
