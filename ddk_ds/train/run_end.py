@@ -145,6 +145,8 @@ def _measured_parts(run_dir: Path, state: RunState, has_teacher: bool) -> list[s
     try:
         records = read_ledger(run_dir)
         measured = [line for line in records if line["kind"] in ("interval", "end") and line["step"] <= state.step]
+        if not measured:
+            raise ValueError("emptied: every run begins with a measurement")
         return ["## Domains", _domains(state, measured, has_teacher), "## Mixture", _mixture(measured)]
     except (KeyError, TypeError, AttributeError, ValueError):  # which a UserError is
         return ["## Domains", "Not known: the run's ledger.jsonl could not be read when the student was exported."]

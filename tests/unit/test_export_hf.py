@@ -111,10 +111,11 @@ def test_a_card_of_many_intervals_stays_short(run: Path) -> None:
     assert "12 of the 502 intervals" in text and text.count("\n") < 120
 
 
-@pytest.mark.parametrize("line", ["{", '["kind"]', '{"kind": "interval"}', '{"kind": "interval", "step": "0"}'])
-def test_a_damaged_ledger_keeps_no_student_back(run: Path, line: str) -> None:
+@pytest.mark.parametrize("line", ["{", '["kind"]', '{"kind": "interval"}', '{"kind": "interval", "step": "0"}', None])
+def test_a_damaged_ledger_keeps_no_student_back(run: Path, line: str | None) -> None:
     lines = (run / "ledger.jsonl").read_text().splitlines()
-    (run / "ledger.jsonl").write_text("".join(f"{each}\n" for each in (lines[0], line, *lines[1:])))
+    damaged = "" if line is None else "".join(f"{each}\n" for each in (lines[0], line, *lines[1:]))
+    (run / "ledger.jsonl").write_text(damaged)
     assert main([str(run), "--out", str(run / "x")]) == 0
     assert "Not known: the run's ledger.jsonl could not be read" in card_of(run / "x")[1]
     assert (run / "x/model.safetensors").is_file()
