@@ -1,0 +1,292 @@
+"""Try every causal language model family of the installed transformers as teacher and as student.
+
+    python -m tools.bench.model_families [--only llama gemma3_text ...] [--json FILE] [--markdown FILE] [--workers 2]
+
+For each family a model of two small layers is made with random weights. It is loaded as a run loads it, in float32 and
+in bf16, and its logits are compared with those of plain transformers in float32; the student's export is loaded again
+by transformers, and the student makes a step. Each family has a process of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from ddk_ds.config import make_config
+from ddk_ds.engine.export import Companions, export_student
+from ddk_ds.engine.head import OutputHead
+from ddk_ds.engine.model_files import read_model
+from ddk_ds.engine.runtime import Runtime, start_runtime
+from ddk_ds.engine.split_check import check_split
+from ddk_ds.engine.student import Student, load_student
+from ddk_ds.engine.teacher import Teacher, load_teacher
+from ddk_ds.errors import UserError
+from ddk_ds.kernels.reference import reference_logits, reference_nll
+from ddk_ds.launcher import free_port
+from tools.bench.forked import rank_environment
+
+VOCAB, LENGTH = 205, 24
+TRIALS = ("teacher fp32", "teacher bf16", "student fp32", "student bf16", "export")
+LIMIT_S = 180
+# Largest difference of logits over the largest logit: rounding, and in bf16 that of two layers' activations too.
+_LIMITS = {"fp32": 1e-4, "bf16": 0.1}
+_SERVER = multiprocessing.get_context("forkserver")
+_SERVER.set_forkserver_preload(["tools.bench.model_families"])
+
+# A value for whichever of these keys a family's configuration has.
+SMALL: dict[str, Any] = {
+    **dict.fromkeys(("hidden_size", "n_embd", "d_model", "dim", "embedding_size", "word_embed_proj_dim"), 64),
+    **dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers", "encoder_layers"), 2),
+    **dict.fromkeys(("num_attention_heads", "n_head", "n_heads", "num_heads", "decoder_attention_heads"), 4),
+    **dict.fromkeys(("encoder_attention_heads",), 4),
+    **dict.fromkeys(("num_key_value_heads", "num_kv_heads", "n_groups"), 2),
+    **dict.fromkeys(("intermediate_size", "ffn_dim", "n_inner", "decoder_ffn_dim", "ffn_hidden_size"), 96),
+    **dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size", "expert_ffn_hidden_size"), 32),
+    **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"), 4),
+    **dict.fromkeys(("num_experts_per_tok", "moe_topk", "moe_k"), 2),
+    **dict.fromkeys(("head_dim", "v_head_dim", "attention_head_dim"), 16),
+    **dict.fromkeys(("q_lora_rank", "kv_lora_rank"), 16),
+    **dict.fromkeys(("qk_rope_head_dim", "qk_nope_head_dim"), 8),
+    **dict.fromkeys(("max_position_embeddings", "n_positions", "max_seq_len"), 64),
+    **dict.fromkeys(("n_group", "topk_group", "first_k_dense_replace", "moe_layer_start_index"), 1),
+    **dict.fromkeys(("sliding_window", "attention_window_size", "chunk_size"), 8),
+    **dict.fromkeys(("mamba_n_heads", "mamba_num_heads"), 8),
+    **dict.fromkeys(("mamba_d_state", "state_size", "mamba_d_conv"), 4),
+    **{"mamba_d_head": 16, "mamba_expand": 2, "mamba_n_groups": 1, "lru_width": 64, "rotary_dim": 8},
+    **{"vocab_size": VOCAB + 3, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "initializer_range": 0.2},
+    **{"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": VOCAB + 3, "laurel_rank": 8},
+    **{"attention_dropout": 0.0, "hidden_dropout": 0.0, "dropout": 0.0, "is_decoder": True},
+}
+# What a family needs beyond that: mostly lengths of lists by layer, and sizes that must divide others.
+FURTHER: dict[str, dict[str, Any]] = {
+    "deepseek_v2": {"head_dim": 8, "num_key_value_heads": 4},
+    "deepseek_v3": {"head_dim": 8, "num_key_value_heads": 4},
+    "dots1": {"layer_types": ["full_attention", "full_attention"], "n_shared_experts": 1},
+    "gemma3n_text": {"layer_types": ["full_attention", "sliding_attention"], "num_kv_shared_layers": 0},
+    "longcat_flash": {"head_dim": 8, "num_key_value_heads": 4},
+    "bamba": {"attn_layer_indices": [1], "mamba_n_groups": 1},
+    "falcon_h1": {"mamba_d_ssm": 128},
+    "gemma2": {"query_pre_attn_scalar": 16},
+    "gemma3_text": {"query_pre_attn_scalar": 16},
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]], "window_size": 8},
+    "gpt_oss": {"rope_scaling": None},
+    "granitemoehybrid": {"layer_types": ["mamba", "attention"], "layers_block_type": ["mamba", "attention"]},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "use_mamba_kernels": False, "mamba_dt_rank": 4},
+    "mamba2": {"num_heads": 8, "head_dim": 16, "n_groups": 1},
+    "qwen2_moe": {"decoder_sparse_step": 1},
+    "qwen3_moe": {"decoder_sparse_step": 1},
+    "recurrent_gemma": {"block_types": ["recurrent", "attention"]},
+    "zamba2": {"layers_block_type": ["mamba", "hybrid"], "hybrid_layer_ids": [1]},
+}
+_BY_LAYER = ("layer_types", "layers_block_type", "mlp_layer_types", "no_rope_layers", "block_types")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Try the families and print or write their table. Returns 1 if one is wrong or crashes."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="*", metavar="FAMILY", help="try only these (default: all)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write what each trial gave")
+    parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the table")
+    parser.add_argument("--workers", type=int, default=2, help="families at a time (default: %(default)s)")
+    options = parser.parse_args(arguments)
+    families = options.only or sorted(name for name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES if name in CONFIG_MAPPING)
+    found: dict[str, dict[str, str]] = {}
+    with ThreadPoolExecutor(options.workers) as pool:
+        for family, result in zip(families, pool.map(try_family, families), strict=True):
+            found[family] = result
+            print(f"{family}: {summary(result)}", flush=True)
+    if options.json:
+        options.json.write_text(
+            json.dumps({"transformers": transformers.__version__, "families": found}, indent=1) + "\n"
+        )
+    if options.markdown:
+        options.markdown.write_text(table(found))
+    return int(any(word in summary(result) for result in found.values() for word in ("wrong", "crash")))
+
+
+def summary(result: dict[str, str]) -> str:
+    """Return a line on a family: "works", or what differs, by trial."""
+    outcomes = dict.fromkeys(result.values())
+    if len(outcomes) == 1:
+        return next(iter(outcomes))
+    return "; ".join(f"{trial}: {outcome}" for trial, outcome in result.items() if outcome != "works")
+
+
+def table(found: dict[str, dict[str, str]]) -> str:
+    """Return a Markdown table of the families."""
+    lines = ["| family | result |", "| --- | --- |"]
+    lines += [f"| {family} | {summary(result).replace('|', ' ')} |" for family, result in found.items()]
+    return "\n".join(lines) + "\n"
+
+
+def try_family(family: str) -> dict[str, str]:
+    """Return the outcome of each trial of a family: "works", "refused: ...", "wrong: ...", "crash: ..."."""
+    with tempfile.TemporaryDirectory() as folder:
+        environment = rank_environment(0, 1, free_port()) | {"OMP_NUM_THREADS": "1"}
+        worker = _SERVER.Process(target=_in_process, args=(family, folder, environment))
+        worker.start()
+        worker.join(LIMIT_S)
+        if worker.is_alive():
+            worker.kill()
+            worker.join()
+        file = Path(folder) / "result.json"
+        result: dict[str, str] = json.loads(file.read_text()) if file.is_file() else {}
+        if worker.exitcode != 0:
+            how = f"crash: the process ended with code {worker.exitcode}"
+            result |= {trial: how for trial in TRIALS if trial not in result} if "not made" not in result else {}
+        return result
+
+
+def _in_process(family: str, folder: str, environment: dict[str, str]) -> None:
+    os.environ.update(environment)
+    with open(os.devnull, "w") as silence:
+        os.dup2(silence.fileno(), 1)
+        if "DDK_SHOW" not in os.environ:
+            os.dup2(silence.fileno(), 2)
+    result: dict[str, str] = {}
+
+    def note(name: str, outcome: str) -> None:
+        result[name] = outcome
+        (Path(folder) / "result.json").write_text(json.dumps(result))
+
+    try:
+        expected = make_model(family, Path(folder))
+    except Exception as error:
+        note("not made", f"no small model can be made of it here: {_line(error)}")
+        return
+    runtime = start_runtime()
+    for role, load in (("teacher", load_teacher), ("student", load_student)):
+        for precision in ("fp32", "bf16"):
+            trial = partial(try_model, role, load, precision, Path(folder), expected, runtime)
+            note(f"{role} {precision}", outcome_of(trial))
+    note("export", outcome_of(partial(try_export, Path(folder), expected)))
+    os._exit(0)
+
+
+def outcome_of(trial: Callable[[], str]) -> str:
+    """Return what a trial returns, or how it failed."""
+    try:
+        return trial()
+    except UserError as error:
+        return f"refused: {_line(error)}"
+    except Exception as error:
+        if "DDK_SHOW" in os.environ:
+            traceback.print_exc()
+        return f"crash: {type(error).__name__}: {_line(error)}"
+
+
+def _line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+
+
+def small_config(family: str) -> Any:
+    """Return a family's configuration with two small layers."""
+    names = set(CONFIG_MAPPING[family]().to_dict())
+    values = {name: value for name, value in SMALL.items() if name in names}
+    default = CONFIG_MAPPING[family]()
+    for name in _BY_LAYER:
+        if isinstance(getattr(default, name, None), list):
+            kinds = list(dict.fromkeys(getattr(default, name)))  # one layer of each of two kinds
+            values[name] = (kinds + kinds)[:2]
+    return CONFIG_MAPPING[family](**values | FURTHER.get(family, {}))
+
+
+def make_model(family: str, folder: Path) -> torch.Tensor:
+    """Write a random model of a family to folder/model, and return plain transformers' logits (L, V) in float32."""
+    torch.manual_seed(3)
+    model = AutoModelForCausalLM.from_config(small_config(family), attn_implementation="eager").eval()
+    for name, buffer in model.named_buffers():  # such as a router's correction, which is zero at first
+        if buffer.dtype.is_floating_point and name in model.state_dict():
+            buffer.add_(torch.rand_like(buffer) * 0.1)
+    model.save_pretrained(folder / "model")
+    return _plain_logits(folder / "model")
+
+
+def _plain_logits(directory: Path) -> torch.Tensor:
+    plain = AutoModelForCausalLM.from_pretrained(directory, attn_implementation="eager", dtype=torch.float32).eval()
+    with torch.no_grad():
+        logits: torch.Tensor = plain(_ids(), use_cache=False).logits[0]
+    return logits
+
+
+def _ids() -> torch.Tensor:
+    return torch.randint(3, VOCAB, (1, LENGTH), generator=torch.Generator().manual_seed(5))
+
+
+def try_model(
+    role: str,
+    load: Callable[..., Teacher | Student],
+    precision: str,
+    folder: Path,
+    expected: torch.Tensor,
+    runtime: Runtime,
+) -> str:
+    """Load the model in a role and compare its logits; a student in float32 is exported, and then makes a step."""
+    section = {"path": str(folder / "model")}
+    values: dict[str, Any] = {
+        "name": "trial",
+        "output_dir": str(folder / "runs"),
+        "student": section,
+        "teacher": section,
+        "data": {"path": str(folder / "data"), "sequence_length": LENGTH, "validation_samples": 4},
+        "train": {"global_batch_samples": 1, "micro_batch_samples": 1, "precision": precision},
+        "optimizer": {"warmup_steps": 1},
+        "stop": {"steps": 2},
+    }
+    files = read_model(folder / "model", f"{role}.path")
+    model = load(make_config(values, "trial"), files, VOCAB, runtime.comm)
+    check_split(model, _ids(), VOCAB, role, runtime.comm)
+
+    def logits(hidden: torch.Tensor, head: OutputHead) -> torch.Tensor:
+        return reference_logits(hidden, head.weight, head.bias, VOCAB, head.form).float()
+
+    with model.evaluating():
+        found = model(_ids(), logits)
+    off = float((found - expected[:, :VOCAB]).abs().max() / expected.abs().max())
+    if not off <= _LIMITS[precision]:
+        return f"wrong: logits differ by {off:.2g} of the largest"
+    if isinstance(model, Student):
+        if precision == "fp32":
+            export_student(model, folder / "export", runtime.comm, partial(Companions, files, "", {}))
+        _step(model)
+    return "works"
+
+
+def _step(student: Student) -> None:
+    """Make a step of continued pre-training; raises AssertionError if its loss or gradient is not finite."""
+
+    def loss(hidden: torch.Tensor, head: OutputHead) -> torch.Tensor:
+        labels = _ids()[0].roll(-1)
+        return reference_nll(hidden, head.weight, labels, vocab_size=VOCAB, bias=head.bias).mean().float()
+
+    value = student(_ids(), loss)
+    student.backward(value, last=True)
+    norm, _ = student.update(1e-3, torch.zeros(0, dtype=torch.float64))
+    assert torch.isfinite(value) and 0 < norm < float("inf"), f"loss {float(value):.3g}, gradient norm {norm:.3g}"
+
+
+def try_export(folder: Path, expected: torch.Tensor) -> str:
+    """Load the export by transformers and compare its logits."""
+    if not (folder / "export").is_dir():
+        return "works"  # what refused it has been said
+    off = float((_plain_logits(folder / "export") - expected).abs().max() / expected.abs().max())
+    return "works" if off <= _LIMITS["fp32"] else f"wrong: logits differ by {off:.2g} of the largest"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
