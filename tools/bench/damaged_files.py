@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 from collections.abc import Callable, Iterator
@@ -78,7 +79,9 @@ def damaged(setting: Setting, count: int, rng: np.random.Generator) -> Iterator[
         folder = setting.folder / f"damage-{number:03d}"
         shutil.copytree(source, folder / "runs")
         path = folder / "runs" / name
+        written = path.stat()
         path.write_bytes(DAMAGES[damage](path.read_bytes(), rng))
+        os.utime(path, ns=(written.st_atime_ns, written.st_mtime_ns))  # else the run would look alive
         finished = source == sources[1]
         fault = f"{'finished' if finished else 'interrupted'} run's {name} {damage}"
         read = _readers(folder, fault, name, damage, expected[source])
