@@ -24,7 +24,7 @@ from ddk_ds.data.store import LocalStore
 from ddk_ds.data.tokenizer import TokenizerInfo
 from ddk_ds.engine import pruning
 from ddk_ds.engine.model_files import ModelFiles, read_licence
-from ddk_ds.engine.weights import save_weights
+from ddk_ds.engine.weights import persistent_buffers, save_weights
 from ddk_ds.engine.whole_models import load_model
 from ddk_ds.errors import ConfigError, DataError
 from ddk_ds.files import new_directory, write_text
@@ -116,9 +116,8 @@ def write_model(model: Any, files: ModelFiles, changes: pruning.Changes, directo
     write_text(
         directory / "config.json", json.dumps({**files.config, **read_licence(files), **changes}, indent=2) + "\n"
     )
-    kept = model.state_dict().keys()
-    buffers = {name: buffer for name, buffer in model.named_buffers() if name in kept}
-    save_weights(dict(model.named_parameters()), directory, SingleProcess(), buffers=buffers)
+    parameters, buffers = dict(model.named_parameters()), persistent_buffers(model)
+    save_weights(parameters, directory, SingleProcess(), buffers=buffers)
 
 
 def stored_dtype(files: ModelFiles) -> str:

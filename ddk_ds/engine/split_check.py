@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from deepspeed.runtime.zero.partition_parameters import GatheredParameters
 from torch import nn
+from torch.nn import functional
 
 from ddk_ds.comm import Comm
 from ddk_ds.engine.head import OutputHead
@@ -19,12 +20,13 @@ from ddk_ds.engine.student import Student
 from ddk_ds.engine.teacher import Teacher
 from ddk_ds.engine.unloaded_models import backbone_of
 from ddk_ds.errors import ConfigError
-from ddk_ds.kernels.reference import reference_logits
+from ddk_ds.kernels.rows_eager import apply_form
 
 MAX_TOKENS = 128
 """Tokens of the row that is compared: few, so that all of its logits take no memory to speak of."""
-# Largest difference over the largest logit, by the dtype of the head. The model's own class rounds products that ours
-# keeps: to 2^-9 in bf16. A missing layer, factor or cap changes logits by a large part of their size.
+# Largest difference over the largest logit, by the dtype of the head, to which both round its products (2^-9 in bf16);
+# the model's own class may round again what it makes of them. A missing layer, factor or cap changes logits by a large
+# part of their size.
 _LIMITS = {torch.float32: 1e-3, torch.bfloat16: 2e-2}
 
 
@@ -40,11 +42,13 @@ def check_split(model: Student | Teacher, input_ids: torch.Tensor, vocab_size: i
     row = input_ids[:1, :MAX_TOKENS]
 
     def logits(hidden: torch.Tensor, head: OutputHead) -> torch.Tensor:
-        return reference_logits(hidden, head.weight, head.bias, vocab_size, head.form).float()
+        # In the head's own dtype: a copy of it in another one would take gigabytes.
+        bias = None if head.bias is None else head.bias[:vocab_size]
+        return apply_form(functional.linear(hidden, head.weight[:vocab_size], bias), head.form)[0]
 
     with model.evaluating():
         ours = model(row, logits)
-        theirs = _whole_logits(model.whole, row)[..., :vocab_size].flatten(0, 1)
+        theirs = _whole_logits(model.whole, row)[..., :vocab_size].flatten(0, 1).float()
     difference = torch.stack([(ours - theirs).abs().max(), theirs.abs().max()]).nan_to_num(torch.inf, torch.inf)
     difference, largest = comm.all_reduce_max(difference).tolist()
     limit = _LIMITS[model.whole.get_output_embeddings().weight.dtype] * largest

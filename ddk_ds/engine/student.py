@@ -30,7 +30,7 @@ from ddk_ds.engine.resizing import resized
 from ddk_ds.engine.stage_clock import StageClock, time_gathers, time_reductions
 from ddk_ds.engine.transfers import HostCopy
 from ddk_ds.engine.unloaded_models import backbone_of, meta_model, no_init_weights
-from ddk_ds.engine.weights import load_weights, source_names
+from ddk_ds.engine.weights import load_weights, persistent_buffers, source_names
 from ddk_ds.engine.zero_shards import ShardWriter
 from ddk_ds.errors import ConfigError
 
@@ -229,8 +229,8 @@ def _by_name_on_disk(model: PreTrainedModel, files: ModelFiles) -> dict[str, nn.
 
 
 def _buffers_on_disk(model: PreTrainedModel, files: ModelFiles) -> list[str]:
-    sources, persistent = source_names(model, files), model.state_dict().keys()
-    return sorted({sources[name] for name, _ in model.named_buffers() if name in persistent and name in sources})
+    sources = source_names(model, files)
+    return sorted({sources[name] for name in persistent_buffers(model) if name in sources})
 
 
 def _root(model: PreTrainedModel, files: ModelFiles, filters: LayerFilters | None) -> StudentRoot:

@@ -98,6 +98,12 @@ def _model_names(model: Any, stored: Iterable[str]) -> dict[str, str]:
     return names
 
 
+def persistent_buffers(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Return by name the buffers that a checkpoint of the model holds, such as a router's correction."""
+    kept = model.state_dict().keys()
+    return {name: buffer for name, buffer in model.named_buffers() if name in kept}
+
+
 def _targets(model: nn.Module) -> dict[str, torch.Tensor]:
     return dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers())
 

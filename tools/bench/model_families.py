@@ -35,6 +35,7 @@ from ddk_ds.engine.runtime import Runtime, start_runtime
 from ddk_ds.engine.split_check import check_split
 from ddk_ds.engine.student import Student, load_student
 from ddk_ds.engine.teacher import Teacher, load_teacher
+from ddk_ds.engine.weights import persistent_buffers
 from ddk_ds.errors import UserError
 from ddk_ds.kernels.reference import reference_logits, reference_nll
 from ddk_ds.launcher import free_port
@@ -210,8 +211,8 @@ def make_model(family: str, folder: Path) -> torch.Tensor:
     """Write a random model of a family to folder/model, and return plain transformers' logits (L, V) in float32."""
     torch.manual_seed(3)
     model = AutoModelForCausalLM.from_config(small_config(family), attn_implementation="eager").eval()
-    for name, buffer in model.named_buffers():  # such as a router's correction, which is zero at first
-        if buffer.dtype.is_floating_point and name in model.state_dict():
+    for buffer in persistent_buffers(model).values():  # such as a router's correction, which is zero at first
+        if buffer.dtype.is_floating_point:
             buffer.add_(torch.rand_like(buffer) * 0.1)
     model.save_pretrained(folder / "model")
     return _plain_logits(folder / "model")

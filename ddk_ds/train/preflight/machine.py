@@ -17,8 +17,8 @@ from ddk_ds.command_line import CORES_PER_GPU
 from ddk_ds.engine.memory_estimate import MEMORY_MARGIN, MemoryEstimate
 from ddk_ds.train.preflight.rows import Row, judged
 
-# DeepSpeed maps 66 MiB a rank on a CPU, NCCL tens of MB a rank between the GPUs of a node, loader workers the batches
-# that they send. Docker gives a container 64 MB.
+# DeepSpeed maps 66 MiB a rank on a CPU, NCCL tens of MB a rank between the GPUs of a node. Docker gives a container
+# 64 MB.
 SHM_BYTES_PER_RANK = 100_000_000
 # NCCL and gloo hold sockets to many ranks, loaders hold shards open; some systems allow 1024 by default.
 FEWEST_OPEN_FILES, ENOUGH_OPEN_FILES = 512, 4096
