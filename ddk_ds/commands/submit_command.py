@@ -25,19 +25,8 @@ _OPTION = re.compile(r"(?P<key>[a-z][a-z-]*)(?:=(?P<value>.+))?")
 # Options of sbatch that the script and its restarts rely on: not accepted by --sbatch-option.
 _RESERVED = (
     *("account", "array", "chdir", "cpus-per-task", "dependency", "distribution", "export", "gpus-per-node"),
-    *(
-        "job-name",
-        "nodes",
-        "no-requeue",
-        "ntasks",
-        "ntasks-per-node",
-        "open-mode",
-        "output",
-        "partition",
-        "qos",
-        "requeue",
-        "signal",
-    ),
+    *("job-name", "nodes", "no-requeue", "ntasks", "ntasks-per-node", "open-mode", "output", "partition"),
+    *("qos", "requeue", "signal"),
     *("time", "wrap"),
 )
 _MEMORY = {"mem", "mem-per-cpu", "mem-per-gpu"}
