@@ -9,6 +9,8 @@ import shutil
 import socket
 import struct
 import subprocess
+import threading
+import time
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -23,11 +25,12 @@ from ddk_ds.commands.distill_rank import main as distil
 from ddk_ds.commands.preflight_command import main
 from ddk_ds.config import load_config
 from ddk_ds.data.manifest import load_manifest, write_manifest
+from ddk_ds.exit_codes import EXIT_TEMPORARY
 from ddk_ds.train.checkpoint.checkpoint_files import FORMAT
 from ddk_ds.train.preflight import PlannedRanks, Row, preflight
 from ddk_ds.train.preflight.agreement import clock_offset
 from ddk_ds.train.preflight.machine import available_bytes, shared_memory
-from ddk_ds.train.preflight.rows import merge
+from ddk_ds.train.preflight.rows import deadline, merge
 from tests.unit.test_bad_input import swap_two_tokens
 from tools.bench.small_run import write_config
 
@@ -413,3 +416,19 @@ def test_merge_names_the_rank() -> None:
         {"name": "shm", "status": "fail", "found": "rank 1 on b and 1 more: too small", "fix": "more"}
     ]
     assert merge([[good], [good]], ["a", "b"]) == [good]
+
+
+def test_an_error_that_comes_of_the_end_does_not_end_a_rank_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    left: list[int] = []
+    gone = threading.Event()
+
+    def leave(code: int, _say: object) -> None:
+        gone.set()  # another rank has heard of it, and has closed its connections
+        time.sleep(0.5)
+        left.append(code)  # the process would end here
+
+    monkeypatch.setattr("ddk_ds.train.preflight.rows.leave", leave)
+    with pytest.raises(RuntimeError, match="closed by peer"), deadline("a barrier", 0.01):
+        gone.wait()
+        raise RuntimeError("closed by peer")
+    assert left == [EXIT_TEMPORARY]

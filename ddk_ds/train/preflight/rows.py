@@ -84,6 +84,9 @@ def deadline(place: str, seconds: float) -> Iterator[None]:
         yield
     finally:
         timer.cancel()
+        # If it has begun to end all ranks, it ends this process too. A connection that another rank closes meanwhile is
+        # an error in the body, which must not end it first, by another code.
+        timer.join()
 
 
 def _give_up(place: str, seconds: float) -> None:
