@@ -59,7 +59,8 @@ def test_the_parts_add_up_to_the_step(run: Path) -> None:
     clocks = [line["clock"] for line in read_ledger(run) if line["kind"] == "step"]
     for clock in clocks:
         parts = {name: clock[f"{name}_s"] for name in PARTS}
-        assert all(seconds > 0 or name == "teacher_gather" for name, seconds in parts.items()), parts  # it may be there
+        may_be_there = ("data", "teacher_gather")  # a wait of less than 0.05 ms is 0.0
+        assert all(seconds > 0 or name in may_be_there for name, seconds in parts.items()), parts
         assert 0.8 * clock["step_s"] < sum(parts.values()) <= clock["step_s"], "tiny models: much is Python's"
         assert clock["mfu"] is None, "a CPU has no peak to compare with"
         assert clock["peak_memory_gb"] == max(clock["peak_gb"].values())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
@@ -171,6 +172,12 @@ def test_what_time_may_mend_is_requeued_after_a_pause(
     once.write_text(f"#!/bin/bash\nif mkdir {tmp_path}/begun; then exit 69; fi\nexit 0\n")
     once.chmod(0o755)
     monkeypatch.setitem(slurm.environment, "DDK_REQUEUE_PAUSE_S", "3000")
+    # Slurm ends all of a job's processes as soon as it has heard: a slow command is still there then.
+    slow = tmp_path / "bin/scontrol"
+    slow.parent.mkdir()
+    slow.write_text(f'#!/bin/bash\n{shutil.which("scontrol")} "$@" || exit\nsleep 2\n')
+    slow.chmod(0o755)
+    monkeypatch.setitem(slurm.environment, "PATH", f"{slow.parent}:{slurm.environment['PATH']}")
     [job] = slurm.submit(write_config(workspace, tmp_path), "--python", str(once), ranks=1)
 
     def paused() -> bool:
