@@ -23,9 +23,10 @@ from ddk_ds.kernels.rows_eager import eager_rows
 from ddk_ds.kernels.rows_native import add_half
 
 try:
+    from ddk_ds.kernels.known_rows_triton import known_triton_rows
     from ddk_ds.kernels.rows_triton import triton_rows, triton_scaled
 except ImportError:  # Triton comes with CUDA builds of torch only
-    triton_rows = triton_scaled = None  # type: ignore[assignment]
+    triton_rows = known_triton_rows = triton_scaled = None  # type: ignore[assignment]
 
 # Weight rows at a time where a tensor of the weight's size must not be made: a cast tile stays in cache.
 TILE_ROWS = 2048
@@ -91,19 +92,24 @@ def logits_dtype(hidden: Tensor, options: Options) -> torch.dtype:
     return hidden.dtype if options.logits_dtype == "model" else compute_dtype(hidden)
 
 
-def row_kernel(device: torch.device, dtype: torch.dtype, options: Options) -> RowKernel:
+def row_kernel(device: torch.device, dtype: torch.dtype, options: Options, *, known: bool = False) -> RowKernel:
     """Return the row kernel that `options.engine` names, or for "auto" the fastest one that this machine has.
+
+    `known` is True for a teacher that is known by a few tokens. A compiled kernel compares those by the forward KL
+    alone, for which caches of a teacher are made.
 
     Raises:
         ConfigError: the engine has no kernel for logits of `dtype` on `device`.
     """
+    if known and options.divergence != "forward_kl":
+        return eager_rows
     engine = options.engine
     if engine == "auto" and device.type == "cuda" and triton_rows is not None and dtype != torch.float64:
         engine = "triton"
     elif engine == "auto":
         engine = "native" if device.type == "cpu" and rows_native.supports(dtype) else "eager"
     if engine == "triton" and triton_rows is not None:
-        return triton_rows
+        return known_triton_rows if known else triton_rows
     if engine == "native" and device.type == "cpu" and rows_native.supports(dtype):
         return rows_native.native_rows
     if engine != "eager":
@@ -156,8 +162,7 @@ class _Loop:
         vocab_size, hidden = options.vocab_size, call.student.hidden
         dtype = logits_dtype(hidden, options)
         self.student = Head(call.student.weight, call.student.bias, vocab_size, dtype)
-        topk = isinstance(call.teacher, TeacherTopK)
-        self.kernel = eager_rows if topk else row_kernel(hidden.device, dtype, options)
+        self.kernel = row_kernel(hidden.device, dtype, options, known=isinstance(call.teacher, TeacherTopK))
         self.num_rows = len(hidden) if call.valid_rows is None else len(call.valid_rows)
         chunk = max(1, min(options.chunk_tokens, self.num_rows))
         # Chunks whose gradients go through one matmul; gradients in the logits' dtype lie over the student's logits.

@@ -36,14 +36,15 @@ _PLAIN = LogitForm()
 
 
 class TeacherTopK(NamedTuple):
-    """A teacher's k likeliest tokens at the loss's temperature.
+    """A teacher that is not here, known by at most k tokens of each row at the loss's temperature.
 
-    The rest of its probability is one bucket, which is compared with the rest of the student's. Its log is here since
-    1 less the sum of the k probabilities has no digits left where the teacher is sure.
+    The tokens are its k likeliest (`top_k_of`) or, with the share of each among draws and no tail, some that were drawn
+    from it. The rest of its probability is one bucket, which is compared with the rest of the student's. Its log is
+    here since 1 less the sum of the k probabilities has no digits left where the teacher is sure.
     """
 
     ids: Tensor
-    """(n, k) int64."""
+    """(n, k) int64, each token of a row once; -1 after a row's last one, and there the log-probability is -inf."""
     log_probs: Tensor
     """(n, k) log-probabilities of the k tokens."""
     log_tail: Tensor

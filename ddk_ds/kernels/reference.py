@@ -83,7 +83,8 @@ def _definition(options: Options, log_q: Tensor, log_p: Tensor) -> Tensor:
     """Compute the divergence (n,) from log-probabilities (n, V) by the formula of its paper."""
 
     def kl(log_a: Tensor, log_b: Tensor) -> Tensor:
-        return (log_a.exp() * (log_a - log_b)).sum(-1)
+        # a log a is 0 at a = 0; its derivative has no such place: the student's logits are finite.
+        return torch.where(log_a == -math.inf, 0.0, log_a.exp() * (log_a - log_b)).sum(-1)
 
     def mixture(weight_of_q: float) -> Tensor:
         return torch.logaddexp(log_q + math.log(weight_of_q), log_p + math.log1p(-weight_of_q))
@@ -105,11 +106,11 @@ def _definition(options: Options, log_q: Tensor, log_p: Tensor) -> Tensor:
 def _buckets(topk: TeacherTopK, log_p: Tensor) -> tuple[Tensor, Tensor]:
     """Return log-probabilities (n, k + 1) of teacher and student: the k tokens, and all other tokens together.
 
-    They are (n, k) where there are no others. The teacher's are normalised: they come rounded to float32.
+    The teacher's are normalised: they come rounded to float32. Both are 0 in place of a token that there is not.
     """
-    log_q, found = topk.log_probs.double(), log_p.gather(1, topk.ids)
-    if log_q.shape[-1] == log_p.shape[-1]:
-        return log_q.log_softmax(-1), found
-    others = log_p.scatter(-1, topk.ids, -math.inf).logsumexp(-1, keepdim=True)
+    log_q, none, ids = topk.log_probs.double(), topk.ids < 0, topk.ids.clamp_min(0)
+    known = torch.zeros_like(log_p, dtype=torch.int64).scatter_add_(1, ids, (~none).long()) > 0
+    others = log_p.masked_fill(known, -math.inf).logsumexp(-1, keepdim=True)
     buckets = torch.cat([log_q, topk.log_tail.double()[:, None]], -1)
+    found = log_p.gather(1, ids).masked_fill(none, -math.inf)
     return buckets.log_softmax(-1), torch.cat([found, others], -1)

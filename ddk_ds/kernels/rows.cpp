@@ -141,6 +141,11 @@ extern "C" struct RowArguments {
   double ce_weight, kd_weight, temperature, mix;  // gradient = ce_weight * dCE + kd_weight * dD/d(logits / T)
   double student_scale, student_cap, teacher_scale, teacher_cap;
   int64_t kind, half_grad, threads;  // half_grad: the gradient is bfloat16
+  // The teacher by the tokens of it that are known (TeacherTopK), or null. An id below 0 is none.
+  const int64_t* known_ids;      // (rows, known)
+  const double* known_log_probs; // (rows, known)
+  const double* known_log_tail;  // (rows,)
+  int64_t known;
 };
 
 namespace {
@@ -238,15 +243,156 @@ class RowKernel {
   const bool with_ce, one_softmax;  // one_softmax: that of the cross-entropy serves the divergence too
 };
 
-template <typename E, typename G, typename F, Kind KIND>
+// Rows whose teacher is known by a few tokens; the others are one bucket, the tail (TeacherTopK). The forward KL's
+// gradient is p - q of a known token, and of a token of the tail its share of what the two tails differ by.
+template <typename E, typename G, typename F>
+class KnownKernel {
+  using Row = Logits<E, F>;
+  using P = typename Row::P;
+  static constexpr int N = Row::N;
+  struct Bucket {
+    double p, difference, value;  // difference: p - q
+  };
+  struct Known {
+    int64_t id;
+    double logit, log_q;
+    Bucket bucket;
+  };
+
+ public:
+  explicit KnownKernel(const RowArguments& arguments)
+      : a(arguments), form{F(arguments.student_scale), F(arguments.student_cap)},
+        with_ce(arguments.ce_weight != 0), one_softmax(arguments.temperature == 1) {}
+
+  void operator()(int64_t row) const {
+    E* own = static_cast<E*>(a.student) + row * a.student_stride;
+    G* out = a.grad ? static_cast<G*>(a.grad) + row * a.grad_stride : nullptr;
+    const int64_t label = a.labels[row];
+    a.ce[row] = a.divergence[row] = 0;
+    if (label < 0 || label >= a.classes) {
+      if (out) std::memset(out, 0, sizeof(G) * size_t(a.classes));
+      return;
+    }
+    if (!form.plain()) form.apply(own, a.classes);
+    const double at_label = value_of(own[label]);
+    thread_local std::vector<Known> known;
+    const double log_norm_q = take(row, own, known);
+    thread_local Softmax<F> hard, soft;  // of the other tokens
+    if (with_ce || one_softmax) hard.start(a.classes);
+    if (!one_softmax) soft.start(a.classes);
+    const Row s{own, a.classes};
+    for (int64_t k = 0; k < a.classes; k += BLOCK) {
+      const int64_t end = std::min<int64_t>(k + BLOCK, a.classes);
+      if (with_ce || one_softmax) hard.add(s, k, end, F(1));
+      if (!one_softmax) soft.add(s, k, end, F(1 / a.temperature));
+    }
+    const Softmax<F>& others = one_softmax ? hard : soft;
+    const double log_hard = with_ce ? log_sum(hard.log_sum(), known, 1) : 0;
+    const double log_soft = log_sum(others.log_sum(), known, 1 / a.temperature);
+    if (with_ce) a.ce[row] = log_hard - at_label;
+    const Bucket tail = compare(a.known_log_tail[row] - log_norm_q, others.log_sum() - log_soft);
+    a.divergence[row] = tail.value;
+    for (Known& one : known) {
+      one.bucket = compare(one.log_q - log_norm_q, one.logit / a.temperature - log_soft);
+      a.divergence[row] += one.bucket.value;
+    }
+    if (!out) return;
+    const double hard_share = with_ce ? std::exp(hard.log_sum() - log_hard) : 0;
+    write_others(s, hard, others, F(a.kd_weight * tail.difference), F(a.ce_weight * hard_share), label, out);
+    for (const Known& one : known) {
+      double grad = a.kd_weight * one.bucket.difference;
+      const double hard_p = one_softmax || !with_ce ? one.bucket.p : std::exp(one.logit - log_hard);
+      grad += a.ce_weight * (hard_p - double(one.id == label));
+      if (!form.plain()) grad *= double(form.slope(splat<P>(F(one.logit)))[0]);
+      store<F>(out + one.id, 0, 1, splat<P>(F(grad)));
+    }
+  }
+
+ private:
+  static double value_of(float x) { return double(x); }
+  static double value_of(double x) { return x; }
+  static double value_of(bfloat16 x) {
+    const uint32_t bits = uint32_t(x.bits) << 16;
+    float value;
+    std::memcpy(&value, &bits, sizeof value);
+    return double(value);
+  }
+
+  // Takes the known tokens of a row out of its logits, which are very low then; returns the log of their sum of q.
+  double take(int64_t row, E* own, std::vector<Known>& known) const {
+    known.clear();
+    double top = a.known_log_tail[row];
+    for (int64_t i = row * a.known; i < (row + 1) * a.known; i++) {
+      const int64_t id = a.known_ids[i];
+      if (id < 0 || id >= a.classes) continue;
+      known.push_back({id, value_of(own[id]), a.known_log_probs[i], {}});
+      top = std::max(top, a.known_log_probs[i]);
+    }
+    for (const Known& one : known) store<F>(own + one.id, 0, 1, splat<P>(F(-1e30)));
+    double sum = std::exp(a.known_log_tail[row] - top);
+    for (const Known& one : known) sum += std::exp(one.log_q - top);
+    return top + std::log(sum);
+  }
+
+  static double log_sum(double others, const std::vector<Known>& known, double scale) {
+    double top = others;
+    for (const Known& one : known) top = std::max(top, one.logit * scale);
+    double sum = std::exp(others - top);
+    for (const Known& one : known) sum += std::exp(one.logit * scale - top);
+    return top + std::log(sum);
+  }
+
+  // Of one bucket: p, p - q and its summand of the divergence, which is of second order near the teacher.
+  static Bucket compare(double log_q, double log_p) {
+    const double p = std::exp(log_p), q = std::exp(log_q), r = log_q - log_p;
+    if (q == 0) return {p, p, p};
+    if (std::abs(r) > 0.35) return {p, p - q, q * r + p - q};
+    const double step = std::expm1(-r);
+    return {p, q * step, q * (step + r)};
+  }
+
+  // The gradient of the tokens of the tail, by their shares of it: in the whole row they can underflow together.
+  void write_others(const Row& s, const Softmax<F>& hard, const Softmax<F>& others, F kd, F ce, int64_t label,
+                    G* out) const {
+    const F *es = others.kept(), *eh = hard.kept();
+    for (int64_t begin = 0; begin < a.classes; begin += BLOCK) {
+      const int64_t end = std::min<int64_t>(begin + BLOCK, a.classes);
+      const F fs = others.factor(begin) * (one_softmax ? kd + ce : kd);
+      const F fh = with_ce && !one_softmax ? hard.factor(begin) * ce : F(0);
+      for (int64_t k = begin; k < end; k += N) {
+        P grad = read(es + k) * fs;
+        if (with_ce && !one_softmax) grad += read(eh + k) * fh;
+        if (label >= k && label < k + N) grad[label - k] -= F(a.ce_weight);
+        if (!form.plain()) grad *= form.slope(s(k));
+        store<F>(out, k, a.classes, grad);
+      }
+    }
+  }
+
+  const RowArguments& a;
+  const Form<F> form;
+  const bool with_ce, one_softmax;
+};
+
+template <typename Kernel>
 void run(const RowArguments& a) {
-  const RowKernel<E, G, F, KIND> kernel(a);
+  const Kernel kernel(a);
 #pragma omp parallel for schedule(dynamic) num_threads(int(a.threads))
   for (int64_t row = 0; row < a.rows; row++) kernel(row);
 }
 
+template <typename E, typename G, typename F, Kind KIND>
+void run(const RowArguments& a) {
+  run<RowKernel<E, G, F, KIND>>(a);
+}
+
 template <typename E, typename G, typename F>
 int dispatch(const RowArguments& a) {
+  if (a.known_ids) {
+    if (a.kind != FORWARD_KL) return 1;
+    run<KnownKernel<E, G, F>>(a);
+    return 0;
+  }
   switch (a.kind) {
     case NONE: run<E, G, F, NONE>(a); return 0;
     case FORWARD_KL: run<E, G, F, FORWARD_KL>(a); return 0;

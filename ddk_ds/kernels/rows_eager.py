@@ -6,8 +6,6 @@ against the float64 reference.
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor
 
@@ -99,22 +97,21 @@ def _topk_terms(scaled: Tensor, teacher: TeacherTopK, options: Options) -> tuple
     """Return the divergence's terms (m, k + 1), and its gradient (m, V) with respect to `scaled`.
 
     `scaled` (m, V) are the student's logits / T. A term belongs to one of the k tokens, the last to the tail, which is
-    all other tokens together. The tail's gradient is divided between its tokens by their probabilities. With k = V
-    there is no tail, and the terms are (m, V).
+    all other tokens together. The tail's gradient is divided between its tokens by their probabilities.
     """
-    if teacher.ids.shape[1] == scaled.shape[1]:  # no tail: every token of the teacher is known
-        logits = torch.empty_like(scaled).scatter_(1, teacher.ids, teacher.log_probs.to(scaled.dtype))
-        return _full_terms(scaled, logits, replace(options, temperature=1.0))
-    tail = log_sum_of_others(scaled, teacher.ids)
-    log_p = torch.cat([scaled.gather(1, teacher.ids), tail], 1) - scaled.logsumexp(-1, keepdim=True)
+    none, lowest = teacher.ids < 0, torch.finfo(scaled.dtype).min
+    ids = torch.where(none, teacher.ids[:, :1], teacher.ids).clamp_min(0)  # a token that is there already
+    tail = log_sum_of_others(scaled, ids)
+    found = scaled.gather(1, ids).masked_fill(none, lowest)
+    log_p = torch.cat([found, tail], 1) - scaled.logsumexp(-1, keepdim=True)
     log_q = torch.cat([teacher.log_probs, teacher.log_tail[:, None]], 1).to(scaled.dtype)
     # q log q is 0 at q = 0, and nan by -inf. Rounded to float32 the probabilities sum to nearly 1: to 1 here.
-    log_q = log_q.clamp_min(torch.finfo(scaled.dtype).min).log_softmax(-1)
+    log_q, log_p = log_q.clamp_min(lowest).log_softmax(-1).clamp_min(lowest), log_p.clamp_min(lowest)
     b = teacher_weight(options.divergence, options.coefficient)
     terms, bucket_grad = divergence_terms(options.divergence, log_q.exp(), log_p.exp(), log_q - log_p, b)
     # By the tokens' shares of the tail, not of the whole row: there they can underflow together.
-    grad = (scaled - tail).exp_().mul_(bucket_grad[:, -1:])
-    return terms, grad.scatter_(1, teacher.ids, bucket_grad[:, :-1])
+    grad = (scaled - tail).exp_().mul_(bucket_grad[:, -1:]).scatter_(1, ids, 0)
+    return terms, grad.scatter_add_(1, ids, bucket_grad[:, :-1])
 
 
 def log_sum_of_others(logits: Tensor, ids: Tensor) -> Tensor:

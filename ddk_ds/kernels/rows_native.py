@@ -40,6 +40,8 @@ class _Arguments(ctypes.Structure):
         *((name, ctypes.c_double) for name in ("ce_weight", "kd_weight", "temperature", "mix")),
         *((name, ctypes.c_double) for name in ("student_scale", "student_cap", "teacher_scale", "teacher_cap")),
         *((name, ctypes.c_int64) for name in ("kind", "half_grad", "threads")),
+        *((name, ctypes.c_void_p) for name in ("known_ids", "known_log_probs", "known_log_tail")),
+        ("known", ctypes.c_int64),
     ]
 
 
@@ -54,12 +56,14 @@ def native_rows(tensors: Rows, options: Options) -> None:
     `tensors.grad` must have the dtype of the logits; with float32 logits it can be bfloat16.
     """
     student, teacher, labels, ce, divergence, grad = tensors
-    assert not isinstance(teacher, TeacherTopK), "a teacher's top k is for the eager rows"
     library = load()
     assert library is not None, "supports() was not asked"
+    dense, known = (None, teacher) if isinstance(teacher, TeacherTopK) else (teacher, None)
+    if known is not None:  # float64: a few numbers a row
+        known = TeacherTopK(known.ids.contiguous(), *(part.double().contiguous() for part in known[1:]))
     arguments = _Arguments(
         student=student.data_ptr(),
-        teacher=None if teacher is None else teacher.data_ptr(),
+        teacher=None if dense is None else dense.data_ptr(),
         grad=None if grad is None else grad.data_ptr(),
         labels=labels.data_ptr(),
         ce=ce.data_ptr(),
@@ -67,7 +71,7 @@ def native_rows(tensors: Rows, options: Options) -> None:
         rows=student.shape[0],
         classes=options.vocab_size,
         student_stride=student.stride(0),
-        teacher_stride=0 if teacher is None else teacher.stride(0),
+        teacher_stride=0 if dense is None else dense.stride(0),
         grad_stride=0 if grad is None else grad.stride(0),
         ce_weight=options.ce_weight,
         kd_weight=options.kd_weight / options.temperature,
@@ -80,9 +84,13 @@ def native_rows(tensors: Rows, options: Options) -> None:
         kind=0 if teacher is None else KIND[options.divergence],
         half_grad=grad is not None and grad.dtype != student.dtype,
         threads=torch.get_num_threads(),
+        known_ids=None if known is None else known.ids.data_ptr(),
+        known_log_probs=None if known is None else known.log_probs.data_ptr(),
+        known_log_tail=None if known is None else known.log_tail.data_ptr(),
+        known=0 if known is None else known.ids.shape[1],
     )
     failed = getattr(library, _ENTRY[student.dtype])(ctypes.byref(arguments))
-    assert not failed, f"rows.cpp does not know divergence {options.divergence}"
+    assert not failed, f"rows.cpp does not know {options.divergence} of this teacher"
     if grad is not None:
         grad[:, options.vocab_size :] = 0
 

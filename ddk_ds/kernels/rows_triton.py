@@ -271,7 +271,7 @@ def form_number(form: LogitForm) -> int:
 def triton_rows(tensors: Rows, options: Options) -> None:
     """Do what `rows_eager.eager_rows` does, on a GPU (or on a CPU under Triton's interpreter)."""
     student, teacher, labels, ce, divergence, grad = tensors
-    assert not isinstance(teacher, TeacherTopK), "a teacher's top k is for the eager rows"
+    assert not isinstance(teacher, TeacherTopK), "known_rows_triton.py is for a teacher that is not here"
     rows, width = student.shape
     other = student if teacher is None else teacher
     out = student if grad is None else grad

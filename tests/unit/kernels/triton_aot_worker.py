@@ -21,13 +21,22 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from ddk_ds.kernels import DIVERGENCES, LogitForm, Options, chunked, linear_kd_loss, rows_triton
+from ddk_ds.kernels import (
+    DIVERGENCES,
+    LogitForm,
+    Options,
+    TeacherTopK,
+    chunked,
+    known_rows_triton,
+    linear_kd_loss,
+    rows_triton,
+)
 
 _PTXAS = Path(triton.backends.nvidia.__file__).parent / "bin" / "ptxas"
 _WIDTH = {"b32": 4, "b64": 8, "b16": 2}
 _POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.int64: "*i64", torch.float64: "*fp64"}
 _FORMS = {0: LogitForm(), 2: LogitForm(0.8, 30.0)}
-_KERNEL = rows_triton.row_kernel
+_KERNELS = {False: rows_triton.row_kernel, True: known_rows_triton.known_row_kernel}
 Signature = tuple[tuple[str, str], ...]
 
 
@@ -41,8 +50,11 @@ class _Recorder:
         self.arguments, self.constants = arguments, constants
 
 
-def launched(vocab_size: int, kind: int, one_softmax: bool, form: int) -> _Recorder:
-    """Return the arguments with which a GPU's call starts the kernel: float32 logits, bf16 gradients beside them."""
+def launched(vocab_size: int, kind: int, one_softmax: bool, form: int, known: int) -> _Recorder:
+    """Return the arguments with which a GPU's call starts the kernel: float32 logits, bf16 gradients beside them.
+
+    `known` is the number of the teacher's tokens that are known, 0 for a teacher that is there.
+    """
     options = Options(
         vocab_size,
         gamma=float(kind > 0),
@@ -54,18 +66,23 @@ def launched(vocab_size: int, kind: int, one_softmax: bool, form: int) -> _Recor
     )
     hidden, weight = torch.zeros(2, 8, dtype=torch.bfloat16), torch.zeros(vocab_size, 8, dtype=torch.bfloat16)
     chunked.has_fast_half = lambda weight: True
-    rows_triton.row_kernel = recorder = _Recorder()
+    rows_triton.row_kernel = known_rows_triton.known_row_kernel = recorder = _Recorder()
     labels, valid = torch.zeros(2, dtype=torch.int64), torch.tensor(2)
-    linear_kd_loss(hidden, weight.requires_grad_(), hidden, weight, labels, num_valid=valid, options=options)
+    teacher = (None, None) if known else (hidden, weight)
+    ids = torch.arange(known).repeat(2, 1)
+    topk = TeacherTopK(ids, torch.zeros(2, known), torch.zeros(2)) if known else None
+    trained = weight.requires_grad_()
+    linear_kd_loss(hidden, trained, *teacher, labels, num_valid=valid, options=options, teacher_topk=topk)
     return recorder
 
 
-def compile_variant(vocab_size: int, kind: int, one_softmax: bool, form: int) -> list[dict[str, Any]]:
+def compile_variant(vocab_size: int, kind: int, one_softmax: bool, form: int, known: int) -> list[dict[str, Any]]:
     """Compile one variant for sm_80 and sm_90; return its registers, spills and bytes moved."""
-    call = launched(vocab_size, kind, one_softmax, form)
+    kernel = _KERNELS[known > 0]
+    call = launched(vocab_size, kind, one_softmax, form, known)
     signature: list[tuple[str, str]] = []
     hints = []
-    for parameter, value in zip(_KERNEL.params, call.arguments, strict=False):
+    for parameter, value in zip(kernel.params, call.arguments, strict=False):
         number = value.data_ptr() if isinstance(value, Tensor) else value
         if isinstance(value, float):
             signature.append((parameter.name, "fp32"))
@@ -75,17 +92,19 @@ def compile_variant(vocab_size: int, kind: int, one_softmax: bool, form: int) ->
             hints.append(parameter.num)
     constants = {key: value for key, value in call.constants.items() if key != "num_warps"}
     record = {"vocab_size": vocab_size, "kind": kind, "form": form, "one_softmax": one_softmax}
-    sizes = (tuple(signature), tuple(hints), tuple(constants.items()))
+    record["known"] = known
+    sizes = (known > 0, tuple(signature), tuple(hints), tuple(constants.items()))
     return [{**record, "capability": sm, **_compiled(sm, *sizes)} for sm in (80, 90)]
 
 
 @cache
 def _compiled(
-    capability: int, signature: Signature, hints: tuple[int, ...], constants: tuple[tuple[str, int], ...]
+    capability: int, known: bool, signature: Signature, hints: tuple[int, ...], constants: tuple[tuple[str, int], ...]
 ) -> dict[str, Any]:
-    names = _KERNEL.arg_names
+    function = _KERNELS[known]
+    names = function.arg_names
     source = ASTSource(
-        fn=_KERNEL,
+        fn=function,
         signature={**dict(signature), **dict.fromkeys(dict(constants), "constexpr")},
         constexprs={(names.index(name),): value for name, value in constants},
         attrs={(place,): [["tt.divisibility", 16]] for place in hints},
@@ -129,7 +148,9 @@ def _moved(ptx: str) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    variants = [(151_646, kind, one, 0) for kind in range(7) for one in (True, False)]
-    variants += [(151_646, 1, True, 2), (151_646, 5, False, 2)]
-    variants += [(vocab_size, 1, True, 0) for vocab_size in (50_257, 151_936)]
+    variants = [(151_646, kind, one, 0, 0) for kind in range(7) for one in (True, False)]
+    variants += [(151_646, 1, True, 2, 0), (151_646, 5, False, 2, 0)]
+    variants += [(vocab_size, 1, True, 0, 0) for vocab_size in (50_257, 151_936)]
+    variants += [(151_646, 1, one, form, 64) for one, form in ((True, 0), (False, 0), (True, 2))]
+    variants += [(50_257, 1, True, 0, 200)]
     print(json.dumps([record for variant in variants for record in compile_variant(*variant)]))
