@@ -125,9 +125,8 @@ def _run(config: Config, readers: Readers, ranks: int, *, dry_run: bool, preflig
     if runtime is not None:
         watch_ranks(config.limits.silence_s)
     inputs = check_inputs(config, comm)
-    for attention in inputs.attention.values():
-        if attention.note:
-            _console().print(attention.note, soft_wrap=True, highlight=False)
+    for note in inputs.notes:
+        _console().print(note, soft_wrap=True, highlight=False, markup=False)
     identity = call_together(comm, lambda: run_identity(config, inputs.fingerprints))
     call_together(comm, lambda: check_run_dir(config, identity))
     if dry_run or runtime is None or watchdog is None:
@@ -193,7 +192,7 @@ def _report(config: Config, inputs: Inputs, world_size: int) -> None:
         f"{ranks} x {config.micro_batches(world_size)} micro-batches x {train.micro_batch_samples} samples "
         f"x {config.data.sequence_length} tokens = {train.global_batch_samples * config.data.sequence_length:,} tokens "
         f"a step; student {inputs.student.directory}; teacher {inputs.teacher and inputs.teacher.directory}; "
-        f"vocabulary {inputs.tokenizer.vocab_size:,}; run directory {config.run_dir}. The number of ranks is the "
+        f"vocabulary {inputs.vocabulary.size:,}; run directory {config.run_dir}. The number of ranks is the "
         "launcher's; without one that of --ranks, or 1",
         soft_wrap=True,
     )

@@ -107,6 +107,7 @@ def _continue(
     import torch
 
     from ddk_ds.comm import SingleProcess
+    from ddk_ds.data.shared_vocabulary import base_fingerprint
     from ddk_ds.data.tokenizer import load_tokenizer
     from ddk_ds.engine.generation import Decoding, continue_prompts
     from ddk_ds.engine.model_files import DTYPES, check_code, model_directory, read_model
@@ -118,7 +119,8 @@ def _continue(
     if config is not None and config.teacher is not None:
         teacher = model_directory(config.teacher.path, "teacher.path", SingleProcess())
         models[f"teacher: {config.teacher.path}"] = teacher, config.teacher.trust_remote_code
-        if load_tokenizer(student).fingerprint != load_tokenizer(teacher).fingerprint:
+        ours, theirs = load_tokenizer(student), load_tokenizer(teacher)
+        if ours.fingerprint != base_fingerprint(theirs, ours.vocab_size):
             raise ConfigError(f"{student} and teacher.path {teacher} have different tokenizers: not this run's pair")
     for directory, trusted in models.values():
         check_code(read_model(directory, "model"), "model", trusted=trusted)

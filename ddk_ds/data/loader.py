@@ -43,12 +43,15 @@ class MixtureDataset(Dataset[Sample]):
         shas: N hashes, each over all shards of a domain's split.
     """
 
-    def __init__(self, root: str | Path | Store, names: Sequence[str], split: str = "train") -> None:
+    def __init__(
+        self, root: str | Path | Store, names: Sequence[str], split: str = "train", vocab_size: int | None = None
+    ) -> None:
+        """Open the domains; samples with ids >= `vocab_size` raise DataError. None: the data's own vocabulary."""
         store = LocalStore(root) if isinstance(root, str | Path) else root
         manifest = load_manifest(store)
         manifest.require(names)
         self.names = list(names)
-        self._splits = [open_split(store, f"{name}/{split}", manifest.vocab_size) for name in names]
+        self._splits = [open_split(store, f"{name}/{split}", vocab_size or manifest.vocab_size) for name in names]
         self.sizes: npt.NDArray[np.int64] = np.array([len(opened) for opened in self._splits], np.int64)
         self.sample_offsets: npt.NDArray[np.int64] = np.cumsum(self.sizes) - self.sizes
         self.shard_sizes = [opened.shard_sizes for opened in self._splits]
@@ -140,9 +143,18 @@ def _micro_batch(read: Read) -> MicroBatch:
 
 
 def validation_batches(
-    root: str | Path | Store, names: Sequence[str], *, num_samples: int, rank: int, world: int, micro_batch: int
+    root: str | Path | Store,
+    names: Sequence[str],
+    *,
+    num_samples: int,
+    rank: int,
+    world: int,
+    micro_batch: int,
+    vocab_size: int | None = None,
 ) -> list[list[tuple[torch.Tensor, torch.Tensor]]]:
     """Read one rank's share of the first `num_samples` validation samples of each domain.
+
+    Samples with ids >= `vocab_size` raise DataError; None: the data's own vocabulary.
 
     Returns:
         For each domain a list of (input_ids (B, L) int64, real (B,) bool). All lists are equally long, on all
@@ -156,7 +168,7 @@ def validation_batches(
     manifest.require(names)
     shares = []
     for name in names:
-        split = open_split(store, f"{name}/validation", manifest.vocab_size)
+        split = open_split(store, f"{name}/validation", vocab_size or manifest.vocab_size)
         if len(split) < num_samples:
             raise DataError(
                 f"domain {name!r} of {store.location} has {len(split):,} validation samples, {num_samples:,} are asked "

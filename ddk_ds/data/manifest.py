@@ -21,13 +21,17 @@ SPLITS = ("train", "validation")
 
 @dataclass(frozen=True)
 class SplitInfo:
-    """Sizes of one split of one domain: `bytes` of its documents' text (UTF-8), `tokens` in complete samples."""
+    """Sizes of one split of one domain: `bytes` of its documents' text (UTF-8), `tokens` in complete samples.
+
+    `largest_id` is the largest token id; -1 in data of earlier versions.
+    """
 
     documents: int
     tokens: int
     samples: int
     bytes: int
     sha: str
+    largest_id: int = -1
 
 
 @dataclass(frozen=True)

@@ -55,16 +55,21 @@ def write_split(
     dtype: str,
     shard_bytes: int = SHARD_BYTES,
 ) -> dict[str, Any]:
-    """Write samples, each (sequence_length,), to a new directory and return {"samples": int, "sha": str}."""
+    """Write samples, each (sequence_length,), to a new directory.
+
+    Returns {"samples": int, "sha": str, "largest_id": int}.
+    """
     # Importing streaming takes seconds (torchvision, transformers), which checking an index must not pay.
     from streaming import MDSWriter
 
+    largest_id = -1
     columns = {_COLUMN: f"ndarray:{dtype}:{sequence_length}"}
     with MDSWriter(out=str(directory), columns=columns, hashes=["xxh64"], size_limit=shard_bytes) as writer:
         for sample in samples:
+            largest_id = max(largest_id, int(sample.max()))
             writer.write({_COLUMN: sample.astype(dtype, copy=False)})
     index = read_index(LocalStore(directory.parent), directory.name)
-    return {"samples": index.num_samples, "sha": index.sha}
+    return {"samples": index.num_samples, "sha": index.sha, "largest_id": largest_id}
 
 
 @dataclass(frozen=True)
@@ -168,7 +173,7 @@ class Split:
         if self._vocab_size is not None and int(tokens.max()) >= self._vocab_size:
             raise DataError(
                 f"shard {path} of domain {shard.domain!r}: sample {place} holds id {int(tokens.max())}, the vocabulary "
-                f"has {self._vocab_size:,}; prepare the data with the run's tokenizer"
+                f"has {self._vocab_size:,}; prepare the data with the student's tokenizer"
             )
         return tokens
 

@@ -13,6 +13,7 @@ from collections import Counter
 from importlib.resources import files
 
 from ddk_ds.data.manifest import Manifest
+from ddk_ds.data.shared_vocabulary import base_fingerprint
 from ddk_ds.data.tokenizer import TokenizerInfo, encode
 
 LARGEST_SHARE = 0.01
@@ -26,8 +27,12 @@ def probe_hash(info: TokenizerInfo) -> str:
 
 
 def prepared_with(manifest: Manifest, info: TokenizerInfo) -> bool:
-    """Return True if data were prepared with this tokenizer, or with one that cuts text in the same way."""
-    return manifest.tokenizer_fingerprint == info.fingerprint and manifest.probe_hash in ("", probe_hash(info))
+    """Return True if data were prepared with this tokenizer, or with one that cuts text in the same way.
+
+    The tokenizer may have added tokens after the last one of the data's.
+    """
+    same = base_fingerprint(info, manifest.vocab_size) == manifest.tokenizer_fingerprint
+    return same and manifest.probe_hash in ("", probe_hash(info))
 
 
 def cut_differently(ours: TokenizerInfo, theirs: TokenizerInfo) -> float:

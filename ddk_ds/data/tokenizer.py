@@ -35,12 +35,14 @@ class TokenizerInfo:
 
     `tokenizer` is that of the file `path`, without its truncation and padding. `vocab` maps token to id, added tokens
     included; `vocab_size` is the largest id + 1; `fingerprint` is the sha256 of the sorted (token, id) map: equal
-    fingerprints mean that every id has the same meaning. `bos` are the ids that the tokenizer puts before a text.
+    fingerprints mean that every id has the same meaning. `added` are the added tokens, which its model does not know.
+    `bos` are the ids that the tokenizer puts before a text.
     """
 
     path: Path
     tokenizer: Tokenizer
     vocab: dict[str, int]
+    added: frozenset[str]
     fingerprint: str
     vocab_size: int
     bos_token: str | None
@@ -81,6 +83,7 @@ def load_tokenizer(directory: Path) -> TokenizerInfo:
         path=path,
         tokenizer=tokenizer,
         vocab=vocab,
+        added=frozenset(str(token) for token in tokenizer.get_added_tokens_decoder().values()),
         fingerprint=fingerprint(vocab),
         vocab_size=max(vocab.values()) + 1,
         bos_token=bos_token,

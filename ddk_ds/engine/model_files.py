@@ -95,6 +95,12 @@ class ModelFiles:
         """Return the width of the hidden states. Raises ConfigError if config.json does not say it."""
         return self._size("width")
 
+    @property
+    def vocab_rows(self) -> int | None:
+        """Return the rows of the output head by config.json; None if it does not say them."""
+        text = self.config.get("text_config")
+        return {**self.config, **(text if isinstance(text, dict) else {})}.get("vocab_size")
+
     def _size(self, name: str) -> int:
         size = config_size(self.config, name)
         if not size:

@@ -32,9 +32,12 @@ class HeldOut:
     manifest: Manifest
     root: Path
 
-    def samples(self, domain: str, limit: int | None) -> Iterator[npt.NDArray[np.int64]]:
-        """Yield the token ids (L,) of the domain's first `limit` samples. Raises DataError if a shard is damaged."""
-        split = open_split(LocalStore(self.root), f"{domain}/validation", self.manifest.vocab_size)
+    def samples(self, domain: str, limit: int | None, vocab_size: int | None = None) -> Iterator[npt.NDArray[np.int64]]:
+        """Yield the token ids (L,) of the domain's first `limit` samples.
+
+        Raises DataError if a shard is damaged, or holds an id >= `vocab_size`, by default that of the data.
+        """
+        split = open_split(LocalStore(self.root), f"{domain}/validation", vocab_size or self.manifest.vocab_size)
         for number in range(len(split) if limit is None else min(limit, len(split))):
             yield split.tokens(number).astype(np.int64)
 
@@ -61,10 +64,10 @@ def score_domains(
     predicted.
     """
     tokenizer = load_tokenizer(files.directory).tokenizer
-    vocab_size = held_out.manifest.vocab_size
+    vocab_size = min(held_out.manifest.vocab_size, len(model.get_output_embeddings().weight))
     scores = []
     for domain in held_out.manifest.domains:
-        samples = list(held_out.samples(domain, limit))
+        samples = list(held_out.samples(domain, limit, vocab_size))
         losses = np.concatenate(
             [
                 sample_losses(model, files, np.stack(samples[start : start + batch_size]), vocab_size)

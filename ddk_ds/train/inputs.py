@@ -13,6 +13,7 @@ from ddk_ds.config.run_config import corpus_samples, interval_steps, total_steps
 from ddk_ds.data.cache import open_store
 from ddk_ds.data.manifest import Manifest, load_manifest
 from ddk_ds.data.same_cuts import LARGEST_SHARE, cut_differently, prepared_with
+from ddk_ds.data.shared_vocabulary import SharedVocabulary, base_fingerprint, check_use, shared_vocabulary
 from ddk_ds.data.store import Store
 from ddk_ds.data.tokenizer import TokenizerInfo, load_tokenizer
 from ddk_ds.engine.attention import Attention, choose_attention
@@ -35,6 +36,7 @@ class Inputs:
     store: Store
     manifest: Manifest
     tokenizer: TokenizerInfo
+    vocabulary: SharedVocabulary
     student: ModelFiles
     teacher: ModelFiles | None
     controller: Controller
@@ -59,6 +61,7 @@ class Inputs:
             "student": self.student.fingerprint,
             "teacher": None if self.teacher is None else self.teacher.fingerprint,
             "tokenizer": self.tokenizer.fingerprint,
+            "left_out": list(self.vocabulary.left_out) or None,
             "attention": {name: attention.kernel for name, attention in self.attention.items()},
             "domains": {name: self.manifest.domains[name].fingerprint for name in self.names},
             "filters": self.filters_hash,
@@ -70,6 +73,12 @@ class Inputs:
         """Return the inputs of the controller as plain JSON, for the run's events; `ddk replay` reads them."""
         tokens = {name: self.manifest.domains[name].train.tokens for name in self.names}
         return {"train_tokens": tokens, "schedule": self.schedule}
+
+    @property
+    def notes(self) -> list[str]:
+        """Return what is said once at the start: attention kernels that were chosen, and tokens left out."""
+        notes = [*(attention.note for attention in self.attention.values()), self.vocabulary.note]
+        return [note for note in notes if note]
 
 
 def check_inputs(config: Config, comm: Comm) -> Inputs:
@@ -98,13 +107,18 @@ def check_files(config: Config, student_path: Path, teacher_path: Path | None, w
     exhaustion = _check_exhaustion(config, manifest, names)
     student = read_model(student_path, "student.path")
     teacher = None if teacher_path is None else read_model(teacher_path, "teacher.path")
-    tokenizer = _check_data_tokenizer(config, manifest, student)
+    tokenizer = load_tokenizer(student.directory)
+    theirs = None if teacher is None else load_tokenizer(teacher.directory)
+    _check_data_tokenizer(config, manifest, student, tokenizer, theirs)
     attention = {}
     for key, model, files in (("student", config.student, student), ("teacher", config.teacher, teacher)):
         if model is not None and files is not None:
             _check_model(config, key, model, files)
             attention[key] = choose_attention(files.config, files.directory, key, model)
-    different = 0.0 if teacher is None else _check_same_tokenizer(config, tokenizer, student, teacher)
+    pair = f"student.path {student.directory}" + ("" if teacher is None else f" and teacher.path {teacher.directory}")
+    vocabulary = shared_vocabulary(tokenizer, student.vocab_rows, theirs, pair)
+    check_use(vocabulary, manifest, names)
+    different = 0.0 if theirs is None else _check_cuts(config, tokenizer, theirs, pair)
     schedule = read_schedule(config.mixture.schedule_file)
     train_tokens = {name: manifest.domains[name].train.tokens for name in names}
     controller = make_controller(config.mixture, train_tokens, schedule)
@@ -118,6 +132,7 @@ def check_files(config: Config, student_path: Path, teacher_path: Path | None, w
         store=store,
         manifest=manifest,
         tokenizer=tokenizer,
+        vocabulary=vocabulary,
         student=student,
         teacher=teacher,
         controller=controller,
@@ -183,52 +198,33 @@ def _check_model(config: Config, key: str, model: Model, files: ModelFiles) -> N
         )
 
 
-def _check_data_tokenizer(config: Config, manifest: Manifest, student: ModelFiles) -> TokenizerInfo:
-    """Return the student's tokenizer, which the data were prepared with."""
-    tokenizer = load_tokenizer(student.directory)
-    if tokenizer.fingerprint != manifest.tokenizer_fingerprint:
+def _check_data_tokenizer(
+    config: Config, manifest: Manifest, student: ModelFiles, ours: TokenizerInfo, theirs: TokenizerInfo | None
+) -> None:
+    """Check that the data were prepared with the student's tokenizer, or the teacher's if that only has more tokens."""
+    used = ours
+    if theirs is not None and manifest.vocab_size > ours.vocab_size:
+        used = theirs if base_fingerprint(theirs, ours.vocab_size) == ours.fingerprint else ours
+    if base_fingerprint(used, manifest.vocab_size) != manifest.tokenizer_fingerprint:
         raise DataError(
             f"data.path: {manifest.root} was tokenised with another tokenizer ({manifest.tokenizer_fingerprint[:12]}) "
-            f"than that of student.path {student.directory} ({tokenizer.fingerprint[:12]}); prepare the data with it"
+            f"than that of student.path {student.directory} ({ours.fingerprint[:12]}); prepare the data with it"
         )
-    if not prepared_with(manifest, tokenizer) and not config.data.allow_other_cuts:
+    if not prepared_with(manifest, used) and not config.data.allow_other_cuts:
         raise DataError(
             f"data.path: {manifest.root} was tokenised with a tokenizer that has the vocabulary of student.path "
             f"{student.directory} and cuts text differently (other merges): prepare the data with the student's, or "
             "set data.allow_other_cuts"
         )
-    return tokenizer
 
 
-def _check_same_tokenizer(config: Config, ours: TokenizerInfo, student: ModelFiles, teacher: ModelFiles) -> float:
+def _check_cuts(config: Config, ours: TokenizerInfo, theirs: TokenizerInfo, pair: str) -> float:
     """Return the share of a probe text's tokens that the teacher's tokenizer cuts differently from the student's."""
-    theirs = load_tokenizer(teacher.directory)
-    _check_same_vocabulary(ours, theirs, student, teacher)
     different = cut_differently(ours, theirs)
     if different > LARGEST_SHARE and not config.data.allow_other_cuts:
         raise ConfigError(
-            f"student.path {student.directory} and teacher.path {teacher.directory}: their tokenizers have one "
-            f"vocabulary and cut {different:.1%} of a probe text's tokens differently (other merges), so the teacher "
-            "would see text as it was never trained on: choose a pair that shares one tokenizer, or set "
-            "data.allow_other_cuts"
+            f"{pair}: their tokenizers have one vocabulary and cut {different:.1%} of a probe text's tokens "
+            "differently (other merges), so the teacher would see text as it was never trained on: choose a pair that "
+            "shares one tokenizer, or set data.allow_other_cuts"
         )
     return different
-
-
-def _check_same_vocabulary(
-    ours: TokenizerInfo, theirs: TokenizerInfo, student: ModelFiles, teacher: ModelFiles
-) -> None:
-    if ours.fingerprint == theirs.fingerprint:
-        return
-    differing = sorted(
-        (ours.vocab.get(token, theirs.vocab.get(token, 0)), token)
-        for token in ours.vocab.keys() | theirs.vocab.keys()
-        if ours.vocab.get(token) != theirs.vocab.get(token)
-    )
-    token = differing[0][1]
-    raise ConfigError(
-        f"student.path {student.directory} and teacher.path {teacher.directory}: their vocabularies differ in "
-        f"{len(differing)} tokens, the first is {token!r} with id {ours.vocab.get(token)} in the student and "
-        f"{theirs.vocab.get(token)} in the teacher; distillation compares logits by id, so choose a pair that shares "
-        "one tokenizer"
-    )

@@ -65,8 +65,10 @@ def held_out_prompts(names: Sequence[str], validation: ValidationBatches, config
 class Sampler:
     """Continues the prompts of a run greedily."""
 
-    def __init__(self, config: Config, prompts: Prompts, tokenizer: TokenizerInfo, device: torch.device) -> None:
-        """Store the options.
+    def __init__(
+        self, config: Config, prompts: Prompts, tokenizer: TokenizerInfo, vocab_size: int, device: torch.device
+    ) -> None:
+        """Store the options; tokens from `vocab_size` on are never written.
 
         As many prompts go through a model at once as have no more tokens than a micro-batch of the training.
         """
@@ -75,6 +77,7 @@ class Sampler:
         self._budget = config.train.micro_batch_samples * config.data.sequence_length
         self._prompts = prompts
         self._tokenizer = tokenizer
+        self._vocab_size = vocab_size
         self._device = device
         self._teacher: list[str] | None = None
 
@@ -111,7 +114,7 @@ class Sampler:
         with model.evaluating():
             for begin in range(0, len(prompts), rows):
                 part = prompts[begin : begin + rows]
-                new = greedy(model, part, self._tokens, self._tokenizer.vocab_size, self._device, poll)
+                new = greedy(model, part, self._tokens, self._vocab_size, self._device, poll)
                 texts += [self._text(*pair) for pair in zip(part, new, strict=True)]
         return texts
 

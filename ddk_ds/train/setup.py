@@ -59,9 +59,9 @@ def prepare_run(
     watchdog.watch("restore")
     start = find_start(config, comm)
     watchdog.watch("models")
-    dataset = MixtureDataset(inputs.store, inputs.names)
+    vocab_size = inputs.vocabulary.size
+    dataset = MixtureDataset(inputs.store, inputs.names, vocab_size=vocab_size)
     validation = _validation(config, inputs, comm)
-    vocab_size = inputs.tokenizer.vocab_size
     clock = StageClock(runtime.device.type, measure_memory=True)
     steps = total_steps(config, corpus_samples(config.mixture, dict(zip(dataset.names, dataset.sizes, strict=True))))
     progress = RunProgress(comm.rank, steps, interval_ends(config.mixture, steps), inputs.names)
@@ -124,7 +124,7 @@ def _begin(run: Run, start: Start | None) -> None:
     call_together(run.runtime.comm, lambda: _open_monitors(run) if run.runtime.comm.rank == 0 else None)
     _announce_start(run, start)
     ppl = run.teacher_ppl
-    warning = "" if ppl is None else worse_than_guessing(ppl, run.inputs.names, run.inputs.tokenizer.vocab_size)
+    warning = "" if ppl is None else worse_than_guessing(ppl, run.inputs.names, run.inputs.vocabulary.size)
     if warning:
         run.announce("alarm", f"alarm: {warning}", step=run.state.step, text=warning)
 
@@ -137,6 +137,7 @@ def _validation(config: Config, inputs: Inputs, comm: Comm) -> ValidationBatches
         rank=comm.rank,
         world=comm.world_size,
         micro_batch=config.train.micro_batch_samples,
+        vocab_size=inputs.vocabulary.size,
     )
 
 
@@ -144,7 +145,7 @@ def _sampler(config: Config, inputs: Inputs, validation: ValidationBatches, runt
     prompts = inputs.prompts
     if config.monitor.samples_every and not prompts:
         prompts = held_out_prompts(inputs.names, validation, config, runtime.comm)
-    return Sampler(config, prompts, inputs.tokenizer, runtime.device)
+    return Sampler(config, prompts, inputs.tokenizer, inputs.vocabulary.size, runtime.device)
 
 
 def _open_monitors(run: Run) -> None:
@@ -157,6 +158,8 @@ def _announce_start(run: Run, start: Start | None) -> None:
     """Say what the run continues from, and record its start. A start that was refused is none."""
     world_size = run.runtime.comm.world_size
     setting: dict[str, Any] = {"world_size": world_size, "mixture": run.inputs.mixture}
+    if run.inputs.vocabulary.left_out:
+        setting["left_out"] = run.inputs.vocabulary.left_out
     if run.config.teacher is not None:
         setting["micro_batches_per_pass"] = run.config.teacher.pass_size
     if start is None:

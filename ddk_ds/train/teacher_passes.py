@@ -29,7 +29,7 @@ def settle_passes(config: Config, inputs: Inputs, runtime: Runtime) -> Config:
     free = torch.tensor(-float(_free_bytes(job)), dtype=torch.float64, device=runtime.device)
     usable = -float(comm.all_reduce_max(free)) * MEMORY_MARGIN
     shapes = model_shape(inputs.student), model_shape(inputs.teacher)
-    vocab_size, device = inputs.tokenizer.vocab_size, runtime.device.type
+    vocab_size, device = inputs.vocabulary.size, runtime.device.type
     return largest_passes(config, shapes, vocab_size, comm.world_size, job.local_ranks, device, usable)
 
 

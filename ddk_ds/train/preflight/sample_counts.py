@@ -44,7 +44,9 @@ def same_tokenizers(inputs: Inputs) -> Row:
 
     Vocabularies that differ were refused before.
     """
-    found = f"one vocabulary of {inputs.tokenizer.vocab_size:,} tokens, which the shards were made with"
+    found = f"one vocabulary of {inputs.vocabulary.size:,} tokens, which the shards were made with"
+    if inputs.vocabulary.left_out:
+        found += f"; {inputs.vocabulary.note}"
     fixes = []
     if inputs.cut_differently:
         found += f"; the teacher cuts {inputs.cut_differently:.2%} of a probe text's tokens differently"
