@@ -5,6 +5,7 @@ from __future__ import annotations
 from ddk_ds.kernels.divergences import DIVERGENCES, Divergence
 from ddk_ds.kernels.linear_kd import linear_kd_loss, linear_nll, top_k_of
 from ddk_ds.kernels.options import KDLoss, LogitForm, LogitsDtype, Options, TeacherTopK, default_chunk_tokens
+from ddk_ds.kernels.teacher_draws import TeacherDraws, draws_of
 
 __all__ = [
     "DIVERGENCES",
@@ -13,8 +14,10 @@ __all__ = [
     "LogitForm",
     "LogitsDtype",
     "Options",
+    "TeacherDraws",
     "TeacherTopK",
     "default_chunk_tokens",
+    "draws_of",
     "linear_kd_loss",
     "linear_nll",
     "top_k_of",

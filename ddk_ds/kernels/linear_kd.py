@@ -55,7 +55,7 @@ def linear_kd_loss(
         ConfigError: a shape, dtype, device or option is wrong. A label outside the vocabulary is a RuntimeError, on a
             GPU a device assertion.
     """
-    options = _with_chunk_tokens(options, student_hidden)
+    options = with_chunk_tokens(options, student_hidden)
     student = HeadInput(student_hidden, student_weight, student_bias)
     teacher = _teacher_given(teacher_hidden, teacher_weight, teacher_bias, teacher_topk)
     _check_call(student, teacher, labels, num_valid, valid_rows, weight_grad_buffer, options)
@@ -84,7 +84,7 @@ def linear_nll(
     Raises:
         ConfigError: a shape, dtype, device or option is wrong.
     """
-    options = _with_chunk_tokens(replace(options, ce_weight=1.0), hidden)
+    options = with_chunk_tokens(replace(options, ce_weight=1.0), hidden)
     options.check()
     student = HeadInput(hidden, weight, bias)
     check_head("", student, options.vocab_size)
@@ -105,7 +105,7 @@ def top_k_of(hidden: Tensor, weight: Tensor, k: int, *, options: Options, bias: 
     Raises:
         ConfigError: a shape, dtype or option is wrong, or k is not in 1..vocab_size.
     """
-    options = _with_chunk_tokens(options, hidden)
+    options = with_chunk_tokens(options, hidden)
     options.check()
     check_head("teacher", HeadInput(hidden, weight, bias), options.vocab_size)
     _check_top_k(k, options.vocab_size)
@@ -121,7 +121,7 @@ def top_k_of(hidden: Tensor, weight: Tensor, k: int, *, options: Options, bias: 
     return TeacherTopK(*map(torch.cat, zip(*parts, strict=True)))
 
 
-def _with_chunk_tokens(options: Options, hidden: Tensor) -> Options:
+def with_chunk_tokens(options: Options, hidden: Tensor) -> Options:
     """Return the options with `default_chunk_tokens` in place of a `chunk_tokens` of 0."""
     if options.chunk_tokens:
         return options

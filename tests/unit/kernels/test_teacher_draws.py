@@ -1,0 +1,161 @@
+"""Tokens drawn from a teacher: a pure function of seed and sample, and right on average.
+
+Right values are the whole teacher's softmax, KL and gradient in float64.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from ddk_ds.errors import ConfigError
+from ddk_ds.kernels import LogitForm, Options, TeacherDraws, draws_of
+from ddk_ds.kernels.teacher_draws import _mixed
+from tests.unit.kernels.kd_case import Case, make, truth
+
+SAMPLES = torch.tensor([7, 123_456_789_012, 3])
+LENGTH = 5
+SEEDS = 300
+
+
+def case_of(**options: object) -> Case:
+    return make(15, 83, std=3.0, ignored=0.0, ce_weight=0.0, gamma=1.0, **options)  # type: ignore[arg-type]
+
+
+def drawn(case: Case, draws: int, seed: int, samples: Tensor = SAMPLES, **changes: object) -> TeacherDraws:
+    assert case.teacher_hidden is not None and case.teacher_weight is not None
+    options = Options(
+        case.vocab_size, gamma=0.0, temperature=case.temperature, teacher_form=case.teacher_form, **changes
+    )  # type: ignore[arg-type]
+    hidden = case.teacher_hidden[: len(samples) * LENGTH]
+    return draws_of(hidden, case.teacher_weight, samples, draws, seed=seed, options=options, bias=case.teacher_bias)
+
+
+def probabilities(case: Case) -> Tensor:
+    """Return the teacher's softmax at the case's temperature, in float64."""
+    assert case.teacher_hidden is not None and case.teacher_weight is not None
+    logits = case.teacher_hidden.double() @ case.teacher_weight[: case.vocab_size].double().T
+    if case.teacher_bias is not None:
+        logits = logits + case.teacher_bias[: case.vocab_size].double()
+    form = case.teacher_form
+    logits = logits * form.scale if not form.softcap else form.softcap * (logits * form.scale / form.softcap).tanh()
+    return (logits / case.temperature).softmax(-1)
+
+
+def shares(draws: TeacherDraws, vocab_size: int) -> Tensor:
+    counted = torch.zeros(len(draws.ids), vocab_size, dtype=torch.float64)
+    return counted.scatter_add_(1, draws.ids, torch.full(draws.ids.shape, 1 / draws.ids.shape[1]).double())
+
+
+def test_the_numbers_are_those_of_splitmix64() -> None:
+    """The first outputs of the published generator from state 0."""
+    state = torch.tensor([0, -7046029254386353131])
+    expected = [0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4]
+    assert [int(x) % 2**64 for x in _mixed(state)] == expected
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        case_of(),
+        case_of(temperature=2.0, bias=True, padded=(3, 9)),
+        case_of(teacher_form=LogitForm(0.8, 5.0), dtype=torch.bfloat16),
+    ],
+)
+def test_shares_are_right_on_average(case: Case) -> None:
+    """Over 1,000 seeds: each share's mean is the probability, by a chi-square over all tokens of a row."""
+    q = probabilities(case)
+    found = torch.stack([shares(drawn(case, 16, seed), case.vocab_size) for seed in range(1_000)])
+    assert (found.sum(-1) - 1).abs().max() < 1e-12
+    assert ((found - q) * 16).abs().max() < 2  # stratified: two ends of a token's part can be in or out
+    variance = stratified_variance(q, 16) / 1_000
+    tried = variance * 1_000**2 * 16**2 > 10  # drawn often enough for a mean to be nearly normal
+    assert tried.sum() > 100
+    error = (found.mean(0) - q)[tried] / variance[tried].sqrt()
+    assert error.abs().max() < 5.0
+    assert abs(float((error**2).mean()) - 1) < 0.25, "means are as far from the truth as their spread says"
+
+
+def stratified_variance(q: Tensor, draws: int) -> Tensor:
+    """Return the variance (n, V) of each token's share: each n-th part draws it with the chance of their overlap."""
+    ends = q.cumsum(-1)[..., None] * draws
+    starts, part = ends - q[..., None] * draws, torch.arange(draws)
+    chance = (torch.minimum(ends, part + 1.0) - torch.maximum(starts, part.double())).clamp(0, 1)
+    return (chance * (1 - chance)).sum(-1) / draws**2
+
+
+def test_loss_and_gradient_are_the_whole_teachers_on_average() -> None:
+    case = case_of(temperature=1.5)
+    dense, dense_grads = truth(case)
+    values, grads = [], []
+    for seed in range(SEEDS):
+        draws = drawn(case, 16, seed)
+        known = replace(case, teacher_hidden=None, teacher_weight=None, teacher_topk=draws.known())
+        found = known.run()
+        values.append(found.kl.detach().double() + draws.kl_offset().double().mean())
+        grads.append(torch.autograd.grad(found.loss, known.leaves())[1].double())
+    kl = torch.stack(values)
+    assert abs(kl.mean() - dense.kl) < 4 * kl.std() / SEEDS**0.5
+    stacked = torch.stack(grads)
+    error = (stacked.mean(0) - dense_grads[1]) / (stacked.std(0) / SEEDS**0.5)
+    assert abs(float((error**2).mean()) - 1) < 0.25
+    assert error.abs().max() < 5.5
+
+
+def test_stratified_draws_vary_less_than_independent_ones() -> None:
+    case = case_of()
+    q = probabilities(case)
+    found = torch.stack([shares(drawn(case, 16, seed), case.vocab_size) for seed in range(300)])
+    assert found.var(0).sum() < 0.5 * (q * (1 - q) / 16).sum()
+
+
+def test_draws_belong_to_the_sample() -> None:
+    """Neither the chunk, nor the place in the batch, nor the batch's other samples matter."""
+    case = case_of()
+    whole = drawn(case, 64, 1)
+    assert torch.equal(drawn(case, 64, 1, chunk_tokens=4).ids, whole.ids)
+    assert case.teacher_hidden is not None
+    order = torch.tensor([2, 0, 1])
+    moved = replace(case, teacher_hidden=case.teacher_hidden.view(3, LENGTH, -1)[order].flatten(0, 1))
+    assert torch.equal(
+        drawn(moved, 64, 1, SAMPLES[order]).ids.view(3, LENGTH, -1), whole.ids.view(3, LENGTH, -1)[order]
+    )
+    assert torch.equal(drawn(case, 64, 1, SAMPLES[:1]).ids, whole.ids[:LENGTH])
+    assert not torch.equal(drawn(case, 64, 2).ids, whole.ids)
+    same_states = replace(case, teacher_hidden=case.teacher_hidden[:1].expand(15, -1).contiguous())
+    assert len({tuple(row) for row in drawn(same_states, 64, 1).ids.tolist()}) == 15, "positions differ"
+
+
+def test_known_tokens_are_distinct_with_their_counts() -> None:
+    draws = TeacherDraws(torch.tensor([[2, 2, 5, 9], [7, 7, 7, 7]]), torch.zeros(2))
+    known = draws.known()
+    assert known.ids.tolist() == [[2, -1, 5, 9], [7, -1, -1, -1]]
+    assert known.log_probs.exp().tolist() == [[0.5, 0.0, 0.25, 0.25], [1.0, 0.0, 0.0, 0.0]]
+    assert known.log_tail.tolist() == [-torch.inf] * 2
+
+
+def test_a_sure_teacher_and_ends_of_the_distribution() -> None:
+    case = case_of()
+    assert case.teacher_hidden is not None and case.teacher_weight is not None
+    with torch.no_grad():
+        case.teacher_weight[:, 0] = 0
+        case.teacher_weight[82, 0] = 500.0  # the last token has all
+        case.teacher_hidden[:, 0] = 1.0
+    draws = drawn(case, 64, 0)
+    assert draws.ids.unique().tolist() == [82]
+    assert draws.entropy.abs().max() < 1e-6
+    assert draws.kl_offset().abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("count", [0, 65_536])
+def test_a_number_of_draws_that_is_refused(count: int) -> None:
+    with pytest.raises(ConfigError, match=f"draws is {count}: give 1 to 65,535"):
+        drawn(case_of(), count, 0)
+
+
+def test_samples_that_do_not_fit_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"sample_ids are torch.int64 \(4,\) for 15 rows"):
+        drawn(case_of(), 4, 0, torch.arange(4))
