@@ -110,13 +110,13 @@ def cluster(cpus: int, hosts: Sequence[Host] = ()) -> Iterator[Cluster]:
         _configure(folder, cpus, hosts)
         munged = ["--foreground", "--force", "--key-file=munge.key", "--socket=munge.socket", "--pid-file=munge.pid"]
         _daemon(stack, result, "munged", *munged, "--log-file=munge.log", "--seed-file=munge.seed")
-        result.wait_for("munged", (folder / "munge.socket").exists, timeout_s=10)
+        result.wait_for("munged", (folder / "munge.socket").exists, timeout_s=60)
         _daemon(stack, result, "slurmctld", "-D")
         for number, host in enumerate(hosts or (None,), 1):
             _daemon(stack, result, "slurmd", "-D", "-N", f"node{number}", host=host)
         nodes = str(len(hosts) or 1)
         idle = ("sinfo", "--noheader", "--states=idle", "--format=%D")
-        result.wait_for("idle nodes", lambda: result.run(*idle, check=False).strip() == nodes, timeout_s=30)
+        result.wait_for("idle nodes", lambda: result.run(*idle, check=False).strip() == nodes, timeout_s=120)
         try:
             yield result
         finally:

@@ -170,9 +170,11 @@ def test_a_slow_remote_ends_in_an_error(remote: Path, tmp_path: Path, monkeypatc
     here = MixtureDataset(cached(remote, tmp_path, timeout_s=0.3, patience_s=0.6), NAMES)
     monkeypatch.setattr(LocalDownloader, "_download_file_impl", lambda *_: time.sleep(60))
     started = time.monotonic()
-    with pytest.raises(TemporaryError, match=r"\.mds of domain 'large' .* tried for 1 s: .*download_timeout_s, 0\.3 s"):
+    with pytest.raises(
+        TemporaryError, match=r"\.mds of domain 'large' .* tried for \d+ s: .*download_timeout_s, 0\.3 s"
+    ):
         here[0]
-    assert time.monotonic() - started < 5
+    assert time.monotonic() - started < 30
 
 
 def test_failed_attempts_are_repeated(remote: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

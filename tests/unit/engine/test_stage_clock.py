@@ -22,8 +22,9 @@ def test_a_stage_within_another_counts_for_itself() -> None:
         time.sleep(0.02)
     took = time.perf_counter() - started
     seconds = clock.take_seconds()
-    assert sum(seconds.values()) == pytest.approx(took, rel=0.02)
-    assert seconds == pytest.approx({"forward": 0.04, "head": 0.04, "gather": 0.06}, rel=0.5)
+    assert sum(seconds.values()) == pytest.approx(took, abs=0.02)
+    # A busy machine sleeps longer; a stage that counted one within it would have at least its time more.
+    assert seconds["forward"] >= 0.04 and seconds["head"] >= 0.04 and seconds["gather"] >= 0.06
     assert clock.take_seconds() == {}
 
 

@@ -112,7 +112,7 @@ def test_a_large_ledger_is_not_read_as_a_whole(tmp_path: Path) -> None:
         stream.writelines(lines[-30:])
     started = time.perf_counter()
     assert "step 60 of 60" in shown(run_dir)
-    assert time.perf_counter() - started < 2
+    assert time.perf_counter() - started < 10
 
 
 def test_one_clear_line_where_there_is_nothing_to_show(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
