@@ -10,11 +10,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import safe_open
 
 from ddk_ds.config import load_config
 from ddk_ds.engine.model_files import read_model
-from ddk_ds.engine.student import names_on_disk
+from ddk_ds.engine.student import unloaded_student
 from ddk_ds.engine.zero_shards import MODEL_FILE
 from ddk_ds.files import partial_path
 from ddk_ds.mixture.interval_state import IntervalState
@@ -129,9 +128,10 @@ def _interval(step: int) -> dict[str, Any]:
 def _write_shards(directory: Path, student: Path, factor: float, state: RunState) -> None:
     files = read_model(student, "student.path")
     shapes, slices = {}, [[] for _ in range(RANKS)]  # type: ignore[var-annotated]
-    for name, on_disk in names_on_disk(files, trusted=False)[0].items():
-        with safe_open(files.tensors[on_disk].file, framework="pt") as reader:
-            tensor = reader.get_tensor(on_disk).float() * factor
+    stored, parameters = unloaded_student(files, trusted=False)
+    for conversion in stored.parameters:
+        [(own_name, content)] = conversion.to_model(files.read).items()
+        name, tensor = parameters[own_name][0], content.float() * factor
         shapes[name] = tensor.shape
         length = math.ceil(tensor.numel() / RANKS)
         padded = torch.nn.functional.pad(tensor.flatten(), (0, RANKS * length - tensor.numel()))

@@ -14,7 +14,6 @@ import torch
 from rich import box
 from rich.table import Table
 
-from ddk_ds.comm import SingleProcess
 from ddk_ds.data.documents import Dropped, read_texts
 from ddk_ds.data.manifest import load_manifest
 from ddk_ds.data.mds import open_split
@@ -24,7 +23,7 @@ from ddk_ds.data.store import LocalStore
 from ddk_ds.data.tokenizer import TokenizerInfo
 from ddk_ds.engine import pruning
 from ddk_ds.engine.model_files import ModelFiles, read_licence
-from ddk_ds.engine.weights import persistent_buffers, save_weights
+from ddk_ds.engine.weights import MAX_SHARD_BYTES, TensorSpec, saved_tensors, write_tensors
 from ddk_ds.engine.whole_models import load_model
 from ddk_ds.errors import ConfigError, DataError
 from ddk_ds.files import new_directory, write_text
@@ -116,8 +115,9 @@ def write_model(model: Any, files: ModelFiles, changes: pruning.Changes, directo
     write_text(
         directory / "config.json", json.dumps({**files.config, **read_licence(files), **changes}, indent=2) + "\n"
     )
-    parameters, buffers = dict(model.named_parameters()), persistent_buffers(model)
-    save_weights(parameters, directory, SingleProcess(), buffers=buffers)
+    tensors = saved_tensors(model)
+    specs = {name: TensorSpec.of(tensor) for name, tensor in tensors.items()}
+    write_tensors(directory, specs, tensors.values(), MAX_SHARD_BYTES)
 
 
 def stored_dtype(files: ModelFiles) -> str:

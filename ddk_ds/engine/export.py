@@ -12,7 +12,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
-from itertools import count
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ import torch
 from ddk_ds.comm import Comm, call_together
 from ddk_ds.engine.model_files import ModelFiles
 from ddk_ds.engine.process_memory import freed_at_once
-from ddk_ds.engine.student import Student, names_on_disk
+from ddk_ds.engine.student import Student, unloaded_student
 from ddk_ds.engine.weights import TensorSpec, save_weights, write_tensors
 from ddk_ds.engine.zero_shards import ZeroShards
 from ddk_ds.errors import CheckpointError, UserError
@@ -97,7 +97,7 @@ def export_student(
                 other_files = companions()
                 partial = stack.enter_context(new_export(directory, other_files.about, make_way))
                 other_files.write(partial, next(iter(student.parameters.values())).dtype)
-                buffers.update({name: other_files.files.read(name) for name in student.buffers})
+                buffers.update({name: other_files.files.read(name) for name in student.stored.buffers})
             return partial
 
         def end() -> None:
@@ -105,7 +105,7 @@ def export_student(
                 stack.close()
 
         partial = call_together(comm, begin if comm.rank == 0 else lambda: directory)
-        save_weights(student.parameters, partial, comm, poll, buffers=buffers)
+        save_weights(student.parameters, student.stored.parameters, partial, comm, poll, buffers=buffers)
         also(partial)
         call_together(comm, end if comm.rank == 0 else lambda: None)
     return moved[0] if moved else None
@@ -126,10 +126,9 @@ class CheckpointExport:
         self._shards = shards
         self._files = files
         self._dtype = dtype
-        names, buffers = names_on_disk(files, trusted=trusted)
-        self._names = {on_disk: name for name, on_disk in names.items()}
+        self._stored, self._parameters = unloaded_student(files, trusted=trusted)
         shapes = {name: tuple(shape) for name, shape in shards.shapes.items() if not name.startswith(_FILTERS)}
-        expected = {name: files.tensors[on_disk].shape for on_disk, name in self._names.items()}
+        expected = {name: tuple(shape) for name, shape in self._parameters.values()}
         differing = sorted(name for name, shape in shapes.items() if expected.get(name) != shape)
         if differing:
             name = differing[0]
@@ -137,8 +136,12 @@ class CheckpointExport:
                 f"{files.directory}: has no {name} of shape {shapes[name]}, which the checkpoint has: it is not the "
                 "model that the run began with; name that by --student"
             )
-        self.specs = {on_disk: TensorSpec(expected[name], dtype) for on_disk, name in self._names.items()}
-        self.specs |= {name: TensorSpec.of(files.read(name)) for name in buffers}
+        self.specs = {
+            name: TensorSpec(shape, dtype)
+            for conversion in self._stored.parameters
+            for name, shape in conversion.sources.items()
+        }
+        self.specs |= {name: TensorSpec.of(files.read(name)) for name in self._stored.buffers}
         """Shape and dtype of each tensor of the export, by its name on disk."""
 
     @property
@@ -168,14 +171,25 @@ class CheckpointExport:
             write_tensors(partial, self.specs, self._tensors(done), max_shard_bytes)
 
     def _tensors(self, done: Callable[[int], None]) -> Iterator[torch.Tensor]:
+        for name, tensor in zip(self.specs, chain(self._parameters_as_stored(), self._buffers()), strict=True):
+            yield tensor
+            done(self.specs[name].num_bytes)
+
+    def _parameters_as_stored(self) -> Iterator[torch.Tensor]:
         trained = self._shards.shapes
-        for on_disk, spec in self.specs.items():
-            name = self._names.get(on_disk, "")
-            if name in trained:
-                yield self._shards.read(name, dtype=self._dtype).reshape(spec.shape)
+        for conversion in self._stored.parameters:
+            saved = {name: self._parameters[name][0] for name in conversion.targets}
+            if all(name in trained for name in saved.values()):
+                full = {
+                    name: self._shards.read(saved[name], dtype=self._dtype).reshape(shape)
+                    for name, shape in conversion.targets.items()
+                }
+                yield from conversion.to_files(full).values()
             else:
-                yield self._files.read(on_disk).to(spec.dtype)
-            done(spec.num_bytes)
+                yield from (self._files.read(name).to(self._dtype) for name in conversion.sources)
+
+    def _buffers(self) -> Iterator[torch.Tensor]:
+        return (self._files.read(name) for name in self._stored.buffers)
 
 
 def check_target(directory: Path, *, overwrite: bool) -> None:

@@ -7,7 +7,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import deepspeed
 import torch
@@ -19,6 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from ddk_ds.comm import Comm
 from ddk_ds.config import Config, Model
 from ddk_ds.engine.attention import choose_attention
+from ddk_ds.engine.conversion import Conversion, conversions, model_tensors
 from ddk_ds.engine.ds_config import bucket_sizes, student_ds_config
 from ddk_ds.engine.filters import FilterShape, LayerFilters, build_filters
 from ddk_ds.engine.gather_brake import GatherBrake
@@ -30,21 +31,20 @@ from ddk_ds.engine.resizing import resized
 from ddk_ds.engine.stage_clock import StageClock, time_gathers, time_reductions
 from ddk_ds.engine.transfers import HostCopy
 from ddk_ds.engine.unloaded_models import backbone_of, meta_model, no_init_weights
-from ddk_ds.engine.weights import load_weights, persistent_buffers, source_names
+from ddk_ds.engine.weights import load_weights, persistent_buffers
 from ddk_ds.engine.zero_shards import ShardWriter
 from ddk_ds.errors import ConfigError
 
 
 @dataclass
 class Student:
-    """The model in training: its engine, whose root module is a `StudentRoot`, and its parameters by names on disk."""
+    """The model in training: its engine, whose root is a `StudentRoot`, and its parameters by the model's names."""
 
     engine: Any
     whole: PreTrainedModel
     """The model as transformers has it; the engine's root has the same backbone and head."""
     parameters: dict[str, nn.Parameter]
-    buffers: list[str]
-    """Names on disk of the model's buffers that its files hold, such as a router's correction. They are not trained."""
+    stored: StoredForm
     clock: StageClock
 
     def __call__(self, input_ids: torch.Tensor, function: HeadFunction) -> Any:
@@ -180,7 +180,7 @@ def load_student(
     check_vocabulary(model, vocab_size, "student.path")
     checkpoint_layers(model, config.student.gradient_checkpointing)
     prepare_layers(backbone_of(model), files.num_layers, config.student)
-    parameters = _by_name_on_disk(model, files)
+    stored = stored_form(model, files)
     filters = None if shape is None else build_filters(config, shape, ds_config, comm)
     if config.preset.freezes_student:
         model.requires_grad_(False)
@@ -194,7 +194,9 @@ def load_student(
     time_gathers(engine.optimizer.parameter_offload.get_param_coordinator(), brake, clock, "gather")
     _reduce_behind_the_host(engine.optimizer)
     time_reductions(engine.optimizer, clock, "reduce")
-    return Student(engine, model, parameters, _buffers_on_disk(model, files), clock)
+    own = model_tensors(model)
+    parameters: Any = {name: own[name] for conversion in stored.parameters for name in conversion.targets}
+    return Student(engine, model, parameters, stored, clock)
 
 
 def _reduce_behind_the_host(optimizer: Any) -> None:
@@ -207,30 +209,40 @@ def _reduce_behind_the_host(optimizer: Any) -> None:
         stream.synchronize = lambda: get_accelerator().current_stream().wait_stream(stream)
 
 
-def names_on_disk(files: ModelFiles, *, trusted: bool) -> tuple[dict[str, str], list[str]]:
-    """Map the name of each student parameter in its engine, and so in checkpoints, to its name in `files`.
+class StoredForm(NamedTuple):
+    """How a student's tensors are stored in its files, and so in an export."""
 
-    The second result names the buffers that `files` hold. Reads no weights. Raises ConfigError if the model cannot be
-    built.
+    parameters: list[Conversion]
+    buffers: list[str]
+    """Names in the files of the model's buffers, such as a router's correction. They are not trained."""
+
+
+def stored_form(model: PreTrainedModel, files: ModelFiles) -> StoredForm:
+    """Return in what form `files` store the model. Raises ConfigError if they do not fit, or are not reversible."""
+    buffers, found = persistent_buffers(model).keys(), conversions(model, files)
+    for conversion in found:
+        conversion.check_reversible("student.path")
+    own = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    return StoredForm(
+        [conversion for conversion in found if conversion.targets.keys() <= own],
+        sorted(name for conversion in found if conversion.targets.keys() <= buffers for name in conversion.sources),
+    )
+
+
+def unloaded_student(files: ModelFiles, *, trusted: bool) -> tuple[StoredForm, dict[str, tuple[str, torch.Size]]]:
+    """Return the student's form in `files`, and by the model's names each parameter's name in checkpoints and shape.
+
+    Reads no weights. Raises ConfigError if the model cannot be built.
     """
     try:
         hf_config = AutoConfig.from_pretrained(files.directory, trust_remote_code=trusted)
         model = meta_model(hf_config, trusted=trusted)
     except (ImportError, ValueError) as error:
         raise ConfigError(f"{files.directory} cannot be built: {error}") from error
-    stored = {id(parameter): name for name, parameter in _by_name_on_disk(model, files).items()}
-    names = {name: stored[id(parameter)] for name, parameter in _root(model, files, None).named_parameters()}
-    return names, _buffers_on_disk(model, files)
-
-
-def _by_name_on_disk(model: PreTrainedModel, files: ModelFiles) -> dict[str, nn.Parameter]:
-    sources = source_names(model, files)
-    return {sources.get(name, name): parameter for name, parameter in model.named_parameters()}
-
-
-def _buffers_on_disk(model: PreTrainedModel, files: ModelFiles) -> list[str]:
-    sources = source_names(model, files)
-    return sorted({sources[name] for name in persistent_buffers(model) if name in sources})
+    saved = {id(parameter): (name, parameter.shape) for name, parameter in _root(model, files, None).named_parameters()}
+    return stored_form(model, files), {
+        name: saved[id(parameter)] for name, parameter in model.named_parameters(remove_duplicate=False)
+    }
 
 
 def _root(model: PreTrainedModel, files: ModelFiles, filters: LayerFilters | None) -> StudentRoot:

@@ -16,25 +16,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import transformers
 from deepspeed.runtime.zero.partition_parameters import GatheredParameters, ZeroParamStatus
 from torch import nn
 
 from ddk_ds.comm import Comm, raise_together
+from ddk_ds.engine.conversion import Conversion, conversions, model_tensors, revert_weight_conversion
 from ddk_ds.engine.model_files import ModelFiles
 from ddk_ds.errors import ConfigError, UserError
 from ddk_ds.files import written
-
-# transformers 5 gives some tensors other names than their checkpoint. mypy sees one of the two versions.
-try:
-    from transformers.conversion_mapping import (  # type: ignore[import-not-found,unused-ignore]
-        get_model_conversion_mapping as _transforms,
-    )
-except ImportError:
-
-    def _transforms(model: Any) -> list[Any]:  # type: ignore[misc,unused-ignore]
-        return []
-
 
 _DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64"}
 _DTYPES |= {torch.int64: "I64", torch.int32: "I32", torch.uint8: "U8", torch.bool: "BOOL"}  # of buffers
@@ -46,56 +35,19 @@ def load_weights(model: nn.Module, files: ModelFiles, comm: Comm) -> None:
     """Fill the partitioned parameters and the buffers of `model` from its safetensors files.
 
     The first rank of each node reads a tensor, casts it and broadcasts it within the node; each rank keeps its slice.
-    The host holds one tensor in addition to the shards. Collective. Raises ConfigError if the files lack a tensor that
-    the model needs, or have another shape.
+    The host holds one tensor of the model in addition to the shards, and while that is made of several stored ones, as
+    are a layer's joined experts, twice its size. Collective. Raises ConfigError if the files lack a tensor that the
+    model needs, or have another shape.
     """
-    targets = _targets(model)
-    sources = source_names(model, files)
+    targets = model_tensors(model)
     loaded: set[int] = set()
-    for name, source in sources.items():
-        target = targets[name]
-        if id(target) not in loaded:
-            _load_tensor(target, source, files, comm)
-            loaded.add(id(target))
+    for conversion in conversions(model, files):
+        _load(conversion, targets, files, comm)
+        loaded |= {id(targets[name]) for name in conversion.targets}
     missing = [name for name, parameter in model.named_parameters() if id(parameter) not in loaded]
     if missing:
         shown = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
         raise ConfigError(f"{files.directory}: its weights lack {shown}; is config.json that of these weights?")
-
-
-def source_names(model: nn.Module, files: ModelFiles) -> dict[str, str]:
-    """Map the model's name of each tensor to its name in the files.
-
-    Some checkpoints of the hub leave out the backbone's prefix. A tensor that the files lack is left out.
-    """
-    stored = _model_names(model, files.tensors)
-    prefix = getattr(model, "base_model_prefix", "")
-    sources = {}
-    for name in _targets(model):
-        source = stored.get(name) or stored.get(name.removeprefix(prefix + "."))
-        if source is not None:
-            sources[name] = source
-    return sources
-
-
-def _model_names(model: Any, stored: Iterable[str]) -> dict[str, str]:
-    """Map the model's name of each tensor to its name in a checkpoint, which differs under transformers 5 alone.
-
-    Raises ConfigError where transformers 5 computes a tensor from stored ones, such as all experts joined into one.
-    """
-    transforms = _transforms(model)
-    names = {}
-    for source in sorted(stored):
-        name = source
-        for transform in transforms:
-            name, pattern = transform.rename_source_key(name)
-            if pattern is not None and hasattr(transform, "operations"):
-                raise ConfigError(
-                    f"{type(model).__name__}: transformers {transformers.__version__} does not take {source} as it is "
-                    "stored, and sharded loading cannot convert it; install transformers<5"
-                )
-        names[name] = source
-    return names
 
 
 def persistent_buffers(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -104,28 +56,34 @@ def persistent_buffers(model: nn.Module) -> dict[str, torch.Tensor]:
     return {name: buffer for name, buffer in model.named_buffers() if name in kept}
 
 
-def _targets(model: nn.Module) -> dict[str, torch.Tensor]:
-    return dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers())
+def saved_tensors(model: Any) -> dict[str, torch.Tensor]:
+    """Return the parameters and buffers of a complete model by the names and in the form that its files have."""
+    own = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    tensors: dict[str, torch.Tensor] = revert_weight_conversion(model, own | persistent_buffers(model))
+    return tensors
 
 
-def _load_tensor(target: Any, source: str, files: ModelFiles, comm: Comm) -> None:
-    partitioned = hasattr(target, "ds_id")
-    shape = tuple(target.ds_shape if partitioned else target.shape)
-    stored = files.tensors[source]
-    if stored.shape != shape:
-        raise ConfigError(f"{stored.file}: {source} has shape {stored.shape}, config.json gives {shape}: not a pair")
-    if comm.local_rank == 0:
-        full = stored.read(source).to(device=target.device, dtype=target.dtype, copy=True)
-    else:
-        full = torch.empty(shape, dtype=target.dtype, device=target.device)
-    comm.broadcast_in_node(full)
-    if not partitioned:
-        target.data.copy_(full)
-        return
-    # As all_gather and copy_ would do, but without a gather: DeepSpeed gets the full tensor and cuts its slice.
-    target.data = full
-    target.ds_status = ZeroParamStatus.AVAILABLE
-    target.partition(has_been_updated=True)
+def _load(conversion: Conversion, targets: dict[str, torch.Tensor], files: ModelFiles, comm: Comm) -> None:
+    dtype = targets[next(iter(conversion.targets))].dtype
+
+    def read(source: str) -> torch.Tensor:
+        return files.read(source) if conversion.plain else files.read(source).to(dtype)
+
+    found = conversion.to_model(read) if comm.local_rank == 0 else {}
+    for name, shape in conversion.targets.items():
+        target: Any = targets[name]
+        if comm.local_rank == 0:
+            full = found.pop(name).to(device=target.device, dtype=target.dtype, copy=conversion.plain)
+        else:
+            full = torch.empty(shape, dtype=target.dtype, device=target.device)
+        comm.broadcast_in_node(full)
+        if hasattr(target, "ds_id"):
+            # As all_gather and copy_ would do, but without a gather: DeepSpeed gets the full tensor and cuts its slice.
+            target.data = full
+            target.ds_status = ZeroParamStatus.AVAILABLE
+            target.partition(has_been_updated=True)
+        else:
+            target.data.copy_(full)
 
 
 class TensorSpec(NamedTuple):
@@ -146,7 +104,8 @@ class TensorSpec(NamedTuple):
 
 
 def save_weights(
-    parameters: dict[str, nn.Parameter],
+    parameters: Mapping[str, nn.Parameter],
+    stored: Sequence[Conversion],
     directory: Path,
     comm: Comm,
     poll: Callable[[], None] = lambda: None,
@@ -154,14 +113,19 @@ def save_weights(
     buffers: Mapping[str, torch.Tensor] | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
-    """Write the parameters, by their names on disk, as Hugging Face safetensors shards. Collective; rank 0 writes.
+    """Write the model's parameters as Hugging Face safetensors shards. Collective; rank 0 writes.
 
-    Rank 0 holds one full tensor at a time. `poll` is called before each tensor; if it raises, the export ends. Rank 0
-    writes its `buffers` after the parameters. Raises CheckpointError on every rank if rank 0 cannot write.
+    Rank 0 holds one full tensor at a time, and what is `stored` of it. `poll` is called before each tensor; if it
+    raises, the export ends. Rank 0 writes its `buffers` after the parameters. Raises CheckpointError on every rank if
+    rank 0 cannot write.
     """
-    specs = {name: TensorSpec(tuple(getattr(p, "ds_shape", p.shape)), p.dtype) for name, p in parameters.items()}
+    specs = {
+        name: TensorSpec(shape, parameters[next(iter(conversion.targets))].dtype)
+        for conversion in stored
+        for name, shape in conversion.sources.items()
+    }
     specs |= {name: TensorSpec.of(buffer) for name, buffer in (buffers or {}).items()}
-    tensors = chain(_gathered(parameters, comm, poll), (buffers or {}).values())
+    tensors = chain(_gathered(parameters, stored, comm, poll), (buffers or {}).values())
     failure: UserError | None = None
     try:
         with written(directory):
@@ -174,15 +138,23 @@ def save_weights(
     raise_together(comm, failure)
 
 
-def _gathered(parameters: dict[str, nn.Parameter], comm: Comm, poll: Callable[[], None]) -> Iterator[torch.Tensor]:
-    """Yield each parameter as a full tensor in host memory on rank 0, and as an empty tensor on the other ranks.
+def _gathered(
+    parameters: Mapping[str, nn.Parameter], stored: Sequence[Conversion], comm: Comm, poll: Callable[[], None]
+) -> Iterator[torch.Tensor]:
+    """Yield each tensor as it is stored, in host memory, on rank 0; the other ranks yield empty tensors.
 
-    `poll` is called before each parameter is gathered. Collective.
+    `poll` is called before each gather. Collective.
     """
-    for parameter in parameters.values():
+    for conversion in stored:
         poll()
-        with GatheredParameters([parameter]):
-            yield parameter.detach().cpu().clone() if comm.rank == 0 else torch.empty(0)
+        full = {}
+        with GatheredParameters([parameters[name] for name in conversion.targets]):
+            if comm.rank == 0:
+                full = {name: parameters[name].detach().cpu().clone() for name in conversion.targets}
+        if comm.rank == 0:
+            yield from conversion.to_files(full).values()
+        else:
+            yield torch.empty(0)
 
 
 def write_tensors(

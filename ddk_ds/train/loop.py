@@ -314,7 +314,7 @@ def _finish(run: Run, student_ppl: Array, measure_s: float, reason: str) -> dict
     if config.monitor.samples_every:
         _sample(run)
     run.watchdog.watch("export", state.step)
-    with run.progress.part("exporting the student", len(run.student.parameters)) as advance:
+    with run.progress.part("exporting the student", len(run.student.stored.parameters)) as advance:
 
         def poll() -> None:
             run.interruption.check()

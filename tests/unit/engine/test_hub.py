@@ -10,11 +10,14 @@ from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
+import huggingface_hub.utils
 import pytest
-from huggingface_hub.utils import reset_sessions
 
 from ddk_ds.engine.model_files import check_hub_name
 from ddk_ds.errors import ConfigError, TemporaryError
+
+# The client keeps its connections; versions 0 and 2 close them by different names.
+reset_sessions = getattr(huggingface_hub.utils, "close_session", None) or huggingface_hub.utils.reset_sessions
 
 
 @pytest.fixture
