@@ -6,11 +6,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import deepspeed
 import torch
+import transformers
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.utils import combine_grad_norm_groups
 from torch import nn
@@ -32,8 +34,8 @@ from ddk_ds.engine.stage_clock import StageClock, time_gathers, time_reductions
 from ddk_ds.engine.transfers import HostCopy
 from ddk_ds.engine.unloaded_models import backbone_of, meta_model, no_init_weights
 from ddk_ds.engine.weights import load_weights, persistent_buffers
-from ddk_ds.engine.zero_shards import ShardWriter
-from ddk_ds.errors import ConfigError
+from ddk_ds.engine.zero_shards import MODEL_FILE, ShardWriter, load_shard
+from ddk_ds.errors import CheckpointError, ConfigError
 
 
 @dataclass
@@ -135,8 +137,18 @@ class Student:
         return self.engine.checkpoint_engine.wait()
 
     def load(self, directory: Path, tag: str, saved_ranks: int) -> dict[str, Any]:
-        """Load a checkpoint that `save` wrote on `saved_ranks` ranks, and return the run's own state. Collective."""
+        """Load a checkpoint that `save` wrote on `saved_ranks` ranks, and return the run's own state. Collective.
+
+        Raises CheckpointError if its parameters are not the engine's, which depend on the version of transformers.
+        """
         engine = self.engine
+        saved, own = load_shard(directory / tag / MODEL_FILE)["param_shapes"], engine._get_zero_param_shapes()
+        if list(chain(*(group.items() for group in saved))) != list(chain(*(group.items() for group in own))):
+            raise CheckpointError(
+                f"{directory}: its weights have other names, shapes or places than those of "
+                f"{type(self.whole).__name__} in transformers {transformers.__version__}: continue with the version "
+                "that wrote it, which its manifest.json names"
+            )
         groups = [{k: v for k, v in group.items() if k != "params"} for group in engine.optimizer.param_groups]
         # Frozen parameters are not saved; they are as they were loaded from the model's own files.
         strict = all(parameter.requires_grad for parameter in engine.module.parameters())
@@ -210,7 +222,7 @@ def _reduce_behind_the_host(optimizer: Any) -> None:
 
 
 class StoredForm(NamedTuple):
-    """How a student's tensors are stored in its files, and so in an export."""
+    """The form of a student's tensors in its files, and so in an export."""
 
     parameters: list[Conversion]
     buffers: list[str]

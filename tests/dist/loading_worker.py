@@ -2,33 +2,38 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
 from ddk_ds.engine.export import CheckpointExport, Companions, export_student
 from ddk_ds.engine.head import OutputHead
-from ddk_ds.engine.model_files import read_model
+from ddk_ds.engine.model_files import ModelFiles, read_model
 from ddk_ds.engine.process_memory import held_bytes, peak_bytes, reset_peak
 from ddk_ds.engine.runtime import Runtime
 from ddk_ds.engine.split_check import check_split
 from ddk_ds.engine.student import load_student
 from ddk_ds.engine.teacher import load_teacher
-from ddk_ds.errors import ConfigError
+from ddk_ds.engine.zero_shards import MODEL_FILE, load_shard
+from ddk_ds.errors import CheckpointError, ConfigError
 from ddk_ds.kernels.reference import reference_logits
 from tests.dist.tiny import ARCHITECTURES, VOCAB, save_model, tiny_config
 
 
-def logits_of_architectures(runtime: Runtime, folder: str, kinds: list[str] | None = None) -> dict[str, float]:
+def logits_of_architectures(
+    runtime: Runtime, folder: str, kinds: Sequence[str] = tuple(ARCHITECTURES), ties: Sequence[bool] = (False, True)
+) -> dict[str, float]:
     """Return by architecture the largest difference between logits of teacher, student or export and those of plain
     transformers with the models' own ("eager") attention."""
     errors = {}
-    for model_type in kinds or ARCHITECTURES:
-        for tied in (False, True):
+    for model_type in kinds:
+        for tied in ties:
             root = Path(folder) / f"{model_type}-{tied}"
             if runtime.comm.rank == 0:
                 for name in ("student", "teacher"):
@@ -64,11 +69,25 @@ def _logits_error(root: Path, runtime: Runtime) -> float:
             export_student(model, root / "export", runtime.comm, partial(Companions, files, "", {}))
             assert read_model(root / "export", "export").tensors.keys() == files.tensors.keys()
             worst = max(worst, float((plain(root / "export") - expected).abs().max()))
-            shapes = {n: tuple(p.ds_shape) for n, p in model.engine.module.named_parameters()}
-            shards: Any = SimpleNamespace(shapes=shapes)
-            later = CheckpointExport(shards, files, torch.float32, trusted=False)
-            assert {n: spec.shape for n, spec in later.specs.items()} == {n: t.shape for n, t in files.tensors.items()}
+            if runtime.comm.rank == 0:
+                _export_of_these_weights(model, files, root / "later")
+                worst = max(worst, float((plain(root / "later") - expected).abs().max()))
+            runtime.comm.barrier()
     return worst
+
+
+def _export_of_these_weights(student: Any, files: ModelFiles, directory: Path) -> None:
+    """Write the export of a checkpoint that holds the weights of `files`."""
+    whole = AutoModelForCausalLM.from_pretrained(files.directory)
+    own = {id(p): name for name, p in student.whole.named_parameters()}
+    held = {n: dict(whole.named_parameters())[own[id(p)]].detach() for n, p in student.engine.module.named_parameters()}
+    shards: Any = SimpleNamespace(
+        shapes={name: tensor.shape for name, tensor in held.items()},
+        read=lambda name, dtype: held[name].flatten().to(dtype),
+    )
+    work = CheckpointExport(shards, files, torch.float32, trusted=False)
+    assert {n: spec.shape for n, spec in work.specs.items()} == {n: t.shape for n, t in files.tensors.items()}
+    work.write(directory, Companions(files, "", {}), 10_000, lambda _: None, overwrite=False)
 
 
 def split_of_another_form(runtime: Runtime, folder: str) -> list[str]:
@@ -90,6 +109,27 @@ def split_of_another_form(runtime: Runtime, folder: str) -> list[str]:
         teacher = load_teacher(config, read_model(root / name, "teacher.path"), VOCAB, runtime.comm)
         check_split(teacher, ids, VOCAB, "teacher", runtime.comm)
     return said
+
+
+def checkpoint_of_other_names(runtime: Runtime, folder: str) -> str:
+    """Return what is said of a checkpoint with the same numbers of elements whose experts have the other form."""
+    root = Path(folder)
+    files = read_model(root / "student", "student.path")
+    student = load_student(tiny_config(root), files, VOCAB, runtime.comm)
+    student.save(root, "zero", {"run": {}}, background=False)
+    student.wait_for_save()
+    runtime.comm.barrier()
+    student.load(root, "zero", 2)
+    if runtime.comm.rank == 0:
+        states = load_shard(root / "zero" / MODEL_FILE)
+        for group in states["param_shapes"]:
+            for name in [name for name in group if name.endswith("down_proj.weight")]:
+                group[name.replace("mlp", "mlp.experts.0")] = group.pop(name)
+        torch.save(states, root / "zero" / MODEL_FILE)
+    runtime.comm.barrier()
+    with pytest.raises(CheckpointError) as raised:
+        student.load(root, "zero", 2)
+    return str(raised.value)
 
 
 def differing_buffers(runtime: Runtime, folder: str) -> list[str]:

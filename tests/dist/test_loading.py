@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from ddk_ds.engine.model_files import read_model
 from tests.dist.ranks import run_ranks
-from tests.dist.tiny import VOCAB, save_model
+from tests.dist.tiny import MIXTURES, VOCAB, save_model
 
 SLACK_BYTES = 24 * 2**20  # for the allocator and buffers; the model is 12 times as large
 
@@ -24,6 +25,24 @@ def test_a_soft_cap_in_attention_other_names_of_parts_and_sizes_and_buffers_in_f
     errors = run_ranks("tests.dist.loading_worker:logits_of_architectures", 2, folder=str(tmp_path), kinds=kinds)
     assert len(errors) == 8
     assert max(errors.values()) < 1e-5, errors
+
+
+_STORED = {"qwen3_moe": "mlp.experts.11.up_proj", "mixtral": "block_sparse_moe.experts.11.w3"}
+_STORED |= {"deepseek_v3": "mlp.experts.11.down_proj"}
+_OTHERS = pytest.param(sorted(MIXTURES.keys() - _STORED.keys()), marks=pytest.mark.long("the same conversion, 20 s"))
+
+
+@pytest.mark.parametrize("kinds", [list(_STORED), _OTHERS], ids=["three", "others"])
+def test_experts_that_are_stored_one_by_one(tmp_path: Path, kinds: list[str]) -> None:
+    # transformers 5 joins a layer's experts to one tensor when it loads them, 4.57 does not. The files are the same.
+    worker = "tests.dist.loading_worker:logits_of_architectures"
+    errors = run_ranks(worker, 2, folder=str(tmp_path), kinds=kinds, ties=[False])
+    assert len(errors) == len(kinds)
+    assert max(errors.values()) < 1e-5, errors
+    for kind in kinds:
+        for directory in ("student", "export", "later"):
+            stored = read_model(tmp_path / f"{kind}-False" / directory, "student.path").tensors
+            assert f"model.layers.1.{_STORED.get(kind, _STORED['qwen3_moe'])}.weight" in stored
 
 
 def test_a_layer_between_backbone_and_head_is_refused(tmp_path: Path) -> None:
@@ -45,6 +64,13 @@ def test_buffers_keep_their_precision(tmp_path: Path) -> None:
     # between experts that are nearly equal, is float32 in a bf16 model.
     save_model(tmp_path / "teacher", model_type="glm4_moe", vocab=VOCAB, tied=True, seed=1)
     assert run_ranks("tests.dist.loading_worker:differing_buffers", 2, folder=str(tmp_path)) == []
+
+
+def test_a_checkpoint_of_other_parameters_is_refused(tmp_path: Path) -> None:
+    # As another version of transformers would write it, which joins experts: DeepSpeed goes by the places of numbers.
+    save_model(tmp_path / "student", vocab=VOCAB, tied=True, seed=1)
+    said = run_ranks("tests.dist.loading_worker:checkpoint_of_other_names", 2, folder=str(tmp_path))
+    assert "LlamaForCausalLM in transformers" in said and "continue with the version that wrote it" in said
 
 
 def test_a_rank_holds_its_shards_and_one_tensor(tmp_path: Path) -> None:

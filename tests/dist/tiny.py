@@ -60,13 +60,35 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "gpt_bigcode": {"n_layer": 2, "n_head": 4, "n_inner": 64, "n_positions": 64},
 }
 
+_EXPERTS = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 64}
+_EXPERTS |= {"moe_intermediate_size": 16, "num_experts_per_tok": 2, "pad_token_id": 0}
+_LATENT = {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 16}
+# More than ten experts, whose names sorted as text are not in order.
+MIXTURES: dict[str, dict[str, Any]] = {
+    "qwen3_moe": {**_EXPERTS, "num_experts": 12, "head_dim": 8},
+    "qwen2_moe": {**_EXPERTS, "num_experts": 12, "shared_expert_intermediate_size": 24},
+    "mixtral": {**_EXPERTS, "num_local_experts": 12},
+    "olmoe": {**_EXPERTS, "num_experts": 12},
+    "deepseek_v3": {
+        **(_EXPERTS | _LATENT),
+        **{"n_routed_experts": 12, "num_key_value_heads": 4, "head_dim": 8, "n_group": 2, "topk_group": 1},
+        "first_k_dense_replace": 1,
+    },
+    "qwen3_next": {
+        **_EXPERTS,
+        **{"num_experts": 12, "shared_expert_intermediate_size": 24, "head_dim": 8},
+        **{"layer_types": ["linear_attention", "full_attention"], "linear_num_key_heads": 2},
+        **{"linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 8},
+    },
+}
+
 
 def save_model(
     directory: Path, *, model_type: str = "llama", hidden: int = 32, vocab: int, tied: bool, seed: int, **extra: Any
 ) -> None:
     """Write a random causal LM as safetensors."""
     torch.manual_seed(seed)
-    shape = ARCHITECTURES.get(model_type, {})
+    shape = ARCHITECTURES.get(model_type) or MIXTURES.get(model_type, {})
     values = {"vocab_size": vocab, "tie_word_embeddings": tied, "initializer_range": 0.2, **shape}
     size = {"n_embd": hidden} if model_type == "gpt_bigcode" else {"hidden_size": hidden}
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **{**values, **size, **extra}))
