@@ -22,6 +22,7 @@ class _Step(TypedDict):
     kl: float | None
     grad_norm: float | None
     learning_rate: float
+    router_aux_loss: NotRequired[float | None]
     domain_tokens: list[int]
     clock: dict[str, float | dict[str, float] | None]
 

@@ -56,8 +56,8 @@ class Model(Section):
     """Gather all weights of a layer together, with one hook for each layer; false: one hook for each of its modules,
     which is DeepSpeed's default."""
     leaf_modules: tuple[str, ...] = ()
-    """Names of further classes whose weights ZeRO-3 gathers together, for example mixture-of-experts blocks if
-    `whole_layers` is false."""
+    """Names of further classes whose weights ZeRO-3 gathers together. Blocks of experts are gathered so in any
+    case."""
     compile_layers: bool = False
     """Compile each layer with torch.compile: norms, rotary positions and gates become one kernel each. The first step
     of a model takes longer."""
@@ -75,6 +75,10 @@ class Student(Model):
     gradient_checkpointing: bool | Literal["selective"] = False
     """Recompute activations in the backward pass: less memory, about a third more compute for the student. selective:
     keep the results of matrix products and of attention and recompute the rest, which costs little."""
+    router_aux_loss: Literal["auto"] | NonNegativeFloat = "auto"
+    """Weight of the routers' load-balancing loss in the training loss of a mixture-of-experts student. auto: the
+    coefficient of its config.json, or none if its family is trained without one, as DeepSeek-V3 is; 0: none. The loss
+    is transformers' own, and averaged over the step's micro-batches and ranks."""
 
 
 class Teacher(Model):

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ddk_ds.config import Config
-from ddk_ds.engine.config_sizes import SIZE_KEYS, config_size
+from ddk_ds.engine.config_sizes import attention_width, config_size, used_weights
 
 if TYPE_CHECKING:  # it imports transformers, for which a plan's --help should not wait
     from ddk_ds.engine.model_files import ModelFiles
@@ -24,14 +24,14 @@ _LOOKED_UP = re.compile(r"(\.wpe|\.embed_positions|\.position_embeddings)\.weigh
 
 
 def forward_flops(
-    num_weights: int, num_layers: int, attention_width: int, sequence_length: int, *, causal: bool
+    num_weights: float, num_layers: int, attention_width: int, sequence_length: int, *, causal: bool
 ) -> float:
     """Return the FLOPs of one token's forward pass: 2 P + 4 L H T, or 2 P + 2 L H T if `causal`.
 
     A multiplication and an addition count as two. P = `num_weights` is the number of weights that a token is multiplied
-    by: every weight of the layers, and the output head; looking up an embedding computes nothing. In each of the
-    L layers a token's attention scores and the weighted sum of values take 2 H each for every position attended to,
-    where H = `attention_width` is heads x size of a head.
+    by: every weight of the layers, but of a mixture of experts only those that it is sent to, and the output head;
+    looking up an embedding computes nothing. In each of the L layers a token's attention scores and the weighted sum of
+    values take 2 H each for every position attended to, where H = `attention_width` is heads x size of a head.
 
     There are two counts of attention. Without `causal` a token attends to all T positions: MFU is defined by this count
     (arXiv 2204.02311), torch's FlopCounterMode uses it, and it reproduces the paper's Table 12; plans and the ledger's
@@ -42,26 +42,33 @@ def forward_flops(
 
 
 def count_forward_flops(
-    shapes: Iterable[tuple[int, ...]], config: dict[str, Any], sequence_length: int, *, causal: bool = True
+    shapes: Mapping[str, tuple[int, ...]], config: dict[str, Any], sequence_length: int, *, causal: bool = True
 ) -> float:
-    """Return `forward_flops` of the model with weights of these `shapes` and this `config` (its config.json).
+    """Return `forward_flops` of the model with weights of these `shapes`, by name, and this `config` (its config.json).
+
+    Tensors that are only looked up do not count.
+    """
+    layers, width = config_size(config, "layers"), attention_width(config)
+    return forward_flops(active_weights(shapes, config), layers, width, sequence_length, causal=causal)
+
+
+def active_weights(shapes: Mapping[str, tuple[int, ...]], config: dict[str, Any]) -> float:
+    """Return the number of weights that a token is multiplied by, given the `shapes` of all weights by name.
 
     Of the matrices with one row per word of the vocabulary only the largest counts, as the output head: it may be tied.
     """
-    sizes = {True: 0, False: 0}
-    vocab_size, largest = config.get("vocab_size"), 0
-    for shape in shapes:
-        is_vocabulary = len(shape) == 2 and shape[0] == vocab_size
-        sizes[is_vocabulary] += math.prod(shape)
-        largest = max(largest, math.prod(shape) if is_vocabulary else 0)
-    layers, hidden, heads = (config_size(config, name) for name in SIZE_KEYS)
-    width = heads * config["head_dim"] if config.get("head_dim") else hidden
-    return forward_flops(sizes[False] + largest, layers, width, sequence_length, causal=causal)
+    number, head = 0.0, 0
+    for name, shape in shapes.items():
+        if len(shape) == 2 and shape[0] == config.get("vocab_size"):
+            head = max(head, math.prod(shape))
+        elif not _LOOKED_UP.search(f".{name}"):
+            number += used_weights(name, shape, config)
+    return number + head
 
 
 def model_flops(files: ModelFiles, sequence_length: int, *, causal: bool = True) -> float:
-    """Return `forward_flops` of a model on disk, without the tensors that are only looked up."""
-    shapes = [tensor.shape for name, tensor in files.tensors.items() if not _LOOKED_UP.search(f".{name}")]
+    """Return `forward_flops` of a model on disk."""
+    shapes = {name: tensor.shape for name, tensor in files.tensors.items()}
     return count_forward_flops(shapes, files.config, sequence_length, causal=causal)
 
 

@@ -17,6 +17,7 @@ from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from torch import nn
 
 from ddk_ds.engine.filters import LayerFilters, LayerTaps
+from ddk_ds.engine.router_loss import RouterLoss
 from ddk_ds.engine.stage_clock import StageClock
 from ddk_ds.kernels import LogitForm
 
@@ -54,9 +55,17 @@ class StudentRoot(nn.Module):
     """The module that the student's engine wraps: backbone, head, and TED's filters if there are any."""
 
     def __init__(
-        self, backbone: nn.Module, head: nn.Module, form: LogitForm, filters: LayerFilters | None, depth: int
+        self,
+        backbone: nn.Module,
+        head: nn.Module,
+        form: LogitForm,
+        filters: LayerFilters | None,
+        depth: int,
+        router: RouterLoss | None = None,
     ) -> None:
         super().__init__()
+        self.router = router
+        self.router_loss: torch.Tensor | None = None
         self.backbone = backbone
         self.head = StudentHead(head, form)
         self.filters = filters
@@ -81,7 +90,11 @@ class StudentRoot(nn.Module):
         return self._head(hidden, function), filters(states, teacher_states)
 
     def _hidden(self, input_ids: torch.Tensor) -> torch.Tensor:
-        return self.backbone(input_ids=input_ids, use_cache=False).last_hidden_state.flatten(0, 1)
+        options = {} if self.router is None or not self.training else {"output_router_logits": True}
+        output = self.backbone(input_ids=input_ids, use_cache=False, **options)
+        if self.router is not None and options:
+            self.router_loss = self.router(output.router_logits)
+        return output.last_hidden_state.flatten(0, 1)
 
     def _head(self, hidden: torch.Tensor, function: HeadFunction | None) -> Any:
         return None if function is None else self.head(hidden, function)

@@ -51,6 +51,8 @@ def prepare_layers(backbone: nn.Module, depth: int, section: Model) -> None:
     Must be called before DeepSpeed gets the model. Raises ConfigError if the backbone has no list of `depth` layers.
     """
     if not section.whole_layers:
+        for part in _with_choices(backbone):
+            deepspeed.utils.set_z3_leaf_module(part, True)
         return
     layers = layers_of(backbone, depth)
     deepspeed.utils.set_z3_leaf_modules(backbone, list({type(layer) for layer in layers}))
@@ -58,6 +60,17 @@ def prepare_layers(backbone: nn.Module, depth: int, section: Model) -> None:
         for layer in layers:
             # The compiled part lies inside the hooks that gather the layer.
             layer.forward = torch.compile(layer.forward)
+
+
+def _with_choices(backbone: nn.Module) -> list[nn.Module]:
+    """Return the modules in a backbone's layers that hold a list of modules, such as blocks of experts.
+
+    A pass may leave out some of the list, on each rank others. Gathered one by one, they would be gathered by some of
+    the ranks only: these would wait for ever.
+    """
+    lists = [module for module in backbone.modules() if isinstance(module, nn.ModuleList)]
+    parts = dict.fromkeys(part for layers in lists for layer in layers for part in layer.modules())
+    return [part for part in parts if any(isinstance(child, nn.ModuleList) for child in part.children())]
 
 
 def checkpoint_layers(model: Any, mode: bool | str) -> None:

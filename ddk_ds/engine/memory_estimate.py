@@ -12,6 +12,8 @@ These are assumptions, not measurements:
   except `eager`; an MLP, gated unless its tensors have the names of one without a gate. With gradient checkpointing
   each layer keeps its input, and with "selective" also the results of its matrix products and attention; one layer at
   a time has all its activations.
+- A mixture of experts copies each token for each expert that it is sent to, and keeps each expert's result. A layer is
+  gathered with all of its experts.
 - DeepSpeed allocates a complete bucket of `reduce_bucket_size` gradients, and a second one in which the gradients of
   the first are joined, both in `train.reduce_dtype`. A larger tensor is reduced by itself: it is converted to that
   dtype if it has another, and copied once more if the ranks do not divide it. On a CPU memory is only taken for the
@@ -262,7 +264,8 @@ def _activations(config: Config, shape: ModelShape, tokens: int, compute: int) -
 def _products(shape: ModelShape) -> int:
     """Return the elements for each token of a layer's input, its matrix products and its attention's results."""
     attention = 2 * shape.attention + 2 * shape.key_value
-    return attention + 3 * shape.hidden + (2 if shape.gated else 1) * shape.intermediate
+    experts = shape.experts_per_token * shape.hidden
+    return attention + 3 * shape.hidden + experts + (2 if shape.gated else 1) * shape.intermediate
 
 
 def _layer_activations(model: Model, shape: ModelShape, tokens: int, length: int, compute: int) -> int:
@@ -275,4 +278,5 @@ def _layer_activations(model: Model, shape: ModelShape, tokens: int, length: int
     attention = compute * (2 * shape.attention + 2 * (shape.attention if repeated else shape.key_value))
     if kernel == "eager":
         attention += shape.heads * length * (4 + 2 * compute)  # scores, their softmax in float32, the same rounded
-    return tokens * (norms + attention + compute * (4 if shape.gated else 2) * shape.intermediate)
+    experts = 2 * shape.experts_per_token * shape.hidden * compute
+    return tokens * (norms + attention + experts + compute * (4 if shape.gated else 2) * shape.intermediate)

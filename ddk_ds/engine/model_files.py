@@ -10,8 +10,10 @@ import json
 import math
 import re
 import struct
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,15 @@ from ddk_ds.config import Model
 from ddk_ds.config.sections import Teacher
 from ddk_ds.data.patience import http_status, refused
 from ddk_ds.engine.attention import Kernel, best_kernel
-from ddk_ds.engine.config_sizes import SIZE_KEYS, config_size
+from ddk_ds.engine.config_sizes import (
+    SIZE_KEYS,
+    attention_width,
+    config_size,
+    experts_per_token,
+    is_expert,
+    is_router,
+    mlp_width,
+)
 from ddk_ds.engine.stored_tensors import StoredTensor, read_entries
 from ddk_ds.engine.unloaded_models import meta_model
 from ddk_ds.errors import ConfigError, TemporaryError, UserError
@@ -300,18 +310,25 @@ class ModelShape:
     """True if the MLP multiplies two of its products; it then keeps four tensors of that width, otherwise two."""
     heads: int
     matrices: tuple[int, ...] = ()
-    """Elements of each matrix in the layers; these are part of `tensors`."""
+    """Elements of each matrix and of each layer's fused experts, but not of routers; these are part of `tensors`."""
+    experts_per_token: int = 0
+    """Experts that a token is sent to; 0 in a dense model."""
     best_kernel: Kernel = "sdpa"
     """The kernel of its attention if `attn_implementation` is auto."""
 
-    @property
+    @cached_property
     def parameters(self) -> int:
-        """Return the number of elements of all parameters."""
+        """The number of elements of all parameters."""
         return sum(self.tensors)
+
+    @cached_property
+    def _counts(self) -> Counter[int]:
+        """The number of parameters of each size: experts make thousands, of few sizes."""
+        return Counter(self.tensors)
 
     def shard(self, world_size: int) -> int:
         """Return the elements of one rank's shards; ZeRO-3 pads each tensor to a multiple of the number of ranks."""
-        return sum(math.ceil(tensor / world_size) for tensor in self.tensors)
+        return sum(count * math.ceil(size / world_size) for size, count in self._counts.items())
 
     def as_sharded(self, model: Model, precision: str) -> ModelShape:
         """Return the shape in elements of the compute dtype, as ZeRO-3 holds and gathers the weights.
@@ -321,9 +338,7 @@ class ModelShape:
         if not isinstance(model, Teacher) or model.quantize == "none":
             return self
         weights_per_element = COMPUTE_BYTES[precision]
-        others = list(self.tensors)
-        for matrix in self.matrices:
-            others.remove(matrix)
+        others = (self._counts - Counter(self.matrices)).elements()
         small = (*others, *(matrix // weights_per_element for matrix in self.matrices))
         return replace(self, tensors=small, largest_layer=self.largest_layer // weights_per_element)
 
@@ -343,22 +358,26 @@ def model_shape(files: ModelFiles) -> ModelShape:
     outside = max((size for name, size in sizes.items() if not _LAYER.match(name)), default=0)
     hidden = config_size(values, "width")
     num_heads = max(1, config_size(values, "heads"))
-    head_size = _first(values, "head_dim") or hidden // num_heads
-    experts = _first(values, "num_experts_per_tok") or 1
-    intermediate = _first(values, "moe_intermediate_size", "intermediate_size", "n_inner", "ffn_dim") or 4 * hidden
+    attention = attention_width(values)
+    key_value_heads = 1 if values.get("multi_query") else _first(values, "num_key_value_heads") or num_heads
+    shapes = {name: files.tensors[name].shape for name in sizes if _LAYER.match(name)}
     return ModelShape(
         tensors=tuple(sizes.values()),
         largest_layer=max(layers.values(), default=0),
         head=next((sizes[name] for name in heads if name in sizes), outside),
         layers=config_size(values, "layers") or len(layers),
         hidden=hidden,
-        attention=num_heads * head_size,
-        key_value=(1 if values.get("multi_query") else _first(values, "num_key_value_heads") or num_heads) * head_size,
-        intermediate=experts * intermediate,
+        attention=attention,
+        key_value=key_value_heads * attention // num_heads,
+        intermediate=mlp_width(values) or 4 * hidden,
+        experts_per_token=experts_per_token(values),
         gated=not any(_PLAIN_MLP.search(name) for name in sizes),
         heads=num_heads,
         matrices=tuple(
-            size for name, size in sizes.items() if _LAYER.match(name) and len(files.tensors[name].shape) == 2
+            sizes[name]
+            for name, shape in shapes.items()
+            if len(shape) > 1 and (len(shape) == 2 or is_expert(name, shape, values))
+            if not is_router(name, shape, values) and not name.endswith("bias")
         ),
         best_kernel=best_kernel(files.config),
     )

@@ -30,6 +30,7 @@ from ddk_ds.engine.layers import checkpoint_layers, prepare_layers, use_causal_k
 from ddk_ds.engine.model_files import DTYPES, ModelFiles, model_shape
 from ddk_ds.engine.process_memory import freed_at_once
 from ddk_ds.engine.resizing import resized
+from ddk_ds.engine.router_loss import RouterLoss, router_loss
 from ddk_ds.engine.stage_clock import StageClock, time_gathers, time_reductions
 from ddk_ds.engine.transfers import HostCopy
 from ddk_ds.engine.unloaded_models import backbone_of, meta_model, no_init_weights
@@ -71,6 +72,19 @@ class Student:
                 return function(hidden, head)
 
         return timed
+
+    @property
+    def router(self) -> RouterLoss | None:
+        """Return the load-balancing loss that is part of the training loss; None if there is none."""
+        router: RouterLoss | None = self.engine.module.router
+        return router
+
+    def take_router_loss(self) -> torch.Tensor:
+        """Return the `router`'s loss of the last micro-batch, without its weight, and let go of it."""
+        root = self.engine.module
+        loss, root.router_loss = root.router_loss, None
+        assert loss is not None, "no micro-batch since the last call"
+        return loss
 
     @property
     def filters(self) -> LayerFilters:
@@ -196,7 +210,8 @@ def load_student(
     filters = None if shape is None else build_filters(config, shape, ds_config, comm)
     if config.preset.freezes_student:
         model.requires_grad_(False)
-    root = _root(model, files, filters)
+    router = None if config.preset.freezes_student else router_loss(model, config.student.router_aux_loss)
+    root = _root(model, files, filters, router)
     engine, _, _, _ = deepspeed.initialize(model=root, optimizer=_adamw(root, config), config=ds_config)
     engine.checkpoint_engine = writer = ShardWriter()
     engine._copy_recovery_script = partial(writer.keep_error, engine._copy_recovery_script)
@@ -257,8 +272,11 @@ def unloaded_student(files: ModelFiles, *, trusted: bool) -> tuple[StoredForm, d
     }
 
 
-def _root(model: PreTrainedModel, files: ModelFiles, filters: LayerFilters | None) -> StudentRoot:
-    return StudentRoot(backbone_of(model), model.get_output_embeddings(), files.logit_form, filters, files.num_layers)
+def _root(
+    model: PreTrainedModel, files: ModelFiles, filters: LayerFilters | None, router: RouterLoss | None = None
+) -> StudentRoot:
+    head = model.get_output_embeddings()
+    return StudentRoot(backbone_of(model), head, files.logit_form, filters, files.num_layers, router)
 
 
 @freed_at_once()

@@ -1,10 +1,4 @@
-"""The frozen teacher on its ZeRO-3 engine, and its linear layers in 8 bits.
-
-In 8 bits a weight is an integer times its row's scale (LLM.int8's absmax, arXiv 2208.07339, without its outlier
-columns). ZeRO-3 shards and gathers a single dtype, so the integers of a weight are stored as the bytes of a tensor in
-the compute dtype, in bf16 with half as many elements. Products are computed in the compute dtype, which represents the
-integers exactly.
-"""
+"""The frozen teacher on its ZeRO-3 engine."""
 
 from __future__ import annotations
 
@@ -14,9 +8,7 @@ from typing import Any
 
 import deepspeed
 import torch
-import torch.nn.functional as F
 from deepspeed.accelerator import get_accelerator
-from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ddk_ds.comm import Comm
@@ -25,14 +17,12 @@ from ddk_ds.engine.ds_config import teacher_ds_config, teacher_sizes
 from ddk_ds.engine.filters import FilterShape, LayerTaps
 from ddk_ds.engine.gather_brake import GatherBrake
 from ddk_ds.engine.head import TEACHER_GATHER, FrozenHead, HeadFunction
+from ddk_ds.engine.int8 import quantize_layers
 from ddk_ds.engine.layers import LayerByLayer, layers_of, prepare_layers
 from ddk_ds.engine.model_files import ModelFiles, model_shape
 from ddk_ds.engine.stage_clock import StageClock, time_gathers
 from ddk_ds.engine.student import check_vocabulary, load_sharded
 from ddk_ds.engine.unloaded_models import backbone_of
-from ddk_ds.errors import ConfigError
-
-INT8_MAX = 127
 
 
 class Teacher:
@@ -130,7 +120,7 @@ def load_teacher(
     backbone = backbone_of(model)
     taps = None if shape is None else LayerTaps(backbone, [pair[1] for pair in shape.pairs], files.num_layers)
     if config.teacher.quantize == "int8":
-        quantize_layers(layers_of(backbone, files.num_layers), ds_config, group)
+        quantize_layers(layers_of(backbone, files.num_layers), files.config, ds_config, group)
     prepare_layers(backbone, files.num_layers, config.teacher)
     layers = LayerByLayer(layers_of(backbone, files.num_layers)) if config.teacher.pass_size > 1 else None
     engine, _, _, _ = deepspeed.initialize(model=backbone, config=ds_config)
@@ -139,52 +129,3 @@ def load_teacher(
     brake = GatherBrake(get_accelerator(), stored.largest_layer)
     time_gathers(engine.optimizer.get_param_coordinator(), brake, clock, TEACHER_GATHER)
     return Teacher(engine, model, head, taps, layers, clock)
-
-
-class Int8Linear(nn.Module):
-    """A frozen linear layer y = (x @ q.T) * scale + bias with q (out, in) int8."""
-
-    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
-        """Quantize `weight` (out, in); it and `bias` (out,), which can be None, are in the compute dtype."""
-        super().__init__()
-        integers, scale = quantize(weight)
-        self.packed = nn.Parameter(integers.view(weight.dtype), requires_grad=False)
-        self.scale = nn.Parameter(scale, requires_grad=False)
-        self.bias = None if bias is None else nn.Parameter(bias.clone(), requires_grad=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return y (..., out) for x (..., in) in the compute dtype."""
-        y = F.linear(x, self.packed.view(torch.int8).to(x.dtype)) * self.scale
-        return y if self.bias is None else y + self.bias
-
-
-def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Return int8 integers (out, in) in -127..127 and a scale (out,) in the dtype of `weight` (out, in)."""
-    scale = (weight.float().abs().amax(1) / INT8_MAX).to(weight.dtype)
-    steps = torch.where(scale > 0, scale, 1).float()
-    return (weight.float() / steps[:, None]).round().clamp_(-INT8_MAX, INT8_MAX).to(torch.int8), scale
-
-
-@torch.no_grad()
-def quantize_layers(layers: nn.ModuleList, ds_config: dict[str, Any], group: Any) -> None:
-    """Replace every linear module in the sharded `layers` by an `Int8Linear`, layer by layer. Collective.
-
-    Raises ConfigError if there is no linear module, or one whose rows do not fill whole elements of the compute dtype.
-    """
-    num_replaced = 0
-    for layer in layers:
-        linears = {name: module for name, module in layer.named_modules() if type(module) is nn.Linear}
-        new = nn.ModuleDict()
-        for name, module in linears.items():
-            parts = [part for part in (module.weight, module.bias) if part is not None]
-            with deepspeed.zero.GatheredParameters(parts):
-                width = module.weight.shape[1]
-                if width % module.weight.itemsize:
-                    raise ConfigError(f"teacher.quantize: {name} has rows of {width}, which do not fill whole elements")
-                new[name.replace(".", "/")] = Int8Linear(module.weight.data, module.bias)
-        deepspeed.zero.Init(module=new, config_dict_or_path=ds_config, data_parallel_group=group)
-        for name in linears:
-            layer.set_submodule(name, new[name.replace(".", "/")])
-        num_replaced += len(linears)
-    if not num_replaced:
-        raise ConfigError("teacher.quantize: int8, and its layers have no torch.nn.Linear: set none")

@@ -13,7 +13,7 @@ from ddk_ds.config.run_config import corpus_samples, interval_steps, total_steps
 from ddk_ds.data.manifest import FILE_NAME, load_manifest
 from ddk_ds.data.mds import token_dtype
 from ddk_ds.data.store import LocalStore
-from ddk_ds.engine.flops import model_flops
+from ddk_ds.engine.flops import active_weights, model_flops
 from ddk_ds.engine.model_files import ModelFiles, ModelShape, configured_files, model_shape, read_model
 from ddk_ds.errors import ConfigError
 
@@ -30,6 +30,8 @@ class PlannedModel:
     """FLOPs of one token's forward pass, with the full square of attention."""
     source: str
     """File or directory that was read, for messages."""
+    active_weights: float = 0.0
+    """Weights that a token is multiplied by; of a mixture of experts those of the experts that it is sent to."""
 
     @property
     def head_flops(self) -> float:
@@ -108,7 +110,8 @@ def find_model(path: str, key: str, model_dirs: tuple[Path, ...], sequence_lengt
 
 
 def _describe(files: ModelFiles, sequence_length: int, source: str) -> PlannedModel:
-    return PlannedModel(model_shape(files), model_flops(files, sequence_length, causal=False), source)
+    active = active_weights({name: tensor.shape for name, tensor in files.tensors.items()}, files.config)
+    return PlannedModel(model_shape(files), model_flops(files, sequence_length, causal=False), source, active)
 
 
 def _configured(config_file: Path, key: str) -> ModelFiles:

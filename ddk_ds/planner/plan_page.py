@@ -17,7 +17,7 @@ from ddk_ds.drawing import line_style, marker, tidy
 from ddk_ds.errors import ConfigError
 from ddk_ds.planner.gpus import Cluster
 from ddk_ds.planner.known_points import Point
-from ddk_ds.planner.run_plan import Plan
+from ddk_ds.planner.run_plan import WORTH_A_CHANGE, Plan
 from ddk_ds.planner.simulations import Curve, LayoutPoint, Variant, advised
 
 if TYPE_CHECKING:
@@ -82,6 +82,7 @@ def _answer(plan: Plan) -> str:
         f"{plan.tokens / 1e9:,.2f} B tokens on {plan.cluster.nodes} x {plan.cluster.gpus_per_node} GPUs: "
         f"{plan.tokens_per_s:,.0f} tokens/s, by {speed} {plan.mfu:.1%}\n"
         f"{_ceiling(plan)}\n"
+        f"{_teacher(plan)}"
         f"disk: {_gb(saved.kept_bytes + saved.export_bytes)} GB for checkpoints and export, "
         f"{_gb(plan.data.shard_bytes)} GB of shards\n"
     )
@@ -100,6 +101,26 @@ def _ceiling(plan: Plan) -> str:
     return (
         f"{simulated}: a ceiling, because in it nothing waits for data or a slow rank, and matmuls always reach "
         f"{plan.cluster.gpu.compute_efficiency:.0%} of the peak{advice}"
+    )
+
+
+def _teacher(plan: Plan) -> str:
+    """Return a line on what a step gathers of the teacher, with a faster place of its weights if there is one."""
+    gathers, place = plan.gathers, plan.better_place
+    if gathers is None or not gathers.num_bytes:
+        return ""
+    line = (
+        f"teacher: a step gathers {_gb(gathers.num_bytes)} GB of its weights on each GPU, {gathers.seconds:.2f} s on "
+        f"the links, and computes {gathers.compute_s:.2f} s with them"
+    )
+    if place is None:
+        return f"{line}; no place of its weights makes the step {WORTH_A_CHANGE - 1:.0%} faster\n"
+    passes = place.micro_batches_per_pass
+    change = f"teacher.shard_within={place.shard_within}"
+    change += f" teacher.micro_batches_per_pass={passes}" if passes > 1 else ""
+    return (
+        f"{line}: [bold]{change}[/] gives {place.tokens_per_s_per_gpu * plan.cluster.ranks:,.0f} tokens/s instead of "
+        f"{plan.step.tokens_per_s:,.0f} (simulated), with {_gb(place.device_bytes)} GB on a device\n"
     )
 
 

@@ -13,7 +13,11 @@ from ddk_ds.planner.advice import Advice, advise
 from ddk_ds.planner.gpu_memory import MemoryPlan, plan_memory
 from ddk_ds.planner.gpus import LINK_EFFICIENCY, MEMORY_EFFICIENCY, Cluster, Speed
 from ddk_ds.planner.plan_inputs import Models, PlannedData
-from ddk_ds.planner.step_time import HOST_S_PER_LAYER, Step, simulate_step
+from ddk_ds.planner.simulations import LayoutPoint, advised, layouts_on
+from ddk_ds.planner.step_time import HOST_S_PER_LAYER, Step, TeacherGathers, simulate_step, teacher_gathers
+
+WORTH_A_CHANGE = 1.05
+"""Simulated speed over the configured one's from which a place of the teacher's weights is worth a change."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +53,10 @@ class Plan:
     tokens_per_s: float
     hours: float
     step: Step
+    gathers: TeacherGathers | None
+    """Gathers of the teacher's weights in a step; None if no teacher computes."""
+    better_place: LayoutPoint | None
+    """A place of the teacher's weights with which the simulated step is faster by `WORTH_A_CHANGE`, or None."""
     checkpoints: Checkpoints
     advice: list[Advice]
     assumptions: list[str]
@@ -96,6 +104,11 @@ def make_plan(config: Config, models: Models, data: PlannedData, cluster: Cluste
     storage = speed.storage_bytes_per_s
     step = simulate_step(config, models, cluster, domains=data.domains, storage_bytes_per_s=storage)
     step_s = config.train.global_batch_samples * config.data.sequence_length / tokens_per_s
+    gathers = teacher_gathers(config, models, cluster)
+    better_place = None
+    if gathers is not None and config.teacher is not None and config.teacher.whole_layers:
+        layouts = layouts_on(config, models, cluster, domains=data.domains, storage_bytes_per_s=storage)
+        better_place = advised([point for point in layouts if _is_better(point, step, cluster)])
     checkpoints = _checkpoints(config, models, speed, step, step_s)
     waits_s = data.steps // config.checkpoint.every_steps * checkpoints.pause_s
     return Plan(
@@ -110,10 +123,16 @@ def make_plan(config: Config, models: Models, data: PlannedData, cluster: Cluste
         tokens_per_s=tokens_per_s,
         hours=(flops.own / (mfu * peak * cluster.ranks) + waits_s) / 3600,
         step=step,
+        gathers=gathers,
+        better_place=better_place,
         checkpoints=checkpoints,
         advice=[] if memory.fits else advise(config, models, cluster),
         assumptions=_assumptions(config, cluster, data, speed),
     )
+
+
+def _is_better(point: LayoutPoint, step: Step, cluster: Cluster) -> bool:
+    return point.tokens_per_s_per_gpu * cluster.ranks > WORTH_A_CHANGE * step.tokens_per_s
 
 
 def _checkpoints(config: Config, models: Models, speed: Speed, step: Step, step_s: float) -> Checkpoints:
@@ -144,7 +163,7 @@ def _assumptions(config: Config, cluster: Cluster, data: PlannedData, speed: Spe
         f"{gpu.network_bytes_per_s / 1e9:,.0f}, host {gpu.host_bytes_per_s / 1e9:,.0f} ({gpu.source})",
         f"memory: by engine/memory_estimate.py; {1 - MEMORY_MARGIN:.0%} of a device is left to the allocator's holes",
         "FLOPs: 2 a weight and token, embeddings looked up, heads and the whole square of attention counted; backward "
-        "twice forward; nothing recomputed; all experts of a mixture of experts counted",
+        "twice forward; nothing recomputed; of a mixture of experts those that a token is sent to",
         speed_text,
         f"controller: {data.domains} domains x {config.data.validation_samples} samples; the student "
         f"{data.measurements} times, the teacher once ({data.source})",
@@ -176,6 +195,10 @@ def plan_json(plan: Plan) -> dict[str, Any]:
             "student": plan.models.student.shape.parameters,
             "teacher": None if plan.models.teacher is None else plan.models.teacher.shape.parameters,
         },
+        "active_weights": {
+            "student": plan.models.student.active_weights,
+            "teacher": None if plan.models.teacher is None else plan.models.teacher.active_weights,
+        },
         "flops": flops,
         "tflops": {name: None if value is None else value / 1e12 for name, value in flops.items()},
         "flops_of_this_run": plan.flops.own,
@@ -203,6 +226,8 @@ def plan_json(plan: Plan) -> dict[str, Any]:
             "tokens_per_s": step.tokens_per_s,
             "mfu": step.mfu,
         },
+        "teacher_gathers": None if plan.gathers is None else asdict(plan.gathers),
+        "better_place_of_the_teacher": None if plan.better_place is None else asdict(plan.better_place),
         "shard_bytes": plan.data.shard_bytes,
         "read_bytes_per_s": plan.read_bytes_per_s,
         "checkpoint": asdict(plan.checkpoints),

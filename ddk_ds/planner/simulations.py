@@ -148,10 +148,22 @@ def simulate_layouts(
     if config.teacher is None or models.teacher is None:
         raise ConfigError(f"--layouts: method {config.method} has no teacher whose weights could lie anywhere")
     samples = _batch_for_most(config)
+    points = []
+    for link in LINKS_BYTES_PER_S:
+        gpu = cluster.gpu.model_copy(update={"network_bytes_per_s": link})
+        for at in _complete_nodes(replace(cluster, gpu=gpu)):
+            batched = _with_batch(config, samples, at.ranks)
+            points += layouts_on(batched, models, at, domains=domains, storage_bytes_per_s=storage_bytes_per_s)
+    return points
 
-    def point(at: Cluster, within: str, several: bool) -> LayoutPoint:
-        teacher = {"shard_within": within, "micro_batches_per_pass": 1}
-        placed = changed(_with_batch(config, samples, at.ranks), teacher=teacher)
+
+def layouts_on(
+    config: Config, models: Models, at: Cluster, *, domains: int, storage_bytes_per_s: float
+) -> list[LayoutPoint]:
+    """Simulate every layout of the teacher's weights on one cluster; the configuration has a teacher."""
+
+    def point(within: str, several: bool) -> LayoutPoint:
+        placed = changed(config, teacher={"shard_within": within, "micro_batches_per_pass": 1})
         most = placed.micro_batches(at.ranks) if several else 1
         chosen = fewest_passes(placed, most, lambda tried: plan_memory(tried, models, at).fits)
         step = simulate_step(chosen, models, at, domains=domains, storage_bytes_per_s=storage_bytes_per_s)
@@ -167,12 +179,7 @@ def simulate_layouts(
             several=several,
         )
 
-    points = []
-    for link in LINKS_BYTES_PER_S:
-        gpu = cluster.gpu.model_copy(update={"network_bytes_per_s": link})
-        for at in _complete_nodes(replace(cluster, gpu=gpu)):
-            points += [point(at, within, several) for within, several in LAYOUTS]
-    return points
+    return [point(within, several) for within, several in LAYOUTS]
 
 
 def advised(points: Sequence[LayoutPoint]) -> LayoutPoint | None:

@@ -106,6 +106,32 @@ def simulate_step(
     return Step(parts, tokens, flops, cluster.ranks * cluster.gpu.peak_flop_per_s)
 
 
+@dataclass(frozen=True)
+class TeacherGathers:
+    """The teacher's weights that one GPU gathers in a step, beside the time that it computes with them."""
+
+    num_bytes: float
+    """Bytes of the gathered weights; 0 if each GPU has all of them."""
+    seconds: float
+    """Seconds on the links."""
+    compute_s: float
+    """Seconds of the teacher's matmuls, which hide them."""
+
+
+def teacher_gathers(config: Config, models: Models, cluster: Cluster) -> TeacherGathers | None:
+    """Return what a step gathers of the teacher; None in a run in which no teacher computes."""
+    teacher = models.teacher
+    if teacher is None or config.teacher is None or not teacher_runs(config):
+        return None
+    count, within = config.micro_batches(cluster.ranks), config.teacher.shard_within
+    passes = math.ceil(count / config.teacher.pass_size)
+    simulation = _Simulation(config, models, cluster, HOST_S_PER_LAYER)
+    one = simulation.forward(teacher, simulation.micro_batch_tokens, within)
+    elements = teacher.shape.as_sharded(config.teacher, config.train.precision).parameters
+    gathered = simulation.compute_bytes * elements if one.communication_s else 0
+    return TeacherGathers(passes * gathered, passes * one.communication_s, count * one.compute_s)
+
+
 def collective_s(num_bytes: float, calls: int, cluster: Cluster, within: Within = "world") -> float:
     """Return the seconds that all-gathers (or reduce-scatters) of `num_bytes` in all take, made in `calls` calls."""
     ranks, nodes = {

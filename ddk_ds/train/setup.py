@@ -162,6 +162,8 @@ def _announce_start(run: Run, start: Start | None) -> None:
         setting["left_out"] = run.inputs.vocabulary.left_out
     if run.config.teacher is not None:
         setting["micro_batches_per_pass"] = run.config.teacher.pass_size
+    if run.student.router is not None:
+        setting["router_aux_loss"] = run.student.router.weight
     if start is None:
         run.ledger.event("start", **setting, versions=versions())
         return

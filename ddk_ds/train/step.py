@@ -20,6 +20,7 @@ from ddk_ds.data.loader import MicroBatch
 from ddk_ds.engine.flops import utilisation
 from ddk_ds.engine.student import Student
 from ddk_ds.engine.transfers import to_device
+from ddk_ds.kernels import KDLoss
 from ddk_ds.methods import IGNORE_INDEX, Batch, Method, next_token_labels
 
 
@@ -53,6 +54,8 @@ class StepMetrics:
     """Bytes that this rank's GPU has reserved, and the allocator's failures in the step; {} on a CPU."""
     agreed: list[float] = field(default_factory=list)
     """The sums over all ranks of what `meanwhile` returned."""
+    router_aux_loss: float | None = None
+    """Mean over micro-batches of the routers' load-balancing loss, without its weight; None if it is not used."""
 
 
 def train_step(
@@ -91,7 +94,7 @@ def train_step(
     with clock.waiting("sync"):
         domain_tokens = comm.all_reduce_sum(to_device(domain_tokens, device))
     num_valid = domain_tokens.sum()
-    sums = torch.zeros(3, dtype=torch.float64, device=device)
+    sums = torch.zeros(3 if student.router is None else 4, dtype=torch.float64, device=device)
     batches = []
     for micro, label in zip(micro_batches, labels, strict=True):
         ids, label = to_device(micro["input_ids"], device), to_device(label, device)
@@ -101,17 +104,30 @@ def train_step(
         with method.teacher_outputs(group) as teacher_outputs:
             for number, (batch, teacher_output) in enumerate(zip(group, teacher_outputs, strict=True), first + 1):
                 result = method.loss(student, batch, teacher_output)
-                student.backward(result.loss * comm.world_size, last=number == len(batches))
-                sums += torch.stack([part.detach().double() for part in result[:3]])
+                terms = _terms(student, result, len(batches) * comm.world_size)
+                student.backward(terms[0] * comm.world_size, last=number == len(batches))
+                sums += torch.stack([part.detach().double() for part in terms])
     more = torch.tensor(meanwhile(), dtype=torch.float64)
     parts = [sums, to_device(method.step_sums(), device), to_device(more, device)]
     with clock.waiting("sync"):
         reduced = comm.all_reduce_sum(torch.cat(parts))
     grad_norm, numbers = student.update(learning_rate, torch.cat([reduced, domain_tokens]))
-    (loss, ce, kl), of_method, agreed, tokens = _split(numbers, [*map(len, parts), num_domains])
+    (loss, ce, kl, *of_router), of_method, agreed, tokens = _split(numbers, [*map(len, parts), num_domains])
     metrics = method.end_step(of_method)
     measured = clock.take_seconds(), clock.take_peaks(), clock.take_allocator()
-    return StepMetrics(loss, ce, kl, grad_norm, [int(count) for count in tokens], metrics, *measured, agreed)
+    counts = [int(count) for count in tokens]
+    return StepMetrics(loss, ce, kl, grad_norm, counts, metrics, *measured, agreed, *of_router)
+
+
+def _terms(student: Student, result: KDLoss, num_parts: int) -> list[torch.Tensor]:
+    """Return a micro-batch's parts of the step's loss, CE and KL, and of the routers' loss if the student has one.
+
+    The routers' loss of a step is the mean over its `num_parts` micro-batches on all ranks; the loss has it weighted.
+    """
+    if student.router is None:
+        return [*result[:3]]
+    balance = student.take_router_loss() / num_parts
+    return [result.loss + (student.router.weight * balance).to(result.loss.dtype), *result[1:3], balance]
 
 
 def _split(numbers: list[float], lengths: Sequence[int]) -> list[list[float]]:
@@ -128,7 +144,8 @@ def seed_step(seed: int, step: int, rank: int) -> None:
 def step_numbers(metrics: StepMetrics) -> dict[str, Any]:
     """Return the computed numbers of a step, which a seed determines; None in place of those that are not finite."""
     numbers = asdict(metrics)
-    for name in ("seconds", "peaks", "allocator", "agreed", *(() if metrics.method else ("method",))):
+    unused = [name for name in ("method", "router_aux_loss") if numbers[name] in ({}, None)]
+    for name in ("seconds", "peaks", "allocator", "agreed", *unused):
         del numbers[name]
     return {name: _finite(value) for name, value in numbers.items()}
 

@@ -28,15 +28,26 @@ RATES = [1e-3, 1e-3, *(5.5e-4 + 4.5e-4 * math.cos(math.pi * part / 4) for part i
 
 
 def compare(
-    runtime: Runtime, folder: str, tied: bool, micro_batches: int, checkpointing: bool, evaluate: bool, method: str
+    runtime: Runtime,
+    folder: str,
+    tied: bool,
+    micro_batches: int,
+    checkpointing: bool,
+    evaluate: bool,
+    method: str,
+    shape: dict[str, Any] | None = None,
+    sections: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Train 5 AdamW steps on the engines, and the same steps plainly; returns both and the engines' state."""
+    """Train 5 AdamW steps on the engines, and the same steps plainly; returns both and the engines' state.
+
+    `shape` is that of both models, if they are not the usual ones; `sections` are added to the configuration.
+    """
     comm, root = runtime.comm, Path(folder)
     if comm.rank == 0:
-        save_model(root / "student", vocab=VOCAB + 6, tied=tied, seed=1)
-        save_model(root / "teacher", hidden=48, vocab=VOCAB + 19, tied=tied, seed=2)
+        save_model(root / "student", vocab=VOCAB + 6, tied=tied, seed=1, **(shape or {}))
+        save_model(root / "teacher", hidden=48, vocab=VOCAB + 19, tied=tied, seed=2, **(shape or {}))
     comm.barrier()
-    config = _config(root, micro_batches * comm.world_size, checkpointing, method)
+    config = _config(root, micro_batches * comm.world_size, checkpointing, method, sections or {})
     student = load_student(config, read_model(root / "student", "student.path"), VOCAB, comm)
     teacher = None
     if config.teacher is not None:
@@ -52,7 +63,15 @@ def compare(
         batch: Any = [{"input_ids": r, "domain": torch.zeros(len(r), dtype=torch.int64)} for r in rows]
         metrics.append(
             train_step(
-                student, loop, batch, learning_rate=rate, progress=0.0, num_domains=1, device=runtime.device, comm=comm
+                student,
+                loop,
+                batch,
+                learning_rate=rate,
+                progress=0.0,
+                teacher_pass_size=config.teacher_pass_size,
+                num_domains=1,
+                device=runtime.device,
+                comm=comm,
             )
         )
         if evaluate and step in (1, 4):
@@ -60,8 +79,8 @@ def compare(
             if teacher is not None:
                 ppl.append(perplexities(teacher, held_out, **options).tolist())
     return {
-        "ours": [[m.loss, m.ce, m.kl, m.grad_norm] for m in metrics],
-        "plain": _plain(root, config, evaluate) if comm.rank == 0 else None,
+        "ours": [[m.loss, m.ce, m.kl, m.grad_norm, m.router_aux_loss or 0.0] for m in metrics],
+        "plain": _plain(root, config, evaluate, micro_batches * comm.world_size) if comm.rank == 0 else None,
         "ppl": ppl,
         "tokens": [m.domain_tokens for m in metrics],
         "weight_error": _weight_error(student, root, comm.rank),
@@ -70,9 +89,10 @@ def compare(
     }
 
 
-def _config(root: Path, passes: int, checkpointing: bool, method: str) -> Config:
+def _config(root: Path, passes: int, checkpointing: bool, method: str, more: dict[str, Any]) -> Config:
     sections: dict[str, Any] = {
-        "student": {"gradient_checkpointing": checkpointing},
+        "student": {"gradient_checkpointing": checkpointing, **more.get("student", {})},
+        "teacher": more.get("teacher", {}),
         "train": {"global_batch_samples": SAMPLES, "micro_batch_samples": SAMPLES // passes},
         # AdamW divides by the root of the squared gradient: with the default eps a gradient of rounding noise would
         # become a step of the learning rate's size, in other directions on both sides.
@@ -85,11 +105,15 @@ def _config(root: Path, passes: int, checkpointing: bool, method: str) -> Config
 
 
 def _batches(seed: int, count: int) -> list[torch.Tensor]:
+    """Batches of random tokens; every second sample repeats one token, so that its tokens choose one expert."""
     generator = torch.Generator().manual_seed(seed)
-    return [torch.randint(0, VOCAB, (SAMPLES, LENGTH), generator=generator) for _ in range(count)]
+    batches = [torch.randint(0, VOCAB, (SAMPLES, LENGTH), generator=generator) for _ in range(count)]
+    for batch in batches:
+        batch[::2] = batch[::2, :1]
+    return batches
 
 
-def _plain(root: Path, config: Config, evaluate: bool) -> dict[str, Any]:
+def _plain(root: Path, config: Config, evaluate: bool, parts: int) -> dict[str, Any]:
     """The same training as one would write it without DeepSpeed, chunks or shards."""
     student = AutoModelForCausalLM.from_pretrained(root / "student")
     teacher = AutoModelForCausalLM.from_pretrained(root / "teacher") if config.teacher is not None else None
@@ -115,11 +139,20 @@ def _plain(root: Path, config: Config, evaluate: bool) -> dict[str, Any]:
             ).sum(-1)
             kl = rows[labels != -100].mean()
         loss = ce + (config.loss.gamma * config.loss.temperature**2 * kl if teacher is not None else 0.0)
+        router = torch.zeros(())
+        if (weight := getattr(student.config, "router_aux_loss_coef", 0.0)) > 0:
+            router = torch.stack([student(part, output_router_logits=True).aux_loss for part in samples.chunk(parts)])
+            router = router.mean()
+            loss = loss + weight * router
         optimizer.zero_grad()
         loss.backward()
+        for (
+            parameter
+        ) in student.parameters():  # an expert that no token chooses decays, as all experts in one tensor do
+            parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
         norm = torch.nn.utils.clip_grad_norm_(student.parameters(), options.clip_norm)
         optimizer.step()
-        steps.append([float(loss.detach()), float(ce.detach()), float(kl.detach()), float(norm)])
+        steps.append([float(value.detach()) for value in (loss, ce, kl, norm, router)])
         if evaluate and step in (1, 4):
             ppl += [_plain_ppl(model) for model in (student, teacher) if model is not None]
     student.save_pretrained(root / "plain")
@@ -145,7 +178,7 @@ def _weight_error(student: Student, root: Path, rank: int) -> float:
 
     plain = dict(AutoModelForCausalLM.from_pretrained(root / "plain").named_parameters()) if rank == 0 else {}
     worst = 0.0
-    for name, parameter in student.parameters.items():
+    for name, parameter in student.whole.named_parameters():
         with GatheredParameters([parameter]):
             if rank == 0:
                 worst = max(worst, float((parameter.detach() - plain[name].detach()).abs().max()))

@@ -244,7 +244,7 @@ def test_ddks_own_flops_over_kds() -> None:
         values = AutoConfig.from_pretrained(ROOT / f"configs/models/Qwen1.5-{name}.json")
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(values)
-        shapes = [tuple(parameter.shape) for parameter in model.parameters()]
+        shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
         forward[name] = count_forward_flops(shapes, values.to_dict(), 2048)
     interval = 1000 * 256 * 2048 * training_flops(config_of(method="kd"), forward["1.8B"], forward["14B"])
     ours = {tokens: tokens * forward["1.8B"] / interval for tokens in (4_000_000, 10 * 500 * 2048)}

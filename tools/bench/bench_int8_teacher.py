@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ddk_ds.command_line import positive, reports_user_errors
-from ddk_ds.engine.teacher import Int8Linear
+from ddk_ds.engine.int8 import Int8Linear
 from ddk_ds.errors import ConfigError, DataError
 
 LENGTH = 256

@@ -11,8 +11,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from ddk_ds.config.sections import Student, Teacher
+from ddk_ds.engine.int8 import Int8Linear, quantize
 from ddk_ds.engine.layers import checkpoint_layers, layers_of, prepare_layers
-from ddk_ds.engine.teacher import Int8Linear, quantize
 from ddk_ds.errors import ConfigError
 
 IDS = torch.arange(2 * 48).reshape(2, 48) % 50

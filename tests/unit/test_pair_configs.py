@@ -1,0 +1,74 @@
+"""The configurations of today's pairs: they load, their models are the published ones, and their plans fit."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+from ddk_ds.commands import plan_command
+from ddk_ds.config import load_config
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+
+
+class Pair(NamedTuple):
+    """Published billions of parameters, and the rows of both heads."""
+
+    teacher: float
+    student: float
+    active: float
+    """Of the teacher's parameters those that a token is multiplied by: without the embedding, which is looked up."""
+    rows: tuple[int, int]
+
+
+# Qwen's and Meta's cards; KerasHub's presets count Gemma's text models exactly; 12 of gpt-oss's 24 layers.
+PAIRS = {
+    "qwen3_30b_a3b_to_1.7b": Pair(30.5, 1.72, 3.35 - 0.31, (151_936, 151_936)),
+    "qwen3_32b_to_4b": Pair(32.8, 4.02, 32.8 - 0.78, (151_936, 151_936)),
+    "gpt_oss_20b_to_pruned": Pair(20.9, (20.91 - 1.16) / 2 + 1.16, 3.61, (201_088, 201_088)),
+    "llama3.1_8b_to_3.2_1b": Pair(8.03, 1.236, 8.03 - 0.53, (128_256, 128_256)),
+    "gemma3_12b_to_1b": Pair(11.766, 0.99989, 11.766, (262_208, 262_144)),
+}
+
+
+def test_every_file_is_known() -> None:
+    assert {path.stem for path in (CONFIGS / "pairs").glob("*.yaml")} == set(PAIRS)
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_the_plan(name: str, tmp_path: Path) -> None:
+    pair, file = PAIRS[name], CONFIGS / "pairs" / f"{name}.yaml"
+    config = load_config(file)
+    assert config.teacher is not None
+    cluster = ["--nodes", "2", "--gpus-per-node", "8", "--gpu", "h100-80g"]
+    assert plan_command.main(["--config", str(file), *cluster, "--json", str(tmp_path / "plan.json")]) == 0
+    plan: dict[str, Any] = json.loads((tmp_path / "plan.json").read_text())
+    assert plan["parameters"]["teacher"] / 1e9 == pytest.approx(pair.teacher, rel=0.005)
+    assert plan["parameters"]["student"] / 1e9 == pytest.approx(pair.student, rel=0.005)
+    assert plan["fits"] and plan["tokens"] == pytest.approx(10e9, rel=0.01)
+    assert plan["better_place_of_the_teacher"] is None, "the configuration has the place that the planner advises"
+    shapes = [
+        json.loads((CONFIGS / f"models/{Path(m.path).name}.json").read_text()) for m in (config.teacher, config.student)
+    ]
+    assert tuple(shape["vocab_size"] for shape in shapes) == pair.rows
+    assert plan["active_weights"]["teacher"] / 1e9 == pytest.approx(pair.active, rel=0.01)
+
+
+def test_a_sharded_mixture_does_not_pay_on_a_slow_network(tmp_path: Path) -> None:
+    """By hand: a pass gathers 20.91 B weights of 2 bytes, 41.8 GB, and 15/16 of them cross 8 adapters of 3 GB/s."""
+    file, out = CONFIGS / "pairs/gpt_oss_20b_to_pruned.yaml", tmp_path / "plan.json"
+    cluster = ["--nodes", "2", "--gpus-per-node", "8", "--gpu", "h100-80g", "--link-gb-s", "3"]
+    changes = ["teacher.shard_within=world", "train.global_batch_samples=32"]
+    assert plan_command.main(["--config", str(file), *cluster, "--json", str(out), *changes]) == 0
+    plan = json.loads(out.read_text())
+    gathers, place = plan["teacher_gathers"], plan["better_place_of_the_teacher"]
+    assert gathers["num_bytes"] == pytest.approx(41.8e9, rel=0.005)
+    assert gathers["seconds"] == pytest.approx(41.8e9 * 15 / 16 / (8 * 3e9 * 0.8), rel=0.01)
+    tokens = 2 * 4096
+    attention = 4 * 24 * 64 * 64 * 4096
+    assert gathers["compute_s"] == pytest.approx(tokens * (2 * 3.61e9 + attention) / (0.42 * 989e12), rel=0.01)
+    assert place["shard_within"] == "node" and place["fits"]
+    assert place["tokens_per_s_per_gpu"] * 16 > 1.2 * plan["simulated_step"]["tokens_per_s"]
