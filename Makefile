@@ -2,6 +2,7 @@
 # make test        set up, then lint, types and tests
 # make test-long   the tests that make test leaves out
 # make test-full   make test, the long tests and 50 real faults; writes the results to docs/results/
+# make test-transformers4  the tests of models and tokenizers with transformers 4.57.6, in an environment over .venv
 # make docs-check  check every command, key and link of the pages, and that docs/configuration.md is up to date
 #                  (python -m tools.bench.config_reference writes it)
 # Set-up is done once, in .venv. PYTHON=python3.12 names another interpreter for it.
@@ -15,13 +16,14 @@ unexport PYTHONDONTWRITEBYTECODE
 
 INSTALLED := .venv/.installed
 READY := .venv/.ready
+OLDER := .venv/transformers4
 DATA := runs/demo-data
 SEED ?= 1
 DDK := $(BIN)/ddk
 # Put what a command prints into a file, and show its end if the command fails.
 in_file = > $(1) 2>&1 || { code=$$?; tail -n 20 $(1); echo "demo: the whole output is in $(1)"; exit $$code; }
 
-.PHONY: setup demo clean-demo test test-long test-full lint docs-check
+.PHONY: setup demo clean-demo test test-long test-transformers4 test-full lint docs-check
 
 setup: $(READY)
 
@@ -101,7 +103,21 @@ test: lint
 test-long: $(READY)
 	$(BIN)/python -m pytest -n 2 --dist loadscope -m long --result=docs/results/test_full.md
 
-test-full: test test-long
+# pip's transformers, with the rest of .venv under it.
+$(OLDER)/.installed: $(READY)
+	@rm -rf $(OLDER)
+	@$(BIN)/python -m venv $(OLDER)
+	@$(OLDER)/bin/python -m pip install --quiet --no-deps transformers==4.57.6 huggingface_hub==0.36.2 tokenizers==0.22.2
+	@$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
+	  > $$($(OLDER)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/below.pth
+	@touch $@
+
+test-transformers4: $(OLDER)/.installed
+	TORCH_EXTENSIONS_DIR=$(CURDIR)/.venv/torch_extensions $(OLDER)/bin/python -m pytest -n 2 --dist loadscope \
+	  tests/unit/engine tests/unit/data tests/unit/test_export_hf.py tests/unit/test_make_student.py \
+	  tests/unit/test_model_families.py tests/dist/test_loading.py tests/dist/test_parity.py
+
+test-full: test test-long test-transformers4
 	$(BIN)/python -m tools.bench.fault_campaign --runs 50 --seed 5 --json docs/results/fault_campaign.json
 
 lint: $(READY)

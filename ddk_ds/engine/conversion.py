@@ -29,19 +29,21 @@ if int(transformers.__version__.partition(".")[0]) >= 5:
         revert_weight_conversion,
     )
 else:
-    dot_natural_key = str
+    dot_natural_key = str  # type: ignore[assignment,unused-ignore]
 
-    def get_model_conversion_mapping(model: Any) -> list[Any]:
+    def get_model_conversion_mapping(model: Any) -> list[Any]:  # type: ignore[misc,unused-ignore]
         """Return no transform: transformers 4.57 takes tensors as they are stored."""
         return []
 
-    def rename_source_key(
+    def rename_source_key(  # type: ignore[misc,unused-ignore]
         name: str, _renamings: list[Any], _converters: list[Any], prefix: str, known: Mapping[str, Any]
     ) -> tuple[str, None]:
         """Return the model's name of a tensor: some checkpoints of the hub leave out the backbone's prefix."""
         return f"{prefix}.{name}" if name not in known and f"{prefix}.{name}" in known else name, None
 
-    def revert_weight_conversion(_model: Any, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    def revert_weight_conversion(  # type: ignore[misc,unused-ignore]
+        _model: Any, tensors: dict[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
         """Return the tensors as they are."""
         return tensors
 
@@ -116,7 +118,8 @@ class Conversion:
         if self.plain:
             [source], [target] = self.sources, self.targets
             return {source: tensors.pop(target)}
-        found = revert_weight_conversion(self._sizes, {name: tensors.pop(name) for name in self.targets})
+        sizes: Any = self._sizes
+        found = revert_weight_conversion(sizes, {name: tensors.pop(name) for name in self.targets})
         # The files can leave out the backbone's prefix.
         return {source: found.get(source, found.get(f"{self._sizes.prefix}.{source}")) for source in self.sources}
 
@@ -136,7 +139,7 @@ class Conversion:
             )
 
 
-def conversions(model: nn.Module, files: ModelFiles) -> list[Conversion]:
+def conversions(model: Any, files: ModelFiles) -> list[Conversion]:
     """Return how the tensors of `files` become those of `model`, in the model's order; tied tensors come once.
 
     The model can be sharded or without memory. Tensors of the files that it lacks are left out, as transformers does.

@@ -80,7 +80,7 @@ def continue_prompts(
                 f"more than the {positions} positions of {directory}: shorten the prompt, or lower --max-new-tokens"
             )
     model.generation_config = decoding.config(model)
-    decode = partial(tokenizer.decode, skip_special_tokens=True)
+    decode: Any = partial(tokenizer.decode, skip_special_tokens=True)
     torch.manual_seed(decoding.seed)
     return [continuation(decode, ids, _generate(model, ids)) for ids in encoded]
 

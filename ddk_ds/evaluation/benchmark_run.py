@@ -86,7 +86,7 @@ def prepare(request: Request) -> Prepared:
     if request.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("--device cuda: torch sees no GPU here; use --device cpu")
     if (request.benchmarks or request.cross_code_eval) and find_spec("lm_eval") is None:
-        raise ConfigError("the benchmarks need lm-evaluation-harness: pip install -c constraints.txt -e '.[eval]'")
+        raise ConfigError("the benchmarks need lm-evaluation-harness: uv pip install -c constraints.txt -e '.[eval]'")
     sandbox = None
     if any(chosen.benchmark.runs_code for chosen in request.benchmarks):
         sandbox = NO_SANDBOX if request.unsafe_code else check_sandbox()

@@ -81,7 +81,7 @@ ELSEWHERE = {
     "deepspeed launch/distill.py --config my.yaml": "tests/e2e/test_run.py",
     "make clean-demo": "by hand: it deletes what a user has in runs/",
     "ddk distill --hostfile hosts --config my.yaml": "tests/nodes/test_two_nodes.py",
-    "pip install -c constraints.txt -e '.[eval]'": "make setup: the extra `test` has all of `eval`, see below",
+    "uv pip install -c constraints.txt -e '.[eval]'": "make setup: the extra `test` has all of `eval`, see below",
     "python -m pytest tests/e2e/test_readme_commands.py -m long": "make test-full; it is this file",
     "git clone <this repository> ddk_ds": "every clone",
     "cd ddk_ds": "every clone",

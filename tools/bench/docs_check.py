@@ -29,7 +29,7 @@ from ddk_ds.data.recipe import Recipe
 from ddk_ds.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
-PROGRAMS = ("ddk", "python", "deepspeed", "torchrun", "make", "pip", "bash")
+PROGRAMS = ("ddk", "python", "deepspeed", "torchrun", "make", "pip", "uv", "bash")
 _PARSES = ("ArgumentParser(", "command_parser(", "from ddk_ds.commands.")
 _PROPER = ("Hugging Face", "Python", "Slurm")
 _BLOCK = re.compile(r"^(?: {4,}|\t)\S")
@@ -230,7 +230,7 @@ def command_faults(command: Command) -> list[str]:
     match program:
         case "make":
             return [f"there is no target {word}" for word in words if word not in _targets()]
-        case "pip":
+        case "pip" | "uv":
             return _pip_faults(words)
         case "bash":
             return _missing(words[:1])
