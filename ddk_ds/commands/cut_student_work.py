@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from ddk_ds.data.same_cuts import prepared_with
 from ddk_ds.data.store import LocalStore
 from ddk_ds.data.tokenizer import TokenizerInfo
 from ddk_ds.engine import pruning
+from ddk_ds.engine.companion_files import copy_companions
 from ddk_ds.engine.model_files import ModelFiles, read_licence
 from ddk_ds.engine.weights import MAX_SHARD_BYTES, TensorSpec, saved_tensors, write_tensors
 from ddk_ds.engine.whole_models import load_model
@@ -29,9 +29,6 @@ from ddk_ds.errors import ConfigError, DataError
 from ddk_ds.files import new_directory, write_text
 
 BATCH_TOKENS = 1024  # keeps the logits small: 0.6 GB for a vocabulary of 152,000
-# Tokenizer, generation settings and licence
-COPIED = ("*.json", "*.jinja", "*.model", "*.txt", "LICENSE*", "NOTICE*")
-NOT_COPIED = ("config.json", "model.safetensors.index.json", "pruning.json")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -108,10 +105,7 @@ def write_model(model: Any, files: ModelFiles, changes: pruning.Changes, directo
 
     config.json gets the teacher's licence, which is that of the weights kept; its model card is not the student's.
     """
-    for pattern in COPIED:
-        for source in files.directory.glob(pattern):
-            if source.name not in NOT_COPIED:
-                shutil.copyfile(source, directory / source.name)
+    copy_companions(files.directory, directory)
     write_text(
         directory / "config.json", json.dumps({**files.config, **read_licence(files), **changes}, indent=2) + "\n"
     )

@@ -22,7 +22,7 @@ LARGEST_SHARE = 0.01
 
 def probe_hash(info: TokenizerInfo) -> str:
     """Return a hash of the probe text's ids, 16 hexadecimal digits: equal if two tokenizers cut it the same way."""
-    ids = [encode(info.tokenizer, line).ids for line in _probe()]
+    ids = [encode(info.tokenizer, line).ids for line in probe_lines()]
     return hashlib.sha256(json.dumps(ids).encode()).hexdigest()[:16]
 
 
@@ -40,7 +40,7 @@ def cut_differently(ours: TokenizerInfo, theirs: TokenizerInfo) -> float:
     if ours.path.read_bytes() == theirs.path.read_bytes():
         return 0.0
     tokens = different = 0
-    for line in _probe():
+    for line in probe_lines():
         mine, others = (_tokens(info, line) for info in (ours, theirs))
         tokens += mine.total()
         different += (mine - others).total()
@@ -53,5 +53,6 @@ def _tokens(info: TokenizerInfo, line: str) -> Counter[tuple[int, tuple[int, int
     return Counter(zip(encoding.ids, encoding.offsets, strict=True))
 
 
-def _probe() -> list[str]:
+def probe_lines() -> list[str]:
+    """Return the lines of the probe text."""
     return files("ddk_ds.data").joinpath("probe.txt").read_text(encoding="utf-8").splitlines()

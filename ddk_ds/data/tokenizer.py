@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,6 +20,7 @@ from ddk_ds.errors import DataError
 
 EOS_TOKEN = "<|endoftext|>"
 PAD_TOKEN = "<|pad|>"
+_RANK = re.compile(rb"[A-Za-z0-9+/]+={0,2} \d+")
 _BOS_OF_CLASS = {
     "LlamaTokenizer": ("<s>", True),
     "CodeLlamaTokenizer": ("<s>", True),
@@ -69,7 +71,13 @@ def load_tokenizer(directory: Path) -> TokenizerInfo:
     """
     path = directory / "tokenizer.json"
     if not path.is_file():
-        raise DataError(f"{directory} holds no tokenizer.json; give the directory of a fast tokenizer")
+        original = original_file(directory)
+        if original is None:
+            raise DataError(f"{directory} holds no tokenizer.json; give the directory of a fast tokenizer")
+        raise DataError(
+            f"{directory} holds {original[0].name} and no tokenizer.json: `ddk tokenizer --convert {directory}` makes "
+            f"one (it needs pip install {original[1]}) and compares both on a thousand lines"
+        )
     try:
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # tokenizers raises bare Exception
@@ -92,6 +100,16 @@ def load_tokenizer(directory: Path) -> TokenizerInfo:
     )
 
 
+def original_file(directory: Path) -> tuple[Path, str] | None:
+    """Return the file of a tokenizer in its original form, and the package that reads it; None if there is none."""
+    for file in sorted((*directory.glob("*.tiktoken"), *directory.glob("*.model"))):
+        with file.open("rb") as stream:
+            first = stream.readline(200)
+        # tiktoken's ranks are lines of a token in base64 and a number.
+        return file, "tiktoken" if _RANK.fullmatch(first.strip()) else "sentencepiece"
+    return None
+
+
 def fingerprint(vocab: Mapping[str, int]) -> str:
     """Return the sha256 (hexadecimal) of the sorted (token, id) map."""
     return hashlib.sha256(json.dumps(sorted(vocab.items())).encode()).hexdigest()
@@ -103,7 +121,7 @@ def _special_token(directory: Path, vocab: Mapping[str, int], key: str) -> str |
     A BOS token that the vocabulary lacks is none: no text begins with it.
     """
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
-        token = _read(directory / name).get(key)
+        token = read_settings(directory / name).get(key)
         if isinstance(token, dict):
             token = token.get("content")
         if token is None:
@@ -115,7 +133,7 @@ def _special_token(directory: Path, vocab: Mapping[str, int], key: str) -> str |
     return None
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read_settings(path: Path) -> dict[str, Any]:
     """Return the JSON object in a file, {} if there is no such file."""
     if not path.is_file():
         return {}
@@ -130,7 +148,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 def _bos(directory: Path, tokenizer: Tokenizer, named: str | None) -> tuple[int, ...]:
     """Return the ids that the tokenizer itself puts before a text, as transformers loads it."""
-    config = _read(directory / "tokenizer_config.json")
+    config = read_settings(directory / "tokenizer_config.json")
     name = str(config.get("tokenizer_class")).removesuffix("Fast")
     if name in _BOS_OF_CLASS:
         token, adds = _BOS_OF_CLASS[name]

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from ddk_ds.comm import Comm, call_together
+from ddk_ds.engine.companion_files import COMPANIONS, copy_companions
 from ddk_ds.engine.model_files import ModelFiles
 from ddk_ds.engine.process_memory import freed_at_once
 from ddk_ds.engine.student import Student, unloaded_student
@@ -29,9 +30,6 @@ from ddk_ds.files import nearest_existing, new_directory, read_object, size_and_
 
 NOTE = "ddk_ds_export.json"
 """File name of an export's note."""
-# Files that are copied from the model's directory: tokenizer, generation settings, code and licence.
-_COPIED = ("*.json", "*.jinja", "*.model", "*.txt", "*.py", "LICENSE*", "NOTICE*")
-_NOT_COPIED = ("config.json", "model.safetensors.index.json", NOTE)
 # Parameters of TED's filters, which are trained in the student's engine but are not part of the student.
 _FILTERS = "filters."
 
@@ -49,17 +47,11 @@ class Companions:
 
     def write(self, directory: Path, dtype: torch.dtype) -> None:
         """Write these files, except the note, for weights of this `dtype`."""
-        for source in self.sources():
-            shutil.copyfile(source, directory / source.name)
+        copy_companions(self.files.directory, directory, (*COMPANIONS, "*.py"))
         config = {key: value for key, value in self.files.config.items() if key != "torch_dtype"}
         config["dtype"] = str(dtype).removeprefix("torch.")
         (directory / "config.json").write_text(json.dumps(config, indent=2))
         (directory / "README.md").write_text(self.card, encoding="utf-8")
-
-    def sources(self) -> list[Path]:
-        """Return the files of the model's directory that are copied, sorted by name."""
-        paths = {path for pattern in _COPIED for path in self.files.directory.glob(pattern) if path.is_file()}
-        return sorted(path for path in paths if path.name not in _NOT_COPIED)
 
 
 def export_student(

@@ -47,7 +47,7 @@ COPY_AGAIN = "copy the complete model directory again"
 """What mends a model whose files are damaged."""
 COMPUTE_BYTES = {"bf16": 2, "fp32": 4}
 # Files of a model that are downloaded from the hub.
-_PATTERNS = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "README.md", "LICENSE*", "NOTICE*"]
+_PATTERNS = ["*.json", "*.safetensors", "*.model", "*.tiktoken", "*.txt", "*.jinja", "README.md", "LICENSE*", "NOTICE*"]
 _LICENCE_KEYS = ("license", "license_name", "license_link")
 # Keys for what some models do to hidden @ weight: Cohere and Falcon-H1 multiply, Granite divides, Gemma applies tanh.
 _MULTIPLIERS = ("logit_scale", "lm_head_multiplier")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import shutil
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,6 +12,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
 from ddk_ds.comm import SingleProcess
 from ddk_ds.data.tokenizer import load_tokenizer
 from ddk_ds.engine.attention import choose_attention
+from ddk_ds.engine.companion_files import TOKENIZER_FILES, copy_companions
 from ddk_ds.engine.model_files import ModelFiles, read_model
 from ddk_ds.engine.unloaded_models import no_init_weights
 from ddk_ds.engine.weights import load_weights
@@ -20,7 +20,6 @@ from ddk_ds.errors import ConfigError
 from ddk_ds.files import new_directory, read_object
 
 _log = logging.getLogger(__name__)
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 
 
 def load_model(directory: Path, dtype: torch.dtype | Literal["auto"] = torch.float32, *, trusted: bool = False) -> Any:
@@ -94,7 +93,5 @@ def make_random_model(config: Path, tokenizer: Path, out: Path, seed: int, devic
         raise ConfigError(f"--config {config}: not the configuration of a causal language model: {error}") from error
     with new_directory(out) as partial:
         model.save_pretrained(partial)
-        for name in _TOKENIZER_FILES:
-            if (tokenizer / name).is_file():
-                shutil.copyfile(tokenizer / name, partial / name)
+        copy_companions(tokenizer, partial, TOKENIZER_FILES)
     return int(model.num_parameters())

@@ -13,8 +13,11 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
+from tokenizers import Tokenizer, models
+from transformers import AutoTokenizer
 
 from ddk_ds.commands.export_command import main
+from ddk_ds.data.tokenizer import EOS_TOKEN, PAD_TOKEN, save_tokenizer
 from ddk_ds.engine.export import CheckpointExport
 from ddk_ds.engine.model_files import read_licence, read_model
 from tests.dist.tiny import VOCAB, save_model
@@ -42,6 +45,49 @@ def card_of(directory: Path) -> tuple[dict[str, Any], str]:
     """The fields at the head of the model card, and its text."""
     _, front, text = (directory / "README.md").read_text().split("---\n", 2)
     return yaml.safe_load(front), text
+
+
+def write_tokenizer(model: Path) -> None:
+    """Give a model a tokenizer in all its forms, two chat templates, and files that are not a student's."""
+    save_tokenizer(Tokenizer(models.WordLevel({EOS_TOKEN: 0, PAD_TOKEN: 1, "hi": 2}, unk_token=PAD_TOKEN)), model)
+    (model / "chat_template.jinja").write_text("{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}")
+    (model / "additional_chat_templates").mkdir()
+    (model / "additional_chat_templates/tool_use.jinja").write_text("{{ messages[-1].content }} with tools")
+    for name in ("own.tiktoken", "tokenizer.model", "merges.txt", "LICENSE"):
+        (model / name).write_text(name)
+    (model / "generation_config.json").write_text('{"temperature": 0.6}')
+    (model / "preprocessor_config.json").write_text('{"image_mean": [0.5], "image_processor_type": "X"}')
+    (model / "pytorch_model.bin.index.json").write_text("{}")
+
+
+def test_tokenizer_templates_and_settings_are_carried(made: Path, tmp_path: Path) -> None:
+    for name in ("student", "teacher"):
+        shutil.copytree(made / name, tmp_path / name)
+    write_tokenizer(tmp_path / "student")
+    out = tmp_path / "out"
+    assert main([str(save_run(tmp_path, steps=(2,))), "--out", str(out)]) == 0
+    files = {path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file()}
+    assert files == {
+        *("README.md", "config.json", "ddk_ds_export.json", "model.safetensors", "LICENSE", "generation_config.json"),
+        *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "tokenizer.model", "merges.txt"),
+        *("own.tiktoken", "chat_template.jinja", "additional_chat_templates/tool_use.jinja"),
+    }
+    for name in files - {"README.md", "config.json", "ddk_ds_export.json", "model.safetensors"}:
+        assert (out / name).read_bytes() == (tmp_path / "student" / name).read_bytes()
+    messages = [{"role": "user", "content": "hi"}]
+    for template, expected in ((None, "<user>hi"), ("tool_use", "hi with tools")):
+        texts = [
+            AutoTokenizer.from_pretrained(directory).apply_chat_template(
+                messages, chat_template=template, tokenize=False
+            )
+            for directory in (out, tmp_path / "student")
+        ]
+        assert texts == [expected, expected]
+    # An image processor's settings belong to no text model; those of a text model's are its own.
+    assert main([str(tmp_path / "runs/tiny"), "--out", str(out)]) == 0, "an export with a directory is replaced"
+    (tmp_path / "student/preprocessor_config.json").write_text('{"tokenizer_class": "X"}')
+    assert main([str(tmp_path / "runs/tiny"), "--out", str(out)]) == 0
+    assert (out / "preprocessor_config.json").is_file()
 
 
 def test_newest_step_by_default(run: Path, made: Path, capsys: pytest.CaptureFixture[str]) -> None:
