@@ -138,6 +138,8 @@ class Config(MethodSections):
                 "method: ted needs ted.filters: run the same configuration with method: ted_filters first, or start "
                 "both runs by `ddk stages`"
             )
+        if self.teacher is not None and self.teacher.cache is not None:
+            self._check_cache()
         if needed:
             return
         mixture = self.mixture
@@ -151,6 +153,24 @@ class Config(MethodSections):
             raise ValueError(
                 f"stop.discrepancy compares with a teacher, which method: {self.method} does not have: remove it"
             )
+
+    def _check_cache(self) -> None:
+        """Raise ValueError if the loss needs more of the teacher than a cache has."""
+        wrong = {
+            f"method: {self.method}, which needs the teacher itself": self.preset.always_runs_teacher,
+            f"loss.divergence: {self.loss.divergence}": self.loss.divergence != "forward_kl",
+            f"loss.temperature_end: {self.loss.temperature_end}": self.loss.temperature_end is not None,
+        }
+        if found := [what for what, is_so in wrong.items() if is_so]:
+            raise ValueError(
+                f"teacher.cache holds tokens drawn at one temperature, which give the forward KL alone, and the run "
+                f"has {', '.join(found)}: remove teacher.cache, or change that"
+            )
+
+    @property
+    def loads_teacher(self) -> bool:
+        """Return True if the run computes its teacher, and does not only read what it has said."""
+        return self.teacher is not None and (self.teacher.cache is None or self.teacher.cache.mode != "read_only")
 
     def micro_batches(self, world_size: int) -> int:
         """Return the number of micro-batches that each of `world_size` ranks computes in one optimizer step.

@@ -81,6 +81,22 @@ class Student(Model):
     is transformers' own, and averaged over the step's micro-batches and ranks."""
 
 
+class TeacherCache(Section):
+    """A teacher's distributions, kept on the disk: they are computed once for all runs over the same samples."""
+
+    path: LocalPath
+    """Directory of the cache, which several runs can use and fill at the same time. Another teacher, other data or
+    another temperature are refused."""
+    mode: Literal["write_through", "read_only"] = "write_through"
+    """write_through: samples that are not there go through the teacher and are written. read_only: the teacher is not
+    loaded, and a sample that is not there is an error."""
+    draws: Annotated[int, Field(ge=1, le=4096)] = 64
+    """Tokens drawn from the teacher's softmax at each position (RS-KD, arXiv 2503.16870). The gradient is right on
+    average; more draws make it vary less."""
+    seed: Natural = 0
+    """Seed of the draws, apart from the run's: runs of all seeds share a cache."""
+
+
 class Teacher(Model):
     """The frozen model. The placement of its weights and the way they are gathered change no number of the run."""
 
@@ -93,6 +109,8 @@ class Teacher(Model):
     quantize: Literal["none", "int8"] = "none"
     """int8: weights of the layers in 8 bits with one scale for each row. They take half of bf16's memory and half the
     bytes of a gather; the teacher's outputs and its measured perplexities change (docs/planning.md)."""
+    cache: TeacherCache | None = None
+    """Keep what the teacher says on the disk; null: it is computed in each step."""
 
     @model_validator(mode="after")
     def _passes_agree(self) -> Teacher:

@@ -71,8 +71,13 @@ class MixtureDataset(Dataset[Sample]):
             DataError: the sample's shard is damaged or cannot be fetched.
             IndexError: there is no such sample.
         """
-        domain, place = self._place(sample_id)
-        return self._splits[domain].tokens(place), domain
+        domain, number = self._place(sample_id)
+        return self._splits[domain].tokens(number), domain
+
+    def place(self, sample_id: int) -> tuple[str, int]:
+        """Return the name of a sample's domain, and its number in the domain. Raises IndexError as `read` does."""
+        domain, number = self._place(sample_id)
+        return self.names[domain], number
 
     def first_uses(self, ids: npt.NDArray[np.int64]) -> list[tuple[int, Shard]]:
         """Return a pair (position, shard) for every shard that holds one of the samples `ids` (n,), sorted by position.

@@ -153,10 +153,10 @@ class Split:
     def __len__(self) -> int:
         return self.num_samples
 
-    def tokens(self, i: int) -> Ids:
-        """Return the ids (L,) of sample `i` in the shards' dtype.
+    def record(self, i: int) -> tuple[dict[str, Any], str]:
+        """Return the columns of sample `i`, and a text that says where it is.
 
-        Raises DataError where its shard is damaged or cannot be fetched, or holds an id outside of the vocabulary.
+        Raises DataError where its shard is damaged or cannot be fetched.
         """
         if not 0 <= i < self.num_samples:
             raise IndexError(f"sample {i} of a split that has {self.num_samples}")
@@ -166,14 +166,21 @@ class Split:
             path = self._store.shard(shard)
             reader.dirname = str(path.parent)
             try:
-                tokens: Ids = reader[place][_COLUMN]
-                break
+                return reader[place], f"shard {path} of domain {shard.domain!r}: sample {place}"
             except FileNotFoundError:
                 continue  # evicted by another process since the line before
+
+    def tokens(self, i: int) -> Ids:
+        """Return the ids (L,) of sample `i` in the shards' dtype.
+
+        Raises DataError where its shard is damaged or cannot be fetched, or holds an id outside of the vocabulary.
+        """
+        record, where = self.record(i)
+        tokens: Ids = record[_COLUMN]
         if self._vocab_size is not None and int(tokens.max()) >= self._vocab_size:
             raise DataError(
-                f"shard {path} of domain {shard.domain!r}: sample {place} holds id {int(tokens.max())}, the vocabulary "
-                f"has {self._vocab_size:,}; prepare the data with the student's tokenizer"
+                f"{where} holds id {int(tokens.max())}, the vocabulary has {self._vocab_size:,}; prepare the data with "
+                "the student's tokenizer"
             )
         return tokens
 

@@ -94,7 +94,7 @@ def step_flops(config: Config, student: ModelFiles, teacher: ModelFiles | None, 
 def teacher_runs(config: Config) -> bool:
     """Return True if a step of this run has a forward pass of the teacher."""
     distils = config.loss.gamma > 0 or bool(config.loss.gamma_end)
-    return config.teacher is not None and (distils or config.preset.always_runs_teacher)
+    return config.loads_teacher and (distils or config.preset.always_runs_teacher)
 
 
 @dataclass(frozen=True)

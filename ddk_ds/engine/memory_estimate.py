@@ -106,7 +106,9 @@ def estimate_memory(
     host = {"process": PROCESS_BYTES}
     weights: dict[str, tuple[Model, ModelShape]] = {"student shards": (config.student, student)}
     per_pass = 1  # micro-batches in one pass of the teacher
-    if config.teacher is not None:
+    if config.teacher is None or not config.loads_teacher:
+        teacher = None
+    else:
         micro_batches = config.train.global_batch_samples // (config.train.micro_batch_samples * world_size)
         per_pass = max(1, min(config.teacher.pass_size, micro_batches))
         if teacher is not None:

@@ -170,7 +170,7 @@ def _check_call(
         check_head("teacher", teacher, options.vocab_size)
         _check_same_tokens("teacher_hidden", teacher.hidden, hidden)
     elif teacher is not None:
-        _check_teacher_topk(teacher, hidden, options.vocab_size)
+        _check_teacher_topk(teacher, hidden)
     if valid_rows is not None and (valid_rows.dtype != torch.int64 or valid_rows.dim() != 1):
         raise ConfigError(f"valid_rows is {valid_rows.dtype} {tuple(valid_rows.shape)}: give int64 (m,)")
     if weight_grad_buffer is not None and (
@@ -182,11 +182,10 @@ def _check_call(
         )
 
 
-def _check_teacher_topk(topk: TeacherTopK, student_hidden: Tensor, vocab_size: int) -> None:
-    _check_top_k(topk.ids.shape[-1], vocab_size)
+def _check_teacher_topk(topk: TeacherTopK, student_hidden: Tensor) -> None:
     _check_same_tokens("teacher_topk.ids", topk.ids, student_hidden)
     shapes = (topk.ids.shape, topk.log_probs.shape, (*topk.log_tail.shape, topk.ids.shape[-1]))
-    if len(set(map(tuple, shapes))) > 1 or topk.ids.dtype != torch.int64:
+    if len(set(map(tuple, shapes))) > 1 or not topk.ids.shape[-1] or topk.ids.dtype != torch.int64:
         raise ConfigError(
             f"teacher_topk has ids {topk.ids.dtype} {tuple(topk.ids.shape)}, log_probs {tuple(topk.log_probs.shape)} "
             f"and log_tail {tuple(topk.log_tail.shape)}: give int64 (n, k), (n, k) and (n,)"

@@ -21,7 +21,8 @@ from ddk_ds.kernels.linear_kd import check_head, with_chunk_tokens
 from ddk_ds.kernels.options import ALIGN, Options, TeacherTopK, padded
 from ddk_ds.kernels.rows_eager import apply_form
 
-MAX_DRAWS = 65_535
+# A row kernel holds as many numbers of a row in registers.
+MAX_DRAWS = 4_096
 _LOWEST = -1e30  # 0 times it is 0
 _BLOCK_NUMBERS = 1 << 22  # probabilities of chosen blocks that are held at a time
 
@@ -67,7 +68,7 @@ def draws_of(
         Only the options vocab_size, temperature, chunk_tokens, logits_dtype and teacher_form have an effect.
 
     Raises:
-        ConfigError: a shape, dtype or option is wrong, or `draws` is not in 1..65,535.
+        ConfigError: a shape, dtype or option is wrong, or `draws` is not in 1..4,096.
     """
     options = with_chunk_tokens(options, hidden)
     options.check()

@@ -34,6 +34,8 @@ class Batch:
     """Scalar: the sum of `domain_tokens`."""
     progress: float
     """Fraction of the run's steps that are done, 0..1."""
+    sample_id: torch.Tensor | None = None
+    """(B,) int64 on the CPU: global ids of the samples (data/loader.py)."""
 
 
 def next_token_labels(input_ids: torch.Tensor) -> torch.Tensor:

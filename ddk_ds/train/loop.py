@@ -157,6 +157,8 @@ def _train_interval(run: Run, ids: Ids) -> None:
     """Train on the rest of an interval with the global sample ids `ids` (total,). Collective."""
     comm, state, config = run.runtime.comm, run.state, run.config
     state.leave_out()
+    if run.cached is not None:
+        call_together(comm, lambda: run.require_cached(ids[state.data.consumed :]))
     method = run.make_method()
     batches = interval_loader(
         run.dataset,
@@ -200,6 +202,7 @@ def _train_interval(run: Run, ids: Ids) -> None:
         run.watchdog.watch("step", state.step)
         started = time.perf_counter()
         micro_batches = _read(run, partial(reader.agreed, comm, metrics.agreed))
+    run.publish_teacher()
 
 
 def _read(run: Run, read: Callable[[], list[MicroBatch]]) -> list[MicroBatch]:
@@ -253,6 +256,7 @@ def _begin_checkpoint(run: Run) -> bool:
     """Begin to save this step and return True; warn and return False if that is not possible. Collective."""
     _finish_checkpoint(run)
     run.watchdog.watch("checkpoint", run.state.step)
+    run.publish_teacher()
     try:
         run.saver.begin(run.student, run.state, run.ledger.position())
     except SaveFailed as failure:

@@ -32,7 +32,12 @@ _FREE = {
         *("cache_dir", "cache_limit_gb", "download_timeout_s", "download_patience_s"),
     },
     "student": {"path", "attn_implementation"},  # the kernel that it stands for is in the identity
-    "teacher": {"path", "attn_implementation", "shard_within", "micro_batches_per_pass", "whole_layers"},
+    "teacher": {
+        **dict.fromkeys(
+            ("path", "attn_implementation", "shard_within", "micro_batches_per_pass", "whole_layers"), True
+        ),
+        "cache": {"path", "mode"},
+    },
     "mixture": {"schedule_file"},  # the hash of its content is in the identity
     "train": {"micro_batch_samples", "nvme_path"},
     "ted": {"filters"},  # the hash of its content is in the identity

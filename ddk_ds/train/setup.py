@@ -35,6 +35,7 @@ from ddk_ds.train.run import Run
 from ddk_ds.train.samples import Sampler, held_out_prompts
 from ddk_ds.train.state import RunState
 from ddk_ds.train.teacher_passes import settle_passes
+from ddk_ds.train.teacher_store import no_perplexities, open_cache, perplexity_directory
 from ddk_ds.train.validation import (
     PerplexityCache,
     ValidationBatches,
@@ -65,13 +66,13 @@ def prepare_run(
     clock = StageClock(runtime.device.type, measure_memory=True)
     steps = total_steps(config, corpus_samples(config.mixture, dict(zip(dataset.names, dataset.sizes, strict=True))))
     progress = RunProgress(comm.rank, steps, interval_ends(config.mixture, steps), inputs.names)
-    teacher, teacher_ppl = None, None
-    if inputs.teacher is not None:
+    teacher, teacher_ppl, cached = None, None, open_cache(config, inputs, dataset, comm)
+    if inputs.teacher is not None and config.loads_teacher:
         teacher = load_teacher(config, inputs.teacher, vocab_size, comm, inputs.filters, clock)
         check_split(teacher, validation[0][0][0].to(runtime.device), vocab_size, "teacher", comm)
     chunk_tokens = config.loss.chunk_tokens or default_chunk_tokens(vocab_size, runtime.device.type)
     options = Options(vocab_size, gamma=0.0, chunk_tokens=chunk_tokens, logits_dtype=config.loss.logits_dtype)
-    if teacher is not None:
+    if inputs.teacher is not None:
         watchdog.watch("evaluation")
         teacher_ppl = _teacher_perplexities(config, inputs, identity, teacher, validation, options, runtime, progress)
         watchdog.watch("models")
@@ -86,6 +87,7 @@ def prepare_run(
         runtime=runtime,
         student=student,
         teacher=teacher,
+        cached=cached,
         head_options=options,
         dataset=dataset,
         readers=readers,
@@ -189,7 +191,7 @@ def _teacher_perplexities(
     config: Config,
     inputs: Inputs,
     identity: dict[str, Any],
-    teacher: Teacher,
+    teacher: Teacher | None,
     validation: ValidationBatches,
     options: Options,
     runtime: Runtime,
@@ -197,15 +199,18 @@ def _teacher_perplexities(
 ) -> Array:
     """Return the teacher's perplexities (N,). Collective.
 
-    The teacher never changes, so values that were measured under the same conditions are read from a cache.
+    The teacher never changes, so values that were measured under the same conditions are read from a cache. Raises
+    DataError if the teacher is not loaded and they are not there.
     """
     comm = runtime.comm
     key = perplexity_conditions(identity, {"options": asdict(options), "device": runtime.device.type, **versions()})
-    cache = PerplexityCache(config.run_dir.parent / ".teacher-perplexities", key)
+    cache = PerplexityCache(perplexity_directory(config), key)
     domain_keys = [inputs.manifest.domains[name].validation.sha for name in inputs.names]
     values = comm.broadcast_object(cache.read(domain_keys) if comm.rank == 0 else None)
     unknown = [i for i, value in enumerate(values) if value is None]
     if unknown:
+        if teacher is None:
+            raise no_perplexities(config, [inputs.names[i] for i in unknown])
         unmeasured = [validation[i] for i in unknown]
         with progress.part("measuring the teacher", count_micro_batches(unmeasured)) as advance:
             measured = perplexities(

@@ -22,7 +22,12 @@ def settle_passes(config: Config, inputs: Inputs, runtime: Runtime) -> Config:
     holds the complete teacher, nothing is gathered and each pass takes one micro-batch.
     """
     teacher = config.teacher
-    if teacher is None or teacher.micro_batches_per_pass != "auto" or inputs.teacher is None:
+    if (
+        teacher is None
+        or teacher.micro_batches_per_pass != "auto"
+        or inputs.teacher is None
+        or not config.loads_teacher
+    ):
         return config
     comm = runtime.comm
     job = Job.meet(comm, runtime.device, None)

@@ -77,11 +77,16 @@ def reference() -> str:
 
 
 def _table(prefix: str, fields: dict[str, FieldInfo]) -> str:
-    rows = [["key", "type", "default", "description"], ["---"] * 4]
+    return _markdown([["key", "type", "default", "description"], ["---"] * 4, *_rows(prefix, fields)])
+
+
+def _rows(prefix: str, fields: dict[str, FieldInfo]) -> Iterator[list[str]]:
     for name, field in fields.items():
-        kind = _kind(field.annotation, field.metadata)
-        rows.append([f"`{prefix}{name}`", kind, _default(field), _one_line(field.description)])
-    return _markdown(rows)
+        section = section_of(field)
+        kind = "section, or null" if section is not None else _kind(field.annotation, field.metadata)
+        yield [f"`{prefix}{name}`", kind, _default(field), _one_line(field.description)]
+        if section is not None:
+            yield from _rows(f"{prefix}{name}.", section.model_fields)
 
 
 def _markdown(rows: Sequence[Sequence[str]]) -> str:

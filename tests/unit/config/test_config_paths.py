@@ -22,6 +22,7 @@ from ddk_ds.train.run_dir import check_run_dir, claim_run_dir, run_identity
 PATHS = {
     "student.path": "../models/student",
     "teacher.path": "models/teacher",
+    "teacher.cache.path": "said",
     "data.path": "../data",
     "data.cache_dir": "cache",
     "init_from": "../runs/old",
@@ -65,6 +66,7 @@ def test_every_path_of_a_file_begins_at_its_directory(clone: Path, monkeypatch: 
     assert found == {
         "student.path": f"{clone}/models/student",
         "teacher.path": f"{clone}/configs/models/teacher",
+        "teacher.cache.path": f"{clone}/configs/said",
         "data.path": f"{clone}/data",
         "data.cache_dir": f"{clone}/configs/cache",
         "init_from": f"{clone}/runs/old",

@@ -72,7 +72,7 @@ def test_the_table_names_keys_that_exist_and_none_of_our_own() -> None:
         ("data.sequence_lenght", ["data.sequence_length"]),
         ("sequence-length", ["data.sequence_length"]),
         ("trian.precision", ["train.precision"]),
-        ("path", ["student.path", "teacher.path", "data.path"]),
+        ("path", ["student.path", "teacher.path", "teacher.cache.path", "data.path"]),
         ("min_learning_rte", ["optimizer.min_learning_rate"]),
         ("train.nonsense", []),
         ("nonsense", []),

@@ -137,7 +137,8 @@ def test_a_step_adds_up_its_micro_batches() -> None:
     """Three micro-batches of 2 x 4 tokens, 6 labels each; the other rank has the same. The teacher runs on two."""
     domains = [[0, 2], [2, 2], [0, 0]]
     micro_batches: Any = [
-        {"input_ids": torch.full((2, 4), number), "domain": torch.tensor(of)} for number, of in enumerate(domains)
+        {"input_ids": torch.full((2, 4), number), "domain": torch.tensor(of), "sample_id": torch.zeros(2)}
+        for number, of in enumerate(domains)
     ]
     both: Any = Recorder()
     metrics = train_step(

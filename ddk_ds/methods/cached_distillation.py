@@ -1,0 +1,171 @@
+"""Distillation from what the teacher has said before: tokens drawn from it, which a cache holds by sample.
+
+The loss is that of `distillation.Distillation` with the draws' shares in place of the teacher's softmax, whose gradient
+is the same on average (kernels/teacher_draws.py). Samples that the cache does not have go through the teacher, are
+added, and are used as they were added.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from ddk_ds.comm import Comm
+from ddk_ds.config import Loss
+from ddk_ds.data.loader import MixtureDataset
+from ddk_ds.data.teacher_cache import Said, TeacherCache
+from ddk_ds.engine.head import OutputHead
+from ddk_ds.engine.student import Student
+from ddk_ds.engine.teacher import Teacher
+from ddk_ds.engine.transfers import to_device
+from ddk_ds.errors import DataError
+from ddk_ds.kernels import KDLoss, Options, TeacherDraws, draws_of, linear_kd_loss
+from ddk_ds.methods.base import IGNORE_INDEX, Batch, Stateless, cross_entropy
+from ddk_ds.methods.distillation import scheduled
+
+Place = tuple[str, int]
+"""Domain of a sample, and its number in the domain."""
+
+
+@dataclass(frozen=True)
+class CachedTeacher:
+    """A cache of a teacher, and how it is filled."""
+
+    store: TeacherCache
+    dataset: MixtureDataset
+    draws: int
+    seed: int
+    comm: Comm
+
+    def places(self, batch: Batch) -> list[Place]:
+        """Return the places of the samples of a micro-batch."""
+        assert batch.sample_id is not None, "the loop gives the ids of its samples"
+        return [self.dataset.place(sample_id) for sample_id in batch.sample_id.tolist()]
+
+    def check_complete(self, sample_ids: npt.NDArray[np.int64]) -> None:
+        """Raise DataError if the cache lacks some of the samples with these global ids (n,)."""
+        missing = {}
+        ends = self.dataset.sample_offsets + self.dataset.sizes
+        for name, first, end in zip(self.dataset.names, self.dataset.sample_offsets, ends, strict=True):
+            wanted = np.unique(sample_ids[(sample_ids >= first) & (sample_ids < end)]) - first
+            missing[name] = len(np.setdiff1d(wanted, self.store.known(name), assume_unique=True))
+        if any(missing.values()):
+            shown = ", ".join(f"{count:,} of {name}" for name, count in missing.items() if count)
+            raise DataError(
+                f"teacher.cache.path {self.store.path} lacks samples that the next interval draws: {shown}. "
+                "teacher.cache.mode is read_only: set teacher.cache.mode=write_through, which computes and keeps them"
+            )
+
+
+class CachedDistillation(Stateless):
+    """CE + gamma * T^2 * KL(teacher, student), the KL from draws that a cache holds."""
+
+    def __init__(self, cached: CachedTeacher, teacher: Teacher | None, loss: Loss, options: Options) -> None:
+        """Make the method; without a `teacher` every sample must be in the cache."""
+        self._cached, self._teacher, self._loss = cached, teacher, loss
+        self._options = replace(
+            options,
+            temperature=loss.temperature,
+            scale_by_temperature=loss.temperature_squared,
+            divergence="forward_kl",
+        )
+
+    @contextmanager
+    def teacher_outputs(self, batches: Sequence[Batch]) -> Iterator[Sequence[TeacherDraws | None]]:
+        """Yield the teacher's draws at each position (B*L) of each micro-batch; None while gamma is 0."""
+        if self._gamma(batches[0]) == 0:
+            yield [None] * len(batches)
+            return
+        places = [self._cached.places(batch) for batch in batches]
+        said = [[self._cached.store.read(*place) for place in of_batch] for of_batch in places]
+        if self._teacher is not None and self._missing_anywhere(said, batches[0].num_valid.device):
+            self._ask(self._teacher, batches, places, said)
+        yield [_as_draws(of_batch, batches[0].labels.device) for of_batch in said]
+
+    def loss(self, student: Student, batch: Batch, teacher_output: TeacherDraws | None) -> KDLoss:
+        """Run the student and return the micro-batch's part of the step's loss.
+
+        It is the cross-entropy alone if `teacher_output` is None.
+        """
+        if teacher_output is None:
+            return student(batch.input_ids, lambda hidden, head: cross_entropy(hidden, head, batch, self._options))
+        return student(batch.input_ids, lambda hidden, head: self._distil(hidden, head, teacher_output, batch))
+
+    def _distil(self, hidden: torch.Tensor, head: OutputHead, draws: TeacherDraws, batch: Batch) -> KDLoss:
+        options = replace(self._options, gamma=self._gamma(batch), student_form=head.form)
+        labels = batch.labels.flatten()
+        found = linear_kd_loss(
+            hidden,
+            head.weight,
+            None,
+            None,
+            labels,
+            num_valid=batch.num_valid,
+            options=options,
+            student_bias=head.bias,
+            teacher_topk=draws.known(),
+        )
+        # Without a gradient: it makes the reported divergence one to the whole teacher, on average.
+        offset = (draws.kl_offset() * (labels != IGNORE_INDEX)).sum(dtype=torch.float64) / batch.num_valid
+        return found._replace(
+            loss=found.loss + (options.kd_weight * offset).to(found.loss.dtype),
+            kl=found.kl + offset.to(found.kl.dtype),
+        )
+
+    def _missing_anywhere(self, said: list[list[Said | None]], device: torch.device) -> bool:
+        """Return True if a rank lacks a sample of this pass: all ranks gather the teacher's weights. Collective."""
+        missing = torch.tensor(float(any(None in of_batch for of_batch in said)), device=device)
+        return bool(self._cached.comm.all_reduce_max(missing))
+
+    def _ask(
+        self,
+        teacher: Teacher,
+        batches: Sequence[Batch],
+        places: list[list[Place]],
+        said: list[list[Said | None]],
+    ) -> None:
+        """Put into `said` what the teacher says of the samples that are None there, and add it to the cache."""
+        hidden = teacher.hidden([batch.input_ids for batch in batches])
+        with teacher.clock.stage("teacher"), teacher.head.gathered() as head:
+            options = replace(self._options, teacher_form=head.form)
+            for states, of_batch, known in zip(hidden, places, said, strict=True):
+                if None not in known:
+                    continue
+                # All of the micro-batch: products of another number of rows can be rounded otherwise.
+                drawn = draws_of(
+                    states,
+                    head.weight,
+                    torch.tensor([sample_key(*place) for place in of_batch], device=states.device),
+                    self._cached.draws,
+                    seed=self._cached.seed,
+                    options=options,
+                    bias=head.bias,
+                )
+                ids, entropy = (part.unflatten(0, (len(of_batch), -1)).cpu().numpy() for part in drawn)
+                for row, one in enumerate(known):
+                    if one is None:
+                        known[row] = Said(ids[row], entropy[row])
+                        self._cached.store.add(*of_batch[row], Said(ids[row], entropy[row]))
+
+    def _gamma(self, batch: Batch) -> float:
+        return scheduled(self._loss.gamma, self._loss.gamma_end, batch.progress)
+
+
+def sample_key(domain: str, number: int) -> int:
+    """Return the number from which the draws of a sample follow: that of no other domain is near it."""
+    first = int.from_bytes(hashlib.blake2s(domain.encode(), digest_size=8).digest(), "big") >> 2
+    return first + number
+
+
+def _as_draws(said: Sequence[Said | None], device: torch.device) -> TeacherDraws:
+    known = [one for one in said if one is not None]
+    assert len(known) == len(said), "all were asked for, or the interval was checked"
+    ids = torch.from_numpy(np.concatenate([one.ids for one in known]))
+    entropy = torch.from_numpy(np.concatenate([one.entropy for one in known]))
+    return TeacherDraws(to_device(ids, device), to_device(entropy, device))

@@ -1,0 +1,66 @@
+"""Functions for every rank of test_teacher_cache_runs.py."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ddk_ds.data.teacher_cache import CONDITIONS_FILE, PARTS, Said, TeacherCache
+from ddk_ds.engine.runtime import Runtime
+from ddk_ds.engine.teacher import Teacher
+from ddk_ds.errors import UserError
+from ddk_ds.train.loop import train
+from tests.dist.resume_worker import BreakOff, prepare
+
+
+def runs(runtime: Runtime, starts: list[tuple[str, int | None]], names: list[str]) -> dict[str, int]:
+    """Run each configuration under a name, broken off after some lines and resumed; count passes of the teacher."""
+    counts = {}
+    for (path, lines), name in zip(starts, names, strict=True):
+        passes: list[int] = []
+        original = Teacher.hidden
+
+        def counted(self: Teacher, batches: Any, passes: list[int] = passes, original: Any = original) -> Any:
+            passes.append(len(batches))
+            return original(self, batches)
+
+        try:
+            run = prepare(runtime, path, name, lines)
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(Teacher, "hidden", counted)
+                train(run)
+        except BreakOff:
+            train(prepare(runtime, path, name, None))
+        counts[name] = len(passes)
+    return counts
+
+
+def errors(runtime: Runtime, first: str, configs: list[str]) -> list[str]:
+    """Run `first`, then try each of the others; return their errors."""
+    train(prepare(runtime, first, "first", None))
+    found = []
+    for number, path in enumerate(configs):
+        try:
+            train(prepare(runtime, path, f"run-{number}", None))
+            found.append("")
+        except UserError as error:
+            found.append(str(error))
+    return found
+
+
+def all_samples(path: Path) -> dict[tuple[str, int], Said]:
+    """Return all that the parts of a cache hold."""
+    conditions = json.loads((path / CONDITIONS_FILE).read_text())
+    del conditions["format"]
+    cache = TeacherCache(path, conditions, {}, conditions["vocab_size"])
+    found: dict[tuple[str, int], Said] = {}
+    for part in (path / PARTS).iterdir():
+        for domain, entry in json.loads((part / "samples.json").read_text()).items():
+            for number in entry["numbers"]:
+                said = cache.read(domain, number)
+                assert said is not None
+                found[domain, number] = said
+    return found

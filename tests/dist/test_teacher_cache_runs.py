@@ -1,0 +1,76 @@
+"""Runs on a cache of their teacher: filled on the way, broken off, by another number of ranks, and only read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ddk_ds.data.teacher_cache import Said
+from tests.dist.ranks import run_ranks
+from tests.dist.resume_worker import run_dir
+from tests.dist.teacher_cache_worker import all_samples
+from tools.bench.small_run import without_clock, write_config
+
+WORKER = "tests.dist.teacher_cache_worker:"
+
+
+def config(workspace: Path, folder: Path, name: str, cache: dict[str, Any] | None, **more: Any) -> str:
+    teacher: dict[str, Any] = {"path": str(workspace / "teacher")}
+    if cache is not None:
+        teacher["cache"] = {"draws": 16, **cache}
+    loss = {"gamma": 2.0, "temperature": 1.5}
+    return str(write_config(workspace, folder, name=name, teacher=teacher, loss=loss, **more))
+
+
+def assert_same_samples(left: dict[tuple[str, int], Said], right: dict[tuple[str, int], Said]) -> None:
+    for place in left.keys() & right.keys():
+        assert np.array_equal(left[place].ids, right[place].ids), place
+        assert np.array_equal(left[place].entropy, right[place].entropy), place
+
+
+def test_however_a_cache_was_filled_runs_on_it_are_equal(workspace: Path, tmp_path: Path) -> None:
+    filled, broken, single, many = (str(tmp_path / f"cache-{name}") for name in ("filled", "broken", "single", "many"))
+    first = config(workspace, tmp_path, "first", {"path": filled})
+    stopped = config(workspace, tmp_path, "stopped", {"path": broken})
+    only_read = config(workspace, tmp_path, "only-read", {"path": filled, "mode": "read_only"})
+    exact = config(workspace, tmp_path, "exact", {"path": many, "draws": 1024})
+    live = config(workspace, tmp_path, "live", None)
+    starts = {"first": first, "stopped": stopped, "only-read": only_read, "again": first, "exact": exact, "live": live}
+    counts = run_ranks(
+        WORKER + "runs",
+        2,
+        timeout_s=400,
+        starts=[(path, 9 if name == "stopped" else None) for name, path in starts.items()],
+        names=list(starts),
+    )
+    assert counts["first"] > 0 and counts["only-read"] == counts["again"] == 0, "passes of the teacher in training"
+    ledgers = {name: without_clock(run_dir(path, name)) for name, path in starts.items()}
+    for name in ("stopped", "only-read", "again"):
+        assert ledgers[name] == ledgers["first"], name
+    samples = all_samples(Path(filled))
+    assert_same_samples(samples, all_samples(Path(broken)))
+    assert samples.keys() == all_samples(Path(broken)).keys() and len(samples) > 20
+    # Before the first update the students are equal; with many draws the runs stay together.
+    kl = {name: np.array([line["kl"] for line in ledgers[name] if line["kind"] == "step"]) for name in starts}
+    assert abs(kl["first"][0] / kl["live"][0] - 1) < 0.2
+    assert np.abs(kl["exact"] / kl["live"] - 1).max() < 0.03
+    alone = config(workspace, tmp_path, "alone", {"path": single})
+    run_ranks(WORKER + "runs", 1, timeout_s=300, starts=[(alone, None)], names=["alone"])
+    assert_same_samples(samples, all_samples(Path(single)))
+
+
+def test_what_does_not_fit_is_refused_before_a_model_is_loaded(workspace: Path, tmp_path: Path) -> None:
+    cache = str(tmp_path / "cache")
+    first = config(workspace, tmp_path, "first", {"path": cache}, stop={"steps": 4})
+    warmer = config(workspace, tmp_path, "warmer", {"path": cache})
+    Path(warmer).write_text(Path(warmer).read_text().replace("temperature: 1.5", "temperature: 2.0"))
+    seeded = config(workspace, tmp_path, "seeded", {"path": cache, "mode": "read_only"}, seed=5)
+    nothing = config(workspace, tmp_path, "nothing", {"path": str(tmp_path / "none"), "mode": "read_only"})
+    foreign = config(workspace, tmp_path, "foreign", {"path": str(workspace / "student")})
+    errors = run_ranks(WORKER + "errors", 2, timeout_s=300, first=first, configs=[warmer, seeded, nothing, foreign])
+    assert "it was computed with temperature 1.5, the run has 2.0" in errors[0]
+    assert "lacks samples that the next interval draws: " in errors[1] and "write_through" in errors[1]
+    assert "there is no cache, and teacher.cache.mode is read_only" in errors[2]
+    assert "it has no teacher.json, so it is no teacher's cache" in errors[3]

@@ -1,0 +1,200 @@
+"""The cache of what a teacher says: parts that join, whole or not at all, and every damage named."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from shutil import copytree
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ddk_ds.data.teacher_cache import PARTS, Said, TeacherCache, pack, unpack
+from ddk_ds.errors import CheckpointError, ConfigError, DataError
+
+VOCAB, DRAWS, LENGTH = 151_646, 12, 7
+CONDITIONS = {"teacher": "abc", "temperature": 1.0, "draws": DRAWS}
+SHAS = {"web": "1", "code": "2"}
+
+
+def said(seed: int) -> Said:
+    rng = np.random.default_rng(seed)
+    return Said(np.sort(rng.integers(0, VOCAB, (LENGTH, DRAWS)), 1), rng.random(LENGTH).astype(np.float32))
+
+
+def opened(path: Path, **changes: Any) -> TeacherCache:
+    values = {"conditions": CONDITIONS, "shas": SHAS, "vocab_size": VOCAB, **changes}
+    cache = TeacherCache(path, values["conditions"], values["shas"], values["vocab_size"])
+    cache.prepare()
+    return cache
+
+
+def filled(path: Path) -> Path:
+    """Write a part with three samples, and return the part's directory."""
+    cache = opened(path)
+    for number, (domain, place) in enumerate([("web", 3), ("code", 0), ("web", 1)]):
+        cache.add(domain, place, said(number))
+    cache.publish()
+    (part,) = (path / PARTS).iterdir()
+    return part
+
+
+def equal(left: Said | None, right: Said) -> bool:
+    return left is not None and np.array_equal(left.ids, right.ids) and np.array_equal(left.entropy, right.entropy)
+
+
+@settings(max_examples=50, deadline=None)
+@given(bits=st.integers(1, 32), count=st.integers(1, 100), seed=st.integers(0, 1000))
+def test_numbers_are_packed_to_their_bits(bits: int, count: int, seed: int) -> None:
+    numbers = np.random.default_rng(seed).integers(0, 1 << bits, count)
+    packed = pack(numbers, bits)
+    assert len(packed) == -(-count * bits // 8)
+    # By the definition: number i has the bits from i * bits on of one large number.
+    whole = int.from_bytes(packed.tobytes(), "little")
+    assert [whole >> i * bits & (1 << bits) - 1 for i in range(count)] == numbers.tolist()
+    assert np.array_equal(unpack(packed.tobytes(), bits)[:count], numbers)
+
+
+def test_64_draws_of_qwen_take_148_bytes_a_token() -> None:
+    ids = np.zeros((1, 64), np.int64)
+    assert len(pack(ids, (VOCAB - 1).bit_length())) + np.float32().nbytes == 148
+
+
+def test_what_was_added_is_there_before_and_after_it_is_written(tmp_path: Path) -> None:
+    cache = opened(tmp_path / "cache")
+    cache.add("web", 3, said(0))
+    assert equal(cache.read("web", 3), said(0)) and cache.read("web", 4) is cache.read("code", 3) is None
+    assert len(cache.known("web")) == 0
+    cache.publish()
+    assert equal(cache.read("web", 3), said(0)) and cache.known("web").tolist() == [3]
+    assert equal(opened(tmp_path / "cache").read("web", 3), said(0))
+
+
+def test_parts_of_several_writers_join(tmp_path: Path) -> None:
+    first, second, reader = (opened(tmp_path / "cache") for _ in range(3))
+    for number in range(20):
+        (first, second)[number % 2].add("web", number, said(number))
+    for cache in (first, second):
+        cache.add("code", 5, said(99))  # both wrote it: it is the same
+        cache.publish()
+    assert reader.read("web", 1) is None
+    reader.refresh()
+    assert all(equal(reader.read("web", number), said(number)) for number in range(20))
+    assert equal(reader.read("code", 5), said(99)) and reader.known("code").tolist() == [5]
+
+
+def test_a_part_is_written_when_there_is_enough_for_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ddk_ds.data.teacher_cache.PART_BYTES", 1000)
+    cache = opened(tmp_path / "cache")
+    for number in range(20):
+        cache.add("web", number, said(number))
+    assert 3 < len(list((tmp_path / "cache" / PARTS).iterdir())) < 10
+    assert all(equal(cache.read("web", number), said(number)) for number in range(20))
+
+
+def test_a_part_that_cannot_be_written_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from streaming import MDSWriter
+
+    cache = opened(tmp_path / "cache")
+    cache.add("web", 3, said(0))
+
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MDSWriter, "write", full)
+        with pytest.raises(CheckpointError, match="No space left"):
+            cache.publish()
+    assert list((tmp_path / "cache" / PARTS).iterdir()) == []
+    cache.publish()
+    assert equal(opened(tmp_path / "cache").read("web", 3), said(0))
+
+
+def test_a_part_that_is_being_written_is_none_yet(tmp_path: Path) -> None:
+    part = filled(tmp_path / "cache")
+    copytree(part, part.with_name(".partial-0123") / "0123")
+    (part.with_name(".partial-0123") / "0123/index.json").unlink()
+    assert opened(tmp_path / "cache").known("web").tolist() == [1, 3]
+
+
+@pytest.mark.parametrize(
+    ("conditions", "message"),
+    [
+        ({**CONDITIONS, "teacher": "def"}, "computed with teacher 'abc', the run has 'def'"),
+        ({**CONDITIONS, "temperature": 2.0, "draws": 3}, "temperature 1.0, the run has 2.0; draws 12, the run has 3"),
+        ({**CONDITIONS, "new": 1}, "new None, the run has 1"),
+    ],
+)
+def test_other_conditions_are_refused(tmp_path: Path, conditions: dict[str, Any], message: str) -> None:
+    filled(tmp_path / "cache")
+    with pytest.raises(ConfigError, match=message):
+        opened(tmp_path / "cache", conditions=conditions)
+
+
+def test_other_samples_of_a_domain_are_refused(tmp_path: Path) -> None:
+    filled(tmp_path / "cache")
+    with pytest.raises(ConfigError, match="is of other samples of domain 'code'"):
+        opened(tmp_path / "cache", shas={**SHAS, "code": "3"})
+    assert opened(tmp_path / "cache", shas={"web": "1"}).known("web").tolist() == [1, 3], "a run may have fewer domains"
+
+
+def test_a_directory_of_something_else_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(ConfigError, match=r"has no teacher\.json, so it is no teacher's cache"):
+        opened(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def flip(part: Path) -> None:
+    shard = part / "shard.00000.mds"
+    content = bytearray(shard.read_bytes())
+    content[-30] ^= 4
+    shard.write_bytes(content)
+
+
+def cut(part: Path) -> None:
+    shard = part / "shard.00000.mds"
+    shard.write_bytes(shard.read_bytes()[:-100])
+
+
+def exchange(part: Path) -> None:
+    samples = json.loads((part / "samples.json").read_text())
+    samples["web"]["numbers"] = samples["web"]["numbers"][::-1]
+    (part / "samples.json").write_text(json.dumps(samples))
+
+
+def forget(part: Path) -> None:
+    samples = json.loads((part / "samples.json").read_text())
+    samples["web"]["numbers"].pop()
+    (part / "samples.json").write_text(json.dumps(samples))
+
+
+def half(part: Path) -> None:
+    text = (part / "samples.json").read_text()
+    (part / "samples.json").write_text(text[: len(text) // 2])
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        flip,
+        cut,
+        exchange,
+        forget,
+        half,
+        *(
+            pytest.param(lambda part, name=name: (part / name).unlink(), id=name)  # type: ignore[misc]
+            for name in ("index.json", "samples.json", "shard.00000.mds")
+        ),
+    ],
+)
+def test_damage_is_named(tmp_path: Path, damage: Any) -> None:
+    part = filled(tmp_path / "cache")
+    damage(part)
+    with pytest.raises(DataError, match=f"part {part.name} is damaged or incomplete .*delete {PARTS}/{part.name}"):
+        cache = opened(tmp_path / "cache")
+        for domain, number in (("web", 1), ("web", 3), ("code", 0)):
+            cache.read(domain, number)
