@@ -22,6 +22,7 @@ from typing import Any, Literal
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.multiprocessing.reductions import StorageWeakRef
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.integrations.flash_attention import flash_attention_forward
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -29,6 +30,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ddk_ds.config import Model
+from ddk_ds.config.sections import Student
 from ddk_ds.engine.unloaded_models import backbone_of, no_init_weights
 from ddk_ds.errors import ConfigError
 
@@ -76,17 +78,21 @@ def choose_attention(
         directory: the model's directory, for code of its own, which `trusted` or the section permits.
         key: the configuration's key of the model, for messages.
 
-    Raises ConfigError if the model cannot be built, has no backbone or output head, or if the section names a kernel
-    that leaves out something that the model computes.
+    Raises ConfigError if the model cannot be built, if it is not a backbone and an output head, if it is a student that
+    cannot be trained, or if the section names a kernel that leaves out something that the model computes.
     """
     asked = "auto" if section is None else section.attn_implementation
     trusted = trusted or (section is not None and section.trust_remote_code)
     own_code = directory if trusted and "auto_map" in config else None
     try:
         unfit = dict(_unfit(json.dumps(config), own_code))
+    except ConfigError as error:
+        raise ConfigError(f"{key}: {directory}: {error}") from error
     except Exception as error:  # each model's code has errors of its own
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ConfigError(f"{key}: {directory} cannot be built: {reason}") from error
+    if isinstance(section, Student) and "student" in unfit:
+        raise ConfigError(f"{key}: {directory}: {unfit['student']}: choose another student")
     if asked == "auto":
         why = unfit.get("sdpa") or unfit.get("auto")
         if why is None:
@@ -111,7 +117,7 @@ def best_kernel(config: dict[str, Any]) -> Kernel:
 def _unfit(config: str, own_code: Path | None) -> tuple[tuple[str, str], ...]:
     """Return (kernel, reason) for each kernel that may not be used for the model of this config.json.
 
-    The kernel "auto" stands for sdpa where that may be used only if it is named.
+    The kernel "auto" stands for sdpa where that may be used only if it is named, and "student" for any in training.
 
     `own_code` is the directory of a model whose own Python code is run; None for one of transformers' models.
     """
@@ -122,7 +128,9 @@ def _unfit(config: str, own_code: Path | None) -> tuple[tuple[str, str], ...]:
     calls: list[_Call] | None = None
     # Fake tensors have shapes and no memory, as those of the meta device, on which rotary positions do not run.
     with FakeTensorMode(allow_non_fake_inputs=True), no_init_weights(), suppress(_NotComparable):
-        model = AutoModelForCausalLM.from_config(hf_config, trust_remote_code=own_code is not None).eval()
+        options: dict[str, Any] = {"dtype": torch.float32, "trust_remote_code": own_code is not None}
+        model = AutoModelForCausalLM.from_config(hf_config, **options).eval()
+        model.config.pad_token_id = None  # older models look for it among the tokens, to warn
         backbone_of(model)
         if model.get_output_embeddings() is None:
             raise ConfigError(f"{type(model).__name__} has no output head to distil")
@@ -134,6 +142,8 @@ def _unfit(config: str, own_code: Path | None) -> tuple[tuple[str, str], ...]:
             found[kernel] = f"{kernel} leaves out {' and '.join(sorted(lost))} of {name}'s attention"
         elif not getattr(model, flag, False):
             found[kernel] = f"transformers has no {kernel} for {name}"
+    if kept := _kept(model):
+        found["student"] = f"{name} cannot be trained, since {kept} keeps what it computed for the next pass"
     if calls is None:
         found["auto"] = f"sdpa could not be compared with the attention of {name}"
     return tuple(found.items())
@@ -157,22 +167,49 @@ ALL_MASK_ATTENTION_FUNCTIONS.register(_PROBE, ALL_MASK_ATTENTION_FUNCTIONS["eage
 def _calls(model: Any) -> list[_Call]:
     """Return the calls of attention in a pass of the model, of those alike one; [] if it takes no kernels.
 
-    Older models have a class for each kernel, in which transformers implements all of the model's attention.
+    Older models have a class for each kernel, in which transformers implements all of the model's attention. Raises
+    ConfigError if the head does not get the backbone's hidden states.
     """
-    if not model._can_set_attn_implementation():
-        return []
+    takes_kernels = model._can_set_attn_implementation()
+    if takes_kernels:
+        model.set_attn_implementation(_PROBE)
     _noted.clear()
-    model.set_attn_implementation(_PROBE)
+    hidden: list[torch.Tensor] = []
+    hooks = [
+        backbone_of(model).register_forward_hook(lambda _module, _arguments, output: hidden.append(output[0])),
+        model.get_output_embeddings().register_forward_pre_hook(lambda _module, given: hidden.append(given[0])),
+    ]
     try:
         model(torch.zeros(1, _LENGTH, dtype=torch.long), use_cache=False)
     except Exception as error:
         # A mixture of experts does not run without values: its routing depends on them. Its first layer's attention
         # has been noted then.
-        if not _noted:
+        if takes_kernels and not _noted:
             raise _NotComparable from error
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if len(hidden) == 2 and StorageWeakRef(hidden[0].untyped_storage()) != StorageWeakRef(hidden[1].untyped_storage()):
+        raise ConfigError(
+            f"{type(model).__name__} cannot be distilled: it computes something between its backbone and its output "
+            "head: choose another model"
+        )
     alike = {(type(call.module), call.shapes, repr(sorted(_plain(call.options)))): call for call in _noted}
     _noted.clear()
     return list(alike.values())
+
+
+def _kept(model: Any) -> str:
+    """Return the class and name of a tensor that a pass has left in a module, with its gradient's graph; "" if none."""
+    return next(
+        (
+            f"{type(module).__name__}.{name}"
+            for module in model.modules()
+            for name, value in vars(module).items()
+            if isinstance(value, torch.Tensor) and value.grad_fn is not None
+        ),
+        "",
+    )
 
 
 def _plain(options: dict[str, Any]) -> Iterator[tuple[str, str]]:

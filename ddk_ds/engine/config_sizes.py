@@ -1,4 +1,4 @@
-"""Sizes of a model by the names that config.json has for them, and its experts. Pure: no torch, no transformers."""
+"""Sizes of a model, its experts and factors of its logits, by config.json's names for them. Pure: no torch."""
 
 from __future__ import annotations
 
@@ -26,6 +26,16 @@ _WIDTHS = ("intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size")
 _SHARED_EXPERTS = ("n_shared_experts", "num_shared_experts", "moe_num_shared_experts", "num_shared_expert")
 _EXPERTS = re.compile(r"\.experts\.")
 _ROUTER = re.compile(r"\.(router|gate)\.(\w+\.)?(weight|bias)$")
+
+LOGIT_KEYS = {
+    "factor": ("logit_scale", "lm_head_multiplier"),
+    "divisor": ("logits_scaling",),
+    "softcap": ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap"),
+}
+"""The keys for what some models do to the products of their head.
+
+Cohere and Falcon-H1 multiply, Granite divides, Gemma, RecurrentGemma and xLSTM apply tanh.
+"""
 
 
 def config_size(config: Mapping[str, Any], name: str) -> int:
@@ -72,7 +82,8 @@ def mlp_width(config: Mapping[str, Any]) -> int:
     dense layers if that is larger; 0 if config.json does not say it.
     """
     values = {**config.get("ffn_config", {}), **config}
-    plain = next((int(values[key]) for key in _WIDTHS if values.get(key)), 0)
+    found = next((values[key] for key in _WIDTHS if values.get(key)), 0)
+    plain = int(max(found) if isinstance(found, list) else found)
     chosen = experts_per_token(config)
     if not chosen:
         return plain

@@ -47,8 +47,8 @@ class StudentHead(nn.Module):
         self.bias: nn.Parameter | None = getattr(head, "bias", None)
 
     def forward(self, hidden: torch.Tensor, function: HeadFunction) -> Any:
-        """Return function(hidden, gathered head) for hidden (n, H)."""
-        return function(hidden, OutputHead(self.weight, self.bias, self.form))
+        """Return function(hidden, gathered head) for hidden (n, H), in the head's dtype: Mamba's are in float32."""
+        return function(hidden.to(self.weight.dtype), OutputHead(self.weight, self.bias, self.form))
 
 
 class StudentRoot(nn.Module):
@@ -116,6 +116,11 @@ class FrozenHead:
         self._gathered: list[Any] = []
         self._arriving: list[Any] = []
         self._holders = 0
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Return the dtype of the head's weight."""
+        return self._head.weight.dtype
 
     def gather(self) -> None:
         """Begin to gather the head unless that is done; the host goes on. The next block releases it. Collective."""

@@ -12,7 +12,7 @@ import re
 import struct
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from ddk_ds.config.sections import Teacher
 from ddk_ds.data.patience import http_status, refused
 from ddk_ds.engine.attention import Kernel, best_kernel
 from ddk_ds.engine.config_sizes import (
+    LOGIT_KEYS,
     SIZE_KEYS,
     attention_width,
     config_size,
@@ -37,6 +38,7 @@ from ddk_ds.engine.config_sizes import (
 )
 from ddk_ds.engine.stored_tensors import StoredTensor, read_entries
 from ddk_ds.engine.unloaded_models import meta_model
+from ddk_ds.engine.wrapped_models import text_part
 from ddk_ds.errors import ConfigError, TemporaryError, UserError
 from ddk_ds.files import read_object
 from ddk_ds.kernels import LogitForm
@@ -49,10 +51,6 @@ COMPUTE_BYTES = {"bf16": 2, "fp32": 4}
 # Files of a model that are downloaded from the hub.
 _PATTERNS = ["*.json", "*.safetensors", "*.model", "*.tiktoken", "*.txt", "*.jinja", "README.md", "LICENSE*", "NOTICE*"]
 _LICENCE_KEYS = ("license", "license_name", "license_link")
-# Keys for what some models do to hidden @ weight: Cohere and Falcon-H1 multiply, Granite divides, Gemma applies tanh.
-_MULTIPLIERS = ("logit_scale", "lm_head_multiplier")
-_DIVISOR = "logits_scaling"
-_SOFTCAP = "final_logit_softcapping"
 _HEADS = ("lm_head.weight", "embed_out.weight", "output.weight")
 # Tensors of older checkpoints that are not parameters: rotary frequencies and attention masks.
 _BUFFERS = re.compile(r"(\.inv_freq|\.masked_bias|\.attn\.bias|\.attention\.bias)$")
@@ -72,6 +70,10 @@ class ModelFiles:
     """The content of config.json, without `quantization_config`: tensors are read as what they stand for."""
     tensors: dict[str, StoredTensor]
     """The tensors by their names in the checkpoint."""
+    wrapper: dict[str, Any] = field(default_factory=dict)
+    """The content of config.json if it is that of a wrapper, whose text model this is."""
+    unused: frozenset[str] = frozenset()
+    """Names of tensors in the files that the wrapper has beside its text model."""
 
     def read(self, name: str) -> torch.Tensor:
         """Return a tensor in the dtype of its file; if it is quantised, the numbers that it stands for."""
@@ -86,14 +88,24 @@ class ModelFiles:
     def stored_names(self) -> set[str]:
         """Return the names of all tensors in the files, scales included."""
         names = {tensor.stored_name or name for name, tensor in self.tensors.items()}
-        return names | {tensor.scale.name for tensor in self.tensors.values() if tensor.scale is not None}
+        return names | self.unused | {t.scale.name for t in self.tensors.values() if t.scale is not None}
+
+    def hf_config(self, *, trusted: bool = False) -> Any:
+        """Return the model's transformers configuration; `trusted` permits Python code of its directory.
+
+        Raises ValueError or ImportError where transformers cannot build it.
+        """
+        if trusted and "auto_map" in self.config:
+            return AutoConfig.from_pretrained(self.directory, trust_remote_code=True)
+        return AutoConfig.for_model(**self.config)
 
     @property
     def logit_form(self) -> LogitForm:
         """Return the scale and the softcap that the model applies to the products of its output head."""
-        scale = math.prod(float(self.config.get(key) or 1) for key in _MULTIPLIERS)
-        scale /= float(self.config.get(_DIVISOR) or 1)
-        return LogitForm(scale, float(self.config.get(_SOFTCAP) or 0))
+        factors, divisors, caps = (
+            [float(self.config[key]) for key in keys if self.config.get(key)] for keys in LOGIT_KEYS.values()
+        )
+        return LogitForm(math.prod(factors) / math.prod(divisors), sum(caps))
 
     @property
     def num_layers(self) -> int:
@@ -121,7 +133,7 @@ class ModelFiles:
     @property
     def fingerprint(self) -> str:
         """Return a hash of config.json, the tensors' names, shapes, dtypes and samples of their bytes, and own code."""
-        digest = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
+        digest = hashlib.sha256(json.dumps(self.wrapper or self.config, sort_keys=True).encode())
         for code in sorted(self.directory.glob("*.py")) if "auto_map" in self.config else ():
             digest.update(code.read_bytes())
         for file in sorted({tensor.file for tensor in self.tensors.values()}):
@@ -183,7 +195,7 @@ def _no_model(path: str, key: str, failure: Exception, note: str) -> UserError:
 
 
 def read_model(directory: Path, key: str) -> ModelFiles:
-    """Read a model's config.json and the headers of its weights.
+    """Read a model's config.json and the headers of its weights; of a wrapper, those of the text model in it.
 
     Raises ConfigError if config.json or safetensors are missing, if there are two sets of weights, or if they are
     quantised in a way that cannot be read; it names `key`, the configuration key.
@@ -194,7 +206,11 @@ def read_model(directory: Path, key: str) -> ModelFiles:
     config = read_object(config_file, COPY_AGAIN, ConfigError)
     try:
         tensors = read_entries(config, _entries(directory, key), f"{key}: {directory}")
-        return ModelFiles(directory, _unquantized(config), tensors)
+        whole = ModelFiles(directory, _unquantized(config), tensors)
+        text = ModelFiles(directory, *text_part(whole.config, tensors, f"{key}: {directory}"))
+        if text.config is whole.config:
+            return whole
+        return replace(text, wrapper=whole.config, unused=frozenset(whole.stored_names - text.stored_names))
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError, struct.error) as error:
         if isinstance(error, UserError):
             raise
@@ -207,7 +223,7 @@ def configured_files(config: Path) -> ModelFiles:
     There are no weights: each tensor has its shape, and as its `file` the path of the configuration. The model takes no
     memory.
     """
-    values = json.loads(config.read_text())
+    values, _ = text_part(json.loads(config.read_text()), {}, str(config))
     model = meta_model(AutoConfig.for_model(**values))
     tensors = {name: StoredTensor(config, tuple(tensor.shape)) for name, tensor in model.named_parameters()}
     return ModelFiles(config.parent, values, tensors)
@@ -345,7 +361,7 @@ class ModelShape:
 
 def model_shape(files: ModelFiles) -> ModelShape:
     """Return the shape of a model from its config.json and the headers of its weights."""
-    values = {**files.config, **files.config.get("text_config", {})}
+    values = files.config
     sizes = {name: math.prod(t.shape) for name, t in files.tensors.items() if not _BUFFERS.search(name)}
     heads = [name for name in sizes if name.endswith(_HEADS)]
     if values.get("tie_word_embeddings", values.get("model_type") in _TIED_BY_DEFAULT):

@@ -10,7 +10,7 @@ from contextlib import ExitStack
 from typing import Any
 
 import torch
-from deepspeed.runtime.zero.partition_parameters import GatheredParameters
+from deepspeed.runtime.zero.partition_parameters import GatheredParameters, ZeroParamStatus
 from torch import nn
 from torch.nn import functional
 
@@ -63,20 +63,19 @@ def check_split(model: Student | Teacher, input_ids: torch.Tensor, vocab_size: i
 def _whole_logits(whole: Any, input_ids: torch.Tensor) -> torch.Tensor:
     """Return the logits (B, L, V) of a transformers model whose backbone belongs to an engine, by its own forward.
 
-    The engine gathers the backbone's weights; the others are gathered when the backbone has ended, since a head that is
-    tied to the embedding is released with it.
+    The engine gathers the backbone's weights; those of each module outside of it are gathered when it is called, since
+    a head that is tied to the embedding is released with it.
     """
-    backbone = backbone_of(whole)
-    inside = {id(parameter) for parameter in backbone.parameters()}
-    outside = [parameter for parameter in whole.parameters() if id(parameter) not in inside]
-    head: nn.Module = whole.get_output_embeddings()
-    outside += [parameter for parameter in head.parameters() if id(parameter) in inside]
+    inside = set(backbone_of(whole).modules())
     with ExitStack() as gathered:
 
-        def gather(*_call: Any) -> None:
-            gathered.enter_context(GatheredParameters(outside))
+        def gather(module: nn.Module, _arguments: Any) -> None:
+            own: list[Any] = list(module.parameters(recurse=False))
+            released = [part for part in own if part.ds_status == ZeroParamStatus.NOT_AVAILABLE]
+            gathered.enter_context(GatheredParameters(released))
 
-        hook = backbone.register_forward_hook(gather)
-        gathered.callback(hook.remove)
+        for module in whole.modules():
+            if module not in inside:
+                gathered.callback(module.register_forward_pre_hook(gather).remove)
         logits: torch.Tensor = whole(input_ids=input_ids, use_cache=False).logits
     return logits

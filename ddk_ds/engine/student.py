@@ -16,7 +16,7 @@ import transformers
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.utils import combine_grad_norm_groups
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from ddk_ds.comm import Comm
 from ddk_ds.config import Config, Model
@@ -262,8 +262,7 @@ def unloaded_student(files: ModelFiles, *, trusted: bool) -> tuple[StoredForm, d
     Reads no weights. Raises ConfigError if the model cannot be built.
     """
     try:
-        hf_config = AutoConfig.from_pretrained(files.directory, trust_remote_code=trusted)
-        model = meta_model(hf_config, trusted=trusted)
+        model = meta_model(files.hf_config(trusted=trusted), trusted=trusted)
     except (ImportError, ValueError) as error:
         raise ConfigError(f"{files.directory} cannot be built: {error}") from error
     saved = {id(parameter): (name, parameter.shape) for name, parameter in _root(model, files, None).named_parameters()}
@@ -279,6 +278,18 @@ def _root(
     return StudentRoot(backbone_of(model), head, files.logit_form, filters, files.num_layers, router)
 
 
+class _OneDtype(deepspeed.zero.Init):
+    """ZeRO-3's construction of a model whose parameters all have the compute dtype, as DeepSpeed's optimizer needs.
+
+    Mamba makes some in float32 and Apertus in bf16, whatever the model's dtype is.
+    """
+
+    def _post_init_method(self, module: nn.Module) -> None:
+        for parameter in module.parameters(recurse=False):
+            parameter.data = parameter.data.to(self.dtype)
+        super()._post_init_method(module)
+
+
 @freed_at_once()
 def load_sharded(
     config: Config, model: Model, key: str, files: ModelFiles, ds_config: dict[str, Any], comm: Comm, group: Any = None
@@ -290,16 +301,15 @@ def load_sharded(
     use_causal_kernels()
     trusted = model.trust_remote_code
     kernel = choose_attention(files.config, files.directory, key.removesuffix(".path"), model).kernel
-    hf_config = AutoConfig.from_pretrained(files.directory, trust_remote_code=trusted)
+    hf_config = files.hf_config(trusted=trusted)
     hf_config.use_cache = False
     dtype = DTYPES[config.train.precision]
     try:
         # zero.Init takes its dtype from ds_config; its argument `dtype` always gives bf16 on a CPU. By default it would
         # also convert to that dtype what the model computes in fp32, such as rotary frequencies.
         overrides = [deepspeed.zero.DeepSpeedTensorOverride.device]
-        sharded = deepspeed.zero.Init(
-            config_dict_or_path=ds_config, tensor_overrides=overrides, data_parallel_group=group
-        )
+        construction = _OneDtype if model is config.student else deepspeed.zero.Init
+        sharded = construction(config_dict_or_path=ds_config, tensor_overrides=overrides, data_parallel_group=group)
         with no_init_weights(), sharded:
             built = AutoModelForCausalLM.from_config(
                 hf_config, attn_implementation=kernel, dtype=dtype, trust_remote_code=trusted

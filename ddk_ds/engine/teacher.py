@@ -46,10 +46,13 @@ class Teacher:
 
     @torch.inference_mode()
     def hidden(self, batches: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """Return the last hidden states (B*L, H) of each micro-batch of token ids (B, L), computed in one pass."""
+        """Return the last hidden states (B*L, H) of each micro-batch of token ids (B, L), computed in one pass.
+
+        They are in the head's dtype; Mamba's backbone gives float32.
+        """
         with self.clock.stage("teacher"), self._parts(len(batches)):
             ids = batches[0] if len(batches) == 1 else torch.cat(list(batches))
-            states = self.engine(input_ids=ids, use_cache=False).last_hidden_state
+            states = self.engine(input_ids=ids, use_cache=False).last_hidden_state.to(self.head.dtype)
             return [part.flatten(0, 1) for part in states.chunk(len(batches))]
 
     def hidden_with_layers(self, batches: Sequence[torch.Tensor]) -> list[tuple[torch.Tensor, list[torch.Tensor]]]:

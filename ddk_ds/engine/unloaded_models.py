@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM
 
 from ddk_ds.errors import ConfigError
@@ -16,16 +18,26 @@ try:
 except ImportError:
     from transformers.modeling_utils import no_init_weights  # type: ignore[attr-defined,no-redef,unused-ignore]
 
-__all__ = ["backbone_of", "meta_model", "no_init_weights"]
+__all__ = ["backbone_of", "meta_model", "no_init_weights", "without_memory"]
 
 
 def meta_model(hf_config: Any, *, trusted: bool = False) -> Any:
-    """Build a transformers model on the meta device, where its tensors have shapes but no memory, with tied weights.
+    """Build a transformers model whose tensors have shapes but no memory, with tied weights.
 
     `trusted` permits Python code of the model's own directory.
     """
-    with no_init_weights(), torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(hf_config, trust_remote_code=trusted)
+    return without_memory(lambda: AutoModelForCausalLM.from_config(hf_config, trust_remote_code=trusted))
+
+
+def without_memory(build: Callable[[], Any]) -> Any:
+    """Return the model that `build` makes, on the meta device, with tied weights."""
+    with no_init_weights():
+        try:
+            with torch.device("meta"):
+                model = build()
+        except NotImplementedError:  # Apertus reads constants while it is built, and a meta tensor has no numbers
+            with FakeTensorMode(allow_non_fake_inputs=True):
+                model = build()
     model.tie_weights()
     return model
 

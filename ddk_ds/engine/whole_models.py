@@ -37,8 +37,8 @@ def load_model(directory: Path, dtype: torch.dtype | Literal["auto"] = torch.flo
         _log.warning(attention.note)
     options: dict[str, Any] = {"use_safetensors": True, "local_files_only": True, "trust_remote_code": trusted}
     options["attn_implementation"] = attention.kernel
-    if files.quantized:
-        return _load_quantized(files, dtype, options)
+    if files.quantized or files.wrapper:
+        return _load_as_read(files, dtype, options)
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, output_loading_info=True, **options)
     except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
@@ -50,10 +50,12 @@ def load_model(directory: Path, dtype: torch.dtype | Literal["auto"] = torch.flo
     return model.eval().requires_grad_(False)
 
 
-def _load_quantized(files: ModelFiles, dtype: torch.dtype | Literal["auto"], options: dict[str, Any]) -> Any:
-    """Load a model of FP8 or MXFP4 weights as the numbers that these stand for; transformers needs a GPU for some."""
-    config = AutoConfig.from_pretrained(files.directory, **options)
-    del config.quantization_config
+def _load_as_read(files: ModelFiles, dtype: torch.dtype | Literal["auto"], options: dict[str, Any]) -> Any:
+    """Load a model of FP8 or MXFP4 weights as the numbers that these stand for, or the text model in a wrapper.
+
+    transformers needs a GPU for some of the formats.
+    """
+    config = files.hf_config(trusted=options["trust_remote_code"])
     chosen = (config.dtype or torch.bfloat16) if dtype == "auto" else dtype
     with no_init_weights():
         model = AutoModelForCausalLM.from_config(

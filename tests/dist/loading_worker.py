@@ -93,7 +93,8 @@ def _export_of_these_weights(student: Any, files: ModelFiles, directory: Path) -
 def split_of_another_form(runtime: Runtime, folder: str) -> list[str]:
     """Return what is said of a student and a teacher with a layer between backbone and head.
 
-    Others in bf16 must pass: sharded within a GPU, in 8 bits, and GPT-J, whose class makes float32 of bf16 logits."""
+    Others in bf16 must pass: sharded within a GPU, in 8 bits, GPT-J, whose class makes float32 of bf16 logits, and
+    Mamba, whose backbone gives float32."""
     root = Path(folder)
     ids = torch.randint(0, VOCAB, (2, 12), generator=torch.Generator().manual_seed(5))
     said = []
@@ -104,10 +105,20 @@ def split_of_another_form(runtime: Runtime, folder: str) -> list[str]:
         except ConfigError as error:
             said.append(str(error))
     int8 = {"quantize": "int8", "micro_batches_per_pass": 4}
-    for name, section in (("usual", {}), ("usual", {"shard_within": "gpu"}), ("usual", int8), ("gptj", {})):
+    for name, section in (
+        ("usual", {}),
+        ("usual", {"shard_within": "gpu"}),
+        ("usual", int8),
+        ("gptj", {}),
+        ("mamba", {}),
+    ):
         config = tiny_config(root, train={"precision": "bf16"}, teacher={"path": str(root / name), **section})
         teacher = load_teacher(config, read_model(root / name, "teacher.path"), VOCAB, runtime.comm)
         check_split(teacher, ids, VOCAB, "teacher", runtime.comm)
+    config = tiny_config(root, train={"precision": "bf16"}, student={"path": str(root / "mamba")})
+    student = load_student(config, read_model(root / "mamba", "student.path"), VOCAB, runtime.comm)
+    check_split(student, ids, VOCAB, "student", runtime.comm)
+    assert {parameter.dtype for parameter in student.parameters.values()} == {torch.bfloat16}
     return said
 
 

@@ -35,6 +35,25 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
         "sliding_window": 5,
         "layer_types": ["sliding_attention", "full_attention"],
     },
+    "gemma3": {  # with vision
+        "text_config": {
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "intermediate_size": 64,
+            "head_dim": 8,
+            "query_pre_attn_scalar": 8,
+            "sliding_window": 5,
+            "layer_types": ["sliding_attention", "full_attention"],
+        },
+        "vision_config": {
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "hidden_size": 16,
+            "intermediate_size": 16,
+            "image_size": 28,
+        },
+    },
     "cohere": {
         "num_hidden_layers": 2,
         "num_attention_heads": 4,
@@ -91,6 +110,9 @@ def save_model(
     shape = ARCHITECTURES.get(model_type) or MIXTURES.get(model_type, {})
     values = {"vocab_size": vocab, "tie_word_embeddings": tied, "initializer_range": 0.2, **shape}
     size = {"n_embd": hidden} if model_type == "gpt_bigcode" else {"hidden_size": hidden}
+    if "text_config" in shape:
+        text = {**shape["text_config"], **size, "vocab_size": vocab, "tie_word_embeddings": tied}
+        values, size = {**shape, "text_config": text, "tie_word_embeddings": tied, "initializer_range": 0.2}, {}
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **{**values, **size, **extra}))
     for name, buffer in model.named_buffers():  # a router's correction, which is zero at first
         if name in model.state_dict():

@@ -67,6 +67,23 @@ def test_what_is_no_language_model_is_refused_before_it_is_loaded() -> None:
         choose_attention({"model_type": "vit"}, Path("m"), "teacher")
 
 
+def test_a_layer_between_backbone_and_head_is_refused_before_weights_are_loaded() -> None:
+    modernbert = config_of("modernbert-decoder", num_hidden_layers=2, num_attention_heads=4, intermediate_size=64)
+    with pytest.raises(ConfigError, match="teacher: m: ModernBertDecoderForCausalLM cannot be distilled: it computes"):
+        choose_attention({**modernbert, "pad_token_id": 0}, Path("m"), "teacher")
+
+
+def test_a_model_that_keeps_a_pass_for_the_next_one_is_no_student() -> None:
+    shape = {"num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64, "lru_width": 32, "head_dim": 8}
+    config = config_of("recurrent_gemma", block_types=["recurrent", "attention"], **shape)
+    choose_attention(config, Path("m"), "teacher", Teacher(path="m"))
+    message = (
+        r"student: m: RecurrentGemmaForCausalLM cannot be trained, since RecurrentGemmaRglru.recurrent_states keeps"
+    )
+    with pytest.raises(ConfigError, match=message):
+        choose_attention(config, Path("m"), "student", Student(path="m"))
+
+
 def test_a_whole_model_is_loaded_with_its_soft_cap(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     save_model(tmp_path / "gemma2", model_type="gemma2", vocab=50, tied=True, seed=3)
     ids = torch.randint(50, (2, 12), generator=torch.Generator().manual_seed(5))
