@@ -78,7 +78,7 @@ def _logits_error(root: Path, runtime: Runtime) -> float:
 
 def _export_of_these_weights(student: Any, files: ModelFiles, directory: Path) -> None:
     """Write the export of a checkpoint that holds the weights of `files`."""
-    whole = AutoModelForCausalLM.from_pretrained(files.directory)
+    whole = load_model(files.directory)
     own = {id(p): name for name, p in student.whole.named_parameters()}
     held = {n: dict(whole.named_parameters())[own[id(p)]].detach() for n, p in student.engine.module.named_parameters()}
     shards: Any = SimpleNamespace(
