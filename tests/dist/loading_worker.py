@@ -20,6 +20,7 @@ from ddk_ds.engine.runtime import Runtime
 from ddk_ds.engine.split_check import check_split
 from ddk_ds.engine.student import load_student
 from ddk_ds.engine.teacher import load_teacher
+from ddk_ds.engine.whole_models import load_model
 from ddk_ds.engine.zero_shards import MODEL_FILE, load_shard
 from ddk_ds.errors import CheckpointError, ConfigError
 from ddk_ds.kernels.reference import reference_logits
