@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 import yaml
 from transformers import CONFIG_MAPPING, AutoConfig
 
@@ -204,6 +205,12 @@ def read_model(directory: Path, key: str) -> ModelFiles:
     if not config_file.is_file():
         raise ConfigError(f"{key}: {directory} holds no config.json; give the directory of a Hugging Face model")
     config = read_object(config_file, COPY_AGAIN, ConfigError)
+    text = {**config, **config.get("text_config", {})}
+    if "rope_parameters" in text and "rope_theta" not in text and int(transformers.__version__.partition(".")[0]) < 5:
+        raise ConfigError(
+            f"{key}: {config_file} has rope_parameters and no rope_theta, as transformers 5 writes it; transformers "
+            f"{transformers.__version__} would read another model in silence: install transformers 5 (make setup)"
+        )
     try:
         tensors = read_entries(config, _entries(directory, key), f"{key}: {directory}")
         whole = ModelFiles(directory, _unquantized(config), tensors)

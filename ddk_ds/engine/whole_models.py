@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
+from transformers.utils.logging import disable_progress_bar
 
 from ddk_ds.comm import SingleProcess
 from ddk_ds.data.tokenizer import load_tokenizer
@@ -17,7 +20,13 @@ from ddk_ds.engine.model_files import ModelFiles, read_model
 from ddk_ds.engine.unloaded_models import no_init_weights
 from ddk_ds.engine.weights import load_weights
 from ddk_ds.errors import ConfigError
-from ddk_ds.files import new_directory, read_object
+from ddk_ds.files import new_directory, read_object, write_text
+
+# transformers 5 draws a bar for each model that it loads or saves; those of the hub's downloads stay.
+_downloads_have_bars = not are_progress_bars_disabled()
+disable_progress_bar()
+if _downloads_have_bars:
+    enable_progress_bars()
 
 _log = logging.getLogger(__name__)
 
@@ -95,5 +104,10 @@ def make_random_model(config: Path, tokenizer: Path, out: Path, seed: int, devic
         raise ConfigError(f"--config {config}: not the configuration of a causal language model: {error}") from error
     with new_directory(out) as partial:
         model.save_pretrained(partial)
+        # With the given keys beside its own, transformers 4.57 reads what transformers 5 writes.
+        saved = read_object(partial / "config.json", "")
+        theta = (saved.get("rope_parameters") or {}).get("rope_theta")
+        old = {} if theta is None else {"rope_theta": theta}
+        write_text(partial / "config.json", json.dumps({**old, **saved, **values}, indent=2) + "\n")
         copy_companions(tokenizer, partial, TOKENIZER_FILES)
     return int(model.num_parameters())

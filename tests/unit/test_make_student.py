@@ -332,7 +332,7 @@ def test_a_student_that_its_files_do_not_give_is_refused(
 ) -> None:
     keep_layers = pruning.keep_layers
     # The changed configuration describes a model with other results.
-    monkeypatch.setattr(pruning, "keep_layers", lambda *given: keep_layers(*given) | {"rope_theta": 7.0})
+    monkeypatch.setattr(pruning, "keep_layers", lambda *given: keep_layers(*given) | {"rms_norm_eps": 7.0})
     teacher, out = save(random_model("llama"), tokenizer, tmp_path / "teacher"), tmp_path / "student"
     assert "layers depend on their places" in error_of(capsys, cut(teacher, text, out, "--layers", "4"))
     assert not out.exists() and list(tmp_path.glob(".partial*")) == []

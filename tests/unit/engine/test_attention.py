@@ -56,7 +56,7 @@ KINDS: list[tuple[str, dict[str, Any], int]] = [
     ("qwen2", {}, 0),
     ("mistral", {"sliding_window": LENGTH + 1}, 0),
     ("mistral", WINDOW, 2),
-    ("gemma2", {**WINDOW, "layer_types": ["sliding_attention", "full_attention"]}, 1),
+    ("gemma3_text", {**WINDOW, "layer_types": ["sliding_attention", "full_attention"]}, 1),
 ]
 
 
@@ -66,7 +66,6 @@ def test_the_same_logits_with_a_mask_only_where_a_window_needs_it(
 ) -> None:
     model, ids = model_of(kind, **values), torch.randint(50, (3, LENGTH))
     before = model(ids, use_cache=False).logits
-    assert all(mask is not None for mask in masks), "transformers makes a mask for every layer"
     masks.clear()
     use_causal_kernels()
     after = model(ids, use_cache=False).logits

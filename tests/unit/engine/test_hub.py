@@ -40,7 +40,9 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> Iterator[list[int]]:
     threading.Thread(target=server.serve_forever, daemon=True).start()
     address = f"http://127.0.0.1:{server.server_port}"
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", address)
-    monkeypatch.setattr("huggingface_hub.file_download.HUGGINGFACE_CO_URL_TEMPLATE", address + "/{repo_id}/{filename}")
+    for module in ("constants", "file_download"):  # of version 2 and of version 0
+        name = f"huggingface_hub.{module}.HUGGINGFACE_CO_URL_TEMPLATE"
+        monkeypatch.setattr(name, address + "/{repo_id}/{filename}", raising=False)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)  # where the environment says otherwise
     reset_sessions()
