@@ -18,6 +18,8 @@ def _quieten() -> None:
     logging.getLogger("DeepSpeed").addFilter(_is_told)
     no_cuda = "No CUDA runtime is found"
     logging.getLogger("torch.utils.cpp_extension").addFilter(lambda record: not str(record.msg).startswith(no_cuda))
+    # What fails on tensors without values is raised, and caught where a model is tried with them (attention.py).
+    logging.getLogger("torch._subclasses.fake_tensor").addFilter(lambda record: False)
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", message=".*CUDA initialization.*")
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, GptOssConfig, LlamaConfig
+from transformers import AutoModelForCausalLM, GptOssConfig, LlamaConfig, Qwen3MoeConfig
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from ddk_ds.engine.model_files import model_shape, read_model
@@ -20,13 +20,15 @@ from ddk_ds.engine.whole_models import load_model
 from ddk_ds.errors import ConfigError
 from tests.quantised_checkpoint import FORMATS, Tensors, compressed, write_fp8, write_quantised
 
+SIZES: dict[str, Any] = {
+    **{"vocab_size": 60, "hidden_size": 40, "intermediate_size": 72, "num_hidden_layers": 2},
+    **{"num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": False},
+}
 
-def fp8_model(folder: Path, kind: str) -> tuple[Path, Tensors]:
-    """Write a small Llama with FP8 layers in two files, and return it with the weights that it stands for."""
-    config = LlamaConfig(
-        vocab_size=60, hidden_size=40, intermediate_size=72, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, tie_word_embeddings=False,
-    )  # fmt: skip
+
+def fp8_model(folder: Path, kind: str, config: Any = None) -> tuple[Path, Tensors]:
+    """Write a small model (Llama) with FP8 layers in two files, and return it with the weights that it stands for."""
+    config = config or LlamaConfig(**SIZES)
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(config).save_pretrained(folder / "plain")
     return folder / "quantised", write_fp8(folder / "plain", folder / "quantised", kind)
@@ -40,6 +42,15 @@ def test_fp8_weights_are_multiplied_by_their_scales(tmp_path: Path, kind: str) -
     for name, weight in right.items():
         assert torch.equal(files.read(name).float(), weight), name
     assert sorted(model_shape(files).tensors) == sorted(model_shape(read_model(tmp_path / "plain", "")).tensors)
+    ids = torch.arange(20)[None]
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "plain")(ids).logits
+    torch.testing.assert_close(load_model(quantised)(ids).logits, plain, rtol=0, atol=1e-6)
+
+
+def test_fp8_experts_are_multiplied_before_transformers_joins_them(tmp_path: Path) -> None:
+    config = Qwen3MoeConfig(**SIZES, moe_intermediate_size=24, num_experts=12, num_experts_per_tok=3, head_dim=10)
+    quantised, _ = fp8_model(tmp_path, "blocks", config)
+    assert "model.layers.1.mlp.experts.11.up_proj.weight" in read_model(quantised, "teacher.path").tensors
     ids = torch.arange(20)[None]
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "plain")(ids).logits
     torch.testing.assert_close(load_model(quantised)(ids).logits, plain, rtol=0, atol=1e-6)
