@@ -114,8 +114,8 @@ $(OLDER)/.installed: $(READY)
 
 test-transformers4: $(OLDER)/.installed
 	TORCH_EXTENSIONS_DIR=$(CURDIR)/.venv/torch_extensions $(OLDER)/bin/python -m pytest -n 2 --dist loadscope \
-	  tests/unit/engine tests/unit/data tests/unit/test_export_hf.py tests/unit/test_make_student.py \
-	  tests/unit/test_model_families.py tests/dist/test_loading.py tests/dist/test_parity.py
+	  tests/unit/engine tests/unit/data/test_data_text.py tests/unit/data/test_data_tokenizer.py \
+	  tests/unit/test_make_student.py tests/unit/test_model_families.py tests/dist/test_loading.py
 
 test-full: test test-long test-transformers4
 	$(BIN)/python -m tools.bench.fault_campaign --runs 50 --seed 5 --json docs/results/fault_campaign.json
