@@ -205,13 +205,8 @@ def read_model(directory: Path, key: str) -> ModelFiles:
     if not config_file.is_file():
         raise ConfigError(f"{key}: {directory} holds no config.json; give the directory of a Hugging Face model")
     config = read_object(config_file, COPY_AGAIN, ConfigError)
-    text = {**config, **config.get("text_config", {})}
-    if "rope_parameters" in text and "rope_theta" not in text and int(transformers.__version__.partition(".")[0]) < 5:
-        raise ConfigError(
-            f"{key}: {config_file} has rope_parameters and no rope_theta, as transformers 5 writes it; transformers "
-            f"{transformers.__version__} would read another model in silence: install transformers 5 (make setup)"
-        )
     try:
+        _check_rotary({**config, **config.get("text_config", {})}, f"{key}: {config_file}")
         tensors = read_entries(config, _entries(directory, key), f"{key}: {directory}")
         whole = ModelFiles(directory, _unquantized(config), tensors)
         text = ModelFiles(directory, *text_part(whole.config, tensors, f"{key}: {directory}"))
@@ -234,6 +229,15 @@ def configured_files(config: Path) -> ModelFiles:
     model = meta_model(AutoConfig.for_model(**values))
     tensors = {name: StoredTensor(config, tuple(tensor.shape)) for name, tensor in model.named_parameters()}
     return ModelFiles(config.parent, values, tensors)
+
+
+def _check_rotary(values: Mapping[str, Any], where: str) -> None:
+    version = transformers.__version__
+    if "rope_parameters" in values and "rope_theta" not in values and int(version.partition(".")[0]) < 5:
+        raise ConfigError(
+            f"{where} has rope_parameters and no rope_theta, as transformers 5 writes it; transformers {version} would "
+            "read another model in silence: install transformers 5 (make setup)"
+        )
 
 
 def check_code(files: ModelFiles, key: str, *, trusted: bool) -> None:
