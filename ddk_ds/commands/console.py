@@ -20,6 +20,7 @@ GROUPS = {
         "init": "make a model with random weights",
         "cut-student": "cut a student out of a teacher",
         "plan": "estimate memory, hours and disks",
+        "teach": "fill a cache of the teacher, for all runs",
         "preflight": "check a run and its machines",
         "verify": "hash the shards of prepared data",
     },

@@ -53,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Check the configuration, run the launcher, and return the run's exit code."""
     parser = command_parser(__doc__, dashes_hint)
     distill_rank.add_options(parser)
-    launcher = _add_launcher_options(parser)
+    launcher = add_launcher_options(parser)
     options = parse(parser, arguments)
     run = ["--config", options.config, *options.overrides]
     if options.print_config or options.dry_run:
@@ -63,7 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     config.check_paths()
     if options.ranks is not None and options.hostfile is None:
         config.micro_batches(options.ranks)
-    given = [word for action in launcher for word in _words(action, options)]
+    given = launcher_words(launcher, options)
     code = run_launcher(launcher_command(given, [*run, *([] if options.preflight else ["--no-preflight"])]))
     if code == 0 and not is_finished(config.run_dir):  # DeepSpeed's launcher returns 0 if a part of it was killed
         print(f"error: a launcher was killed: {config.run_dir} is not finished; start it again", file=sys.stderr)
@@ -71,7 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return code
 
 
-def _add_launcher_options(parser: argparse.ArgumentParser) -> list[argparse.Action]:
+def add_launcher_options(parser: argparse.ArgumentParser) -> list[argparse.Action]:
     """Add the launcher's options to the parser, and return them."""
     group = parser.add_argument_group("DeepSpeed's launcher")
     names = ("--ranks", "--num_accelerators", "--num_gpus")
@@ -82,6 +82,11 @@ def _add_launcher_options(parser: argparse.ArgumentParser) -> list[argparse.Acti
     ]
     actions += [group.add_argument(name, help=text, metavar="VALUE") for name, text in _VALUES.items()]
     return actions + [group.add_argument(name, help=text, action="store_true") for name, text in _FLAGS.items()]
+
+
+def launcher_words(launcher: Sequence[argparse.Action], options: argparse.Namespace) -> list[str]:
+    """Return the words that give the launcher's options the values that the user gave them."""
+    return [word for action in launcher for word in _words(action, options)]
 
 
 def _words(action: argparse.Action, options: argparse.Namespace) -> list[str]:

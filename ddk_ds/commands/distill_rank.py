@@ -6,6 +6,7 @@ deepspeed launch/distill.py --config configs/demo.yaml [key=value ...]
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import socket
 import sys
@@ -52,6 +53,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="with --print-config or --dry-run, without a launcher: check the batch for this number of ranks",
     )
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
+    # Of `ddk teach`: fill the cache of the teacher with so many samples of each domain ("all"), and train nothing.
+    parser.add_argument("--teach", type=number_or_all, help=argparse.SUPPRESS)
     options = parse(parser, decoded(sys.argv[1:] if arguments is None else arguments))
     try:
         config = load_config(options.config, options.overrides)
@@ -67,7 +70,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if "RANK" not in os.environ and not options.dry_run:
             raise UserError("start it with a launcher: ddk distill, or deepspeed launch/distill.py")
         with closing(Readers(0 if options.dry_run else config.data.num_workers)) as readers:
-            code = _run(config, readers, options.ranks or 1, dry_run=options.dry_run, preflight=options.preflight)
+            if options.teach is not None:
+                code = _teach(config, readers, options.teach)
+            else:
+                code = _run(config, readers, options.ranks or 1, dry_run=options.dry_run, preflight=options.preflight)
         if (comm := sys.modules.get("ddk_ds.comm")) is not None:  # it imports torch; without it nothing was begun
             comm.destroy()
         return code
@@ -154,6 +160,38 @@ def _run(config: Config, readers: Readers, ranks: int, *, dry_run: bool, preflig
         except NumbersGoneWrong:
             return EXIT_WRONG_NUMBERS
     return 0
+
+
+def _teach(config: Config, readers: Readers, samples: float) -> int:
+    """Fill the cache of the teacher with that many samples of each domain, and return the exit code. Collective."""
+    config.check_teaching()
+    watchdog = Watchdog(config.limits)
+    set_rank_environment()
+    from ddk_ds.comm import watch_ranks
+    from ddk_ds.engine.runtime import start_runtime
+    from ddk_ds.train.inputs import check_inputs
+    from ddk_ds.train.interruption import Interrupted
+    from ddk_ds.train.run_dir import run_identity
+    from ddk_ds.train.teach import fill_cache
+
+    readers.start()
+    runtime = start_runtime(config.limits)
+    watch_ranks(config.limits.silence_s)
+    inputs = check_inputs(config, runtime.comm)
+    identity = run_identity(config, inputs.fingerprints)
+    try:
+        done = fill_cache(config, inputs, identity, runtime, watchdog, readers, samples)
+    except Interrupted as interrupted:
+        runtime.comm.barrier()
+        _console().print(f"interrupted by {interrupted}: start the same command again to continue", soft_wrap=True)
+        return EXIT_INTERRUPTED
+    _console().print(done, soft_wrap=True, highlight=False)
+    return 0
+
+
+def number_or_all(text: str) -> float:
+    """Return the positive number that `text` says, infinity for "all". Raises ArgumentTypeError."""
+    return math.inf if text == "all" else positive(text)
 
 
 def _is_finished(config: Config) -> bool:

@@ -172,6 +172,13 @@ class Config(MethodSections):
         """Return True if the run computes its teacher, and does not only read what it has said."""
         return self.teacher is not None and (self.teacher.cache is None or self.teacher.cache.mode != "read_only")
 
+    def check_teaching(self) -> None:
+        """Raise ConfigError if there is no cache of the teacher that can be filled."""
+        if self.teacher is None or self.teacher.cache is None:
+            raise ConfigError("ddk teach fills a cache of the teacher: set teacher.cache.path, a directory for it")
+        if not self.loads_teacher:
+            raise ConfigError("teacher.cache.mode is read_only: ddk teach needs write_through, the default")
+
     def micro_batches(self, world_size: int) -> int:
         """Return the number of micro-batches that each of `world_size` ranks computes in one optimizer step.
 

@@ -82,11 +82,18 @@ class CachedDistillation(Stateless):
         if self._gamma(batches[0]) == 0:
             yield [None] * len(batches)
             return
+        yield [_as_draws(of_batch, batches[0].labels.device) for of_batch in self.fill(batches)]
+
+    def fill(self, batches: Sequence[Batch]) -> list[list[Said | None]]:
+        """Return what the teacher says of the samples of each micro-batch, after those that were missing were added.
+
+        Without a teacher nothing is added, and what is missing is None. Collective.
+        """
         places = [self._cached.places(batch) for batch in batches]
         said = [[self._cached.store.read(*place) for place in of_batch] for of_batch in places]
-        if self._teacher is not None and self._missing_anywhere(said, batches[0].num_valid.device):
+        if self._teacher is not None and self._missing_anywhere(said, batches[0].input_ids.device):
             self._ask(self._teacher, batches, places, said)
-        yield [_as_draws(of_batch, batches[0].labels.device) for of_batch in said]
+        return said
 
     def loss(self, student: Student, batch: Batch, teacher_output: TeacherDraws | None) -> KDLoss:
         """Run the student and return the micro-batch's part of the step's loss.

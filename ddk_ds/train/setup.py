@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from typing import Any
 
-import numpy as np
-
-from ddk_ds.comm import Comm, call_together
+from ddk_ds.comm import call_together
 from ddk_ds.config import Config
 from ddk_ds.config.run_config import corpus_samples, interval_ends, total_steps
 from ddk_ds.data.cache import CachedStore
-from ddk_ds.data.loader import MixtureDataset, validation_batches
+from ddk_ds.data.loader import MixtureDataset
 from ddk_ds.data.readers import Readers
 from ddk_ds.engine.flops import step_flops
 from ddk_ds.engine.monitors import open_writers
@@ -19,7 +16,7 @@ from ddk_ds.engine.runtime import Runtime
 from ddk_ds.engine.split_check import check_split
 from ddk_ds.engine.stage_clock import StageClock
 from ddk_ds.engine.student import load_student
-from ddk_ds.engine.teacher import Teacher, load_teacher
+from ddk_ds.engine.teacher import load_teacher
 from ddk_ds.kernels import Options, default_chunk_tokens
 from ddk_ds.mixture.interval_state import DomainEntry, IntervalState
 from ddk_ds.mixture.order import DomainOrder
@@ -27,7 +24,7 @@ from ddk_ds.train.checkpoint.restore import Start, find_start, restore
 from ddk_ds.train.checkpoint.saver import Saver
 from ddk_ds.train.inputs import Inputs
 from ddk_ds.train.interruption import Interruption
-from ddk_ds.train.interval import Array, Mixer
+from ddk_ds.train.interval import Mixer
 from ddk_ds.train.ledger import Ledger, MonitorFeed
 from ddk_ds.train.progress import RunProgress
 from ddk_ds.train.read_ahead import ReadAhead
@@ -35,13 +32,9 @@ from ddk_ds.train.run import Run
 from ddk_ds.train.samples import Sampler, held_out_prompts
 from ddk_ds.train.state import RunState
 from ddk_ds.train.teacher_passes import settle_passes
-from ddk_ds.train.teacher_store import no_perplexities, open_cache, perplexity_directory
+from ddk_ds.train.teacher_store import held_out, open_cache, teacher_perplexities
 from ddk_ds.train.validation import (
-    PerplexityCache,
     ValidationBatches,
-    count_micro_batches,
-    perplexities,
-    perplexity_conditions,
     worse_than_guessing,
 )
 from ddk_ds.train.watchdog import Watchdog
@@ -62,7 +55,7 @@ def prepare_run(
     watchdog.watch("models")
     vocab_size = inputs.vocabulary.size
     dataset = MixtureDataset(inputs.store, inputs.names, vocab_size=vocab_size)
-    validation = _validation(config, inputs, comm)
+    validation = held_out(config, inputs, comm)
     clock = StageClock(runtime.device.type, measure_memory=True)
     steps = total_steps(config, corpus_samples(config.mixture, dict(zip(dataset.names, dataset.sizes, strict=True))))
     progress = RunProgress(comm.rank, steps, interval_ends(config.mixture, steps), inputs.names)
@@ -74,7 +67,7 @@ def prepare_run(
     options = Options(vocab_size, gamma=0.0, chunk_tokens=chunk_tokens, logits_dtype=config.loss.logits_dtype)
     if inputs.teacher is not None:
         watchdog.watch("evaluation")
-        teacher_ppl = _teacher_perplexities(config, inputs, identity, teacher, validation, options, runtime, progress)
+        teacher_ppl = teacher_perplexities(config, inputs, identity, teacher, validation, options, runtime, progress)
         watchdog.watch("models")
     student = load_student(config, inputs.student, vocab_size, comm, inputs.filters, clock)
     check_split(student, validation[0][0][0].to(runtime.device), vocab_size, "student", comm)
@@ -131,18 +124,6 @@ def _begin(run: Run, start: Start | None) -> None:
         run.announce("alarm", f"alarm: {warning}", step=run.state.step, text=warning)
 
 
-def _validation(config: Config, inputs: Inputs, comm: Comm) -> ValidationBatches:
-    return validation_batches(
-        inputs.store,
-        inputs.names,
-        num_samples=config.data.validation_samples,
-        rank=comm.rank,
-        world=comm.world_size,
-        micro_batch=config.train.micro_batch_samples,
-        vocab_size=inputs.vocabulary.size,
-    )
-
-
 def _sampler(config: Config, inputs: Inputs, validation: ValidationBatches, runtime: Runtime) -> Sampler:
     prompts = inputs.prompts
     if config.monitor.samples_every and not prompts:
@@ -185,44 +166,3 @@ def _first_state(dataset: MixtureDataset, seed: int, chunk_tokens: int) -> RunSt
         for name, size, sha in zip(dataset.names, dataset.sizes, dataset.shas, strict=True)
     ]
     return RunState(IntervalState.new(domains, seed=seed), domain_tokens=[0] * len(domains), chunk_tokens=chunk_tokens)
-
-
-def _teacher_perplexities(
-    config: Config,
-    inputs: Inputs,
-    identity: dict[str, Any],
-    teacher: Teacher | None,
-    validation: ValidationBatches,
-    options: Options,
-    runtime: Runtime,
-    progress: RunProgress,
-) -> Array:
-    """Return the teacher's perplexities (N,). Collective.
-
-    The teacher never changes, so values that were measured under the same conditions are read from a cache. Raises
-    DataError if the teacher is not loaded and they are not there.
-    """
-    comm = runtime.comm
-    key = perplexity_conditions(identity, {"options": asdict(options), "device": runtime.device.type, **versions()})
-    cache = PerplexityCache(perplexity_directory(config), key)
-    domain_keys = [inputs.manifest.domains[name].validation.sha for name in inputs.names]
-    values = comm.broadcast_object(cache.read(domain_keys) if comm.rank == 0 else None)
-    unknown = [i for i, value in enumerate(values) if value is None]
-    if unknown:
-        if teacher is None:
-            raise no_perplexities(config, [inputs.names[i] for i in unknown])
-        unmeasured = [validation[i] for i in unknown]
-        with progress.part("measuring the teacher", count_micro_batches(unmeasured)) as advance:
-            measured = perplexities(
-                teacher,
-                unmeasured,
-                options=options,
-                device=runtime.device,
-                comm=comm,
-                advance=advance,
-            )
-        for i, value in zip(unknown, measured.tolist(), strict=True):
-            values[i] = value
-        if comm.rank == 0:
-            cache.write([domain_keys[i] for i in unknown], measured.tolist())
-    return np.array(values, np.float64)

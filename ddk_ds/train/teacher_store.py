@@ -1,18 +1,34 @@
-"""The cache of what the teacher says (section teacher.cache), opened for a run."""
+"""What is kept of a run's teacher: its perplexities, and its distributions (section teacher.cache)."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ddk_ds.comm import Comm, call_together
 from ddk_ds.config import Config
-from ddk_ds.data.loader import MixtureDataset
+from ddk_ds.data.loader import MixtureDataset, validation_batches
 from ddk_ds.data.teacher_cache import CONDITIONS_FILE, PERPLEXITIES, TeacherCache
+from ddk_ds.engine.runtime import Runtime
+from ddk_ds.engine.teacher import Teacher
 from ddk_ds.errors import ConfigError, DataError
+from ddk_ds.kernels import Options
 from ddk_ds.methods import CachedTeacher
 from ddk_ds.train.inputs import Inputs
+from ddk_ds.train.interval import Array
+from ddk_ds.train.progress import RunProgress
+from ddk_ds.train.validation import (
+    PerplexityCache,
+    ValidationBatches,
+    count_micro_batches,
+    perplexities,
+    perplexity_conditions,
+)
+from ddk_ds.version import versions
 
 
 def open_cache(config: Config, inputs: Inputs, dataset: MixtureDataset, comm: Comm) -> CachedTeacher | None:
@@ -57,16 +73,70 @@ def _conditions(config: Config, inputs: Inputs) -> dict[str, Any]:
     }
 
 
-def perplexity_directory(config: Config) -> Path:
+def held_out(config: Config, inputs: Inputs, comm: Comm) -> ValidationBatches:
+    """Return this rank's share of the held-out samples. Raises DataError as `validation_batches` does."""
+    return validation_batches(
+        inputs.store,
+        inputs.names,
+        num_samples=config.data.validation_samples,
+        rank=comm.rank,
+        world=comm.world_size,
+        micro_batch=config.train.micro_batch_samples,
+        vocab_size=inputs.vocabulary.size,
+    )
+
+
+def teacher_perplexities(
+    config: Config,
+    inputs: Inputs,
+    identity: dict[str, Any],
+    teacher: Teacher | None,
+    validation: ValidationBatches,
+    options: Options,
+    runtime: Runtime,
+    progress: RunProgress,
+) -> Array:
+    """Return the teacher's perplexities (N,). Collective.
+
+    The teacher never changes, so values that were measured under the same conditions are read from a cache. Raises
+    DataError if the teacher is not loaded and they are not there.
+    """
+    comm = runtime.comm
+    key = perplexity_conditions(identity, {"options": asdict(options), "device": runtime.device.type, **versions()})
+    cache = PerplexityCache(_perplexity_directory(config), key)
+    domain_keys = [inputs.manifest.domains[name].validation.sha for name in inputs.names]
+    values = comm.broadcast_object(cache.read(domain_keys) if comm.rank == 0 else None)
+    unknown = [i for i, value in enumerate(values) if value is None]
+    if unknown:
+        if teacher is None:
+            raise _no_perplexities(config, [inputs.names[i] for i in unknown])
+        unmeasured = [validation[i] for i in unknown]
+        with progress.part("measuring the teacher", count_micro_batches(unmeasured)) as advance:
+            measured = perplexities(
+                teacher,
+                unmeasured,
+                options=options,
+                device=runtime.device,
+                comm=comm,
+                advance=advance,
+            )
+        for i, value in zip(unknown, measured.tolist(), strict=True):
+            values[i] = value
+        if comm.rank == 0:
+            cache.write([domain_keys[i] for i in unknown], measured.tolist())
+    return np.array(values, np.float64)
+
+
+def _perplexity_directory(config: Config) -> Path:
     """Return the directory of the teacher's measured perplexities: in its cache, or beside the runs."""
     section = None if config.teacher is None else config.teacher.cache
     return config.run_dir.parent / ".teacher-perplexities" if section is None else Path(section.path) / PERPLEXITIES
 
 
-def no_perplexities(config: Config, names: Sequence[str]) -> DataError:
+def _no_perplexities(config: Config, names: Sequence[str]) -> DataError:
     """Return the error of a cache without the teacher's perplexities of some domains."""
     return DataError(
-        f"{perplexity_directory(config)} has no perplexity of the teacher on the held-out samples of "
+        f"{_perplexity_directory(config)} has no perplexity of the teacher on the held-out samples of "
         f"{', '.join(names)} that was measured as this run would (models, data, options, versions), and "
         "teacher.cache.mode is read_only: start once with teacher.cache.mode=write_through"
     )

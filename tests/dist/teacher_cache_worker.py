@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from ddk_ds.config import load_config
+from ddk_ds.data.readers import Readers
 from ddk_ds.data.teacher_cache import CONDITIONS_FILE, PARTS, Said, TeacherCache
 from ddk_ds.engine.runtime import Runtime
 from ddk_ds.engine.teacher import Teacher
 from ddk_ds.errors import UserError
+from ddk_ds.train.inputs import check_inputs
 from ddk_ds.train.loop import train
+from ddk_ds.train.run_dir import run_identity
+from ddk_ds.train.teach import fill_cache
+from ddk_ds.train.watchdog import Watchdog
 from tests.dist.resume_worker import BreakOff, prepare
 
 
@@ -36,6 +43,38 @@ def runs(runtime: Runtime, starts: list[tuple[str, int | None]], names: list[str
             train(prepare(runtime, path, name, None))
         counts[name] = len(passes)
     return counts
+
+
+def teach(runtime: Runtime, config_path: str, samples: list[float], break_after: int) -> list[Any]:
+    """Fill the cache with so many samples of each domain, one number after the other; then all, broken off once.
+
+    Return what each call says, and the numbers of samples that rank 0 added before the break and after it.
+    """
+    config = load_config(config_path, [])
+    inputs = check_inputs(config, runtime.comm)
+    identity = run_identity(config, inputs.fingerprints)
+
+    def fill(number: float) -> str:
+        return fill_cache(config, inputs, identity, runtime, Watchdog(config.limits), Readers(0), number)
+
+    said: list[Any] = [fill(number) for number in samples]
+    added: list[tuple[str, int]] = []
+    original = TeacherCache.add
+
+    def counted(self: TeacherCache, domain: str, number: int, one: Said) -> None:
+        original(self, domain, number, one)
+        added.append((domain, number))
+        if len(added) == break_after:
+            raise BreakOff
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("ddk_ds.data.teacher_cache.PART_BYTES", 30_000)
+        patch.setattr(TeacherCache, "add", counted)
+        with pytest.raises(BreakOff):
+            fill(math.inf)
+        before = len(added)
+        said.append(fill(math.inf))
+    return [*said, before, len(added) - before, fill(math.inf)]
 
 
 def errors(runtime: Runtime, first: str, configs: list[str]) -> list[str]:

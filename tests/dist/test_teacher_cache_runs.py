@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 
+from ddk_ds.data.manifest import load_manifest
 from ddk_ds.data.teacher_cache import Said
 from tests.dist.ranks import run_ranks
 from tests.dist.resume_worker import run_dir
@@ -61,6 +63,35 @@ def test_however_a_cache_was_filled_runs_on_it_are_equal(workspace: Path, tmp_pa
     assert_same_samples(samples, all_samples(Path(single)))
 
 
+@pytest.mark.long("two starts, and all samples; the test before this one has a cache that is filled on the way")
+def test_filled_ahead(workspace: Path, tmp_path: Path) -> None:
+    """In two calls, broken off and completed: runs that read it are those that filled their own on the way."""
+    ahead, own = str(tmp_path / "ahead"), str(tmp_path / "own")
+    filling = config(workspace, tmp_path, "filling", {"path": ahead})
+    few, more, completed, before, after, nothing = run_ranks(
+        WORKER + "teach", 2, timeout_s=300, config_path=filling, samples=[3, 7], break_after=40
+    )
+    sizes = {name: domain.train.samples for name, domain in load_manifest(workspace / "shards").domains.items()}
+    assert few.startswith(f"{3 * len(sizes)} samples added") and more.startswith(f"{4 * len(sizes)} samples added")
+    assert all(f"7 of {size:,} of {name}" in more for name, size in sizes.items())
+    whole, rest = sum(sizes.values()), sum(sizes.values()) - 7 * len(sizes)
+    assert int(completed.split()[0].replace(",", "")) < rest
+    assert nothing.startswith("0 samples added") and all(f"{n:,} of {n:,} of {d}" in nothing for d, n in sizes.items())
+    # What was in complete parts is not computed again; both ranks have about the same number.
+    assert before == 40 and rest / 2 - 40 <= after < rest / 2 and len(all_samples(Path(ahead))) == whole
+    reading = config(workspace, tmp_path, "reading", {"path": ahead, "mode": "read_only"})
+    writing = config(workspace, tmp_path, "writing", {"path": own})
+    starts = {"reading": reading, "writing": writing}
+    counts = run_ranks(
+        WORKER + "runs", 2, timeout_s=300, starts=[(path, None) for path in starts.values()], names=list(starts)
+    )
+    assert counts["reading"] == 0
+    ledgers = [without_clock(run_dir(path, name)) for name, path in starts.items()]
+    assert ledgers[0] == ledgers[1]
+    assert_same_samples(all_samples(Path(ahead)), all_samples(Path(own)))
+
+
+@pytest.mark.long("one start; tests/unit/data/test_teacher_cache.py has most refusals")
 def test_what_does_not_fit_is_refused_before_a_model_is_loaded(workspace: Path, tmp_path: Path) -> None:
     cache = str(tmp_path / "cache")
     first = config(workspace, tmp_path, "first", {"path": cache}, stop={"steps": 4})

@@ -1,0 +1,118 @@
+"""Filling a cache of the teacher ahead of all runs: the teacher alone goes over the samples that are not there yet."""
+
+from __future__ import annotations
+
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import torch
+
+from ddk_ds.comm import Comm
+from ddk_ds.config import Config
+from ddk_ds.data.loader import MicroBatch, MixtureDataset, interval_loader
+from ddk_ds.data.readers import Readers
+from ddk_ds.engine.runtime import Runtime
+from ddk_ds.engine.split_check import check_split
+from ddk_ds.engine.stage_clock import StageClock
+from ddk_ds.engine.teacher import load_teacher
+from ddk_ds.engine.transfers import to_device
+from ddk_ds.kernels import Options, default_chunk_tokens
+from ddk_ds.methods import Batch, CachedTeacher, next_token_labels
+from ddk_ds.methods.cached_distillation import CachedDistillation
+from ddk_ds.mixture.order import DomainOrder, Ids
+from ddk_ds.train.inputs import Inputs
+from ddk_ds.train.interruption import Interrupted, Interruption
+from ddk_ds.train.progress import RunProgress
+from ddk_ds.train.teacher_passes import settle_passes
+from ddk_ds.train.teacher_store import held_out, open_cache, teacher_perplexities
+from ddk_ds.train.watchdog import Watchdog
+
+
+def fill_cache(
+    config: Config,
+    inputs: Inputs,
+    identity: dict[str, Any],
+    runtime: Runtime,
+    watchdog: Watchdog,
+    readers: Readers,
+    samples: float,
+) -> str:
+    """Fill the cache with the samples of each domain that a run draws first, and measure the teacher. Collective.
+
+    Args:
+        samples: so many of each domain; infinity: all.
+
+    Returns a sentence that says what was done. Raises Interrupted on every rank if a signal came to one; what was
+    computed until then is in the cache.
+    """
+    comm = runtime.comm
+    config = settle_passes(config, inputs, runtime)
+    assert config.teacher is not None and inputs.teacher is not None, "Config.check_teaching"
+    vocab_size = inputs.vocabulary.size
+    dataset = MixtureDataset(inputs.store, inputs.names, vocab_size=vocab_size)
+    cached = open_cache(config, inputs, dataset, comm)
+    assert cached is not None, "Config.check_teaching"
+    missing = comm.broadcast_object(_missing(config, dataset, cached, samples) if comm.rank == 0 else None)
+    validation = held_out(config, inputs, comm)
+    watchdog.watch("models")
+    progress = RunProgress(comm.rank, 1, [1], inputs.names)
+    teacher = load_teacher(config, inputs.teacher, vocab_size, comm, None, StageClock(runtime.device.type))
+    check_split(teacher, validation[0][0][0].to(runtime.device), vocab_size, "teacher", comm)
+    chunk_tokens = config.loss.chunk_tokens or default_chunk_tokens(vocab_size, runtime.device.type)
+    options = Options(vocab_size, gamma=0.0, chunk_tokens=chunk_tokens, logits_dtype=config.loss.logits_dtype)
+    watchdog.watch("evaluation")
+    teacher_perplexities(config, inputs, identity, teacher, validation, options, runtime, progress)
+    method = CachedDistillation(cached, teacher, config.loss, options)
+    batches = interval_loader(
+        dataset,
+        missing,
+        rank=comm.rank,
+        world=comm.world_size,
+        micro_batch=config.train.micro_batch_samples,
+        readers=readers,
+    )
+    interruption = Interruption(comm, runtime.device)
+    size = config.teacher_pass_size
+    passes = -(-len(missing) // (comm.world_size * config.train.micro_batch_samples * size))
+    try:
+        with interruption.listening(), progress.part("the teacher", passes) as advance:
+            for number in range(passes):
+                interruption.check()
+                watchdog.watch("step", number)
+                method.fill([_batch(micro, comm, runtime.device) for micro in islice(batches, size)])
+                advance()
+    except Interrupted:
+        cached.store.publish()
+        raise
+    watchdog.watch("end")
+    cached.store.publish()
+    comm.barrier()
+    return f"{len(np.unique(missing)):,} samples added to {cached.store.path}: it has {_counts(cached, dataset)}"
+
+
+def _missing(config: Config, dataset: MixtureDataset, cached: CachedTeacher, samples: float) -> Ids:
+    """Return the global ids to compute, in the order in which a run would draw them domain by domain.
+
+    The last one stands there several times where the ranks' micro-batches would not be full.
+    """
+    parts: list[Ids] = []
+    for name, sizes, first in zip(dataset.names, dataset.shard_sizes, dataset.sample_offsets, strict=True):
+        order = DomainOrder(name, sizes, config.seed)
+        wanted = order.take(0, int(min(samples, order.num_samples)))
+        parts.append(wanted[~np.isin(wanted, cached.store.known(name))] + first)
+    missing = np.concatenate(parts)
+    at_once = cached.comm.world_size * config.train.micro_batch_samples
+    return np.concatenate([missing, np.repeat(missing[-1:], -len(missing) % at_once)])
+
+
+def _batch(micro: MicroBatch, comm: Comm, device: torch.device) -> Batch:
+    ids = to_device(micro["input_ids"], device)
+    nothing = torch.zeros(0, dtype=torch.float64, device=device)
+    return Batch(ids, next_token_labels(ids), micro["domain"], nothing, nothing, 0.0, micro["sample_id"])
+
+
+def _counts(cached: CachedTeacher, dataset: MixtureDataset) -> str:
+    cached.store.refresh()
+    counts = zip(dataset.names, dataset.sizes, strict=True)
+    return ", ".join(f"{len(cached.store.known(name)):,} of {size:,} of {name}" for name, size in counts)
