@@ -31,7 +31,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ddk_ds.config import Model
 from ddk_ds.config.sections import Student
-from ddk_ds.engine.unloaded_models import backbone_of, no_init_weights
+from ddk_ds.engine.unloaded_models import backbone_of, hf_config_of, no_init_weights
 from ddk_ds.errors import ConfigError
 
 Kernel = Literal["sdpa", "flash_attention_2", "eager"]
@@ -122,15 +122,17 @@ def _unfit(config: str, own_code: Path | None) -> tuple[tuple[str, str], ...]:
     `own_code` is the directory of a model whose own Python code is run; None for one of transformers' models.
     """
     if own_code is None:
-        hf_config = AutoConfig.for_model(**json.loads(config))
+        hf_config = hf_config_of(json.loads(config))
     else:
         hf_config = AutoConfig.from_pretrained(own_code, trust_remote_code=True)
     calls: list[_Call] | None = None
     # Fake tensors have shapes and no memory, as those of the meta device, on which rotary positions do not run.
     with FakeTensorMode(allow_non_fake_inputs=True), no_init_weights(), suppress(_NotComparable):
-        options: dict[str, Any] = {"dtype": torch.float32, "trust_remote_code": own_code is not None}
+        # In bf16, the one dtype in which transformers 5 multiplies by all experts at once without values.
+        options: dict[str, Any] = {"dtype": torch.bfloat16, "trust_remote_code": own_code is not None}
         model = AutoModelForCausalLM.from_config(hf_config, **options).eval()
-        model.config.pad_token_id = None  # older models look for it among the tokens, to warn
+        with suppress(Exception):  # older models look for it among the tokens, to warn; in newer ones it must be given
+            model.config.pad_token_id = None
         backbone_of(model)
         if model.get_output_embeddings() is None:
             raise ConfigError(f"{type(model).__name__} has no output head to distil")
@@ -189,7 +191,8 @@ def _calls(model: Any) -> list[_Call]:
     finally:
         for hook in hooks:
             hook.remove()
-    if len(hidden) == 2 and StorageWeakRef(hidden[0].untyped_storage()) != StorageWeakRef(hidden[1].untyped_storage()):
+    same_dtype = len(hidden) == 2 and hidden[0].dtype == hidden[1].dtype  # Mamba's are cast to the head's dtype
+    if same_dtype and len({StorageWeakRef(tensor.untyped_storage()) for tensor in hidden}) == 2:
         raise ConfigError(
             f"{type(model).__name__} cannot be distilled: it computes something between its backbone and its output "
             "head: choose another model"
@@ -235,10 +238,14 @@ def _lost(call: _Call, kernel: str) -> list[str]:
         return bool((first - second).abs().max() <= _TOLERANCE)
 
     with torch.no_grad():
-        own, plain = result(eager), result(sdpa_attention_forward)
+        own = result(eager)
+        further = [key for key in options if key not in _COMMON and not same(result(eager, (key,)), own)]
+        try:
+            plain = result(sdpa_attention_forward)
+        except ValueError:  # transformers 5 refuses a soft cap itself
+            plain = result(sdpa_attention_forward, tuple(further))
         if same(own, plain):
             return []
-        further = [key for key in options if key not in _COMMON and not same(result(eager, (key,)), own)]
         if not further or not same(result(eager, tuple(further)), plain):
             return ["a part"]
     return [key for key in further if kernel != "flash_attention_2" or key not in _FLASH]

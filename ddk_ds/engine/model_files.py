@@ -38,7 +38,7 @@ from ddk_ds.engine.config_sizes import (
     mlp_width,
 )
 from ddk_ds.engine.stored_tensors import StoredTensor, read_entries
-from ddk_ds.engine.unloaded_models import meta_model
+from ddk_ds.engine.unloaded_models import hf_config_of, meta_model
 from ddk_ds.engine.wrapped_models import text_part
 from ddk_ds.errors import ConfigError, TemporaryError, UserError
 from ddk_ds.files import read_object
@@ -98,7 +98,7 @@ class ModelFiles:
         """
         if trusted and "auto_map" in self.config:
             return AutoConfig.from_pretrained(self.directory, trust_remote_code=True)
-        return AutoConfig.for_model(**self.config)
+        return hf_config_of(self.config)
 
     @property
     def logit_form(self) -> LogitForm:
@@ -226,7 +226,7 @@ def configured_files(config: Path) -> ModelFiles:
     memory.
     """
     values, _ = text_part(json.loads(config.read_text()), {}, str(config))
-    model = meta_model(AutoConfig.for_model(**values))
+    model = meta_model(hf_config_of(values))
     tensors = {name: StoredTensor(config, tuple(tensor.shape)) for name, tensor in model.named_parameters()}
     return ModelFiles(config.parent, values, tensors)
 

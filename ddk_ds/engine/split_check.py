@@ -6,6 +6,7 @@ or after the two, such as ModernBERT's dense layer before the head, would train 
 
 from __future__ import annotations
 
+import re
 from contextlib import ExitStack
 from typing import Any
 
@@ -28,10 +29,14 @@ MAX_TOKENS = 128
 # the model's own class may round again what it makes of them. A missing layer, factor or cap changes logits by a large
 # part of their size.
 _LIMITS = {torch.float32: 1e-3, torch.bfloat16: 2e-2}
+# What torch says of a product of two dtypes.
+_OF_DTYPES = re.compile("dtype|scalar type")
 
 
 def check_split(model: Student | Teacher, input_ids: torch.Tensor, vocab_size: int, key: str, comm: Comm) -> None:
     """Raise ConfigError if the logits of our backbone and head differ from those of the model's class. Collective.
+
+    Raises it too where the model multiplies tensors of different dtypes, as CTRL does in bf16.
 
     Args:
         model: as loaded for training, sharded.
@@ -46,9 +51,17 @@ def check_split(model: Student | Teacher, input_ids: torch.Tensor, vocab_size: i
         bias = None if head.bias is None else head.bias[:vocab_size]
         return apply_form(functional.linear(hidden, head.weight[:vocab_size], bias), head.form)[0]
 
-    with model.evaluating():
-        ours = model(row, logits)
-        theirs = _whole_logits(model.whole, row)[..., :vocab_size].flatten(0, 1).float()
+    try:
+        with model.evaluating():
+            ours = model(row, logits)
+            theirs = _whole_logits(model.whole, row)[..., :vocab_size].flatten(0, 1).float()
+    except RuntimeError as error:
+        if not _OF_DTYPES.search(str(error)):
+            raise
+        raise ConfigError(
+            f"{key}.path: {type(model.whole).__name__} does not compute with all of its parameters in "
+            f"{model.whole.get_output_embeddings().weight.dtype}: set train.precision to fp32, or choose another {key}"
+        ) from error
     difference = torch.stack([(ours - theirs).abs().max(), theirs.abs().max()]).nan_to_num(torch.inf, torch.inf)
     difference, largest = comm.all_reduce_max(difference).tolist()
     limit = _LIMITS[model.whole.get_output_embeddings().weight.dtype] * largest

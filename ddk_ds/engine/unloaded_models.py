@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from ddk_ds.errors import ConfigError
 
@@ -18,7 +19,19 @@ try:
 except ImportError:
     from transformers.modeling_utils import no_init_weights  # type: ignore[attr-defined,no-redef,unused-ignore]
 
-__all__ = ["backbone_of", "meta_model", "no_init_weights", "without_memory"]
+__all__ = ["backbone_of", "hf_config_of", "meta_model", "no_init_weights", "without_memory"]
+
+
+def hf_config_of(values: dict[str, Any]) -> Any:
+    """Return transformers' configuration for the content of a config.json of a model that transformers knows.
+
+    transformers 5 writes infinity, which JSON lacks, as {"__float__": "Infinity"}.
+    """
+
+    def number(part: dict[str, Any]) -> Any:
+        return float(part["__float__"]) if part.keys() == {"__float__"} else part
+
+    return AutoConfig.for_model(**json.loads(json.dumps(values), object_hook=number))
 
 
 def meta_model(hf_config: Any, *, trusted: bool = False) -> Any:

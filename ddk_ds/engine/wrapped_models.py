@@ -11,12 +11,12 @@ from itertools import chain
 from typing import Any
 
 import transformers
-from transformers import CONFIG_MAPPING, AutoConfig
+from transformers import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from ddk_ds.engine.config_sizes import LOGIT_KEYS
 from ddk_ds.engine.stored_tensors import StoredTensor
-from ddk_ds.engine.unloaded_models import backbone_of, meta_model, without_memory
+from ddk_ds.engine.unloaded_models import backbone_of, hf_config_of, meta_model, without_memory
 from ddk_ds.errors import ConfigError
 
 # A checkpoint's names differ from the model's. mypy sees one of transformers 4 and 5.
@@ -59,7 +59,7 @@ def text_part(
         return config, tensors
     name = next(iter(config.get("architectures") or ()), f"a {family}")
     try:
-        hf_config = AutoConfig.for_model(**config)
+        hf_config = hf_config_of(config)
         text_config = hf_config.get_text_config()
         if text_config is hf_config:
             return config, tensors
