@@ -14,7 +14,7 @@ The simulation, part by part:
 - A student's backward gathers again what its forward released, and reduces the gradients of every micro-batch, each
   of 4 bytes or 2 (`train.reduce_dtype`).
 - A kernel that only moves bytes takes the bandwidth of the GPU's memory: the loss's row kernel moves 18 bytes a logit
-  (docs/kernel.md), the optimizer 30 a parameter of the shard.
+  (docs/design.md), the optimizer 30 a parameter of the shard.
 """
 
 from __future__ import annotations

@@ -1,6 +1,9 @@
 """Try every causal language model family of the installed transformers as teacher and as student.
 
-    python -m tools.bench.model_families [--only llama gemma3_text ...] [--json FILE] [--markdown FILE] [--workers 2]
+    python -m tools.bench.model_families [--only llama gemma3_text ...] [--json FILE] [--workers 2]
+
+Of a file that exists already, the families that are tried are written anew. `python -m tools.bench.models_page` makes
+the table of docs/models.md from the files of both versions of transformers.
 
 For each family a model of two small layers is made with random weights. It is loaded as a run loads it, in float32 and
 in bf16, and its logits are compared with those of plain transformers in float32; the student's export is loaded again
@@ -13,6 +16,7 @@ import argparse
 import json
 import multiprocessing
 import os
+import re
 import sys
 import tempfile
 import traceback
@@ -54,6 +58,11 @@ TRIALS = ("teacher fp32", "teacher bf16", "student fp32", "student bf16", "expor
 LIMIT_S = 180
 # Largest difference of logits over the largest logit: rounding, and in bf16 that of two layers' activations too.
 _LIMITS = {"fp32": 1e-4, "bf16": 0.1}
+# What a summary leaves out of a message: where the model lies and its role, and by how much logits differ.
+_OWN = re.compile(
+    r"((teacher|student)(\.path)?|path): |\S*/model(:| (?=cannot)) ?|(?<=choose another) (teacher|student)"
+)
+_NUMBERS = re.compile(r", but differ by up to .*")
 _SERVER = multiprocessing.get_context("forkserver")
 _SERVER.set_forkserver_preload(["tools.bench.model_families"])
 
@@ -108,26 +117,23 @@ _BY_LAYER = ("layer_types", "layers_block_type", "mlp_layer_types", "no_rope_lay
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Try the families and print or write their table. Returns 1 if one is wrong or crashes."""
+    """Try the families and print or write what each gave. Returns 1 if one is wrong or crashes."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="*", metavar="FAMILY", help="try only these (default: all)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write what each trial gave")
-    parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the table")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write what each family gave")
     parser.add_argument("--workers", type=int, default=2, help="families at a time (default: %(default)s)")
     options = parser.parse_args(arguments)
     families = options.only or all_families()
-    found: dict[str, dict[str, str]] = {}
+    found: dict[str, str] = {}
     with ThreadPoolExecutor(options.workers) as pool:
         for family, result in zip(families, pool.map(try_family, families), strict=True):
-            found[family] = result
-            print(f"{family}: {summary(result)}", flush=True)
+            found[family] = summary(result)
+            print(f"{family}: {found[family]}", flush=True)
     if options.json:
-        options.json.write_text(
-            json.dumps({"transformers": transformers.__version__, "families": found}, indent=1) + "\n"
-        )
-    if options.markdown:
-        options.markdown.write_text(table(found))
-    return int(any(word in summary(result) for result in found.values() for word in ("wrong", "crash")))
+        known = json.loads(options.json.read_text())["families"] if options.json.is_file() else {}
+        content = {"transformers": transformers.__version__, "families": dict(sorted({**known, **found}.items()))}
+        options.json.write_text(json.dumps(content, indent=1) + "\n")
+    return int(any(word in line for line in found.values() for word in ("wrong", "crash")))
 
 
 def all_families() -> list[str]:
@@ -141,18 +147,25 @@ def all_families() -> list[str]:
 
 
 def summary(result: dict[str, str]) -> str:
-    """Return a line on a family: "works", or what differs, by trial."""
-    outcomes = dict.fromkeys(result.values())
-    if len(outcomes) == 1:
-        return next(iter(outcomes))
-    return "; ".join(f"{trial}: {outcome}" for trial, outcome in result.items() if outcome != "works")
+    """Return a line on a family: "works", or what each trial that did not work gave, without paths and numbers."""
+    by_outcome: dict[str, list[str]] = {}
+    for trial, outcome in result.items():
+        by_outcome.setdefault(_OWN.sub("", _NUMBERS.sub("", outcome)), []).append(trial)
+    if len(by_outcome) > 1 and any(
+        "student fp32" in trials for outcome, trials in by_outcome.items() if outcome != "works"
+    ):
+        by_outcome["works"] = [trial for trial in by_outcome.get("works", []) if trial != "export"]  # there is none
+        by_outcome = {outcome: trials for outcome, trials in by_outcome.items() if trials}
+    if len(by_outcome) == 1:
+        return next(iter(by_outcome))
+    return "; ".join(f"{_together(trials)}: {outcome}" for outcome, trials in by_outcome.items())
 
 
-def table(found: dict[str, dict[str, str]]) -> str:
-    """Return a Markdown table of the families."""
-    lines = ["| family | result |", "| --- | --- |"]
-    lines += [f"| {family} | {summary(result).replace('|', ' ')} |" for family, result in found.items()]
-    return "\n".join(lines) + "\n"
+def _together(trials: list[str]) -> str:
+    text = ", ".join(trials)
+    for role in ("teacher", "student"):
+        text = text.replace(f"{role} fp32, {role} bf16", role)
+    return text
 
 
 def try_family(family: str) -> dict[str, str]:

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Gemma2ForCausalLM
 
 from ddk_ds.config.sections import Student, Teacher
 from ddk_ds.engine.attention import best_kernel, choose_attention
@@ -38,7 +38,7 @@ def config_of(kind: str, **values: Any) -> dict[str, Any]:
         (config_of("gemma3_text"), "sdpa"),
         (config_of("gemma2"), "eager"),
         (config_of("gemma2", attn_logit_softcapping=50.0), "eager"),
-        (config_of("gemma2", attn_logit_softcapping=None), "sdpa"),
+        (config_of("gemma2", attn_logit_softcapping=None), "sdpa" if Gemma2ForCausalLM._supports_sdpa else "eager"),
         (config_of("gpt_oss", **SINKS), "eager"),  # sinks
         (config_of("mixtral", **SINKS), "sdpa"),  # a mixture of experts, whose routing cannot be run without values
         ({"model_type": "bloom", "vocab_size": 50}, "eager"),  # transformers has no sdpa for it
@@ -89,11 +89,12 @@ def test_a_whole_model_is_loaded_with_its_soft_cap(tmp_path: Path, caplog: pytes
     ids = torch.randint(50, (2, 12), generator=torch.Generator().manual_seed(5))
     plain = {
         kernel: AutoModelForCausalLM.from_pretrained(tmp_path / "gemma2", attn_implementation=kernel)(ids).logits
-        for kernel in ("eager", "sdpa")
+        for kernel in (("eager", "sdpa") if Gemma2ForCausalLM._supports_sdpa else ("eager",))
     }
     with caplog.at_level(logging.WARNING):
         ours = load_model(tmp_path / "gemma2")(ids).logits
-    assert (plain["eager"] - plain["sdpa"]).abs().max() > 0.01, "the cap has no effect"
+    if "sdpa" in plain:  # transformers 5 refuses it
+        assert (plain["eager"] - plain["sdpa"]).abs().max() > 0.01, "the cap has no effect"
     torch.testing.assert_close(ours, plain["eager"])
     assert "attention is computed by eager: sdpa leaves out softcap" in caplog.text
 
