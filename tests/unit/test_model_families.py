@@ -13,8 +13,8 @@ from tools.bench.models_page import DOCS, RESULTS, table, with_table
 
 # Of each mechanism one: wrapped text models, soft caps, sinks, no sdpa, two dtypes, a state between passes, a layer
 # before the head, routers' buffers, joined experts.
-FAMILIES = "gemma3 mistral3 qwen2_5_vl gemma2 gpt_oss bloom mamba apertus recurrent_gemma modernbert-decoder".split()
-FAMILIES += ["glm4_moe", "qwen3_moe"]
+FAMILIES = ["gemma3", "mistral3", "qwen2_5_vl", "gemma2", "gpt_oss", "bloom", "mamba", "apertus", "recurrent_gemma"]
+FAMILIES += ["modernbert-decoder", "glm4_moe", "qwen3_moe"]
 
 
 def test_the_page_has_the_table_of_what_was_found() -> None:
