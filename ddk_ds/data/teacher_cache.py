@@ -70,7 +70,7 @@ class TeacherCache:
         self._conditions = {"format": FORMAT, **conditions}
         self._draws = int(conditions["draws"])
         self._shas = dict(shas)
-        self._bits = max(1, (vocab_size - 1).bit_length())
+        self._bits = id_bits(vocab_size)
         self._vocab_size = vocab_size
         self._known: dict[str, _Known] = {}
         self._parts: dict[str, Split] = {}
@@ -219,6 +219,16 @@ class TeacherCache:
             f"teacher.cache.path {self.path}: part {name} is damaged or incomplete ({error}); delete {PARTS}/{name}: "
             "write_through computes its samples again"
         )
+
+
+def bytes_a_token(draws: int, vocab_size: int) -> float:
+    """Return the bytes that a cache takes for a token of text."""
+    return draws * id_bits(vocab_size) / 8 + np.float32().nbytes
+
+
+def id_bits(vocab_size: int) -> int:
+    """Return the number of bits of a token's id."""
+    return max(1, (vocab_size - 1).bit_length())
 
 
 def pack(ids: npt.NDArray[np.int64], bits: int) -> npt.NDArray[np.uint8]:

@@ -84,8 +84,12 @@ def _answer(plan: Plan) -> str:
         f"{_ceiling(plan)}\n"
         f"{_teacher(plan)}"
         f"disk: {_gb(saved.kept_bytes + saved.export_bytes)} GB for checkpoints and export, "
-        f"{_gb(plan.data.shard_bytes)} GB of shards\n"
+        f"{_gb(plan.data.shard_bytes)} GB of shards{_cache(plan)}\n"
     )
+
+
+def _cache(plan: Plan) -> str:
+    return f", at most {_gb(plan.cache_bytes)} GB of the teacher's cache" if plan.cache_bytes else ""
 
 
 def _ceiling(plan: Plan) -> str:

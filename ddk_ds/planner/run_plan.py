@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from ddk_ds.config import Config
+from ddk_ds.data.teacher_cache import bytes_a_token
 from ddk_ds.engine.flops import RunFlops, run_flops, training_flops
 from ddk_ds.engine.memory_estimate import MEMORY_MARGIN, OPTIMIZER_BYTES
 from ddk_ds.engine.model_files import COMPUTE_BYTES
@@ -80,6 +81,12 @@ class Plan:
     def tokens(self) -> int:
         """Return the number of tokens that the run draws from its start to its end."""
         return self.data.steps * self.config.train.global_batch_samples * self.config.data.sequence_length
+
+    @property
+    def cache_bytes(self) -> float:
+        """Return the bytes of the teacher's cache if every token of the run is another one; 0 without a cache."""
+        section = None if self.config.teacher is None else self.config.teacher.cache
+        return 0.0 if section is None else self.tokens * bytes_a_token(section.draws, self.models.vocab_size)
 
     @property
     def read_bytes_per_s(self) -> float:
@@ -229,6 +236,7 @@ def plan_json(plan: Plan) -> dict[str, Any]:
         "teacher_gathers": None if plan.gathers is None else asdict(plan.gathers),
         "better_place_of_the_teacher": None if plan.better_place is None else asdict(plan.better_place),
         "shard_bytes": plan.data.shard_bytes,
+        "teacher_cache_bytes": plan.cache_bytes,
         "read_bytes_per_s": plan.read_bytes_per_s,
         "checkpoint": asdict(plan.checkpoints),
         "advice": [asdict(advice) for advice in plan.advice],

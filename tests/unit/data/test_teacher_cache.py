@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ddk_ds.data.teacher_cache import PARTS, Said, TeacherCache, pack, unpack
+from ddk_ds.data.teacher_cache import PARTS, Said, TeacherCache, bytes_a_token, pack, unpack
 from ddk_ds.errors import CheckpointError, ConfigError, DataError
 
 VOCAB, DRAWS, LENGTH = 151_646, 12, 7
@@ -60,7 +60,7 @@ def test_numbers_are_packed_to_their_bits(bits: int, count: int, seed: int) -> N
 
 def test_64_draws_of_qwen_take_148_bytes_a_token() -> None:
     ids = np.zeros((1, 64), np.int64)
-    assert len(pack(ids, (VOCAB - 1).bit_length())) + np.float32().nbytes == 148
+    assert len(pack(ids, (VOCAB - 1).bit_length())) + np.float32().nbytes == 148 == bytes_a_token(64, VOCAB)
 
 
 def test_what_was_added_is_there_before_and_after_it_is_written(tmp_path: Path) -> None:

@@ -92,12 +92,28 @@ def test_the_keys(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert found["checkpoint"]["write_s"] == found["checkpoint"]["num_bytes"] / 5e9
     assert found["shard_bytes"] == 4 * 2048 * (28610 * 256 + 10 * 500)
     assert found["read_bytes_per_s"] == 4 * found["tokens_per_s"]
+    assert found["teacher_cache_bytes"] == 0
     assert found["advice"] == []
     printed = " ".join(capsys.readouterr().out.split())
     for text in ("55.51", "KD over CPT", "3.746", "GPU-hours", "simulated step", "assumed", "fits"):
         assert text in printed
     for line in found["assumptions"]:
         assert printed.count(" ".join(line.split())[:60]) == 1, "each assumption is printed once"
+
+
+def test_a_cache_that_is_only_read_costs_a_run_without_its_teacher(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cache = ("teacher.cache.path=said", "teacher.cache.mode=read_only", "teacher.cache.draws=32")
+    found, without = planned(tmp_path, *CLUSTER, *cache), planned(tmp_path, *CLUSTER)
+    # 18 bits of an id of 151,646, and an entropy in float32.
+    assert found["teacher_cache_bytes"] == found["tokens"] * (32 * 18 / 8 + 4)
+    assert f"at most {found['teacher_cache_bytes'] / 1e9:,.2f} GB of the teacher's cache" in " ".join(
+        capsys.readouterr().out.split()
+    )
+    assert found["flops_of_this_run"] - found["controller_flops"] == pytest.approx(without["flops"]["cpt"])
+    assert not any("teacher" in name for name in found["memory_bytes"])
+    assert not any("teacher" in name for name in found["simulated_step"]["parts_s"])
 
 
 def test_a_measured_speed(tmp_path: Path) -> None:
