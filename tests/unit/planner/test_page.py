@@ -62,12 +62,12 @@ def test_the_advice(tmp_path: Path) -> None:
         assert f"| `{one['change']}` | {one['device_bytes'] / 1e9:.2f} | {fits} |" in PAGE
 
 
-def variants_of(out: Path, number: int) -> list[tuple[list[str], list[dict[str, Any]]]]:
-    """Run the page's commands that vary `number` options; words of each command, and what it wrote as JSON."""
+def variants_of(out: Path, number: int, pair: str = "qwen1.5") -> list[tuple[list[str], list[dict[str, Any]]]]:
+    """Run the page's commands for a pair that vary `number` options; words of each, and what it wrote as JSON."""
     results = []
     for command in commands(PAGE):
         words = command.words[2:]
-        if words.count("--vary") == number:
+        if words.count("--vary") == number and any(f"/{pair}" in word for word in words):
             assert plan.main([*words, "--json", str(out)]) == 0
             results.append((words, json.loads(out.read_text())["variants"]))
     return results
@@ -92,6 +92,16 @@ def test_communication_that_nothing_hides(tmp_path: Path) -> None:
     assert len(rows) == 6
     for row in rows:
         assert row in PAGE
+
+
+def test_a_mixture_of_experts_on_a_slow_network(tmp_path: Path) -> None:
+    [(words, variants)] = variants_of(tmp_path / "plan.json", 1, "qwen3_30b_a3b")
+    assert words[words.index("--link-gb-s") + 1] == "3" and len(variants) == 3
+    for variant in variants:
+        [within] = (item.partition("=")[2] for item in variant["overrides"])
+        waits = f"{variant['not_hidden']['teacher']:.1%}"
+        fits = "yes" if variant["fits"] else "no"
+        assert f"| 3 | {within} | {variant['step_s']:.3f} | {variant['tokens_per_s']:,.0f} | {waits} | {fits} |" in PAGE
 
 
 def test_layouts_by_size_and_network(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
