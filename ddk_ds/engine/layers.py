@@ -14,6 +14,7 @@ from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from ddk_ds.config import Model
+from ddk_ds.engine.config_sizes import experts_per_token
 from ddk_ds.errors import ConfigError
 
 _aten = torch.ops.aten
@@ -24,6 +25,7 @@ _KEPT_OPERATORS = {
         _aten.mm,
         _aten.addmm,
         _aten.bmm,
+        _aten._grouped_mm,
         _aten._scaled_dot_product_flash_attention,
         _aten._scaled_dot_product_efficient_attention,
         _aten._scaled_dot_product_cudnn_attention,
@@ -71,6 +73,17 @@ def _with_choices(backbone: nn.Module) -> list[nn.Module]:
     lists = [module for module in backbone.modules() if isinstance(module, nn.ModuleList)]
     parts = dict.fromkeys(part for layers in lists for layer in layers for part in layer.modules())
     return [part for part in parts if any(isinstance(child, nn.ModuleList) for child in part.children())]
+
+
+def experts_kernel(model: Any) -> str:
+    """Return the name of transformers' way to compute a model's experts; "" for a dense model.
+
+    It is "grouped_mm", one product over the experts in one tensor, wherever a family has it (transformers 5). On a GPU
+    that is torch's kernel in bf16, and a loop of products else. A family without it loops over its experts ("eager").
+    """
+    if not experts_per_token(model.config.to_dict()):
+        return ""
+    return getattr(model.config, "_experts_implementation", None) or "eager"
 
 
 def checkpoint_layers(model: Any, mode: bool | str) -> None:

@@ -280,5 +280,7 @@ def _layer_activations(model: Model, shape: ModelShape, tokens: int, length: int
     attention = compute * (2 * shape.attention + 2 * (shape.attention if repeated else shape.key_value))
     if kernel == "eager":
         attention += shape.heads * length * (4 + 2 * compute)  # scores, their softmax in float32, the same rounded
+    if shape.normed_heads:  # in float32, and the same rounded
+        attention += (4 + compute) * (shape.attention + shape.key_value)
     experts = 2 * shape.experts_per_token * shape.hidden * compute
     return tokens * (norms + attention + experts + compute * (4 if shape.gated else 2) * shape.intermediate)

@@ -340,6 +340,8 @@ class ModelShape:
     """Elements of each matrix and of each layer's fused experts, but not of routers; these are part of `tensors`."""
     experts_per_token: int = 0
     """Experts that a token is sent to; 0 in a dense model."""
+    normed_heads: bool = False
+    """True if queries and keys have norms of their own."""
     best_kernel: Kernel = "sdpa"
     """The kernel of its attention if `attn_implementation` is auto."""
 
@@ -406,6 +408,7 @@ def model_shape(files: ModelFiles) -> ModelShape:
             if len(shape) > 1 and (len(shape) == 2 or is_expert(name, shape, values))
             if not is_router(name, shape, values) and not name.endswith("bias")
         ),
+        normed_heads=any(name.endswith("q_norm.weight") for name in shapes),
         best_kernel=best_kernel(files.config),
     )
 

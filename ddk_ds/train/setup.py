@@ -11,6 +11,7 @@ from ddk_ds.data.cache import CachedStore
 from ddk_ds.data.loader import MixtureDataset
 from ddk_ds.data.readers import Readers
 from ddk_ds.engine.flops import step_flops
+from ddk_ds.engine.layers import experts_kernel
 from ddk_ds.engine.monitors import open_writers
 from ddk_ds.engine.runtime import Runtime
 from ddk_ds.engine.split_check import check_split
@@ -145,8 +146,7 @@ def _announce_start(run: Run, start: Start | None) -> None:
         setting["left_out"] = run.inputs.vocabulary.left_out
     if run.config.teacher is not None:
         setting["micro_batches_per_pass"] = run.config.teacher.pass_size
-    if run.student.router is not None:
-        setting["router_aux_loss"] = run.student.router.weight
+    setting |= _experts(run)
     if start is None:
         run.ledger.event("start", **setting, versions=versions())
         return
@@ -158,6 +158,24 @@ def _announce_start(run: Run, start: Start | None) -> None:
     if changed:
         shown = ", ".join(f"{name} {change}" for name, change in changed.items())
         run.progress.say(f"warning: other versions than before, so the last digits may differ: {shown}")
+
+
+def _experts(run: Run) -> dict[str, Any]:
+    """Say how the experts of the run's models are computed, and return that and the weight of the routers' loss."""
+    setting: dict[str, Any] = {}
+    for key, model in (("student", run.student), ("teacher", run.teacher)):
+        if model is not None and (kernel := experts_kernel(model.whole)):
+            setting.setdefault("experts", {})[key] = kernel
+            run.progress.say(f"{key}: its experts are computed by transformers' {kernel}")
+    if "student" in setting.get("experts", {}) and not run.config.preset.freezes_student:
+        router = run.student.router
+        setting["router_aux_loss"] = 0.0 if router is None else router.weight
+        family = type(run.student.whole).__name__
+        weight = (
+            f"weight {router.weight:g} in the loss" if router else f"none for {family}: see student.router_aux_loss"
+        )
+        run.progress.say(f"student: load-balancing loss of its routers: {weight}")
+    return setting
 
 
 def _first_state(dataset: MixtureDataset, seed: int, chunk_tokens: int) -> RunState:

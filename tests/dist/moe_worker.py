@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,8 @@ from transformers import AutoModelForCausalLM
 from ddk_ds.engine.model_files import model_shape, read_model
 from ddk_ds.engine.runtime import Runtime
 from ddk_ds.engine.teacher import load_teacher
+from ddk_ds.train.loop import train
+from tests.dist.resume_worker import prepare
 from tests.dist.tiny import VOCAB, save_model, tiny_config
 
 
@@ -55,3 +59,17 @@ def _round(model: Any) -> int:
             weight.copy_((weight / scale).round() * scale)
             rows += scale.numel()
     return rows
+
+
+def train_until_killed(runtime: Runtime, config_path: str, name: str, lines: int) -> None:
+    """Train until the run's ledger has that many lines; then the first rank kills itself."""
+    run = prepare(runtime, config_path, name)
+    write, ledger = run.ledger.write, run.config.run_dir / "ledger.jsonl"
+
+    def killing(record: dict[str, Any]) -> None:
+        write(record)
+        if runtime.comm.rank == 0 and len(ledger.read_text().splitlines()) >= lines:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    run.ledger.write = killing  # type: ignore[method-assign]
+    train(run)

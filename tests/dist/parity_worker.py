@@ -32,7 +32,7 @@ def compare(
     folder: str,
     tied: bool,
     micro_batches: int,
-    checkpointing: bool,
+    checkpointing: bool | str,
     evaluate: bool,
     method: str,
     shape: dict[str, Any] | None = None,
@@ -89,7 +89,7 @@ def compare(
     }
 
 
-def _config(root: Path, passes: int, checkpointing: bool, method: str, more: dict[str, Any]) -> Config:
+def _config(root: Path, passes: int, checkpointing: bool | str, method: str, more: dict[str, Any]) -> Config:
     sections: dict[str, Any] = {
         "student": {"gradient_checkpointing": checkpointing, **more.get("student", {})},
         "teacher": more.get("teacher", {}),

@@ -11,11 +11,14 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from ddk_ds.config import Config, make_config
+from ddk_ds.config.sections import Student
+from ddk_ds.engine.memory_estimate import _layer_activations as layer_activations
 from ddk_ds.engine.memory_estimate import estimate_memory
 from ddk_ds.engine.model_files import configured_files, model_shape
 from ddk_ds.planner.gpu_memory import changed, estimate, plan_memory, with_micro_batch
@@ -69,6 +72,44 @@ def test_activations_are_torchs(model: str, checkpointing: bool, tmp_path: Path)
     assert parts["activations"] + parts["hidden states"] == pytest.approx(
         held(values, checkpointing=checkpointing), rel=0.1
     )
+
+
+EXPERTS = {"num_experts": 16, "num_experts_per_tok": 8, "moe_intermediate_size": 192}
+
+
+@pytest.mark.skipif(transformers.__version__ < "5", reason="4.57 loops over experts, and keeps a fifth more")
+@pytest.mark.parametrize(("family", "more"), [("qwen3", {}), ("qwen3_moe", EXPERTS), ("olmoe", EXPERTS)])
+def test_what_layers_keep_is_torchs(family: str, more: dict[str, int], tmp_path: Path) -> None:
+    """The tensors that autograd keeps for the backward pass, each memory once; experts need values to choose."""
+    values = {
+        "model_type": family,
+        "hidden_size": 512,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 8,
+        "head_dim": 64,
+    }
+    values |= {
+        "num_key_value_heads": 2,
+        "intermediate_size": more.get("moe_intermediate_size", 1536),
+        "vocab_size": 500,
+    }
+    (tmp_path / "config.json").write_text(json.dumps(values | more))
+    files = configured_files(tmp_path / "config.json")
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**files.config), dtype=torch.bfloat16).train()
+    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    kept: dict[int, torch.Tensor] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        hidden = model.base_model(torch.randint(0, 500, (1, 512)), use_cache=False).last_hidden_state
+    held = sum(tensor.untyped_storage().nbytes() for place, tensor in kept.items() if place not in weights)
+    shape = model_shape(files)
+    layer = layer_activations(Student(path="s"), shape, 512, 512, 2)
+    assert hidden.requires_grad and 3 * layer == pytest.approx(held, rel=0.1)
 
 
 def test_a_measured_gpu_step() -> None:
