@@ -43,7 +43,7 @@ def config_size(config: Mapping[str, Any], name: str) -> int:
 
     Of a list with a size for each layer it is the largest.
     """
-    values = {**config.get("ffn_config", {}), **config}  # DBRX has its experts' sizes in a part of its own
+    values = {**(config.get("ffn_config") or {}), **config}  # DBRX has its experts' sizes in a part of its own
     found = next((values[key] for key in SIZE_KEYS[name] if values.get(key)), 0)
     return int(max(found) if isinstance(found, list) else found)
 
@@ -81,7 +81,7 @@ def mlp_width(config: Mapping[str, Any]) -> int:
     """Return the width of the MLP that a token goes through: of all its experts and shared ones together, or of the
     dense layers if that is larger; 0 if config.json does not say it.
     """
-    values = {**config.get("ffn_config", {}), **config}
+    values = {**(config.get("ffn_config") or {}), **config}
     found = next((values[key] for key in _WIDTHS if values.get(key)), 0)
     plain = int(max(found) if isinstance(found, list) else found)
     chosen = experts_per_token(config)

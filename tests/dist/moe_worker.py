@@ -49,6 +49,23 @@ def int8_teachers(runtime: Runtime, folder: str, kinds: dict[str, dict[str, Any]
     return results
 
 
+def off_in_bf16(runtime: Runtime, folder: str, shape: dict[str, Any]) -> float:
+    """Return how far a teacher in bf16 is from the plain model in bf16, whose routers transformers may keep exact."""
+    root = Path(folder)
+    if runtime.comm.rank == 0:
+        save_model(root / "teacher", vocab=VOCAB, tied=False, seed=2, **shape)
+    runtime.comm.barrier()
+    config = tiny_config(root, teacher={"attn_implementation": "eager"}, train={"precision": "bf16"})
+    teacher = load_teacher(config, read_model(root / "teacher", "teacher.path"), VOCAB, runtime.comm)
+    ids = torch.randint(0, VOCAB, (8, 24), generator=torch.Generator().manual_seed(0))
+    [hidden] = teacher.hidden([ids])
+    plain = AutoModelForCausalLM.from_pretrained(
+        root / "teacher", dtype=torch.bfloat16, attn_implementation="eager"
+    ).base_model(ids, use_cache=False)
+    exact = plain.last_hidden_state.flatten(0, 1).float()
+    return float((hidden.float() - exact).abs().mean() / exact.abs().mean())
+
+
 @torch.no_grad()
 def _round(model: Any) -> int:
     """Round the matrices of a model's layers to 8 bits, but no router's; return their rows."""
