@@ -31,7 +31,7 @@ def test_a_mixture_teaches_over_three_kills(workspace: Path, tmp_path: Path) -> 
     sections: dict[str, Any] = {
         "mixture": {"interval_steps": 2},
         "stop": {"steps": 8},
-        "checkpoint": {"every_steps": 2},
+        "checkpoint": {"every_steps": 2, "in_background": False},  # complete before the step after it
     }
     sections |= {"train": {"micro_batch_samples": 1}, "teacher": {"path": written(workspace, tmp_path)}}
     config = str(write_config(workspace, tmp_path, **sections))
