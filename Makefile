@@ -96,12 +96,13 @@ runs/demo/report/report.html: | runs/demo/summary.json
 clean-demo:
 	rm -rf $(DATA) $(foreach run,demo demo-teacher demo-student demo-equal demo-kd,runs/$(run) runs/$(run).log)
 
-# Two workers: one for the tests that start several processes, the other for the rest (tests/sets.py).
+# Two workers: one for the tests that start several processes, the other for the rest; of the long tests a third one has
+# Slurm's, which wait (tests/sets.py).
 test: lint
 	$(BIN)/python -m pytest -n 2 --dist loadscope
 
 test-long: $(READY)
-	$(BIN)/python -m pytest -n 2 --dist loadscope -m long --result=docs/results/test_full.md
+	$(BIN)/python -m pytest -n 3 --dist loadscope -m long --result=docs/results/test_full.md
 
 # pip's transformers, with the rest of .venv under it.
 $(OLDER)/.installed: $(READY)

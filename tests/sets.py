@@ -1,4 +1,4 @@
-"""Which tests `make test` runs, and how its two workers share them.
+"""Which tests `make test` runs, and how pytest's workers share them.
 
 `@pytest.mark.long("reason")` keeps a test out of `make test`, and says why. What stays finds most faults a second:
 units, one real launch, one kill and resume, parity on two ranks.
@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 
-# Their tests start several processes and use both cores: one worker runs all of them, one after another.
-SEVERAL_PROCESSES = ("dist", "e2e", "nodes", "slurm")
+# Their tests start several processes and use both cores: one worker runs all of them, one after another. Those with
+# daemons of their own mostly wait for them: another worker's.
+TOGETHER = {"dist": "several processes", "e2e": "several processes", "nodes": "daemons", "slurm": "daemons"}
 
 
 @pytest.hookimpl(tryfirst=True)  # before the tests are deselected by their marks
@@ -43,9 +44,9 @@ def pytest_make_parametrize_id(val: object, argname: str) -> str | None:
 
 
 def group_of(nodeid: str) -> str:
-    """Return the group of a test: the tests of a file share their fixtures, those of several processes one worker."""
+    """Return the group of a test: the tests of a file share their fixtures, those of some rooms a worker."""
     file = Path(nodeid.partition("::")[0])
-    return "several processes" if file.parts[1:2] and file.parts[1] in SEVERAL_PROCESSES else str(file)
+    return TOGETHER.get(file.parts[1], str(file)) if file.parts[1:2] else str(file)
 
 
 def _has_reason(mark: pytest.Mark) -> bool:
