@@ -1,4 +1,4 @@
-"""Cut a student out of a teacher: it keeps the most important layers, and can be made narrower.
+"""Cut a student out of a teacher: it keeps the most important layers and experts, and can be made narrower.
 
 ddk cut-student --teacher DIR --out DIR --layers 12 --shards data/mine [--intermediate 4096]
 
@@ -56,9 +56,14 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--samples", type=int, default=8, help="number of samples of text (default: %(default)s)")
     parser.add_argument("--sequence-length", type=int, default=128, help="tokens of a sample (default: %(default)s)")
     parser.add_argument("--greedy", action="store_true", help="measure again after each dropped layer")
-    parser.add_argument("--intermediate", type=int, help="neurons to keep of each gated MLP (models like Llama)")
+    parser.add_argument("--intermediate", type=int, help="neurons to keep of each gated MLP")
     parser.add_argument(
-        "--hidden", type=int, help="channels to keep (models like Llama); a multiple of the heads, which are all kept"
+        "--hidden", type=int, help="channels to keep (models like Llama and Gemma); a multiple of the heads"
+    )
+    parser.add_argument("--kv-heads", type=int, help="heads of keys and values to keep, each with its heads of queries")
+    parser.add_argument("--experts", type=int, help="experts to keep in each layer: those that the text uses most")
+    parser.add_argument(
+        "--experts-per-token", type=int, help="with --experts: experts that compute a token (default: the teacher's)"
     )
     parser.add_argument("--json", type=Path, help="file for a copy of pruning.json")
     return parse(parser, arguments)

@@ -22,8 +22,9 @@ from ddk_ds.data.store import LocalStore
 from ddk_ds.data.tokenizer import TokenizerInfo
 from ddk_ds.engine import pruning
 from ddk_ds.engine.companion_files import copy_companions
+from ddk_ds.engine.expert_pruning import NUMBER_KEYS, PER_TOKEN_KEYS, Uses, drop_experts, expert_number
 from ddk_ds.engine.model_files import ModelFiles, read_licence
-from ddk_ds.engine.weights import MAX_SHARD_BYTES, TensorSpec, saved_tensors, write_tensors
+from ddk_ds.engine.narrowing import narrow_heads, narrow_hidden, narrow_mlp
 from ddk_ds.engine.whole_models import load_model
 from ddk_ds.errors import ConfigError, DataError
 from ddk_ds.files import new_directory, write_text
@@ -37,6 +38,8 @@ class Result:
     """The ranking of the layers, and the student's loss and size."""
 
     ranking: pruning.Ranking
+    uses: dict[int, Uses]
+    """Tokens of each expert by the student's layers, if experts were dropped."""
     student_loss: float
     """Loss of the written student on the same text, in nats per token."""
     parameters: tuple[int, int]
@@ -58,17 +61,44 @@ def check(options: argparse.Namespace, files: ModelFiles) -> None:
     layers, least = _size(files, "num_hidden_layers"), len(pruning.kept_always(3))
     if not least <= options.layers <= layers:
         raise ConfigError(f"--layers is {options.layers}: must be {least} (first two, last) to the teacher's {layers}")
-    if options.layers == layers and options.intermediate is None and options.hidden is None:
+    widths = {"intermediate": "intermediate_size", "hidden": "hidden_size", "kv_heads": "num_key_value_heads"}
+    if options.layers == layers and all(getattr(options, option) is None for option in (*widths, "experts")):
         raise ConfigError(f"--layers {layers} is all the teacher has: nothing is cut; give fewer")
-    for option, key in (("intermediate", "intermediate_size"), ("hidden", "hidden_size")):
+    for option, key in widths.items():
         wanted = getattr(options, option)
         if wanted is not None and not 1 <= wanted < _size(files, key):
             raise ConfigError(
-                f"--{option} is {wanted}: must be at least 1 and less than the teacher's {files.config[key]}"
+                f"--{option.replace('_', '-')} is {wanted}: must be at least 1 and less than the teacher's "
+                f"{files.config[key]}"
             )
+    if files.config.get("num_kv_shared_layers"):
+        raise ConfigError(
+            f"--teacher: {files.config.get('model_type')} shares keys and values between layers "
+            "(num_kv_shared_layers), so its layers cannot be dropped one by one: choose another teacher to cut"
+        )
+    _check_experts(options, files)
     if options.hidden is not None and options.hidden % (heads := _size(files, "num_attention_heads")):
         fits = max(1, options.hidden // heads) * heads
         raise ConfigError(f"--hidden {options.hidden} is not a multiple of the {heads} attention heads; {fits} is")
+
+
+def _check_experts(options: argparse.Namespace, files: ModelFiles) -> None:
+    total, old = (expert_number(files.config, keys) for keys in (NUMBER_KEYS, PER_TOKEN_KEYS))
+    if options.experts is None:
+        if options.experts_per_token is not None:
+            raise ConfigError("--experts-per-token goes with --experts")
+        return
+    if not 1 <= options.experts < total:
+        raise ConfigError(f"--experts is {options.experts}: must be at least 1 and less than the teacher's {total}")
+    if not 1 <= (wanted := experts_per_token(options, files)) <= min(old, options.experts):
+        raise ConfigError(
+            f"--experts-per-token is {wanted}: must be at least 1, at most the teacher's {old}, and at most --experts"
+        )
+
+
+def experts_per_token(options: argparse.Namespace, files: ModelFiles) -> int:
+    """Return the student's number of experts that compute a token: as asked, or the teacher's if so many are left."""
+    return int(options.experts_per_token or min(expert_number(files.config, PER_TOKEN_KEYS), options.experts))
 
 
 def make_student(options: argparse.Namespace, files: ModelFiles, batches: pruning.Batches) -> Result:
@@ -83,17 +113,29 @@ def make_student(options: argparse.Namespace, files: ModelFiles, batches: prunin
     before = model.num_parameters()
     ranking = pruning.rank_layers(model, batches, options.layers, greedy=options.greedy)
     changes = pruning.keep_layers(model, ranking.kept)
+    model = _as_configured(model, changes, batches)
     # Narrowed after the layers are cut, since the activations then are the student's.
-    if options.intermediate is not None:
-        changes |= pruning.narrow_mlp(model, batches, options.intermediate)
-    if options.hidden is not None:
-        changes |= pruning.narrow_hidden(model, batches, options.hidden)
+    uses: dict[int, Uses] = {}
+    if options.experts is not None:
+        more, uses = drop_experts(model, batches, options.experts, experts_per_token(options, files))
+        changes |= more
+        model = pruning.reconfigured(model, more)
+    for size, narrow in (
+        (options.intermediate, narrow_mlp),
+        (options.kv_heads, narrow_heads),
+        (options.hidden, narrow_hidden),
+    ):
+        if size is not None:
+            more = narrow(model, batches, size)
+            changes |= more
+            model = pruning.reconfigured(model, more)
     after = model.num_parameters()
-    model.to(DTYPES[stored_dtype(files)])
+    for parameter in model.parameters():
+        parameter.data = parameter.to(DTYPES[stored_dtype(files)])
     try:
         with new_directory(options.out) as partial:
             write_model(model, files, changes, partial)
-            result = Result(ranking, _loss_as_written(model.float(), partial, batches), (before, after))
+            result = Result(ranking, uses, _loss_as_written(model.float(), partial, batches), (before, after))
             write_text(partial / "pruning.json", report(options, result))
     except OSError as error:
         raise ConfigError(f"--out {options.out} cannot be written: {error.strerror or error}") from error
@@ -105,13 +147,11 @@ def write_model(model: Any, files: ModelFiles, changes: pruning.Changes, directo
 
     config.json gets the teacher's licence, which is that of the weights kept; its model card is not the student's.
     """
+    model.save_pretrained(directory)  # under the names of a checkpoint, which can be others than the model's
     copy_companions(files.directory, directory)
     write_text(
         directory / "config.json", json.dumps({**files.config, **read_licence(files), **changes}, indent=2) + "\n"
     )
-    tensors = saved_tensors(model)
-    specs = {name: TensorSpec.of(tensor) for name, tensor in tensors.items()}
-    write_tensors(directory, specs, tensors.values(), MAX_SHARD_BYTES)
 
 
 def stored_dtype(files: ModelFiles) -> str:
@@ -176,6 +216,8 @@ def report(options: argparse.Namespace, result: Result) -> str:
         "kept": ranking.kept,
         "intermediate": options.intermediate,
         "hidden": options.hidden,
+        "kv_heads": options.kv_heads,
+        "experts": {str(layer): use._asdict() for layer, use in result.uses.items()} or None,
         "parameters": {"teacher": result.parameters[0], "student": result.parameters[1]},
     }
     return json.dumps(content, indent=1) + "\n"
@@ -200,18 +242,30 @@ def _size(files: ModelFiles, key: str) -> int:
     return value
 
 
-def _loss_as_written(model: Any, directory: Path, batches: pruning.Batches) -> float:
-    """Return the loss of the model in `directory`. Raises ConfigError if it differs from that of `model`.
+def _as_configured(model: Any, changes: pruning.Changes, batches: pruning.Batches) -> Any:
+    """Return the model of the layers kept as its class makes it. Raises ConfigError if that is another model.
 
-    It differs if a layer's kind depends on its number, such as a mixture of experts in every second layer.
+    So it is if a layer's kind depends on its number in a way that the configuration cannot say.
     """
     try:
-        written = pruning.mean_loss(load_model(directory), batches)
-    except ConfigError as error:
-        raise ConfigError(f"--teacher: the cut {type(model).__name__} is no model of its kind: {error}") from error
-    if not math.isclose(written, own := pruning.mean_loss(model, batches), rel_tol=1e-4):
-        raise ConfigError(
-            f"--teacher: the cut {type(model).__name__} has loss {own:.4f}, loaded from its files {written:.4f}: its "
-            "layers depend on their places, and cannot be cut"
-        )
+        result = pruning.reconfigured(model, changes)
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"--teacher: the cut {type(model).__name__} is no model of its kind: {reason}") from error
+    _check_same(model, pruning.mean_loss(result, batches), batches, "as its class makes it")
+    return result
+
+
+def _loss_as_written(model: Any, directory: Path, batches: pruning.Batches) -> float:
+    """Return the loss of the model in `directory`. Raises ConfigError if it differs from that of `model`."""
+    written = pruning.mean_loss(load_model(directory), batches)
+    _check_same(model, written, batches, "loaded from its files")
     return written
+
+
+def _check_same(model: Any, loss: float, batches: pruning.Batches, how: str) -> None:
+    if not math.isclose(loss, own := pruning.mean_loss(model, batches), rel_tol=1e-4):
+        raise ConfigError(
+            f"--teacher: the cut {type(model).__name__} has loss {own:.4f}, {how} {loss:.4f}: its layers depend on "
+            "their places, and cannot be cut"
+        )

@@ -1,14 +1,15 @@
-"""Pruning of a causal LM in memory: ranking of its layers, neurons and channels on a text, and removal of the others.
+"""Pruning of a causal LM in memory: ranking of its layers on a text, and removal of the others.
 
 Layers are ranked by the loss of the model without them (Shortened LLaMA, arXiv 2402.02834), with `greedy` again after
-each removal (SLEB, arXiv 2402.09025); neurons and channels by their mean absolute activation (Minitron, arXiv
-2407.14679). A function that prunes a model changes it in place and returns the changes to its config.json.
+each removal (SLEB, arXiv 2402.09025). What makes a model narrower is in narrowing.py and expert_pruning.py. A function
+that prunes a model changes its weights in place and returns the changes to its config.json; `reconfigured` makes a
+model of both.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +18,7 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
+from ddk_ds.engine.unloaded_models import backbone_of, no_init_weights
 from ddk_ds.errors import ConfigError
 
 Batches = Sequence[torch.Tensor]
@@ -24,10 +26,8 @@ Batches = Sequence[torch.Tensor]
 Changes = dict[str, Any]
 """New values of keys of config.json."""
 
-_LAYER = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
-_READ_HIDDEN = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.gate_proj", "mlp.up_proj")
-_WRITE_HIDDEN = ("self_attn.o_proj", "mlp.down_proj")
-_NORMS = ("input_layernorm", "post_attention_layernorm")
+# Keys of config.json that list the numbers of layers which have no experts, or which have them.
+_LAYER_NUMBERS = ("mlp_only_layers", "moe_layers")
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Ranking:
 
 def decoder_layers(model: Any) -> nn.ModuleList:
     """Return the model's list of decoder layers. Raises ConfigError if `model.layers` does not hold all its layers."""
-    layers = getattr(model.base_model, "layers", None)
+    layers: Any = getattr(backbone_of(model), "layers", None)
     if not isinstance(layers, nn.ModuleList) or len(layers) != getattr(model.config, "num_hidden_layers", None):
         raise ConfigError(
             f"--teacher: {type(model).__name__} is not one stack of decoder layers (model.layers); layers are cut from "
@@ -74,11 +74,12 @@ def losses_without_each(model: Any, batches: Batches) -> tuple[float, list[float
     Without layer i only the layers after i are computed, from the hidden states that the complete model's pass gave to
     layer i. So all N losses together cost N/2 passes. Memory holds the hidden states of one batch at each layer.
     """
-    layers = list(model.base_model.layers)
+    backbone: Any = backbone_of(model)
+    layers = list(backbone.layers)
     full, without = 0.0, [0.0] * len(layers)
     for input_ids in batches:
         calls: list[_Call] = []
-        with _hooks(layer.register_forward_hook(_recorder(calls), with_kwargs=True) for layer in layers):
+        with hooks(layer.register_forward_hook(_recorder(calls), with_kwargs=True) for layer in layers):
             full += _summed_loss(model, input_ids)
         for number, call in enumerate(calls):
             with using_layers(model, [_Replay(call, layers[number]), *layers[number + 1 :]]):
@@ -117,83 +118,69 @@ def rank_layers(model: Any, batches: Batches, keep: int, *, greedy: bool = False
 def keep_layers(model: Any, kept: Sequence[int]) -> Changes:
     """Remove all layers except those with the numbers `kept`, which get this order; return the changes."""
     layers = decoder_layers(model)
-    changes: Changes = {"num_hidden_layers": len(kept)}
-    for key, value in model.config.to_dict().items():
-        if "layer" in key and isinstance(value, list) and len(value) == len(layers):  # such as layer_types
-            changes[key] = [value[number] for number in kept]
-    model.base_model.layers = nn.ModuleList([layers[number] for number in kept])
-    for position, layer in enumerate(model.base_model.layers):
+    changes = _kinds(model.config, kept)
+    backbone: Any = backbone_of(model)
+    backbone.layers = nn.ModuleList([layers[number] for number in kept])
+    for position, layer in enumerate(backbone.layers):
         for module in layer.modules():
             if hasattr(module, "layer_idx"):  # the layer's position in a key-value cache
                 module.layer_idx = position
-    return _configure(model, changes)
+    return configure(model, changes)
 
 
-@torch.no_grad()
-def narrow_mlp(model: Any, batches: Batches, size: int) -> Changes:
-    """Cut each gated MLP to the `size` neurons with the largest mean |act(gate) * up| over the tokens of `batches`.
+def _kinds(config: Any, kept: Sequence[int]) -> Changes:
+    """Return the changes to the configuration by which each kept layer stays what it is.
 
-    The model is changed in place; the changes to its config.json are returned. Raises ConfigError if it is not like
-    Llama.
+    That is its kind of attention (`layer_types`), and whether it has experts, which configurations say in four ways.
     """
-    mlps = [layer.mlp for layer in _llama_like(model, "--intermediate")]
-    sums = [torch.zeros(mlp.down_proj.weight.shape[1], dtype=torch.float64) for mlp in mlps]
-    with _hooks(mlp.down_proj.register_forward_pre_hook(_adder(total)) for mlp, total in zip(mlps, sums, strict=True)):
-        mean_loss(model, batches)
-    for mlp, total in zip(mlps, sums, strict=True):
-        neurons = _largest(total, size)
-        _cut(mlp.gate_proj, neurons, 0, "weight", "bias")
-        _cut(mlp.up_proj, neurons, 0, "weight", "bias")
-        _cut(mlp.down_proj, neurons, 1, "weight")
-    return _configure(model, {"intermediate_size": size})
+    values = config.to_dict()
+    changes: Changes = {"num_hidden_layers": len(kept)}
+    for key, value in values.items():
+        if key in _LAYER_NUMBERS and value is not None:
+            changes[key] = [position for position, number in enumerate(kept) if number in value]
+        elif "layer" in key and isinstance(value, list) and len(value) == config.num_hidden_layers:
+            changes[key] = [value[number] for number in kept]
+    if values.get("first_k_dense_replace"):
+        changes["first_k_dense_replace"] = sum(number < values["first_k_dense_replace"] for number in kept)
+    if (step := values.get("decoder_sparse_step") or 1) > 1:
+        dense = [number for number in kept if (number + 1) % step or number in (values.get("mlp_only_layers") or ())]
+        changes["mlp_only_layers"] = [position for position, number in enumerate(kept) if number in dense]
+        changes["decoder_sparse_step"] = 1
+    return changes
 
 
-@torch.no_grad()
-def narrow_hidden(model: Any, batches: Batches, size: int) -> Changes:
-    """Keep the `size` hidden channels with the largest mean |activation| after the norms, over layers and tokens.
+def reconfigured(model: Any, changes: Changes) -> Any:
+    """Return a model of the changed configuration with the weights of `model`, which were cut to fit it.
 
-    The number and the size (`head_dim`) of attention heads stay. RMS norms divide by the mean over channels, so their
-    weights are multiplied by sqrt(old / new size): removing channels that are zero then does not change the output.
-
-    Raises ConfigError if the model is not like Llama.
+    Its class makes everything else anew: numbers of heads and experts in modules, and buffers that no file holds.
     """
-    layers = _llama_like(model, "--hidden")
-    base, old = model.base_model, model.config.hidden_size
-    norms = [*(getattr(layer, name) for layer in layers for name in _NORMS), base.norm]
-    # Gemma's norms multiply by 1 + weight, and LayerNorm subtracts the mean.
-    if not all(torch.allclose(norm(torch.ones(1, old)), norm.weight, rtol=1e-3, atol=1e-6) for norm in norms):
-        raise ConfigError(f"--hidden: {type(model).__name__} has other norms than Llama's RMSNorm; leave --hidden out")
-    total = torch.zeros(old, dtype=torch.float64)
-    with _hooks(norm.register_forward_hook(_adder(total)) for norm in norms):
-        mean_loss(model, batches)
-    channels = _largest(total, size)
-    for norm in norms:
-        _cut(norm, channels, 0, "weight")
-        norm.weight.mul_(math.sqrt(old / size))
-    for layer in layers:
-        for name in _READ_HIDDEN:
-            _cut(layer.get_submodule(name), channels, 1, "weight")
-        for name in _WRITE_HIDDEN:
-            _cut(layer.get_submodule(name), channels, 0, "weight", "bias")
-    head = model.get_output_embeddings()
-    tied = head.weight is base.embed_tokens.weight
-    _cut(base.embed_tokens, channels, 1, "weight")
-    if tied:
-        head.weight = base.embed_tokens.weight
-    else:
-        _cut(head, channels, 1, "weight")
-    return _configure(model, {"hidden_size": size, "head_dim": layers[0].self_attn.head_dim})
+    values = {**model.config.to_dict(), **changes}
+    config = type(model.config).from_dict(values)
+    with no_init_weights():
+        result = type(model)._from_config(config, attn_implementation=model.config._attn_implementation)
+    result.load_state_dict(model.state_dict(), assign=True)
+    result.tie_weights()
+    return result.eval().requires_grad_(False)
 
 
 @contextmanager
 def using_layers(model: Any, layers: Sequence[nn.Module]) -> Iterator[None]:
-    """Replace the model's layers by `layers` until the end of the block."""
-    original = model.base_model.layers
-    model.base_model.layers = nn.ModuleList(layers)
+    """Replace the model's layers by some of them, or by their replacements, until the end of the block.
+
+    transformers 5 looks up a layer's kind of attention in the configuration by its place, so the kinds move with them.
+    """
+    backbone: Any = backbone_of(model)
+    original, kinds = backbone.layers, getattr(model.config, "layer_types", None)
+    places = {id(layer): place for place, layer in enumerate(original)}
+    backbone.layers = nn.ModuleList(layers)
+    if kinds is not None:
+        model.config.layer_types = [kinds[places[getattr(layer, "stands_for", id(layer))]] for layer in layers]
     try:
         yield
     finally:
-        model.base_model.layers = original
+        backbone.layers = original
+        if kinds is not None:
+            model.config.layer_types = kinds
 
 
 def _summed_loss(model: Any, input_ids: torch.Tensor) -> float:
@@ -205,59 +192,20 @@ def _num_labels(batches: Batches) -> int:
     return sum(input_ids[:, 1:].numel() for input_ids in batches)
 
 
-def _llama_like(model: Any, option: str) -> list[Any]:
-    """Return the layers of a model that is made like Llama; raise ConfigError, naming `option`, for another one."""
-    layers = list(decoder_layers(model))
-    try:
-        for layer in layers:
-            alike = {name for name, _ in layer.named_children()} == _LAYER
-            parts = [layer.get_submodule(name) for name in (*_READ_HIDDEN, *_WRITE_HIDDEN)]
-            if not alike or not all(isinstance(part, nn.Linear) for part in parts):
-                raise AttributeError
-        if not all(isinstance(getattr(model.base_model, name), nn.Module) for name in ("embed_tokens", "norm")):
-            raise AttributeError
-    except AttributeError:
-        raise ConfigError(
-            f"{option}: {type(model).__name__} is not made like Llama (gated MLP, two norms a layer); its layers alone "
-            f"can be cut: leave {option} out"
-        ) from None
-    return layers
-
-
-def _largest(totals: torch.Tensor, size: int) -> torch.Tensor:
-    """Return the indices (size,) of the `size` largest elements of `totals` (C,); the indices ascend."""
-    return totals.topk(size).indices.sort().values
-
-
-def _cut(module: Any, indices: torch.Tensor, dim: int, *names: str) -> None:
-    for name in names:
-        parameter = getattr(module, name)
-        if parameter is not None:
-            setattr(module, name, nn.Parameter(parameter.index_select(dim, indices), requires_grad=False))
-
-
-def _configure(model: Any, changes: Changes) -> Changes:
+def configure(model: Any, changes: Changes) -> Changes:
+    """Change the model's configuration, and return the changes."""
     for key, value in changes.items():
         setattr(model.config, key, value)
     return changes
 
 
 @contextmanager
-def _hooks(handles: Iterator[Any]) -> Iterator[None]:
+def hooks(handles: Iterable[Any]) -> Iterator[None]:
+    """Keep hooks, which were registered while `handles` is read, until the end of the block."""
     with ExitStack() as stack:
         for handle in handles:
             stack.callback(handle.remove)
         yield
-
-
-def _adder(total: torch.Tensor) -> Callable[..., None]:
-    """Return a hook that adds |output| of a forward hook, or |input| of a pre-hook, (..., C), to `total` (C,)."""
-
-    def add(_module: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor | None = None) -> None:
-        values = args[0] if output is None else output
-        total.add_(values.flatten(0, -2).abs().sum(0, dtype=torch.float64))
-
-    return add
 
 
 def _recorder(calls: list[_Call]) -> Callable[..., None]:
@@ -283,6 +231,7 @@ class _Replay(nn.Module):
     def __init__(self, call: _Call, layer: nn.Module) -> None:
         super().__init__()
         self._call = call
+        self.stands_for = id(layer)
         self.attention_type = getattr(layer, "attention_type", None)  # some models choose a layer's mask by it
 
     def forward(self, *_args: Any, **_kwargs: Any) -> Any:
