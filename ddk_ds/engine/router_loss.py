@@ -19,6 +19,8 @@ from ddk_ds.errors import ConfigError
 _COEFFICIENTS = ("router_aux_loss_coef", "moe_loss_weight", "aux_loss_coef")
 """Attributes of transformers' models that hold the loss's weight: most families', DBRX's, JetMoE's."""
 
+_ARGUMENTS = ["num_experts", "top_k", "attention_mask"]
+
 
 @dataclass(frozen=True)
 class RouterLoss:
@@ -27,12 +29,12 @@ class RouterLoss:
     weight: float
     num_experts: int
     experts_per_token: int
-    function: Callable[[Sequence[torch.Tensor], int, int], torch.Tensor]
-    """transformers' function of the router logits (B*L, experts) of each layer."""
+    function: Callable[[Sequence[torch.Tensor], int, int, None], torch.Tensor]
+    """transformers' function of the router logits (B*L, experts) of each layer; its last argument is a mask."""
 
     def __call__(self, logits: Sequence[torch.Tensor]) -> torch.Tensor:
         """Return the loss of a micro-batch, without its weight, from the router logits of its layers."""
-        return self.function(logits, self.num_experts, self.experts_per_token)
+        return self.function(logits, self.num_experts, self.experts_per_token, None)
 
 
 def router_loss(model: Any, wanted: float | Literal["auto"]) -> RouterLoss | None:
@@ -43,7 +45,7 @@ def router_loss(model: Any, wanted: float | Literal["auto"]) -> RouterLoss | Non
     function = getattr(sys.modules[type(model).__module__], "load_balancing_loss_func", None)
     own = next((getattr(model, name) for name in _COEFFICIENTS if hasattr(model, name)), None)
     num_experts, chosen = (getattr(model, name, None) or 0 for name in ("num_experts", "num_experts_per_tok"))
-    known = function is not None and list(inspect.signature(function).parameters)[1:3] == ["num_experts", "top_k"]
+    known = function is not None and list(inspect.signature(function).parameters)[1:] == _ARGUMENTS
     if not known or own is None or num_experts < 2:
         if wanted not in ("auto", 0):
             raise ConfigError(
