@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +22,16 @@ from ddk_ds.errors import DataError
 EOS_TOKEN = "<|endoftext|>"
 PAD_TOKEN = "<|pad|>"
 _RANK = re.compile(rb"[A-Za-z0-9+/]+={0,2} \d+")
-_BOS_OF_CLASS = {
-    "LlamaTokenizer": ("<s>", True),
-    "CodeLlamaTokenizer": ("<s>", True),
-    "GemmaTokenizer": ("<bos>", True),
-    "CohereTokenizer": ("<BOS_TOKEN>", True),
-    "GPTNeoXTokenizer": ("<|endoftext|>", False),
-}
-"""Tokenizer classes of transformers that go by `add_bos_token` and not by tokenizer.json: the defaults of both."""
+_GOES_BY_FILE = int(version("transformers").partition(".")[0]) >= 5
+"""True for transformers 5, which leaves BOS to tokenizer.json and ignores `add_bos_token`, but for two classes."""
+_BOS_OF_CLASS = {"CodeLlamaTokenizer": ("<s>", True), "GPTNeoXTokenizer": ("<|endoftext|>", False)}
+"""Tokenizer classes of transformers that do not go by tokenizer.json: their BOS, and the default of `add_bos_token`."""
+if not _GOES_BY_FILE:
+    _BOS_OF_CLASS |= {
+        "LlamaTokenizer": ("<s>", True),
+        "GemmaTokenizer": ("<bos>", True),
+        "CohereTokenizer": ("<BOS_TOKEN>", True),
+    }
 
 
 @dataclass(frozen=True)
@@ -153,7 +156,8 @@ def _bos(directory: Path, tokenizer: Tokenizer, named: str | None) -> tuple[int,
     if name in _BOS_OF_CLASS:
         token, adds = _BOS_OF_CLASS[name]
         number = tokenizer.token_to_id(named or token)
-        return (number,) if config.get("add_bos_token", adds) and number is not None else ()
+        adds = adds if _GOES_BY_FILE else config.get("add_bos_token", adds)
+        return (number,) if adds and number is not None else ()
 
     return added_before(lambda text, **options: encode(tokenizer, text, **options).ids)
 

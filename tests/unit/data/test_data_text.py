@@ -125,9 +125,7 @@ def test_bos_is_what_transformers_puts_before_a_text(tmp_path: Path, kind: str, 
 
 def test_add_bos_of_the_recipe_overrides_the_tokenizer(tmp_path: Path) -> None:
     with_bos = make_tokenizer("unigram", TEXTS, tmp_path / "with")
-    without = make_tokenizer(
-        "llama_2", TEXTS, tmp_path / "without", tokenizer_class="LlamaTokenizer", add_bos_token=False
-    )
+    without = make_tokenizer("byte_level", TEXTS, tmp_path / "without", tokenizer_class="GPTNeoXTokenizer")
     for number, (directory, option, count) in enumerate(
         ((with_bos, "false", 0), (with_bos, "true", 60), (without, "auto", 0), (without, "true", 60))
     ):
