@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from ddk_ds.comm import Comm
+from ddk_ds.comm import Comm, call_together
 from ddk_ds.config import Loss
 from ddk_ds.data.loader import MixtureDataset
 from ddk_ds.data.teacher_cache import Said, TeacherCache
@@ -33,7 +33,7 @@ Place = tuple[str, int]
 """Domain of a sample, and its number in the domain."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class CachedTeacher:
     """A cache of a teacher, and how it is filled."""
 
@@ -42,25 +42,37 @@ class CachedTeacher:
     draws: int
     seed: int
     comm: Comm
+    complete: bool = False
+    """True if every rank has found all samples of the interval: the teacher is not asked, and no rank waits for it."""
 
     def places(self, batch: Batch) -> list[Place]:
         """Return the places of the samples of a micro-batch."""
         assert batch.sample_id is not None, "the loop gives the ids of its samples"
         return [self.dataset.place(sample_id) for sample_id in batch.sample_id.tolist()]
 
-    def check_complete(self, sample_ids: npt.NDArray[np.int64]) -> None:
-        """Raise DataError if the cache lacks some of the samples with these global ids (n,)."""
+    def look_for(self, sample_ids: npt.NDArray[np.int64], *, required: bool) -> None:
+        """Look for the samples with these global ids (n,), which are an interval's, and set `complete`. Collective.
+
+        Raises DataError on every rank if they are `required` and the cache lacks some.
+        """
+        found = self.comm.gather_objects(call_together(self.comm, lambda: self._missing(sample_ids)))
+        missing: dict[str, int] = next(filter(None, found), {})
+        if missing and required:
+            shown = ", ".join(f"{count:,} of {name}" for name, count in missing.items())
+            raise DataError(
+                f"teacher.cache.path {self.store.path} lacks samples that the next interval draws: {shown}. "
+                "teacher.cache.mode is read_only: set teacher.cache.mode=write_through, which computes and keeps them"
+            )
+        self.complete = not missing
+
+    def _missing(self, sample_ids: npt.NDArray[np.int64]) -> dict[str, int]:
+        self.store.refresh()  # other ranks and runs write too
         missing = {}
         ends = self.dataset.sample_offsets + self.dataset.sizes
         for name, first, end in zip(self.dataset.names, self.dataset.sample_offsets, ends, strict=True):
             wanted = np.unique(sample_ids[(sample_ids >= first) & (sample_ids < end)]) - first
             missing[name] = len(np.setdiff1d(wanted, self.store.known(name), assume_unique=True))
-        if any(missing.values()):
-            shown = ", ".join(f"{count:,} of {name}" for name, count in missing.items() if count)
-            raise DataError(
-                f"teacher.cache.path {self.store.path} lacks samples that the next interval draws: {shown}. "
-                "teacher.cache.mode is read_only: set teacher.cache.mode=write_through, which computes and keeps them"
-            )
+        return {name: count for name, count in missing.items() if count}
 
 
 class CachedDistillation(Stateless):
@@ -91,8 +103,9 @@ class CachedDistillation(Stateless):
         """
         places = [self._cached.places(batch) for batch in batches]
         said = [[self._cached.store.read(*place) for place in of_batch] for of_batch in places]
-        if self._teacher is not None and self._missing_anywhere(said, batches[0].input_ids.device):
-            self._ask(self._teacher, batches, places, said)
+        teacher = None if self._cached.complete else self._teacher
+        if teacher is not None and self._missing_anywhere(said, batches[0].input_ids.device):
+            self._ask(teacher, batches, places, said)
         return said
 
     def loss(self, student: Student, batch: Batch, teacher_output: TeacherDraws | None) -> KDLoss:

@@ -158,7 +158,7 @@ def _train_interval(run: Run, ids: Ids) -> None:
     comm, state, config = run.runtime.comm, run.state, run.config
     state.leave_out()
     if run.cached is not None:
-        call_together(comm, lambda: run.require_cached(ids[state.data.consumed :]))
+        run.cached.look_for(ids[state.data.consumed :], required=run.teacher is None)
     method = run.make_method()
     batches = interval_loader(
         run.dataset,

@@ -13,7 +13,6 @@ from ddk_ds.engine.student import Student
 from ddk_ds.engine.teacher import Teacher
 from ddk_ds.kernels import Options
 from ddk_ds.methods import CachedTeacher, Method, make_method
-from ddk_ds.mixture.order import Ids
 from ddk_ds.train.checkpoint.saver import Saver
 from ddk_ds.train.inputs import Inputs
 from ddk_ds.train.interruption import Interruption
@@ -67,12 +66,6 @@ class Run:
         self.progress.say(message)
         self.ledger.event(kind, **values)
 
-    def require_cached(self, sample_ids: Ids) -> None:
-        """Raise DataError if the teacher is not loaded and its cache lacks some of these samples."""
-        if self.cached is not None and self.teacher is None:
-            self.cached.store.refresh()
-            self.cached.check_complete(sample_ids)
-
     def publish_teacher(self) -> None:
         """Write what this rank's teacher has said since the last time to the cache, if there is one.
 
@@ -80,7 +73,6 @@ class Run:
         """
         if self.cached is not None:
             self.cached.store.publish()
-            self.cached.store.refresh()  # other ranks and runs write too
 
     def make_method(self) -> Method:
         """Make the method of the configuration from its state; it serves one interval."""
