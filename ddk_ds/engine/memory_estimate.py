@@ -105,13 +105,15 @@ def estimate_memory(
     resident = {"CUDA context and NCCL": libraries if device_type == "cuda" else 0}
     host = {"process": PROCESS_BYTES}
     weights: dict[str, tuple[Model, ModelShape]] = {"student shards": (config.student, student)}
-    per_pass = 1  # micro-batches in one pass of the teacher
+    per_pass, converted = 1, 0  # micro-batches in one pass of the teacher; bytes of a layer's experts out of 8 bits
     if config.teacher is None or not config.loads_teacher:
         teacher = None
     else:
         micro_batches = config.train.global_batch_samples // (config.train.micro_batch_samples * world_size)
         per_pass = max(1, min(config.teacher.pass_size, micro_batches))
         if teacher is not None:
+            if config.teacher.quantize == "int8" and teacher.experts_per_token:
+                converted = compute * teacher.largest_layer
             teacher = teacher.as_sharded(config.teacher, config.train.precision)
             weights["teacher shards"] = (config.teacher, teacher)
     for name, (model, shape) in weights.items():
@@ -126,6 +128,8 @@ def estimate_memory(
     small = sum(size for size in student.tensors if size <= zero["param_persistence_threshold"])
     resident["small parameters"] = compute * small
     passes = _passes(config, student, teacher, vocab_size, zero, device_type, per_pass)
+    if converted:
+        passes["teacher's experts out of 8 bits"] = converted
     passes["gradients joined for the reduction"] = _joined_bytes(student, bucket, world_size, compute, reduced)
     return MemoryEstimate(resident, passes, update, host)
 

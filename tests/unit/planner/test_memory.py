@@ -172,3 +172,22 @@ def test_where_the_teacher_lies() -> None:
     assert more == 3 * LENGTH * TEACHER.shape.hidden * 2
     # A step has 16 micro-batches of one sample on a rank.
     assert parts(micro_batches_per_pass=16) == parts(micro_batches_per_pass=99)
+
+
+def test_experts_in_8_bits(tmp_path: Path) -> None:
+    """By hand: of gpt-oss-20b 2 bytes a weight become 1, but not of embedding and head; a layer is held in bf16 too."""
+    files = configured_files(ROOT / "configs/models/gpt-oss-20b.json")
+    shapes = model_shape(files), model_shape(files)
+
+    def passes(**teacher: Any) -> dict[str, int]:
+        config = config_of(teacher={"path": "t", **teacher})
+        estimate = estimate_memory(config, *shapes, 1000, 1)
+        return {**estimate.passes, "shards": estimate.resident["teacher shards"]}
+
+    plain, int8 = passes(), passes(quantize="int8")
+    outside = 2 * 201_088 * 2880 * 2
+    assert plain["shards"] == pytest.approx(2 * 20.915e9, rel=0.001)
+    assert int8["shards"] == pytest.approx((plain["shards"] - outside) / 2 + outside, rel=0.002)
+    experts = 32 * (2880 * 5760 + 2880 * 2880)
+    assert int8["teacher's experts out of 8 bits"] == pytest.approx(2 * experts, rel=0.04)
+    assert "teacher's experts out of 8 bits" not in plain
