@@ -121,8 +121,7 @@ class ModelFiles:
     @property
     def vocab_rows(self) -> int | None:
         """Return the rows of the output head by config.json; None if it does not say them."""
-        text = self.config.get("text_config")
-        return {**self.config, **(text if isinstance(text, dict) else {})}.get("vocab_size")
+        return self.config.get("vocab_size")
 
     def _size(self, name: str) -> int:
         size = config_size(self.config, name)

@@ -56,7 +56,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
         **{"layer_types": KINDS, "sliding_window": 6},
     },
 }
-MIXTURES = [name for name, sizes in FAMILIES.items() if "num_experts_per_tok" in sizes]
+MORE = pytest.mark.long("further families, 30 s of CPU; those of the short tests differ most")
 
 
 def texts(seed: int, rows: int) -> torch.Tensor:
@@ -133,7 +133,13 @@ def of_experts(model: Any, kept: dict[int, Sequence[int]], changes: dict[str, An
     return result
 
 
-@pytest.mark.parametrize("family", MIXTURES)
+@pytest.mark.parametrize(
+    "family",
+    [
+        *("qwen3_moe", "deepseek_v3", "gpt_oss"),
+        *(pytest.param(family, marks=MORE) for family in ("qwen2_moe", "mixtral")),
+    ],
+)
 def test_the_experts_that_a_text_uses_are_kept(family: str) -> None:
     whole, model, held_out = trained(family), trained(family), [few(3, 32)]
     changes, uses = drop_experts(model, [few(1, 8), few(2, 8)], 4, 2)
@@ -167,9 +173,12 @@ def test_groups_of_experts_stay_alike() -> None:
 @pytest.mark.parametrize(
     ("family", "narrow", "size"),
     [
-        *[(family, "narrow_heads", 1) for family in ("llama", "qwen3", "gemma3_text")],
-        *[(family, "narrow_mlp", 16) for family in ("llama", "gemma2", "gemma3_text")],
-        *[(family, "narrow_hidden", 24) for family in ("llama", "qwen3", "gemma2", "gemma3_text")],
+        ("llama", "narrow_heads", 1),
+        ("llama", "narrow_mlp", 16),
+        ("gemma3_text", "narrow_hidden", 24),
+        *[pytest.param(family, "narrow_heads", 1, marks=MORE) for family in ("qwen3", "gemma3_text")],
+        *[pytest.param(family, "narrow_mlp", 16, marks=MORE) for family in ("gemma2", "gemma3_text")],
+        *[pytest.param(family, "narrow_hidden", 24, marks=MORE) for family in ("llama", "qwen3", "gemma2")],
     ],
 )
 def test_the_widths_that_are_active_are_kept(
@@ -186,7 +195,7 @@ def test_the_widths_that_are_active_are_kept(
 
 @pytest.mark.parametrize("family", ["qwen3", "gemma2", "gpt_oss", "qwen3_moe"])
 def test_heads_that_put_out_nothing_go_first(family: str) -> None:
-    model, ids = trained(family), HELD_OUT[0][:4]
+    model, ids = random_model(family), HELD_OUT[0][:4]
     for number, layer in enumerate(model.model.layers):
         group = slice(8 * (number % 2), 8 * (number % 2) + 8)
         for name, parameter in layer.self_attn.v_proj.named_parameters():
@@ -219,7 +228,9 @@ def test_channels_that_are_zero_change_nothing(family: str, tied: bool) -> None:
     torch.testing.assert_close(logits_of(student, ids), before, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("family", ["gemma2", "gemma3_text", "gpt_oss", "deepseek_v3", "qwen2_moe"])
+@pytest.mark.parametrize(
+    "family", ["gemma3_text", "gpt_oss", "deepseek_v3", *(pytest.param(f, marks=MORE) for f in ("gemma2", "qwen2_moe"))]
+)
 def test_kept_layers_stay_of_their_kinds(family: str) -> None:
     whole, model = trained(family), trained(family)
     kept = [0, 2, 3] if family != "qwen2_moe" else [0, 1, 3]
