@@ -75,7 +75,8 @@ def _case(runtime: Runtime, root: Path, layers: int, hidden: int, **sections: An
     rows = torch.randint(0, VOCAB, (STEPS, MICRO_BATCHES, comm.world_size, LENGTH))
     for step in rows:
         batches: Any = [
-            {"input_ids": ids[None], "domain": torch.zeros(1, dtype=torch.int64)} for ids in step[:, comm.rank]
+            {"input_ids": ids[None], **dict.fromkeys(("domain", "sample_id"), torch.zeros(1, dtype=torch.int64))}
+            for ids in step[:, comm.rank]
         ]
         with Collectives() as collectives:
             train_step(

@@ -44,7 +44,7 @@ def measure(runtime: Runtime, folder: str, layers: int, hidden: int, length: int
 
     def step(number: int) -> None:
         ids = torch.full((1, length), number + comm.rank)
-        batch: Any = {"input_ids": ids, "domain": torch.zeros(1, dtype=torch.int64)}
+        batch: Any = {"input_ids": ids, **dict.fromkeys(("domain", "sample_id"), torch.zeros(1, dtype=torch.int64))}
         rates: dict[str, Any] = {"learning_rate": 1e-3, "progress": 0.0, "num_domains": 1}
         train_step(student, method, [batch] * MICRO_BATCHES, **rates, device=runtime.device, comm=comm)
 

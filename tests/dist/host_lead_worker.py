@@ -66,7 +66,8 @@ def _gathered(runtime: Runtime, device: SlowDevice, root: Path, *, whole_layers:
     method = make_method(config, teacher, Options(VOCAB, gamma=0.0, chunk_tokens=16), 1, {})
     for step in range(2):  # the second with a complete trace
         ids = torch.full((SAMPLES, LENGTH), step + comm.rank)
-        batch: Any = {"input_ids": ids, "domain": torch.zeros(SAMPLES, dtype=torch.int64)}
+        zeros = torch.zeros(SAMPLES, dtype=torch.int64)
+        batch: Any = {"input_ids": ids, "domain": zeros, "sample_id": zeros}
         train_step(
             student,
             method,

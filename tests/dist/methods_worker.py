@@ -98,7 +98,7 @@ def _step(
     comm = runtime.comm
     samples, domains = _samples()
     batches: Any = [
-        {"input_ids": rows[comm.rank], "domain": labels[comm.rank]}
+        {"input_ids": rows[comm.rank], "domain": labels[comm.rank], "sample_id": labels[comm.rank]}
         for rows, labels in zip(samples.reshape(2, 2, 2, LENGTH), domains.reshape(2, 2, 2), strict=True)
     ]
     gradients: dict[str, torch.Tensor] = {}

@@ -60,7 +60,10 @@ def compare(
     for step, samples in enumerate(_batches(0, STEPS)):
         rate = learning_rate(step, STEPS, config.optimizer)
         rows = samples.reshape(micro_batches, comm.world_size, -1, LENGTH)[:, comm.rank]
-        batch: Any = [{"input_ids": r, "domain": torch.zeros(len(r), dtype=torch.int64)} for r in rows]
+        batch: Any = [
+            {"input_ids": r, **dict.fromkeys(("domain", "sample_id"), torch.zeros(len(r), dtype=torch.int64))}
+            for r in rows
+        ]
         metrics.append(
             train_step(
                 student,

@@ -58,7 +58,8 @@ def _steps(runtime: Runtime, root: Path, method: str, sections: dict[str, Any]) 
     results: dict[str, Any] = {"losses": [], "bytes": [], "left": 0}
     for step in rows:
         rank_rows = step.reshape(MICRO_BATCHES, comm.world_size, SAMPLES, LENGTH)[:, comm.rank]
-        batches: Any = [{"input_ids": ids, "domain": torch.zeros(SAMPLES, dtype=torch.int64)} for ids in rank_rows]
+        zeros = torch.zeros(SAMPLES, dtype=torch.int64)
+        batches: Any = [{"input_ids": ids, "domain": zeros, "sample_id": zeros} for ids in rank_rows]
         metrics = train_step(
             student,
             method_object,
