@@ -64,7 +64,8 @@ _OWN = re.compile(
 )
 _NUMBERS = re.compile(r", but differ by up to .*")
 _SERVER = multiprocessing.get_context("forkserver")
-_SERVER.set_forkserver_preload(["tools.bench.model_families"])
+# The others are what an engine's first step imports: half of a family's time.
+_SERVER.set_forkserver_preload(["tools.bench.model_families", "deepspeed.module_inject", "torch._inductor.compile_fx"])
 
 # A value for whichever of these keys a family's configuration has.
 SMALL: dict[str, Any] = {
