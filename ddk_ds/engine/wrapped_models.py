@@ -68,13 +68,15 @@ def text_part(
                 f"{where}: {name} wraps a text model ({text_config.model_type}) that transformers does not have by "
                 "itself as a causal language model: choose a text model of the same family"
             )
+        if not hasattr(transformers, name):
+            raise ValueError("config.json does not name a class of transformers (architectures)")
         wrapper = without_memory(lambda: getattr(transformers, name)(hf_config))
         text = meta_model(text_config)
         places = _places(wrapper, text)
     except (ValueError, TypeError, AttributeError, ImportError, KeyError) as error:
         if isinstance(error, ConfigError):
             raise
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = " ".join(str(error).split()) or type(error).__name__  # such as a package that the wrapper needs
         raise ConfigError(f"{where}: the text model in {name} cannot be taken out: {reason}") from error
     code = inspect.getsource(type(wrapper))
     for key in chain.from_iterable(LOGIT_KEYS.values()):

@@ -221,7 +221,7 @@ def _unmade(family: str, error: Exception) -> str:
         text_part({**config, "architectures": [classes[family]]}, {}, "path")
     except UserError as refusal:
         return f"refused: {_line(refusal)}"
-    return f"no small model can be made of it here: {_line(error)}"
+    return f"not tried, since no small model can be made of it here: {_line(error)}"
 
 
 def outcome_of(trial: Callable[[], str]) -> str:
@@ -297,7 +297,10 @@ def _plain(directory: Path, auto: Any, dtype: torch.dtype = torch.float32, kerne
 
 @torch.no_grad()
 def _logits(model: Any) -> torch.Tensor:
-    logits: torch.Tensor = model(_ids(), use_cache=False).logits[0]
+    try:
+        logits: torch.Tensor = model(_ids(), use_cache=False).logits[0]
+    except (AttributeError, TypeError):  # some wrappers do not run without an image; their text model does
+        logits = model.language_model(_ids(), use_cache=False).logits[0]
     return logits.float()
 
 

@@ -34,7 +34,7 @@ def with_table(page: str, lines: str) -> str:
 
 
 def table(results: Sequence[dict[str, Any]]) -> str:
-    """Return the Markdown table of all families: a column for each result, a dash where transformers lacks a family."""
+    """Return the Markdown table of all families: a column for each result, a dash where one has not been tried."""
     versions = [result["transformers"] for result in results]
     lines = [f"| family | transformers {' | transformers '.join(versions)} |", "| --- |" + " --- |" * len(versions)]
     for family in sorted({family for result in results for family in result["families"]}):

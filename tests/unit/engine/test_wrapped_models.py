@@ -62,3 +62,20 @@ def test_a_text_model_that_transformers_has_only_in_its_wrapper_is_refused(tmp_p
     message = r"teacher.path: .* Qwen2_5_VLForConditionalGeneration wraps a text model \(qwen2_5_vl_text\) that transf"
     with pytest.raises(ConfigError, match=message):
         read_model(tmp_path, "teacher.path")
+
+
+def test_an_fp8_tensor_of_a_wrapped_text_model_keeps_its_scales(tmp_path: Path) -> None:
+    save_model(tmp_path, model_type="gemma3", vocab=VOCAB, tied=True, seed=3)
+    renamed(tmp_path, NAMES["published"])
+    tensors = load_file(tmp_path / "model.safetensors")
+    name = "language_model.model.layers.0.mlp.up_proj.weight"
+    scale = torch.rand(4, 2) + 0.5  # of 16 x 16 blocks of the (64, 32) weight
+    tensors[name] = tensors[name].to(torch.float8_e4m3fn)
+    save_file(tensors | {f"{name}_scale_inv": scale}, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "fp8", "weight_block_size": [16, 16]}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    files = read_model(tmp_path, "teacher.path")
+    found = files.read("model.layers.0.mlp.up_proj.weight")
+    assert files.quantized and "quantization_config" not in files.config
+    torch.testing.assert_close(found, tensors[name].float() * torch.kron(scale, torch.ones(16, 16)), rtol=0, atol=0)
