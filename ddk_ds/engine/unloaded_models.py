@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from ddk_ds.errors import ConfigError
 
@@ -60,6 +60,9 @@ def backbone_of(model: Any) -> nn.Module:
     backbone: Any = model.base_model
     if backbone is model:  # the prefix of Gemma 3's text model is the name of a part that it does not have
         backbone = model.get_decoder()
+    inner = [part for part in model.children() if isinstance(part, PreTrainedModel)]
+    if backbone is model and len(inner) == 1:  # nor does transformers 5 find that of Llama 4's
+        [backbone] = inner
     if backbone is model:
         raise ConfigError(f"{type(model).__name__} has no backbone apart from its head: choose another model")
     assert isinstance(backbone, nn.Module)
