@@ -78,6 +78,8 @@ ELSEWHERE = {
     "make demo": "a clone; its output is docs/results/demo.md",
     "make test": ".ci/run; docs/results/test_full.md is what make test-full writes",
     "make test-full": ".ci/run runs its parts",
+    "pip install -c constraints.txt -e .": "make test-transformers4 has the versions that it brings",
+    "ddk tokenizer --convert models/X": "tests/unit/engine/test_tokenizer_conversion.py",
     "deepspeed launch/distill.py --config my.yaml": "tests/e2e/test_run.py",
     "make clean-demo": "by hand: it deletes what a user has in runs/",
     "ddk distill --hostfile hosts --config my.yaml": "tests/nodes/test_two_nodes.py",

@@ -235,10 +235,11 @@ def saved_bytes(values: dict[str, Any], layers: int, tokens: int) -> int:
     return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
 
 
-# The estimate must not be too low; it counts norms in float32, which LayerNorm does not keep.
+# The estimate must not be too low; it counts norms in float32, which LayerNorm does not keep, and keys and values for
+# each head, which transformers 5 keeps for each group of heads.
 @pytest.mark.parametrize(
     ("model", "most"),
-    [("Qwen1.5-1.8B", 1.02), ("TinyLlama-1.1B-intermediate-step-1431k-3T", 1.02), ("starcoderbase-3b", 1.25)],
+    [("Qwen1.5-1.8B", 1.02), ("TinyLlama-1.1B-intermediate-step-1431k-3T", 1.1), ("starcoderbase-3b", 1.3)],
 )
 def test_activations_of_a_layer(model: str, most: float, tmp_path: Path) -> None:
     values = json.loads((CONFIGS / "models" / f"{model}.json").read_text()) | {"vocab_size": 64}

@@ -37,12 +37,12 @@ STAND_INS = {
         trap 'kill -s USR1 $task' USR1
         while wait $task; kill -0 $task 2>/dev/null; do :; done
         wait $task""",
-    # Ends the batch script when it requeues itself.
+    # Ends all processes of the job when it requeues itself.
     "scontrol": """
         case $1 in
             show) echo node7; echo node8 ;;
             --oneliner) echo "NodeName=$4 Arch=x86_64 NodeAddr=10.0.0.7 NodeHostName=$4" ;;
-            requeue) echo "$2" >> "$STAND_IN/requeued"; kill -s TERM $PPID ;;
+            requeue) echo "$2" >> "$STAND_IN/requeued"; kill -s TERM 0 ;;
             update) echo "$2 $3" >> "$STAND_IN/updated" ;;
         esac""",
     # Replaces the ranks' python; each test writes its behaviour.
