@@ -109,7 +109,7 @@ $(OLDER)/.installed: $(READY)
 	@rm -rf $(OLDER)
 	@$(BIN)/python -m venv $(OLDER)
 	@$(OLDER)/bin/python -m pip install --quiet --no-deps transformers==4.57.6 huggingface_hub==0.36.2 tokenizers==0.22.2
-	@$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
+	@$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"), "$(CURDIR)", sep="\n")' \
 	  > $$($(OLDER)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/below.pth
 	@touch $@
 
