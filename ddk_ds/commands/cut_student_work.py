@@ -22,7 +22,8 @@ from ddk_ds.data.store import LocalStore
 from ddk_ds.data.tokenizer import TokenizerInfo
 from ddk_ds.engine import pruning
 from ddk_ds.engine.companion_files import copy_companions
-from ddk_ds.engine.expert_pruning import NUMBER_KEYS, PER_TOKEN_KEYS, Uses, drop_experts, expert_number
+from ddk_ds.engine.config_sizes import config_size
+from ddk_ds.engine.expert_pruning import Uses, drop_experts
 from ddk_ds.engine.model_files import ModelFiles, read_licence
 from ddk_ds.engine.narrowing import narrow_heads, narrow_hidden, narrow_mlp
 from ddk_ds.engine.whole_models import load_model
@@ -83,22 +84,22 @@ def check(options: argparse.Namespace, files: ModelFiles) -> None:
 
 
 def _check_experts(options: argparse.Namespace, files: ModelFiles) -> None:
-    total, old = (expert_number(files.config, keys) for keys in (NUMBER_KEYS, PER_TOKEN_KEYS))
+    total, old = (config_size(files.config, name) for name in ("experts", "experts per token"))
     if options.experts is None:
         if options.experts_per_token is not None:
             raise ConfigError("--experts-per-token goes with --experts")
         return
     if not 1 <= options.experts < total:
         raise ConfigError(f"--experts is {options.experts}: must be at least 1 and less than the teacher's {total}")
-    if not 1 <= (wanted := experts_per_token(options, files)) <= min(old, options.experts):
+    if not 1 <= (wanted := kept_per_token(options, files)) <= min(old, options.experts):
         raise ConfigError(
             f"--experts-per-token is {wanted}: must be at least 1, at most the teacher's {old}, and at most --experts"
         )
 
 
-def experts_per_token(options: argparse.Namespace, files: ModelFiles) -> int:
+def kept_per_token(options: argparse.Namespace, files: ModelFiles) -> int:
     """Return the student's number of experts that compute a token: as asked, or the teacher's if so many are left."""
-    return int(options.experts_per_token or min(expert_number(files.config, PER_TOKEN_KEYS), options.experts))
+    return int(options.experts_per_token or min(config_size(files.config, "experts per token"), options.experts))
 
 
 def make_student(options: argparse.Namespace, files: ModelFiles, batches: pruning.Batches) -> Result:
@@ -117,7 +118,7 @@ def make_student(options: argparse.Namespace, files: ModelFiles, batches: prunin
     # Narrowed after the layers are cut, since the activations then are the student's.
     uses: dict[int, Uses] = {}
     if options.experts is not None:
-        more, uses = drop_experts(model, batches, options.experts, experts_per_token(options, files))
+        more, uses = drop_experts(model, batches, options.experts, kept_per_token(options, files))
         changes |= more
         model = pruning.reconfigured(model, more)
     for size, narrow in (

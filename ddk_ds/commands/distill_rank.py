@@ -13,7 +13,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 from contextlib import closing
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
@@ -116,24 +116,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(config: Config, readers: Readers, ranks: int, *, dry_run: bool, preflight: bool) -> int:
-    watchdog = Watchdog(config.limits) if "RANK" in os.environ else None
-    if watchdog is not None:
-        set_rank_environment()
-    # Imported here: torch and DeepSpeed take seconds, for which a misspelt key should not have to wait.
-    from ddk_ds.comm import SingleProcess, call_together, watch_ranks
-    from ddk_ds.engine.runtime import start_runtime
-    from ddk_ds.train.inputs import check_inputs
-    from ddk_ds.train.run_dir import check_run_dir, claim_run_dir, run_identity
+    watchdog, runtime, comm, inputs, identity = _meet(config, readers)
+    from ddk_ds.comm import call_together
+    from ddk_ds.train.run_dir import check_run_dir, claim_run_dir
 
-    readers.start()  # before there is anything of NCCL's or CUDA's
-    runtime = None if watchdog is None else start_runtime(config.limits)
-    comm: Comm = SingleProcess() if runtime is None else runtime.comm
-    if runtime is not None:
-        watch_ranks(config.limits.silence_s)
-    inputs = check_inputs(config, comm)
-    for note in inputs.notes:
-        _console().print(note, soft_wrap=True, highlight=False, markup=False)
-    identity = call_together(comm, lambda: run_identity(config, inputs.fingerprints))
     call_together(comm, lambda: check_run_dir(config, identity))
     if dry_run or runtime is None or watchdog is None:
         _report(config, inputs, ranks if runtime is None else comm.world_size)
@@ -162,27 +148,44 @@ def _run(config: Config, readers: Readers, ranks: int, *, dry_run: bool, preflig
     return 0
 
 
+def _meet(config: Config, readers: Readers) -> tuple[Watchdog | None, Runtime | None, Comm, Inputs, dict[str, Any]]:
+    """Let the ranks meet, and check what the run reads; return that, and the run's identity. Collective.
+
+    Without a launcher there is neither a watchdog nor a runtime.
+    """
+    watchdog = Watchdog(config.limits) if "RANK" in os.environ else None
+    if watchdog is not None:
+        set_rank_environment()
+    # Imported here: torch and DeepSpeed take seconds, for which a misspelt key should not have to wait.
+    from ddk_ds.comm import SingleProcess, call_together, watch_ranks
+    from ddk_ds.engine.runtime import start_runtime
+    from ddk_ds.train.inputs import check_inputs
+    from ddk_ds.train.run_dir import run_identity
+
+    readers.start()  # before there is anything of NCCL's or CUDA's
+    runtime = None if watchdog is None else start_runtime(config.limits)
+    comm: Comm = SingleProcess() if runtime is None else runtime.comm
+    if runtime is not None:
+        watch_ranks(config.limits.silence_s)
+    inputs = check_inputs(config, comm)
+    for note in inputs.notes:
+        _console().print(note, soft_wrap=True, highlight=False, markup=False)
+    identity = call_together(comm, lambda: run_identity(config, inputs.fingerprints))
+    return watchdog, runtime, comm, inputs, identity
+
+
 def _teach(config: Config, readers: Readers, samples: float) -> int:
     """Fill the cache of the teacher with that many samples of each domain, and return the exit code. Collective."""
     config.check_teaching()
-    watchdog = Watchdog(config.limits)
-    set_rank_environment()
-    from ddk_ds.comm import watch_ranks
-    from ddk_ds.engine.runtime import start_runtime
-    from ddk_ds.train.inputs import check_inputs
+    watchdog, runtime, comm, inputs, identity = _meet(config, readers)
+    assert watchdog is not None and runtime is not None, "ddk teach has a launcher"
     from ddk_ds.train.interruption import Interrupted
-    from ddk_ds.train.run_dir import run_identity
     from ddk_ds.train.teach import fill_cache
 
-    readers.start()
-    runtime = start_runtime(config.limits)
-    watch_ranks(config.limits.silence_s)
-    inputs = check_inputs(config, runtime.comm)
-    identity = run_identity(config, inputs.fingerprints)
     try:
         done = fill_cache(config, inputs, identity, runtime, watchdog, readers, samples)
     except Interrupted as interrupted:
-        runtime.comm.barrier()
+        comm.barrier()
         _console().print(f"interrupted by {interrupted}: start the same command again to continue", soft_wrap=True)
         return EXIT_INTERRUPTED
     _console().print(done, soft_wrap=True, highlight=False)

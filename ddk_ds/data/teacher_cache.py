@@ -25,7 +25,7 @@ import numpy.typing as npt
 from ddk_ds.data.mds import Split, read_index
 from ddk_ds.data.store import LocalStore
 from ddk_ds.errors import ConfigError, DataError
-from ddk_ds.files import PARTIAL, new_directory, read_object, write_text, written
+from ddk_ds.files import PARTIAL, is_leftover, new_directory, read_object, write_text, written
 
 FORMAT = 1
 CONDITIONS_FILE, PARTS, PERPLEXITIES = "teacher.json", "parts", "perplexities"
@@ -42,6 +42,13 @@ class Said(NamedTuple):
     """(L, draws), ascending in each row."""
     entropy: npt.NDArray[np.float32]
     """(L,), of the softmax that the ids were drawn from."""
+
+
+class _Packed(NamedTuple):
+    """`Said` as a part has it, with the ids in as many bits as the vocabulary needs."""
+
+    ids: bytes
+    entropy: npt.NDArray[np.float32]
 
 
 class _Known(NamedTuple):
@@ -67,26 +74,16 @@ class TeacherCache:
             DataError: a part is damaged.
         """
         self.path = path
-        self._conditions = {"format": FORMAT, **conditions}
         self._draws = int(conditions["draws"])
         self._shas = dict(shas)
         self._bits = id_bits(vocab_size)
         self._vocab_size = vocab_size
         self._known: dict[str, _Known] = {}
-        self._parts: dict[str, Split] = {}
-        self._added: dict[tuple[str, int], Said] = {}
+        self._parts: list[tuple[str, Split]] = []
+        self._added: dict[tuple[str, int], _Packed] = {}
         self._added_bytes = 0
-        self._check_conditions()
+        _check_conditions(path, conditions)
         self.refresh()
-
-    def prepare(self) -> None:
-        """Make the directory, or check it, before anything is added. Raises CheckpointError if it cannot be written."""
-        with written(self.path):
-            (self.path / PARTS).mkdir(parents=True, exist_ok=True)
-            if not (self.path / CONDITIONS_FILE).is_file():
-                write_text(self.path / CONDITIONS_FILE, json.dumps(self._conditions, indent=1))
-            _remove_dead(self.path / PARTS)
-        self._check_conditions()
 
     def known(self, domain: str) -> Numbers:
         """Return the numbers (n,), ascending, of the domain's samples that parts hold."""
@@ -96,7 +93,7 @@ class TeacherCache:
         """Return what is known of a sample; None if nothing is. Raises DataError if its part is damaged."""
         added = self._added.get((domain, number))
         if added is not None:
-            return added
+            return self._unpacked(added)
         known = self._known.get(domain)
         if known is None:
             return None
@@ -107,9 +104,9 @@ class TeacherCache:
 
     def add(self, domain: str, number: int, said: Said) -> None:
         """Keep what the teacher says of a sample, and write a part when there is enough for one."""
-        said = Said(said.ids, said.entropy)
-        self._added[domain, number] = said
-        self._added_bytes += len(pack(said.ids, self._bits)) + said.entropy.nbytes
+        packed = _Packed(pack(said.ids, self._bits).tobytes(), said.entropy)
+        self._added[domain, number] = packed
+        self._added_bytes += len(packed.ids) + packed.entropy.nbytes
         if self._added_bytes >= PART_BYTES:
             self.publish()
 
@@ -126,9 +123,7 @@ class TeacherCache:
         with written(self.path), new_directory(self.path / PARTS / name) as directory:
             with MDSWriter(out=str(directory), columns=columns, hashes=["xxh64"], size_limit=PART_BYTES) as writer:
                 for domain, number in order:
-                    said = self._added[domain, number]
-                    packed = pack(said.ids, self._bits).tobytes()
-                    writer.write({"domain": domain, "number": number, "ids": packed, "entropy": said.entropy})
+                    writer.write({"domain": domain, "number": number, **self._added[domain, number]._asdict()})
                     numbers.setdefault(domain, []).append(number)
             samples = {domain: {"sha": self._shas[domain], "numbers": numbers[domain]} for domain in numbers}
             write_text(directory / _SAMPLES, json.dumps(samples))
@@ -140,9 +135,10 @@ class TeacherCache:
         """Take up the parts that were written since the last time. Raises DataError if one is damaged."""
         folder = self.path / PARTS
         names = sorted(path.name for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
+        opened = {name for name, _ in self._parts}
         found: dict[str, list[_Known]] = {}
         for name in names:
-            if name in self._parts or name.startswith("."):
+            if name in opened or name.startswith("."):
                 continue
             for domain, known in self._open_part(name).items():
                 found.setdefault(domain, [self._known[domain]] if domain in self._known else []).append(known)
@@ -150,26 +146,6 @@ class TeacherCache:
             joined = _Known(*(np.concatenate(column) for column in zip(*parts, strict=True)))
             _, first = np.unique(joined.numbers, return_index=True)
             self._known[domain] = _Known(*(column[first] for column in joined))
-
-    def _check_conditions(self) -> None:
-        path = self.path / CONDITIONS_FILE
-        if not path.is_file():
-            if (self.path / PARTS).is_dir() or (self.path.is_dir() and any(self.path.iterdir())):
-                raise ConfigError(
-                    f"teacher.cache.path {self.path}: it has no {CONDITIONS_FILE}, so it is no teacher's cache: give "
-                    "another directory, which need not exist"
-                )
-            return
-        stored = read_object(path, "delete the cache, or copy it again whole")
-        changed = [key for key in {**stored, **self._conditions} if stored.get(key) != self._conditions.get(key)]
-        if changed:
-            shown = "; ".join(
-                f"{key} {stored.get(key)!r}, the run has {self._conditions.get(key)!r}" for key in changed
-            )
-            raise ConfigError(
-                f"teacher.cache.path {self.path}: it was computed with {shown}: give another directory, or the values "
-                "that it was computed with"
-            )
 
     def _open_part(self, name: str) -> dict[str, _Known]:
         directory = f"{PARTS}/{name}"
@@ -191,7 +167,7 @@ class TeacherCache:
                     "data.path has now: give another directory for the cache, or the data that it was computed of"
                 )
         known, first, part = {}, 0, len(self._parts)
-        self._parts[name] = split
+        self._parts.append((name, split))
         for domain, of_domain in numbers.items():
             places = np.arange(first, first + len(of_domain))
             known[domain] = _Known(of_domain, np.full(len(of_domain), part), places)
@@ -199,25 +175,61 @@ class TeacherCache:
         return known
 
     def _read(self, part: int, place: int, domain: str, number: int) -> Said:
-        name, split = list(self._parts.items())[part]
+        name, split = self._parts[part]
         try:
             record, where = split.record(place)
             if (record["domain"], record["number"]) != (domain, number):
                 raise DataError(f"{where} is {record['domain']} {record['number']}, not {domain} {number}")
-            entropy = record["entropy"]
-            ids = unpack(record["ids"], self._bits)[: len(entropy) * self._draws].reshape(-1, self._draws)
-            if len(ids) != len(entropy):
-                raise DataError(f"{where} has {len(ids)} rows of ids and {len(entropy)} entropies")
-            if int(ids.max(initial=0)) >= self._vocab_size:
-                raise DataError(f"{where} has the id {int(ids.max())}, outside of the vocabulary")
+            said = self._unpacked(_Packed(record["ids"], record["entropy"]))
+            if len(said.ids) != len(said.entropy):
+                raise DataError(f"{where} has {len(said.ids)} rows of ids and {len(said.entropy)} entropies")
+            if int(said.ids.max(initial=0)) >= self._vocab_size:
+                raise DataError(f"{where} has the id {int(said.ids.max())}, outside of the vocabulary")
         except (DataError, OSError, ValueError, KeyError) as error:
             raise self._damaged(name, error) from None
-        return Said(ids, entropy)
+        return said
+
+    def _unpacked(self, packed: _Packed) -> Said:
+        count = len(packed.entropy) * self._draws
+        return Said(unpack(packed.ids, self._bits)[:count].reshape(-1, self._draws), packed.entropy)
 
     def _damaged(self, name: str, error: Exception) -> DataError:
         return DataError(
             f"teacher.cache.path {self.path}: part {name} is damaged or incomplete ({error}); delete {PARTS}/{name}: "
             "write_through computes its samples again"
+        )
+
+
+def make_cache(path: Path, conditions: Mapping[str, Any]) -> None:
+    """Make the directory of a cache, or check that it is one with these conditions, before anything is added.
+
+    Raises ConfigError if it is another cache or something else, CheckpointError if it cannot be written.
+    """
+    _check_conditions(path, conditions)
+    with written(path):
+        path.mkdir(parents=True, exist_ok=True)
+        if not (path / CONDITIONS_FILE).is_file():  # the first: a kill after it leaves a cache without parts
+            write_text(path / CONDITIONS_FILE, json.dumps({"format": FORMAT, **conditions}, indent=1))
+        (path / PARTS).mkdir(exist_ok=True)
+        _remove_dead(path / PARTS)
+
+
+def _check_conditions(path: Path, conditions: Mapping[str, Any]) -> None:
+    file, wanted = path / CONDITIONS_FILE, {"format": FORMAT, **conditions}
+    if not file.is_file():
+        if path.is_dir() and not all(is_leftover(other) for other in path.iterdir()):
+            raise ConfigError(
+                f"teacher.cache.path {path}: it has no {CONDITIONS_FILE}, so it is no teacher's cache: give another "
+                "directory, which need not exist"
+            )
+        return
+    stored = read_object(file, "delete the cache, or copy it again whole")
+    changed = [key for key in {**stored, **wanted} if stored.get(key) != wanted.get(key)]
+    if changed:
+        shown = "; ".join(f"{key} {stored.get(key)!r}, the run has {wanted.get(key)!r}" for key in changed)
+        raise ConfigError(
+            f"teacher.cache.path {path}: it was computed with {shown}: give another directory, or the values that it "
+            "was computed with"
         )
 
 

@@ -15,6 +15,7 @@ SIZE_KEYS = {
     "experts per token": (
         "num_experts_per_tok",
         "num_experts_per_token",
+        "experts_per_token",
         "moe_topk",
         "moe_k",
         "moe_top_k",

@@ -6,19 +6,16 @@ next best one. transformers 4 has a module for each expert, transformers 5 and g
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
+from ddk_ds.engine.config_sizes import SIZE_KEYS, config_size
 from ddk_ds.engine.pruning import Batches, Changes, configure, decoder_layers, hooks, mean_loss
 from ddk_ds.errors import ConfigError
 
-NUMBER_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
-"""Keys of config.json for the number of a layer's experts."""
-PER_TOKEN_KEYS = ("num_experts_per_tok", "experts_per_token", "moe_k", "moe_topk")
-"""Keys for the number of experts that compute a token."""
 _ROUTERS = ("gate", "router")
 
 
@@ -27,11 +24,6 @@ class Uses(NamedTuple):
 
     counts: list[int]
     kept: list[int]
-
-
-def expert_number(config: Mapping[str, Any], keys: tuple[str, ...]) -> int:
-    """Return a number of experts from config.json's content; 0 if it has none."""
-    return next((int(config[key]) for key in keys if isinstance(config.get(key), int)), 0)
 
 
 @torch.no_grad()
@@ -44,7 +36,7 @@ def drop_experts(model: Any, batches: Batches, number: int, per_token: int) -> t
     Raises ConfigError if the model's experts are not made as described above, or if the groups are not alike.
     """
     values = model.config.to_dict()
-    total = expert_number(values, NUMBER_KEYS)
+    total = config_size(values, "experts")
     groups = values.get("n_group") or 1
     if number % groups or per_token > number // groups * (values.get("topk_group") or groups):
         raise ConfigError(
@@ -58,16 +50,15 @@ def drop_experts(model: Any, batches: Batches, number: int, per_token: int) -> t
     tokens = sum(input_ids.numel() for input_ids in batches)
     uses = {}
     for layer, block in blocks.items():
-        if int(counts[layer].sum()) != tokens * expert_number(values, PER_TOKEN_KEYS):
+        if int(counts[layer].sum()) != tokens * config_size(values, "experts per token"):
             raise _unlike(model)
         best = counts[layer].view(groups, -1).topk(number // groups).indices
         kept = (best + torch.arange(groups)[:, None] * (total // groups)).flatten().sort().values
         _keep(block, kept)
         uses[layer] = Uses(counts[layer].tolist(), kept.tolist())
-    sizes = {key: number for key in NUMBER_KEYS if isinstance(values.get(key), int)}
-    return configure(
-        model, sizes | {key: per_token for key in PER_TOKEN_KEYS if isinstance(values.get(key), int)}
-    ), uses
+    sizes = {"experts": number, "experts per token": per_token}
+    changes = {key: size for name, size in sizes.items() for key in SIZE_KEYS[name] if isinstance(values.get(key), int)}
+    return configure(model, changes), uses
 
 
 def _blocks(model: Any) -> dict[int, Any]:

@@ -15,35 +15,10 @@ from transformers import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from ddk_ds.engine.config_sizes import LOGIT_KEYS
+from ddk_ds.engine.stored_names import get_model_conversion_mapping, rename_source_key
 from ddk_ds.engine.stored_tensors import StoredTensor
 from ddk_ds.engine.unloaded_models import backbone_of, hf_config_of, meta_model, without_memory
 from ddk_ds.errors import ConfigError
-
-# A checkpoint's names differ from the model's. mypy sees one of transformers 4 and 5.
-try:
-    from transformers.conversion_mapping import (  # type: ignore[import-not-found,unused-ignore]
-        get_model_conversion_mapping,
-    )
-    from transformers.core_model_loading import (  # type: ignore[import-not-found,unused-ignore]
-        WeightRenaming,
-        rename_source_key,
-    )
-
-    def _renamed(model: Any, names: Iterable[str]) -> dict[str, str]:
-        """Map each name in a checkpoint to the name in the model, but for what is renamed inside of its parts."""
-        whole = [
-            transform
-            for transform in get_model_conversion_mapping(model)
-            if isinstance(transform, WeightRenaming) and not transform.scope_prefix
-        ]
-        present = model.state_dict()
-        return {name: rename_source_key(name, whole, [], model.base_model_prefix, present)[0] for name in names}
-
-except ImportError:
-
-    def _renamed(model: Any, names: Iterable[str]) -> dict[str, str]:  # type: ignore[misc,unused-ignore]
-        found: dict[str, str] = model._get_key_renaming_mapping(list(names), model._checkpoint_conversion_mapping)
-        return found
 
 
 def text_part(
@@ -94,6 +69,17 @@ def text_part(
         "tie_word_embeddings": head is not None and head.weight is embedding.weight,
         **({"dtype": dtype} if dtype else {}),
     }, found
+
+
+def _renamed(wrapper: Any, names: Iterable[str]) -> dict[str, str]:
+    """Map each name in a checkpoint to the name in the wrapper, but for what is renamed inside of its parts."""
+    whole: list[Any] = [
+        transform
+        for transform in get_model_conversion_mapping(wrapper)
+        if not hasattr(transform, "operations") and not getattr(transform, "scope_prefix", None)
+    ]
+    present = wrapper.state_dict()
+    return {name: rename_source_key(name, whole, [], wrapper.base_model_prefix, present)[0] for name in names}
 
 
 def _places(wrapper: Any, text: Any) -> dict[str, str]:

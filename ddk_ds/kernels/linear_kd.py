@@ -5,6 +5,7 @@ Arguments that do not fit are a ConfigError that names them; none of the checks 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
@@ -55,7 +56,7 @@ def linear_kd_loss(
         ConfigError: a shape, dtype, device or option is wrong. A label outside the vocabulary is a RuntimeError, on a
             GPU a device assertion.
     """
-    options = with_chunk_tokens(options, student_hidden)
+    options = _with_chunk_tokens(options, student_hidden)
     student = HeadInput(student_hidden, student_weight, student_bias)
     teacher = _teacher_given(teacher_hidden, teacher_weight, teacher_bias, teacher_topk)
     _check_call(student, teacher, labels, num_valid, valid_rows, weight_grad_buffer, options)
@@ -84,7 +85,7 @@ def linear_nll(
     Raises:
         ConfigError: a shape, dtype, device or option is wrong.
     """
-    options = with_chunk_tokens(replace(options, ce_weight=1.0), hidden)
+    options = _with_chunk_tokens(replace(options, ce_weight=1.0), hidden)
     options.check()
     student = HeadInput(hidden, weight, bias)
     check_head("", student, options.vocab_size)
@@ -105,23 +106,33 @@ def top_k_of(hidden: Tensor, weight: Tensor, k: int, *, options: Options, bias: 
     Raises:
         ConfigError: a shape, dtype or option is wrong, or k is not in 1..vocab_size.
     """
-    options = with_chunk_tokens(options, hidden)
-    options.check()
-    check_head("teacher", HeadInput(hidden, weight, bias), options.vocab_size)
     _check_top_k(k, options.vocab_size)
-    head = Head(weight, bias, options.vocab_size, logits_dtype(hidden, options))
     parts = []
-    for part in hidden.detach().split(options.chunk_tokens):
-        products = part.new_empty(len(part), padded(options.vocab_size), dtype=head.logits_dtype)
-        head.logits(part, products)
-        logits = apply_form(products[:, : options.vocab_size], options.teacher_form)[0] / options.temperature
+    for padded_logits in teacher_logits(HeadInput(hidden, weight, bias), options):
+        logits = padded_logits[:, : options.vocab_size]
         top, log_norm = logits.topk(k, dim=-1), logits.logsumexp(-1, keepdim=True)
         log_tail = log_sum_of_others(logits, top.indices) - log_norm
         parts.append((top.indices, (top.values - log_norm).float(), log_tail.squeeze(1).float()))
     return TeacherTopK(*map(torch.cat, zip(*parts, strict=True)))
 
 
-def with_chunk_tokens(options: Options, hidden: Tensor) -> Options:
+def teacher_logits(teacher: HeadInput, options: Options) -> Iterator[Tensor]:
+    """Yield a teacher's logits at the temperature, (m, W) for a chunk of its tokens; padding may hold anything.
+
+    Raises ConfigError if a tensor or an option is wrong.
+    """
+    hidden, weight, bias = teacher
+    options = _with_chunk_tokens(options, hidden)
+    options.check()
+    check_head("teacher", teacher, options.vocab_size)
+    head = Head(weight, bias, options.vocab_size, logits_dtype(hidden, options))
+    for part in hidden.detach().split(options.chunk_tokens):
+        products = part.new_empty(len(part), padded(options.vocab_size), dtype=head.logits_dtype)
+        head.logits(part, products)
+        yield apply_form(products, options.teacher_form)[0].div_(options.temperature)
+
+
+def _with_chunk_tokens(options: Options, hidden: Tensor) -> Options:
     """Return the options with `default_chunk_tokens` in place of a `chunk_tokens` of 0."""
     if options.chunk_tokens:
         return options

@@ -16,10 +16,9 @@ import torch
 from torch import Tensor
 
 from ddk_ds.errors import ConfigError
-from ddk_ds.kernels.chunked import Head, HeadInput, logits_dtype
-from ddk_ds.kernels.linear_kd import check_head, with_chunk_tokens
-from ddk_ds.kernels.options import ALIGN, Options, TeacherTopK, padded
-from ddk_ds.kernels.rows_eager import apply_form
+from ddk_ds.kernels.chunked import HeadInput
+from ddk_ds.kernels.linear_kd import teacher_logits
+from ddk_ds.kernels.options import ALIGN, Options, TeacherTopK
 
 # A row kernel holds as many numbers of a row in registers.
 MAX_DRAWS = 4_096
@@ -44,9 +43,11 @@ class TeacherDraws(NamedTuple):
         log_shares = (counts / draws).log().masked_fill(again, -torch.inf)
         return TeacherTopK(ids.masked_fill(again, -1), log_shares, torch.full_like(self.entropy, -torch.inf))
 
-    def kl_offset(self) -> Tensor:
-        """Return (n,) float32 to add to a token's divergence to get an estimate of its KL that is right on average."""
-        known = self.known()
+    def kl_offset(self, known: TeacherTopK) -> Tensor:
+        """Return (n,) float32 to add to a token's divergence to get an estimate of its KL that is right on average.
+
+        `known` is what `known()` returns.
+        """
         shares = known.log_probs.exp()
         return -self.entropy - torch.where(known.ids < 0, 0, shares * known.log_probs).sum(1)
 
@@ -70,9 +71,6 @@ def draws_of(
     Raises:
         ConfigError: a shape, dtype or option is wrong, or `draws` is not in 1..4,096.
     """
-    options = with_chunk_tokens(options, hidden)
-    options.check()
-    check_head("teacher", HeadInput(hidden, weight, bias), options.vocab_size)
     if not 1 <= draws <= MAX_DRAWS:
         raise ConfigError(f"draws is {draws}: give 1 to {MAX_DRAWS:,}")
     if sample_ids.dtype != torch.int64 or sample_ids.dim() != 1 or len(hidden) % max(1, len(sample_ids)):
@@ -80,13 +78,12 @@ def draws_of(
             f"sample_ids are {sample_ids.dtype} {tuple(sample_ids.shape)} for {len(hidden)} rows of teacher_hidden: "
             "give int64 (B,), and B * L rows"
         )
-    head = Head(weight, bias, options.vocab_size, logits_dtype(hidden, options))
     keys = _token_keys(seed, sample_ids.to(hidden.device), len(hidden) // max(1, len(sample_ids)))
     ids, entropies = [], []
-    for part, key in zip(hidden.detach().split(options.chunk_tokens), keys.split(options.chunk_tokens), strict=True):
-        products = part.new_empty(len(part), padded(options.vocab_size), dtype=head.logits_dtype)
-        head.logits(part, products)
-        logits = apply_form(products, options.teacher_form)[0].div_(options.temperature)
+    done = 0
+    for logits in teacher_logits(HeadInput(hidden, weight, bias), options):
+        key = keys[done : done + len(logits)]
+        done += len(logits)
         logits[:, options.vocab_size :] = _LOWEST
         logits.sub_(logits.amax(-1, keepdim=True))
         q = logits.softmax(-1)

@@ -7,7 +7,6 @@ added, and are used as they were added.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -21,13 +20,13 @@ from ddk_ds.config import Loss
 from ddk_ds.data.loader import MixtureDataset
 from ddk_ds.data.teacher_cache import Said, TeacherCache
 from ddk_ds.engine.head import OutputHead
-from ddk_ds.engine.student import Student
 from ddk_ds.engine.teacher import Teacher
 from ddk_ds.engine.transfers import to_device
 from ddk_ds.errors import DataError
 from ddk_ds.kernels import KDLoss, Options, TeacherDraws, draws_of, linear_kd_loss
-from ddk_ds.methods.base import IGNORE_INDEX, Batch, Stateless, cross_entropy
-from ddk_ds.methods.distillation import scheduled
+from ddk_ds.methods.base import IGNORE_INDEX, Batch
+from ddk_ds.methods.distillation import WithDivergence
+from ddk_ds.mixture.order import name_key
 
 Place = tuple[str, int]
 """Domain of a sample, and its number in the domain."""
@@ -75,25 +74,17 @@ class CachedTeacher:
         return {name: count for name, count in missing.items() if count}
 
 
-class CachedDistillation(Stateless):
+class CachedDistillation(WithDivergence):
     """CE + gamma * T^2 * KL(teacher, student), the KL from draws that a cache holds."""
 
     def __init__(self, cached: CachedTeacher, teacher: Teacher | None, loss: Loss, options: Options) -> None:
         """Make the method; without a `teacher` every sample must be in the cache."""
-        self._cached, self._teacher, self._loss = cached, teacher, loss
-        self._options = replace(
-            options,
-            temperature=loss.temperature,
-            scale_by_temperature=loss.temperature_squared,
-            divergence="forward_kl",
-        )
+        super().__init__(loss, options)
+        self._cached, self._teacher = cached, teacher
 
     @contextmanager
-    def teacher_outputs(self, batches: Sequence[Batch]) -> Iterator[Sequence[TeacherDraws | None]]:
-        """Yield the teacher's draws at each position (B*L) of each micro-batch; None while gamma is 0."""
-        if self._gamma(batches[0]) == 0:
-            yield [None] * len(batches)
-            return
+    def known(self, batches: Sequence[Batch]) -> Iterator[Sequence[TeacherDraws]]:
+        """Yield the teacher's draws at each position (B*L) of each micro-batch."""
         yield [_as_draws(of_batch, batches[0].labels.device) for of_batch in self.fill(batches)]
 
     def fill(self, batches: Sequence[Batch]) -> list[list[Said | None]]:
@@ -108,18 +99,10 @@ class CachedDistillation(Stateless):
             self._ask(teacher, batches, places, said)
         return said
 
-    def loss(self, student: Student, batch: Batch, teacher_output: TeacherDraws | None) -> KDLoss:
-        """Run the student and return the micro-batch's part of the step's loss.
-
-        It is the cross-entropy alone if `teacher_output` is None.
-        """
-        if teacher_output is None:
-            return student(batch.input_ids, lambda hidden, head: cross_entropy(hidden, head, batch, self._options))
-        return student(batch.input_ids, lambda hidden, head: self._distil(hidden, head, teacher_output, batch))
-
-    def _distil(self, hidden: torch.Tensor, head: OutputHead, draws: TeacherDraws, batch: Batch) -> KDLoss:
-        options = replace(self._options, gamma=self._gamma(batch), student_form=head.form)
-        labels = batch.labels.flatten()
+    def distil(self, hidden: torch.Tensor, head: OutputHead, teacher_output: TeacherDraws, batch: Batch) -> KDLoss:
+        """Compute the micro-batch's part of the loss from hidden (n, Hs) and the teacher's draws (n), n = B*L."""
+        options = replace(self.options_at(batch), student_form=head.form)
+        labels, known = batch.labels.flatten(), teacher_output.known()
         found = linear_kd_loss(
             hidden,
             head.weight,
@@ -129,10 +112,11 @@ class CachedDistillation(Stateless):
             num_valid=batch.num_valid,
             options=options,
             student_bias=head.bias,
-            teacher_topk=draws.known(),
+            teacher_topk=known,
         )
         # Without a gradient: it makes the reported divergence one to the whole teacher, on average.
-        offset = (draws.kl_offset() * (labels != IGNORE_INDEX)).sum(dtype=torch.float64) / batch.num_valid
+        offsets = teacher_output.kl_offset(known) * (labels != IGNORE_INDEX)
+        offset = offsets.sum(dtype=torch.float64) / batch.num_valid
         return found._replace(
             loss=found.loss + (options.kd_weight * offset).to(found.loss.dtype),
             kl=found.kl + offset.to(found.kl.dtype),
@@ -153,7 +137,7 @@ class CachedDistillation(Stateless):
         """Put into `said` what the teacher says of the samples that are None there, and add it to the cache."""
         hidden = teacher.hidden([batch.input_ids for batch in batches])
         with teacher.clock.stage("teacher"), teacher.head.gathered() as head:
-            options = replace(self._options, teacher_form=head.form)
+            options = replace(self.options_at(batches[0]), teacher_form=head.form)
             for states, of_batch, known in zip(hidden, places, said, strict=True):
                 if None not in known:
                     continue
@@ -173,14 +157,10 @@ class CachedDistillation(Stateless):
                         known[row] = Said(ids[row], entropy[row])
                         self._cached.store.add(*of_batch[row], Said(ids[row], entropy[row]))
 
-    def _gamma(self, batch: Batch) -> float:
-        return scheduled(self._loss.gamma, self._loss.gamma_end, batch.progress)
-
 
 def sample_key(domain: str, number: int) -> int:
     """Return the number from which the draws of a sample follow: that of no other domain is near it."""
-    first = int.from_bytes(hashlib.blake2s(domain.encode(), digest_size=8).digest(), "big") >> 2
-    return first + number
+    return (name_key(domain) >> 2) + number
 
 
 def _as_draws(said: Sequence[Said | None], device: torch.device) -> TeacherDraws:

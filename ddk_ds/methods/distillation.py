@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -31,14 +32,13 @@ class ContinuedPretraining(Stateless):
         return student(batch.input_ids, lambda hidden, head: cross_entropy(hidden, head, batch, self._options))
 
 
-class Distillation(Stateless):
-    """CE + gamma * T^2 * D(teacher, student): the loss of every method that differs only in mixture or divergence.
+class WithDivergence(Stateless):
+    """CE + gamma * T^2 * D(teacher, student), whatever is known of the teacher; its subclasses say what that is.
 
     Without T^2 if `loss.temperature_squared` is False.
     """
 
-    def __init__(self, teacher: Teacher, loss: Loss, options: Options) -> None:
-        self._teacher = teacher
+    def __init__(self, loss: Loss, options: Options) -> None:
         self._loss = loss
         self._options = replace(
             options,
@@ -48,54 +48,68 @@ class Distillation(Stateless):
         )
 
     @contextmanager
-    def teacher_outputs(self, batches: Sequence[Batch]) -> Iterator[Sequence[torch.Tensor | None]]:
-        """Yield the teacher's last hidden states (B*L, Ht) of each micro-batch.
-
-        While gamma is 0 the teacher does not run, and each output is None.
-        """
-        if self._gamma(batches[0]) == 0:
+    def teacher_outputs(self, batches: Sequence[Batch]) -> Iterator[Sequence[Any]]:
+        """Yield what is known of the teacher for each micro-batch; None, and nothing is computed, while gamma is 0."""
+        if self.options_at(batches[0]).gamma == 0:
             yield [None] * len(batches)
             return
-        hidden = self._teacher.hidden([batch.input_ids for batch in batches])
-        with self._teacher.shared_head(batches):
-            yield hidden
+        with self.known(batches) as outputs:
+            yield outputs
 
-    def loss(self, student: Student, batch: Batch, teacher_output: torch.Tensor | None) -> KDLoss:
+    def loss(self, student: Student, batch: Batch, teacher_output: Any) -> KDLoss:
         """Run the student and return the micro-batch's part of the step's loss.
 
-        The loss is Eq. 3, or the cross-entropy alone if `teacher_output` is None.
+        The loss is the cross-entropy alone if `teacher_output` is None.
         """
         if teacher_output is None:
             return student(batch.input_ids, lambda hidden, head: cross_entropy(hidden, head, batch, self._options))
         return student(batch.input_ids, lambda hidden, head: self.distil(hidden, head, teacher_output, batch))
 
-    def distil(self, hidden: torch.Tensor, head: OutputHead, teacher_hidden: torch.Tensor, batch: Batch) -> KDLoss:
-        """Compute the micro-batch's part of Eq. 3 from hidden (n, Hs) and teacher_hidden (n, Ht), n = B*L.
+    def known(self, batches: Sequence[Batch]) -> AbstractContextManager[Sequence[Any]]:
+        """Yield one output for each micro-batch, which `distil` takes. Collective."""
+        raise NotImplementedError
 
-        gamma and the temperature are those of `batch.progress`.
-        """
+    def distil(self, hidden: torch.Tensor, head: OutputHead, teacher_output: Any, batch: Batch) -> KDLoss:
+        """Compute the micro-batch's part of the loss from hidden (n, Hs), n = B*L."""
+        raise NotImplementedError
+
+    def options_at(self, batch: Batch) -> Options:
+        """Return the kernel's options with gamma and the temperature of `batch.progress`."""
+        return replace(
+            self._options,
+            gamma=scheduled(self._loss.gamma, self._loss.gamma_end, batch.progress),
+            temperature=scheduled(self._loss.temperature, self._loss.temperature_end, batch.progress),
+        )
+
+
+class Distillation(WithDivergence):
+    """The loss, Eq. 3, of every method that has its teacher in each step and differs in mixture or divergence alone."""
+
+    def __init__(self, teacher: Teacher, loss: Loss, options: Options) -> None:
+        super().__init__(loss, options)
+        self._teacher = teacher
+
+    @contextmanager
+    def known(self, batches: Sequence[Batch]) -> Iterator[Sequence[torch.Tensor]]:
+        """Yield the teacher's last hidden states (B*L, Ht) of each micro-batch."""
+        hidden = self._teacher.hidden([batch.input_ids for batch in batches])
+        with self._teacher.shared_head(batches):
+            yield hidden
+
+    def distil(self, hidden: torch.Tensor, head: OutputHead, teacher_output: torch.Tensor, batch: Batch) -> KDLoss:
+        """Compute the micro-batch's part of Eq. 3 from hidden (n, Hs) and the teacher's (n, Ht), n = B*L."""
         with self._teacher.head.gathered() as teacher_head:
-            options = replace(
-                self._options,
-                gamma=self._gamma(batch),
-                temperature=scheduled(self._loss.temperature, self._loss.temperature_end, batch.progress),
-                student_form=head.form,
-                teacher_form=teacher_head.form,
-            )
             return linear_kd_loss(
                 hidden,
                 head.weight,
-                teacher_hidden,
+                teacher_output,
                 teacher_head.weight,
                 batch.labels.flatten(),
                 num_valid=batch.num_valid,
-                options=options,
+                options=replace(self.options_at(batch), student_form=head.form, teacher_form=teacher_head.form),
                 student_bias=head.bias,
                 teacher_bias=teacher_head.bias,
             )
-
-    def _gamma(self, batch: Batch) -> float:
-        return scheduled(self._loss.gamma, self._loss.gamma_end, batch.progress)
 
 
 def scheduled(start: float, end: float | None, progress: float) -> float:

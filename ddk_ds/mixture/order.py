@@ -80,14 +80,14 @@ class DomainOrder:
             begins = np.cumsum(sizes) - sizes  # first draw of each shard in the block
             ids = np.repeat(self._offsets[groups[k]] - begins, sizes) + np.arange(sizes.sum())
             begin = int(ends[k]) - len(ids)
-            ids = philox(self.seed, _name_key(self.name), SAMPLES, pass_number, k).permutation(ids)
+            ids = philox(self.seed, name_key(self.name), SAMPLES, pass_number, k).permutation(ids)
             parts.append(ids[max(0, first - begin) : last - begin])
         return np.concatenate(parts)
 
     def _blocks(self, pass_number: int) -> tuple[Ids, list[Ids]]:
         """Return for each block of the pass the number of draws up to its end, and the indices of its shards."""
         if self._pass is None or self._pass[0] != pass_number:
-            generator = philox(self.seed, _name_key(self.name), SHARDS, pass_number)
+            generator = philox(self.seed, name_key(self.name), SHARDS, pass_number)
             shards = generator.permutation(np.flatnonzero(self.shard_sizes))
             ends = np.cumsum(self.shard_sizes[shards])
             cuts = [0]
@@ -107,7 +107,8 @@ def check_seed(seed: int, block: int) -> None:
         raise ConfigError(f"block is {block} samples: give 1 or more")
 
 
-def _name_key(name: str) -> int:
+def name_key(name: str) -> int:
+    """Return 64 bits that stand for a domain's name."""
     return int.from_bytes(hashlib.blake2s(name.encode(), digest_size=8).digest(), "big")
 
 

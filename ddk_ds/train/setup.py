@@ -17,8 +17,6 @@ from ddk_ds.engine.runtime import Runtime
 from ddk_ds.engine.split_check import check_split
 from ddk_ds.engine.stage_clock import StageClock
 from ddk_ds.engine.student import load_student
-from ddk_ds.engine.teacher import load_teacher
-from ddk_ds.kernels import Options, default_chunk_tokens
 from ddk_ds.mixture.interval_state import DomainEntry, IntervalState
 from ddk_ds.mixture.order import DomainOrder
 from ddk_ds.train.checkpoint.restore import Start, find_start, restore
@@ -33,11 +31,8 @@ from ddk_ds.train.run import Run
 from ddk_ds.train.samples import Sampler, held_out_prompts
 from ddk_ds.train.state import RunState
 from ddk_ds.train.teacher_passes import settle_passes
-from ddk_ds.train.teacher_store import held_out, open_cache, teacher_perplexities
-from ddk_ds.train.validation import (
-    ValidationBatches,
-    worse_than_guessing,
-)
+from ddk_ds.train.teacher_store import head_options, held_out, open_cache, start_teacher
+from ddk_ds.train.validation import ValidationBatches, worse_than_guessing
 from ddk_ds.train.watchdog import Watchdog
 from ddk_ds.version import versions
 
@@ -60,16 +55,11 @@ def prepare_run(
     clock = StageClock(runtime.device.type, measure_memory=True)
     steps = total_steps(config, corpus_samples(config.mixture, dict(zip(dataset.names, dataset.sizes, strict=True))))
     progress = RunProgress(comm.rank, steps, interval_ends(config.mixture, steps), inputs.names)
-    teacher, teacher_ppl, cached = None, None, open_cache(config, inputs, dataset, comm)
-    if inputs.teacher is not None and config.loads_teacher:
-        teacher = load_teacher(config, inputs.teacher, vocab_size, comm, inputs.filters, clock)
-        check_split(teacher, validation[0][0][0].to(runtime.device), vocab_size, "teacher", comm)
-    chunk_tokens = config.loss.chunk_tokens or default_chunk_tokens(vocab_size, runtime.device.type)
-    options = Options(vocab_size, gamma=0.0, chunk_tokens=chunk_tokens, logits_dtype=config.loss.logits_dtype)
-    if inputs.teacher is not None:
-        watchdog.watch("evaluation")
-        teacher_ppl = teacher_perplexities(config, inputs, identity, teacher, validation, options, runtime, progress)
-        watchdog.watch("models")
+    cached = open_cache(config, inputs, dataset, comm)
+    options = head_options(config, vocab_size, runtime.device.type)
+    teacher, teacher_ppl = start_teacher(
+        config, inputs, identity, runtime, watchdog, validation, options, clock, progress
+    )
     student = load_student(config, inputs.student, vocab_size, comm, inputs.filters, clock)
     check_split(student, validation[0][0][0].to(runtime.device), vocab_size, "student", comm)
     orders = [
@@ -92,7 +82,7 @@ def prepare_run(
         watchdog=watchdog,
         ahead=ReadAhead(inputs.store, dataset, orders, enabled=comm.local_rank == 0),
         sampler=_sampler(config, inputs, validation, runtime),
-        state=_first_state(dataset, config.seed, chunk_tokens),
+        state=_first_state(dataset, config.seed, options.chunk_tokens),
         ledger=Ledger(config.run_dir, comm.rank),
         monitor=MonitorFeed({}, config.monitor.every_s, print),
         saver=Saver(config.run_dir, identity, comm, config.checkpoint),

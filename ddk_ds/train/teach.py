@@ -8,16 +8,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from ddk_ds.comm import Comm
 from ddk_ds.config import Config
 from ddk_ds.data.loader import MicroBatch, MixtureDataset, interval_loader
 from ddk_ds.data.readers import Readers
 from ddk_ds.engine.runtime import Runtime
-from ddk_ds.engine.split_check import check_split
 from ddk_ds.engine.stage_clock import StageClock
-from ddk_ds.engine.teacher import load_teacher
 from ddk_ds.engine.transfers import to_device
-from ddk_ds.kernels import Options, default_chunk_tokens
 from ddk_ds.methods import Batch, CachedTeacher, next_token_labels
 from ddk_ds.methods.cached_distillation import CachedDistillation
 from ddk_ds.mixture.order import DomainOrder, Ids
@@ -25,7 +21,7 @@ from ddk_ds.train.inputs import Inputs
 from ddk_ds.train.interruption import Interrupted, Interruption
 from ddk_ds.train.progress import RunProgress
 from ddk_ds.train.teacher_passes import settle_passes
-from ddk_ds.train.teacher_store import held_out, open_cache, teacher_perplexities
+from ddk_ds.train.teacher_store import head_options, held_out, open_cache, start_teacher
 from ddk_ds.train.watchdog import Watchdog
 
 
@@ -48,21 +44,15 @@ def fill_cache(
     """
     comm = runtime.comm
     config = settle_passes(config, inputs, runtime)
-    assert config.teacher is not None and inputs.teacher is not None, "Config.check_teaching"
-    vocab_size = inputs.vocabulary.size
-    dataset = MixtureDataset(inputs.store, inputs.names, vocab_size=vocab_size)
+    dataset = MixtureDataset(inputs.store, inputs.names, vocab_size=inputs.vocabulary.size)
     cached = open_cache(config, inputs, dataset, comm)
     assert cached is not None, "Config.check_teaching"
     missing = comm.broadcast_object(_missing(config, dataset, cached, samples) if comm.rank == 0 else None)
     validation = held_out(config, inputs, comm)
     watchdog.watch("models")
-    progress = RunProgress(comm.rank, 1, [1], inputs.names)
-    teacher = load_teacher(config, inputs.teacher, vocab_size, comm, None, StageClock(runtime.device.type))
-    check_split(teacher, validation[0][0][0].to(runtime.device), vocab_size, "teacher", comm)
-    chunk_tokens = config.loss.chunk_tokens or default_chunk_tokens(vocab_size, runtime.device.type)
-    options = Options(vocab_size, gamma=0.0, chunk_tokens=chunk_tokens, logits_dtype=config.loss.logits_dtype)
-    watchdog.watch("evaluation")
-    teacher_perplexities(config, inputs, identity, teacher, validation, options, runtime, progress)
+    progress, clock = RunProgress(comm.rank, 1, [1], inputs.names), StageClock(runtime.device.type)
+    options = head_options(config, inputs.vocabulary.size, runtime.device.type)
+    teacher, _ = start_teacher(config, inputs, identity, runtime, watchdog, validation, options, clock, progress)
     method = CachedDistillation(cached, teacher, config.loss, options)
     batches = interval_loader(
         dataset,
@@ -80,7 +70,7 @@ def fill_cache(
             for number in range(passes):
                 interruption.check()
                 watchdog.watch("step", number)
-                method.fill([_batch(micro, comm, runtime.device) for micro in islice(batches, size)])
+                method.fill([_batch(micro, runtime.device) for micro in islice(batches, size)])
                 advance()
     except Interrupted:
         cached.store.publish()
@@ -106,7 +96,7 @@ def _missing(config: Config, dataset: MixtureDataset, cached: CachedTeacher, sam
     return np.concatenate([missing, np.repeat(missing[-1:], -len(missing) % at_once)])
 
 
-def _batch(micro: MicroBatch, comm: Comm, device: torch.device) -> Batch:
+def _batch(micro: MicroBatch, device: torch.device) -> Batch:
     ids = to_device(micro["input_ids"], device)
     nothing = torch.zeros(0, dtype=torch.float64, device=device)
     return Batch(ids, next_token_labels(ids), micro["domain"], nothing, nothing, 0.0, micro["sample_id"])

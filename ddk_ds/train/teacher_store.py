@@ -12,11 +12,13 @@ import numpy as np
 from ddk_ds.comm import Comm, call_together
 from ddk_ds.config import Config
 from ddk_ds.data.loader import MixtureDataset, validation_batches
-from ddk_ds.data.teacher_cache import CONDITIONS_FILE, PERPLEXITIES, TeacherCache
+from ddk_ds.data.teacher_cache import CONDITIONS_FILE, PERPLEXITIES, TeacherCache, make_cache
 from ddk_ds.engine.runtime import Runtime
-from ddk_ds.engine.teacher import Teacher
+from ddk_ds.engine.split_check import check_split
+from ddk_ds.engine.stage_clock import StageClock
+from ddk_ds.engine.teacher import Teacher, load_teacher
 from ddk_ds.errors import ConfigError, DataError
-from ddk_ds.kernels import Options
+from ddk_ds.kernels import Options, default_chunk_tokens
 from ddk_ds.methods import CachedTeacher
 from ddk_ds.train.inputs import Inputs
 from ddk_ds.train.interval import Array
@@ -28,6 +30,7 @@ from ddk_ds.train.validation import (
     perplexities,
     perplexity_conditions,
 )
+from ddk_ds.train.watchdog import Watchdog
 from ddk_ds.version import versions
 
 
@@ -42,18 +45,15 @@ def open_cache(config: Config, inputs: Inputs, dataset: MixtureDataset, comm: Co
         return None
     path, conditions = Path(section.path), _conditions(config, inputs)
     shas = dict(zip(dataset.names, dataset.shas, strict=True))
-
-    def opened() -> TeacherCache:
-        return TeacherCache(path, conditions, shas, inputs.vocabulary.size)
-
     if config.loads_teacher:
-        call_together(comm, lambda: opened().prepare() if comm.rank == 0 else None)
+        call_together(comm, lambda: make_cache(path, conditions) if comm.rank == 0 else None)
     elif not (path / CONDITIONS_FILE).is_file():
         raise ConfigError(
             f"teacher.cache.path {path}: there is no cache, and teacher.cache.mode is read_only: set it to "
             "write_through, which makes and fills one"
         )
-    return CachedTeacher(call_together(comm, opened), dataset, section.draws, section.seed, comm)
+    store = call_together(comm, lambda: TeacherCache(path, conditions, shas, inputs.vocabulary.size))
+    return CachedTeacher(store, dataset, section.draws, section.seed, comm)
 
 
 def _conditions(config: Config, inputs: Inputs) -> dict[str, Any]:
@@ -86,7 +86,41 @@ def held_out(config: Config, inputs: Inputs, comm: Comm) -> ValidationBatches:
     )
 
 
-def teacher_perplexities(
+def start_teacher(
+    config: Config,
+    inputs: Inputs,
+    identity: dict[str, Any],
+    runtime: Runtime,
+    watchdog: Watchdog,
+    validation: ValidationBatches,
+    options: Options,
+    clock: StageClock,
+    progress: RunProgress,
+) -> tuple[Teacher | None, Array | None]:
+    """Load the run's teacher and check it; return it and its perplexities (N,). Collective.
+
+    The teacher is None if the run only reads what it has said; in a run without one both are None. Raises ConfigError
+    if it cannot be loaded or is not as it seems, DataError if its perplexities are not there.
+    """
+    if inputs.teacher is None:
+        return None, None
+    teacher, comm, device = None, runtime.comm, runtime.device
+    if config.loads_teacher:
+        teacher = load_teacher(config, inputs.teacher, options.vocab_size, comm, inputs.filters, clock)
+        check_split(teacher, validation[0][0][0].to(device), options.vocab_size, "teacher", comm)
+    watchdog.watch("evaluation")
+    found = _teacher_perplexities(config, inputs, identity, teacher, validation, options, runtime, progress)
+    watchdog.watch("models")
+    return teacher, found
+
+
+def head_options(config: Config, vocab_size: int, device_type: str) -> Options:
+    """Return the options of the kernel that all uses of a head in a run share."""
+    chunk_tokens = config.loss.chunk_tokens or default_chunk_tokens(vocab_size, device_type)
+    return Options(vocab_size, gamma=0.0, chunk_tokens=chunk_tokens, logits_dtype=config.loss.logits_dtype)
+
+
+def _teacher_perplexities(
     config: Config,
     inputs: Inputs,
     identity: dict[str, Any],

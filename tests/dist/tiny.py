@@ -11,6 +11,16 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from ddk_ds.config import Config, make_config
 
 VOCAB = 205  # the tokenizer's true size; both heads are padded beyond it, by different amounts
+_GEMMA3 = {
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 64,
+    "head_dim": 8,
+    "query_pre_attn_scalar": 8,
+    "sliding_window": 5,
+    "layer_types": ["sliding_attention", "full_attention"],
+}
 ARCHITECTURES: dict[str, dict[str, Any]] = {
     "llama": {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 64},
     "qwen2": {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 64},
@@ -25,27 +35,9 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
         "final_logit_softcapping": 3.0,
         "attn_logit_softcapping": 2.0,
     },
-    "gemma3_text": {
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "intermediate_size": 64,
-        "head_dim": 8,
-        "query_pre_attn_scalar": 8,
-        "sliding_window": 5,
-        "layer_types": ["sliding_attention", "full_attention"],
-    },
+    "gemma3_text": _GEMMA3,
     "gemma3": {  # with vision
-        "text_config": {
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "intermediate_size": 64,
-            "head_dim": 8,
-            "query_pre_attn_scalar": 8,
-            "sliding_window": 5,
-            "layer_types": ["sliding_attention", "full_attention"],
-        },
+        "text_config": _GEMMA3,
         "vision_config": {
             "num_hidden_layers": 1,
             "num_attention_heads": 2,

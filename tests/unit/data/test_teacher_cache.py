@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ddk_ds.data.teacher_cache import PARTS, Said, TeacherCache, bytes_a_token, pack, unpack
+from ddk_ds.data.teacher_cache import PARTS, Said, TeacherCache, bytes_a_token, make_cache, pack, unpack
 from ddk_ds.errors import CheckpointError, ConfigError, DataError
 
 VOCAB, DRAWS, LENGTH = 151_646, 12, 7
@@ -27,9 +27,8 @@ def said(seed: int) -> Said:
 
 def opened(path: Path, **changes: Any) -> TeacherCache:
     values = {"conditions": CONDITIONS, "shas": SHAS, "vocab_size": VOCAB, **changes}
-    cache = TeacherCache(path, values["conditions"], values["shas"], values["vocab_size"])
-    cache.prepare()
-    return cache
+    make_cache(path, values["conditions"])
+    return TeacherCache(path, values["conditions"], values["shas"], values["vocab_size"])
 
 
 def filled(path: Path) -> Path:
