@@ -24,6 +24,7 @@ import numpy.typing as npt
 
 from ddk_ds.data.mds import Split, read_index
 from ddk_ds.data.store import LocalStore
+from ddk_ds.data.teacher_samples import DrawnTokens, Said
 from ddk_ds.errors import ConfigError, DataError
 from ddk_ds.files import PARTIAL, is_leftover, new_directory, read_object, write_text, written
 
@@ -33,22 +34,6 @@ _SAMPLES = "samples.json"
 PART_BYTES = 64 << 20
 _DEAD_AFTER_S = 3600.0
 Numbers = npt.NDArray[np.int64]
-
-
-class Said(NamedTuple):
-    """A teacher's distributions at the L positions of one sample."""
-
-    ids: npt.NDArray[np.int64]
-    """(L, draws), ascending in each row."""
-    entropy: npt.NDArray[np.float32]
-    """(L,), of the softmax that the ids were drawn from."""
-
-
-class _Packed(NamedTuple):
-    """`Said` as a part has it, with the ids in as many bits as the vocabulary needs."""
-
-    ids: bytes
-    entropy: npt.NDArray[np.float32]
 
 
 class _Known(NamedTuple):
@@ -74,13 +59,11 @@ class TeacherCache:
             DataError: a part is damaged.
         """
         self.path = path
-        self._draws = int(conditions["draws"])
+        self._coding = DrawnTokens(int(conditions["draws"]), vocab_size)
         self._shas = dict(shas)
-        self._bits = id_bits(vocab_size)
-        self._vocab_size = vocab_size
         self._known: dict[str, _Known] = {}
         self._parts: list[tuple[str, Split]] = []
-        self._added: dict[tuple[str, int], _Packed] = {}
+        self._added: dict[tuple[str, int], dict[str, Any]] = {}
         self._added_bytes = 0
         _check_conditions(path, conditions)
         self.refresh()
@@ -93,7 +76,7 @@ class TeacherCache:
         """Return what is known of a sample; None if nothing is. Raises DataError if its part is damaged."""
         added = self._added.get((domain, number))
         if added is not None:
-            return self._unpacked(added)
+            return self._coding.decoded(added)
         known = self._known.get(domain)
         if known is None:
             return None
@@ -104,9 +87,8 @@ class TeacherCache:
 
     def add(self, domain: str, number: int, said: Said) -> None:
         """Keep what the teacher says of a sample, and write a part when there is enough for one."""
-        packed = _Packed(pack(said.ids, self._bits).tobytes(), said.entropy)
-        self._added[domain, number] = packed
-        self._added_bytes += len(packed.ids) + packed.entropy.nbytes
+        record = self._added[domain, number] = self._coding.encoded(said)
+        self._added_bytes += sum(memoryview(value).nbytes for value in record.values())
         if self._added_bytes >= PART_BYTES:
             self.publish()
 
@@ -117,13 +99,13 @@ class TeacherCache:
         from streaming import MDSWriter
 
         name = token_hex(8)
-        columns = {"domain": "str", "number": "int", "ids": "bytes", "entropy": "ndarray:float32"}
+        columns = {"domain": "str", "number": "int", **self._coding.columns}
         order = sorted(self._added)
         numbers: dict[str, list[int]] = {}
         with written(self.path), new_directory(self.path / PARTS / name) as directory:
             with MDSWriter(out=str(directory), columns=columns, hashes=["xxh64"], size_limit=PART_BYTES) as writer:
                 for domain, number in order:
-                    writer.write({"domain": domain, "number": number, **self._added[domain, number]._asdict()})
+                    writer.write({"domain": domain, "number": number, **self._added[domain, number]})
                     numbers.setdefault(domain, []).append(number)
             samples = {domain: {"sha": self._shas[domain], "numbers": numbers[domain]} for domain in numbers}
             write_text(directory / _SAMPLES, json.dumps(samples))
@@ -180,18 +162,9 @@ class TeacherCache:
             record, where = split.record(place)
             if (record["domain"], record["number"]) != (domain, number):
                 raise DataError(f"{where} is {record['domain']} {record['number']}, not {domain} {number}")
-            said = self._unpacked(_Packed(record["ids"], record["entropy"]))
-            if len(said.ids) != len(said.entropy):
-                raise DataError(f"{where} has {len(said.ids)} rows of ids and {len(said.entropy)} entropies")
-            if int(said.ids.max(initial=0)) >= self._vocab_size:
-                raise DataError(f"{where} has the id {int(said.ids.max())}, outside of the vocabulary")
+            return self._coding.decoded(record)
         except (DataError, OSError, ValueError, KeyError) as error:
             raise self._damaged(name, error) from None
-        return said
-
-    def _unpacked(self, packed: _Packed) -> Said:
-        count = len(packed.entropy) * self._draws
-        return Said(unpack(packed.ids, self._bits)[:count].reshape(-1, self._draws), packed.entropy)
 
     def _damaged(self, name: str, error: Exception) -> DataError:
         return DataError(
@@ -231,31 +204,6 @@ def _check_conditions(path: Path, conditions: Mapping[str, Any]) -> None:
             f"teacher.cache.path {path}: it was computed with {shown}: give another directory, or the values that it "
             "was computed with"
         )
-
-
-def bytes_a_token(draws: int, vocab_size: int) -> float:
-    """Return the bytes that a cache takes for a token of text."""
-    return draws * id_bits(vocab_size) / 8 + np.float32().nbytes
-
-
-def id_bits(vocab_size: int) -> int:
-    """Return the number of bits of a token's id."""
-    return max(1, (vocab_size - 1).bit_length())
-
-
-def pack(ids: npt.NDArray[np.int64], bits: int) -> npt.NDArray[np.uint8]:
-    """Return the numbers with `bits` bits each, one behind the other, the lowest bit first."""
-    columns = np.unpackbits(ids.reshape(-1, 1).astype("<u4").view(np.uint8), axis=1, bitorder="little")
-    return np.packbits(columns[:, :bits], bitorder="little")
-
-
-def unpack(packed: bytes, bits: int) -> npt.NDArray[np.int64]:
-    """Return the numbers (n,) that `pack` has packed, and up to 7 zeros behind them."""
-    count = len(packed) * 8 // bits
-    wide = np.zeros((count, 32), np.uint8)
-    columns = np.unpackbits(np.frombuffer(packed, np.uint8), count=count * bits, bitorder="little")
-    wide[:, :bits] = columns.reshape(-1, bits)
-    return np.packbits(wide, axis=1, bitorder="little").view("<u4").astype(np.int64).ravel()
 
 
 def _remove_dead(folder: Path) -> None:

@@ -18,7 +18,8 @@ import torch
 from ddk_ds.comm import Comm, call_together
 from ddk_ds.config import Loss
 from ddk_ds.data.loader import MixtureDataset
-from ddk_ds.data.teacher_cache import Said, TeacherCache
+from ddk_ds.data.teacher_cache import TeacherCache
+from ddk_ds.data.teacher_samples import Said
 from ddk_ds.engine.head import OutputHead
 from ddk_ds.engine.teacher import Teacher
 from ddk_ds.engine.transfers import to_device

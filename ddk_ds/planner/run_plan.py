@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from ddk_ds.config import Config
-from ddk_ds.data.teacher_cache import bytes_a_token
+from ddk_ds.data.teacher_samples import bytes_a_token
 from ddk_ds.engine.flops import RunFlops, run_flops, training_flops
 from ddk_ds.engine.memory_estimate import MEMORY_MARGIN, OPTIMIZER_BYTES
 from ddk_ds.engine.model_files import COMPUTE_BYTES

@@ -11,7 +11,8 @@ import pytest
 
 from ddk_ds.config import load_config
 from ddk_ds.data.readers import Readers
-from ddk_ds.data.teacher_cache import CONDITIONS_FILE, PARTS, Said, TeacherCache
+from ddk_ds.data.teacher_cache import CONDITIONS_FILE, PARTS, TeacherCache
+from ddk_ds.data.teacher_samples import Said
 from ddk_ds.engine.runtime import Runtime
 from ddk_ds.engine.teacher import Teacher
 from ddk_ds.errors import UserError

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from ddk_ds.data.manifest import load_manifest
-from ddk_ds.data.teacher_cache import Said
+from ddk_ds.data.teacher_samples import Said
 from tests.dist.ranks import run_ranks
 from tests.dist.resume_worker import run_dir
 from tests.dist.teacher_cache_worker import all_samples

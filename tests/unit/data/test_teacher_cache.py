@@ -12,7 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ddk_ds.data.teacher_cache import PARTS, Said, TeacherCache, bytes_a_token, make_cache, pack, unpack
+from ddk_ds.data.teacher_cache import PARTS, TeacherCache, make_cache
+from ddk_ds.data.teacher_samples import Said, bytes_a_token, pack, unpack
 from ddk_ds.errors import CheckpointError, ConfigError, DataError
 
 VOCAB, DRAWS, LENGTH = 151_646, 12, 7
