@@ -98,6 +98,8 @@ def all_samples(path: Path) -> dict[tuple[str, int], Said]:
     cache = TeacherCache(path, conditions, {}, conditions["vocab_size"])
     found: dict[tuple[str, int], Said] = {}
     for part in (path / PARTS).iterdir():
+        if part.name.startswith("."):  # begun by a process that was killed
+            continue
         for domain, entry in json.loads((part / "samples.json").read_text()).items():
             for number in entry["numbers"]:
                 said = cache.read(domain, number)
