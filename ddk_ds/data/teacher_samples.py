@@ -55,14 +55,30 @@ def id_bits(vocab_size: int) -> int:
 
 def pack(ids: npt.NDArray[np.int64], bits: int) -> npt.NDArray[np.uint8]:
     """Return the numbers with `bits` bits each, one behind the other, the lowest bit first."""
-    columns = np.unpackbits(ids.reshape(-1, 1).astype("<u4").view(np.uint8), axis=1, bitorder="little")
-    return np.packbits(columns[:, :bits], bitorder="little")
+    groups = -(-ids.size // 8)  # eight numbers fill whole bytes
+    columns = np.zeros((groups, 8), np.uint64)
+    columns.ravel()[: ids.size] = ids.ravel()
+    packed = np.zeros(groups * bits + 8, np.uint8)
+    for column, first_bit in enumerate(range(0, 8 * bits, bits)):
+        byte, shift = divmod(first_bit, 8)
+        shifted = columns[:, column] << np.uint64(shift)
+        for place in range(-(-(shift + bits) // 8)):
+            first = byte + place
+            packed[first : first + groups * bits : bits] |= (shifted >> np.uint64(8 * place)).astype(np.uint8)
+    return packed[: -(-ids.size * bits // 8)]
 
 
 def unpack(packed: bytes, bits: int) -> npt.NDArray[np.int64]:
     """Return the numbers (n,) that `pack` has packed, and up to 7 zeros behind them."""
     count = len(packed) * 8 // bits
-    wide = np.zeros((count, 32), np.uint8)
-    columns = np.unpackbits(np.frombuffer(packed, np.uint8), count=count * bits, bitorder="little")
-    wide[:, :bits] = columns.reshape(-1, bits)
-    return np.packbits(wide, axis=1, bitorder="little").view("<u4").astype(np.int64).ravel()
+    groups = -(-count // 8)
+    padded = np.zeros(groups * bits + 8, np.uint8)
+    padded[: len(packed)] = np.frombuffer(packed, np.uint8)
+    ids = np.empty((groups, 8), np.int64)
+    for column, first_bit in enumerate(range(0, 8 * bits, bits)):
+        byte, shift = divmod(first_bit, 8)
+        words: npt.NDArray[np.uint64] = np.ndarray(
+            groups, "<u8", padded, byte, bits
+        )  # eight bytes from every group's same place
+        ids[:, column] = words >> np.uint64(shift) & np.uint64((1 << bits) - 1)
+    return ids.ravel()[:count]

@@ -88,7 +88,7 @@ def draws_of(
         logits.sub_(logits.amax(-1, keepdim=True))
         q = logits.softmax(-1)
         ids.append(_inverse(q, _uniforms(key, draws)))
-        entropies.append(-q.amax(-1).log() - torch.linalg.vecdot(q, logits))
+        entropies.append(-q.amax(-1).log() - q.mul_(logits).sum(-1))
     return TeacherDraws(torch.cat(ids), torch.cat(entropies).float())
 
 
@@ -99,7 +99,7 @@ def _inverse(q: Tensor, uniforms: Tensor) -> Tensor:
     vocabulary in float64 would cost more than its softmax.
     """
     blocks = q.unflatten(-1, (-1, ALIGN))
-    sums = blocks.sum(-1, dtype=torch.float64)
+    sums = blocks.sum(-1).double()
     ends = sums.cumsum(-1)
     total = ends[:, -1:]
     place = torch.minimum(uniforms * total, torch.nextafter(total, torch.zeros_like(total)))

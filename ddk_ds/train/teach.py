@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from itertools import islice
 from typing import Any
 
@@ -64,6 +65,7 @@ def fill_cache(
     )
     interruption = Interruption(comm, runtime.device)
     size = config.teacher_pass_size
+    began = time.monotonic()
     passes = -(-len(missing) // (comm.world_size * config.train.micro_batch_samples * size))
     try:
         with interruption.listening(), progress.part("the teacher", passes) as advance:
@@ -78,7 +80,11 @@ def fill_cache(
     watchdog.watch("end")
     cached.store.publish()
     comm.barrier()
-    return f"{len(np.unique(missing)):,} samples added to {cached.store.path}: it has {_counts(cached, dataset)}"
+    rate = len(missing) * config.data.sequence_length / (time.monotonic() - began)
+    return (
+        f"{len(np.unique(missing)):,} samples added to {cached.store.path}, {rate:,.0f} tokens/s: it has "
+        f"{_counts(cached, dataset)}"
+    )
 
 
 def _missing(config: Config, dataset: MixtureDataset, cached: CachedTeacher, samples: float) -> Ids:
