@@ -16,7 +16,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,11 +31,11 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ddk_ds.config import Model
 from ddk_ds.config.sections import Student
-from ddk_ds.engine.unloaded_models import backbone_of, hf_config_of, no_init_weights
+from ddk_ds.engine.unloaded_models import backbone_of, hf_config_of, no_init_weights, without_memory
 from ddk_ds.errors import ConfigError
 
 Kernel = Literal["sdpa", "flash_attention_2", "eager"]
-_PROBE = "ddk_probe"
+_PROBE, _UNMASKED = "ddk_probe", "ddk_probe_unmasked"
 _LENGTH = 8
 _SCORES = 8.0
 """Standard deviation of the probe's attention scores: a soft cap of up to 1,000 changes such scores measurably."""
@@ -125,18 +125,28 @@ def _unfit(config: str, own_code: Path | None) -> tuple[tuple[str, str], ...]:
         hf_config = hf_config_of(json.loads(config))
     else:
         hf_config = AutoConfig.from_pretrained(own_code, trust_remote_code=True)
-    calls: list[_Call] | None = None
+    calls, masked = None, False
     # Fake tensors have shapes and no memory, as those of the meta device, on which rotary positions do not run.
-    with FakeTensorMode(allow_non_fake_inputs=True), no_init_weights(), suppress(_NotComparable):
-        # In bf16, the one dtype in which transformers 5 multiplies by all experts at once without values.
-        options: dict[str, Any] = {"dtype": torch.bfloat16, "trust_remote_code": own_code is not None}
-        model = AutoModelForCausalLM.from_config(hf_config, **options).eval()
+    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    # In bf16, the one dtype in which transformers 5 multiplies by all experts at once without values.
+    options: dict[str, Any] = {"dtype": torch.bfloat16, "trust_remote_code": own_code is not None}
+    build = partial(AutoModelForCausalLM.from_config, hf_config, **options)
+    try:
+        with fake, no_init_weights():
+            model = build()
+    except RuntimeError:  # a fake parameter cannot be converted, as DeepSeek-V4's norms are when they are made
+        model = without_memory(build)
+        with fake:
+            model = model.to_empty(device="cpu")
+    model.eval()
+    with fake, no_init_weights(), suppress(_NotComparable):
         with suppress(Exception):  # older models look for it among the tokens, to warn; in newer ones it must be given
             model.config.pad_token_id = None
         backbone_of(model)
         if model.get_output_embeddings() is None:
             raise ConfigError(f"{type(model).__name__} has no output head to distil")
         calls = _calls(model)
+        masked = bool(calls) and not _runs_unmasked(model, calls[0].module)
     name, found = type(model).__name__, {}
     for kernel, flag in (("sdpa", "_supports_sdpa"), ("flash_attention_2", "_supports_flash_attn")):
         lost = set() if calls is None else {item for call in calls for item in _lost(call, kernel)}
@@ -144,6 +154,8 @@ def _unfit(config: str, own_code: Path | None) -> tuple[tuple[str, str], ...]:
             found[kernel] = f"{kernel} leaves out {' and '.join(sorted(lost))} of {name}'s attention"
         elif not getattr(model, flag, False):
             found[kernel] = f"transformers has no {kernel} for {name}"
+        elif masked:
+            found[kernel] = f"the attention of {name} needs a mask, and has none with {kernel}"
     if kept := _kept(model):
         found["student"] = f"{name} cannot be trained, since {kept} keeps what it computed for the next pass"
     if calls is None:
@@ -164,6 +176,8 @@ def _note_call(
 
 ALL_ATTENTION_FUNCTIONS.register(_PROBE, _note_call)
 ALL_MASK_ATTENTION_FUNCTIONS.register(_PROBE, ALL_MASK_ATTENTION_FUNCTIONS["eager"])
+ALL_ATTENTION_FUNCTIONS.register(_UNMASKED, _note_call)
+ALL_MASK_ATTENTION_FUNCTIONS.register(_UNMASKED, lambda *_, **__: None)
 
 
 def _calls(model: Any) -> list[_Call]:
@@ -200,6 +214,17 @@ def _calls(model: Any) -> list[_Call]:
     alike = {(type(call.module), call.shapes, repr(sorted(_plain(call.options)))): call for call in _noted}
     _noted.clear()
     return list(alike.values())
+
+
+def _runs_unmasked(model: Any, attention: Any) -> bool:
+    """Return True if a model's first `attention` ends without a mask, which causal text has in eager alone."""
+    ended: list[bool] = []
+    hook = attention.register_forward_hook(lambda *_: ended.append(True))
+    model.set_attn_implementation(_UNMASKED)
+    with suppress(Exception):  # of a later part: see `_calls`
+        model(torch.zeros(1, _LENGTH, dtype=torch.long), use_cache=False)
+    hook.remove()
+    return bool(ended)
 
 
 def _kept(model: Any) -> str:

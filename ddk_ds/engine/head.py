@@ -93,7 +93,8 @@ class StudentRoot(nn.Module):
         options = {} if self.router is None or not self.training else {"output_router_logits": True}
         output = self.backbone(input_ids=input_ids, use_cache=False, **options)
         if self.router is not None and options:
-            self.router_loss = self.router(output.router_logits)
+            logits = output.router_logits  # () if no layer of the model has experts
+            self.router_loss = self.router(logits) if logits else output.last_hidden_state.new_zeros(())
         return output.last_hidden_state.flatten(0, 1)
 
     def _head(self, hidden: torch.Tensor, function: HeadFunction | None) -> Any:

@@ -60,7 +60,7 @@ LIMIT_S = 180
 _LIMITS = {"fp32": 1e-4, "bf16": 0.1}
 # What a summary leaves out of a message: where the model lies and its role, and by how much logits differ.
 _OWN = re.compile(
-    r"((teacher|student)(\.path)?|path): |\S*/model(:| (?=cannot)) ?|(?<=choose another) (teacher|student)"
+    r"((teacher|student)(\.path)?|path): |\S*/model(:| (?=cannot)|/(?=config)) ?|(?<=choose another) (teacher|student)"
 )
 _NUMBERS = re.compile(r", but differ by up to .*")
 _SERVER = multiprocessing.get_context("forkserver")
@@ -93,11 +93,20 @@ SMALL: dict[str, Any] = {
     **{"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": VOCAB + 3, "laurel_rank": 8},
     **{"attention_dropout": 0.0, "hidden_dropout": 0.0, "dropout": 0.0, "is_decoder": True},
 }
+_INDEX = {"index_head_dim": 16, "index_n_heads": 2, "index_topk": 8}
 # What a family needs beyond that: mostly lengths of lists by layer, and sizes that must divide others.
 FURTHER: dict[str, dict[str, Any]] = {
     "deepseek_v2": {"head_dim": 8, "num_key_value_heads": 4},
     "deepseek_v3": {"head_dim": 8, "num_key_value_heads": 4},
-    "dbrx": {"attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0}, "ffn_config": {"ffn_hidden_size": 64}},
+    "axk1": {"head_dim": 8, "num_key_value_heads": 4},
+    "axk2": {"head_dim": 8, "num_key_value_heads": 4, **_INDEX},
+    "bailing_hybrid": {"head_dim": 8, "num_key_value_heads": 4, "linear_num_heads": 4, "linear_head_dim": 16},
+    "deepseek_v32": {"head_dim": 8, "num_key_value_heads": 4, **_INDEX},
+    "dots3_note_text": {"num_key_value_heads": 4, **_INDEX},
+    "dbrx": {
+        "attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 1e4},
+        "ffn_config": {"ffn_hidden_size": 64},
+    },
     "dots1": {"layer_types": ["full_attention", "full_attention"], "n_shared_experts": 1},
     "gemma3n_text": {"layer_types": ["full_attention", "sliding_attention"], "num_kv_shared_layers": 0},
     "longcat_flash": {"head_dim": 8, "num_key_value_heads": 4},

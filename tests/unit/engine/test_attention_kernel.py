@@ -12,14 +12,16 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, Gemma2ForCausalLM
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, Gemma2ForCausalLM
 
 from ddk_ds.config.sections import Student, Teacher
 from ddk_ds.engine.attention import best_kernel, choose_attention
+from ddk_ds.engine.layers import use_causal_kernels
 from ddk_ds.engine.model_files import configured_files, model_shape
 from ddk_ds.engine.whole_models import load_model
 from ddk_ds.errors import ConfigError
 from tests.dist.tiny import ARCHITECTURES, save_model
+from tools.bench.model_families import small_config
 
 SINKS = {"num_hidden_layers": 2, "num_local_experts": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
 SINKS |= {"hidden_size": 32, "intermediate_size": 32, "head_dim": 8, "vocab_size": 64}
@@ -48,6 +50,21 @@ def config_of(kind: str, **values: Any) -> dict[str, Any]:
 def test_the_best_kernel(config: dict[str, Any], kernel: str) -> None:
     assert best_kernel(config) == kernel
     assert choose_attention(config, Path(), "teacher", Teacher(path="x")).kernel == kernel
+
+
+@pytest.mark.skipif("deepseek_v4" not in CONFIG_MAPPING, reason="transformers 4 has neither")
+def test_deepseeks_sparse_attention_needs_a_mask() -> None:
+    config = small_config("deepseek_v32")
+    ids = torch.zeros(1, 16, dtype=torch.long)
+    AutoModelForCausalLM.from_config(config, attn_implementation="eager")(ids, use_cache=False)
+    use_causal_kernels()
+    with pytest.raises(TypeError):
+        AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")(ids, use_cache=False)
+    assert choose_attention(config.to_dict(), Path(), "teacher", Teacher(path="x")).kernel == "eager"
+    with pytest.raises(ConfigError, match=r"needs a mask, and has none with sdpa: set .* to auto or eager"):
+        choose_attention(config.to_dict(), Path(), "teacher", Teacher(path="x", attn_implementation="sdpa"))
+    # Its parts are converted while they are made, which tensors without memory cannot be.
+    assert choose_attention(small_config("deepseek_v4").to_dict(), Path(), "teacher", None).kernel == "eager"
 
 
 def test_a_named_kernel_that_leaves_something_out_is_refused() -> None:
