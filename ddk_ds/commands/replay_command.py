@@ -1,6 +1,7 @@
 """Take a run's decisions on its mixture again, which must come out equal, and compare them with other options.
 
 ddk replay runs/demo [alpha=0.3 controller=equal ...]
+ddk replay runs/demo --what-if [--cache caches/teacher] [--page what_if.html]
 """
 
 from __future__ import annotations
@@ -39,6 +40,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     replayed = replay(_controller(options.run, run, []), run.decisions)
     for line in (*run.unreadable, *_verdict(replayed, run)):
         console.print(line)
+    if options.what_if:
+        from ddk_ds.commands.what_if_work import show_what_if  # imports torch, for which a plain replay need not wait
+
+        show_what_if(options, run, console)
+        return 1 if replayed.unequal else 0
     other, overrides = None, " ".join(options.overrides)
     if options.overrides:
         other = decide_otherwise(_controller(options.run, run, options.overrides), run.decisions)
@@ -57,7 +63,19 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="options of section mixture to try instead")
     parser.add_argument("--picture", type=Path, help="write the mixture over time to this file (.png, .svg or .pdf)")
     parser.add_argument("--json", type=Path, help="write every decision to this file")
-    return parse(parser, arguments)
+    parser.add_argument(
+        "--what-if", action="store_true", help="show what every controller would have decided and drawn"
+    )
+    parser.add_argument("--cache", type=Path, help="the teacher's cache for --what-if (default: the run's own)")
+    parser.add_argument("--page", type=Path, help="write what --what-if shows to this HTML file")
+    options = parse(parser, arguments)
+    if (options.cache or options.page) and not options.what_if:
+        parser.error("--cache and --page go with --what-if")
+    if options.what_if and (options.picture or any(item.startswith("controller=") for item in options.overrides)):
+        parser.error(
+            "--what-if asks every controller and has its pictures in --page: leave --picture and controller= out"
+        )
+    return options
 
 
 def _controller(run_dir: Path, run: RecordedRun, overrides: Sequence[str]) -> Controller:

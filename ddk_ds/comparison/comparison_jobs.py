@@ -73,6 +73,7 @@ class ComparisonPlan:
                 f"{column.label}-s{seed}",
                 self.out,
                 (*self.overrides, *self._preset_items(column), *column.overrides, f"seed={seed}"),
+                column.overrides,
             )
             for seed in range(self.seeds)
             for column in self.columns

@@ -46,6 +46,8 @@ def markdown(comparison: dict[str, Any]) -> str:
         "the head and without the embedding's lookup; L layers of width H; T positions, attention causal). Evaluation: "
         "its share of FLOPs and of time. Earlier stages (TED's filters, DoReMi's two models) come on top.",
     ]
+    if comparison["teacher_cost"] is not None:
+        parts += ["## The teacher, sums over seeds", *_teacher(comparison["teacher_cost"])]
     if comparison["differences"]:
         parts += [f"## Difference to {comparison['baseline']}, paired by seed", *_differences(comparison)]
     if comparison["remarks"]:
@@ -85,6 +87,39 @@ def _costs(methods: dict[str, Any]) -> str:
             row += [_number(tokens, 0), _number(wall_s, 1), _flops(flops)]
         rows.append(row)
     return _table([*headings, *(["earlier tokens", "earlier time, s", "earlier FLOPs"] if earlier else [])], rows)
+
+
+def _teacher(cost: dict[str, Any]) -> Iterable[str]:
+    rows = [[label, _cached(sums), *_sums(sums)] for label, sums in cost["methods"].items()]
+    total = cost["on_caches"]
+    rows.append(["all on the cache", _cached(total), *_sums(total)])
+    headings = ["method", "runs on the cache", "samples in the loss", "through the teacher", "FLOPs"]
+    yield _table([*headings, "FLOPs without the cache", "teacher, s"], rows)
+    if total["flops"] is not None and total["flops_without"]:
+        yield (
+            f"The runs on the cache paid {total['flops'] / total['flops_without']:.1%} of the teacher that they would "
+            "have paid without it."
+        )
+    yield (
+        "Last stages alone, by the ledgers' lines of steps. Not in it are steps that a kill or a roll-back undid, "
+        "held-out samples, and samples that `ddk teach` or runs elsewhere filled. Seconds are rank 0's in the "
+        "teacher's layers, and in its head where it fills a cache: without one the head is a part of the loss."
+    )
+    for cache in cost["caches"]:
+        if cache["samples"] is None:
+            yield f"The cache {cache['path']} cannot be read any more."
+            continue
+        samples, size = sum(cache["samples"].values()), cache["bytes"]
+        yield f"The cache {cache['path']} weighs {size / 1e6:,.1f} MB: {samples:,} samples."
+
+
+def _cached(sums: dict[str, Any]) -> str:
+    return f"{sums['cached']} of {sums['runs']}"
+
+
+def _sums(sums: dict[str, Any]) -> list[str]:
+    counts = [_number(sums["asked"], 0), _number(sums["taught"], 0)]
+    return [*counts, _flops(sums["flops"]), _flops(sums["flops_without"]), _number(sums["seconds"], 1)]
 
 
 def _differences(comparison: dict[str, Any]) -> list[str]:

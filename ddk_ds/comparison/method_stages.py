@@ -13,11 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from ddk_ds.config import Config, load_config, load_run_config
-from ddk_ds.config.keys import flatten
+from ddk_ds.config.keys import flatten, value_at
 from ddk_ds.config.methods import METHODS as SINGLE_STAGE
 from ddk_ds.config.paths import path_keys
+from ddk_ds.config.run_config import CACHE_CONDITIONS
 from ddk_ds.errors import CheckpointError, ConfigError, TemporaryError, UserError
 from ddk_ds.exit_codes import EXIT_ENDED_AT_ONCE, EXIT_INTERRUPTED, EXIT_TEMPORARY
 from ddk_ds.files import read_object
@@ -28,8 +31,14 @@ FILTERS, REFERENCE, PROXY = "filters", "reference", "proxy"
 SUFFIXES = (FILTERS, REFERENCE, PROXY)
 """Endings of the names of runs that come before a method's last stage."""
 _CPT = ("method=cpt", "teacher=null")
-_FREE = ("output_dir", "checkpoint", "limits")
-"""Sections that change no number of a run: where it lies and how it saves."""
+_FREE: dict[str, Any] = {
+    **dict.fromkeys(("output_dir", "checkpoint", "limits"), True),
+    "teacher": {"cache": {"path": True, "mode": True}},
+}
+"""Sections and keys that change no number of a run: where it lies and how it saves."""
+_OF_CACHE = ("teacher.path", "teacher.attn_implementation", *CACHE_CONDITIONS.values())
+"""Keys on which it depends what a teacher says."""
+_NO_CACHE = "teacher.cache=null"
 
 RunDir = Callable[[str], Path]
 """Gives the directory of a method's stage by the stage's suffix."""
@@ -99,6 +108,8 @@ class Job:
     name: str
     output_dir: Path
     overrides: tuple[str, ...] = ()
+    own: tuple[str, ...] = ()
+    """Those of `overrides` that only this one of several jobs has: all share the cache of the teacher."""
 
     def __post_init__(self) -> None:
         if self.method not in STAGES:
@@ -118,10 +129,50 @@ class Job:
         return self.output_dir / self.run_name(suffix)
 
     def arguments(self, stage: Stage) -> list[str]:
-        """Return the overrides of a stage's run: the job's, then the stage's, since later ones win."""
+        """Return the overrides of a stage's run: the job's, then the stage's, since later ones win.
+
+        They leave the teacher's cache out where the run needs more than it has, or other draws. Raises ConfigError if
+        the teacher may not be loaded then.
+        """
+        named = self._arguments(stage)
+        return [*named, _NO_CACHE] if self.off_cache(stage) else named
+
+    def _arguments(self, stage: Stage) -> list[str]:
         results = stage.from_earlier(self.run_dir) if stage.from_earlier else []
         place = [f"name={self.run_name(stage.suffix)}", f"output_dir={self.output_dir}"]
         return [*self.overrides, *stage.overrides, *results, *place]
+
+    def off_cache(self, stage: Stage) -> str:
+        """Return why a stage's run computes its teacher although the configuration has a cache of it, or ""."""
+        named = self._arguments(stage)
+        cache = self._named_cache(named)
+        if cache is None:
+            return ""
+        reason = ", ".join(load_config(self.config, [*named, _NO_CACHE]).beyond_cache)
+        if not reason:
+            reason = self._other_draws(named)
+        if reason and value_at(cache, "mode") == "read_only":
+            raise ConfigError(
+                f"{self.run_name(stage.suffix)} cannot be read from the teacher's cache ({reason}), and "
+                "teacher.cache.mode is read_only: leave it out, or set write_through, which runs it with the teacher"
+            )
+        return reason
+
+    def _named_cache(self, arguments: list[str]) -> Any:
+        """Return the section teacher.cache as it is given, or None."""
+        try:
+            values = OmegaConf.merge(OmegaConf.load(self.config), OmegaConf.from_dotlist(arguments))
+            return value_at(OmegaConf.to_container(values), "teacher.cache")
+        except (OSError, OmegaConfBaseException, yaml.YAMLError, ValueError, TypeError):
+            return None  # `load_config` says what is wrong
+
+    def _other_draws(self, arguments: list[str]) -> str:
+        """Return this job's own keys with which the teacher says something else than in the jobs beside it, or ""."""
+        keys = {item.partition("=")[0] for item in self.own}
+        if "teacher.cache.path" in keys:
+            return ""
+        others = [item for item in arguments if item not in self.own or item.partition("=")[0] not in _OF_CACHE]
+        return changed_says(load_config(self.config, arguments), load_config(self.config, others))
 
     def check(self) -> None:
         """Raise ConfigError if a stage's configuration is wrong, or differs from that of its finished run.
@@ -152,12 +203,23 @@ class Job:
         return True
 
 
+def changed_says(own: Config, other: Config) -> str:
+    """Return the keys and values with which the teacher says something else than in another configuration, or "".
+
+    Those of the cache's draws count where both have a cache.
+    """
+    values, others = (config.model_dump(mode="json") for config in (own, other))
+    pairs = {key: (value_at(values, key), value_at(others, key)) for key in _OF_CACHE}
+    changed = {key: pair for key, pair in pairs.items() if pair[0] != pair[1] and None not in pair}
+    return ", ".join(f"{key}: {first}, not {second}" for key, (first, second) in changed.items())
+
+
 def differences(finished: Config, wanted: Config) -> list[tuple[str, Any, Any]]:
     """Return (key, old, new) of each value that differs, except a run's place and the options of saving.
 
     A path is also the same if it lies in the same place as seen from the run's directory: all may have been moved.
     """
-    old, new = (flatten(config.model_dump(mode="json", exclude=set(_FREE))) for config in (finished, wanted))
+    old, new = (flatten(config.model_dump(mode="json", exclude=_FREE)) for config in (finished, wanted))
     moved = {
         key
         for key in path_keys(Config)
@@ -206,6 +268,8 @@ def run_job(job: Job, ranks: int | None) -> Iterator[str]:
         if job.is_done(stage):
             yield f"{run}: finished before, skipped"
             continue
+        if reason := job.off_cache(stage):
+            yield f"{run}: with the teacher itself, not its cache: {reason}"
         log, began = job.output_dir / f"{run}.log", time.monotonic()
         code = launch(job.config, job.arguments(stage), ranks, log)
         if code in (EXIT_INTERRUPTED, EXIT_ENDED_AT_ONCE):

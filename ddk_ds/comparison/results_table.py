@@ -17,6 +17,7 @@ import numpy as np
 
 from ddk_ds.comm import SingleProcess
 from ddk_ds.comparison.method_stages import SUFFIXES
+from ddk_ds.comparison.teacher_cost import TeacherCost, teacher_cost, teacher_costs, teacher_remarks
 from ddk_ds.config import load_run_config
 from ddk_ds.engine.flops import model_flops, run_flops
 from ddk_ds.engine.model_files import model_directory, read_model
@@ -43,6 +44,8 @@ class RunCost:
     flops: float | None
     """FLOPs of training and evaluation; None where the models' files are gone."""
     evaluation_flops: float | None
+    teacher: TeacherCost | None = None
+    """The teacher's part; None for a run without one."""
 
 
 @dataclass(frozen=True)
@@ -137,20 +140,31 @@ def run_cost(run_dir: Path) -> RunCost:
     measurements = [record for record in records if record["kind"] in ("interval", "end")]
     evaluation_s = _clock(measurements, "measure_s") + _clock(measurements, "controller_s")
     steps_s = _clock(records, "step_s")
+    teacher = flops = cost = None
     try:
         student = forward_flops(run_dir / "export", config.data.sequence_length)
         teacher = None if config.teacher is None else _teacher_flops(config.teacher.path, config.data.sequence_length)
     except UserError:
-        flops = None
-    else:
-        times, domains = len(measurements), len(summary["domains"])
-        flops = run_flops(config, student, teacher, steps=summary["steps"], measurements=times, domains=domains)
+        student = None
+    if config.teacher is not None:
+        cost = teacher_cost(config, [record for record in records if record["kind"] == "step"], teacher)
+    if student is not None:
+        flops = run_flops(
+            config,
+            student,
+            teacher,
+            steps=summary["steps"],
+            measurements=len(measurements),
+            domains=len(summary["domains"]),
+            taught=None if cost is None or cost.cache is None else cost.taught,
+        )
     return RunCost(
         tokens=summary["tokens"],
         wall_s=summary["wall_s"],
         evaluation_time_share=evaluation_s / max(evaluation_s + steps_s, 1e-9),
         flops=None if flops is None else flops.own,
         evaluation_flops=None if flops is None else flops.evaluation,
+        teacher=cost,
     )
 
 
@@ -191,6 +205,10 @@ def compare(results: Sequence[Result], baseline: str) -> dict[str, Any]:
         by_run = score if domain is None else {key: ppl[domain] for key, ppl in after.items()}
         return {seed: value for (method, seed), value in by_run.items() if method == label}
 
+    taught: dict[str, list[TeacherCost]] = {}
+    for result in results:
+        if result.cost.teacher is not None:
+            taught.setdefault(result.label, []).append(result.cost.teacher)
     quantities = {"score": None, **{name: name for name in names}}
     return {
         "score": "mean ratio to the teacher" if teacher else "geometric mean perplexity",
@@ -208,6 +226,7 @@ def compare(results: Sequence[Result], baseline: str) -> dict[str, Any]:
             }
             for label in labels
         },
+        "teacher_cost": teacher_costs(taught),
         "differences": {
             label: {
                 key: asdict(paired_difference(values(label, name), values(baseline, name)))
@@ -217,6 +236,7 @@ def compare(results: Sequence[Result], baseline: str) -> dict[str, Any]:
             if label != baseline and baseline in labels
         },
         "remarks": _remarks(results, start, teacher)
+        + teacher_remarks(taught)
         + ([] if baseline in labels else [f"no run of the baseline {baseline} is finished"]),
     }
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from pydantic import Field, PrivateAttr, model_validator
 
+from ddk_ds.config.keys import value_at
 from ddk_ds.config.methods import MethodSections
 from ddk_ds.config.paths import LocalPath, NamedPaths
 from ddk_ds.config.sections import (
@@ -28,6 +29,18 @@ from ddk_ds.config.sections import (
     Train,
 )
 from ddk_ds.errors import ConfigError
+
+CACHE_CONDITIONS = {
+    "quantize": "teacher.quantize",
+    "precision": "train.precision",
+    "logits_dtype": "loss.logits_dtype",
+    "sequence_length": "data.sequence_length",
+    "temperature": "loss.temperature",
+    "draws": "teacher.cache.draws",
+    "seed": "teacher.cache.seed",
+}
+"""Keys on which the content of a teacher's cache depends, by the names that teacher.json gives them. Beside them it
+depends on the teacher itself and on its attention kernel, which a configuration does not know."""
 
 
 class Config(MethodSections):
@@ -156,16 +169,31 @@ class Config(MethodSections):
 
     def _check_cache(self) -> None:
         """Raise ValueError if the loss needs more of the teacher than a cache has."""
+        if found := self.beyond_cache:
+            raise ValueError(
+                f"teacher.cache holds tokens drawn at one temperature, which give the forward KL alone, and the run "
+                f"has {', '.join(found)}: remove teacher.cache, or change that"
+            )
+
+    @property
+    def beyond_cache(self) -> list[str]:
+        """Return each key and value that needs more of the teacher than a cache has."""
         wrong = {
             f"method: {self.method}, which needs the teacher itself": self.preset.always_runs_teacher,
             f"loss.divergence: {self.loss.divergence}": self.loss.divergence != "forward_kl",
             f"loss.temperature_end: {self.loss.temperature_end}": self.loss.temperature_end is not None,
         }
-        if found := [what for what, is_so in wrong.items() if is_so]:
-            raise ValueError(
-                f"teacher.cache holds tokens drawn at one temperature, which give the forward KL alone, and the run "
-                f"has {', '.join(found)}: remove teacher.cache, or change that"
-            )
+        return [what for what, is_so in wrong.items() if is_so]
+
+    def cache_conditions(self) -> dict[str, Any]:
+        """Return the values on which the content of the teacher's cache depends, by their names in CACHE_CONDITIONS."""
+        values = self.model_dump(mode="json")
+        return {name: value_at(values, key) for name, key in CACHE_CONDITIONS.items()}
+
+    @property
+    def distils(self) -> bool:
+        """Return True if the loss has a divergence from a teacher in any step."""
+        return self.teacher is not None and (self.loss.gamma > 0 or bool(self.loss.gamma_end))
 
     @property
     def loads_teacher(self) -> bool:

@@ -182,6 +182,11 @@ _CONTROLLERS_WITH: dict[str, tuple[str, ...]] = {
 }
 
 
+def goes_with(option: str, controller: str) -> bool:
+    """Return True if a controller allows this option of section `mixture`, which it may leave unused."""
+    return controller in _CONTROLLERS_WITH.get(option, (controller,))
+
+
 class Mixture(Section):
     """The proportions of the domains among the samples, which a controller decides before each interval."""
 

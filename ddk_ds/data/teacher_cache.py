@@ -72,6 +72,16 @@ class TeacherCache:
         """Return the numbers (n,), ascending, of the domain's samples that parts hold."""
         return self._known[domain].numbers if domain in self._known else np.zeros(0, np.int64)
 
+    @property
+    def domains(self) -> list[str]:
+        """Return the domains of which parts hold samples."""
+        return list(self._known)
+
+    @property
+    def num_bytes(self) -> int:
+        """Return the bytes of the shards of all parts."""
+        return sum(shard.num_bytes for _, split in self._parts for shard in split.shards)
+
     def read(self, domain: str, number: int) -> Said | None:
         """Return what is known of a sample; None if nothing is. Raises DataError if its part is damaged."""
         added = self._added.get((domain, number))
@@ -185,6 +195,24 @@ def make_cache(path: Path, conditions: Mapping[str, Any]) -> None:
             write_text(path / CONDITIONS_FILE, json.dumps({"format": FORMAT, **conditions}, indent=1))
         (path / PARTS).mkdir(exist_ok=True)
         _remove_dead(path / PARTS)
+
+
+def open_stored(path: Path, shas: Mapping[str, str] | None = None) -> TeacherCache:
+    """Open the cache at `path` with the conditions that it was computed with, to look into it.
+
+    Raises ConfigError if there is none or it is of other data than `shas` (those of TeacherCache; None: any), DataError
+    if it is damaged.
+    """
+    file = path / CONDITIONS_FILE
+    if not file.is_file():
+        raise ConfigError(f"teacher.cache.path {path}: there is no cache")
+    stored = read_object(file, "delete the cache, or copy it again whole")
+    try:
+        return TeacherCache(
+            path, {key: stored[key] for key in stored if key != "format"}, shas or {}, stored["vocab_size"]
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise DataError(f"{file}: it lacks a condition or is of another version ({error!r})") from None
 
 
 def _check_conditions(path: Path, conditions: Mapping[str, Any]) -> None:

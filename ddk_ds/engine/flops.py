@@ -93,8 +93,7 @@ def step_flops(config: Config, student: ModelFiles, teacher: ModelFiles | None, 
 
 def teacher_runs(config: Config) -> bool:
     """Return True if a step of this run has a forward pass of the teacher."""
-    distils = config.loss.gamma > 0 or bool(config.loss.gamma_end)
-    return config.loads_teacher and (distils or config.preset.always_runs_teacher)
+    return config.loads_teacher and (config.distils or config.preset.always_runs_teacher)
 
 
 @dataclass(frozen=True)
@@ -138,20 +137,30 @@ class RunFlops:
 
 
 def run_flops(
-    config: Config, student: float, teacher: float | None, *, steps: int, measurements: int, domains: int
+    config: Config,
+    student: float,
+    teacher: float | None,
+    *,
+    steps: int,
+    measurements: int,
+    domains: int,
+    taught: int | None = None,
 ) -> RunFlops:
     """Count the FLOPs of a run of `steps` steps that measures the student `measurements` times on `domains` domains.
 
-    `student` and `teacher` are `forward_flops` of the two models; `teacher` is None in a run without one.
+    `student` and `teacher` are `forward_flops` of the two models; `teacher` is None in a run without one. `taught` is
+    the number of samples that go through the teacher; None: all that the method asks it for.
     """
-    tokens = steps * config.train.global_batch_samples * config.data.sequence_length
+    samples = steps * config.train.global_batch_samples
+    tokens = samples * config.data.sequence_length
+    share = 1.0 if taught is None else taught / samples
     measured = domains * config.data.validation_samples * config.data.sequence_length
     evaluation = measurements * student * measured + (teacher or 0.0) * measured
     return RunFlops(
         cpt=3 * student * tokens,
         kd=None if teacher is None else (3 * student + teacher) * tokens,
         evaluation=evaluation,
-        own=training_flops(config, student, teacher or 0.0) * tokens + evaluation,
+        own=training_flops(config, student, share * (teacher or 0.0)) * tokens + evaluation,
     )
 
 

@@ -44,6 +44,8 @@ class CachedTeacher:
     comm: Comm
     complete: bool = False
     """True if every rank has found all samples of the interval: the teacher is not asked, and no rank waits for it."""
+    taught: int = 0
+    """Samples that have gone through the teacher on all ranks since this was last set to 0."""
 
     def places(self, batch: Batch) -> list[Place]:
         """Return the places of the samples of a micro-batch."""
@@ -137,6 +139,7 @@ class CachedDistillation(WithDivergence):
     ) -> None:
         """Put into `said` what the teacher says of the samples that are None there, and add it to the cache."""
         hidden = teacher.hidden([batch.input_ids for batch in batches])
+        self._cached.taught += self._cached.comm.world_size * sum(map(len, places))  # the same on each rank
         with teacher.clock.stage("teacher"), teacher.head.gathered() as head:
             options = replace(self.options_at(batches[0]), teacher_form=head.form)
             for states, of_batch, known in zip(hidden, places, said, strict=True):

@@ -114,7 +114,7 @@ def page(runs: Sequence[RunRecord], parts: Sequence[Section], stills: dict[str, 
     shown = live([chart for part in parts for chart in part.charts])
     scripts = [shown.library, (_FOLDER / "page.js").read_text(encoding="utf-8"), script]
     links = "".join(f'<li><a href="#{part.anchor}">{escape(part.title)}</a></li>' for part in parts)
-    body = "".join(_section(part, stills) for part in parts)
+    body = "".join(section_html(part, stills) for part in parts)
     others = f" compared with {_names(groups[1:])}" if len(groups) > 1 else ""
     state = groups[0].first.state
     return (
@@ -152,7 +152,8 @@ def _in_json(text: str) -> str:
     return text.replace("<", "\\u003c")  # so that no text of a run can end the script
 
 
-def _section(part: Section, stills: dict[str, str]) -> str:
+def section_html(part: Section, stills: dict[str, str]) -> str:
+    """Return the HTML of a part, with the SVG of its charts by their names."""
     figures = "".join(_figure(chart, stills.get(chart.name)) for chart in part.charts)
     css = "parts even" if len(part.charts) == 4 else "parts"  # else three in a row leave the fourth alone
     inside = f'<h2>{escape(part.title)}</h2><div class="{css}">{part.html}{figures}</div>'

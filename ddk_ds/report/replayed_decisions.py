@@ -35,6 +35,8 @@ class RecordedDecision:
     """Samples of each domain that are drawn."""
     owed: tuple[float, ...]
     """Samples of each domain that are due after the interval."""
+    tokens: tuple[int, ...] = ()
+    """Tokens of each domain that the run had trained on before the interval."""
 
 
 @dataclass(frozen=True)
@@ -94,6 +96,7 @@ def _recorded_decision(record: dict[str, Any], domains: Sequence[str]) -> Record
         asked=tuple(vector("asked")),
         counts=tuple(vector("counts")),
         owed=tuple(vector("owed")),
+        tokens=tuple(vector("domain_tokens")),
     )
 
 

@@ -102,7 +102,12 @@ def _append(path: Path, lines: bytes) -> None:
 _STEP = {"loss": "loss/total", "ce": "loss/ce", "kl": "loss/kl", "router_aux_loss": "loss/router"}
 _STEP |= {"grad_norm": "optimizer/grad_norm", "learning_rate": "optimizer/learning_rate"}
 _INTERVAL = {"student_ppl": "student_ppl", "teacher_ppl": "teacher_ppl", "ratio": "ratio", "proportions": "proportion"}
-_CLOCK = {"tokens_per_s": "speed/tokens_per_s", "mfu": "speed/mfu", "peak_memory_gb": "memory/peak_gb"}
+_CLOCK = {
+    "teacher_samples": "speed/teacher_samples",
+    "tokens_per_s": "speed/tokens_per_s",
+    "mfu": "speed/mfu",
+    "peak_memory_gb": "memory/peak_gb",
+}
 _CLOCK |= {key: f"memory/{key}" for key in ("reserved_gb", "alloc_retries", "alloc_ooms")}
 
 _LONGEST_CLOSE_S = 60.0

@@ -157,7 +157,7 @@ def _train_interval(run: Run, ids: Ids) -> None:
     """Train on the rest of an interval with the global sample ids `ids` (total,). Collective."""
     comm, state, config = run.runtime.comm, run.state, run.config
     state.leave_out()
-    if run.cached is not None:
+    if run.cached is not None and config.distils:
         run.cached.look_for(ids[state.data.consumed :], required=run.teacher is None)
     method = run.make_method()
     batches = interval_loader(
@@ -242,7 +242,12 @@ def _record_step(run: Run, metrics: StepMetrics, rate: float, data_s: float, ste
     run.ahead.advance(state.data.consumed)
     state.domain_tokens = [a + b for a, b in zip(state.domain_tokens, metrics.domain_tokens, strict=True)]
     state.train_s += step_s
-    clock = step_clock(metrics, {"step": step_s, "data": data_s, "monitor": run.monitor.take_seconds()}, run.step_flops)
+    taught = run.take_taught()
+    share = 1.0 if taught is None else taught / run.config.train.global_batch_samples
+    seconds = {"step": step_s, "data": data_s, "monitor": run.monitor.take_seconds()}
+    clock = step_clock(metrics, seconds, run.student_flops + share * run.teacher_flops)
+    if taught is not None:
+        clock["teacher_samples"] = taught
     record = {"kind": "step", "step": state.step, "interval": state.data.interval}
     run.record({**record, **step_numbers(metrics), "learning_rate": rate, "clock": clock})
     run.progress.step(state.step, metrics, clock["tokens_per_s"], step_s)

@@ -53,8 +53,10 @@ class Run:
     saver: Saver
     progress: RunProgress
     total_steps: int
-    step_flops: float
-    """Floating-point operations of a step on one rank."""
+    student_flops: float
+    """Floating-point operations of the student in a step on one rank."""
+    teacher_flops: float
+    """Those of the teacher, if all samples of the step go through it."""
 
     def record(self, record: dict[str, Any]) -> None:
         """Append `record` as a line to ledger.jsonl (on rank 0 only), and queue its numbers for the monitors."""
@@ -73,6 +75,13 @@ class Run:
         """
         if self.cached is not None:
             self.cached.store.publish()
+
+    def take_taught(self) -> int | None:
+        """Return the samples that went through the teacher since the last call; None in a run without a cache of it."""
+        if self.cached is None:
+            return None
+        taught, self.cached.taught = self.cached.taught, 0
+        return taught
 
     def make_method(self) -> Method:
         """Make the method of the configuration from its state; it serves one interval."""

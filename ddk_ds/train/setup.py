@@ -65,6 +65,8 @@ def prepare_run(
     orders = [
         DomainOrder(name, sizes, config.seed) for name, sizes in zip(inputs.names, dataset.shard_sizes, strict=True)
     ]
+    flops = step_flops(config, inputs.student, inputs.teacher, comm.world_size)
+    student_flops = step_flops(config, inputs.student, None, comm.world_size)
     run = Run(
         config=config,
         inputs=inputs,
@@ -88,7 +90,8 @@ def prepare_run(
         saver=Saver(config.run_dir, identity, comm, config.checkpoint),
         progress=progress,
         total_steps=steps,
-        step_flops=step_flops(config, inputs.student, inputs.teacher, comm.world_size),
+        student_flops=student_flops,
+        teacher_flops=flops - student_flops,
     )
     _begin(run, start)
     return run

@@ -58,18 +58,12 @@ def open_cache(config: Config, inputs: Inputs, dataset: MixtureDataset, comm: Co
 
 def _conditions(config: Config, inputs: Inputs) -> dict[str, Any]:
     """Return all that the teacher's draws depend on, but for the samples themselves."""
-    assert config.teacher is not None and config.teacher.cache is not None and inputs.teacher is not None
+    assert inputs.teacher is not None
     return {
         "teacher": inputs.teacher.fingerprint,
         "attention": inputs.attention["teacher"].kernel,
-        "quantize": config.teacher.quantize,
-        "precision": config.train.precision,
-        "logits_dtype": config.loss.logits_dtype,
         "vocab_size": inputs.vocabulary.size,
-        "sequence_length": config.data.sequence_length,
-        "temperature": config.loss.temperature,
-        "draws": config.teacher.cache.draws,
-        "seed": config.teacher.cache.seed,
+        **config.cache_conditions(),
     }
 
 

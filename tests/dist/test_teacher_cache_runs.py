@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,13 @@ def config(workspace: Path, folder: Path, name: str, cache: dict[str, Any] | Non
     return str(write_config(workspace, folder, name=name, teacher=teacher, loss=loss, **more))
 
 
+def taught(config_path: str, name: str) -> int | None:
+    """Samples that went through the teacher by the clock of the ledger; None where it does not say."""
+    lines = [json.loads(line) for line in (run_dir(config_path, name) / "ledger.jsonl").read_text().splitlines()]
+    counts = [line["clock"].get("teacher_samples") for line in lines if line["kind"] == "step"]
+    return None if None in counts else sum(counts)
+
+
 def assert_same_samples(left: dict[tuple[str, int], Said], right: dict[tuple[str, int], Said]) -> None:
     for place in left.keys() & right.keys():
         assert np.array_equal(left[place].ids, right[place].ids), place
@@ -48,12 +56,15 @@ def test_however_a_cache_was_filled_runs_on_it_are_equal(workspace: Path, tmp_pa
         names=list(starts),
     )
     assert counts["first"] > 0 and counts["only-read"] == counts["again"] == 0, "passes of the teacher in training"
+    assert taught(first, "only-read") == taught(first, "again") == 0 and taught(first, "live") is None
     ledgers = {name: without_clock(run_dir(path, name)) for name, path in starts.items()}
     for name in ("stopped", "only-read", "again"):
         assert ledgers[name] == ledgers["first"], name
     samples = all_samples(Path(filled))
     assert_same_samples(samples, all_samples(Path(broken)))
     assert samples.keys() == all_samples(Path(broken)).keys() and len(samples) > 20
+    # Micro-batches go through the teacher whole, on both ranks: 10 steps of 8 samples at most.
+    assert len(samples) <= (taught(first, "first") or 0) <= 80
     # Before the first update the students are equal; with many draws the runs stay together.
     kl = {name: np.array([line["kl"] for line in ledgers[name] if line["kind"] == "step"]) for name in starts}
     assert abs(kl["first"][0] / kl["live"][0] - 1) < 0.2
