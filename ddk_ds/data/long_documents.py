@@ -50,7 +50,7 @@ class DocumentCutter:
     def _cut(self, text: str, begin: int, dropped: Dropped) -> tuple[int, int]:
         """Return the end of the part that starts at `begin`, and the start of the next."""
         limit = begin + PART_CHARS
-        ends = [match.start() for match in _WORD_END.finditer(text, limit - PART_CHARS // 2, limit)][-_TRIES:]
+        ends = _word_ends(text, limit)
         for end in reversed(ends):
             # Some tokenizers put a space before each text that they are given: that of the next part is left to them.
             for following in (end, end + 1) if text[end] == " " else (end,):
@@ -87,3 +87,14 @@ class DocumentCutter:
 
     def _ids(self, text: str) -> list[int]:
         return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
+
+
+def _word_ends(text: str, limit: int) -> list[int]:
+    """Return the last _TRIES ends of words, or all there are, in the half of a part before `limit`."""
+    ends: list[int] = []
+    # Most texts need no look at the whole half, which takes as long as its encoding.
+    for chars in (PART_CHARS >> 7, PART_CHARS >> 4, PART_CHARS >> 1):
+        ends = [match.start() for match in _WORD_END.finditer(text, limit - chars, limit)][-_TRIES:]
+        if len(ends) == _TRIES:
+            break
+    return ends

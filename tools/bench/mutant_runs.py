@@ -1,7 +1,8 @@
 """Runs of tests against mutants, each in a forked child: what the tests import is imported once for all.
 
-A mutant inside a function gives its code to the function objects of a process that has collected the tests. Any other
-is imported in place of its file, together with the tests, by a process that has imported only what others wrote.
+A mutant inside a function that a test calls gives its code to the function objects of a process that has collected the
+tests. Any other is imported in place of its file, together with the tests, by a process that has imported only what
+others wrote.
 """
 
 from __future__ import annotations
@@ -34,8 +35,7 @@ from _pytest.runner import runtestprotocol
 
 from tools.bench.mutants import Mutant
 
-_PLUGINS = ("no:cacheprovider", "no:xdist", "no:warnings")
-_PYTEST = ("-qx", "--noconftest", "--timeout=0", "-m", "not long", *(f"-p{plugin}" for plugin in _PLUGINS))
+_PYTEST = ("-qx", "--noconftest", "--timeout=0", "-m", "not long", "-pno:cacheprovider", "-pno:xdist", "-Wignore")
 _NOT_SWAPPED, _NO_PROGRAM = 70, 71  # exit codes: the change needs an import; cosmic-ray made no Python
 # hypothesis' attribute of a test. A mutant that lives runs every test that calls it: few examples must do.
 _OPTIONS, _EXAMPLES = "_hypothesis_internal_use_settings", 15
@@ -55,13 +55,20 @@ class Baseline:
 
     def tests_for(self, mutant: Mutant) -> list[str]:
         """Return the tests that call the mutant's function, fast ones first; outside of one its file's, or all."""
-        first, last = mutant.function or (0, sys.maxsize)
-        chosen = [
+        chosen = self._calling(mutant.path, *(mutant.function or (0, sys.maxsize)))
+        chosen = chosen or self._calling(mutant.path, 0, sys.maxsize)  # a function that only an import calls
+        return sorted(chosen or self.calls, key=self.seconds.__getitem__)
+
+    def calls_function(self, mutant: Mutant) -> bool:
+        """Return True if the mutant lies in a function, and a test calls it."""
+        return mutant.function is not None and bool(self._calling(mutant.path, *mutant.function))
+
+    def _calling(self, path: str, first: int, last: int) -> list[str]:
+        return [
             test
             for test, calls in self.calls.items()
-            if any(file == mutant.path and first <= line <= last for file, line in calls)
+            if any(file == path and first <= line <= last for file, line in calls)
         ]
-        return sorted(chosen if chosen or mutant.function else self.calls, key=self.seconds.__getitem__)
 
 
 def run_mutants(
@@ -122,7 +129,7 @@ def _run_collected(
     for mutant in mutants if not baseline.failed else ():
         chosen = [by_id[test] for test in baseline.tests_for(mutant)]
         work = partial(_run_swapped, mutant, functions[mutant.path], chosen, baseline)
-        codes.append(_NOT_SWAPPED if mutant.function is None else _forked(work) if chosen else 0)
+        codes.append(_forked(work) if baseline.calls_function(mutant) else _NOT_SWAPPED)
         if codes[-1] not in (_NOT_SWAPPED, _NO_PROGRAM):
             say(mutant, codes[-1] != 0)
     return baseline, codes
