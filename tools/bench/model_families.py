@@ -29,6 +29,7 @@ from typing import Any
 
 import torch
 import transformers
+from huggingface_hub.errors import StrictDataclassClassValidationError
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForImageTextToText
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
@@ -224,12 +225,13 @@ def _in_process(family: str, folder: str, environment: dict[str, str]) -> None:
 
 def _unmade(family: str, error: Exception) -> str:
     """Return the refusal of a family of which no small model can be made, or else why it cannot."""
-    config = CONFIG_MAPPING[family]().to_dict()
     classes = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES if wrapped(family) else MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
     try:
-        text_part({**config, "architectures": [classes[family]]}, {}, "path")
+        text_part({**CONFIG_MAPPING[family]().to_dict(), "architectures": [classes[family]]}, {}, "path")
     except UserError as refusal:
         return f"refused: {_line(refusal)}"
+    except StrictDataclassClassValidationError:  # some have no configuration without values
+        pass
     return f"not tried, since no small model can be made of it here: {_line(error)}"
 
 
@@ -246,7 +248,8 @@ def outcome_of(trial: Callable[[], str]) -> str:
 
 
 def _line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+    first, *further = (str(error).strip() or type(error).__name__).splitlines()
+    return " ".join([first, *(further[:1] if first.endswith(":") else [])])[:300]
 
 
 def small_config(family: str) -> Any:
