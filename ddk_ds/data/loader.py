@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from operator import itemgetter
 from pathlib import Path
-from typing import TypedDict
+from typing import NotRequired, TypedDict
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +19,7 @@ from ddk_ds.data.manifest import load_manifest
 from ddk_ds.data.mds import Ids, open_split
 from ddk_ds.data.readers import Read, Readers
 from ddk_ds.data.store import LocalStore, Shard, Store
+from ddk_ds.data.teacher_samples import Said
 from ddk_ds.errors import DataError
 
 
@@ -100,11 +101,15 @@ class MixtureDataset(Dataset[Sample]):
 
 
 class MicroBatch(TypedDict):
-    """A rank's part of one forward pass: `input_ids` (B, L), `domain` (B,) and `sample_id` (B,), all int64."""
+    """A rank's part of one forward pass: `input_ids` (B, L), `domain` (B,) and `sample_id` (B,), all int64.
+
+    `said` (B,) is what a cache of the teacher has of the samples, if there is one (methods/cached_distillation.py).
+    """
 
     input_ids: torch.Tensor
     domain: torch.Tensor
     sample_id: torch.Tensor
+    said: NotRequired[list[Said | None]]
 
 
 def interval_loader(

@@ -17,7 +17,7 @@ import torch
 
 from ddk_ds.comm import Comm, call_together
 from ddk_ds.config import Loss
-from ddk_ds.data.loader import MixtureDataset
+from ddk_ds.data.loader import MicroBatch, MixtureDataset
 from ddk_ds.data.teacher_cache import TeacherCache
 from ddk_ds.data.teacher_samples import Said
 from ddk_ds.engine.head import OutputHead
@@ -47,10 +47,21 @@ class CachedTeacher:
     taught: int = 0
     """Samples that have gone through the teacher on all ranks since this was last set to 0."""
 
-    def places(self, batch: Batch) -> list[Place]:
-        """Return the places of the samples of a micro-batch."""
-        assert batch.sample_id is not None, "the loop gives the ids of its samples"
-        return [self.dataset.place(sample_id) for sample_id in batch.sample_id.tolist()]
+    def places(self, sample_ids: torch.Tensor | None) -> list[Place]:
+        """Return the places of the samples with these global ids (B,)."""
+        assert sample_ids is not None, "the loop gives the ids of its samples"
+        return [self.dataset.place(sample_id) for sample_id in sample_ids.tolist()]
+
+    def ahead(self, batches: Iterator[MicroBatch]) -> Iterator[MicroBatch]:
+        """Yield micro-batches with what is known of their samples, which is read when they are asked for."""
+        for batch in batches:
+            yield {**batch, "said": [self.store.read(*place) for place in self.places(batch["sample_id"])]}
+
+    def said(self, batch: Batch) -> list[Said | None]:
+        """Return what is known of the samples of a micro-batch, and look for those that were not there before."""
+        places = self.places(batch.sample_id)
+        before = batch.said or [None] * len(places)
+        return [self.store.read(*place) if one is None else one for place, one in zip(places, before, strict=True)]
 
     def look_for(self, sample_ids: npt.NDArray[np.int64], *, required: bool) -> None:
         """Look for the samples with these global ids (n,), which are an interval's, and set `complete`. Collective.
@@ -95,8 +106,8 @@ class CachedDistillation(WithDivergence):
 
         Without a teacher nothing is added, and what is missing is None. Collective.
         """
-        places = [self._cached.places(batch) for batch in batches]
-        said = [[self._cached.store.read(*place) for place in of_batch] for of_batch in places]
+        places = [self._cached.places(batch.sample_id) for batch in batches]
+        said = [self._cached.said(batch) for batch in batches]
         teacher = None if self._cached.complete else self._teacher
         if teacher is not None and self._missing_anywhere(said, batches[0].input_ids.device):
             self._ask(teacher, batches, places, said)

@@ -169,6 +169,8 @@ def _train_interval(run: Run, ids: Ids) -> None:
         start_sample=state.data.consumed,
         readers=run.readers,
     )
+    if run.cached is not None:
+        batches = run.cached.ahead(batches)
     run.ahead.interval(ids, state.data.consumed)
     run.watchdog.watch("step", state.step)
     reader = StepReader(batches, config.micro_batches(comm.world_size), run.interruption)

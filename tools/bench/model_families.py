@@ -101,7 +101,7 @@ FURTHER: dict[str, dict[str, Any]] = {
     "deepseek_v3": {"head_dim": 8, "num_key_value_heads": 4},
     "axk1": {"head_dim": 8, "num_key_value_heads": 4},
     "axk2": {"head_dim": 8, "num_key_value_heads": 4, **_INDEX},
-    "bailing_hybrid": {"head_dim": 8, "num_key_value_heads": 4, "linear_num_heads": 4, "linear_head_dim": 16},
+    "bailing_hybrid": {"head_dim": 8, "num_key_value_heads": 4, "linear_num_heads": 4, "num_expert_group": 1, "num_experts_per_token": 2},
     "deepseek_v32": {"head_dim": 8, "num_key_value_heads": 4, **_INDEX},
     "dots3_note_text": {"num_key_value_heads": 4, **_INDEX},
     "dbrx": {
