@@ -61,7 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--picture", type=Path, metavar="FILE", help="file for a picture; needs matplotlib")
     options = parser.parse_args(arguments)
     setting = make_setting(options)
-    whole = gradients(setting, None)
+    whole = [part.detach() for part in gradients(setting, None)]
     rows = [
         row
         for size in SIZES

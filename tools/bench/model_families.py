@@ -80,7 +80,7 @@ SMALL: dict[str, Any] = {
     **dict.fromkeys(("intermediate_size", "ffn_dim", "n_inner", "decoder_ffn_dim", "ffn_hidden_size"), 96),
     **dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size", "expert_ffn_hidden_size"), 32),
     **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"), 4),
-    **dict.fromkeys(("num_experts_per_tok", "moe_topk", "moe_k"), 2),
+    **dict.fromkeys(("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k"), 2),
     **dict.fromkeys(("head_dim", "v_head_dim", "attention_head_dim"), 16),
     **dict.fromkeys(("q_lora_rank", "kv_lora_rank"), 16),
     **dict.fromkeys(("qk_rope_head_dim", "qk_nope_head_dim"), 8),
@@ -101,7 +101,7 @@ FURTHER: dict[str, dict[str, Any]] = {
     "deepseek_v3": {"head_dim": 8, "num_key_value_heads": 4},
     "axk1": {"head_dim": 8, "num_key_value_heads": 4},
     "axk2": {"head_dim": 8, "num_key_value_heads": 4, **_INDEX},
-    "bailing_hybrid": {"head_dim": 8, "num_key_value_heads": 4, "linear_num_heads": 4, "num_expert_group": 1, "num_experts_per_token": 2},
+    "bailing_hybrid": {"head_dim": 8, "num_key_value_heads": 4, "linear_num_heads": 4, "num_expert_group": 1},
     "deepseek_v32": {"head_dim": 8, "num_key_value_heads": 4, **_INDEX},
     "dots3_note_text": {"num_key_value_heads": 4, **_INDEX},
     "dbrx": {
