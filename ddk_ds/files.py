@@ -194,6 +194,28 @@ def read_object(path: Path, mend: str, error: type[UserError] = CheckpointError)
     return content
 
 
+def sealed(record: dict[str, Any]) -> dict[str, Any]:
+    """Return a record of plain JSON with its own hash at the key "xxh64"."""
+    return {**record, "xxh64": own_hash(record)}
+
+
+def unsealed(content: bytes, name: str) -> dict[str, Any]:
+    """Return the record that `sealed` has made, without the hash, from the content of its file.
+
+    Raises ValueError, with the file's `name`, where it is not whole and as it was written.
+    """
+    record = json.loads(content)
+    expected, found = record.pop("xxh64", None), own_hash(record)
+    if found != expected:
+        raise ValueError(f"the xxh64 of what {name} holds is {found}, it says {expected}")
+    return dict(record)
+
+
+def own_hash(record: Any) -> str:
+    """Return the hash (hexadecimal) of plain JSON, whatever the order of its keys."""
+    return xxhash.xxh64_hexdigest(json.dumps(record, sort_keys=True))
+
+
 def size_and_xxh64(path: Path) -> tuple[int, str]:
     """Return the number of bytes and the xxh64 (hexadecimal) of a file, read from the disk. Raises OSError."""
     digest, num_bytes = xxhash.xxh64(), 0

@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from ddk_ds.comparison.method_stages import changed_says
-from ddk_ds.config import Config
+from ddk_ds.config import Config, Data
 from ddk_ds.data.teacher_cache import open_stored
+from ddk_ds.data.teacher_place import open_place
 from ddk_ds.errors import UserError
 
 
@@ -58,14 +58,14 @@ def teacher_costs(costs: Mapping[str, Sequence[TeacherCost]]) -> dict[str, Any] 
     `costs` has no entry for a label without a teacher.
     """
     everything = [cost for runs in costs.values() for cost in runs]
-    caches = list(dict.fromkeys(cost.cache for cost in everything if cost.cache is not None))
+    caches = {cost.cache: cost.config.data for cost in everything if cost.cache is not None}
     if not caches:
         return None
     of_caches = [cost for cost in everything if cost.cache is not None]
     return {
         "methods": {label: _sums(runs) for label, runs in costs.items()},
         "on_caches": _sums(of_caches),
-        "caches": [_weight(path) for path in caches],
+        "caches": [_weight(path, data) for path, data in caches.items()],
     }
 
 
@@ -103,10 +103,10 @@ def _sums(runs: Sequence[TeacherCost]) -> dict[str, Any]:
     }
 
 
-def _weight(path: str) -> dict[str, Any]:
+def _weight(path: str, data: Data) -> dict[str, Any]:
     """Return the samples and bytes of a cache, None where it can't be read: it may have been deleted since."""
     try:
-        cache = open_stored(Path(path))
+        cache = open_stored(open_place(path, data))
     except UserError:
         return {"path": path, "samples": None, "bytes": None}
     samples = {domain: len(cache.known(domain)) for domain in cache.domains}

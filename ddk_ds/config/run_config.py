@@ -11,7 +11,7 @@ from pydantic import Field, PrivateAttr, model_validator
 
 from ddk_ds.config.keys import value_at
 from ddk_ds.config.methods import MethodSections
-from ddk_ds.config.paths import LocalPath, NamedPaths
+from ddk_ds.config.paths import LocalPath, NamedPaths, is_address
 from ddk_ds.config.sections import (
     Checkpoint,
     Data,
@@ -173,6 +173,12 @@ class Config(MethodSections):
             raise ValueError(
                 f"teacher.cache holds tokens drawn at one temperature, which give the forward KL alone, and the run "
                 f"has {', '.join(found)}: remove teacher.cache, or change that"
+            )
+        path = "" if self.teacher is None or self.teacher.cache is None else self.teacher.cache.path
+        if is_address(path) and self.data.cache_dir is None:
+            raise ValueError(
+                f"teacher.cache.path {path} is remote: set data.cache_dir to a directory on each node's own disk, "
+                "which then holds shards of the data too"
             )
 
     @property

@@ -81,12 +81,16 @@ class Student(Model):
     is transformers' own, and averaged over the step's micro-batches and ranks."""
 
 
+_UPLOADABLE = ("s3://", "gs://", "oci://")
+
+
 class TeacherCache(Section):
     """A teacher's distributions, kept on the disk: they are computed once for all runs over the same samples."""
 
     path: LocalPath
-    """Directory of the cache, which several runs can use and fill at the same time. Another teacher, other data or
-    another temperature are refused."""
+    """Directory of the cache that all ranks see, or its address (s3://, gs://, oci://), which needs `data.cache_dir`.
+    Several runs can use and fill it at the same time. Another teacher, other data or another temperature are
+    refused."""
     mode: Literal["write_through", "read_only"] = "write_through"
     """write_through: samples that are not there go through the teacher and are written. read_only: the teacher is not
     loaded, and a sample that is not there is an error."""
@@ -95,6 +99,15 @@ class TeacherCache(Section):
     average; more draws make it vary less."""
     seed: Natural = 0
     """Seed of the draws, apart from the run's: runs of all seeds share a cache."""
+
+    @model_validator(mode="after")
+    def _is_where_parts_can_be_put(self) -> TeacherCache:
+        if is_address(self.path) and not self.path.startswith(_UPLOADABLE):
+            raise ValueError(
+                f"path {self.path}: give a directory, or an address of {', '.join(_UPLOADABLE)}, where files can be "
+                "put and listed"
+            )
+        return self
 
 
 class Teacher(Model):

@@ -7,6 +7,7 @@ was killed, and its half-written files are removed by the next job that uses the
     <cache_dir>/cache.json      the remote's address and the limit
     <cache_dir>/data/...        files as the remote has them; the access time is the last use
     <cache_dir>/fetching/...    files that are being fetched, and the space reserved for them
+    <cache_dir>/writing/...     files that are written here and then put on a store
     <cache_dir>/locks/...
 
 One thread on each node, the prefetcher, fetches shards before the training reads their first sample.
@@ -18,10 +19,11 @@ import fcntl
 import hashlib
 import json
 import os
+import shutil
 import threading
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -33,6 +35,7 @@ from ddk_ds.errors import DISK_FULL, ConfigError, DataError, UserError
 from ddk_ds.files import read_object, write_text
 
 MIN_SHARDS = 4
+WRITING = "writing"
 _GB = 10**9
 # Least seconds between two marks of a shard's use by one process.
 _MARK_S = 2.0
@@ -51,11 +54,13 @@ class CacheOptions:
 class CachedStore:
     """A `store.Store` of a remote directory, with a cache on this node."""
 
-    def __init__(self, location: str, options: CacheOptions) -> None:
+    def __init__(self, location: str, options: CacheOptions, below: str = "") -> None:
+        """Make it; stores with one directory and different names `below` share its limit."""
         self.location = location
         self.options = options
         self.fetcher = Fetcher(location, timeout_s=options.timeout_s, patience_s=options.patience_s)
-        self._data = options.directory / "data"
+        self._all = options.directory / "data"
+        self._data, self._below = self._all / below, below
         self._fetching = options.directory / "fetching"
         self._locks = options.directory / "locks"
         self._verified = Verified()
@@ -72,7 +77,7 @@ class CachedStore:
         path, wanted_since = self._data / name, time.monotonic()
         with self._lock(name):
             if fresh or not path.is_file():
-                self._download(name, self._fetching / _key(name), path, wanted_since)
+                self._download(name, self._fetching / self._key(name), path, wanted_since)
             return path.read_bytes()
 
     def check(self, directory: str, shards: list[Shard]) -> None:
@@ -116,10 +121,11 @@ class CachedStore:
                 path.unlink()
             except FileNotFoundError:
                 pass
-            reserved = self._fetching / f"{_key(shard.name)}.space"
+            key = self._key(shard.name)
+            reserved = self._fetching / f"{key}.space"
             self._make_room(reserved, shard.num_bytes)
             try:
-                self._download(shard.name, self._fetching / _key(shard.name), path, wanted_since, shard)
+                self._download(shard.name, self._fetching / key, path, wanted_since, shard)
             finally:
                 reserved.unlink(missing_ok=True)
 
@@ -140,10 +146,10 @@ class CachedStore:
 
     def _make_room(self, reserved: Path, num_bytes: int) -> None:
         """Evict the least recently used shards until `num_bytes` more fit; the file `reserved` reserves that space."""
-        with self._lock("space"):
+        with _locked(self._locks / _hash("space")):
             if self.limit_bytes is not None:
                 reservations = [size for _, size, _ in _files(self._fetching, ".space")]
-                files = sorted(_files(self._data, ".mds"))
+                files = sorted(_files(self._all, ".mds"))
                 excess = sum(reservations) + sum(size for _, size, _ in files) + num_bytes - self.limit_bytes
                 for _, size, path in files:
                     if excess <= 0:
@@ -153,11 +159,11 @@ class CachedStore:
             with reserved.open("wb") as stream:
                 stream.truncate(num_bytes)  # a hole: its size counts, but it takes no space
 
-    @contextmanager
-    def _lock(self, name: str) -> Iterator[None]:
-        with (self._locks / _key(name)).open("ab") as stream:
-            fcntl.flock(stream, fcntl.LOCK_EX)
-            yield
+    def _lock(self, name: str) -> AbstractContextManager[None]:
+        return _locked(self._locks / self._key(name))
+
+    def _key(self, name: str) -> str:
+        return _hash(f"{self._below}/{name}" if self._below else name)
 
 
 _claims: dict[Path, IO[bytes]] = {}
@@ -170,13 +176,18 @@ def open_store(data: Data) -> Store:
     """
     if data.cache_dir is None:
         return LocalStore(data.path)
-    directory = Path(data.cache_dir)
-    options = CacheOptions(directory, data.cache_limit_gb, data.download_timeout_s, data.download_patience_s)
-    store = CachedStore(data.path, options)
-    if earlier := _claims.pop(directory.resolve(), None):
+    store = CachedStore(data.path, cache_options(data))
+    directory = store.options.directory.resolve()
+    if earlier := _claims.pop(directory, None):
         earlier.close()
-    _claims[directory.resolve()] = _claim(store)
+    _claims[directory] = _claim(store)
     return store
+
+
+def cache_options(data: Data) -> CacheOptions:
+    """Return the options of the cache `data.cache_dir`, which is set."""
+    assert data.cache_dir is not None, "Config refuses an address without a cache"
+    return CacheOptions(Path(data.cache_dir), data.cache_limit_gb, data.download_timeout_s, data.download_patience_s)
 
 
 def _claim(store: CachedStore) -> IO[bytes]:
@@ -215,6 +226,7 @@ def _claim(store: CachedStore) -> IO[bytes]:
     if alone:
         for leftover in (directory / "fetching").iterdir():
             leftover.unlink()
+        shutil.rmtree(directory / WRITING, ignore_errors=True)
         write_text(directory / "cache.json", json.dumps(wanted))
         fcntl.flock(stream, fcntl.LOCK_SH)
     return stream
@@ -243,7 +255,14 @@ def _make(directory: Path) -> None:
         ) from None
 
 
-def _key(name: str) -> str:
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    with path.open("ab") as stream:
+        fcntl.flock(stream, fcntl.LOCK_EX)
+        yield
+
+
+def _hash(name: str) -> str:
     return hashlib.blake2b(name.encode(), digest_size=16).hexdigest()
 
 

@@ -35,6 +35,7 @@ def patiently(
     patience_s: float,
     *,
     since: float | None = None,
+    done: str = "fetched",
     give_up: Callable[[], bool] = never,
 ) -> _Result:
     """Call `attempt` until it raises no `Unavailable` any more, with growing pauses, and return its result.
@@ -45,6 +46,7 @@ def patiently(
         what: the beginning of the messages, for example the file's address.
         patience_s: seconds after which it is not called again; it is called once in any case.
         since: the time (time.monotonic) from which they are counted; None: from now on.
+        done: the messages' participle for what is attempted.
         give_up: looked at in the pauses; True ends them at once.
 
     Raises TemporaryError, with the last failure, when the patience is at its end.
@@ -59,12 +61,13 @@ def patiently(
         now = time.monotonic()
         if now - began >= patience_s or give_up():
             raise TemporaryError(
-                f"{what} cannot be fetched, tried for {now - began:.0f} s: {failure}; check the address and the store, "
-                "then start again: what was fetched is kept"
+                f"{what} cannot be {done}, tried for {now - began:.0f} s: {failure}; check the address and the store, "
+                f"then start again: what was {done} is kept"
             )
         if now + pause >= say_at:
             say_at = now + _SAY_EVERY_S
-            _log.warning("%s cannot be fetched for %.0f s: %s; trying for %g s", what, now - began, failure, patience_s)
+            words = "%s cannot be %s for %.0f s: %s; trying for %g s"
+            _log.warning(words, what, done, now - began, failure, patience_s)
         _pause(min(pause, max(0.0, began + patience_s - now)), give_up)
         pause = min(_LONGEST_WAIT_S, 2 * pause)
 

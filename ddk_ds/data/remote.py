@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 from urllib.parse import urlsplit
 
 from ddk_ds.data.patience import PATIENCE_S, Unavailable, http_status, never, patiently, refused
@@ -35,6 +35,10 @@ _MENDABLE = {"RequestTimeout", "SlowDown", "Throttling", "ThrottlingException"}
 
 class Missing(DataError):
     """A file that the remote does not have."""
+
+
+class Refused(DataError):
+    """An answer of the store that neither time nor another file mends."""
 
 
 class Fetcher:
@@ -76,36 +80,24 @@ class Fetcher:
                 damaged += 1
                 failure = str(error).replace(str(path), f"{self.location}/{name}")
                 if damaged == _DAMAGED_ATTEMPTS:
-                    raise DataError(f"{what} cannot be fetched, {damaged} attempts: {failure}") from None
+                    raise Damaged(f"{what} cannot be fetched, {damaged} attempts: {failure}") from None
                 raise Unavailable(failure) from None
             except TimeoutError:
                 failure = f"nothing came of it within data.download_timeout_s, {self.timeout_s:g} s"
                 raise Unavailable(failure) from None
             except Exception as error:  # every kind of store has errors of its own
-                self._raise_final(error, name, path)
-                raise Unavailable(_describe(error)) from None
+                raise_final(error, f"{self.location}/{name}", path.parent, "read it")
+                raise Unavailable(describe(error)) from None
 
         patiently(attempt, what, self.patience_s, since=since, give_up=self.give_up)
 
     def _download(self, name: str, path: Path) -> None:
-        """Download in a thread that is abandoned after the time limit, because some stores' clients wait for ever."""
-        outcome: list[BaseException | None] = []
-
-        def work() -> None:
-            try:
-                self._downloader().download(f"{self.location}/{name}", str(path), self.timeout_s)
-                outcome.append(None)
-            except BaseException as error:
-                outcome.append(error)
-
-        thread = threading.Thread(target=work, name=f"fetch {name}", daemon=True)
-        thread.start()
-        thread.join(self.timeout_s)
-        if not outcome:
+        address = f"{self.location}/{name}"
+        try:
+            in_time(lambda: self._downloader().download(address, str(path), self.timeout_s), self.timeout_s, address)
+        except TimeoutError:
             self._downloaders.clear()  # the next attempt gets a client that does not hang
-            raise TimeoutError
-        if outcome[0] is not None:
-            raise outcome[0]
+            raise
 
     def _downloader(self) -> Any:
         """Return this process's downloader: a client cannot be used after a fork."""
@@ -117,29 +109,59 @@ class Fetcher:
             downloader = self._downloaders[os.getpid()] = CloudDownloader.get(self.location)
         return downloader
 
-    def _raise_final(self, error: Exception, name: str, path: Path) -> None:
-        """Raise the errors that another attempt would not mend; return after all others."""
-        response = getattr(error, "response", None)
-        code = str(response.get("Error", {}).get("Code", "")) if isinstance(response, dict) else ""
-        code = code or str(http_status(error) or "")
-        if isinstance(error, FileNotFoundError) or code in _GONE:
-            raise Missing(f"{self.location}/{name} does not exist; check the address") from None
-        if isinstance(error, PermissionError) or code in _DENIED or type(error).__name__ == "NoCredentialsError":
-            raise DataError(
-                f"{self.location}/{name}: access is denied ({code or type(error).__name__}); give this process "
-                "credentials that may read it"
-            ) from None
-        if refused(error) and code not in _MENDABLE:
-            raise DataError(f"{self.location}/{name}: the store refuses it: {_describe(error)}") from None
-        if isinstance(error, OSError) and error.errno is not None and not path.parent.is_dir():
-            raise error
-        if isinstance(error, OSError) and error.errno in DISK_FULL:
-            raise error
-        if isinstance(error, ImportError | ValueError):
-            raise DataError(f"{self.location}: {_describe(error)}") from None
+
+def in_time(work: Callable[[], _Result], timeout_s: float, name: str) -> _Result:
+    """Return what `work` does in a thread that is abandoned after the time: some stores' clients wait for ever.
+
+    Raises TimeoutError after it, and what `work` raises.
+    """
+    outcome: list[tuple[_Result | None, BaseException | None]] = []
+
+    def run() -> None:
+        try:
+            outcome.append((work(), None))
+        except BaseException as error:
+            outcome.append((None, error))
+
+    thread = threading.Thread(target=run, name=name, daemon=True)
+    thread.start()
+    thread.join(timeout_s)
+    if not outcome:
+        raise TimeoutError
+    result, error = outcome[0]
+    if error is not None:
+        raise error
+    return cast("_Result", result)
 
 
-def _describe(error: BaseException) -> str:
+def raise_final(error: Exception, address: str, directory: Path, right: str) -> None:
+    """Raise the errors of a store that another attempt would not mend; return after all others.
+
+    Args:
+        directory: the local one that is read or written.
+        right: the words for what the credentials must allow.
+    """
+    response = getattr(error, "response", None)
+    code = str(response.get("Error", {}).get("Code", "")) if isinstance(response, dict) else ""
+    code = code or str(http_status(error) or "")
+    if isinstance(error, FileNotFoundError) or code in _GONE:
+        raise Missing(f"{address} does not exist; check the address") from None
+    if isinstance(error, PermissionError) or code in _DENIED or type(error).__name__ == "NoCredentialsError":
+        raise Refused(
+            f"{address}: access is denied ({code or type(error).__name__}); give this process credentials that may "
+            f"{right}"
+        ) from None
+    if refused(error) and code not in _MENDABLE:
+        raise Refused(f"{address}: the store refuses it: {describe(error)}") from None
+    if isinstance(error, OSError) and error.errno is not None and not directory.is_dir():
+        raise error
+    if isinstance(error, OSError) and error.errno in DISK_FULL:
+        raise error
+    if isinstance(error, ImportError | ValueError):
+        raise Refused(f"{address}: {describe(error)}") from None
+
+
+def describe(error: BaseException) -> str:
     """Return type and message of an error on one line, with credentials removed."""
     text = " ".join(str(error).split())[:300]
     return f"{type(error).__name__}: {redact(text)}"
@@ -211,7 +233,7 @@ def _mendable(attempt: Callable[[], _Result], kinds: tuple[type[Exception], ...]
         except kinds as error:
             if refused(error) or getattr(error, "errno", None) in DISK_FULL:
                 raise
-            raise Unavailable(_describe(error)) from error
+            raise Unavailable(describe(error)) from error
 
     return run
 

@@ -11,28 +11,28 @@ whole or not at all, and is never changed; any number of runs and ranks write pa
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Mapping
-from contextlib import suppress
-from pathlib import Path
+from concurrent.futures import ThreadPoolExecutor
 from secrets import token_hex
-from shutil import rmtree
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+import xxhash
 
 from ddk_ds.data.mds import Split, read_index
-from ddk_ds.data.store import LocalStore
+from ddk_ds.data.remote import Refused
+from ddk_ds.data.store import AGAIN
+from ddk_ds.data.teacher_place import PARTS, SAMPLES_FILE, Place
 from ddk_ds.data.teacher_samples import DrawnTokens, Said
-from ddk_ds.errors import ConfigError, DataError
-from ddk_ds.files import PARTIAL, is_leftover, new_directory, read_object, write_text, written
+from ddk_ds.errors import CheckpointError, ConfigError, DataError, UserError
+from ddk_ds.files import own_hash, sealed, unsealed, write_text
 
-FORMAT = 1
-CONDITIONS_FILE, PARTS, PERPLEXITIES = "teacher.json", "parts", "perplexities"
-_SAMPLES = "samples.json"
+FORMAT = 2
+CONDITIONS_FILE, PERPLEXITIES = "teacher.json", "perplexities"
 PART_BYTES = 64 << 20
-_DEAD_AFTER_S = 3600.0
+# Parts whose small files are read at the same time: there can be tens of thousands on a store.
+_OPENED_AT_ONCE = 8
 Numbers = npt.NDArray[np.int64]
 
 
@@ -44,11 +44,20 @@ class _Known(NamedTuple):
     places: Numbers
 
 
+class _Part(NamedTuple):
+    """An opened part: its shards, and the hash of the data and the numbers (n,) of each domain in it."""
+
+    name: str
+    split: Split
+    shas: dict[str, str]
+    numbers: dict[str, Numbers]
+
+
 class TeacherCache:
     """The samples of one teacher that are known, and those that this process adds."""
 
-    def __init__(self, path: Path, conditions: Mapping[str, Any], shas: Mapping[str, str], vocab_size: int) -> None:
-        """Open the cache at `path`, which need not exist.
+    def __init__(self, place: Place, conditions: Mapping[str, Any], shas: Mapping[str, str], vocab_size: int) -> None:
+        """Open the cache at `place`, which need not exist.
 
         Args:
             conditions: what the samples' content depends on, as plain JSON; "draws" is among them.
@@ -58,14 +67,15 @@ class TeacherCache:
             ConfigError: the cache was computed with other conditions, or is of other data.
             DataError: a part is damaged.
         """
-        self.path = path
+        self.place = place
         self._coding = DrawnTokens(int(conditions["draws"]), vocab_size)
         self._shas = dict(shas)
         self._known: dict[str, _Known] = {}
-        self._parts: list[tuple[str, Split]] = []
+        self._parts: list[_Part] = []
         self._added: dict[tuple[str, int], dict[str, Any]] = {}
         self._added_bytes = 0
-        _check_conditions(path, conditions)
+        self._conditions = own_hash(conditions)
+        _check_conditions(place, conditions)
         self.refresh()
 
     def known(self, domain: str) -> Numbers:
@@ -80,7 +90,7 @@ class TeacherCache:
     @property
     def num_bytes(self) -> int:
         """Return the bytes of the shards of all parts."""
-        return sum(shard.num_bytes for _, split in self._parts for shard in split.shards)
+        return sum(shard.num_bytes for part in self._parts for shard in part.split.shards)
 
     def read(self, domain: str, number: int) -> Said | None:
         """Return what is known of a sample; None if nothing is. Raises DataError if its part is damaged."""
@@ -111,132 +121,157 @@ class TeacherCache:
         name = token_hex(8)
         columns = {"domain": "str", "number": "int", **self._coding.columns}
         order = sorted(self._added)
-        numbers: dict[str, list[int]] = {}
-        with written(self.path), new_directory(self.path / PARTS / name) as directory:
+        domains: dict[str, Any] = {}
+        with self.place.new_part(name) as directory:
             with MDSWriter(out=str(directory), columns=columns, hashes=["xxh64"], size_limit=PART_BYTES) as writer:
                 for domain, number in order:
                     writer.write({"domain": domain, "number": number, **self._added[domain, number]})
-                    numbers.setdefault(domain, []).append(number)
-            samples = {domain: {"sha": self._shas[domain], "numbers": numbers[domain]} for domain in numbers}
-            write_text(directory / _SAMPLES, json.dumps(samples))
+                    domains.setdefault(domain, {"sha": self._shas[domain], "numbers": []})["numbers"].append(number)
+            index = xxhash.xxh64_hexdigest((directory / "index.json").read_bytes())
+            samples = {"conditions": self._conditions, "index": index, "domains": domains}
+            write_text(directory / SAMPLES_FILE, json.dumps(sealed(samples)))
         self._added.clear()
         self._added_bytes = 0
-        self.refresh()
+        self._take_up([name])
 
     def refresh(self) -> None:
         """Take up the parts that were written since the last time. Raises DataError if one is damaged."""
-        folder = self.path / PARTS
-        names = sorted(path.name for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
-        opened = {name for name, _ in self._parts}
-        found: dict[str, list[_Known]] = {}
-        for name in names:
-            if name in opened or name.startswith("."):
-                continue
-            for domain, known in self._open_part(name).items():
-                found.setdefault(domain, [self._known[domain]] if domain in self._known else []).append(known)
-        for domain, parts in found.items():
-            joined = _Known(*(np.concatenate(column) for column in zip(*parts, strict=True)))
-            _, first = np.unique(joined.numbers, return_index=True)
-            self._known[domain] = _Known(*(column[first] for column in joined))
+        opened = {part.name for part in self._parts}
+        self._take_up([name for name in self.place.parts() if name not in opened])
 
-    def _open_part(self, name: str) -> dict[str, _Known]:
-        directory = f"{PARTS}/{name}"
-        store = LocalStore(self.path)
+    def _take_up(self, names: list[str]) -> None:
+        with ThreadPoolExecutor(_OPENED_AT_ONCE) as pool:
+            parts = list(pool.map(self._open_part, names))
+        found: dict[str, list[_Known]] = {}
+        for part in parts:
+            first, count = 0, len(self._parts)
+            self._parts.append(part)
+            for domain, numbers in part.numbers.items():
+                places = np.arange(first, first + len(numbers))
+                known = _Known(numbers, np.full(len(numbers), count), places)
+                found.setdefault(domain, [self._known[domain]] if domain in self._known else []).append(known)
+                first += len(numbers)
+        for domain, of_domain in found.items():
+            joined = _Known(*(np.concatenate(column) for column in zip(*of_domain, strict=True)))
+            _, first_of = np.unique(joined.numbers, return_index=True)
+            self._known[domain] = _Known(*(column[first_of] for column in joined))
+
+    def _open_part(self, name: str) -> _Part:
+        directory, store = f"{PARTS}/{name}", self.place.store
         try:
-            index = read_index(store, directory)
-            samples = json.loads(store.read(f"{directory}/{_SAMPLES}"))
-            numbers = {domain: np.array(entry["numbers"], np.int64) for domain, entry in samples.items()}
-            shas = {domain: str(entry["sha"]) for domain, entry in samples.items()}
-            if sum(map(len, numbers.values())) != index.num_samples:
-                raise ValueError(f"{_SAMPLES} and index.json have different numbers of samples")
-            split = Split(store, index)
-        except (DataError, OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            samples = unsealed(store.read(f"{directory}/{SAMPLES_FILE}"), SAMPLES_FILE)
+            content = store.read(f"{directory}/index.json")
+            digest = xxhash.xxh64_hexdigest(content)
+            if digest != samples["index"]:
+                raise ValueError(f"of its index.json the xxh64 is {digest}, {SAMPLES_FILE} says {samples['index']}")
+            domains = samples["domains"]
+            part = _Part(
+                name,
+                Split(store, read_index(store, directory)),
+                {domain: entry["sha"] for domain, entry in domains.items()},
+                {domain: np.array(entry["numbers"], np.int64) for domain, entry in domains.items()},
+            )
+            if sum(map(len, part.numbers.values())) != part.split.num_samples:
+                raise ValueError(f"{SAMPLES_FILE} and index.json have different numbers of samples")
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise self._damaged(name, error) from None
-        for domain, sha in shas.items():
+        if samples["conditions"] != self._conditions:
+            raise ConfigError(
+                f"teacher.cache.path {self.place.location}: its part {name} was computed with other conditions than "
+                f"{CONDITIONS_FILE} says: another cache's parts were put here, move them away"
+            )
+        for domain, sha in part.shas.items():
             if self._shas.get(domain, sha) != sha:
                 raise ConfigError(
-                    f"teacher.cache.path {self.path}: its part {name} is of other samples of domain {domain!r} than "
-                    "data.path has now: give another directory for the cache, or the data that it was computed of"
+                    f"teacher.cache.path {self.place.location}: its part {name} is of other samples of domain "
+                    f"{domain!r} than data.path has now: give another directory for the cache, or the data that it "
+                    "was computed of"
                 )
-        known, first, part = {}, 0, len(self._parts)
-        self._parts.append((name, split))
-        for domain, of_domain in numbers.items():
-            places = np.arange(first, first + len(of_domain))
-            known[domain] = _Known(of_domain, np.full(len(of_domain), part), places)
-            first += len(of_domain)
-        return known
+        return part
 
-    def _read(self, part: int, place: int, domain: str, number: int) -> Said:
-        name, split = self._parts[part]
+    def _read(self, number_of_part: int, where: int, domain: str, number: int) -> Said:
+        part = self._parts[number_of_part]
         try:
-            record, where = split.record(place)
+            record, text = part.split.record(where)
             if (record["domain"], record["number"]) != (domain, number):
-                raise DataError(f"{where} is {record['domain']} {record['number']}, not {domain} {number}")
+                raise ValueError(f"{text} is {record['domain']} {record['number']}, not {domain} {number}")
             return self._coding.decoded(record)
-        except (DataError, OSError, ValueError, KeyError) as error:
-            raise self._damaged(name, error) from None
+        except (OSError, ValueError, KeyError) as error:
+            raise self._damaged(part.name, error) from None
 
-    def _damaged(self, name: str, error: Exception) -> DataError:
+    def _damaged(self, name: str, error: Exception) -> UserError:
+        """Return the error to raise for one that a part has caused."""
+        if isinstance(error, UserError) and (not isinstance(error, DataError) or isinstance(error, Refused)):
+            return error  # of the store, or of the configuration
+        path = f"{self.place.location}/{PARTS}/{name}"
+        if isinstance(error, OSError) and not isinstance(error, FileNotFoundError):
+            return DataError(f"teacher.cache.path: {path} cannot be read: {error.strerror or error}; mend that")
         return DataError(
-            f"teacher.cache.path {self.path}: part {name} is damaged or incomplete ({error}); delete {PARTS}/{name}: "
-            "write_through computes its samples again"
+            f"teacher.cache.path {self.place.location}: part {name} is damaged or incomplete "
+            f"({str(error).removesuffix(f'; {AGAIN}')}); delete {path}: write_through computes its samples again"
         )
 
 
-def make_cache(path: Path, conditions: Mapping[str, Any]) -> None:
-    """Make the directory of a cache, or check that it is one with these conditions, before anything is added.
+def make_cache(place: Place, conditions: Mapping[str, Any]) -> None:
+    """Make a cache at a place, or check that it is one with these conditions, before anything is added.
 
     Raises ConfigError if it is another cache or something else, CheckpointError if it cannot be written.
     """
-    _check_conditions(path, conditions)
-    with written(path):
-        path.mkdir(parents=True, exist_ok=True)
-        if not (path / CONDITIONS_FILE).is_file():  # the first: a kill after it leaves a cache without parts
-            write_text(path / CONDITIONS_FILE, json.dumps({"format": FORMAT, **conditions}, indent=1))
-        (path / PARTS).mkdir(exist_ok=True)
-        _remove_dead(path / PARTS)
+    if not _check_conditions(place, conditions):  # the first: a kill after it leaves a cache without parts
+        place.write(CONDITIONS_FILE, json.dumps(sealed({"format": FORMAT, **conditions}), indent=1))
+    place.begin()
 
 
-def open_stored(path: Path, shas: Mapping[str, str] | None = None) -> TeacherCache:
-    """Open the cache at `path` with the conditions that it was computed with, to look into it.
+def open_stored(place: Place, shas: Mapping[str, str] | None = None) -> TeacherCache:
+    """Open the cache at `place` with the conditions that it was computed with, to look into it.
 
     Raises ConfigError if there is none or it is of other data than `shas` (those of TeacherCache; None: any), DataError
     if it is damaged.
     """
-    file = path / CONDITIONS_FILE
-    if not file.is_file():
-        raise ConfigError(f"teacher.cache.path {path}: there is no cache")
-    stored = read_object(file, "delete the cache, or copy it again whole")
+    stored = _stored_conditions(place)
+    if stored is None:
+        raise ConfigError(f"teacher.cache.path {place.location}: there is no cache")
     try:
-        return TeacherCache(
-            path, {key: stored[key] for key in stored if key != "format"}, shas or {}, stored["vocab_size"]
-        )
-    except (KeyError, TypeError, ValueError) as error:
-        raise DataError(f"{file}: it lacks a condition or is of another version ({error!r})") from None
+        conditions = {key: stored[key] for key in stored if key != "format"}
+        return TeacherCache(place, conditions, shas or {}, stored["vocab_size"])
+    except (KeyError, TypeError) as error:
+        raise DataError(
+            f"teacher.cache.path {place.location}: its {CONDITIONS_FILE} lacks a condition or is of another version "
+            f"({error!r})"
+        ) from None
 
 
-def _check_conditions(path: Path, conditions: Mapping[str, Any]) -> None:
-    file, wanted = path / CONDITIONS_FILE, {"format": FORMAT, **conditions}
-    if not file.is_file():
-        if path.is_dir() and not all(is_leftover(other) for other in path.iterdir()):
+def _check_conditions(place: Place, conditions: Mapping[str, Any]) -> bool:
+    """Return True if there is a cache with these conditions, False if there is nothing."""
+    wanted = {"format": FORMAT, **conditions}
+    stored = _stored_conditions(place)
+    if stored is None:
+        if not place.is_empty():
             raise ConfigError(
-                f"teacher.cache.path {path}: it has no {CONDITIONS_FILE}, so it is no teacher's cache: give another "
-                "directory, which need not exist"
+                f"teacher.cache.path {place.location}: it has no {CONDITIONS_FILE}, so it is no teacher's cache: give "
+                "another directory, which need not exist"
             )
-        return
-    stored = read_object(file, "delete the cache, or copy it again whole")
+        return False
     changed = [key for key in {**stored, **wanted} if stored.get(key) != wanted.get(key)]
     if changed:
         shown = "; ".join(f"{key} {stored.get(key)!r}, the run has {wanted.get(key)!r}" for key in changed)
         raise ConfigError(
-            f"teacher.cache.path {path}: it was computed with {shown}: give another directory, or the values that it "
-            "was computed with"
+            f"teacher.cache.path {place.location}: it was computed with {shown}: give another directory, or the values "
+            "that it was computed with"
         )
+    return True
 
 
-def _remove_dead(folder: Path) -> None:
-    """Delete parts that killed processes have begun."""
-    for path in folder.glob(f"{PARTIAL}*"):
-        with suppress(OSError):
-            if time.time() - path.stat().st_mtime > _DEAD_AFTER_S:
-                rmtree(path, ignore_errors=True)
+def _stored_conditions(place: Place) -> dict[str, Any] | None:
+    """Return what CONDITIONS_FILE says; None if there is none. Raises CheckpointError if it is damaged."""
+    content = place.read(CONDITIONS_FILE)
+    if content is None:
+        return None
+    try:
+        stored: dict[str, Any] = json.loads(content)
+        return unsealed(content, CONDITIONS_FILE) if stored["format"] == FORMAT else stored
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise CheckpointError(
+            f"teacher.cache.path {place.location}: its {CONDITIONS_FILE} is damaged ({error}); put the file back, or "
+            "delete the cache"
+        ) from None

@@ -73,7 +73,7 @@ class CachedTeacher:
         if missing and required:
             shown = ", ".join(f"{count:,} of {name}" for name, count in missing.items())
             raise DataError(
-                f"teacher.cache.path {self.store.path} lacks samples that the next interval draws: {shown}. "
+                f"teacher.cache.path {self.store.place.location} lacks samples that the next interval draws: {shown}. "
                 "teacher.cache.mode is read_only: set teacher.cache.mode=write_through, which computes and keeps them"
             )
         self.complete = not missing

@@ -110,6 +110,8 @@ def _begin(run: Run, start: Start | None) -> None:
     run.readers.give_up = lambda: run.interruption.signal != 0  # a signal is answered while the store fails
     if isinstance(run.inputs.store, CachedStore):
         run.inputs.store.fetcher.give_up = run.readers.give_up
+    if run.cached is not None:
+        run.cached.store.place.give_up_when(run.readers.give_up)
     call_together(run.runtime.comm, lambda: _open_monitors(run) if run.runtime.comm.rank == 0 else None)
     _announce_start(run, start)
     ppl = run.teacher_ppl

@@ -64,6 +64,7 @@ def fill_cache(
         readers=readers,
     )
     interruption = Interruption(comm, runtime.device)
+    cached.store.place.give_up_when(lambda: interruption.signal != 0)
     size = config.teacher_pass_size
     began = time.monotonic()
     passes = -(-len(missing) // (comm.world_size * config.train.micro_batch_samples * size))
@@ -82,7 +83,7 @@ def fill_cache(
     comm.barrier()
     rate = len(missing) * config.data.sequence_length / (time.monotonic() - began)
     return (
-        f"{len(np.unique(missing)):,} samples added to {cached.store.path}, {rate:,.0f} tokens/s: it has "
+        f"{len(np.unique(missing)):,} samples added to {cached.store.place.location}, {rate:,.0f} tokens/s: it has "
         f"{_counts(cached, dataset)}"
     )
 

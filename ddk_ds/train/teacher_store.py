@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,6 +12,7 @@ from ddk_ds.comm import Comm, call_together
 from ddk_ds.config import Config
 from ddk_ds.data.loader import MixtureDataset, validation_batches
 from ddk_ds.data.teacher_cache import CONDITIONS_FILE, PERPLEXITIES, TeacherCache, make_cache
+from ddk_ds.data.teacher_place import LocalPlace, Place, open_place
 from ddk_ds.engine.runtime import Runtime
 from ddk_ds.engine.split_check import check_split
 from ddk_ds.engine.stage_clock import StageClock
@@ -43,17 +43,22 @@ def open_cache(config: Config, inputs: Inputs, dataset: MixtureDataset, comm: Co
     section = None if config.teacher is None else config.teacher.cache
     if section is None:
         return None
-    path, conditions = Path(section.path), _conditions(config, inputs)
+    place, conditions = open_place(section.path, config.data), _conditions(config, inputs)
     shas = dict(zip(dataset.names, dataset.shas, strict=True))
     if config.loads_teacher:
-        call_together(comm, lambda: make_cache(path, conditions) if comm.rank == 0 else None)
-    elif not (path / CONDITIONS_FILE).is_file():
+        call_together(comm, lambda: make_cache(place, conditions) if comm.rank == 0 else None)
+    else:
+        call_together(comm, lambda: _require(place))
+    store = call_together(comm, lambda: TeacherCache(place, conditions, shas, inputs.vocabulary.size))
+    return CachedTeacher(store, dataset, section.draws, section.seed, comm)
+
+
+def _require(place: Place) -> None:
+    if place.read(CONDITIONS_FILE) is None:
         raise ConfigError(
-            f"teacher.cache.path {path}: there is no cache, and teacher.cache.mode is read_only: set it to "
+            f"teacher.cache.path {place.location}: there is no cache, and teacher.cache.mode is read_only: set it to "
             "write_through, which makes and fills one"
         )
-    store = call_together(comm, lambda: TeacherCache(path, conditions, shas, inputs.vocabulary.size))
-    return CachedTeacher(store, dataset, section.draws, section.seed, comm)
 
 
 def _conditions(config: Config, inputs: Inputs) -> dict[str, Any]:
@@ -131,7 +136,7 @@ def _teacher_perplexities(
     """
     comm = runtime.comm
     key = perplexity_conditions(identity, {"options": asdict(options), "device": runtime.device.type, **versions()})
-    cache = PerplexityCache(_perplexity_directory(config), key)
+    cache = PerplexityCache(_perplexity_place(config), key)
     domain_keys = [inputs.manifest.domains[name].validation.sha for name in inputs.names]
     values = comm.broadcast_object(cache.read(domain_keys) if comm.rank == 0 else None)
     unknown = [i for i, value in enumerate(values) if value is None]
@@ -155,16 +160,18 @@ def _teacher_perplexities(
     return np.array(values, np.float64)
 
 
-def _perplexity_directory(config: Config) -> Path:
-    """Return the directory of the teacher's measured perplexities: in its cache, or beside the runs."""
+def _perplexity_place(config: Config) -> Place:
+    """Return the place of the teacher's measured perplexities: in its cache, or beside the runs."""
     section = None if config.teacher is None else config.teacher.cache
-    return config.run_dir.parent / ".teacher-perplexities" if section is None else Path(section.path) / PERPLEXITIES
+    if section is None:
+        return LocalPlace(config.run_dir.parent / ".teacher-perplexities")
+    return open_place(f"{section.path}/{PERPLEXITIES}", config.data)
 
 
 def _no_perplexities(config: Config, names: Sequence[str]) -> DataError:
     """Return the error of a cache without the teacher's perplexities of some domains."""
     return DataError(
-        f"{_perplexity_directory(config)} has no perplexity of the teacher on the held-out samples of "
+        f"{_perplexity_place(config).location} has no perplexity of the teacher on the held-out samples of "
         f"{', '.join(names)} that was measured as this run would (models, data, options, versions), and "
         "teacher.cache.mode is read_only: start once with teacher.cache.mode=write_through"
     )

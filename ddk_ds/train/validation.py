@@ -7,19 +7,18 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
-import xxhash
 
 from ddk_ds.comm import Comm
+from ddk_ds.data.teacher_place import Place
 from ddk_ds.engine.student import Student
 from ddk_ds.engine.teacher import Teacher
-from ddk_ds.errors import UserError
-from ddk_ds.files import read_object, remove_leftovers, write_text
+from ddk_ds.errors import DataError
+from ddk_ds.files import sealed, unsealed
 from ddk_ds.kernels import Options
 from ddk_ds.methods import IGNORE_INDEX, next_token_labels, token_losses
 from ddk_ds.mixture.domain_vectors import perplexity
@@ -108,10 +107,10 @@ def perplexity_conditions(identity: Mapping[str, Any], more: Mapping[str, Any]) 
 
 
 class PerplexityCache:
-    """Perplexities of a frozen model on disk, one file for each domain and set of conditions (`key`)."""
+    """Perplexities of a frozen model, one file for each domain and set of conditions (`key`)."""
 
-    def __init__(self, directory: Path, key: dict[str, Any]) -> None:
-        self._directory = directory
+    def __init__(self, place: Place, key: dict[str, Any]) -> None:
+        self._place = place
         self._key = key
 
     def read(self, domain_keys: Sequence[str]) -> list[float | None]:
@@ -119,25 +118,19 @@ class PerplexityCache:
         values: list[float | None] = []
         for domain_key in domain_keys:
             value = None
-            with suppress(UserError):  # missing or damaged: it is measured again
-                record = read_object(self._path(domain_key), "")
-                value = record["perplexity"] if record.get("xxh64") == _own_hash(record) else None
+            with suppress(DataError, ValueError, KeyError, TypeError, RecursionError):
+                content = self._place.read(self._name(domain_key))
+                # Missing or damaged: it is measured again.
+                value = None if content is None else float(unsealed(content, "")["perplexity"])
             values.append(value)
         return values
 
     def write(self, domain_keys: Sequence[str], values: Sequence[float]) -> None:
         """Write the perplexity of each domain to its file, together with the conditions."""
-        self._directory.mkdir(parents=True, exist_ok=True)
-        remove_leftovers(self._directory)
         for domain_key, value in zip(domain_keys, values, strict=True):
-            record = {**self._key, "validation": domain_key, "perplexity": value}
-            write_text(self._path(domain_key), json.dumps({**record, "xxh64": _own_hash(record)}, indent=2))
+            record = sealed({**self._key, "validation": domain_key, "perplexity": value})
+            self._place.write(self._name(domain_key), json.dumps(record, indent=2))
 
-    def _path(self, domain_key: str) -> Path:
+    def _name(self, domain_key: str) -> str:
         text = json.dumps({**self._key, "validation": domain_key}, sort_keys=True)
-        return self._directory / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.json"
-
-
-def _own_hash(record: dict[str, Any]) -> str:
-    """Return the hash of all that a record holds except its hash."""
-    return xxhash.xxh64_hexdigest(json.dumps({key: value for key, value in record.items() if key != "xxh64"}))
+        return f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.json"

@@ -11,7 +11,8 @@ import pytest
 
 from ddk_ds.config import load_config
 from ddk_ds.data.readers import Readers
-from ddk_ds.data.teacher_cache import CONDITIONS_FILE, PARTS, TeacherCache
+from ddk_ds.data.teacher_cache import CONDITIONS_FILE, TeacherCache
+from ddk_ds.data.teacher_place import PARTS, SAMPLES_FILE, LocalPlace
 from ddk_ds.data.teacher_samples import Said
 from ddk_ds.engine.runtime import Runtime
 from ddk_ds.engine.teacher import Teacher
@@ -95,12 +96,13 @@ def all_samples(path: Path) -> dict[tuple[str, int], Said]:
     """Return all that the parts of a cache hold."""
     conditions = json.loads((path / CONDITIONS_FILE).read_text())
     del conditions["format"]
-    cache = TeacherCache(path, conditions, {}, conditions["vocab_size"])
+    del conditions["xxh64"]
+    cache = TeacherCache(LocalPlace(path), conditions, {}, conditions["vocab_size"])
     found: dict[tuple[str, int], Said] = {}
     for part in (path / PARTS).iterdir():
         if part.name.startswith("."):  # begun by a process that was killed
             continue
-        for domain, entry in json.loads((part / "samples.json").read_text()).items():
+        for domain, entry in json.loads((part / SAMPLES_FILE).read_text())["domains"].items():
             for number in entry["numbers"]:
                 said = cache.read(domain, number)
                 assert said is not None

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ddk_ds.data.teacher_cache import PARTS
+from ddk_ds.data.teacher_place import PARTS
 from tests.dist.teacher_cache_worker import all_samples
 from tests.e2e.direct_ranks import Ranks
 from tools.bench.small_run import without_clock, write_config

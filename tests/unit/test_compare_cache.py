@@ -15,7 +15,8 @@ from ddk_ds.comparison.comparison_jobs import ComparisonPlan
 from ddk_ds.comparison.method_stages import Job
 from ddk_ds.comparison.results_table import compare_runs
 from ddk_ds.config import load_config, to_yaml
-from ddk_ds.data.teacher_cache import PARTS, TeacherCache, make_cache
+from ddk_ds.data.teacher_cache import TeacherCache, make_cache
+from ddk_ds.data.teacher_place import PARTS, LocalPlace
 from ddk_ds.data.teacher_samples import Said
 from ddk_ds.errors import ConfigError
 from tests.unit.test_compare import CONFIG, summary
@@ -162,8 +163,8 @@ def test_the_cost_of_the_teacher(config: Path, monkeypatch: pytest.MonkeyPatch) 
         "ddk_ds.comparison.results_table.forward_flops", lambda path, length: 100.0 if path.name == "big" else 10.0
     )
     conditions = {"draws": 4, "vocab_size": 100}
-    make_cache(config.parent / "cache", conditions)
-    cache = TeacherCache(config.parent / "cache", conditions, {"a": "1", "b": "2"}, 100)
+    make_cache(LocalPlace(config.parent / "cache"), conditions)
+    cache = TeacherCache(LocalPlace(config.parent / "cache"), conditions, {"a": "1", "b": "2"}, 100)
     for number in range(5):
         cache.add("ab"[number % 2], number, Said(np.zeros((8, 4), np.int64), np.zeros(8, np.float32)))
     cache.publish()

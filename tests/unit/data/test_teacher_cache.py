@@ -9,12 +9,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ddk_ds.data.teacher_cache import PARTS, TeacherCache, make_cache
+from ddk_ds.data.teacher_cache import CONDITIONS_FILE, TeacherCache, make_cache
+from ddk_ds.data.teacher_place import PARTS, SAMPLES_FILE, LocalPlace
 from ddk_ds.data.teacher_samples import Said, bytes_a_token, pack, unpack
 from ddk_ds.errors import CheckpointError, ConfigError, DataError
+from ddk_ds.files import sealed, unsealed
 
 VOCAB, DRAWS, LENGTH = 151_646, 12, 7
 CONDITIONS = {"teacher": "abc", "temperature": 1.0, "draws": DRAWS}
@@ -28,8 +31,9 @@ def said(seed: int) -> Said:
 
 def opened(path: Path, **changes: Any) -> TeacherCache:
     values = {"conditions": CONDITIONS, "shas": SHAS, "vocab_size": VOCAB, **changes}
-    make_cache(path, values["conditions"])
-    return TeacherCache(path, values["conditions"], values["shas"], values["vocab_size"])
+    place = LocalPlace(path)
+    make_cache(place, values["conditions"])
+    return TeacherCache(place, values["conditions"], values["shas"], values["vocab_size"])
 
 
 def filled(path: Path) -> Path:
@@ -148,53 +152,89 @@ def test_a_directory_of_something_else_is_refused(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
 
-def flip(part: Path) -> None:
-    shard = part / "shard.00000.mds"
-    content = bytearray(shard.read_bytes())
-    content[-30] ^= 4
-    shard.write_bytes(content)
-
-
 def cut(part: Path) -> None:
     shard = part / "shard.00000.mds"
     shard.write_bytes(shard.read_bytes()[:-100])
 
 
 def exchange(part: Path) -> None:
-    samples = json.loads((part / "samples.json").read_text())
-    samples["web"]["numbers"] = samples["web"]["numbers"][::-1]
-    (part / "samples.json").write_text(json.dumps(samples))
+    samples = unsealed((part / SAMPLES_FILE).read_bytes(), "")
+    samples["domains"]["web"]["numbers"] = samples["domains"]["web"]["numbers"][::-1]
+    (part / SAMPLES_FILE).write_text(json.dumps(sealed(samples)))
 
 
 def forget(part: Path) -> None:
-    samples = json.loads((part / "samples.json").read_text())
-    samples["web"]["numbers"].pop()
-    (part / "samples.json").write_text(json.dumps(samples))
+    samples = unsealed((part / SAMPLES_FILE).read_bytes(), "")
+    samples["domains"]["web"]["numbers"].pop()
+    (part / SAMPLES_FILE).write_text(json.dumps(sealed(samples)))
 
 
 def half(part: Path) -> None:
-    text = (part / "samples.json").read_text()
-    (part / "samples.json").write_text(text[: len(text) // 2])
+    text = (part / SAMPLES_FILE).read_text()
+    (part / SAMPLES_FILE).write_text(text[: len(text) // 2])
+
+
+def read_all(path: Path) -> None:
+    cache = opened(path)
+    for domain, number in (("web", 1), ("web", 3), ("code", 0)):
+        cache.read(domain, number)
 
 
 @pytest.mark.parametrize(
     "damage",
     [
-        flip,
         cut,
         exchange,
         forget,
         half,
         *(
             pytest.param(lambda part, name=name: (part / name).unlink(), id=name)  # type: ignore[misc]
-            for name in ("index.json", "samples.json", "shard.00000.mds")
+            for name in ("index.json", SAMPLES_FILE, "shard.00000.mds")
         ),
     ],
 )
 def test_damage_is_named(tmp_path: Path, damage: Any) -> None:
     part = filled(tmp_path / "cache")
     damage(part)
-    with pytest.raises(DataError, match=f"part {part.name} is damaged or incomplete .*delete {PARTS}/{part.name}"):
-        cache = opened(tmp_path / "cache")
-        for domain, number in (("web", 1), ("web", 3), ("code", 0)):
-            cache.read(domain, number)
+    with pytest.raises(DataError, match=f"part {part.name} is damaged or incomplete .*delete {part}: ") as error:
+        read_all(tmp_path / "cache")
+    assert "prepare the data" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["index.json", SAMPLES_FILE, "shard.00000.mds"])
+def test_a_flipped_bit_anywhere_is_never_a_number(tmp_path: Path, name: str) -> None:
+    part = filled(tmp_path / "cache")
+    content = (part / name).read_bytes()
+    for position in range(0, len(content), 7):
+        damaged = bytearray(content)
+        damaged[position] ^= 1 << position % 8
+        (part / name).write_bytes(damaged)
+        with pytest.raises(DataError, match=f"part {part.name} is damaged or incomplete") as error:
+            read_all(tmp_path / "cache")
+        assert name == SAMPLES_FILE or f"xxh64 is {xxhash.xxh64_hexdigest(damaged)}, " in str(error.value)
+
+
+def test_flipped_conditions_are_no_other_conditions(tmp_path: Path) -> None:
+    filled(tmp_path / "cache")
+    file = tmp_path / "cache" / CONDITIONS_FILE
+    text = file.read_text()
+    for damaged in (text.replace("abc", "abd"), text.replace('"draws": 12', '"draws": 13'), text[:-9], "", "[]"):
+        file.write_text(damaged)
+        with pytest.raises(CheckpointError, match=f"its {CONDITIONS_FILE} is damaged"):
+            opened(tmp_path / "cache")
+
+
+def test_a_cache_without_parts_is_empty_and_parts_without_a_cache_are_refused(tmp_path: Path) -> None:
+    assert len(opened(tmp_path / "empty").known("web")) == 0
+    filled(tmp_path / "cache")
+    (tmp_path / "cache" / CONDITIONS_FILE).unlink()
+    with pytest.raises(ConfigError, match=r"has no teacher\.json, so it is no teacher's cache"):
+        opened(tmp_path / "cache")
+
+
+def test_parts_of_another_cache_are_refused(tmp_path: Path) -> None:
+    part = filled(tmp_path / "cache")
+    opened(tmp_path / "other", conditions={**CONDITIONS, "teacher": "def"})
+    copytree(part, tmp_path / "other" / PARTS / part.name)
+    with pytest.raises(ConfigError, match=f"its part {part.name} was computed with other conditions"):
+        opened(tmp_path / "other", conditions={**CONDITIONS, "teacher": "def"})

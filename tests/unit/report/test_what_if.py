@@ -14,6 +14,7 @@ import yaml
 from ddk_ds.commands.replay_command import main
 from ddk_ds.data.manifest import load_manifest
 from ddk_ds.data.teacher_cache import PERPLEXITIES, TeacherCache, make_cache
+from ddk_ds.data.teacher_place import LocalPlace
 from ddk_ds.data.teacher_samples import Said
 from ddk_ds.mixture.exhaustion import largest_remainder
 from tools.bench.small_run import write_config
@@ -137,9 +138,9 @@ def test_what_the_cache_holds(workspace: Path, tmp_path: Path) -> None:
     sizes = {name: domain.train.samples for name, domain in load_manifest(workspace / "shards").domains.items()}
     found = ask(run_dir)["controllers"]["equal"]
     assert found["cached"] is None and found["distinct"] == found["samples"]  # less than a pass of each
-    make_cache(tmp_path / "cache", CONDITIONS)
+    make_cache(LocalPlace(tmp_path / "cache"), CONDITIONS)
     shas = {name: domain.train.sha for name, domain in load_manifest(workspace / "shards").domains.items()}
-    cache = TeacherCache(tmp_path / "cache", CONDITIONS, shas, 600)
+    cache = TeacherCache(LocalPlace(tmp_path / "cache"), CONDITIONS, shas, 600)
     said = Said(np.zeros((64, 2), np.int64), np.zeros(64, np.float32))
     for number in range(sizes["python"]):
         cache.add("python", number, said)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from ddk_ds.data.teacher_place import LocalPlace
 from ddk_ds.errors import CheckpointError
 from ddk_ds.run_files import UNREADABLE, read_events
 from ddk_ds.train.ledger import Ledger
@@ -70,7 +71,7 @@ def test_a_run_goes_on_in_no_other_files_than_its_own(tmp_path: Path, harm: str)
 
 @pytest.mark.parametrize("damage", ["empty", "cut", "a list", "a string for the number", "another number", "NUL"])
 def test_a_damaged_perplexity_is_measured_again(tmp_path: Path, damage: str) -> None:
-    cache = PerplexityCache(tmp_path / "cache", {"weights": "w", "dtype": "fp32"})
+    cache = PerplexityCache(LocalPlace(tmp_path / "cache"), {"weights": "w", "dtype": "fp32"})
     cache.write(["a", "b"], [12.5, 7.25])
     assert cache.read(["a", "b", "c"]) == [12.5, 7.25, None]
     (path,) = (path for path in (tmp_path / "cache").iterdir() if "12.5" in path.read_text())

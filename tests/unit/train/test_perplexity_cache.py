@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from ddk_ds.config import Config
+from ddk_ds.data.teacher_place import LocalPlace
 from ddk_ds.train.run_dir import run_identity
 from ddk_ds.train.validation import PerplexityCache, perplexity_conditions, worse_than_guessing
 from tests.unit.train.short_config import config_of
@@ -44,11 +45,11 @@ def identity(folder: Path, content: dict[str, Any] | None = None, **sections: An
     ids=str,
 )
 def test_what_the_number_depends_on_is_part_of_the_key(tmp_path: Path, other: dict[str, Any]) -> None:
-    cache = PerplexityCache(tmp_path, perplexity_conditions(identity(tmp_path), {"torch": "1"}))
+    cache = PerplexityCache(LocalPlace(tmp_path), perplexity_conditions(identity(tmp_path), {"torch": "1"}))
     cache.write(["domain"], [3.0])
     assert cache.read(["domain"]) == [3.0]
     changed = perplexity_conditions(identity(tmp_path, **other), {"torch": "1"})
-    assert PerplexityCache(tmp_path, changed).read(["domain"]) == [None]
+    assert PerplexityCache(LocalPlace(tmp_path), changed).read(["domain"]) == [None]
 
 
 def test_every_option_of_the_teacher_is_part_of_the_key_unless_it_changes_no_number(tmp_path: Path) -> None:
@@ -69,8 +70,8 @@ def test_an_option_of_a_later_version_is_part_of_the_key(tmp_path: Path) -> None
 
 def test_other_versions_measure_again(tmp_path: Path) -> None:
     keys = [perplexity_conditions(identity(tmp_path), {"transformers": version}) for version in ("4", "5")]
-    PerplexityCache(tmp_path, keys[0]).write(["domain"], [3.0])
-    assert PerplexityCache(tmp_path, keys[1]).read(["domain"]) == [None]
+    PerplexityCache(LocalPlace(tmp_path), keys[0]).write(["domain"], [3.0])
+    assert PerplexityCache(LocalPlace(tmp_path), keys[1]).read(["domain"]) == [None]
 
 
 def test_runs_of_a_comparison_share_the_measurement(tmp_path: Path) -> None:
