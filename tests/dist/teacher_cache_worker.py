@@ -16,7 +16,7 @@ from ddk_ds.data.teacher_place import PARTS, SAMPLES_FILE, LocalPlace
 from ddk_ds.data.teacher_samples import Said
 from ddk_ds.engine.runtime import Runtime
 from ddk_ds.engine.teacher import Teacher
-from ddk_ds.errors import UserError
+from ddk_ds.errors import TemporaryError, UserError
 from ddk_ds.train.inputs import check_inputs
 from ddk_ds.train.loop import train
 from ddk_ds.train.run_dir import run_identity
@@ -77,6 +77,24 @@ def teach(runtime: Runtime, config_path: str, samples: list[float], break_after:
         before = len(added)
         said.append(fill(math.inf))
     return [*said, before, len(added) - before, fill(math.inf)]
+
+
+def teach_each(runtime: Runtime, configs: list[str], samples: float) -> list[str]:
+    """Fill the cache of each configuration with so many samples of each domain; return what is said of it."""
+    said = []
+    for path in configs:
+        config = load_config(path, [])
+        inputs = check_inputs(config, runtime.comm)
+        identity = run_identity(config, inputs.fingerprints)
+        said.append(fill_cache(config, inputs, identity, runtime, Watchdog(config.limits), Readers(0), samples))
+    return said
+
+
+def teaching_error(runtime: Runtime, path: str) -> str:
+    """Fill a cache whose store goes down meanwhile; return this rank's error."""
+    with pytest.raises(TemporaryError) as error:
+        teach_each(runtime, [path], 3)
+    return str(error.value)
 
 
 def errors(runtime: Runtime, first: str, configs: list[str]) -> list[str]:

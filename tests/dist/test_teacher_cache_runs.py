@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from ddk_ds.data.teacher_samples import Said
 from tests.dist.ranks import run_ranks
 from tests.dist.resume_worker import run_dir
 from tests.dist.teacher_cache_worker import all_samples
+from tests.s3_server import S3Server
 from tools.bench.small_run import without_clock, write_config
 
 WORKER = "tests.dist.teacher_cache_worker:"
@@ -116,3 +119,50 @@ def test_what_does_not_fit_is_refused_before_a_model_is_loaded(workspace: Path, 
     assert "lacks samples that the next interval draws: " in errors[1] and "write_through" in errors[1]
     assert "there is no cache, and teacher.cache.mode is read_only" in errors[2]
     assert "it has no teacher.json, so it is no teacher's cache" in errors[3]
+
+
+@pytest.mark.long("three starts of two ranks; tests/unit/data/test_teacher_place.py has the faults of a store")
+def test_a_cache_in_s3_gives_the_run_of_a_local_one(s3: S3Server, workspace: Path, tmp_path: Path) -> None:
+    """Filled by `ddk teach` while the store fails, is down for seconds, and is given up once."""
+    data = {"path": str(workspace / "shards"), "cache_dir": str(tmp_path / "node"), "cache_limit_gb": 1.0}
+    address = f"{s3.upload(workspace / 'student', 'unused')}/teacher"
+    configs = {}
+    for name, path in (("local", str(tmp_path / "cache")), ("remote", address)):
+        for mode in ("write_through", "read_only"):
+            cache = {"path": path, "mode": mode}
+            configs[name, mode] = config(workspace, tmp_path, f"{name}-{mode}", cache, data=data)
+    impatient = config(workspace, tmp_path, "impatient", {"path": address}, data={**data, "download_patience_s": 0.1})
+    s3.breaks_at = "samples.json"
+    error = run_ranks(WORKER + "teaching_error", 2, timeout_s=300, path=impatient)
+    assert "samples.json cannot be uploaded, tried for" in error and "503" in error
+    s3.down, s3.fail_every = False, 7
+    up_again = threading.Thread(target=end_outage, args=(s3, 3.0))
+    up_again.start()
+    said = run_ranks(
+        WORKER + "teach_each",
+        2,
+        timeout_s=300,
+        samples=80,
+        configs=[configs["local", "write_through"], configs["remote", "write_through"]],
+    )
+    up_again.join()
+    assert s3.breaks_at is None, "the store was down meanwhile"
+    assert said[0].startswith("240 samples added") and said[1].startswith("240 samples added to s3://")
+    names = ["local-read_only", "remote-read_only"]
+    starts = [(configs[name, "read_only"], None) for name in ("local", "remote")]
+    s3.got.clear()
+    counts = run_ranks(WORKER + "runs", 2, timeout_s=300, starts=starts, names=names)
+    assert counts == dict.fromkeys(names, 0)
+    local, remote = (without_clock(run_dir(path, name)) for (path, _), name in zip(starts, names, strict=True))
+    assert local == remote
+    shards = {key: count for key, count in s3.got.items() if key.endswith(".mds")}
+    assert shards and set(shards.values()) == {1}, "once for both ranks of a node"
+
+
+def end_outage(s3: S3Server, seconds: float) -> None:
+    """Let the store go down at the next upload of the last file of a part, and be up again after some seconds."""
+    s3.breaks_at = "samples.json"
+    while not s3.down:
+        time.sleep(0.05)
+    time.sleep(seconds)
+    s3.breaks_at, s3.down = None, False

@@ -130,7 +130,7 @@ def test_missing_and_denied_files_are_named(s3: str, web: str, tmp_path: Path) -
         ("s3://nowhere/x/*.jsonl", r"s3://nowhere/x/\*\.jsonl cannot be listed: .*NoSuchBucket"),
         (f"{web}/none.jsonl", f"{web}/none.jsonl cannot be downloaded: HTTP Error 404"),
         ("gs://bucket/*.jsonl", r"gs://bucket/\*\.jsonl: globs are for files and s3:// only; .*list:FILE"),
-        ("what://x/y.jsonl", r"what://x: ValueError: Unsupported remote path"),
+        ("what://x/y.jsonl", r"what://x/y\.jsonl: ValueError: Unsupported remote path"),
         ("list:none.txt", r"the list .*none\.txt cannot be read"),
         (f"{web}/a/notes.md.gz", "cannot be downloaded"),
     ):
