@@ -186,7 +186,7 @@ def test_a_run_without_a_teacher_takes_the_caches_perplexities(workspace: Path, 
     assert found["controllers"].keys() == {"by_size", "equal"}
     assert "controller ddk compares with a teacher, and this run has none" in found["not_replayable"]["ddk"]
     cache = tmp_path / "cache"
-    make_cache(cache, CONDITIONS)
+    make_cache(LocalPlace(cache), CONDITIONS)
     (cache / PERPLEXITIES).mkdir()
     for name, value in zip(NAMES, TEACHER, strict=True):
         held_out = load_manifest(workspace / "shards").domains[name].validation.sha
