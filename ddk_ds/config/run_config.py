@@ -42,6 +42,9 @@ CACHE_CONDITIONS = {
 """Keys on which the content of a teacher's cache depends, by the names that teacher.json gives them. Beside them it
 depends on the teacher itself and on its attention kernel, which a configuration does not know."""
 
+# The stores on which mosaicml-streaming both puts files and lists them.
+_UPLOADABLE = ("s3://", "gs://", "oci://")
+
 
 class Config(MethodSections):
     """The configuration of one run."""
@@ -175,6 +178,11 @@ class Config(MethodSections):
                 f"has {', '.join(found)}: remove teacher.cache, or change that"
             )
         path = "" if self.teacher is None or self.teacher.cache is None else self.teacher.cache.path
+        if is_address(path) and not path.startswith(_UPLOADABLE):
+            raise ValueError(
+                f"teacher.cache.path {path}: give a directory, or an address of {', '.join(_UPLOADABLE)}, where files "
+                "can be put and listed"
+            )
         if is_address(path) and self.data.cache_dir is None:
             raise ValueError(
                 f"teacher.cache.path {path} is remote: set data.cache_dir to a directory on each node's own disk, "

@@ -81,9 +81,6 @@ class Student(Model):
     is transformers' own, and averaged over the step's micro-batches and ranks."""
 
 
-_UPLOADABLE = ("s3://", "gs://", "oci://")
-
-
 class TeacherCache(Section):
     """A teacher's distributions, kept on the disk: they are computed once for all runs over the same samples."""
 
@@ -99,15 +96,6 @@ class TeacherCache(Section):
     average; more draws make it vary less."""
     seed: Natural = 0
     """Seed of the draws, apart from the run's: runs of all seeds share a cache."""
-
-    @model_validator(mode="after")
-    def _is_where_parts_can_be_put(self) -> TeacherCache:
-        if is_address(self.path) and not self.path.startswith(_UPLOADABLE):
-            raise ValueError(
-                f"path {self.path}: give a directory, or an address of {', '.join(_UPLOADABLE)}, where files can be "
-                "put and listed"
-            )
-        return self
 
 
 class Teacher(Model):
