@@ -23,7 +23,6 @@ from ddk_ds.data.teacher_samples import Said
 from ddk_ds.engine.head import OutputHead
 from ddk_ds.engine.teacher import Teacher
 from ddk_ds.engine.transfers import to_device
-from ddk_ds.errors import DataError
 from ddk_ds.kernels import KDLoss, Options, TeacherDraws, draws_of, linear_kd_loss
 from ddk_ds.methods.base import IGNORE_INDEX, Batch
 from ddk_ds.methods.distillation import WithDivergence
@@ -63,20 +62,15 @@ class CachedTeacher:
         before = batch.said or [None] * len(places)
         return [self.store.read(*place) if one is None else one for place, one in zip(places, before, strict=True)]
 
-    def look_for(self, sample_ids: npt.NDArray[np.int64], *, required: bool) -> None:
+    def look_for(self, sample_ids: npt.NDArray[np.int64]) -> dict[str, int]:
         """Look for the samples with these global ids (n,), which are an interval's, and set `complete`. Collective.
 
-        Raises DataError on every rank if they are `required` and the cache lacks some.
+        Return how many of each domain a rank misses: those of the first rank that misses any.
         """
         found = self.comm.gather_objects(call_together(self.comm, lambda: self._missing(sample_ids)))
         missing: dict[str, int] = next(filter(None, found), {})
-        if missing and required:
-            shown = ", ".join(f"{count:,} of {name}" for name, count in missing.items())
-            raise DataError(
-                f"teacher.cache.path {self.store.place.location} lacks samples that the next interval draws: {shown}. "
-                "teacher.cache.mode is read_only: set teacher.cache.mode=write_through, which computes and keeps them"
-            )
         self.complete = not missing
+        return missing
 
     def _missing(self, sample_ids: npt.NDArray[np.int64]) -> dict[str, int]:
         self.store.refresh()  # other ranks and runs write too

@@ -24,6 +24,7 @@ from ddk_ds.train.run import Run
 from ddk_ds.train.run_end import companions, make_summary, summary_table, write_summary
 from ddk_ds.train.step import StepMetrics, learning_rate, seed_step, step_clock, step_numbers, train_step
 from ddk_ds.train.step_reader import StepReader
+from ddk_ds.train.teacher_store import lacking_samples
 from ddk_ds.train.validation import count_micro_batches, perplexities
 from ddk_ds.version import versions
 
@@ -158,7 +159,11 @@ def _train_interval(run: Run, ids: Ids) -> None:
     comm, state, config = run.runtime.comm, run.state, run.config
     state.leave_out()
     if run.cached is not None and config.distils:
-        run.cached.look_for(ids[state.data.consumed :], required=run.teacher is None)
+        missing = run.cached.look_for(ids[state.data.consumed :])
+        if missing and run.teacher is None:
+            if state.step:
+                _save_now(run)
+            raise lacking_samples(config, missing, dict(zip(run.inputs.names, state.data.drawn, strict=True)))
     method = run.make_method()
     batches = interval_loader(
         run.dataset,

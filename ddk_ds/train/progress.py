@@ -50,6 +50,7 @@ class RunProgress:
     """Shows steps, remaining time, loss and speed. On ranks other than 0 it shows nothing."""
 
     def __init__(self, rank: int, total_steps: int, measured_at: Sequence[int], names: Sequence[str]) -> None:
+        """Make the bar of a run; with 0 steps there is none, and each part of the work shows its own remaining time."""
         output: Any = _Output()
         self.console = Console(quiet=rank != 0, file=output, highlight=False, soft_wrap=not sys.stdout.isatty())
         self.remaining = RemainingTime(total_steps, measured_at)
@@ -64,7 +65,7 @@ class RunProgress:
         self._bar = Progress(
             _Head(self.console), BarColumn(bar_width=None), console=self.console, disable=not self._live, expand=True
         )
-        self._task = self._bar.add_task("", total=total_steps, pieces=self._pieces)
+        self._task = self._bar.add_task("", total=total_steps, pieces=self._pieces, visible=total_steps > 0)
 
     def start(self, step: int) -> None:
         """Start the bar with `step` steps done."""
@@ -104,7 +105,14 @@ class RunProgress:
         """
         began, done = time.monotonic(), 0
         self._bar.start()
-        task = self._bar.add_task("", total=max(1, pieces), pieces=lambda: [title, f"{done}/{pieces}"])
+
+        def own_pieces() -> list[str]:
+            shown = [title, f"{done:,}/{pieces:,}"]
+            if self._total:
+                return shown
+            return [*shown, f"ETA {clock_time((time.monotonic() - began) / done * (pieces - done) if done else None)}"]
+
+        task = self._bar.add_task("", total=max(1, pieces), pieces=own_pieces)
 
         def advance() -> None:
             nonlocal done
@@ -112,7 +120,7 @@ class RunProgress:
             if measured_after is not None:
                 self._measuring = (done / max(1, pieces), time.monotonic() - began)
             self._bar.update(task, completed=done)
-            self._line([f"{title}  {done}/{pieces}", *self._pieces()[:2]])
+            self._line([*own_pieces(), *(self._pieces()[:2] if self._total else [])])
 
         try:
             if measured_after is not None:

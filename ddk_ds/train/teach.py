@@ -51,7 +51,7 @@ def fill_cache(
     missing = comm.broadcast_object(_missing(config, dataset, cached, samples) if comm.rank == 0 else None)
     validation = held_out(config, inputs, comm)
     watchdog.watch("models")
-    progress, clock = RunProgress(comm.rank, 1, [1], inputs.names), StageClock(runtime.device.type)
+    progress, clock = RunProgress(comm.rank, 0, [], inputs.names), StageClock(runtime.device.type)
     options = head_options(config, inputs.vocabulary.size, runtime.device.type)
     teacher, _ = start_teacher(config, inputs, identity, runtime, watchdog, validation, options, clock, progress)
     method = CachedDistillation(cached, teacher, config.loss, options)
@@ -69,7 +69,7 @@ def fill_cache(
     began = time.monotonic()
     passes = -(-len(missing) // (comm.world_size * config.train.micro_batch_samples * size))
     try:
-        with interruption.listening(), progress.part("the teacher", passes) as advance:
+        with interruption.listening(), progress.part("passes of the teacher", passes) as advance:
             for number in range(passes):
                 interruption.check()
                 watchdog.watch("step", number)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -166,6 +166,24 @@ def _perplexity_place(config: Config) -> Place:
     if section is None:
         return LocalPlace(config.run_dir.parent / ".teacher-perplexities")
     return open_place(f"{section.path}/{PERPLEXITIES}", config.data)
+
+
+def lacking_samples(config: Config, missing: Mapping[str, int], drawn: Mapping[str, int]) -> DataError:
+    """Return the error of a cache that lacks samples of a run which only reads.
+
+    Args:
+        missing: number of samples of each domain that the cache lacks.
+        drawn: samples of each domain that the run draws up to the end of its next interval.
+    """
+    assert config.teacher is not None and config.teacher.cache is not None
+    shown = ", ".join(f"{count:,} of {name}" for name, count in missing.items())
+    samples, file = max(drawn[name] for name in missing), config.run_dir / "config.yaml"
+    return DataError(
+        f"teacher.cache.path {config.teacher.cache.path} lacks samples that the next interval draws: {shown}. "
+        "teacher.cache.mode is read_only: start the run again with teacher.cache.mode=write_through, or first fill it: "
+        f"ddk teach --config {file} --samples {samples} 'data.domains=[{','.join(missing)}]' "
+        "teacher.cache.mode=write_through"
+    )
 
 
 def _no_perplexities(config: Config, names: Sequence[str]) -> DataError:

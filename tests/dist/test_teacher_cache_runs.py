@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from ddk_ds.commands import replay_command
 from ddk_ds.data.manifest import load_manifest
 from ddk_ds.data.teacher_samples import Said
 from tests.dist.ranks import run_ranks
@@ -37,6 +38,18 @@ def taught(config_path: str, name: str) -> int | None:
     return None if None in counts else sum(counts)
 
 
+def assert_what_if(run: Path, out: Path) -> None:
+    """The run's own controller has its proportions and samples, all of which the run has put into its cache."""
+    assert replay_command.main([str(run), "--what-if", "--json", str(out)]) == 0
+    own, *others = json.loads(out.read_text())["controllers"]
+    intervals = [line for line in without_clock(run) if line["kind"] == "interval"]
+    assert own["mean_distance"] == 0
+    assert [entry["proportions"] for entry in own["intervals"]] == [line["proportions"] for line in intervals]
+    assert [entry["counts"] for entry in own["intervals"]] == [line["counts"] for line in intervals]
+    assert own["cached"] == own["distinct"]
+    assert any(other["cached"] != other["distinct"] for other in others) and len(others) == 5
+
+
 def assert_same_samples(left: dict[tuple[str, int], Said], right: dict[tuple[str, int], Said]) -> None:
     for place in left.keys() & right.keys():
         assert np.array_equal(left[place].ids, right[place].ids), place
@@ -60,6 +73,7 @@ def test_however_a_cache_was_filled_runs_on_it_are_equal(workspace: Path, tmp_pa
     )
     assert counts["first"] > 0 and counts["only-read"] == counts["again"] == 0, "passes of the teacher in training"
     assert taught(first, "only-read") == taught(first, "again") == 0 and taught(first, "live") is None
+    assert_what_if(run_dir(first, "first"), tmp_path / "what-if.json")
     ledgers = {name: without_clock(run_dir(path, name)) for name, path in starts.items()}
     for name in ("stopped", "only-read", "again"):
         assert ledgers[name] == ledgers["first"], name
@@ -114,11 +128,24 @@ def test_what_does_not_fit_is_refused_before_a_model_is_loaded(workspace: Path, 
     seeded = config(workspace, tmp_path, "seeded", {"path": cache, "mode": "read_only"}, seed=5)
     nothing = config(workspace, tmp_path, "nothing", {"path": str(tmp_path / "none"), "mode": "read_only"})
     foreign = config(workspace, tmp_path, "foreign", {"path": str(workspace / "student")})
-    errors = run_ranks(WORKER + "errors", 2, timeout_s=300, first=first, configs=[warmer, seeded, nothing, foreign])
+    longer = config(workspace, tmp_path, "longer", {"path": cache, "mode": "read_only"})
+    configs = [warmer, seeded, nothing, foreign, longer]
+    errors = run_ranks(WORKER + "errors", 2, timeout_s=300, first=first, configs=configs)
     assert "it was computed with temperature 1.5, the run has 2.0" in errors[0]
     assert "lacks samples that the next interval draws: " in errors[1] and "write_through" in errors[1]
     assert "there is no cache, and teacher.cache.mode is read_only" in errors[2]
     assert "it has no teacher.json, so it is no teacher's cache" in errors[3]
+    # The cache has the first interval. What was trained on it is saved, and the command that fills the next is named.
+    ended = run_dir(longer, "run-4")
+    (counts,) = [
+        line["counts"] for line in without_clock(ended) if line["kind"] == "interval" and line["interval"] == 0
+    ]
+    (wanted,) = [
+        line["counts"] for line in without_clock(ended) if line["kind"] == "interval" and line["interval"] == 1
+    ]
+    samples = max(counts[name] + wanted[name] for name in counts if f" of {name}" in errors[4])
+    assert f"ddk teach --config {ended / 'config.yaml'} --samples {samples} 'data.domains=[" in errors[4]
+    assert (ended / "checkpoints/step-00000004/manifest.json").is_file()
 
 
 @pytest.mark.long("three starts of two ranks; tests/unit/data/test_teacher_place.py has the faults of a store")

@@ -8,13 +8,14 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from ddk_ds.config import Mixture
 from ddk_ds.config.run_config import interval_ends
 from ddk_ds.remaining_time import RemainingTime
-from ddk_ds.train.progress import clock_time, fitted
+from ddk_ds.train.progress import RunProgress, clock_time, fitted
 from tests.terminal import Terminal
 
 # A run whose steps, measurement and export take a known time; the widths are those of a person's window.
@@ -63,6 +64,19 @@ def test_step_and_remaining_time_come_first_at_any_width(columns: int, tmp_path:
     for part in ("measuring the teacher  1/2", "measuring the student  2/4", "exporting the student  1/2"):
         assert any(line.startswith(part) and "━" in line for line in lines), (part, lines)
     assert "a line [between] that is kept" in lines and "interval 0: python 75.0%  mathematics 25.0%" in lines
+
+
+def test_work_that_is_no_run_has_its_own_remaining_time(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`ddk teach`: 4 of 1,200 passes in 12 s leave an hour all but 12 s."""
+    now = [100.0]
+    monkeypatch.setattr("ddk_ds.train.progress.time", SimpleNamespace(monotonic=lambda: now[0]))
+    with RunProgress(0, 0, [], []).part("passes of the teacher", 1200) as advance:
+        for _ in range(4):
+            now[0] += 3.0
+            advance()
+    assert capsys.readouterr().out == "passes of the teacher  4/1,200  ETA 0:59:48\n"
 
 
 def test_as_many_pieces_as_fit() -> None:
