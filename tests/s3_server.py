@@ -24,6 +24,7 @@ class S3Server:
         self.got: Counter[str] = Counter()
         self.fail_every = 0
         self.deny = False
+        self.deny_writes = False
         self.down = False
         self.breaks_at: str | None = None
         """A part of a key; the first request for such a key takes the server down."""
@@ -44,7 +45,7 @@ class S3Server:
         if self.down:
             respond("503 Service Unavailable", [("Content-Length", "0")])
             return [b""]
-        if self.deny:
+        if self.deny or (self.deny_writes and environment["REQUEST_METHOD"] == "PUT"):
             respond("403 Forbidden", [("Content-Length", "0")])
             return [b""]
         if fail:

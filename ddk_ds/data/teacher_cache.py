@@ -246,12 +246,14 @@ def _check_conditions(place: Place, conditions: Mapping[str, Any]) -> bool:
     wanted = {"format": FORMAT, **conditions}
     stored = _stored_conditions(place)
     if stored is None:
-        if not place.is_empty():
+        if place.is_empty():
+            return False
+        stored = _stored_conditions(place)  # another process may have begun it in between
+        if stored is None:
             raise ConfigError(
                 f"teacher.cache.path {place.location}: it has no {CONDITIONS_FILE}, so it is no teacher's cache: give "
                 "another directory, which need not exist"
             )
-        return False
     changed = [key for key in {**stored, **wanted} if stored.get(key) != wanted.get(key)]
     if changed:
         shown = "; ".join(f"{key} {stored.get(key)!r}, the run has {wanted.get(key)!r}" for key in changed)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import shutil
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
@@ -37,7 +38,7 @@ class Place(Protocol):
     """Reads shards, and small files that do not change."""
 
     def begin(self) -> None:
-        """Prepare the place for parts. Raises CheckpointError if that is not possible."""
+        """Prepare the place for parts. Raises CheckpointError or DataError if they cannot be written."""
 
     def give_up_when(self, condition: Callable[[], bool]) -> None:
         """Let a store's failure not be waited for any longer when `condition` is True."""
@@ -72,6 +73,7 @@ class LocalPlace:
     def begin(self) -> None:
         with written(self._path):
             (self._path / PARTS).mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=self._path / PARTS).close()
             _remove_dead(self._path / PARTS)
 
     def give_up_when(self, condition: Callable[[], bool]) -> None:
@@ -119,7 +121,7 @@ class RemotePlace:
         self._uploader = Uploader(self.location, self._written, **times)
 
     def begin(self) -> None:
-        """Do nothing: what kills have left there counts for nothing."""
+        self.write("writable", "")
 
     def give_up_when(self, condition: Callable[[], bool]) -> None:
         self._cached.fetcher.give_up = self._uploader.give_up = condition

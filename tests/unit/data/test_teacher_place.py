@@ -132,9 +132,10 @@ def test_what_is_no_cache_is_refused(tmp_path: Path) -> None:
 def test_a_credential_that_may_not_write_ends_at_once(s3: S3Server, tmp_path: Path) -> None:
     cache = node(tmp_path / "node")
     cache.add("web", 3, said(3))
-    s3.deny = True
-    with pytest.raises(DataError, match=r"access is denied .*may list and write it"):
-        cache.publish()
+    s3.deny_writes = True
+    for write in (cache.publish, lambda: node(tmp_path / "other")):
+        with pytest.raises(DataError, match=r"access is denied .*may list and write it"):
+            write()
 
 
 def test_data_and_teacher_share_the_limit_of_a_nodes_cache(tmp_path: Path) -> None:
