@@ -66,7 +66,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--what-if", action="store_true", help="show what every controller would have decided and drawn"
     )
-    parser.add_argument("--cache", type=Path, help="the teacher's cache for --what-if (default: the run's own)")
+    parser.add_argument("--cache", help="the teacher's cache for --what-if (default: the run's own)")
     parser.add_argument("--page", type=Path, help="write what --what-if shows to this HTML file")
     options = parse(parser, arguments)
     if (options.cache or options.page) and not options.what_if:

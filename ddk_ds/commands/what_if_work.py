@@ -12,6 +12,7 @@ from typing import get_args
 from rich.console import Console
 
 from ddk_ds.config import Config, Mixture, load_run_config, make_config
+from ddk_ds.config.paths import is_address
 from ddk_ds.config.sections import ControllerKind, goes_with
 from ddk_ds.errors import UserError
 from ddk_ds.files import write_text
@@ -38,10 +39,10 @@ def show_what_if(options: Namespace, run: RecordedRun, console: Console) -> None
     """
     own = load_run_config(options.run)
     section = None if own.teacher is None else own.teacher.cache
-    cache = options.cache or (None if section is None else Path(section.path))
+    cache = options.cache or (None if section is None else section.path)
     stock, notes = _stock(own, options.run, run, cache)
-    if run.decisions[0].teacher_ppl is None and cache is not None:
-        teacher_ppl = cached_teacher(options.run, run.domains, cache)
+    if run.decisions[0].teacher_ppl is None and cache is not None and not is_address(cache):
+        teacher_ppl = cached_teacher(options.run, run.domains, Path(cache))
         if teacher_ppl is not None:
             run = replace(run, decisions=[replace(entry, teacher_ppl=teacher_ppl) for entry in run.decisions])
             notes.append(f"The run has no teacher. Its perplexities are those in {cache}.")
@@ -63,7 +64,7 @@ def show_what_if(options: Namespace, run: RecordedRun, console: Console) -> None
         console.print(str(options.page), markup=False)
 
 
-def _stock(own: Config, run_dir: Path, run: RecordedRun, cache: Path | None) -> tuple[Stock | None, list[str]]:
+def _stock(own: Config, run_dir: Path, run: RecordedRun, cache: str | None) -> tuple[Stock | None, list[str]]:
     """Return the run's samples and those in the cache, and sentences on what is not known of them."""
     notes = [] if cache else ["The run has no cache of its teacher; --cache names one, to show what it holds."]
     try:

@@ -17,7 +17,7 @@ from ddk_ds.config import Config
 from ddk_ds.data.loader import MixtureDataset
 from ddk_ds.data.manifest import load_manifest
 from ddk_ds.data.teacher_cache import PERPLEXITIES, Numbers, open_stored
-from ddk_ds.data.teacher_place import LocalPlace
+from ddk_ds.data.teacher_place import open_place
 from ddk_ds.drawing import Array
 from ddk_ds.errors import DataError
 from ddk_ds.files import read_object
@@ -130,7 +130,7 @@ def _draws(
     return counts, ""
 
 
-def open_stock(config: Config, run_dir: Path, names: Sequence[str], cache: Path | None) -> Stock:
+def open_stock(config: Config, run_dir: Path, names: Sequence[str], cache: str | None) -> Stock:
     """Open the data of a run, and a cache of its teacher. Raises UserError where they cannot be read or are others."""
     data = Path(config.data.path)
     if not data.is_dir():
@@ -144,7 +144,7 @@ def open_stock(config: Config, run_dir: Path, names: Sequence[str], cache: Path 
     orders = [DomainOrder(name, sizes, config.seed) for name, sizes in zip(names, dataset.shard_sizes, strict=True)]
     if cache is None:
         return Stock(orders, None)
-    stored = open_stored(LocalPlace(cache), dict(zip(names, dataset.shas, strict=True)))
+    stored = open_stored(open_place(cache, config.data), dict(zip(names, dataset.shas, strict=True)))
     return Stock(orders, [stored.known(name) for name in names])
 
 
