@@ -14,7 +14,7 @@ from torch import Tensor
 from ddk_ds.errors import ConfigError
 from ddk_ds.kernels import LogitForm, Options, TeacherDraws, draws_of
 from ddk_ds.kernels.teacher_draws import _mixed
-from tests.unit.kernels.kd_case import Case, make, truth
+from tests.unit.kernels.kd_case import Case, error, make, truth
 
 SAMPLES = torch.tensor([7, 123_456_789_012, 3])
 LENGTH = 5
@@ -55,6 +55,30 @@ def test_the_numbers_are_those_of_splitmix64() -> None:
     state = torch.tensor([0, -7046029254386353131])
     expected = [0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4]
     assert [int(x) % 2**64 for x in _mixed(state)] == expected
+
+
+def mixed(number: int) -> int:
+    """Return SplitMix64's next output from a state, by Python's integers."""
+    z = (number + 0x9E3779B97F4A7C15) % 2**64
+    z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9 % 2**64
+    z = (z ^ z >> 27) * 0x94D049BB133111EB % 2**64
+    return z ^ z >> 31
+
+
+def test_the_same_tokens_are_drawn_for_ever() -> None:
+    """A cache on a disk is right only with them: by Python's integers, and by the cumulated softmax in float64."""
+    case, draws, seed = make(15, 1003, std=2.0), 40, 3
+    q = probabilities(case)
+    expected = torch.empty(15, draws, dtype=torch.int64)
+    for sample, number in enumerate(SAMPLES.tolist()):
+        for position in range(LENGTH):
+            key = mixed(mixed(number + mixed(seed)) + position)
+            places = [(j + (mixed(key + j) >> 11) / 2**53) / draws for j in range(draws)]
+            row = sample * LENGTH + position
+            expected[row] = torch.searchsorted(q[row].cumsum(0), torch.tensor(places, dtype=torch.float64), right=True)
+    found = drawn(case, draws, seed)
+    assert torch.equal(found.ids, expected)
+    assert error(found.entropy.double(), -(q * q.log()).sum(-1)) < 1e-6
 
 
 @pytest.mark.parametrize(
