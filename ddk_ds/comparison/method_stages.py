@@ -148,7 +148,8 @@ class Job:
         cache = self._named_cache(named)
         if cache is None:
             return ""
-        reason = ", ".join(load_config(self.config, [*named, _NO_CACHE]).beyond_cache)
+        keep = value_at(cache, "keep") or "sampled"
+        reason = ", ".join(load_config(self.config, [*named, _NO_CACHE]).beyond_cache(keep))
         if not reason:
             reason = self._other_draws(named)
         if reason and value_at(cache, "mode") == "read_only":

@@ -77,7 +77,12 @@ def teacher_remarks(costs: Mapping[str, Sequence[TeacherCost]]) -> list[str]:
         live = next((cost.config for cost in runs if cost.cache is None), None)
         if cached is None or live is None:
             continue
-        reason = ", ".join(live.beyond_cache) or changed_says(live, cached) or "its configuration has no cache"
+        assert cached.teacher is not None and cached.teacher.cache is not None
+        reason = (
+            ", ".join(live.beyond_cache(cached.teacher.cache.keep))
+            or changed_says(live, cached)
+            or "its configuration has no cache"
+        )
         remarks.append(f"{label} learnt from the teacher itself, other runs from the draws of a cache: {reason}")
     return remarks
 

@@ -36,8 +36,10 @@ CACHE_CONDITIONS = {
     "logits_dtype": "loss.logits_dtype",
     "sequence_length": "data.sequence_length",
     "temperature": "loss.temperature",
+    "keep": "teacher.cache.keep",
     "draws": "teacher.cache.draws",
     "seed": "teacher.cache.seed",
+    "top_k": "teacher.cache.top_k",
 }
 """Keys on which the content of a teacher's cache depends, by the names that teacher.json gives them. Beside them it
 depends on the teacher itself and on its attention kernel, which a configuration does not know."""
@@ -172,10 +174,16 @@ class Config(MethodSections):
 
     def _check_cache(self) -> None:
         """Raise ValueError if the loss needs more of the teacher than a cache has."""
-        if found := self.beyond_cache:
+        assert self.teacher is not None and self.teacher.cache is not None
+        holds = {
+            "sampled": "tokens drawn at one temperature, which give the forward KL alone (keep: topk gives every "
+            "divergence, biased)",
+            "topk": "the likeliest tokens at one temperature and the sum of the others, which has no other temperature",
+        }
+        if found := self.beyond_cache(self.teacher.cache.keep):
             raise ValueError(
-                f"teacher.cache holds tokens drawn at one temperature, which give the forward KL alone, and the run "
-                f"has {', '.join(found)}: remove teacher.cache, or change that"
+                f"teacher.cache holds {holds[self.teacher.cache.keep]}, and the run has {', '.join(found)}: remove "
+                "teacher.cache, or change that"
             )
         path = "" if self.teacher is None or self.teacher.cache is None else self.teacher.cache.path
         if is_address(path) and not path.startswith(_UPLOADABLE):
@@ -189,12 +197,11 @@ class Config(MethodSections):
                 "which then holds shards of the data too"
             )
 
-    @property
-    def beyond_cache(self) -> list[str]:
-        """Return each key and value that needs more of the teacher than a cache has."""
+    def beyond_cache(self, keep: str) -> list[str]:
+        """Return each key and value that needs more of the teacher than a cache that keeps `keep` has."""
         wrong = {
             f"method: {self.method}, which needs the teacher itself": self.preset.always_runs_teacher,
-            f"loss.divergence: {self.loss.divergence}": self.loss.divergence != "forward_kl",
+            f"loss.divergence: {self.loss.divergence}": keep == "sampled" and self.loss.divergence != "forward_kl",
             f"loss.temperature_end: {self.loss.temperature_end}": self.loss.temperature_end is not None,
         }
         return [what for what, is_so in wrong.items() if is_so]
@@ -202,7 +209,9 @@ class Config(MethodSections):
     def cache_conditions(self) -> dict[str, Any]:
         """Return the values on which the content of the teacher's cache depends, by their names in CACHE_CONDITIONS."""
         values = self.model_dump(mode="json")
-        return {name: value_at(values, key) for name, key in CACHE_CONDITIONS.items()}
+        found = {name: value_at(values, key) for name, key in CACHE_CONDITIONS.items()}
+        unused = ("draws", "seed") if found["keep"] == "topk" else ("top_k",)
+        return {name: value for name, value in found.items() if name not in unused}
 
     @property
     def distils(self) -> bool:

@@ -91,9 +91,14 @@ class TeacherCache(Section):
     mode: Literal["write_through", "read_only"] = "write_through"
     """write_through: samples that are not there go through the teacher and are written. read_only: the teacher is not
     loaded, and a sample that is not there is an error."""
+    keep: Literal["sampled", "topk"] = "sampled"
+    """sampled: tokens drawn from the teacher's softmax at each position (RS-KD, arXiv 2503.16870), for the forward KL;
+    the gradient is right on average. topk: the likeliest tokens and all others as one, for every divergence; the
+    gradient is biased (docs/planning.md)."""
     draws: Annotated[int, Field(ge=1, le=4096)] = 64
-    """Tokens drawn from the teacher's softmax at each position (RS-KD, arXiv 2503.16870). The gradient is right on
-    average; more draws make it vary less."""
+    """Tokens drawn at each position with `keep: sampled`; more make the gradient vary less."""
+    top_k: Annotated[int, Field(ge=1, le=4096)] = 64
+    """Likeliest tokens of each position with `keep: topk`; more make the gradient less biased."""
     seed: Natural = 0
     """Seed of the draws, apart from the run's: runs of all seeds share a cache."""
 

@@ -1,7 +1,7 @@
-"""What a frozen teacher says of samples, on the disk: tokens drawn from its softmax at each of their positions.
+"""What a frozen teacher says of samples, on the disk: some tokens of its softmax at each of their positions.
 
     <path>/teacher.json            what all of it was computed with
-    <path>/parts/<name>/           MDS shards of some samples, and samples.json, which says whose they are
+    <path>/parts/<name>/           MDS shards of some samples, and samples.json: whose they are, and the teacher's loss
     <path>/perplexities/           the teacher's on held-out samples (train/validation.py)
 
 A sample is known by its domain and its number in the domain, whatever order or run it was drawn in. A part appears
@@ -24,11 +24,11 @@ from ddk_ds.data.mds import Split, read_index
 from ddk_ds.data.remote import Refused
 from ddk_ds.data.store import AGAIN
 from ddk_ds.data.teacher_place import PARTS, SAMPLES_FILE, Place
-from ddk_ds.data.teacher_samples import DrawnTokens, Said
+from ddk_ds.data.teacher_samples import Said, coding_of
 from ddk_ds.errors import CheckpointError, ConfigError, DataError, UserError
 from ddk_ds.files import own_hash, sealed, unsealed, write_text
 
-FORMAT = 2
+FORMAT = 3
 CONDITIONS_FILE, PERPLEXITIES = "teacher.json", "perplexities"
 PART_BYTES = 64 << 20
 # Parts whose small files are read at the same time: there can be tens of thousands on a store.
@@ -37,20 +37,22 @@ Numbers = npt.NDArray[np.int64]
 
 
 class _Known(NamedTuple):
-    """Samples of one domain that parts hold: numbers (n,) ascending, and where each is."""
+    """Samples of one domain that parts hold: numbers (n,) ascending, where each is, and its mean loss."""
 
     numbers: Numbers
     parts: Numbers
     places: Numbers
+    losses: npt.NDArray[np.float64]
 
 
 class _Part(NamedTuple):
-    """An opened part: its shards, and the hash of the data and the numbers (n,) of each domain in it."""
+    """An opened part: its shards, and of each domain in it the hash of the data, and numbers and losses (n,)."""
 
     name: str
     split: Split
     shas: dict[str, str]
     numbers: dict[str, Numbers]
+    losses: dict[str, npt.NDArray[np.float64]]
 
 
 class TeacherCache:
@@ -60,7 +62,7 @@ class TeacherCache:
         """Open the cache at `place`, which need not exist.
 
         Args:
-            conditions: what the samples' content depends on, as plain JSON; "draws" is among them.
+            conditions: what the samples' content depends on, as plain JSON; "keep" is among them.
             shas: hash of the samples of each domain, in the order of the run.
 
         Raises:
@@ -68,7 +70,7 @@ class TeacherCache:
             DataError: a part is damaged.
         """
         self.place = place
-        self._coding = DrawnTokens(int(conditions["draws"]), vocab_size)
+        self._coding = coding_of(conditions, vocab_size)
         self._shas = dict(shas)
         self._known: dict[str, _Known] = {}
         self._parts: list[_Part] = []
@@ -92,6 +94,11 @@ class TeacherCache:
         """Return the bytes of the shards of all parts."""
         return sum(shard.num_bytes for part in self._parts for shard in part.split.shards)
 
+    def mean_loss(self, domain: str) -> float:
+        """Return the teacher's mean loss a token over the samples of `known`, in nats at temperature 1; nan: none."""
+        known = self._known.get(domain)
+        return float("nan") if known is None else float(known.losses.mean())
+
     def read(self, domain: str, number: int) -> Said | None:
         """Return what is known of a sample; None if nothing is. Raises DataError if its part is damaged."""
         added = self._added.get((domain, number))
@@ -106,8 +113,14 @@ class TeacherCache:
         return self._read(int(known.parts[at]), int(known.places[at]), domain, number)
 
     def add(self, domain: str, number: int, said: Said) -> None:
-        """Keep what the teacher says of a sample, and write a part when there is enough for one."""
-        record = self._added[domain, number] = self._coding.encoded(said)
+        """Keep what the teacher says of a sample, and write a part when there is enough for one.
+
+        Raises DataError if it is no distribution over the vocabulary.
+        """
+        try:
+            record = self._added[domain, number] = self._coding.encoded(said)
+        except ValueError as error:
+            raise DataError(f"sample {number} of domain {domain!r}: {error}: is the teacher whole?") from None
         self._added_bytes += sum(memoryview(value).nbytes for value in record.values())
         if self._added_bytes >= PART_BYTES:
             self.publish()
@@ -126,7 +139,9 @@ class TeacherCache:
             with MDSWriter(out=str(directory), columns=columns, hashes=["xxh64"], size_limit=PART_BYTES) as writer:
                 for domain, number in order:
                     writer.write({"domain": domain, "number": number, **self._added[domain, number]})
-                    domains.setdefault(domain, {"sha": self._shas[domain], "numbers": []})["numbers"].append(number)
+                    entry = domains.setdefault(domain, {"sha": self._shas[domain], "numbers": [], "losses": []})
+                    entry["numbers"].append(number)
+                    entry["losses"].append(_mean_loss(self._added[domain, number]))
             index = xxhash.xxh64_hexdigest((directory / "index.json").read_bytes())
             samples = {"conditions": self._conditions, "index": index, "domains": domains}
             write_text(directory / SAMPLES_FILE, json.dumps(sealed(samples)))
@@ -148,13 +163,13 @@ class TeacherCache:
             self._parts.append(part)
             for domain, numbers in part.numbers.items():
                 places = np.arange(first, first + len(numbers))
-                known = _Known(numbers, np.full(len(numbers), count), places)
+                known = _Known(numbers, np.full(len(numbers), count), places, part.losses[domain])
                 found.setdefault(domain, [self._known[domain]] if domain in self._known else []).append(known)
                 first += len(numbers)
         for domain, of_domain in found.items():
-            joined = _Known(*(np.concatenate(column) for column in zip(*of_domain, strict=True)))
-            _, first_of = np.unique(joined.numbers, return_index=True)
-            self._known[domain] = _Known(*(column[first_of] for column in joined))
+            columns: list[Any] = [np.concatenate(column) for column in zip(*of_domain, strict=True)]
+            _, first_of = np.unique(columns[0], return_index=True)
+            self._known[domain] = _Known(*(column[first_of] for column in columns))
 
     def _open_part(self, name: str) -> _Part:
         directory, store = f"{PARTS}/{name}", self.place.store
@@ -170,7 +185,10 @@ class TeacherCache:
                 Split(store, read_index(store, directory)),
                 {domain: entry["sha"] for domain, entry in domains.items()},
                 {domain: np.array(entry["numbers"], np.int64) for domain, entry in domains.items()},
+                {domain: np.array(entry["losses"], np.float64) for domain, entry in domains.items()},
             )
+            if any(part.losses[domain].shape != part.numbers[domain].shape for domain in domains):
+                raise ValueError(f"{SAMPLES_FILE} has not one loss for each sample")
             if sum(map(len, part.numbers.values())) != part.split.num_samples:
                 raise ValueError(f"{SAMPLES_FILE} and index.json have different numbers of samples")
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -210,6 +228,11 @@ class TeacherCache:
             f"teacher.cache.path {self.place.location}: part {name} is damaged or incomplete "
             f"({str(error).removesuffix(f'; {AGAIN}')}); delete {path}: write_through computes its samples again"
         )
+
+
+def _mean_loss(record: Mapping[str, Any]) -> float:
+    """Return the mean of -log q over the labels of a sample; its last position has none."""
+    return -float(record["label_log_probs"].sum(dtype=np.float64)) / max(1, len(record["label_log_probs"]) - 1)
 
 
 def make_cache(place: Place, conditions: Mapping[str, Any]) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 from ddk_ds.errors import ConfigError
 from ddk_ds.kernels.chunked import Call, Head, HeadInput, Wanted, compute_dtype, logits_dtype, run_chunks
 from ddk_ds.kernels.custom_op import linear_kd_sums
-from ddk_ds.kernels.options import KDLoss, Options, TeacherTopK, default_chunk_tokens, padded
+from ddk_ds.kernels.options import KDLoss, LabelLogProbs, Options, TeacherTopK, default_chunk_tokens, padded
 from ddk_ds.kernels.rows_eager import apply_form, log_sum_of_others
 
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -94,11 +94,19 @@ def linear_nll(
 
 
 @torch.no_grad()
-def top_k_of(hidden: Tensor, weight: Tensor, k: int, *, options: Options, bias: Tensor | None = None) -> TeacherTopK:
+def top_k_of(
+    hidden: Tensor,
+    weight: Tensor,
+    k: int,
+    *,
+    options: Options,
+    bias: Tensor | None = None,
+    of_labels: LabelLogProbs | None = None,
+) -> TeacherTopK:
     """Find the k likeliest tokens of each row and their log-probabilities, to be the teacher of `linear_kd_loss`.
 
     Args: hidden (n, H), weight (V, H) and bias (V,) are the teacher's. Only the options vocab_size,
-        temperature, chunk_tokens, logits_dtype and teacher_form have an effect.
+        temperature, chunk_tokens, logits_dtype and teacher_form have an effect. `of_labels` (n,) is filled.
 
     Returns:
         ids (n, k) int64; log_probs (n, k) and log_tail (n,) float32.
@@ -108,7 +116,7 @@ def top_k_of(hidden: Tensor, weight: Tensor, k: int, *, options: Options, bias: 
     """
     _check_top_k(k, options.vocab_size)
     parts = []
-    for padded_logits in teacher_logits(HeadInput(hidden, weight, bias), options):
+    for padded_logits in teacher_logits(HeadInput(hidden, weight, bias), options, of_labels):
         logits = padded_logits[:, : options.vocab_size]
         top, log_norm = logits.topk(k, dim=-1), logits.logsumexp(-1, keepdim=True)
         log_tail = log_sum_of_others(logits, top.indices) - log_norm
@@ -116,20 +124,31 @@ def top_k_of(hidden: Tensor, weight: Tensor, k: int, *, options: Options, bias: 
     return TeacherTopK(*map(torch.cat, zip(*parts, strict=True)))
 
 
-def teacher_logits(teacher: HeadInput, options: Options) -> Iterator[Tensor]:
+def teacher_logits(teacher: HeadInput, options: Options, of_labels: LabelLogProbs | None) -> Iterator[Tensor]:
     """Yield a teacher's logits at the temperature, (m, W) for a chunk of its tokens; padding may hold anything.
 
-    Raises ConfigError if a tensor or an option is wrong.
+    `of_labels` (n,) is filled on the way. Raises ConfigError if a tensor or an option is wrong.
     """
     hidden, weight, bias = teacher
     options = _with_chunk_tokens(options, hidden)
     options.check()
     check_head("teacher", teacher, options.vocab_size)
     head = Head(weight, bias, options.vocab_size, logits_dtype(hidden, options))
+    done = 0
     for part in hidden.detach().split(options.chunk_tokens):
         products = part.new_empty(len(part), padded(options.vocab_size), dtype=head.logits_dtype)
         head.logits(part, products)
-        yield apply_form(products, options.teacher_form)[0].div_(options.temperature)
+        logits = apply_form(products, options.teacher_form)[0]
+        if of_labels is not None:
+            _fill(LabelLogProbs(*(x[done : done + len(part)] for x in of_labels)), logits[:, : options.vocab_size])
+        done += len(part)
+        yield logits.div_(options.temperature)
+
+
+def _fill(of_labels: LabelLogProbs, logits: Tensor) -> None:
+    labels = of_labels.labels
+    at_label = logits.gather(1, labels.clamp_min(0)[:, None]).squeeze(1)
+    of_labels.log_probs.copy_((at_label - logits.logsumexp(-1)).masked_fill_(labels < 0, 0))
 
 
 def _with_chunk_tokens(options: Options, hidden: Tensor) -> Options:

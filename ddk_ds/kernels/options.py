@@ -51,6 +51,15 @@ class TeacherTopK(NamedTuple):
     """(n,) log of the probability of all other tokens together; -inf where there are none."""
 
 
+class LabelLogProbs(NamedTuple):
+    """Tensors for the log-probability that a teacher gives to each label, at temperature 1."""
+
+    labels: Tensor
+    """(n,) int64, negative where there is none."""
+    log_probs: Tensor
+    """(n,) float32, written; 0 where there is no label."""
+
+
 class Rows(NamedTuple):
     """Tensors that a row kernel reads and writes for m tokens.
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from ddk_ds.errors import ConfigError
 from ddk_ds.kernels.chunked import HeadInput
 from ddk_ds.kernels.linear_kd import teacher_logits
-from ddk_ds.kernels.options import ALIGN, Options, TeacherTopK
+from ddk_ds.kernels.options import ALIGN, LabelLogProbs, Options, TeacherTopK
 
 # A row kernel holds as many numbers of a row in registers.
 MAX_DRAWS = 4_096
@@ -62,11 +62,13 @@ def draws_of(
     seed: int,
     options: Options,
     bias: Tensor | None = None,
+    of_labels: LabelLogProbs | None = None,
 ) -> TeacherDraws:
     """Draw tokens from the teacher's softmax at each position of some samples.
 
     Args: hidden (B * L, H), weight (V, H) and bias (V,) are the teacher's, sample_ids (B,) int64 those of the samples.
         Only the options vocab_size, temperature, chunk_tokens, logits_dtype and teacher_form have an effect.
+        `of_labels` (B * L,) is filled.
 
     Raises:
         ConfigError: a shape, dtype or option is wrong, or `draws` is not in 1..4,096.
@@ -81,7 +83,7 @@ def draws_of(
     keys = _token_keys(seed, sample_ids.to(hidden.device), len(hidden) // max(1, len(sample_ids)))
     ids, entropies = [], []
     done = 0
-    for logits in teacher_logits(HeadInput(hidden, weight, bias), options):
+    for logits in teacher_logits(HeadInput(hidden, weight, bias), options, of_labels):
         key = keys[done : done + len(logits)]
         done += len(logits)
         logits[:, options.vocab_size :] = _LOWEST

@@ -1,8 +1,9 @@
-"""Distillation from what the teacher has said before: tokens drawn from it, which a cache holds by sample.
+"""Distillation from what the teacher has said before, which a cache holds by sample: drawn tokens, or the likeliest.
 
-The loss is that of `distillation.Distillation` with the draws' shares in place of the teacher's softmax, whose gradient
-is the same on average (kernels/teacher_draws.py). Samples that the cache does not have go through the teacher, are
-added, and are used as they were added.
+The loss is that of `distillation.Distillation` with what is known in place of the teacher's softmax: the shares of
+draws, with which the gradient is the same on average (kernels/teacher_draws.py), or the probabilities of the k
+likeliest tokens, with all others as one. Samples that the cache does not have go through the teacher, are added, and
+are used as they were added.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -17,19 +19,30 @@ import torch
 
 from ddk_ds.comm import Comm, call_together
 from ddk_ds.config import Loss
+from ddk_ds.config.sections import TeacherCache as CacheSection
 from ddk_ds.data.loader import MicroBatch, MixtureDataset
 from ddk_ds.data.teacher_cache import TeacherCache
-from ddk_ds.data.teacher_samples import Said
+from ddk_ds.data.teacher_samples import Drawn, Likeliest, Said
 from ddk_ds.engine.head import OutputHead
 from ddk_ds.engine.teacher import Teacher
 from ddk_ds.engine.transfers import to_device
-from ddk_ds.kernels import KDLoss, Options, TeacherDraws, draws_of, linear_kd_loss
+from ddk_ds.kernels import (
+    KDLoss,
+    LabelLogProbs,
+    Options,
+    TeacherDraws,
+    TeacherTopK,
+    draws_of,
+    linear_kd_loss,
+    top_k_of,
+)
 from ddk_ds.methods.base import IGNORE_INDEX, Batch
 from ddk_ds.methods.distillation import WithDivergence
 from ddk_ds.mixture.order import name_key
 
 Place = tuple[str, int]
 """Domain of a sample, and its number in the domain."""
+Known = TeacherDraws | TeacherTopK
 
 
 @dataclass
@@ -38,8 +51,7 @@ class CachedTeacher:
 
     store: TeacherCache
     dataset: MixtureDataset
-    draws: int
-    seed: int
+    section: CacheSection
     comm: Comm
     complete: bool = False
     """True if every rank has found all samples of the interval: the teacher is not asked, and no rank waits for it."""
@@ -83,7 +95,7 @@ class CachedTeacher:
 
 
 class CachedDistillation(WithDivergence):
-    """CE + gamma * T^2 * KL(teacher, student), the KL from draws that a cache holds."""
+    """CE + gamma * T^2 * D(teacher, student), D from what a cache holds: draws (of the forward KL alone) or a top k."""
 
     def __init__(self, cached: CachedTeacher, teacher: Teacher | None, loss: Loss, options: Options) -> None:
         """Make the method; without a `teacher` every sample must be in the cache."""
@@ -91,9 +103,9 @@ class CachedDistillation(WithDivergence):
         self._cached, self._teacher = cached, teacher
 
     @contextmanager
-    def known(self, batches: Sequence[Batch]) -> Iterator[Sequence[TeacherDraws]]:
-        """Yield the teacher's draws at each position (B*L) of each micro-batch."""
-        yield [_as_draws(of_batch, batches[0].labels.device) for of_batch in self.fill(batches)]
+    def known(self, batches: Sequence[Batch]) -> Iterator[Sequence[Known]]:
+        """Yield what is known of the teacher at each position (B*L) of each micro-batch."""
+        yield [_known(of_batch, batches[0].labels.device) for of_batch in self.fill(batches)]
 
     def fill(self, batches: Sequence[Batch]) -> list[list[Said | None]]:
         """Return what the teacher says of the samples of each micro-batch, after those that were missing were added.
@@ -107,10 +119,11 @@ class CachedDistillation(WithDivergence):
             self._ask(teacher, batches, places, said)
         return said
 
-    def distil(self, hidden: torch.Tensor, head: OutputHead, teacher_output: TeacherDraws, batch: Batch) -> KDLoss:
-        """Compute the micro-batch's part of the loss from hidden (n, Hs) and the teacher's draws (n), n = B*L."""
+    def distil(self, hidden: torch.Tensor, head: OutputHead, teacher_output: Known, batch: Batch) -> KDLoss:
+        """Compute the micro-batch's part of the loss from hidden (n, Hs) and what is known of the teacher, n = B*L."""
         options = replace(self.options_at(batch), student_form=head.form)
-        labels, known = batch.labels.flatten(), teacher_output.known()
+        labels = batch.labels.flatten()
+        known = teacher_output.known() if isinstance(teacher_output, TeacherDraws) else teacher_output
         found = linear_kd_loss(
             hidden,
             head.weight,
@@ -122,6 +135,8 @@ class CachedDistillation(WithDivergence):
             student_bias=head.bias,
             teacher_topk=known,
         )
+        if isinstance(teacher_output, TeacherTopK):
+            return found
         # Without a gradient: it makes the reported divergence one to the whole teacher, on average.
         offsets = teacher_output.kl_offset(known) * (labels != IGNORE_INDEX)
         offset = offsets.sum(dtype=torch.float64) / batch.num_valid
@@ -147,24 +162,33 @@ class CachedDistillation(WithDivergence):
         self._cached.taught += self._cached.comm.world_size * sum(map(len, places))  # the same on each rank
         with teacher.clock.stage("teacher"), teacher.head.gathered() as head:
             options = replace(self.options_at(batches[0]), teacher_form=head.form)
-            for states, of_batch, known in zip(hidden, places, said, strict=True):
+            for states, batch, of_batch, known in zip(hidden, batches, places, said, strict=True):
                 if None not in known:
                     continue
                 # All of the micro-batch: products of another number of rows can be rounded otherwise.
-                drawn = draws_of(
-                    states,
-                    head.weight,
-                    torch.tensor([sample_key(*place) for place in of_batch], device=states.device),
-                    self._cached.draws,
-                    seed=self._cached.seed,
-                    options=options,
-                    bias=head.bias,
-                )
-                ids, entropy = (part.unflatten(0, (len(of_batch), -1)).cpu().numpy() for part in drawn)
+                answers = self._answers(states, batch.labels, head, of_batch, options)
                 for row, one in enumerate(known):
                     if one is None:
-                        known[row] = Said(ids[row], entropy[row])
-                        self._cached.store.add(*of_batch[row], Said(ids[row], entropy[row]))
+                        known[row] = answers[row]
+                        self._cached.store.add(*of_batch[row], answers[row])
+
+    def _answers(
+        self, states: torch.Tensor, labels: torch.Tensor, head: OutputHead, places: list[Place], options: Options
+    ) -> list[Said]:
+        """Return what the teacher says of each sample of a micro-batch, from its hidden states (B*L, Ht)."""
+        section = self._cached.section
+        of_labels = LabelLogProbs(labels.flatten(), labels.new_empty(labels.numel(), dtype=torch.float32))
+        rest: dict[str, Any] = {"options": options, "bias": head.bias, "of_labels": of_labels}
+        answer: Known
+        if section.keep == "topk":
+            answer = top_k_of(states, head.weight, section.top_k, **rest)
+            answer = answer._replace(log_probs=answer.log_probs.bfloat16().float())  # as they are stored
+        else:
+            keys = torch.tensor([sample_key(*place) for place in places], device=states.device)
+            answer = draws_of(states, head.weight, keys, section.draws, seed=section.seed, **rest)
+        columns = (part.unflatten(0, (len(places), -1)).cpu().numpy() for part in (*answer, of_labels.log_probs))
+        kind = Likeliest if section.keep == "topk" else Drawn
+        return [kind(*of_sample) for of_sample in zip(*columns, strict=True)]
 
 
 def sample_key(domain: str, number: int) -> int:
@@ -172,9 +196,8 @@ def sample_key(domain: str, number: int) -> int:
     return (name_key(domain) >> 2) + number
 
 
-def _as_draws(said: Sequence[Said | None], device: torch.device) -> TeacherDraws:
+def _known(said: Sequence[Said | None], device: torch.device) -> Known:
     known = [one for one in said if one is not None]
     assert len(known) == len(said), "all were asked for, or the interval was checked"
-    ids = torch.from_numpy(np.concatenate([one.ids for one in known]))
-    entropy = torch.from_numpy(np.concatenate([one.entropy for one in known]))
-    return TeacherDraws(to_device(ids, device), to_device(entropy, device))
+    *columns, _ = (to_device(torch.from_numpy(np.concatenate(column)), device) for column in zip(*known, strict=True))
+    return TeacherTopK(*columns) if isinstance(known[0], Likeliest) else TeacherDraws(*columns)

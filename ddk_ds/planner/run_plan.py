@@ -84,9 +84,12 @@ class Plan:
 
     @property
     def cache_bytes(self) -> float:
-        """Return the bytes of the teacher's cache if every token of the run is another one; 0 without a cache."""
+        """Return the most bytes of the teacher's cache, if every token of the run is another one; 0 without a cache."""
         section = None if self.config.teacher is None else self.config.teacher.cache
-        return 0.0 if section is None else self.tokens * bytes_a_token(section.draws, self.models.vocab_size)
+        if section is None:
+            return 0.0
+        number = section.top_k if section.keep == "topk" else section.draws
+        return self.tokens * bytes_a_token(section.keep, number, self.models.vocab_size)
 
     @property
     def read_bytes_per_s(self) -> float:

@@ -17,12 +17,14 @@ from ddk_ds.engine.stage_clock import StageClock
 from ddk_ds.engine.transfers import to_device
 from ddk_ds.methods import Batch, CachedTeacher, next_token_labels
 from ddk_ds.methods.cached_distillation import CachedDistillation
+from ddk_ds.mixture.domain_vectors import perplexity
 from ddk_ds.mixture.order import DomainOrder, Ids
 from ddk_ds.train.inputs import Inputs
 from ddk_ds.train.interruption import Interrupted, Interruption
 from ddk_ds.train.progress import RunProgress
 from ddk_ds.train.teacher_passes import settle_passes
 from ddk_ds.train.teacher_store import head_options, held_out, open_cache, start_teacher
+from ddk_ds.train.validation import worse_than_guessing
 from ddk_ds.train.watchdog import Watchdog
 
 
@@ -40,8 +42,8 @@ def fill_cache(
     Args:
         samples: so many of each domain; infinity: all.
 
-    Returns a sentence that says what was done. Raises Interrupted on every rank if a signal came to one; what was
-    computed until then is in the cache.
+    Returns sentences that say what was done, and the teacher's perplexity of what the cache has of each domain. Raises
+    Interrupted on every rank if a signal came to one; what was computed until then is in the cache.
     """
     comm = runtime.comm
     config = settle_passes(config, inputs, runtime)
@@ -53,7 +55,11 @@ def fill_cache(
     watchdog.watch("models")
     progress, clock = RunProgress(comm.rank, 0, [], inputs.names), StageClock(runtime.device.type)
     options = head_options(config, inputs.vocabulary.size, runtime.device.type)
-    teacher, _ = start_teacher(config, inputs, identity, runtime, watchdog, validation, options, clock, progress)
+    teacher, of_held_out = start_teacher(
+        config, inputs, identity, runtime, watchdog, validation, options, clock, progress
+    )
+    if of_held_out is not None and (warning := _alarm(dict(zip(inputs.names, of_held_out, strict=True)), inputs)):
+        progress.say(warning)
     method = CachedDistillation(cached, teacher, config.loss, options)
     batches = interval_loader(
         dataset,
@@ -83,8 +89,8 @@ def fill_cache(
     comm.barrier()
     rate = len(missing) * config.data.sequence_length / (time.monotonic() - began)
     return (
-        f"{len(np.unique(missing)):,} samples added to {cached.store.place.location}, {rate:,.0f} tokens/s: it has "
-        f"{_counts(cached, dataset)}"
+        f"{len(np.unique(missing)):,} samples added to {cached.store.place.location}, {rate:,.0f} tokens/s: "
+        f"{_content(cached, dataset, inputs)}"
     )
 
 
@@ -109,7 +115,18 @@ def _batch(micro: MicroBatch, device: torch.device) -> Batch:
     return Batch(ids, next_token_labels(ids), micro["domain"], nothing, nothing, 0.0, micro["sample_id"])
 
 
-def _counts(cached: CachedTeacher, dataset: MixtureDataset) -> str:
-    cached.store.refresh()
-    counts = zip(dataset.names, dataset.sizes, strict=True)
-    return ", ".join(f"{len(cached.store.known(name)):,} of {size:,} of {name}" for name, size in counts)
+def _content(cached: CachedTeacher, dataset: MixtureDataset, inputs: Inputs) -> str:
+    store = cached.store
+    store.refresh()
+    sizes = zip(dataset.names, dataset.sizes, strict=True)
+    counts = ", ".join(f"{len(store.known(name)):,} of {size:,} of {name}" for name, size in sizes)
+    found = {name: perplexity(store.mean_loss(name)).item() for name in dataset.names if len(store.known(name))}
+    shown = ", ".join(f"{name} {value:.4g}" for name, value in found.items())
+    measured = f"it has {counts}. The teacher's perplexity of these samples, at temperature 1: {shown}"
+    return "\n".join(filter(None, [measured, _alarm(found, inputs)]))
+
+
+def _alarm(found: dict[str, float], inputs: Inputs) -> str:
+    """Return the line about a teacher with these perplexities by domain that knows less than nothing, or ""."""
+    warning = worse_than_guessing(np.array(list(found.values())), list(found), inputs.vocabulary.size)
+    return f"alarm: {warning}" if warning else ""

@@ -43,6 +43,10 @@ def open_cache(config: Config, inputs: Inputs, dataset: MixtureDataset, comm: Co
     section = None if config.teacher is None else config.teacher.cache
     if section is None:
         return None
+    if section.keep == "topk" and section.top_k > inputs.vocabulary.size:
+        raise ConfigError(
+            f"teacher.cache.top_k is {section.top_k}: the vocabulary has {inputs.vocabulary.size:,} tokens; lower it"
+        )
     place, conditions = open_place(section.path, config.data), _conditions(config, inputs)
     shas = dict(zip(dataset.names, dataset.shas, strict=True))
     if config.loads_teacher:
@@ -50,7 +54,7 @@ def open_cache(config: Config, inputs: Inputs, dataset: MixtureDataset, comm: Co
     else:
         call_together(comm, lambda: _require(place))
     store = call_together(comm, lambda: TeacherCache(place, conditions, shas, inputs.vocabulary.size))
-    return CachedTeacher(store, dataset, section.draws, section.seed, comm)
+    return CachedTeacher(store, dataset, section, comm)
 
 
 def _require(place: Place) -> None:
@@ -62,7 +66,7 @@ def _require(place: Place) -> None:
 
 
 def _conditions(config: Config, inputs: Inputs) -> dict[str, Any]:
-    """Return all that the teacher's draws depend on, but for the samples themselves."""
+    """Return all that what is kept of the teacher depends on, but for the samples themselves."""
     assert inputs.teacher is not None
     return {
         "teacher": inputs.teacher.fingerprint,

@@ -47,6 +47,17 @@ def runs(runtime: Runtime, starts: list[tuple[str, int | None]], names: list[str
     return counts
 
 
+def fill(runtime: Runtime, configs: list[str], samples: float) -> list[str]:
+    """Fill the cache of each configuration with so many samples of each domain; return what each call says."""
+    said = []
+    for path in configs:
+        config = load_config(path, [])
+        inputs = check_inputs(config, runtime.comm)
+        identity = run_identity(config, inputs.fingerprints)
+        said.append(fill_cache(config, inputs, identity, runtime, Watchdog(config.limits), Readers(0), samples))
+    return said
+
+
 def teach(runtime: Runtime, config_path: str, samples: list[float], break_after: int) -> list[Any]:
     """Fill the cache with so many samples of each domain, one number after the other; then all, broken off once.
 

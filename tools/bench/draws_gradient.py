@@ -133,7 +133,7 @@ def of_draws(setting: Setting, whole: list[Tensor], draws: int, seeds: int) -> R
     return {
         "kind": "draws",
         "size": draws,
-        "bytes_a_token": bytes_a_token(draws, setting.options.vocab_size),
+        "bytes_a_token": bytes_a_token("sampled", draws, setting.options.vocab_size),
         **_shares([math.sqrt(square / seeds) for square in squares], whole),
         "chi_square_mean": float(chi_squares.mean()),
         "coordinates": int(tested.sum()),

@@ -15,18 +15,19 @@ from hypothesis import strategies as st
 
 from ddk_ds.data.teacher_cache import CONDITIONS_FILE, TeacherCache, make_cache
 from ddk_ds.data.teacher_place import PARTS, SAMPLES_FILE, LocalPlace
-from ddk_ds.data.teacher_samples import Said, bytes_a_token, pack, unpack
+from ddk_ds.data.teacher_samples import Drawn, PackedIds, Said
 from ddk_ds.errors import CheckpointError, ConfigError, DataError
 from ddk_ds.files import sealed, unsealed
 
 VOCAB, DRAWS, LENGTH = 151_646, 12, 7
-CONDITIONS = {"teacher": "abc", "temperature": 1.0, "draws": DRAWS}
+CONDITIONS = {"teacher": "abc", "temperature": 1.0, "keep": "sampled", "draws": DRAWS}
 SHAS = {"web": "1", "code": "2"}
 
 
-def said(seed: int) -> Said:
+def said(seed: int) -> Drawn:
     rng = np.random.default_rng(seed)
-    return Said(np.sort(rng.integers(0, VOCAB, (LENGTH, DRAWS)), 1), rng.random(LENGTH).astype(np.float32))
+    ids = np.sort(rng.integers(VOCAB - 9, VOCAB, (LENGTH, DRAWS)), 1)
+    return Drawn(ids, *(rng.random(LENGTH).astype(np.float32) for _ in range(2)))
 
 
 def opened(path: Path, **changes: Any) -> TeacherCache:
@@ -47,24 +48,19 @@ def filled(path: Path) -> Path:
 
 
 def equal(left: Said | None, right: Said) -> bool:
-    return left is not None and np.array_equal(left.ids, right.ids) and np.array_equal(left.entropy, right.entropy)
+    return left is not None and all(map(np.array_equal, left, right))
 
 
 @settings(max_examples=50, deadline=None)
 @given(bits=st.integers(1, 32), count=st.integers(1, 100), seed=st.integers(0, 1000))
 def test_numbers_are_packed_to_their_bits(bits: int, count: int, seed: int) -> None:
     numbers = np.random.default_rng(seed).integers(0, 1 << bits, count)
-    packed = pack(numbers, bits)
+    packed = PackedIds(1 << bits).packed(numbers)
     assert len(packed) == -(-count * bits // 8)
     # By the definition: number i has the bits from i * bits on of one large number.
-    whole = int.from_bytes(packed.tobytes(), "little")
+    whole = int.from_bytes(packed, "little")
     assert [whole >> i * bits & (1 << bits) - 1 for i in range(count)] == numbers.tolist()
-    assert np.array_equal(unpack(packed.tobytes(), bits)[:count], numbers)
-
-
-def test_64_draws_of_qwen_take_148_bytes_a_token() -> None:
-    ids = np.zeros((1, 64), np.int64)
-    assert len(pack(ids, (VOCAB - 1).bit_length())) + np.float32().nbytes == 148 == bytes_a_token(64, VOCAB)
+    assert np.array_equal(PackedIds(1 << bits).unpacked(packed, count), numbers)
 
 
 def test_what_was_added_is_there_before_and_after_it_is_written(tmp_path: Path) -> None:
@@ -90,8 +86,32 @@ def test_parts_of_several_writers_join(tmp_path: Path) -> None:
     assert equal(reader.read("code", 5), said(99)) and reader.known("code").tolist() == [5]
 
 
+def test_the_teachers_mean_loss_of_what_is_there(tmp_path: Path) -> None:
+    """Each sample counts once, and its last position, which has no label, not at all."""
+    first, second = opened(tmp_path / "cache"), opened(tmp_path / "cache")
+    assert np.isnan(first.mean_loss("web"))
+    for cache, numbers in ((first, (0, 1, 2)), (second, (2, 3))):
+        for number in numbers:
+            log_probs = np.array([-1.0 - number, -0.5, 0, 0, 0, 0, 0], np.float32)
+            cache.add("web", number, said(number)._replace(label_log_probs=log_probs))
+        cache.publish()
+    assert opened(tmp_path / "cache").mean_loss("web") == pytest.approx((1.5 + 2.5 + 3.5 + 4.5) / 4 / (LENGTH - 1))
+
+
+def test_what_is_no_distribution_is_refused(tmp_path: Path) -> None:
+    cache, one = opened(tmp_path / "cache"), said(0)
+    for wrong, reason in (
+        (one._replace(ids=one.ids + 9), f"the id {VOCAB} is outside of the vocabulary of 151,646 tokens"),
+        (one._replace(entropy=one.entropy * np.float32(np.nan)), "is not finite"),
+        (one._replace(label_log_probs=one.label_log_probs * np.float32(np.inf)), "is not finite"),
+    ):
+        with pytest.raises(DataError, match=f"sample 4 of domain 'web': .*{reason}.*is the teacher whole"):
+            cache.add("web", 4, wrong)
+    assert cache.read("web", 4) is None
+
+
 def test_a_part_is_written_when_there_is_enough_for_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ddk_ds.data.teacher_cache.PART_BYTES", 1000)
+    monkeypatch.setattr("ddk_ds.data.teacher_cache.PART_BYTES", 600)
     cache = opened(tmp_path / "cache")
     for number in range(20):
         cache.add("web", number, said(number))
@@ -129,6 +149,10 @@ def test_a_part_that_is_being_written_is_none_yet(tmp_path: Path) -> None:
     [
         ({**CONDITIONS, "teacher": "def"}, "computed with teacher 'abc', the run has 'def'"),
         ({**CONDITIONS, "temperature": 2.0, "draws": 3}, "temperature 1.0, the run has 2.0; draws 12, the run has 3"),
+        (
+            {"teacher": "abc", "temperature": 1.0, "keep": "topk", "top_k": 5},
+            "keep 'sampled', the run has 'topk'; draws 12, the run has None; top_k None, the run has 5",
+        ),
         ({**CONDITIONS, "new": 1}, "new None, the run has 1"),
     ],
 )
@@ -169,6 +193,12 @@ def forget(part: Path) -> None:
     (part / SAMPLES_FILE).write_text(json.dumps(sealed(samples)))
 
 
+def lose(part: Path) -> None:
+    samples = unsealed((part / SAMPLES_FILE).read_bytes(), "")
+    samples["domains"]["web"]["losses"].pop()
+    (part / SAMPLES_FILE).write_text(json.dumps(sealed(samples)))
+
+
 def half(part: Path) -> None:
     text = (part / SAMPLES_FILE).read_text()
     (part / SAMPLES_FILE).write_text(text[: len(text) // 2])
@@ -186,6 +216,7 @@ def read_all(path: Path) -> None:
         cut,
         exchange,
         forget,
+        lose,
         half,
         *(
             pytest.param(lambda part, name=name: (part / name).unlink(), id=name)  # type: ignore[misc]

@@ -106,8 +106,11 @@ def test_a_cache_that_is_only_read_costs_a_run_without_its_teacher(
 ) -> None:
     cache = ("teacher.cache.path=said", "teacher.cache.mode=read_only", "teacher.cache.draws=32")
     found, without = planned(tmp_path, *CLUSTER, *cache), planned(tmp_path, *CLUSTER)
-    # 18 bits of an id of 151,646, and an entropy in float32.
-    assert found["teacher_cache_bytes"] == found["tokens"] * (32 * 18 / 8 + 4)
+    # 18 bits of an id of 151,646 and one of a draw, the entropy and the label's log-probability in float32.
+    assert found["teacher_cache_bytes"] == found["tokens"] * (32 * 19 / 8 + 8)
+    topk = planned(tmp_path, *CLUSTER, cache[0], "teacher.cache.keep=topk", "teacher.cache.top_k=20")
+    assert topk["teacher_cache_bytes"] == found["tokens"] * (20 * (18 + 16) / 8 + 8)
+    planned(tmp_path, *CLUSTER, *cache)
     assert f"at most {found['teacher_cache_bytes'] / 1e9:,.2f} GB of the teacher's cache" in " ".join(
         capsys.readouterr().out.split()
     )
