@@ -83,7 +83,7 @@ def teacher_remarks(costs: Mapping[str, Sequence[TeacherCost]]) -> list[str]:
             or changed_says(live, cached)
             or "its configuration has no cache"
         )
-        remarks.append(f"{label} learnt from the teacher itself, other runs from the draws of a cache: {reason}")
+        remarks.append(f"{label} learnt from the teacher itself, other runs from a cache: {reason}")
     return remarks
 
 

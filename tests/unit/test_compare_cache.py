@@ -17,7 +17,7 @@ from ddk_ds.comparison.results_table import compare_runs
 from ddk_ds.config import load_config, to_yaml
 from ddk_ds.data.teacher_cache import TeacherCache, make_cache
 from ddk_ds.data.teacher_place import PARTS, LocalPlace
-from ddk_ds.data.teacher_samples import Said
+from ddk_ds.data.teacher_samples import Drawn
 from ddk_ds.errors import ConfigError
 from tests.unit.test_compare import CONFIG, summary
 
@@ -162,11 +162,11 @@ def test_the_cost_of_the_teacher(config: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(
         "ddk_ds.comparison.results_table.forward_flops", lambda path, length: 100.0 if path.name == "big" else 10.0
     )
-    conditions = {"draws": 4, "vocab_size": 100}
+    conditions = {"keep": "sampled", "draws": 4, "vocab_size": 100}
     make_cache(LocalPlace(config.parent / "cache"), conditions)
     cache = TeacherCache(LocalPlace(config.parent / "cache"), conditions, {"a": "1", "b": "2"}, 100)
     for number in range(5):
-        cache.add("ab"[number % 2], number, Said(np.zeros((8, 4), np.int64), np.zeros(8, np.float32)))
+        cache.add("ab"[number % 2], number, Drawn(np.zeros((8, 4), np.int64), *np.zeros((2, 8), np.float32)))
     cache.publish()
 
     found = compare_runs(out, "kd", list(taught))
@@ -187,7 +187,7 @@ def test_the_cost_of_the_teacher(config: Path, monkeypatch: pytest.MonkeyPatch) 
     assert found["methods"]["ddk"]["flops"] == 30 * 96 + 3 * sample / 2 + evaluation
     assert found["methods"]["minillm"]["flops"] == 130 * 96 + evaluation
     assert found["remarks"] == [
-        "minillm learnt from the teacher itself, other runs from the draws of a cache: loss.divergence: reverse_kl"
+        "minillm learnt from the teacher itself, other runs from a cache: loss.divergence: reverse_kl"
     ]
 
     assert command.main(["--report-only", "--out", str(out), "--methods", ",".join(taught)]) == 0
