@@ -199,5 +199,6 @@ def sample_key(domain: str, number: int) -> int:
 def _known(said: Sequence[Said | None], device: torch.device) -> Known:
     known = [one for one in said if one is not None]
     assert len(known) == len(said), "all were asked for, or the interval was checked"
-    *columns, _ = (to_device(torch.from_numpy(np.concatenate(column)), device) for column in zip(*known, strict=True))
+    of_samples = zip(*(one[:-1] for one in known), strict=True)  # the labels' are for its perplexity
+    columns = (to_device(torch.from_numpy(np.concatenate(column)), device) for column in of_samples)
     return TeacherTopK(*columns) if isinstance(known[0], Likeliest) else TeacherDraws(*columns)
