@@ -42,8 +42,8 @@ def fill_cache(
     Args:
         samples: so many of each domain; infinity: all.
 
-    Returns sentences that say what was done, and the teacher's perplexity of what the cache has of each domain. Raises
-    Interrupted on every rank if a signal came to one; what was computed until then is in the cache.
+    Returns what was done, and the teacher's perplexity of what the cache has of each domain. Raises Interrupted on
+    every rank if a signal came to one; what was computed until then is in the cache.
     """
     comm = runtime.comm
     config = settle_passes(config, inputs, runtime)
@@ -55,11 +55,8 @@ def fill_cache(
     watchdog.watch("models")
     progress, clock = RunProgress(comm.rank, 0, [], inputs.names), StageClock(runtime.device.type)
     options = head_options(config, inputs.vocabulary.size, runtime.device.type)
-    teacher, of_held_out = start_teacher(
-        config, inputs, identity, runtime, watchdog, validation, options, clock, progress
-    )
-    if of_held_out is not None and (warning := _alarm(dict(zip(inputs.names, of_held_out, strict=True)), inputs)):
-        progress.say(warning)
+    teacher, ppl = start_teacher(config, inputs, identity, runtime, watchdog, validation, options, clock, progress)
+    _raise_alarm({} if ppl is None else dict(zip(inputs.names, ppl.tolist(), strict=True)), inputs, progress)
     method = CachedDistillation(cached, teacher, config.loss, options)
     batches = interval_loader(
         dataset,
@@ -88,10 +85,8 @@ def fill_cache(
     cached.store.publish()
     comm.barrier()
     rate = len(missing) * config.data.sequence_length / (time.monotonic() - began)
-    return (
-        f"{len(np.unique(missing)):,} samples added to {cached.store.place.location}, {rate:,.0f} tokens/s: "
-        f"{_content(cached, dataset, inputs)}"
-    )
+    added = f"{len(np.unique(missing)):,} samples added to {cached.store.place.location}, {rate:,.0f} tokens/s"
+    return f"{added}: it has {_content(cached, dataset, inputs, progress)}"
 
 
 def _missing(config: Config, dataset: MixtureDataset, cached: CachedTeacher, samples: float) -> Ids:
@@ -115,18 +110,19 @@ def _batch(micro: MicroBatch, device: torch.device) -> Batch:
     return Batch(ids, next_token_labels(ids), micro["domain"], nothing, nothing, 0.0, micro["sample_id"])
 
 
-def _content(cached: CachedTeacher, dataset: MixtureDataset, inputs: Inputs) -> str:
+def _content(cached: CachedTeacher, dataset: MixtureDataset, inputs: Inputs, progress: RunProgress) -> str:
+    """Return the words that say what the cache has of each domain, and the teacher's perplexity of that."""
     store = cached.store
     store.refresh()
     sizes = zip(dataset.names, dataset.sizes, strict=True)
     counts = ", ".join(f"{len(store.known(name)):,} of {size:,} of {name}" for name, size in sizes)
     found = {name: perplexity(store.mean_loss(name)).item() for name in dataset.names if len(store.known(name))}
+    _raise_alarm(found, inputs, progress)
     shown = ", ".join(f"{name} {value:.4g}" for name, value in found.items())
-    measured = f"it has {counts}. The teacher's perplexity of these samples, at temperature 1: {shown}"
-    return "\n".join(filter(None, [measured, _alarm(found, inputs)]))
+    return f"{counts}. The teacher's perplexity of these samples, at temperature 1: {shown}"
 
 
-def _alarm(found: dict[str, float], inputs: Inputs) -> str:
-    """Return the line about a teacher with these perplexities by domain that knows less than nothing, or ""."""
-    warning = worse_than_guessing(np.array(list(found.values())), list(found), inputs.vocabulary.size)
-    return f"alarm: {warning}" if warning else ""
+def _raise_alarm(found: dict[str, float], inputs: Inputs, progress: RunProgress) -> None:
+    """Say so if a teacher with these perplexities by domain knows less than nothing."""
+    if warning := worse_than_guessing(np.array(list(found.values())), list(found), inputs.vocabulary.size):
+        progress.say(f"alarm: {warning}")
