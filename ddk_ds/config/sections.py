@@ -102,6 +102,11 @@ class TeacherCache(Section):
     seed: Natural = 0
     """Seed of the draws, apart from the run's: runs of all seeds share a cache."""
 
+    @property
+    def tokens(self) -> int:
+        """Return the number of tokens that are kept of a position."""
+        return self.top_k if self.keep == "topk" else self.draws
+
 
 class Teacher(Model):
     """The frozen model. The placement of its weights and the way they are gathered change no number of the run."""

@@ -23,7 +23,7 @@ from ddk_ds.data.remote import Missing
 from ddk_ds.data.store import LocalStore, Store
 from ddk_ds.data.uploads import Uploader
 from ddk_ds.errors import DataError
-from ddk_ds.files import PARTIAL, is_leftover, new_directory, remove_leftovers, write_text, written
+from ddk_ds.files import PARTIAL, is_leftover, nearest_existing, new_directory, remove_leftovers, write_text, written
 
 PARTS = "parts"
 SAMPLES_FILE = "samples.json"
@@ -42,6 +42,9 @@ class Place(Protocol):
 
     def give_up_when(self, condition: Callable[[], bool]) -> None:
         """Let a store's failure not be waited for any longer when `condition` is True."""
+
+    def free_bytes(self) -> int | None:
+        """Return the free space; None if it is not known."""
 
     def is_empty(self) -> bool:
         """Return True if nothing is there, or only what a kill has left."""
@@ -78,6 +81,9 @@ class LocalPlace:
 
     def give_up_when(self, condition: Callable[[], bool]) -> None:
         """Do nothing: there is no store to wait for."""
+
+    def free_bytes(self) -> int | None:
+        return shutil.disk_usage(nearest_existing(self._path)).free
 
     def is_empty(self) -> bool:
         return not self._path.is_dir() or all(is_leftover(other) for other in self._path.iterdir())
@@ -125,6 +131,9 @@ class RemotePlace:
 
     def give_up_when(self, condition: Callable[[], bool]) -> None:
         self._cached.fetcher.give_up = self._uploader.give_up = condition
+
+    def free_bytes(self) -> int | None:
+        return None
 
     def is_empty(self) -> bool:
         return not self._uploader.names("")

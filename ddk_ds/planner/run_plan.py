@@ -88,8 +88,7 @@ class Plan:
         section = None if self.config.teacher is None else self.config.teacher.cache
         if section is None:
             return 0.0
-        number = section.top_k if section.keep == "topk" else section.draws
-        return self.tokens * bytes_a_token(section.keep, number, self.models.vocab_size)
+        return self.tokens * bytes_a_token(section.keep, section.tokens, self.models.vocab_size)
 
     @property
     def read_bytes_per_s(self) -> float:

@@ -13,6 +13,7 @@ from ddk_ds.config import Config
 from ddk_ds.data.loader import MixtureDataset, validation_batches
 from ddk_ds.data.teacher_cache import CONDITIONS_FILE, PERPLEXITIES, TeacherCache, make_cache
 from ddk_ds.data.teacher_place import LocalPlace, Place, open_place
+from ddk_ds.data.teacher_samples import bytes_a_token
 from ddk_ds.engine.runtime import Runtime
 from ddk_ds.engine.split_check import check_split
 from ddk_ds.engine.stage_clock import StageClock
@@ -47,7 +48,7 @@ def open_cache(config: Config, inputs: Inputs, dataset: MixtureDataset, comm: Co
         raise ConfigError(
             f"teacher.cache.top_k is {section.top_k}: the vocabulary has {inputs.vocabulary.size:,} tokens; lower it"
         )
-    place, conditions = open_place(section.path, config.data), _conditions(config, inputs)
+    place, conditions = open_place(section.path, config.data), cache_conditions(config, inputs)
     shas = dict(zip(dataset.names, dataset.shas, strict=True))
     if config.loads_teacher:
         call_together(comm, lambda: make_cache(place, conditions) if comm.rank == 0 else None)
@@ -65,7 +66,7 @@ def _require(place: Place) -> None:
         )
 
 
-def _conditions(config: Config, inputs: Inputs) -> dict[str, Any]:
+def cache_conditions(config: Config, inputs: Inputs) -> dict[str, Any]:
     """Return all that what is kept of the teacher depends on, but for the samples themselves."""
     assert inputs.teacher is not None
     return {
@@ -74,6 +75,14 @@ def _conditions(config: Config, inputs: Inputs) -> dict[str, Any]:
         "vocab_size": inputs.vocabulary.size,
         **config.cache_conditions(),
     }
+
+
+def most_bytes(config: Config, inputs: Inputs, samples: int) -> float:
+    """Return the bytes that so many samples take in the cache at most."""
+    assert config.teacher is not None and config.teacher.cache is not None
+    section = config.teacher.cache
+    of_token = bytes_a_token(section.keep, section.tokens, inputs.vocabulary.size)
+    return samples * config.data.sequence_length * of_token
 
 
 def held_out(config: Config, inputs: Inputs, comm: Comm) -> ValidationBatches:

@@ -19,7 +19,7 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -41,17 +41,48 @@ def run_ranks(
 
     `per_node`: ranks that are told to be on one node; None: all.
     """
-    port = free_port()
     with tempfile.TemporaryDirectory() as folder:
-        workers: list[BaseProcess] = []
-        for rank in range(world):
-            env = os.environ | rank_environment(rank, world, port, per_node) | {"OMP_NUM_THREADS": "1"}
-            workers.append(SERVER.Process(target=_rank, args=(function, arguments, env, Path(folder))))
-            workers[-1].start()
+        workers = _start(function, world, Path(folder), arguments, per_node)
         failed = _wait(workers, timeout_s)
-        texts = [f"--- rank {rank}\n{(Path(folder) / f'rank{rank}.txt').read_text()[-6000:]}" for rank in range(world)]
-        assert not failed, f"{function} on {world} ranks: {failed}\n" + "\n".join(texts)
+        assert not failed, f"{function} on {world} ranks: {failed}\n{_texts(Path(folder))}"
         return json.loads((Path(folder) / "result.json").read_text())
+
+
+def killed_ranks(function: str, world: int, kill: Callable[[], bool], **arguments: Any) -> bool:
+    """Start a function as `run_ranks` does, and kill its ranks, one after the other, when `kill` returns True.
+
+    Return False if they came to their end before. Fails if a rank fails.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        workers = _start(function, world, Path(folder), arguments)
+        end = time.monotonic() + 240
+        while not kill():
+            time.sleep(0.005)
+            codes = [worker.exitcode for worker in workers]
+            if all(code == 0 for code in codes):
+                return False
+            assert not any(codes) and time.monotonic() < end, f"{function}, {codes}\n{_texts(Path(folder))}"
+        for worker in workers:
+            worker.kill()
+        for worker in workers:
+            worker.join()
+        return any(worker.exitcode == -signal.SIGKILL for worker in workers)
+
+
+def _start(
+    function: str, world: int, folder: Path, arguments: dict[str, Any], per_node: int | None = None
+) -> list[BaseProcess]:
+    port = free_port()
+    workers: list[BaseProcess] = []
+    for rank in range(world):
+        env = os.environ | rank_environment(rank, world, port, per_node) | {"OMP_NUM_THREADS": "1"}
+        workers.append(SERVER.Process(target=_rank, args=(function, arguments, env, folder)))
+        workers[-1].start()
+    return workers
+
+
+def _texts(folder: Path) -> str:
+    return "\n".join(f"--- {path.stem}\n{path.read_text()[-6000:]}" for path in sorted(folder.glob("rank*.txt")))
 
 
 def _wait(workers: Sequence[BaseProcess], timeout_s: float) -> str:

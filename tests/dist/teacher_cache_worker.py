@@ -101,6 +101,18 @@ def teach_each(runtime: Runtime, configs: list[str], samples: float) -> list[str
     return said
 
 
+def fill_in_small_parts(runtime: Runtime, path: str) -> None:
+    """Fill the cache of a configuration with all samples, in many parts."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("ddk_ds.data.teacher_cache.PART_BYTES", 3_000)
+        teach_each(runtime, [path], math.inf)
+
+
+def train_on(runtime: Runtime, path: str) -> None:
+    """Train the run of a configuration from its newest checkpoint to its end."""
+    train(prepare(runtime, path, "run", None))
+
+
 def teaching_error(runtime: Runtime, path: str) -> str:
     """Fill a cache whose store goes down meanwhile; return this rank's error."""
     with pytest.raises(TemporaryError) as error:

@@ -2,52 +2,89 @@
 
 from __future__ import annotations
 
+import json
 import random
 import time
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from ddk_ds.data.teacher_place import PARTS
+from ddk_ds.data.teacher_place import PARTS, SAMPLES_FILE
+from ddk_ds.data.teacher_samples import Said
+from tests.dist.ranks import killed_ranks, run_ranks
 from tests.dist.teacher_cache_worker import all_samples
-from tests.e2e.direct_ranks import Ranks
-from tools.bench.small_run import without_clock, write_config
+from tools.bench.small_run import write_config
 
-KILLS = 5
+WORKER = "tests.dist.teacher_cache_worker:"
+KILLS = 10
+MOST_RANKS = 4
+STEPS = 3 * KILLS + 4
 
 
-@pytest.mark.long("seven starts of two ranks")
+@pytest.mark.long("22 starts of 1 to 4 ranks")
 def test_killed_at_any_time(workspace: Path, tmp_path: Path) -> None:
+    """20 kills at random moments, on another number of ranks after each: nothing is lost, nothing is there twice."""
     rng = random.Random(4)
-    ends = {}
-    for name, kills in (("whole", 0), ("killed", KILLS)):
-        teacher = {"path": str(workspace / "teacher"), "cache": {"path": str(tmp_path / f"{name}-cache"), "draws": 16}}
-        config = write_config(
-            workspace, tmp_path / name, teacher=teacher, mixture={"interval_steps": 2}, stop={"steps": 16}
+
+    def config(name: str) -> str:
+        teacher = {"path": str(workspace / "teacher"), "cache": {"path": str(cache_of(name)), "draws": 16}}
+        mixture = {"interval_steps": 2, "controller": "equal", "ratio_cap": None, "initial_floor": 0.0}
+        train = {"global_batch_samples": 12, "micro_batch_samples": 1}
+        return str(
+            write_config(
+                *(workspace, tmp_path / name),
+                **{"teacher": teacher, "mixture": mixture, "train": train, "stop": {"steps": STEPS}},
+            )
         )
-        run = tmp_path / name / "runs/run"
-        for kill in range(kills):
-            ranks = Ranks(config, tmp_path / name)
-            wait_for_step(ranks, run / "ledger.jsonl", 3 * kill + 1)
-            time.sleep(rng.uniform(0.0, 0.5))  # a step, the writing of a part, a checkpoint
-            for process in ranks.processes:
-                process.kill()
-            ranks.wait(60)
-        ranks = Ranks(config, tmp_path / name)
-        assert ranks.wait(300) == [0, 0], ranks.text
-        ends[name] = without_clock(run), all_samples(tmp_path / f"{name}-cache")
-        folder = tmp_path / f"{name}-cache" / PARTS
-        assert all((part / "index.json").is_file() for part in folder.iterdir() if not part.name.startswith("."))
-    (ledger, samples), (killed_ledger, killed_samples) = ends["whole"], ends["killed"]
-    assert killed_ledger == ledger
-    assert killed_samples.keys() == samples.keys()
-    for place, said in samples.items():
-        assert all(map(np.array_equal, said, killed_samples[place])), place
+
+    def cache_of(name: str) -> Path:
+        return tmp_path / f"{name}-cache"
+
+    def kill_and_go_on(function: str, name: str, progress: Callable[[], int], most: int) -> None:
+        killed, path = 0, config(name)
+        while killed < KILLS:
+            moment = after(progress, progress() + rng.randint(1, most), rng.uniform(0.0, 0.3))
+            killed += killed_ranks(WORKER + function, rng.randint(1, MOST_RANKS), moment, path=path)
+        run_ranks(WORKER + function, rng.randint(1, MOST_RANKS), path=path)
+
+    def parts() -> int:
+        folder = cache_of("filled") / PARTS
+        return len(list(folder.iterdir())) if folder.is_dir() else 0
+
+    def steps() -> int:
+        ledger = tmp_path / "trained/runs/run/ledger.jsonl"
+        return ledger.read_text().count('"kind": "step"') if ledger.is_file() else 0
+
+    run_ranks(WORKER + "train_on", 1, path=config("whole-run"))
+    kill_and_go_on("train_on", "trained", steps, 3)
+    drawn = all_samples(cache_of("whole-run"))
+    assert_equal(all_samples(cache_of("trained")), drawn)
+    assert max(counts(cache_of("trained")).values()) == 1
+
+    run_ranks(WORKER + "fill_in_small_parts", 1, path=config("whole"))
+    kill_and_go_on("fill_in_small_parts", "filled", parts, 8)
+    whole = all_samples(cache_of("whole"))
+    assert_equal(all_samples(cache_of("filled")), whole)
+    # The last micro-batches of a start are filled up with its last sample.
+    assert sum(counts(cache_of("filled")).values()) < len(whole) + MOST_RANKS
+    assert_equal(drawn, {place: whole[place] for place in drawn})
 
 
-def wait_for_step(ranks: Ranks, ledger: Path, step: int) -> None:
-    end = time.monotonic() + 300
-    while f'"step": {step},' not in (ledger.read_text() if ledger.is_file() else ""):
-        assert ranks.processes[0].poll() is None and time.monotonic() < end, ranks.text
-        time.sleep(0.02)
+def after(progress: Callable[[], int], goal: int, seconds: float) -> Callable[[], bool]:
+    """Return a function that returns True so long after the progress has come to the goal."""
+    return lambda: progress() >= goal and not time.sleep(seconds)
+
+
+def assert_equal(found: dict[tuple[str, int], Said], expected: dict[tuple[str, int], Said]) -> None:
+    assert found.keys() == expected.keys() and len(found) > 100
+    for place, said in expected.items():
+        assert all(map(np.array_equal, said, found[place])), place
+
+
+def counts(cache: Path) -> Counter[tuple[str, int]]:
+    """Return how often each sample is in complete parts."""
+    entries = [json.loads(path.read_text())["domains"] for path in (cache / PARTS).glob(f"[!.]*/{SAMPLES_FILE}")]
+    return Counter((domain, number) for entry in entries for domain in entry for number in entry[domain]["numbers"])

@@ -16,6 +16,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -24,13 +25,20 @@ from ddk_ds.commands import preflight_command
 from ddk_ds.commands.distill_rank import main as distil
 from ddk_ds.commands.preflight_command import main
 from ddk_ds.config import load_config
+from ddk_ds.data.loader import MixtureDataset
 from ddk_ds.data.manifest import load_manifest, write_manifest
+from ddk_ds.data.teacher_cache import TeacherCache, make_cache
+from ddk_ds.data.teacher_place import LocalPlace
+from ddk_ds.data.teacher_samples import Drawn, bytes_a_token
 from ddk_ds.exit_codes import EXIT_TEMPORARY
+from ddk_ds.mixture.order import DomainOrder
 from ddk_ds.train.checkpoint.checkpoint_files import FORMAT
+from ddk_ds.train.inputs import check_inputs
 from ddk_ds.train.preflight import PlannedRanks, Row, preflight
 from ddk_ds.train.preflight.agreement import clock_offset
 from ddk_ds.train.preflight.machine import available_bytes, shared_memory
 from ddk_ds.train.preflight.rows import deadline, merge
+from ddk_ds.train.teacher_store import cache_conditions
 from tests.unit.test_bad_input import swap_two_tokens
 from tools.bench.small_run import write_config
 
@@ -281,6 +289,49 @@ def test_disk_full(workspace: Path, tmp_path: Path) -> None:
     with tmpfs(tmp_path / "small", "size=1m") as small:
         rows = rows_of(write_config(workspace, tmp_path, output_dir=str(small)))
         check(rows, "disk for checkpoints", str(small), "1.05 MB free", "4 checkpoints", "checkpoint.keep_last")
+
+
+def test_cache_of_the_teacher(workspace: Path, tmp_path: Path) -> None:
+    """10 steps of 8 samples draw 27 of each of three domains at equal shares; 50 of python are there, 9 of cpp."""
+
+    def written(**cache: Any) -> Path:
+        return write_config(
+            workspace,
+            tmp_path,
+            mixture={"controller": "equal", "ratio_cap": None, "initial_floor": 0.0},
+            teacher={"path": str(workspace / "teacher"), "cache": {"draws": 64, **cache}},
+        )
+
+    nothing = str(tmp_path / "nothing")
+    row = rows_of(written(path=nothing))["teacher's cache"]
+    most = 81 * 64 * bytes_a_token("sampled", 64, 600)
+    assert row.status == "pass" and f"81 go through the teacher, at most {most / 1e3:.3g} kB of" in row.found, row
+    check(
+        rows_of(written(path=nothing, mode="read_only")),
+        "teacher's cache",
+        "81 samples are missing",
+        "ddk teach --samples 27 ",
+    )
+    assert not Path(nothing).exists()
+    with tmpfs(tmp_path / "small", "size=256k") as small:
+        check(rows_of(written(path=str(small / "cache"))), "teacher's cache", "of 262 kB that are free", "free space")
+    path = str(tmp_path / "cache")
+    config = load_config(written(path=path))
+    inputs = check_inputs(config, SingleProcess())
+    dataset, conditions = MixtureDataset(inputs.store, inputs.names), cache_conditions(config, inputs)
+    place = LocalPlace(Path(path))
+    make_cache(place, conditions)
+    cache = TeacherCache(place, conditions, dict(zip(dataset.names, dataset.shas, strict=True)), 600)
+    for name, count in (("python", 50), ("cpp", 9)):
+        order = DomainOrder(name, dataset.shard_sizes[dataset.names.index(name)], config.seed)
+        for number in order.take(0, count):
+            cache.add(name, int(number), Drawn(np.zeros((64, 64), np.int64), *np.zeros((2, 64), np.float32)))
+    cache.publish()
+    rows = rows_of(written(path=path, mode="read_only"))
+    of_python, of_cpp = "50 of python, of about 27 that the run draws 27", "9 of cpp, of about 27 that the run draws 9"
+    check(rows, "teacher's cache", of_python, of_cpp, "a short read gives", "45 samples are missing", status="warn")
+    other = rows_of(written(path=path, draws=32))
+    check(other, "teacher's cache", "it was computed with draws 64, the run has 32")
 
 
 def test_read_only_output(workspace: Path, tmp_path: Path) -> None:

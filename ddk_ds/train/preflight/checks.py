@@ -16,7 +16,7 @@ from ddk_ds.engine.ds_config import student_ds_config
 from ddk_ds.engine.memory_estimate import estimate_memory
 from ddk_ds.engine.model_files import ModelShape, model_directory, model_shape, read_model
 from ddk_ds.train.inputs import Inputs, check_inputs
-from ddk_ds.train.preflight import agreement, machine, path_checks
+from ddk_ds.train.preflight import agreement, machine, path_checks, teacher_rows
 from ddk_ds.train.preflight.agreement import Job, PlannedRanks
 from ddk_ds.train.preflight.rows import Row, attempt, deadline, failed, merge
 from ddk_ds.train.preflight.sample_counts import domain_samples, same_tokenizers
@@ -183,6 +183,8 @@ def _with_inputs(config: Config, job: Job, inputs: Inputs) -> list[Row]:
         attempt("samples of domains", domain_samples, config, inputs),
         _on_rank_0(job, "run directory", path_checks.run_directory, config, inputs.fingerprints),
     ]
+    if config.teacher is not None and config.teacher.cache is not None:
+        rows.append(_on_rank_0(job, "teacher's cache", teacher_rows.teacher_cache, config, inputs, job.ranks))
     if config.data.cache_dir is not None:
         rows.append(attempt("disk for the data cache", path_checks.cache_space, config, inputs.manifest, inputs.names))
     return rows
