@@ -28,7 +28,7 @@ from ddk_ds.data.teacher_samples import Said, coding_of
 from ddk_ds.errors import CheckpointError, ConfigError, DataError, UserError
 from ddk_ds.files import own_hash, sealed, unsealed, write_text
 
-FORMAT = 3
+FORMAT = 4
 CONDITIONS_FILE, PERPLEXITIES = "teacher.json", "perplexities"
 PART_BYTES = 64 << 20
 # Parts whose small files are read at the same time: there can be tens of thousands on a store.
@@ -132,16 +132,17 @@ class TeacherCache:
         from streaming import MDSWriter
 
         name = token_hex(8)
-        columns = {"domain": "str", "number": "int", **self._coding.columns}
+        columns = {"domain": "str", "number": "int", "xxh64": "str", **self._coding.columns}
         order = sorted(self._added)
         domains: dict[str, Any] = {}
         with self.place.new_part(name) as directory:
             with MDSWriter(out=str(directory), columns=columns, hashes=["xxh64"], size_limit=PART_BYTES) as writer:
                 for domain, number in order:
-                    writer.write({"domain": domain, "number": number, **self._added[domain, number]})
+                    record = self._added[domain, number]
+                    writer.write({"domain": domain, "number": number, "xxh64": self._hash(record), **record})
                     entry = domains.setdefault(domain, {"sha": self._shas[domain], "numbers": [], "losses": []})
                     entry["numbers"].append(number)
-                    entry["losses"].append(_mean_loss(self._added[domain, number]))
+                    entry["losses"].append(_mean_loss(record))
             index = xxhash.xxh64_hexdigest((directory / "index.json").read_bytes())
             samples = {"conditions": self._conditions, "index": index, "domains": domains}
             write_text(directory / SAMPLES_FILE, json.dumps(sealed(samples)))
@@ -182,7 +183,7 @@ class TeacherCache:
             domains = samples["domains"]
             part = _Part(
                 name,
-                Split(store, read_index(store, directory)),
+                Split(store, self.place.reading(read_index(store, directory))),
                 {domain: entry["sha"] for domain, entry in domains.items()},
                 {domain: np.array(entry["numbers"], np.int64) for domain, entry in domains.items()},
                 {domain: np.array(entry["losses"], np.float64) for domain, entry in domains.items()},
@@ -213,9 +214,17 @@ class TeacherCache:
             record, text = part.split.record(where)
             if (record["domain"], record["number"]) != (domain, number):
                 raise ValueError(f"{text} is {record['domain']} {record['number']}, not {domain} {number}")
+            if (found := self._hash(record)) != record["xxh64"]:
+                raise ValueError(f"{text}: the xxh64 is {found}, the sample was written with {record['xxh64']}")
             return self._coding.decoded(record)
-        except (OSError, ValueError, KeyError) as error:
+        except Exception as error:  # a byte that is another can make a reader raise anything
             raise self._damaged(part.name, error) from None
+
+    def _hash(self, record: Mapping[str, Any]) -> str:
+        digest = xxhash.xxh64()
+        for name in self._coding.columns:
+            digest.update(record[name])
+        return digest.hexdigest()
 
     def _damaged(self, name: str, error: Exception) -> UserError:
         """Return the error to raise for one that a part has caused."""

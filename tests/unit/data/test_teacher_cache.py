@@ -204,10 +204,10 @@ def half(part: Path) -> None:
     (part / SAMPLES_FILE).write_text(text[: len(text) // 2])
 
 
-def read_all(path: Path) -> None:
+def read_all(path: Path) -> list[Said]:
     cache = opened(path)
-    for domain, number in (("web", 1), ("web", 3), ("code", 0)):
-        cache.read(domain, number)
+    read = [cache.read(domain, number) for domain, number in (("web", 1), ("web", 3), ("code", 0))]
+    return [one for one in read if one is not None]
 
 
 @pytest.mark.parametrize(
@@ -232,8 +232,8 @@ def test_damage_is_named(tmp_path: Path, damage: Any) -> None:
     assert "prepare the data" not in str(error.value)
 
 
-@pytest.mark.parametrize("name", ["index.json", SAMPLES_FILE, "shard.00000.mds"])
-def test_a_flipped_bit_anywhere_is_never_a_number(tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize("name", ["index.json", SAMPLES_FILE])
+def test_a_flipped_bit_of_what_a_part_says_of_itself(tmp_path: Path, name: str) -> None:
     part = filled(tmp_path / "cache")
     content = (part / name).read_bytes()
     for position in range(0, len(content), 7):
@@ -243,6 +243,26 @@ def test_a_flipped_bit_anywhere_is_never_a_number(tmp_path: Path, name: str) -> 
         with pytest.raises(DataError, match=f"part {part.name} is damaged or incomplete") as error:
             read_all(tmp_path / "cache")
         assert name == SAMPLES_FILE or f"xxh64 is {xxhash.xxh64_hexdigest(damaged)}, " in str(error.value)
+
+
+@pytest.mark.filterwarnings("ignore:overflow encountered")  # of a damaged offset, in streaming's reader
+def test_a_flipped_bit_of_a_sample_is_never_a_number(tmp_path: Path) -> None:
+    part = filled(tmp_path / "cache")
+    whole, shard = read_all(tmp_path / "cache"), part / "shard.00000.mds"
+    content, found = shard.read_bytes(), 0
+    for position in range(len(content)):
+        damaged = bytearray(content)
+        damaged[position] ^= 1 << position % 8
+        shard.write_bytes(damaged)
+        try:
+            read = read_all(tmp_path / "cache")
+        except DataError as error:
+            assert f"part {part.name} is damaged or incomplete" in str(error)
+            found += 1
+        else:  # a bit that no reader looks at
+            assert len(read) == len(whole) and all(map(equal, read, whole)), position
+    samples = [value for one in whole for value in one]
+    assert found > 0.9 * sum(value.nbytes for value in samples if value.dtype == np.float32)
 
 
 def test_flipped_conditions_are_no_other_conditions(tmp_path: Path) -> None:
