@@ -134,6 +134,10 @@ def test_what_a_plan_warns_of(plan: Plan) -> None:
     assert rows_of(table) == [("a=1", "95.00", "no", "1.00", "time"), ("b=2", "85.00", "[green]yes[/]", "2.00", "room")]
     assert isinstance(table, Table) and table.caption is None and table.columns[-1].justify == "left"
     assert "none of them fits" in str(plan_page._advice(replace(plan, advice=advice[:1])).caption)
+    assert plan.better_place is not None
+    for passes, text in ((1, "node[/]"), (2, "node teacher.micro_batches_per_pass=2[/]")):
+        place = replace(plan.better_place, micro_batches_per_pass=passes)
+        assert f"teacher.shard_within={text}" in plan_page._answer(replace(plan, better_place=place))
     none = replace(plan, flops=replace(plan.flops, kd=None))
     assert [row[1] for row in rows_of(plan_page._flops(none))] == ["1,000", "-", "-", "-", "4,000"]
     assert "hours of KD at the same MFU" not in words_of(plan_page._time(none))
@@ -171,6 +175,8 @@ def test_tables_of_simulations() -> None:
         ("25", "8", "258", "266", "world, 4 a pass"),
         ("25", "1,024", "1,274", "2,298 (no)", "world"),
     ]
+    two = [replace(one, micro_batches_per_pass=2) for one in LAYOUTS[:2]]
+    assert rows_of(plan_page.layouts_table(two))[0][-1] == "world, 2 a pass"
     nowhere = [replace(one, fits=False) for one in LAYOUTS[:2]]
     assert rows_of(plan_page.layouts_table(nowhere))[0][-1] == "none fits"
     points = [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,80 @@ def test_measured_throughputs() -> None:
         point = points[f"distillation step, {name}, h100-80g", 1]
         assert point.measured == pytest.approx(4 * 2048 / seconds) and point.source == HERE
         assert point.error == pytest.approx((point.simulated - point.measured) / point.measured)
+
+
+def by_hand(
+    layers: int,
+    hidden: int,
+    vocab: int,
+    length: int,
+    *,
+    nodes: int,
+    samples: int,
+    micro_batches: int,
+    flop_per_s: float,
+    hbm: float,
+    checkpointing: bool = False,
+    host_s: float = 0.0,
+) -> float:
+    """Return the tokens/s a GPU of A100s, 8 a node, from the page's formulas; learned positions, a tied head.
+
+    Weights are gathered 50 million at a time, and gradients added in bf16. Checkpointing comes with offloading here.
+    """
+    ranks, tokens, head = 8 * nodes, samples * length, vocab * hidden
+    parameters = 12 * hidden**2 * layers + head + length * hidden
+    forward = 2 * (12 * hidden**2 * layers + head) + 4 * layers * hidden * length
+    bandwidth = 0.8 * (300e9 if nodes == 1 else 8 * 25e9)
+    latency = 8.4e-6 + (ranks - nodes) * 3.4e-6 + (nodes * 14e-6 if nodes > 1 else 0)
+
+    def sent(elements: float, least_calls: int) -> float:
+        calls = max(least_calls, math.ceil(elements / 50_000_000))
+        return 2 * elements * (ranks - 1) / ranks / bandwidth + calls * latency
+
+    first = tokens * forward / flop_per_s
+    seconds = sent(parameters / layers, 1) + max(first, sent(parameters, layers), layers * host_s)
+    second = tokens * (2 * forward + (forward - 2 * head if checkpointing else 0)) / flop_per_s
+    reduced = sent(parameters, layers) + (sent(parameters - 5e8, layers) if parameters > 5e8 else 0)
+    seconds += max(second, reduced, layers * host_s * (2 if checkpointing else 1)) + tokens * vocab * 9 / (0.8 * hbm)
+    update = parameters / ranks * (30 / (0.8 * hbm) + (6 / 25e9 if checkpointing else 0) + 14 / 25e9 / 500)
+    return micro_batches * tokens / (micro_batches * seconds + update)
+
+
+def test_simulated_throughputs() -> None:
+    """Of the three sources one each, by hand; the rest differ in their numbers alone."""
+    points = {(point.name, point.gpus): point.simulated for point in known_points()}
+    one = by_hand(24, 2048, 50368, 2048, nodes=1, samples=8, micro_batches=8, flop_per_s=0.57 * 312e12, hbm=1.555e12)
+    assert points["MPT 1b, a100-40g, micro-batch 8 x 8", 8] == pytest.approx(one, rel=1e-9)
+    for name, nodes, samples, layers, hidden, length in (
+        ("175b", 32, 32, 96, 12288, 512),
+        ("1t", 128, 8, 128, 25600, 1024),
+        ("2t", 128, 8, 160, 32768, 1024),
+    ):
+        many = by_hand(
+            layers,
+            hidden,
+            51200,
+            length,
+            nodes=nodes,
+            samples=samples,
+            micro_batches=1,
+            flop_per_s=0.61 * 312e12,
+            hbm=2.039e12,
+            checkpointing=True,
+            host_s=8.8e-3,
+        )
+        found = points[f"GPT {name}, a100-80g, micro-batch {samples}, checkpointing", 8 * nodes]
+        assert found == pytest.approx(many, rel=1e-9)
+    # One H100: nothing is sent. The teacher's pass, the student's forward and its backward of twice as much.
+    tokens, rate, hbm = 4 * 2048, 0.42 * 989e12, 0.8 * 3.35e12
+    layers = [(28, 2 * 1536 * (1536 + 256) + 3 * 1536 * 8960, 1536), (24, 2 * 896 * (896 + 128) + 3 * 896 * 4864, 896)]
+    flops = [2 * (n * layer + 151_936 * h) + 4 * n * h * 2048 for n, layer, h in layers]
+    passes = [(28, tokens * flops[0] / rate), (24, tokens * flops[1] / rate), (24, 2 * tokens * flops[1] / rate)]
+    parameters = layers[1][0] * layers[1][1] + 151_936 * 896
+    rest = tokens * 151_936 * 18 / hbm + parameters * (30 / hbm + 14 / 50e9 / 500)
+    for name, host_s in (("plain torch", 0.0), ("ZeRO-3 engines", 8.8e-3)):
+        seconds = rest + sum(max(compute, n * host_s) for n, compute in passes)
+        assert points[f"distillation step, {name}, h100-80g", 1] == pytest.approx(tokens / seconds, rel=1e-9)
 
 
 def config_of(stop: dict[str, Any], **data: Any) -> Config:

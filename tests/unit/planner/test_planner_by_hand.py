@@ -130,8 +130,12 @@ def test_passes_of_the_teacher() -> None:
         assert parts["teacher: communication not hidden"] == pytest.approx(waits, rel=1e-12)
     # In 8 bits an element of bf16 holds two weights of a matrix: 1.6 of 3.6 million are gathered as 0.8.
     shape = replace(TEACHER.shape, tensors=(400_000, 2_000_000, 1_600_000), matrices=(1_600_000,))
-    small = Models(STUDENT, replace(TEACHER, shape=shape), 1000)
+    # The student's stay as they are.
+    student = replace(STUDENT, shape=replace(STUDENT.shape, tensors=(100_000, 900_000), matrices=(900_000,)))
+    small = Models(student, replace(TEACHER, shape=shape), 1000)
+    plain = simulated(config_of()).parts["student: communication not hidden"]
     parts = simulated(config_of(teacher={"micro_batches_per_pass": 3, "quantize": "int8"}), small).parts
+    assert parts["student: communication not hidden"] == plain
     waits = waits_s(600 * 1e7 / 5e11, 2.8e6, 8) + gather_s(4e5, 1)
     assert parts["teacher: communication not hidden"] == pytest.approx(waits, rel=1e-12)
 
@@ -168,6 +172,9 @@ def test_what_options_change_in_a_step() -> None:
     assert waiting["checkpoint"] == pytest.approx(1_000_000 * 14 / 1e9 / 20)
     fp32 = simulated(config_of(train={"precision": "fp32"})).parts
     assert fp32["checkpoint"] == pytest.approx(250_000 * 16 / 2e10 / 20)
+    # A student that is not trained, with filters that the plan leaves out, has neither a backward pass nor an update.
+    frozen = simulated(config_of().model_copy(update={"method": "ted_filters"})).parts
+    assert frozen["student: compute"] == pytest.approx(3 * 200 * 3e6 / 5e11) and frozen["optimizer"] == 0.0
     # One model's logits where no teacher runs: 9 bytes each.
     alone = simulated(config_of(loss={"gamma": 0.0})).parts
     assert alone["loss: row kernel"] == pytest.approx(3 * 200 * 1000 * 9 / 8e11)
