@@ -96,8 +96,7 @@ runs/demo/report/report.html: | runs/demo/summary.json
 clean-demo:
 	rm -rf $(DATA) $(foreach run,demo demo-teacher demo-student demo-equal demo-kd,runs/$(run) runs/$(run).log)
 
-# Two workers: one for the tests that start several processes, the other for the rest; of the long tests a third one has
-# Slurm's, which wait (tests/sets.py).
+# tests/sets.py says how the tests are shared among the workers. Of the long tests many wait: a third worker fits in.
 test: lint
 	$(BIN)/python -m pytest -n 2 --dist loadscope
 

@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-# Their tests start several processes and use both cores: one worker runs all of them, one after another. Those with
-# daemons of their own mostly wait for them: another worker's.
-TOGETHER = {"dist": "several processes", "e2e": "several processes", "nodes": "daemons", "slurm": "daemons"}
+# Their tests start several processes: one worker runs all of a room, one after another. Half of their time they wait,
+# for a time limit, a store or Slurm.
+TOGETHER = {"dist": "ranks", "e2e": "launchers", "nodes": "daemons", "slurm": "daemons"}
 
 
 @pytest.hookimpl(tryfirst=True)  # before the tests are deselected by their marks
