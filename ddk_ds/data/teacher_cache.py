@@ -24,11 +24,11 @@ from ddk_ds.data.mds import Split, read_index
 from ddk_ds.data.remote import Refused
 from ddk_ds.data.store import AGAIN
 from ddk_ds.data.teacher_place import PARTS, SAMPLES_FILE, Place
-from ddk_ds.data.teacher_samples import Said, coding_of
+from ddk_ds.data.teacher_samples import Said, Squeezed, coding_of
 from ddk_ds.errors import CheckpointError, ConfigError, DataError, UserError
 from ddk_ds.files import own_hash, sealed, unsealed, write_text
 
-FORMAT = 4
+FORMAT = 5
 CONDITIONS_FILE, PERPLEXITIES = "teacher.json", "perplexities"
 PART_BYTES = 64 << 20
 # Parts whose small files are read at the same time: there can be tens of thousands on a store.
@@ -71,6 +71,7 @@ class TeacherCache:
         """
         self.place = place
         self._coding = coding_of(conditions, vocab_size)
+        self._squeezed = Squeezed(self._coding.columns)
         self._shas = dict(shas)
         self._known: dict[str, _Known] = {}
         self._parts: list[_Part] = []
@@ -132,14 +133,15 @@ class TeacherCache:
         from streaming import MDSWriter
 
         name = token_hex(8)
-        columns = {"domain": "str", "number": "int", "xxh64": "str", **self._coding.columns}
+        columns = {"domain": "str", "number": "int", "xxh64": "str", **self._squeezed.columns}
         order = sorted(self._added)
         domains: dict[str, Any] = {}
         with self.place.new_part(name) as directory:
             with MDSWriter(out=str(directory), columns=columns, hashes=["xxh64"], size_limit=PART_BYTES) as writer:
                 for domain, number in order:
                     record = self._added[domain, number]
-                    writer.write({"domain": domain, "number": number, "xxh64": self._hash(record), **record})
+                    small = self._squeezed.squeezed(record)
+                    writer.write({"domain": domain, "number": number, "xxh64": self._hash(small), **small})
                     entry = domains.setdefault(domain, {"sha": self._shas[domain], "numbers": [], "losses": []})
                     entry["numbers"].append(number)
                     entry["losses"].append(_mean_loss(record))
@@ -216,7 +218,7 @@ class TeacherCache:
                 raise ValueError(f"{text} is {record['domain']} {record['number']}, not {domain} {number}")
             if (found := self._hash(record)) != record["xxh64"]:
                 raise ValueError(f"{text}: the xxh64 is {found}, the sample was written with {record['xxh64']}")
-            return self._coding.decoded(record)
+            return self._coding.decoded(self._squeezed.restored(record))
         except Exception as error:  # a byte that is another can make a reader raise anything
             raise self._damaged(part.name, error) from None
 

@@ -24,7 +24,7 @@ from ddk_ds.data.mds import SplitIndex
 from ddk_ds.data.remote import Missing
 from ddk_ds.data.store import LocalStore, Store
 from ddk_ds.data.uploads import Uploader
-from ddk_ds.errors import DataError
+from ddk_ds.errors import ConfigError, DataError
 from ddk_ds.files import PARTIAL, is_leftover, nearest_existing, new_directory, remove_leftovers, write_text, written
 
 PARTS = "parts"
@@ -188,6 +188,16 @@ class RemotePlace:
 def open_place(location: str, data: Data) -> Place:
     """Return the place of a cache; for an address `data` says where shards are kept on this node."""
     return RemotePlace(location, data) if is_address(location) else LocalPlace(Path(location))
+
+
+def check_room(place: Place, num_bytes: float) -> None:
+    """Raise ConfigError if samples of up to so many bytes may not fit."""
+    free = place.free_bytes()
+    if free is not None and num_bytes > free:
+        raise ConfigError(
+            f"teacher.cache.path {place.location} has {free / 1e9:,.3g} GB free, and the samples to compute take up to "
+            f"{num_bytes / 1e9:,.3g} GB: make room, give another directory, or lower --samples"
+        )
 
 
 def _remove_dead(folder: Path) -> None:

@@ -7,7 +7,9 @@ from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+import zstandard
 
+_AS_THEY_ARE = ("ndarray:float32",)
 Floats = npt.NDArray[np.float32]
 
 
@@ -115,8 +117,44 @@ def coding_of(conditions: Mapping[str, Any], vocab_size: int) -> DrawnTokens | L
     return DrawnTokens(int(conditions["draws"]), vocab_size)
 
 
+class Squeezed:
+    """Compresses the columns of a record in a shard: ids and bits shrink, float32 numbers would not."""
+
+    def __init__(self, columns: Mapping[str, str]) -> None:
+        """Make it for MDS columns; it serves one thread."""
+        self.columns = {name: kind if kind in _AS_THEY_ARE else "bytes" for name, kind in columns.items()}
+        """MDS columns of a compressed record."""
+        self._kinds = {name: kind for name, kind in columns.items() if kind not in _AS_THEY_ARE}
+        # A higher level saves 1 to 3 % more and takes 3 to 10 times as long.
+        self._compressor = zstandard.ZstdCompressor(level=3)
+        self._decompressor = zstandard.ZstdDecompressor()
+
+    def squeezed(self, record: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the values of `columns` for a record."""
+        return {**record, **{name: self._compressor.compress(_content(record[name])) for name in self._kinds}}
+
+    def restored(self, record: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the record that was squeezed. Raises ValueError if none was."""
+        try:
+            content = {name: self._decompressor.decompress(record[name]) for name in self._kinds}
+        except zstandard.ZstdError as error:
+            raise ValueError(str(error)) from None
+        numbers = {name: kind.partition(":")[2] for name, kind in self._kinds.items()}
+        return {
+            **record,
+            **{name: np.frombuffer(content[name], kind) if kind else content[name] for name, kind in numbers.items()},
+        }
+
+
+def _content(value: Any) -> bytes:
+    return value if isinstance(value, bytes) else value.tobytes()
+
+
 def bytes_a_token(keep: str, number: int, vocab_size: int) -> float:
-    """Return the most bytes that a cache takes for a token of text, with `number` draws or likeliest tokens of it."""
+    """Return the most bytes that a cache takes for a token of text, with `number` draws or likeliest tokens of it.
+
+    It is the size before compression.
+    """
     beside = 16 if keep == "topk" else 1  # a log-probability, or the bit of a draw
     return number * (id_bits(vocab_size) + beside) / 8 + 2 * np.float32().nbytes
 

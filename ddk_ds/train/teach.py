@@ -13,10 +13,10 @@ from ddk_ds.comm import call_together
 from ddk_ds.config import Config
 from ddk_ds.data.loader import MicroBatch, MixtureDataset, interval_loader
 from ddk_ds.data.readers import Readers
+from ddk_ds.data.teacher_place import check_room
 from ddk_ds.engine.runtime import Runtime
 from ddk_ds.engine.stage_clock import StageClock
 from ddk_ds.engine.transfers import to_device
-from ddk_ds.errors import ConfigError
 from ddk_ds.methods import Batch, CachedTeacher, next_token_labels
 from ddk_ds.methods.cached_distillation import CachedDistillation
 from ddk_ds.mixture.domain_vectors import perplexity
@@ -53,7 +53,7 @@ def fill_cache(
     cached = open_cache(config, inputs, dataset, comm)
     assert cached is not None, "Config.check_teaching"
     missing = comm.broadcast_object(_missing(config, dataset, cached, samples) if comm.rank == 0 else None)
-    call_together(comm, lambda: _check_room(cached, most_bytes(config, inputs, len(missing))))
+    call_together(comm, lambda: check_room(cached.store.place, most_bytes(config, inputs, len(missing))))
     validation = held_out(config, inputs, comm)
     watchdog.watch("models")
     progress, clock = RunProgress(comm.rank, 0, [], inputs.names), StageClock(runtime.device.type)
@@ -105,17 +105,6 @@ def _missing(config: Config, dataset: MixtureDataset, cached: CachedTeacher, sam
     missing = np.concatenate(parts)
     at_once = cached.comm.world_size * config.train.micro_batch_samples
     return np.concatenate([missing, np.repeat(missing[-1:], -len(missing) % at_once)])
-
-
-def _check_room(cached: CachedTeacher, needed: float) -> None:
-    """Raise ConfigError if the samples to compute may not fit on the disk."""
-    place = cached.store.place
-    free = place.free_bytes()
-    if free is not None and needed > free:
-        raise ConfigError(
-            f"teacher.cache.path {place.location} has {free / 1e9:,.3g} GB free, and the samples to compute take up to "
-            f"{needed / 1e9:,.3g} GB: make room, give another directory, or lower --samples"
-        )
 
 
 def _batch(micro: MicroBatch, device: torch.device) -> Batch:

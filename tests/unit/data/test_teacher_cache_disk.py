@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from ddk_ds.data.teacher_cache import TeacherCache, make_cache
-from ddk_ds.data.teacher_place import PARTS, LocalPlace
+from ddk_ds.data.teacher_place import PARTS, LocalPlace, check_room
 from ddk_ds.errors import CheckpointError, ConfigError, DataError
 from tests.unit.data.test_teacher_cache import CONDITIONS, SHAS, VOCAB, equal, filled, opened, said
 
@@ -147,3 +147,10 @@ def test_two_processes_write_at_once(tmp_path: Path) -> None:
     assert cache.known("web").tolist() == list(range(120)), "nothing lost, nothing twice"
     assert all(equal(cache.read("web", number), said(number)) for number in range(120))
     assert len(list((tmp_path / "cache" / PARTS).iterdir())) > 10
+
+
+def test_samples_that_may_not_fit_are_refused_before_they_are_computed(tmp_path: Path) -> None:
+    with tmpfs(tmp_path / "small", "size=256k") as small:
+        check_room(LocalPlace(small / "cache"), 200_000.0)
+        with pytest.raises(ConfigError, match="has 0.000262 GB free, and the samples to compute take up to 1 GB: make"):
+            check_room(LocalPlace(small / "cache"), 1e9)

@@ -7,8 +7,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import zstandard
 
-from ddk_ds.data.teacher_samples import Drawn, DrawnTokens, Likeliest, LikeliestTokens, bytes_a_token, coding_of
+from ddk_ds.data.teacher_samples import (
+    Drawn,
+    DrawnTokens,
+    Likeliest,
+    LikeliestTokens,
+    Squeezed,
+    bytes_a_token,
+    coding_of,
+)
 
 VOCAB, LENGTH = 151_646, 8
 RNG = np.random.default_rng(3)
@@ -62,6 +71,20 @@ def test_bytes_of_a_token_of_qwen() -> None:
     few = np.sort(np.concatenate([np.arange(20), RNG.integers(0, 20, 44)]))
     twenty = Drawn(np.tile(few, (LENGTH, 1)), floats(LENGTH), floats(LENGTH))
     assert stored_bytes(DrawnTokens(64, VOCAB).encoded(twenty)) / LENGTH == 8 + 20 * 18 / 8 + 8
+
+
+@pytest.mark.parametrize("said", [drawn(64, 20), likeliest(64)], ids=["draws", "likeliest"])
+def test_a_record_is_squeezed_and_comes_back(said: Drawn | Likeliest) -> None:
+    """As zstandard's own command reads it; what it is not made of is refused."""
+    coding: Any = DrawnTokens(64, VOCAB) if isinstance(said, Drawn) else LikeliestTokens(64, VOCAB)
+    squeezed = Squeezed(coding.columns)
+    record = coding.encoded(said)
+    small = squeezed.squeezed({"domain": "web", **record})
+    assert zstandard.decompress(small["ids"]) == record["ids"] and small["label_log_probs"] is record["label_log_probs"]
+    assert small.keys() == {"domain", *squeezed.columns}
+    assert all(map(np.array_equal, coding.decoded(squeezed.restored(small)), said))
+    with pytest.raises(ValueError, match="frame header"):
+        squeezed.restored({**small, "ids": record["ids"]})
 
 
 @pytest.mark.parametrize(
