@@ -152,5 +152,5 @@ def test_two_processes_write_at_once(tmp_path: Path) -> None:
 def test_samples_that_may_not_fit_are_refused_before_they_are_computed(tmp_path: Path) -> None:
     with tmpfs(tmp_path / "small", "size=256k") as small:
         check_room(LocalPlace(small / "cache"), 200_000.0)
-        with pytest.raises(ConfigError, match="has 0.000262 GB free, and the samples to compute take up to 1 GB: make"):
+        with pytest.raises(ConfigError, match=r"has 0\.000262 GB free, and the samples to compute take up to 1 GB"):
             check_room(LocalPlace(small / "cache"), 1e9)
