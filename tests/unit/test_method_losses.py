@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,10 +17,9 @@ import yaml
 from ddk_ds.comm import SingleProcess
 from ddk_ds.config import Doremi, Loss
 from ddk_ds.engine.head import OutputHead
-from ddk_ds.kernels import LogitForm, Options, TeacherDraws
+from ddk_ds.kernels import LogitForm, Options
 from ddk_ds.methods import Batch, make_method, next_token_labels, token_losses
 from ddk_ds.methods.base import IGNORE_INDEX
-from ddk_ds.methods.cached_distillation import CachedDistillation, sample_key
 from ddk_ds.methods.doremi import DoremiProxy
 
 VOCAB, SAMPLES, LENGTH = 13, 3, 5
@@ -136,36 +134,6 @@ def test_distillation_is_equation_3_at_the_runs_progress(progress: float, gamma:
         result = method.loss(models.student, batch, outputs[1])
     assert models.asked == ["hidden of 2", "shared head"]
     assert [float(part) for part in result[:3]] == pytest.approx(plain(models, batch, gamma, temperature), rel=1e-5)
-
-
-@pytest.mark.parametrize(("progress", "gamma", "temperature"), [(0.0, 0.4, 2.0), (0.25, 0.55, 1.75)])
-def test_distillation_from_draws_has_their_shares_for_the_teacher(
-    progress: float, gamma: float, temperature: float
-) -> None:
-    """The KL's part without the student is the teacher's entropy: sum q log q, as far as it is known of each token."""
-    models, batch = Models(), batch_at(progress)
-    ids = torch.randint(0, VOCAB, (SAMPLES * LENGTH, 4), generator=torch.Generator().manual_seed(11)).sort(-1).values
-    entropy = normal(12, SAMPLES * LENGTH).abs()
-    cached: Any = None
-    loss = Loss(gamma=0.4, gamma_end=1.0, temperature=2.0, temperature_end=1.0)
-    method = CachedDistillation(cached, None, loss, Options(VOCAB, gamma=0.0, chunk_tokens=4))
-    result = method.loss(models.student, batch, TeacherDraws(ids, entropy))
-    valid = batch.labels.flatten() != -100
-    ours = logits_of(models.hidden_states, models.head)[valid]
-    ce = F.cross_entropy(ours, batch.labels.flatten()[valid], reduction="sum") / VALID
-    log_p = (ours / temperature).log_softmax(-1)
-    kl = (-entropy[valid].double() - log_p.gather(1, ids[valid]).mean(1)).sum() / VALID
-    whole = ce + gamma * temperature**2 * kl
-    expected = [float(part) for part in (whole, ce, kl)]
-    assert [float(part) for part in result[:3]] == pytest.approx(expected, rel=1e-5)
-    grads = [torch.autograd.grad(part, models.hidden_states)[0] for part in (result.loss, whole)]
-    torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-6)
-
-
-def test_a_samples_draws_belong_to_its_domain_for_ever() -> None:
-    """A cache on a disk is right only with them: 62 bits of the domain's BLAKE2s, and the sample's number."""
-    name = hashlib.blake2s(b"github", digest_size=8).hexdigest()
-    assert sample_key("github", 5) == int(name, 16) // 4 + 5
 
 
 def test_without_a_weight_the_teacher_does_not_run() -> None:

@@ -6,13 +6,14 @@ Right values are the whole teacher's softmax, KL and gradient in float64.
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from ddk_ds.errors import ConfigError
-from ddk_ds.kernels import LogitForm, Options, TeacherDraws, draws_of
+from ddk_ds.kernels import LabelLogProbs, LogitForm, Options, TeacherDraws, draws_of, top_k_of
 from ddk_ds.kernels.teacher_draws import _mixed
 from tests.unit.kernels.kd_case import Case, error, make, truth
 
@@ -152,6 +153,25 @@ def test_draws_belong_to_the_sample() -> None:
     assert not torch.equal(drawn(case, 64, 2).ids, whole.ids)
     same_states = replace(case, teacher_hidden=case.teacher_hidden[:1].expand(15, -1).contiguous())
     assert len({tuple(row) for row in drawn(same_states, 64, 1).ids.tolist()}) == 15, "positions differ"
+
+
+@pytest.mark.parametrize("top_k", [False, True])
+def test_the_labels_have_their_probability_at_temperature_1(top_k: bool) -> None:
+    case = case_of(temperature=2.0, bias=True, padded=(3, 9), teacher_form=LogitForm(0.8, 5.0))
+    labels = torch.arange(15) * 5  # 70 at most
+    labels[[4, 9]] = torch.tensor([-100, -1])
+    of_labels = LabelLogProbs(labels, torch.full((15,), 7.0))
+    assert case.teacher_hidden is not None and case.teacher_weight is not None
+    options = Options(case.vocab_size, gamma=0.0, temperature=2.0, teacher_form=case.teacher_form, chunk_tokens=4)
+    rest: dict[str, Any] = {"options": options, "bias": case.teacher_bias, "of_labels": of_labels}
+    if top_k:
+        top_k_of(case.teacher_hidden, case.teacher_weight, 3, **rest)
+    else:
+        draws_of(case.teacher_hidden, case.teacher_weight, SAMPLES, 3, seed=0, **rest)
+    expected = probabilities(replace(case, temperature=1.0)).log().gather(1, labels.clamp_min(0)[:, None]).squeeze(1)
+    expected[[4, 9]] = 0.0
+    torch.testing.assert_close(of_labels.log_probs.double(), expected, rtol=1e-5, atol=1e-6)
+    assert of_labels.log_probs[[4, 9]].tolist() == [0.0, 0.0]
 
 
 def test_known_tokens_are_distinct_with_their_counts() -> None:

@@ -251,6 +251,9 @@ def test_batches_of_a_scaling() -> None:
     # A batch that reaches all GPUs needs no larger one; fewer samples than GPUs are one each.
     both = simulate_scaling(config_of(1024, 1), MODELS, replace(CLUSTER, nodes=1), domains=2, storage_bytes_per_s=1e9)
     assert [curve.name for curve in both] == ["strong, 1,024 samples a step", "weak, 512 samples a GPU and step"]
+    # 4 do not divide the 6 samples of a rank, 3 do.
+    odd = simulate_scaling(config_of(12, 4), MODELS, replace(CLUSTER, nodes=1), domains=2, storage_bytes_per_s=1e9)
+    assert odd[0].points[0].micro_batch_samples == 3
     few = simulate_scaling(config_of(2, 1), MODELS, replace(CLUSTER, nodes=4), domains=2, storage_bytes_per_s=1e9)
     assert few[-1].name == "weak, 1 samples a GPU and step"
 

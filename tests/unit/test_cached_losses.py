@@ -1,0 +1,225 @@
+"""What a cache of the teacher is asked for and given, and the loss from it, beside plain torch in float64."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from ddk_ds.comm import SingleProcess
+from ddk_ds.config import Loss
+from ddk_ds.config.sections import TeacherCache as CacheSection
+from ddk_ds.data.teacher_samples import Drawn, Likeliest, Said
+from ddk_ds.kernels import Options, TeacherDraws
+from ddk_ds.methods import Batch
+from ddk_ds.methods.cached_distillation import CachedDistillation, CachedTeacher, sample_key
+from tests.unit.test_method_losses import LENGTH, SAMPLES, VALID, VOCAB, Models, batch_at, logits_of, normal
+
+TEMPERATURE = 2.0
+PLACES = [("a", 3), ("b", 0), ("a", 1)]  # of the global ids 3, 5, 1: domain a has 5 samples, b 4
+
+
+class Store:
+    """A cache in memory."""
+
+    def __init__(self) -> None:
+        self.held: dict[tuple[str, int], Said] = {}
+        self.refreshed = 0
+
+    def read(self, domain: str, number: int) -> Said | None:
+        return self.held.get((domain, number))
+
+    def add(self, domain: str, number: int, said: Said) -> None:
+        assert (domain, number) not in self.held
+        self.held[domain, number] = said
+
+    def known(self, domain: str) -> Any:
+        return np.array(sorted(number for name, number in self.held if name == domain), np.int64)
+
+    def refresh(self) -> None:
+        self.refreshed += 1
+
+
+DATASET: Any = SimpleNamespace(
+    names=["a", "b"],
+    sample_offsets=np.array([0, 5]),
+    sizes=np.array([5, 4]),
+    place=lambda number: ("a", number) if number < 5 else ("b", number - 5),
+)
+
+
+def cached_of(store: Any, comm: Any = None, **section: Any) -> CachedTeacher:
+    return CachedTeacher(store, DATASET, CacheSection(path="x", **section), comm or SingleProcess())
+
+
+def method_of(models: Models, cached: CachedTeacher, **loss: Any) -> CachedDistillation:
+    models.teacher.clock = SimpleNamespace(stage=lambda name: contextlib.nullcontext())
+    options = Options(VOCAB, gamma=0.0, chunk_tokens=4)
+    return CachedDistillation(cached, models.teacher, Loss(gamma=0.4, temperature=TEMPERATURE, **loss), options)
+
+
+def batch_of() -> Batch:
+    return replace(batch_at(), sample_id=torch.tensor([3, 5, 1]))
+
+
+def teachers(models: Models, temperature: float) -> torch.Tensor:
+    """Return the teacher's log-probabilities (B, L, V) in float64."""
+    logits = logits_of(models.teacher_states, models.teacher_head) / temperature
+    return logits.log_softmax(-1).view(SAMPLES, LENGTH, VOCAB)
+
+
+def of_labels(models: Models, batch: Batch) -> torch.Tensor:
+    """Return the log-probability (B, L) of each label at temperature 1; 0 where there is none."""
+    found = teachers(models, 1.0).gather(-1, batch.labels.clamp_min(0)[..., None])[..., 0]
+    return torch.where(batch.labels < 0, 0.0, found)
+
+
+def test_samples_that_are_missing_are_asked_for_and_added() -> None:
+    models, batch, store = Models(), batch_of(), Store()
+    held = Drawn(np.zeros((LENGTH, 30), np.int64), np.zeros(LENGTH, np.float32), np.zeros(LENGTH, np.float32))
+    store.held["b", 0] = held
+    cached = cached_of(store, draws=30, seed=5)
+    first, again = method_of(models, cached).fill([batch, replace(batch, sample_id=torch.tensor([5, 5, 5]))])
+    assert models.asked == ["hidden of 2"] and cached.taught == 2 * SAMPLES
+    assert first[1] is held and again == [held] * 3
+    assert list(store.held) == [("b", 0), ("a", 3), ("a", 1)]
+    q = teachers(models, TEMPERATURE).exp()
+    for row in (0, 2):
+        one = first[row]
+        assert one is store.held[PLACES[row]] and isinstance(one, Drawn)
+        entropy = -(q[row] * q[row].log()).sum(-1)
+        torch.testing.assert_close(torch.from_numpy(one.entropy).double(), entropy, rtol=1e-5, atol=1e-6)
+        label = torch.from_numpy(one.label_log_probs).double()
+        torch.testing.assert_close(label, of_labels(models, batch)[row], rtol=1e-5, atol=1e-6)
+        shares = F.one_hot(torch.from_numpy(one.ids), VOCAB).double().mean(1)
+        assert ((shares - q[row]) * 30).abs().max() < 2, "stratified draws of this softmax"
+    assert not np.array_equal(first[0].ids, first[2].ids)  # type: ignore[union-attr]
+    other = Store()
+    method_of(models, cached_of(other, draws=30, seed=6)).fill([batch])
+    assert not np.array_equal(other.held["a", 3].ids, store.held["a", 3].ids), "another seed"
+    same = Store()
+    method_of(models, cached_of(same, draws=30, seed=5)).fill([batch])
+    assert np.array_equal(same.held["a", 3].ids, store.held["a", 3].ids)
+
+
+def test_the_teacher_is_not_asked_where_all_is_known() -> None:
+    models, batch, store = Models(), batch_of(), Store()
+    method_of(models, cached_of(store, draws=4)).fill([batch])
+    models.asked.clear()
+    cached = cached_of(store, draws=4)
+    with method_of(models, cached).known([batch]) as [known]:
+        assert isinstance(known, TeacherDraws) and models.asked == [] and cached.taught == 0
+    assert known.ids.tolist() == np.concatenate([store.held[place].ids for place in PLACES]).tolist()
+    assert known.entropy.tolist() == np.concatenate([store.held[place].entropy for place in PLACES]).tolist()  # type: ignore[union-attr]
+
+    class Other(SingleProcess):
+        """One of two ranks; the other misses a sample."""
+
+        world_size = 2
+
+        def all_reduce_max(self, tensor: torch.Tensor) -> torch.Tensor:
+            assert float(tensor) == 0
+            return torch.ones(())
+
+    cached = cached_of(store, Other(), draws=4)
+    method_of(models, cached).fill([batch])
+    assert models.asked == ["hidden of 1"], "its weights are gathered on all ranks" and cached.taught == 2 * SAMPLES
+    models.asked.clear()
+    cached.complete = True
+    method_of(models, cached).fill([batch])
+    assert models.asked == []
+    # Without a teacher what is missing stays so.
+    empty = cached_of(Store(), draws=4)
+    alone = CachedDistillation(empty, None, Loss(), Options(VOCAB, gamma=0.0))
+    assert alone.fill([batch]) == [[None] * SAMPLES]
+
+
+def test_what_was_read_ahead_is_taken_and_the_rest_is_looked_for() -> None:
+    store = Store()
+    read, late = (Drawn(np.full((LENGTH, 1), n), *(np.zeros(LENGTH, np.float32),) * 2) for n in (1, 2))
+    store.held["a", 3] = read
+    cached = cached_of(store, draws=1)
+    ids: Any = {"sample_id": torch.tensor([3, 5, 1])}
+    [batch] = cached.ahead(iter([ids]))
+    assert batch["said"] == [read, None, None] and batch["sample_id"] is ids["sample_id"]
+    store.held["a", 3], store.held["b", 0] = late, late
+    assert cached.said(replace(batch_of(), said=batch["said"])) == [read, late, None]
+    assert cached.said(batch_of()) == [late, late, None]
+
+
+def test_samples_of_an_interval_that_are_missing() -> None:
+    """Of a: 0, 1, 4, of which 1 is known; of b: 0, 3, of which both are, and 1 is drawn by nobody."""
+    store = Store()
+    nothing: Any = None
+    store.held = {("a", 1): nothing, ("b", 0): nothing, ("b", 3): nothing, ("a", 2): nothing}
+    cached = cached_of(store)
+    assert cached.look_for(np.array([0, 8, 4, 1, 5, 0, 8])) == {"a": 2} and not cached.complete
+    assert cached.look_for(np.array([1, 8, 5, 2])) == {} and cached.complete and store.refreshed == 2
+    assert cached.look_for(np.array([4, 6])) == {"a": 1, "b": 1}
+
+
+def test_a_samples_draws_belong_to_its_domain_for_ever() -> None:
+    """A cache on a disk is right only with them: 62 bits of the domain's BLAKE2s, and the sample's number."""
+    name = hashlib.blake2s(b"github", digest_size=8).hexdigest()
+    assert sample_key("github", 5) == int(name, 16) // 4 + 5
+
+
+def student(models: Models, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return the student's log-probabilities (m, V) of the valid tokens, which these are (n,), and the CE."""
+    valid = batch.labels.flatten() != -100
+    logits = logits_of(models.hidden_states, models.head)[valid]
+    ce = F.cross_entropy(logits, batch.labels.flatten()[valid], reduction="sum") / VALID
+    return (logits / TEMPERATURE).log_softmax(-1), valid, ce
+
+
+def check(models: Models, result: Any, ce: torch.Tensor, kl: torch.Tensor) -> None:
+    whole = ce + 0.4 * TEMPERATURE**2 * kl
+    expected = [float(part.detach()) for part in (whole, ce, kl)]
+    assert [float(part.detach()) for part in result[:3]] == pytest.approx(expected, rel=1e-5)
+    grads = [torch.autograd.grad(part, models.hidden_states)[0] for part in (result.loss, whole)]
+    torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-6)
+
+
+def test_draws_have_their_shares_for_the_teacher() -> None:
+    """The KL's part without the student is the teacher's entropy: sum q log q, as far as it is known of each token."""
+    models, batch = Models(), batch_of()
+    ids = torch.randint(0, VOCAB, (SAMPLES * LENGTH, 4), generator=torch.Generator().manual_seed(11)).sort(-1).values
+    entropy = normal(12, SAMPLES * LENGTH).abs()
+    result = method_of(models, cached_of(Store())).loss(models.student, batch, TeacherDraws(ids, entropy))
+    log_p, valid, ce = student(models, batch)
+    check(models, result, ce, (-entropy[valid].double() - log_p.gather(1, ids[valid]).mean(1)).sum() / VALID)
+
+
+@pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl"])
+def test_the_likeliest_and_all_others_as_one(divergence: str) -> None:
+    models, batch, store = Models(), batch_of(), Store()
+    method = method_of(models, cached_of(store, keep="topk", top_k=3), divergence=divergence)
+    with method.known([batch]) as [known]:
+        result = method.loss(models.student, batch, known)
+    log_q = teachers(models, TEMPERATURE)
+    top = log_q.topk(3)
+    for row, place in enumerate(PLACES):
+        one = store.held[place]
+        assert isinstance(one, Likeliest) and np.array_equal(one.ids, top.indices[row].numpy())
+        rounded = torch.from_numpy(one.log_probs)
+        assert torch.equal(rounded, rounded.bfloat16().float())
+        torch.testing.assert_close(rounded.double(), top.values[row], rtol=2**-8, atol=0)
+        label = torch.from_numpy(one.label_log_probs).double()
+        torch.testing.assert_close(label, of_labels(models, batch)[row], rtol=1e-5, atol=1e-6)
+    log_p, valid, ce = student(models, batch)
+    chosen, log_q = top.indices.flatten(0, 1)[valid], log_q.flatten(0, 1)[valid]
+    others = torch.ones_like(log_p, dtype=torch.bool).scatter(1, chosen, False)
+    # The kept log-probabilities are rounded, that of the others is not; together they are a distribution again.
+    tails = [torch.where(others, x, -torch.inf).logsumexp(-1, keepdim=True) for x in (log_p, log_q)]
+    p = torch.cat([log_p.gather(1, chosen), tails[0]], 1)
+    kept = torch.from_numpy(np.concatenate([store.held[place].log_probs for place in PLACES]))[valid]  # type: ignore[union-attr]
+    q = torch.cat([kept.double(), tails[1]], 1).log_softmax(-1)
+    first, second = (q, p) if divergence == "forward_kl" else (p, q)
+    check(models, result, ce, (first.exp() * (first - second)).sum() / VALID)
