@@ -89,7 +89,18 @@ def _answer(plan: Plan) -> str:
 
 
 def _cache(plan: Plan) -> str:
-    return f", at most {_gb(plan.cache_bytes)} GB of the teacher's cache" if plan.cache_bytes else ""
+    """Return the words about the teacher's cache: its size, the time that it takes, and the time that it saves."""
+    cache = plan.cache
+    if cache is None:
+        return ""
+    gpu_hours, nodes = cache.fill_hours * plan.cluster.ranks, plan.cluster.nodes
+    return (
+        f", at most {_gb(cache.num_bytes)} GB of the teacher's cache\n"
+        f"teacher's cache: filling it with the tokens of this run takes {cache.fill_hours:,.1f} hours "
+        f"({gpu_hours:,.0f} GPU-hours), and each run that finds them there saves as much: it pays from the second run "
+        f"on, filled with all of the data ({cache.fill_all_hours:,.1f} hours) with {cache.runs_until_all_pays:,} runs; "
+        f"a node then reads at most {cache.read_bytes_per_s / nodes / 1e6:,.3g} MB/s of it"
+    )
 
 
 def _ceiling(plan: Plan) -> str:

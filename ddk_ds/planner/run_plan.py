@@ -6,7 +6,6 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from ddk_ds.config import Config
-from ddk_ds.data.teacher_samples import bytes_a_token
 from ddk_ds.engine.flops import RunFlops, run_flops, training_flops
 from ddk_ds.engine.memory_estimate import MEMORY_MARGIN, OPTIMIZER_BYTES
 from ddk_ds.engine.model_files import COMPUTE_BYTES
@@ -16,6 +15,7 @@ from ddk_ds.planner.gpus import LINK_EFFICIENCY, MEMORY_EFFICIENCY, Cluster, Spe
 from ddk_ds.planner.plan_inputs import Models, PlannedData
 from ddk_ds.planner.simulations import LayoutPoint, advised, layouts_on
 from ddk_ds.planner.step_time import HOST_S_PER_LAYER, Step, TeacherGathers, simulate_step, teacher_gathers
+from ddk_ds.planner.teacher_cache_plan import CachePlan, plan_cache
 
 WORTH_A_CHANGE = 1.05
 """Simulated speed over the configured one's from which a place of the teacher's weights is worth a change."""
@@ -83,12 +83,9 @@ class Plan:
         return self.data.steps * self.config.train.global_batch_samples * self.config.data.sequence_length
 
     @property
-    def cache_bytes(self) -> float:
-        """Return the most bytes of the teacher's cache, if every token of the run is another one; 0 without a cache."""
-        section = None if self.config.teacher is None else self.config.teacher.cache
-        if section is None:
-            return 0.0
-        return self.tokens * bytes_a_token(section.keep, section.tokens, self.models.vocab_size)
+    def cache(self) -> CachePlan | None:
+        """Return the plan of the teacher's cache; None without one."""
+        return plan_cache(self.config, self.data, self.flops, self.tokens, self.flop_per_s, self.models.vocab_size)
 
     @property
     def read_bytes_per_s(self) -> float:
@@ -238,7 +235,8 @@ def plan_json(plan: Plan) -> dict[str, Any]:
         "teacher_gathers": None if plan.gathers is None else asdict(plan.gathers),
         "better_place_of_the_teacher": None if plan.better_place is None else asdict(plan.better_place),
         "shard_bytes": plan.data.shard_bytes,
-        "teacher_cache_bytes": plan.cache_bytes,
+        "teacher_cache_bytes": 0.0 if plan.cache is None else plan.cache.num_bytes,
+        "teacher_cache": None if plan.cache is None else asdict(plan.cache),
         "read_bytes_per_s": plan.read_bytes_per_s,
         "checkpoint": asdict(plan.checkpoints),
         "advice": [asdict(advice) for advice in plan.advice],

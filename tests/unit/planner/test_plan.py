@@ -108,12 +108,20 @@ def test_a_cache_that_is_only_read_costs_a_run_without_its_teacher(
     found, without = planned(tmp_path, *CLUSTER, *cache), planned(tmp_path, *CLUSTER)
     # 18 bits of an id of 151,646 and one of a draw, the entropy and the label's log-probability in float32.
     assert found["teacher_cache_bytes"] == found["tokens"] * (32 * 19 / 8 + 8)
+    # The paper's Table 12: the teacher of 15 B tokens is 5.364e8 - 1.456e8 TFLOP; 16 A100 at 40% of 312 TFLOP/s.
+    plan = found["teacher_cache"]
+    assert plan["fill_hours"] == pytest.approx((5.364e8 - 1.456e8) / (0.4 * 16 * 312) / 3600, rel=0.1)
+    # Without data it is planned as a pass of the run's samples, and what is held out.
+    assert plan["fill_all_hours"] == pytest.approx(plan["fill_hours"] * (1 + 10 * 500 / (28610 * 256)))
+    assert plan["runs_until_all_pays"] == 2 and without["teacher_cache"] is None
+    assert without["hours"] - found["hours"] == pytest.approx(plan["fill_hours"], rel=0.01), "what a run saves"
+    assert plan["read_bytes_per_s"] == pytest.approx(found["tokens_per_s"] * (32 * 19 / 8 + 8))
     topk = planned(tmp_path, *CLUSTER, cache[0], "teacher.cache.keep=topk", "teacher.cache.top_k=20")
     assert topk["teacher_cache_bytes"] == found["tokens"] * (20 * (18 + 16) / 8 + 8)
     planned(tmp_path, *CLUSTER, *cache)
-    assert f"at most {found['teacher_cache_bytes'] / 1e9:,.2f} GB of the teacher's cache" in " ".join(
-        capsys.readouterr().out.split()
-    )
+    printed = " ".join(capsys.readouterr().out.split())
+    assert f"at most {found['teacher_cache_bytes'] / 1e9:,.2f} GB of the teacher's cache" in printed
+    assert f"takes {plan['fill_hours']:,.1f} hours" in printed and "it pays from the second run on" in printed
     assert found["flops_of_this_run"] - found["controller_flops"] == pytest.approx(without["flops"]["cpt"])
     assert not any("teacher" in name for name in found["memory_bytes"])
     assert not any("teacher" in name for name in found["simulated_step"]["parts_s"])
