@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -54,8 +54,8 @@ class Method(Protocol):
     The loop makes a new object for each interval, from the `state_dict` of the object before.
     """
 
-    def teacher_outputs(self, batches: Sequence[Batch]) -> AbstractContextManager[Sequence[Any]]:
-        """Run the frozen model once for `batches`, the micro-batches of one teacher pass.
+    def teacher_outputs(self, batches: Sequence[Batch]) -> AbstractContextManager[Iterable[Any]]:
+        """Run the frozen model for `batches`: the micro-batches of one teacher pass, or with a cache those of the step.
 
         Yield one output for each micro-batch, which `loss` takes. The model's head can stay gathered until the context
         ends. Collective.

@@ -8,9 +8,9 @@ are used as they were added.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -36,7 +36,7 @@ from ddk_ds.kernels import (
     linear_kd_loss,
     top_k_of,
 )
-from ddk_ds.methods.base import IGNORE_INDEX, Batch
+from ddk_ds.methods.base import IGNORE_INDEX, Batch, next_token_labels
 from ddk_ds.methods.distillation import WithDivergence
 from ddk_ds.mixture.order import name_key
 
@@ -55,6 +55,14 @@ class CachedTeacher:
     comm: Comm
     complete: bool = False
     """True if every rank has found all samples of the interval: the teacher is not asked, and no rank waits for it."""
+    micro_batch: int = 1
+    """Samples of a micro-batch."""
+    pass_size: int = 1
+    """Micro-batches that the teacher computes in one pass."""
+    looks_ahead: bool = False
+    """True if samples can be read at once that the run comes to only later."""
+    later: dict[Place, int] = field(default_factory=dict)
+    """Samples of the interval that this rank misses, in the order of their use, with their global ids."""
     taught: int = 0
     """Samples that have gone through the teacher on all ranks since this was last set to 0."""
 
@@ -80,9 +88,29 @@ class CachedTeacher:
         Return how many of each domain a rank misses: those of the first rank that misses any.
         """
         found = self.comm.gather_objects(call_together(self.comm, lambda: self._missing(sample_ids)))
+        if self.looks_ahead:
+            own = sample_ids.reshape(-1, self.comm.world_size, self.micro_batch)[:, self.comm.rank].ravel().tolist()
+            known = {name: set(self.store.known(name).tolist()) for name in self.dataset.names}
+            places = [self.dataset.place(sample_id) for sample_id in own]
+            self.later = {place: i for place, i in zip(places, own, strict=True) if place[1] not in known[place[0]]}
         missing: dict[str, int] = next(filter(None, found), {})
         self.complete = not missing
         return missing
+
+    def take_later(self, count: int, now: Container[Place]) -> dict[Place, torch.Tensor]:
+        """Return the tokens (L,) of up to `count` samples, not among those of `now`, that the interval needs next."""
+        found: dict[Place, torch.Tensor] = {}
+        for place, sample_id in self.later.items():
+            if len(found) == count:
+                break
+            if place not in now:
+                found[place] = torch.from_numpy(self.dataset.read(sample_id)[0].astype(np.int64))
+        return found
+
+    def add(self, place: Place, said: Said) -> None:
+        """Add what the teacher says of a sample."""
+        self.store.add(*place, said)
+        self.later.pop(place, None)
 
     def _missing(self, sample_ids: npt.NDArray[np.int64]) -> dict[str, int]:
         self.store.refresh()  # other ranks and runs write too
@@ -103,20 +131,37 @@ class CachedDistillation(WithDivergence):
         self._cached, self._teacher = cached, teacher
 
     @contextmanager
-    def known(self, batches: Sequence[Batch]) -> Iterator[Sequence[Known]]:
-        """Yield what is known of the teacher at each position (B*L) of each micro-batch."""
-        yield [_known(of_batch, batches[0].labels.device) for of_batch in self.fill(batches)]
+    def known(self, batches: Sequence[Batch]) -> Iterator[Iterable[Known]]:
+        """Yield what is known of the teacher at each position (B*L) of each micro-batch, one at a time."""
+        yield (_known(of_batch, batches[0].labels.device) for of_batch in self.fill(batches))
 
     def fill(self, batches: Sequence[Batch]) -> list[list[Said | None]]:
         """Return what the teacher says of the samples of each micro-batch, after those that were missing were added.
 
-        Without a teacher nothing is added, and what is missing is None. Collective.
+        The missing ones of all `batches` go through the teacher together, in micro-batches of the same size: products
+        of another number of rows can be rounded otherwise. One that is not full takes samples that come later. Without
+        a teacher nothing is added, and what is missing is None. Collective.
         """
-        places = [self._cached.places(batch.sample_id) for batch in batches]
         said = [self._cached.said(batch) for batch in batches]
-        teacher = None if self._cached.complete else self._teacher
-        if teacher is not None and self._missing_anywhere(said, batches[0].input_ids.device):
-            self._ask(teacher, batches, places, said)
+        if self._teacher is None or self._cached.complete:
+            return said
+        rows: dict[Place, list[tuple[int, int]]] = {}
+        for number, (batch, of_batch) in enumerate(zip(batches, said, strict=True)):
+            for row, place in enumerate(self._cached.places(batch.sample_id)):
+                if of_batch[row] is None:
+                    rows.setdefault(place, []).append((number, row))
+        size, device = len(said[0]), batches[0].input_ids.device
+        tokens = {place: batches[number].input_ids[row] for place, [(number, row), *_] in rows.items()}
+        groups = self._most_anywhere(-(-len(tokens) // size), device)
+        tokens |= self._cached.take_later(groups * size - len(tokens), tokens)
+        places = list(tokens)
+        at_once = [places[size * number : size * (number + 1)] for number in range(groups)]
+        for first in range(0, groups, self._cached.pass_size):
+            of_pass = at_once[first : first + self._cached.pass_size]
+            for place, one in self._ask(self._teacher, batches[0], of_pass, tokens):
+                for number, row in rows.get(place, ()):
+                    said[number][row] = one
+                self._cached.add(place, one)
         return said
 
     def distil(self, hidden: torch.Tensor, head: OutputHead, teacher_output: Known, batch: Batch) -> KDLoss:
@@ -145,32 +190,31 @@ class CachedDistillation(WithDivergence):
             kl=found.kl + offset.to(found.kl.dtype),
         )
 
-    def _missing_anywhere(self, said: list[list[Said | None]], device: torch.device) -> bool:
-        """Return True if a rank lacks a sample of this pass: all ranks gather the teacher's weights. Collective."""
-        missing = torch.tensor(float(any(None in of_batch for of_batch in said)), device=device)
-        return bool(self._cached.comm.all_reduce_max(missing))
+    def _most_anywhere(self, count: int, device: torch.device) -> int:
+        """Return the largest count of all ranks: they gather the teacher's weights together. Collective."""
+        return int(self._cached.comm.all_reduce_max(torch.tensor(float(count), device=device)))
 
     def _ask(
-        self,
-        teacher: Teacher,
-        batches: Sequence[Batch],
-        places: list[list[Place]],
-        said: list[list[Said | None]],
-    ) -> None:
-        """Put into `said` what the teacher says of the samples that are None there, and add it to the cache."""
-        hidden = teacher.hidden([batch.input_ids for batch in batches])
-        self._cached.taught += self._cached.comm.world_size * sum(map(len, places))  # the same on each rank
+        self, teacher: Teacher, batch: Batch, at_once: Sequence[list[Place]], tokens: Mapping[Place, torch.Tensor]
+    ) -> Iterator[tuple[Place, Said]]:
+        """Yield what the teacher says of samples in one pass, whose micro-batches have these places. Collective.
+
+        `tokens` (L,) are those of each. A micro-batch that is not full is filled up with a sample of `batch`.
+        """
+        spare, device = self._cached.places(batch.sample_id)[0], batch.input_ids.device
+        filled = [places + [spare] * (len(batch.input_ids) - len(places)) for places in at_once]
+        ids = [
+            torch.stack([to_device(tokens.get(place, batch.input_ids[0]), device) for place in places])
+            for places in filled
+        ]
+        hidden = teacher.hidden(ids)
+        self._cached.taught += self._cached.comm.world_size * sum(map(len, filled))  # the same on each rank
         with teacher.clock.stage("teacher"), teacher.head.gathered() as head:
-            options = replace(self.options_at(batches[0]), teacher_form=head.form)
-            for states, batch, of_batch, known in zip(hidden, batches, places, said, strict=True):
-                if None not in known:
-                    continue
-                # All of the micro-batch: products of another number of rows can be rounded otherwise.
-                answers = self._answers(states, batch.labels, head, of_batch, options)
-                for row, one in enumerate(known):
-                    if one is None:
-                        known[row] = answers[row]
-                        self._cached.store.add(*of_batch[row], answers[row])
+            options = replace(self.options_at(batch), teacher_form=head.form)
+            for states, of_one, places, needed in zip(hidden, ids, filled, at_once, strict=True):
+                if needed:
+                    answers = self._answers(states, next_token_labels(of_one), head, places, options)
+                    yield from zip(needed, answers, strict=False)
 
     def _answers(
         self, states: torch.Tensor, labels: torch.Tensor, head: OutputHead, places: list[Place], options: Options

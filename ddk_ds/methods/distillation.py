@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
@@ -48,7 +48,7 @@ class WithDivergence(Stateless):
         )
 
     @contextmanager
-    def teacher_outputs(self, batches: Sequence[Batch]) -> Iterator[Sequence[Any]]:
+    def teacher_outputs(self, batches: Sequence[Batch]) -> Iterator[Iterable[Any]]:
         """Yield what is known of the teacher for each micro-batch; None, and nothing is computed, while gamma is 0."""
         if self.options_at(batches[0]).gamma == 0:
             yield [None] * len(batches)
@@ -65,7 +65,7 @@ class WithDivergence(Stateless):
             return student(batch.input_ids, lambda hidden, head: cross_entropy(hidden, head, batch, self._options))
         return student(batch.input_ids, lambda hidden, head: self.distil(hidden, head, teacher_output, batch))
 
-    def known(self, batches: Sequence[Batch]) -> AbstractContextManager[Sequence[Any]]:
+    def known(self, batches: Sequence[Batch]) -> AbstractContextManager[Iterable[Any]]:
         """Yield one output for each micro-batch, which `distil` takes. Collective."""
         raise NotImplementedError
 

@@ -193,7 +193,7 @@ def _train_interval(run: Run, ids: Ids) -> None:
             micro_batches,
             learning_rate=rate,
             progress=state.step / run.total_steps,
-            teacher_pass_size=config.teacher_pass_size,
+            teacher_pass_size=config.teacher_pass_size if run.cached is None else len(micro_batches),
             num_domains=len(run.inputs.names),
             device=run.runtime.device,
             comm=comm,

@@ -55,7 +55,15 @@ def open_cache(config: Config, inputs: Inputs, dataset: MixtureDataset, comm: Co
     else:
         call_together(comm, lambda: _require(place))
     store = call_together(comm, lambda: TeacherCache(place, conditions, shas, inputs.vocabulary.size))
-    return CachedTeacher(store, dataset, section, comm)
+    return CachedTeacher(
+        store,
+        dataset,
+        section,
+        comm,
+        micro_batch=config.train.micro_batch_samples,
+        pass_size=config.teacher_pass_size,
+        looks_ahead=config.data.cache_dir is None,  # a remote shard may not be there yet, and must not be waited for
+    )
 
 
 def _require(place: Place) -> None:

@@ -24,8 +24,7 @@ def run_compare(config: Path, out: Path, *more: str) -> subprocess.CompletedProc
 @pytest.mark.long("nine starts; its parts have unit tests")
 def test_compare(workspace: Path, tmp_path: Path) -> None:
     teacher = {"path": str(workspace / "teacher"), "cache": {"path": str(tmp_path / "cache"), "draws": 16}}
-    train = {"micro_batch_samples": 1}  # no sample goes through the teacher beside a missing one
-    config = write_config(workspace, tmp_path, stop={"steps": 4}, teacher=teacher, train=train)
+    config = write_config(workspace, tmp_path, stop={"steps": 4}, teacher=teacher)
     out = tmp_path / "compared"
     arguments = ("--methods", ",".join(METHODS), "--seeds", "2")
     done = run_compare(config, out, *arguments)
@@ -66,7 +65,10 @@ def assert_nothing_is_taught_twice(comparison: dict[str, Any], out: Path) -> Non
         (drawn[label],) = [line["counts"] for line in lines if line["kind"] == "interval"]
         taught[label] = sum(line["clock"]["teacher_samples"] for line in lines if line["kind"] == "step")
     assert taught["kd"] == sum(drawn["kd"].values()) == 4 * 8
-    assert taught["ddk"] == sum(max(0, drawn["ddk"][name] - drawn["kd"][name]) for name in drawn["kd"]) < 4 * 8
+    more = sum(max(0, drawn["ddk"][name] - drawn["kd"][name]) for name in drawn["kd"])
+    assert 0 < taught["ddk"] == more + more % 2 < 4 * 8, "in full micro-batches of two, but for the last one"
     cost = comparison["teacher_cost"]
-    assert cost["on_caches"]["taught"] == sum(cost["caches"][0]["samples"].values()) < cost["on_caches"]["asked"] == 128
+    assert cost["on_caches"]["asked"] == 128
+    cached = sum(cost["caches"][0]["samples"].values())
+    assert cached <= cost["on_caches"]["taught"] <= cached + 3, "each of three runs has a last one"
     assert cost["methods"]["kd"]["seconds"] > 0
