@@ -15,7 +15,7 @@ from ddk_ds.commands.replay_command import main
 from ddk_ds.data.manifest import load_manifest
 from ddk_ds.data.teacher_cache import PERPLEXITIES, TeacherCache, make_cache
 from ddk_ds.data.teacher_place import LocalPlace
-from ddk_ds.data.teacher_samples import Said
+from ddk_ds.data.teacher_samples import Drawn
 from ddk_ds.mixture.exhaustion import largest_remainder
 from tools.bench.small_run import write_config
 
@@ -23,7 +23,7 @@ NAMES = ("python", "cpp", "mathematics")
 TEACHER = np.array([4.0, 6.0, 8.0])
 STUDENT = np.array([[20.0, 12.0, 9.0], [11.0, 10.0, 9.0], [6.0, 9.0, 8.5]])
 SAMPLES = 32
-CONDITIONS = {"draws": 2, "vocab_size": 600}
+CONDITIONS = {"keep": "sampled", "draws": 2, "vocab_size": 600}
 
 
 def softmax(values: Any) -> Any:
@@ -141,7 +141,7 @@ def test_what_the_cache_holds(workspace: Path, tmp_path: Path) -> None:
     make_cache(LocalPlace(tmp_path / "cache"), CONDITIONS)
     shas = {name: domain.train.sha for name, domain in load_manifest(workspace / "shards").domains.items()}
     cache = TeacherCache(LocalPlace(tmp_path / "cache"), CONDITIONS, shas, 600)
-    said = Said(np.zeros((64, 2), np.int64), np.zeros(64, np.float32))
+    said = Drawn(np.zeros((64, 2), np.int64), *np.zeros((2, 64), np.float32))
     for number in range(sizes["python"]):
         cache.add("python", number, said)
     for number in range(0, sizes["cpp"], 2):
