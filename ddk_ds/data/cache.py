@@ -267,7 +267,7 @@ def _hash(name: str) -> str:
 
 
 # Share of the cache's limit that may be fetched before it is used: more would evict what is in use.
-_AHEAD_SHARE = 0.5
+AHEAD_SHARE = 0.5
 
 
 class Prefetcher:
@@ -276,8 +276,9 @@ class Prefetcher:
     It ignores errors: the process that reads the shard gets the same error and reports it.
     """
 
-    def __init__(self, store: CachedStore) -> None:
-        self._store = store
+    def __init__(self, store: CachedStore, share: float = AHEAD_SHARE) -> None:
+        """Start it; it fetches at most this share of the cache's limit before it is used."""
+        self._store, self._share = store, share
         self._changed = threading.Condition()
         self._waiting: list[tuple[int, Shard]] = []
         self._position = 0
@@ -328,7 +329,7 @@ class Prefetcher:
                 ahead = 0
                 for number, (_, shard) in enumerate(self._waiting):
                     ahead += shard.num_bytes
-                    if limit is not None and ahead > _AHEAD_SHARE * limit:
+                    if limit is not None and ahead > self._share * limit:
                         break
                     if not self._store.holds(shard):
                         return self._waiting.pop(number)[1]

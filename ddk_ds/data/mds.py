@@ -153,14 +153,21 @@ class Split:
     def __len__(self) -> int:
         return self.num_samples
 
+    def shard_of(self, i: int) -> Shard:
+        """Return the shard that holds sample `i`. Raises IndexError."""
+        return self.shards[self._shard_number(i)]
+
+    def _shard_number(self, i: int) -> int:
+        if not 0 <= i < self.num_samples:
+            raise IndexError(f"sample {i} of a split that has {self.num_samples}")
+        return int(np.searchsorted(self._first, i, side="right")) - 1
+
     def record(self, i: int) -> tuple[dict[str, Any], str]:
         """Return the columns of sample `i`, and a text that says where it is.
 
         Raises DataError where its shard is damaged or cannot be fetched.
         """
-        if not 0 <= i < self.num_samples:
-            raise IndexError(f"sample {i} of a split that has {self.num_samples}")
-        number = int(np.searchsorted(self._first, i, side="right")) - 1
+        number = self._shard_number(i)
         shard, reader, place = self.shards[number], self._readers[number], int(i - self._first[number])
         while True:
             path = self._store.shard(shard)

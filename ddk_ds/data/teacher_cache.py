@@ -11,7 +11,7 @@ whole or not at all, and is never changed; any number of runs and ranks write pa
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from secrets import token_hex
 from typing import Any, NamedTuple
@@ -22,7 +22,7 @@ import xxhash
 
 from ddk_ds.data.mds import Split, read_index
 from ddk_ds.data.remote import Refused
-from ddk_ds.data.store import AGAIN
+from ddk_ds.data.store import AGAIN, Shard
 from ddk_ds.data.teacher_place import PARTS, SAMPLES_FILE, Place
 from ddk_ds.data.teacher_samples import Said, Squeezed, coding_of
 from ddk_ds.errors import CheckpointError, ConfigError, DataError, UserError
@@ -105,13 +105,31 @@ class TeacherCache:
         added = self._added.get((domain, number))
         if added is not None:
             return self._coding.decoded(added)
+        found = self._find(domain, number)
+        return None if found is None else self._read(*found, domain, number)
+
+    def first_uses(self, samples: Iterable[tuple[str, int]]) -> list[tuple[int, Shard]]:
+        """Return a pair (position, shard) for every shard that holds one of the samples, sorted by position.
+
+        Samples are given by domain and number; the position is the index of the first one that lies in the shard.
+        """
+        uses: dict[str, tuple[int, Shard]] = {}
+        for position, sample in enumerate(samples):
+            found = self._find(*sample)
+            if found is not None:
+                shard = self._parts[found[0]].split.shard_of(found[1])
+                uses.setdefault(shard.name, (position, shard))
+        return list(uses.values())
+
+    def _find(self, domain: str, number: int) -> tuple[int, int] | None:
+        """Return a sample's part and its place there; None if no part holds it."""
         known = self._known.get(domain)
         if known is None:
             return None
         at = int(np.searchsorted(known.numbers, number))
         if at == len(known.numbers) or known.numbers[at] != number:
             return None
-        return self._read(int(known.parts[at]), int(known.places[at]), domain, number)
+        return int(known.parts[at]), int(known.places[at])
 
     def add(self, domain: str, number: int, said: Said) -> None:
         """Keep what the teacher says of a sample, and write a part when there is enough for one.

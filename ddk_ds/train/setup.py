@@ -82,7 +82,9 @@ def prepare_run(
         mixer=Mixer(inputs.controller, orders, dataset.sample_offsets, comm),
         interruption=Interruption(comm, runtime.device),
         watchdog=watchdog,
-        ahead=ReadAhead(inputs.store, dataset, orders, enabled=comm.local_rank == 0),
+        ahead=ReadAhead(
+            inputs.store, dataset, orders, None if cached is None else cached.store, enabled=comm.local_rank == 0
+        ),
         sampler=_sampler(config, inputs, validation, runtime),
         state=_first_state(dataset, config.seed, options.chunk_tokens),
         ledger=Ledger(config.run_dir, comm.rank),

@@ -9,16 +9,19 @@ from pathlib import Path
 from typing import Any
 
 import boto3
+import numpy as np
 import pytest
 
 from ddk_ds.config import Data
 from ddk_ds.data import patience
 from ddk_ds.data.cache import CachedStore, CacheOptions
-from ddk_ds.data.store import Shard
+from ddk_ds.data.loader import MixtureDataset
+from ddk_ds.data.store import LocalStore, Shard
 from ddk_ds.data.teacher_cache import TeacherCache, make_cache
 from ddk_ds.data.teacher_place import RemotePlace, open_place
 from ddk_ds.errors import ConfigError, DataError, TemporaryError
 from ddk_ds.files import size_and_xxh64
+from ddk_ds.train.read_ahead import ReadAhead
 from tests.s3_server import BUCKET, S3Server
 from tests.unit.data.test_teacher_cache import CONDITIONS, SHAS, VOCAB, equal, said
 
@@ -38,12 +41,12 @@ def client() -> Any:
     return boto3.client("s3", endpoint_url=os.environ["S3_ENDPOINT_URL"])
 
 
-def node(directory: Path, patience_s: float = 600.0) -> TeacherCache:
+def node(directory: Path, patience_s: float = 600.0, shas: dict[str, str] = SHAS) -> TeacherCache:
     """Open the cache on a node whose disk is `directory`."""
     data = Data(path=str(directory), cache_dir=str(directory), download_patience_s=patience_s, download_timeout_s=20.0)
     place = open_place(ADDRESS, data)
     make_cache(place, CONDITIONS)
-    return TeacherCache(place, CONDITIONS, SHAS, VOCAB)
+    return TeacherCache(place, CONDITIONS, shas, VOCAB)
 
 
 def keys() -> list[str]:
@@ -136,6 +139,30 @@ def test_a_credential_that_may_not_write_ends_at_once(s3: S3Server, tmp_path: Pa
     for write in (cache.publish, lambda: node(tmp_path / "other")):
         with pytest.raises(DataError, match=r"access is denied .*may list and write it"):
             write()
+
+
+def test_a_nodes_shards_are_fetched_before_they_are_read(prepared: Path, tmp_path: Path) -> None:
+    """Of the samples that the interval still draws, and no others."""
+    dataset = MixtureDataset(prepared, ["large", "small"])
+    writer = node(tmp_path / "a", shas={"large": "1", "small": "2"})
+    for part in ([("large", 0), ("small", 1)], [("large", 1)], [("large", 2), ("small", 0)]):
+        for domain, number in part:
+            writer.add(domain, number, said(number))
+        writer.publish()
+    reader = node(tmp_path / "b", shas={"large": "1", "small": "2"})
+    ids = np.array([2, 1, 0, dataset.sample_offsets[1], 5])  # large 2, 1, 0, small 0; 5 is in no part
+    uses = reader.first_uses(map(dataset.place, ids.tolist()))
+    assert [position for position, _ in uses] == [0, 1, 2] and len({shard.name for _, shard in uses}) == 3
+    ahead = ReadAhead(LocalStore(prepared), dataset, [], reader, enabled=True)
+    ahead.interval(ids, 2)  # the first two are done
+    end = time.monotonic() + 60
+    while len(found := list((tmp_path / "b").rglob("*.mds"))) < 2 and time.monotonic() < end:
+        time.sleep(0.02)
+    ahead.advance(5)
+    ahead.close()
+    assert sorted(path.parent.name for path in found) == sorted(
+        shard.name.split("/")[1] for _, shard in uses if shard is not uses[1][1]
+    )
 
 
 def test_data_and_teacher_share_the_limit_of_a_nodes_cache(tmp_path: Path) -> None:
