@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import threading
 import time
 from pathlib import Path
@@ -24,6 +25,7 @@ from ddk_ds.files import size_and_xxh64
 from ddk_ds.train.read_ahead import ReadAhead
 from tests.s3_server import BUCKET, S3Server
 from tests.unit.data.test_teacher_cache import CONDITIONS, SHAS, VOCAB, equal, said
+from tests.unit.train.short_config import config_of
 
 ADDRESS = f"s3://{BUCKET}/caches/teacher"
 
@@ -181,3 +183,19 @@ def test_data_and_teacher_share_the_limit_of_a_nodes_cache(tmp_path: Path) -> No
 def test_a_place_needs_no_store_before_it_is_used() -> None:
     with pytest.raises(ConfigError, match="cannot be made"):
         RemotePlace(ADDRESS, Data(path="/", cache_dir="/proc/none"))
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        (ADDRESS, "is remote: set data.cache_dir"),
+        ("az://bucket/teacher", "give a directory, or an address of s3://, gs://, oci://"),
+        ("hf://datasets/me/teacher", "where files can be put and listed"),
+    ],
+)
+def test_an_address_that_cannot_be_is_refused(tmp_path: Path, path: str, message: str) -> None:
+    teacher = {"cache": {"path": path}}
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        config_of(tmp_path, teacher=teacher)
+    local = {"cache_dir": str(tmp_path), "download_patience_s": 60.0}
+    assert path != ADDRESS or config_of(tmp_path, teacher=teacher, data=local).teacher is not None
