@@ -118,6 +118,9 @@ def test_the_teacher_is_not_asked_where_all_is_known() -> None:
         assert isinstance(known, TeacherDraws) and models.asked == [] and cached.taught == 0
     assert known.ids.tolist() == np.concatenate([store.held[place].ids for place in PLACES]).tolist()
     assert known.entropy.tolist() == np.concatenate([store.held[place].entropy for place in PLACES]).tolist()  # type: ignore[union-attr]
+    one = replace(batch, input_ids=batch.input_ids[:1], labels=batch.labels[:1], sample_id=torch.tensor([3]))
+    with method_of(models, cached).known([one]) as [known]:
+        assert isinstance(known, TeacherDraws) and known.ids.tolist() == store.held["a", 3].ids.tolist()
 
     class Other(SingleProcess):
         """One of two ranks; the other misses a sample."""

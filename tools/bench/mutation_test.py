@@ -40,11 +40,17 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "ddk_ds/methods": (
         "tests/unit/test_methods.py",
         "tests/unit/test_method_losses.py",
+        "tests/unit/test_cached_losses.py",
         "tests/unit/test_doremi_proxy.py",
     ),
     "ddk_ds/config/run_config.py": ("tests/unit/config/test_lengths.py", "tests/unit/config/test_config_paths.py"),
     "ddk_ds/data/mds.py": ("tests/unit/data/test_data_packing.py",),
     "ddk_ds/data/reading.py": ("tests/unit/data/test_data_packing.py",),
+    "ddk_ds/data/teacher_cache.py": ("tests/unit/data/test_teacher_cache.py",),
+    "ddk_ds/data/teacher_samples.py": (
+        "tests/unit/data/test_teacher_samples.py",
+        "tests/unit/data/test_teacher_cache.py",
+    ),
     "ddk_ds/train/guard.py": ("tests/unit/train/test_guard.py",),
     "ddk_ds/train/step.py": ("tests/unit/train/test_train_step.py",),
     "ddk_ds/train/interval.py": ("tests/unit/train/test_interval.py",),
