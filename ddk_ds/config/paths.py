@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, get_args
@@ -123,9 +123,31 @@ def path_keys(section: type[BaseModel]) -> dict[str, PathKind]:
     """Return the dotted keys of a section, and of those inside it, whose values are paths; with their marks."""
     marks = {}
     for key, key_field in all_keys(section):
-        inner = (item for part in get_args(key_field.annotation) for item in getattr(part, "__metadata__", ()))
+        inner = _metadata(key_field.annotation)
         marks[key] = next((item for item in (*key_field.metadata, *inner) if isinstance(item, PathKind)), None)
     return {key: mark for key, mark in marks.items() if mark is not None}
+
+
+def _metadata(annotation: Any) -> Iterator[Any]:
+    """Yield the marks of a type and of those inside it: of a path that may be null, and of a mapping's paths."""
+    yield from getattr(annotation, "__metadata__", ())
+    for part in get_args(annotation):
+        yield from _metadata(part)
+
+
+def _texts(values: Any, key: str) -> dict[str, str]:
+    """Return the path at a key, or those of the mapping there, by their dotted names."""
+    found = value_at(values, key)
+    items = {f"{key}.{name}": value for name, value in found.items()} if isinstance(found, dict) else {key: found}
+    return {name: text for name, value in items.items() if (text := _path_text(value)) is not None}
+
+
+def _put(values: Any, key: str, name: str, text: str) -> None:
+    """Set the path that `_texts` has found with this name at a key."""
+    if name == key:
+        put_at(values, key, text)
+    else:
+        value_at(values, key)[name.removeprefix(f"{key}.")] = text
 
 
 def is_hub_name(text: str) -> bool:
@@ -144,9 +166,9 @@ def resolve_overrides(section: type[BaseModel], given: dict[str, Any], base: Pat
     It is done before they are merged, so that an interpolation of the file takes over the absolute path.
     """
     for key, kind in path_keys(section).items():
-        text = _path_text(value_at(given, key))
-        if text is not None and "${" not in text:
-            put_at(given, key, _value(text, kind, base))
+        for name, text in _texts(given, key).items():
+            if "${" not in text:
+                _put(given, key, name, _value(text, kind, base))
     return given
 
 
@@ -156,9 +178,10 @@ def absolute_items(section: type[BaseModel], items: Sequence[str], base: Path) -
     resolved = []
     for item in items:
         key = item.partition("=")[0]
-        values = OmegaConf.to_container(OmegaConf.from_dotlist([item])) if key in kinds else {}
+        kind = kinds.get(key) or kinds.get(key.rpartition(".")[0])
+        values = {} if kind is None else OmegaConf.to_container(OmegaConf.from_dotlist([item]))
         text = _path_text(value_at(values, key))
-        resolved.append(item if text is None else f"{key}={json.dumps(_value(text, kinds[key], base))}")
+        resolved.append(item if text is None or kind is None else f"{key}={json.dumps(_value(text, kind, base))}")
     return resolved
 
 
@@ -177,15 +200,14 @@ def resolve_paths(
     """
     named, here = NamedPaths(), Path.cwd()
     for key, kind in path_keys(section).items():
-        text, overridden = _path_text(value_at(values, key)), _path_text(value_at(given, key))
-        if text is None:
-            continue
-        if named_by_shell(raw, given, key):
-            written = text if overridden is None or "${" in overridden else overridden
-            named.by_key[key] = Named(written, kind, here, base or here, "the command line", in_file=False)
-        else:
-            named.by_key[key] = Named(text, kind, base or here, here, source, in_file=base is not None)
-        put_at(values, key, named.by_key[key].value)
+        for name, text in _texts(values, key).items():
+            overridden = _texts(given, key).get(name)
+            if named_by_shell(raw, given, name):
+                written = text if overridden is None or "${" in overridden else overridden
+                named.by_key[name] = Named(written, kind, here, base or here, "the command line", in_file=False)
+            else:
+                named.by_key[name] = Named(text, kind, base or here, here, source, in_file=base is not None)
+            _put(values, key, name, named.by_key[name].value)
     return named
 
 

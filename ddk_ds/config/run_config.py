@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -156,6 +157,11 @@ class Config(MethodSections):
                 "method: ted needs ted.filters: run the same configuration with method: ted_filters first, or start "
                 "both runs by `ddk stages`"
             )
+        if self.teacher is not None and self.teacher.by_domain and self.loads_teacher:
+            raise ValueError(
+                "teacher.by_domain: a run loads one teacher at most: set teacher.cache.path and teacher.cache.mode: "
+                "read_only, and fill that cache by `ddk teach`"
+            )
         if self.teacher is not None and self.teacher.cache is not None:
             self._check_cache()
         if needed:
@@ -227,8 +233,22 @@ class Config(MethodSections):
         """Raise ConfigError if there is no cache of the teacher that can be filled."""
         if self.teacher is None or self.teacher.cache is None:
             raise ConfigError("ddk teach fills a cache of the teacher: set teacher.cache.path, a directory for it")
-        if not self.loads_teacher:
+        if not self.loads_teacher and not self.teacher.by_domain:
             raise ConfigError("teacher.cache.mode is read_only: ddk teach needs write_through, the default")
+
+    def teachings(self, names: Sequence[str]) -> list[list[str]]:
+        """Return the overrides of each fill of the cache, one for each teacher of the domains `names`."""
+        others = None if self.teacher is None else self.teacher.by_domain
+        if self.teacher is None or not others:
+            return [[]]
+        by_path: dict[str, list[str]] = {}
+        for name in names:
+            by_path.setdefault(others.get(name, self.teacher.path), []).append(name)
+        common = ["teacher.by_domain=null", "teacher.cache.mode=write_through"]
+        return [
+            [f"teacher.path={json.dumps(path)}", f"data.domains=[{','.join(of_path)}]", *common]
+            for path, of_path in by_path.items()
+        ]
 
     def micro_batches(self, world_size: int) -> int:
         """Return the number of micro-batches that each of `world_size` ranks computes in one optimizer step.

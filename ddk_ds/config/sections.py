@@ -122,6 +122,9 @@ class Teacher(Model):
     bytes of a gather; the teacher's outputs and its measured perplexities change (docs/planning.md)."""
     cache: TeacherCache | None = None
     """Keep what the teacher says on the disk; null: it is computed in each step."""
+    by_domain: dict[str, ModelPath] | None = None
+    """Other teachers, by the domains that they teach, with the tokenizer of `path`, which teaches the rest. `ddk teach`
+    fills the cache by one after the other; a run reads it (`cache.mode: read_only`)."""
 
     @model_validator(mode="after")
     def _passes_agree(self) -> Teacher:

@@ -46,11 +46,12 @@ class _Known(NamedTuple):
 
 
 class _Part(NamedTuple):
-    """An opened part: its shards, and of each domain in it the hash of the data, and numbers and losses (n,)."""
+    """An opened part: its shards, and of each domain in it the hash of data and teacher, numbers and losses (n,)."""
 
     name: str
     split: Split
     shas: dict[str, str]
+    teachers: dict[str, str]
     numbers: dict[str, Numbers]
     losses: dict[str, npt.NDArray[np.float64]]
 
@@ -58,21 +59,29 @@ class _Part(NamedTuple):
 class TeacherCache:
     """The samples of one teacher that are known, and those that this process adds."""
 
-    def __init__(self, place: Place, conditions: Mapping[str, Any], shas: Mapping[str, str], vocab_size: int) -> None:
+    def __init__(
+        self,
+        place: Place,
+        conditions: Mapping[str, Any],
+        shas: Mapping[str, str],
+        vocab_size: int,
+        teachers: Mapping[str, str] = {},
+    ) -> None:
         """Open the cache at `place`, which need not exist.
 
         Args:
             conditions: what the samples' content depends on, as plain JSON; "keep" is among them.
             shas: hash of the samples of each domain, in the order of the run.
+            teachers: fingerprint of the teacher of each domain; one that is not named may have any.
 
         Raises:
-            ConfigError: the cache was computed with other conditions, or is of other data.
+            ConfigError: the cache was computed with other conditions or by another teacher, or is of other data.
             DataError: a part is damaged.
         """
         self.place = place
         self._coding = coding_of(conditions, vocab_size)
         self._squeezed = Squeezed(self._coding.columns)
-        self._shas = dict(shas)
+        self._shas, self._teachers = dict(shas), dict(teachers)
         self._known: dict[str, _Known] = {}
         self._parts: list[_Part] = []
         self._added: dict[tuple[str, int], dict[str, Any]] = {}
@@ -160,7 +169,8 @@ class TeacherCache:
                     record = self._added[domain, number]
                     small = self._squeezed.squeezed(record)
                     writer.write({"domain": domain, "number": number, "xxh64": self._hash(small), **small})
-                    entry = domains.setdefault(domain, {"sha": self._shas[domain], "numbers": [], "losses": []})
+                    about = {"sha": self._shas[domain], "teacher": self._teachers.get(domain, "")}
+                    entry = domains.setdefault(domain, {**about, "numbers": [], "losses": []})
                     entry["numbers"].append(number)
                     entry["losses"].append(_mean_loss(record))
             index = xxhash.xxh64_hexdigest((directory / "index.json").read_bytes())
@@ -205,6 +215,7 @@ class TeacherCache:
                 name,
                 Split(store, self.place.reading(read_index(store, directory))),
                 {domain: entry["sha"] for domain, entry in domains.items()},
+                {domain: entry["teacher"] for domain, entry in domains.items()},
                 {domain: np.array(entry["numbers"], np.int64) for domain, entry in domains.items()},
                 {domain: np.array(entry["losses"], np.float64) for domain, entry in domains.items()},
             )
@@ -225,6 +236,13 @@ class TeacherCache:
                     f"teacher.cache.path {self.place.location}: its part {name} is of other samples of domain "
                     f"{domain!r} than data.path has now: give another directory for the cache, or the data that it "
                     "was computed of"
+                )
+            theirs, ours = part.teachers[domain], self._teachers.get(domain, part.teachers[domain])
+            if theirs != ours:
+                raise ConfigError(
+                    f"teacher.cache.path {self.place.location}: in its part {name} the teacher of domain {domain!r} is "
+                    f"{theirs}, the run's is {ours} (fingerprint and attention kernel): give another directory for the "
+                    "cache, or in teacher.path or teacher.by_domain the teacher that it was computed by"
                 )
         return part
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ddk_ds.comm import Comm, call_together
 from ddk_ds.config import Config, Model
@@ -23,9 +24,17 @@ from ddk_ds.engine.model_files import ModelFiles, check_code, model_directory, r
 from ddk_ds.errors import ConfigError, DataError
 from ddk_ds.mixture.controllers import make_controller
 from ddk_ds.mixture.decide import Controller
+from ddk_ds.mixture.domain_vectors import check_domains
 from ddk_ds.mixture.exhaustion import Exhaustion, make_exhaustion
 from ddk_ds.train.interval import read_schedule
 from ddk_ds.train.samples import Prompts, given_prompts
+
+
+class TeacherOf(NamedTuple):
+    """The teacher of a domain: hash of its content, and its attention kernel."""
+
+    fingerprint: str
+    attention: str
 
 
 @dataclass(frozen=True)
@@ -53,6 +62,18 @@ class Inputs:
     """Share of a probe text's tokens that the teacher's tokenizer cuts differently from the student's."""
     prompts: Prompts = field(default_factory=dict)
     """Prompts of `monitor.sample_prompts`; {} if they come from held-out samples."""
+    by_domain: dict[str, TeacherOf] = field(default_factory=dict)
+    """The teachers of `teacher.by_domain`."""
+
+    def teacher_of(self, name: str) -> TeacherOf:
+        """Return the teacher of a domain of a run that has one."""
+        assert self.teacher is not None
+        return self.by_domain.get(name) or TeacherOf(self.teacher.fingerprint, self.attention["teacher"].kernel)
+
+    @property
+    def teachers(self) -> dict[str, str]:
+        """Return each domain's teacher as one text, for a cache of what they say."""
+        return {name: " ".join(self.teacher_of(name)) for name in self.names}
 
     @property
     def fingerprints(self) -> dict[str, Any]:
@@ -66,6 +87,7 @@ class Inputs:
             "domains": {name: self.manifest.domains[name].fingerprint for name in self.names},
             "filters": self.filters_hash,
             "schedule": self.controller.state_dict().get("stages"),
+            "by_domain": {name: " ".join(teacher) for name, teacher in self.by_domain.items()} or None,
         }
 
     @property
@@ -91,11 +113,21 @@ def check_inputs(config: Config, comm: Comm) -> Inputs:
     teacher = None
     if config.teacher is not None:
         teacher = model_directory(config.teacher.path, "teacher.path", comm, config.path_note("teacher.path"))
+    others = {
+        name: model_directory(path, (key := f"teacher.by_domain.{name}"), comm, config.path_note(key))
+        for name, path in ((config.teacher and config.teacher.by_domain) or {}).items()
+    }
     call_together(comm, lambda: _check_packages(config))
-    return call_together(comm, lambda: check_files(config, student, teacher, comm.world_size))
+    return call_together(comm, lambda: check_files(config, student, teacher, comm.world_size, others))
 
 
-def check_files(config: Config, student_path: Path, teacher_path: Path | None, world_size: int) -> Inputs:
+def check_files(
+    config: Config,
+    student_path: Path,
+    teacher_path: Path | None,
+    world_size: int,
+    by_domain: Mapping[str, Path] = {},
+) -> Inputs:
     """Check what `check_inputs` checks, except this machine's packages, for models in these directories; return it.
 
     Not collective. Raises ConfigError or DataError, with the key or file, the value and the fix.
@@ -143,7 +175,33 @@ def check_files(config: Config, student_path: Path, teacher_path: Path | None, w
         schedule=schedule,
         cut_differently=different,
         prompts=given_prompts(config, tokenizer, manifest.bos),
+        by_domain=_check_others(config, by_domain, manifest, student, tokenizer, vocabulary),
     )
+
+
+def _check_others(
+    config: Config,
+    directories: Mapping[str, Path],
+    manifest: Manifest,
+    student: ModelFiles,
+    tokenizer: TokenizerInfo,
+    vocabulary: SharedVocabulary,
+) -> dict[str, TeacherOf]:
+    """Check the teachers of `teacher.by_domain` as that of `teacher.path`, whose tokenizer they must have."""
+    check_domains(directories, list(manifest.domains), label="teacher.by_domain")
+    found = {}
+    for name, directory in directories.items():
+        key = f"teacher.by_domain.{name}"
+        assert config.teacher is not None
+        files, theirs = read_model(directory, key), load_tokenizer(directory)
+        _check_model(config, key, config.teacher, files)
+        pair = f"student.path {student.directory} and {key} {directory}"
+        if shared_vocabulary(tokenizer, student.vocab_rows, theirs, pair) != vocabulary:
+            raise ConfigError(f"{key} {directory}: its tokenizer has other added tokens than that of teacher.path")
+        _check_cuts(config, tokenizer, theirs, pair)
+        attention = choose_attention(files.config, files.directory, key, config.teacher)
+        found[name] = TeacherOf(files.fingerprint, attention.kernel)
+    return found
 
 
 def _check_packages(config: Config) -> None:

@@ -34,7 +34,7 @@ _FREE = {
     "student": {"path", "attn_implementation"},  # the kernel that it stands for is in the identity
     "teacher": {
         **dict.fromkeys(
-            ("path", "attn_implementation", "shard_within", "micro_batches_per_pass", "whole_layers"), True
+            ("path", "by_domain", "attn_implementation", "shard_within", "micro_batches_per_pass", "whole_layers"), True
         ),
         "cache": {"path", "mode"},
     },

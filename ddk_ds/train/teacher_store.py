@@ -54,7 +54,7 @@ def open_cache(config: Config, inputs: Inputs, dataset: MixtureDataset, comm: Co
         call_together(comm, lambda: make_cache(place, conditions) if comm.rank == 0 else None)
     else:
         call_together(comm, lambda: _require(place))
-    store = call_together(comm, lambda: TeacherCache(place, conditions, shas, inputs.vocabulary.size))
+    store = call_together(comm, lambda: TeacherCache(place, conditions, shas, inputs.vocabulary.size, inputs.teachers))
     return CachedTeacher(
         store,
         dataset,
@@ -69,20 +69,14 @@ def open_cache(config: Config, inputs: Inputs, dataset: MixtureDataset, comm: Co
 def _require(place: Place) -> None:
     if place.read(CONDITIONS_FILE) is None:
         raise ConfigError(
-            f"teacher.cache.path {place.location}: there is no cache, and teacher.cache.mode is read_only: set it to "
-            "write_through, which makes and fills one"
+            f"teacher.cache.path {place.location}: there is no cache, and teacher.cache.mode is read_only: "
+            "ddk teach makes and fills one, and so does a run with write_through"
         )
 
 
 def cache_conditions(config: Config, inputs: Inputs) -> dict[str, Any]:
-    """Return all that what is kept of the teacher depends on, but for the samples themselves."""
-    assert inputs.teacher is not None
-    return {
-        "teacher": inputs.teacher.fingerprint,
-        "attention": inputs.attention["teacher"].kernel,
-        "vocab_size": inputs.vocabulary.size,
-        **config.cache_conditions(),
-    }
+    """Return all that what is kept of a teacher depends on, but for itself and the samples, which parts name."""
+    return {"vocab_size": inputs.vocabulary.size, **config.cache_conditions()}
 
 
 def most_bytes(config: Config, inputs: Inputs, samples: int) -> float:
@@ -156,10 +150,16 @@ def _teacher_perplexities(
     DataError if the teacher is not loaded and they are not there.
     """
     comm = runtime.comm
-    key = perplexity_conditions(identity, {"options": asdict(options), "device": runtime.device.type, **versions()})
-    cache = PerplexityCache(_perplexity_place(config), key)
-    domain_keys = [inputs.manifest.domains[name].validation.sha for name in inputs.names]
-    values = comm.broadcast_object(cache.read(domain_keys) if comm.rank == 0 else None)
+    more = {"options": asdict(options), "device": runtime.device.type, **versions()}
+    place, caches = _perplexity_place(config), []
+    for name in inputs.names:
+        fingerprint, attention = inputs.teacher_of(name)
+        of_domain = {**identity, "content.teacher": fingerprint, "content.attention.teacher": attention}
+        caches.append(PerplexityCache(place, perplexity_conditions(of_domain, more)))
+    domain_keys = [[inputs.manifest.domains[name].validation.sha] for name in inputs.names]
+    values = comm.broadcast_object(
+        [cache.read(key)[0] for cache, key in zip(caches, domain_keys, strict=True)] if comm.rank == 0 else None
+    )
     unknown = [i for i, value in enumerate(values) if value is None]
     if unknown:
         if teacher is None:
@@ -176,8 +176,8 @@ def _teacher_perplexities(
             )
         for i, value in zip(unknown, measured.tolist(), strict=True):
             values[i] = value
-        if comm.rank == 0:
-            cache.write([domain_keys[i] for i in unknown], measured.tolist())
+            if comm.rank == 0:
+                caches[i].write(domain_keys[i], [value])
     return np.array(values, np.float64)
 
 
@@ -198,12 +198,14 @@ def lacking_samples(config: Config, missing: Mapping[str, int], drawn: Mapping[s
     """
     assert config.teacher is not None and config.teacher.cache is not None
     shown = ", ".join(f"{count:,} of {name}" for name, count in missing.items())
+    again, mode = "start the run again with teacher.cache.mode=write_through, or ", " teacher.cache.mode=write_through"
+    if config.teacher.by_domain:  # a run loads one teacher at most
+        again = mode = ""
     samples, file = max(drawn[name] for name in missing), config.run_dir / "config.yaml"
     return DataError(
         f"teacher.cache.path {config.teacher.cache.path} lacks samples that the next interval draws: {shown}. "
-        "teacher.cache.mode is read_only: start the run again with teacher.cache.mode=write_through, or first fill it: "
-        f"ddk teach --config {file} --samples {samples} 'data.domains=[{','.join(missing)}]' "
-        "teacher.cache.mode=write_through"
+        f"teacher.cache.mode is read_only: {again}first fill it: ddk teach --config {file} --samples {samples} "
+        f"'data.domains=[{','.join(missing)}]'{mode}"
     )
 
 
@@ -212,5 +214,5 @@ def _no_perplexities(config: Config, names: Sequence[str]) -> DataError:
     return DataError(
         f"{_perplexity_place(config).location} has no perplexity of the teacher on the held-out samples of "
         f"{', '.join(names)} that was measured as this run would (models, data, options, versions), and "
-        "teacher.cache.mode is read_only: start once with teacher.cache.mode=write_through"
+        "teacher.cache.mode is read_only: ddk teach measures it, and so does a run with write_through"
     )

@@ -95,6 +95,7 @@ _NOT_THE_TEACHERS = (
     "content.student",
     "content.attention.student",
     "content.domains.",
+    "content.by_domain",  # each domain's own teacher stands in the place of content.teacher
     "content.filters",
     "content.schedule",
     "content.init_from",

@@ -17,6 +17,7 @@ from ddk_ds.data.teacher_samples import Said
 from ddk_ds.engine.runtime import Runtime
 from ddk_ds.engine.teacher import Teacher
 from ddk_ds.errors import TemporaryError, UserError
+from ddk_ds.methods.cached_distillation import CachedDistillation
 from ddk_ds.train.inputs import check_inputs
 from ddk_ds.train.loop import train
 from ddk_ds.train.run_dir import run_identity
@@ -45,17 +46,6 @@ def runs(runtime: Runtime, starts: list[tuple[str, int | None]], names: list[str
             train(prepare(runtime, path, name, None))
         counts[name] = len(passes)
     return counts
-
-
-def fill(runtime: Runtime, configs: list[str], samples: float) -> list[str]:
-    """Fill the cache of each configuration with so many samples of each domain; return what each call says."""
-    said = []
-    for path in configs:
-        config = load_config(path, [])
-        inputs = check_inputs(config, runtime.comm)
-        identity = run_identity(config, inputs.fingerprints)
-        said.append(fill_cache(config, inputs, identity, runtime, Watchdog(config.limits), Readers(0), samples))
-    return said
 
 
 def teach(runtime: Runtime, config_path: str, samples: list[float], break_after: int) -> list[Any]:
@@ -91,13 +81,21 @@ def teach(runtime: Runtime, config_path: str, samples: list[float], break_after:
 
 
 def teach_each(runtime: Runtime, configs: list[str], samples: float) -> list[str]:
-    """Fill the cache of each configuration with so many samples of each domain; return what is said of it."""
+    """Fill the cache of each configuration with so many samples of each domain; return what is said of it.
+
+    Overrides can stand behind a configuration's path, after spaces.
+    """
     said = []
-    for path in configs:
-        config = load_config(path, [])
+    for text in configs:
+        path, *overrides = text.split()
+        config = load_config(path, overrides)
         inputs = check_inputs(config, runtime.comm)
         identity = run_identity(config, inputs.fingerprints)
-        said.append(fill_cache(config, inputs, identity, runtime, Watchdog(config.limits), Readers(0), samples))
+        lines: list[str] = []
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("ddk_ds.train.progress.RunProgress.say", lambda _, text, lines=lines: lines.append(text))
+            done = fill_cache(config, inputs, identity, runtime, Watchdog(config.limits), Readers(0), samples)
+        said.append("\n".join([done, *lines]))
     return said
 
 
@@ -123,6 +121,38 @@ def teaching_error(runtime: Runtime, path: str) -> str:
 def errors(runtime: Runtime, first: str, configs: list[str]) -> list[str]:
     """Run `first`, then try each of the others; return their errors."""
     train(prepare(runtime, first, "first", None))
+    return _errors(runtime, configs)
+
+
+def teachers_by_domain(runtime: Runtime, fills: list[str], reading: str, wrong: list[str]) -> dict[str, Any]:
+    """Fill a cache by each of `fills`, run `reading` on it and try each of `wrong`.
+
+    Return the run's perplexities of the teachers, the places of the samples of its first step, and the errors.
+    """
+    teach_each(runtime, fills, 24)  # as many as three steps draw in all
+    places: list[Any] = []
+    original = CachedDistillation.fill
+
+    def recorded(self: CachedDistillation, batches: Any) -> Any:
+        places.extend(self._cached.places(batch.sample_id) for batch in batches)
+        return original(self, batches)
+
+    run = prepare(runtime, reading, "reading", None)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(CachedDistillation, "fill", recorded)
+        train(run)
+    assert run.teacher_ppl is not None
+    first_step = places[: run.config.micro_batches(runtime.comm.world_size)]
+    of_ranks = runtime.comm.gather_objects([place for of_batch in first_step for place in of_batch])
+    return {
+        "teacher_ppl": run.teacher_ppl.tolist(),
+        "places": [place for of_rank in of_ranks for place in of_rank],
+        "errors": _errors(runtime, wrong),
+    }
+
+
+def _errors(runtime: Runtime, configs: list[str]) -> list[str]:
+    """Start a run of each configuration; return their errors, "" for none."""
     found = []
     for number, path in enumerate(configs):
         try:

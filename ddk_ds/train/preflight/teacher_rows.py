@@ -32,7 +32,7 @@ def teacher_cache(config: Config, inputs: Inputs, ranks: int) -> Row:
     place = open_place(section.path, config.data)
     dataset = MixtureDataset(inputs.store, inputs.names, vocab_size=inputs.vocabulary.size)
     shas = dict(zip(dataset.names, dataset.shas, strict=True))
-    cache = TeacherCache(place, cache_conditions(config, inputs), shas, inputs.vocabulary.size)
+    cache = TeacherCache(place, cache_conditions(config, inputs), shas, inputs.vocabulary.size, inputs.teachers)
     draws = _draws(config, inputs)
     shown, missing = [], 0
     for domain, of_shards, drawn in zip(dataset.names, dataset.shard_sizes, draws, strict=True):
@@ -47,6 +47,8 @@ def teacher_cache(config: Config, inputs: Inputs, ranks: int) -> Row:
         fix = (
             f"ddk teach --samples {max(draws)} teacher.cache.mode=write_through fills it; or let the run write through"
         )
+        if config.teacher.by_domain:
+            fix = f"ddk teach --samples {max(draws)} fills it"
         return judged(name, found, fail=not cache.domains, warn=missing > 0, fix=fix)
     needed = most_bytes(config, inputs, missing)
     free = place.free_bytes()

@@ -56,11 +56,30 @@ def write(path: Path, values: dict[str, Any]) -> Path:
 def flat(config: Config) -> dict[str, Any]:
     """Return the values of all path keys."""
     values = OmegaConf.create(config.model_dump(mode="json"))
-    return {key: OmegaConf.select(values, key) for key in path_keys(Config)}
+    return {key: OmegaConf.select(values, key) for key in PATHS}
+
+
+def test_paths_by_domain(clone: Path) -> None:
+    """Those of the file begin at its directory, those of overrides where the command is started; a hub's name stays."""
+    (clone / "configs/models/web").mkdir()
+    values = {**PATHS, "mixture.controller": "schedule", "teacher.cache.mode": "read_only"}
+    others = {"teacher.by_domain.web": "models/web", "teacher.by_domain.code": "org/coder"}
+    file = write(clone / "configs/run.yaml", {**values, **others})
+    found = load_config(file, ["teacher.by_domain.news=models/student"])
+    assert found.teacher is not None and found.teacher.by_domain == {
+        "web": f"{clone}/configs/models/web",
+        "code": "org/coder",
+        "news": f"{clone}/models/student",
+    }
+    wrong = load_config(file, ["teacher.by_domain.web=models/web"])
+    with pytest.raises(
+        ConfigError, match=r"teacher.by_domain.web: there is no .*/models/web: .*; the command line names"
+    ):
+        wrong.check_paths("teacher.by_domain.web")
 
 
 def test_every_path_of_a_file_begins_at_its_directory(clone: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert set(path_keys(Config)) == set(PATHS)
+    assert set(path_keys(Config)) == {*PATHS, "teacher.by_domain"}
     values = {**PATHS, "mixture.controller": "schedule"}
     found = flat(load_config(write(clone / "configs/run.yaml", values)))
     assert found == {

@@ -25,6 +25,22 @@ def test_what_a_cache_has() -> None:
     assert config(TOPK, "method=minillm").loss.divergence == "reverse_kl"
 
 
+def test_the_fills_of_several_teachers() -> None:
+    others = ("teacher.by_domain.code=/c", "teacher.by_domain.web=/w", "teacher.by_domain.news=/w")
+    found = config("teacher.path=/t", "teacher.cache.mode=read_only", *others)
+    found.check_teaching()
+    fills = found.teachings(["a", "code", "news", "b", "web"])
+    assert [fill[:2] for fill in fills] == [
+        ['teacher.path="/t"', "data.domains=[a,b]"],
+        ['teacher.path="/c"', "data.domains=[code]"],
+        ['teacher.path="/w"', "data.domains=[news,web]"],
+    ]
+    for fill in fills:
+        of_one = config("teacher.path=/t", "teacher.cache.mode=read_only", *others, *fill)
+        assert of_one.loads_teacher and of_one.teachings(["a"]) == [[]] and of_one.run_dir == found.run_dir
+    assert config().teachings(["a"]) == [[]]
+
+
 @pytest.mark.parametrize(
     ("overrides", "reason"),
     [
@@ -41,6 +57,8 @@ def test_what_a_cache_has() -> None:
         ("teacher.cache.draws=65536", "teacher.cache.draws.*65536.*less than or equal to 4096"),
         (TOPK + " teacher.cache.top_k=0", "teacher.cache.top_k.*0.*greater than or equal to 1"),
         (TOPK + " teacher.cache.top_k=4097", "teacher.cache.top_k.*4097.*less than or equal to 4096"),
+        ("teacher.by_domain.web=models/web", "teacher.by_domain: a run loads one teacher at most: set .*read_only"),
+        ("teacher.by_domain.web=models/web teacher.cache=null", "one teacher at most: set teacher.cache.path"),
         ("teacher.cache.keep=top_k", "teacher.cache.keep.*top_k"),
     ],
 )
