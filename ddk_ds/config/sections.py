@@ -92,9 +92,8 @@ class TeacherCache(Section):
     """write_through: samples that are not there go through the teacher and are written. read_only: the teacher is not
     loaded, and a sample that is not there is an error."""
     keep: Literal["sampled", "topk"] = "sampled"
-    """sampled: tokens drawn from the teacher's softmax at each position (RS-KD, arXiv 2503.16870), for the forward KL;
-    the gradient is right on average. topk: the likeliest tokens and all others as one, for every divergence; the
-    gradient is biased (docs/planning.md)."""
+    """sampled: tokens drawn from the teacher's softmax (RS-KD, arXiv 2503.16870), for the forward KL, whose gradient is
+    right on average. topk: the likeliest tokens and all others as one, for every divergence; biased gradient."""
     draws: Annotated[int, Field(ge=1, le=4096)] = 64
     """Tokens drawn at each position with `keep: sampled`; more make the gradient vary less."""
     top_k: Annotated[int, Field(ge=1, le=4096)] = 64
@@ -123,8 +122,7 @@ class Teacher(Model):
     cache: TeacherCache | None = None
     """Keep what the teacher says on the disk; null: it is computed in each step."""
     by_domain: dict[str, ModelPath] | None = None
-    """Other teachers, by the domains that they teach, with the tokenizer of `path`, which teaches the rest. `ddk teach`
-    fills the cache by one after the other; a run reads it (`cache.mode: read_only`)."""
+    """Other teachers by domain, with the tokenizer of `path`, which teaches the rest. A run only reads their cache."""
 
     @model_validator(mode="after")
     def _passes_agree(self) -> Teacher:

@@ -28,7 +28,7 @@ from ddk_ds.data.teacher_samples import Said, Squeezed, coding_of
 from ddk_ds.errors import CheckpointError, ConfigError, DataError, UserError
 from ddk_ds.files import own_hash, sealed, unsealed, write_text
 
-FORMAT = 5
+FORMAT = 6
 CONDITIONS_FILE, PERPLEXITIES = "teacher.json", "perplexities"
 PART_BYTES = 64 << 20
 # Parts whose small files are read at the same time: there can be tens of thousands on a store.
