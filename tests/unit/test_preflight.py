@@ -321,7 +321,7 @@ def test_cache_of_the_teacher(workspace: Path, tmp_path: Path) -> None:
     dataset, conditions = MixtureDataset(inputs.store, inputs.names), cache_conditions(config, inputs)
     place = LocalPlace(Path(path))
     make_cache(place, conditions)
-    cache = TeacherCache(place, conditions, dict(zip(dataset.names, dataset.shas, strict=True)), 600)
+    cache = TeacherCache(place, conditions, dict(zip(dataset.names, dataset.shas, strict=True)), 600, inputs.teachers)
     for name, count in (("python", 50), ("cpp", 9)):
         order = DomainOrder(name, dataset.shard_sizes[dataset.names.index(name)], config.seed)
         for number in order.take(0, count):

@@ -54,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     for name in ("teacher", "student", "data"):
-        parser.add_argument(f"--{name}", type=Path, metavar="DIR", required=True)
+        parser.add_argument(f"--{name}", type=Path, metavar="DIR", required=True, help=f"directory: {name}")
     parser.add_argument("--samples", type=positive, default=8, help="samples of the data (default: %(default)s)")
     parser.add_argument("--seeds", type=positive, default=1000, help="draws of each number (default: %(default)s)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="file for the numbers")

@@ -169,6 +169,27 @@ def test_other_samples_of_a_domain_are_refused(tmp_path: Path) -> None:
     assert opened(tmp_path / "cache", shas={"web": "1"}).known("web").tolist() == [1, 3], "a run may have fewer domains"
 
 
+def test_another_teacher_of_a_domain_is_refused(tmp_path: Path) -> None:
+    """Parts of one cache can be of several teachers, as many as there are domains."""
+    place = LocalPlace(tmp_path / "cache")
+    make_cache(place, CONDITIONS)
+
+    def by(**teachers: str) -> TeacherCache:
+        return TeacherCache(place, CONDITIONS, SHAS, VOCAB, teachers)
+
+    for domain, teacher in (("web", "general"), ("code", "coder")):
+        cache = by(**{domain: teacher})
+        cache.add(domain, 1, said(1))
+        cache.publish()
+    found = by(web="general", code="coder")
+    assert equal(found.read("web", 1), said(1)) and equal(found.read("code", 1), said(1))
+    assert by(web="general").known("code").tolist() == [1], "a run may have fewer domains"
+    with pytest.raises(ConfigError, match=r"the teacher of domain 'code' is coder, the run's is general "):
+        by(web="general", code="general")
+    with pytest.raises(ConfigError, match=r"the teacher of domain 'web' is general, the run's is coder "):
+        by(web="coder")
+
+
 def test_a_directory_of_something_else_is_refused(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(ConfigError, match=r"has no teacher\.json, so it is no teacher's cache"):

@@ -52,8 +52,16 @@ def test_what_the_number_depends_on_is_part_of_the_key(tmp_path: Path, other: di
     assert PerplexityCache(LocalPlace(tmp_path), changed).read(["domain"]) == [None]
 
 
+def test_a_domains_own_teacher_stands_in_the_place_of_the_runs(tmp_path: Path) -> None:
+    """A run of several teachers finds what each fill of the cache has measured."""
+    of_run = identity(tmp_path, {"by_domain": {"code": "u eager"}})
+    of_fill = identity(tmp_path, {"by_domain": None, "teacher": "u"})
+    own = {**of_run, "content.teacher": "u"}
+    assert perplexity_conditions(own, {}) == perplexity_conditions(of_fill, {}) != perplexity_conditions(of_run, {})
+
+
 def test_every_option_of_the_teacher_is_part_of_the_key_unless_it_changes_no_number(tmp_path: Path) -> None:
-    free = {"path", "attn_implementation", "shard_within", "micro_batches_per_pass", "whole_layers"}
+    free = {"path", "by_domain", "attn_implementation", "shard_within", "micro_batches_per_pass", "whole_layers"}
     teacher = Config.model_fields["teacher"].annotation
     options = set(teacher.__args__[0].model_fields)  # type: ignore[union-attr]
     known = perplexity_conditions(identity(tmp_path), {})
