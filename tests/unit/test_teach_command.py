@@ -24,6 +24,7 @@ def test_one_start_for_each_teacher(
         starts.append(command)
         return next(codes)
 
+    monkeypatch.setattr(teach_command, "launcher_command", lambda _, run: run)
     monkeypatch.setattr(teach_command, "run_launcher", started)
     assert teach_command.main(["--config", str(config), "--samples", "9"]) == 0
     domains = [next(word for word in command if word.startswith("data.domains")) for command in starts]
