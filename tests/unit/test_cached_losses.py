@@ -86,9 +86,10 @@ def test_samples_that_are_missing_are_asked_for_and_added() -> None:
     held = Drawn(np.zeros((LENGTH, 30), np.int64), np.zeros(LENGTH, np.float32), np.zeros(LENGTH, np.float32))
     store.held["b", 0] = held
     cached = cached_of(store, draws=30, seed=5)
-    first, again = method_of(models, cached).fill([batch, replace(batch, sample_id=torch.tensor([5, 5, 5]))])
-    assert models.asked == ["hidden of 2"] and cached.taught == 2 * SAMPLES
-    assert first[1] is held and again == [held] * 3
+    by_sample(models, batch)
+    first, again = method_of(models, cached).fill([batch, replace(batch, sample_id=torch.tensor([5, 5, 3]))])
+    assert models.asked == ["hidden of 1"] and cached.taught == SAMPLES, "two of two micro-batches, in one"
+    assert first[1] is held and again == [held, held, first[0]]
     assert list(store.held) == [("b", 0), ("a", 3), ("a", 1)]
     q = teachers(models, TEMPERATURE).exp()
     for row in (0, 2):
@@ -107,6 +108,47 @@ def test_samples_that_are_missing_are_asked_for_and_added() -> None:
     same = Store()
     method_of(models, cached_of(same, draws=30, seed=5)).fill([batch])
     assert np.array_equal(same.held["a", 3].ids, store.held["a", 3].ids)
+
+
+def by_sample(models: Models, batch: Batch) -> None:
+    """Let the teacher's hidden states be those of a sample's tokens, wherever in a micro-batch it is."""
+    states = models.teacher_states.view(SAMPLES, LENGTH, -1)
+
+    def hidden(ids: list[torch.Tensor]) -> list[torch.Tensor]:
+        models.asked.append(f"hidden of {len(ids)}")
+        rows = [[int((batch.input_ids == tokens).all(1).nonzero()[0]) for tokens in one] for one in ids]
+        return [states[of_one].flatten(0, 1) for of_one in rows]
+
+    models.teacher.hidden = hidden
+
+
+def test_a_micro_batch_that_is_not_full_takes_samples_that_come_later() -> None:
+    """One rank, three steps of a micro-batch: the last needs nothing any more, and nothing is computed twice."""
+    models, store = Models(), Store()
+    store.held["b", 0] = Drawn(np.zeros((LENGTH, 4), np.int64), *np.zeros((2, LENGTH), np.float32))
+    steps = [[3, 5, 1], [0, 2, 4], [6, 6, 3]]
+    tokens = np.arange(9 * LENGTH).reshape(9, LENGTH) % VOCAB
+    read: list[int] = []
+
+    def read_sample(number: int) -> tuple[Any, int]:
+        read.append(number)
+        return tokens[number].astype(np.uint16), 0
+
+    dataset: Any = SimpleNamespace(**vars(DATASET), read=read_sample)
+    section = CacheSection(path="x", draws=4)
+    comm: Any = SingleProcess()
+    cached = CachedTeacher(store, dataset, section, comm, micro_batch=SAMPLES, looks_ahead=True)  # type: ignore[arg-type]
+    assert cached.look_for(np.array(steps).ravel()) == {"a": 5, "b": 1}
+    taught, method = [], method_of(models, cached)
+    seen: list[Any] = []
+    models.teacher.hidden = lambda ids: seen.extend(ids) or [models.teacher_states for _ in ids]
+    for ids in steps:
+        batch = replace(batch_at(), sample_id=torch.tensor(ids), input_ids=torch.from_numpy(tokens[ids]))
+        assert None not in method.fill([batch])[0]
+        taught.append(cached.taught)
+    assert taught == [3, 6, 6] and read == [0, 6]
+    assert [one.tolist() for one in seen] == [tokens[[3, 1, 0]].tolist(), tokens[[2, 4, 6]].tolist()]
+    assert len(store.held) == 7
 
 
 def test_the_teacher_is_not_asked_where_all_is_known() -> None:
