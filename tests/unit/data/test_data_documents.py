@@ -6,6 +6,7 @@ import gzip
 import json
 import random
 import re
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -197,6 +198,25 @@ def test_a_document_that_memory_would_not_hold_is_refused(
     where = {"a.jsonl": r"a\.jsonl, line 2", "a.parquet": r"a\.parquet: a row of 'text'"}.get(name, re.escape(name))
     with pytest.raises(DataError, match=f"{where} has more than 1,000 bytes"):
         list(read_texts(file, Dropped()))
+
+
+def test_a_zst_file_that_grows_30_000_times_is_refused_early(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Zstandard gives all that one read holds at once: here 27 kB of the disk are 900 MB."""
+    monkeypatch.setattr(documents, "MAX_DOCUMENT_BYTES", 1000)
+    zeros = zstandard.compress(bytes(300_000_000))
+    file = file_of(tmp_path / "a.txt.zst", 3 * zeros)
+    sizes: list[int] = []
+    decompress = documents._decompress
+
+    def noted(stream: Any) -> Iterator[bytes]:
+        for chunk in decompress(stream):
+            sizes.append(len(chunk))
+            yield chunk
+
+    monkeypatch.setattr(documents, "_decompress", noted)
+    with pytest.raises(DataError, match=r"a\.txt\.zst has more than 1,000 bytes"):
+        list(read_texts(file, Dropped()))
+    assert len(sizes) == 1 and sizes[0] < 140_000_000
 
 
 def test_large_rows_of_parquet_are_read_one_by_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

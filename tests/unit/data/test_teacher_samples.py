@@ -14,9 +14,13 @@ from ddk_ds.data.teacher_samples import (
     DrawnTokens,
     Likeliest,
     LikeliestTokens,
+    PackedIds,
     Squeezed,
     bytes_a_token,
     coding_of,
+    id_bits,
+    pack,
+    unpack,
 )
 
 VOCAB, LENGTH = 151_646, 8
@@ -105,3 +109,17 @@ def test_a_record_that_cannot_be_is_refused(key: str, change: Any) -> None:
     record = coding.encoded(drawn(5, 9) if draws else likeliest(5))
     with pytest.raises(ValueError, match=r"bytes for|outside of the vocabulary|at each|none of its own"):
         coding.decoded({**record, key: change(record[key])})
+
+
+def test_ids_have_the_bits_that_the_vocabulary_needs() -> None:
+    assert [id_bits(size) for size in (1, 2, 3, 65_536, 65_537, VOCAB)] == [1, 1, 2, 16, 17, 18]
+    ids = RNG.integers(0, 1 << 17, 100)
+    found = unpack(pack(ids, 17).tobytes(), 17)
+    assert np.array_equal(found[:100], ids) and len(found) <= 107 and not found[100:].any()
+
+
+def test_the_first_id_outside_of_the_vocabulary_is_named() -> None:
+    with pytest.raises(ValueError, match="the id 151646 is outside of the vocabulary of 151,646 tokens"):
+        PackedIds(VOCAB).packed(np.array([0, VOCAB, -1]))
+    with pytest.raises(ValueError, match="the id -1 is"):
+        PackedIds(VOCAB).packed(np.array([0, -1, VOCAB]))
