@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 SIZE_KEYS = {
-    "layers": ("num_hidden_layers", "n_layer", "num_layers", "n_layers"),
+    "layers": ("decoder_layers", "num_hidden_layers", "n_layer", "num_layers", "n_layers", "layers_block_type"),
     "width": ("hidden_size", "n_embd", "d_model"),
     "heads": ("num_attention_heads", "n_head", "num_heads", "n_heads"),
     "experts": ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"),
@@ -42,11 +42,13 @@ Cohere and Falcon-H1 multiply, Granite divides, Gemma, RecurrentGemma and xLSTM 
 def config_size(config: Mapping[str, Any], name: str) -> int:
     """Return a size of `SIZE_KEYS` from the content of a config.json; 0 if it is not there.
 
-    Of a list with a size for each layer it is the largest.
+    Of a list with a size for each layer it is the largest; of Nemotron-H's list of its layers' kinds the length.
     """
     values = {**(config.get("ffn_config") or {}), **config}  # DBRX has its experts' sizes in a part of its own
     found = next((values[key] for key in SIZE_KEYS[name] if values.get(key)), 0)
-    return int(max(found) if isinstance(found, list) else found)
+    if isinstance(found, list):
+        return len(found) if isinstance(found[0], str) else int(max(found))
+    return int(found)
 
 
 def experts_per_token(config: Mapping[str, Any]) -> int:

@@ -58,6 +58,8 @@ def prepare_layers(backbone: nn.Module, depth: int, section: Model) -> None:
         return
     layers = layers_of(backbone, depth)
     deepspeed.utils.set_z3_leaf_modules(backbone, list({type(layer) for layer in layers}))
+    for layer in layers:  # for a list, as OpenAI's GPT returns it, torch calls no hooks on gradients: ZeRO-3's are such
+        layer.register_forward_hook(lambda _layer, _given, output: tuple(output) if type(output) is list else None)
     if section.compile_layers:
         for layer in layers:
             # The compiled part lies inside the hooks that gather the layer.

@@ -104,7 +104,10 @@ class Student:
         DeepSpeed decides on the host if the norm is finite, and else leaves the weights as they are. This is the one
         time in a step that the host waits until the device has computed all; `numbers` (n,) float64 on the device come
         with the norm, so that nothing waits for the update.
+
+        Raises ConfigError if a gradient did not reach the optimizer, which would leave its weights as they are.
         """
+        self._check_gradients()
         for group in self.engine.optimizer.param_groups:
             group["lr"] = learning_rate
         optimizer, copies = self.engine.optimizer, list[HostCopy]()
@@ -125,6 +128,19 @@ class Student:
         [copy] = copies
         grad_norm, *values = copy.read()
         return grad_norm, values
+
+    def _check_gradients(self) -> None:
+        """Raise ConfigError if a parameter still has its gradient: ZeRO-3 did not see it and would drop it in silence.
+
+        torch calls the hooks on a module's gradients only if the module returns a tensor or a tuple.
+        """
+        lost = [name for name, parameter in self.engine.module.named_parameters() if parameter.grad is not None]
+        if lost:
+            raise ConfigError(
+                f"student.path: the gradients of {len(lost)} parameters, {lost[0]} among them, did not reach the "
+                "optimizer: its layers return something other than a tensor or a tuple of tensors; set "
+                "student.whole_layers to false, or choose another student"
+            )
 
     def save(self, directory: Path, tag: str, client_state: dict[str, Any], *, background: bool) -> None:
         """Write this rank's shards of weights and optimizer, and `client_state`, the run's own state, to directory/tag.

@@ -174,3 +174,36 @@ def growth_while_loading(runtime: Runtime, folder: str) -> list[dict[str, int]]:
     largest = 4 * max(torch.Size(tensor.shape).numel() for tensor in files.tensors.values())
     mine = {"grown": grown, "total": total, "largest": largest, "rank": runtime.comm.rank}
     return runtime.comm.gather_objects(mine)
+
+
+def first_changes(runtime: Runtime, folder: str) -> tuple[float, str]:
+    """Make AdamW's first step with a rate of 1e-3; return the least largest change of a parameter.
+
+    Then let the layers return a list after all that comes after them, and return the error of a second step.
+    """
+    files = read_model(Path(folder) / "student", "student.path")
+    student: Any = load_student(tiny_config(Path(folder)), files, VOCAB, runtime.comm)
+    ids = torch.randint(0, VOCAB, (2, 12), generator=torch.Generator().manual_seed(5))
+
+    def loss(hidden: torch.Tensor, head: OutputHead) -> torch.Tensor:
+        logits = reference_logits(hidden, head.weight, None, VOCAB, head.form).float()
+        return torch.nn.functional.cross_entropy(logits, ids.flatten().roll(-1))
+
+    def step() -> None:
+        passes = student.engine.gradient_accumulation_steps()
+        for number in range(passes):
+            student.backward(student(ids, loss), last=number == passes - 1)
+        student.update(1e-3, torch.zeros(0, dtype=torch.float64))
+
+    parameters = list(student.engine.module.parameters())
+    before = [parameter.ds_tensor.clone() for parameter in parameters]
+    step()
+    pairs = zip(parameters, before, strict=True)
+    changes = [float((parameter.ds_tensor - old).abs().max()) for parameter, old in pairs]
+    for layer in student.engine.module.backbone.h:
+        layer.register_forward_hook(lambda _layer, _given, output: list(output))
+    try:
+        step()
+    except ConfigError as error:
+        return min(changes), str(error)
+    return min(changes), ""

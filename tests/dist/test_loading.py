@@ -61,6 +61,15 @@ def test_a_layer_between_backbone_and_head_is_refused(tmp_path: Path) -> None:
         assert message.startswith(f"{name}.path: BertLMHeadModel cannot be distilled: its logits"), message
 
 
+def test_the_gradients_of_layers_that_return_a_list_reach_the_optimizer(tmp_path: Path) -> None:
+    # With a list torch calls none of ZeRO-3's hooks: the layers kept their weights, but for the decay of 1e-5.
+    shape = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
+    save_model(tmp_path / "student", model_type="openai-gpt", vocab=VOCAB, tied=True, seed=1, **shape)
+    change, said = run_ranks("tests.dist.loading_worker:first_changes", 1, folder=str(tmp_path))
+    assert change > 5e-4  # the first step of Adam is the rate in each number
+    assert said.startswith("student.path: the gradients of 24 parameters, backbone.h.0.") and "whole_layers" in said
+
+
 def test_buffers_keep_their_precision(tmp_path: Path) -> None:
     # Rotary frequencies in bf16 would be wrong by full turns at long positions. A router's correction, which decides
     # between experts that are nearly equal, is float32 in a bf16 model.

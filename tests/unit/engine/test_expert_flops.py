@@ -82,3 +82,18 @@ def test_active_parameters_are_the_published(name: str, tmp_path: Path) -> None:
         counted += files.config["vocab_size"] * config_size(files.config, "width")
     assert model_shape(files).parameters / 1e9 == pytest.approx(total, rel=0.005)
     assert counted / 1e9 == pytest.approx(active, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("config", "layers"),
+    [
+        (
+            {"num_hidden_layers": 6, "decoder_layers": 12},
+            12,
+        ),  # BART's number is that of its encoder, which takes no part
+        ({"layers_block_type": ["linear_attention", "moe", "full_attention", "moe"]}, 4),  # Nemotron-H's
+        ({"model_type": "llama"}, 0),
+    ],
+)
+def test_the_number_of_layers(config: dict[str, Any], layers: int) -> None:
+    assert config_size(config, "layers") == layers
