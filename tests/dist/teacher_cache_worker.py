@@ -100,10 +100,10 @@ def teach_each(runtime: Runtime, configs: list[str], samples: float) -> list[str
 
 
 def fill_in_small_parts(runtime: Runtime, path: str) -> None:
-    """Fill the cache of a configuration with all samples, in many parts."""
+    """Fill the cache of a configuration with 400 samples of each domain, in many parts."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("ddk_ds.data.teacher_cache.PART_BYTES", 3_000)
-        teach_each(runtime, [path], math.inf)
+        patch.setattr("ddk_ds.data.teacher_cache.PART_BYTES", 6_000)
+        teach_each(runtime, [path], 400)
 
 
 def train_on(runtime: Runtime, path: str) -> None:
