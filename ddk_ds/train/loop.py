@@ -217,7 +217,7 @@ def _read(run: Run, read: Callable[[], list[MicroBatch]]) -> list[MicroBatch]:
     try:
         return read()
     except TemporaryError:
-        _save_now(run)
+        _save_now(run, in_need=True)
         raise
 
 
@@ -264,11 +264,20 @@ def _record_step(run: Run, metrics: StepMetrics, rate: float, data_s: float, ste
         run.announce("skipped", message, step=state.step)
 
 
-def _begin_checkpoint(run: Run) -> bool:
-    """Begin to save this step and return True; warn and return False if that is not possible. Collective."""
+def _begin_checkpoint(run: Run, *, in_need: bool = False) -> bool:
+    """Begin to save this step and return True; warn and return False if that is not possible. Collective.
+
+    Args:
+        in_need: save although a store does not take what the teacher has said; another run computes that again.
+    """
     _finish_checkpoint(run)
     run.watchdog.watch("checkpoint", run.state.step)
-    run.publish_teacher()
+    try:
+        run.publish_teacher(wait=not in_need)
+    except TemporaryError as error:
+        if not in_need:
+            raise
+        run.progress.say(f"warning: the teacher's cache lacks what this run computed last: {error}")
     try:
         run.saver.begin(run.student, run.state, run.ledger.position())
     except SaveFailed as failure:
@@ -297,14 +306,14 @@ def _warn_not_saved(run: Run, failure: SaveFailed) -> None:
     run.announce("checkpoint_failed", message, step=run.state.step, reason=str(failure))
 
 
-def _save_now(run: Run) -> bool:
+def _save_now(run: Run, *, in_need: bool = False) -> bool:
     """Save a checkpoint of this step and wait for it; return False, after a warning, if that fails. Collective."""
-    return _begin_checkpoint(run) and _finish_checkpoint(run)
+    return _begin_checkpoint(run, in_need=in_need) and _finish_checkpoint(run)
 
 
 def _save_interrupted(run: Run, signal: str) -> None:
     """Save the steps that are done and say how to continue. The step that the signal cut short changed nothing."""
-    saved = "saved" if _save_now(run) else "NOT saved"
+    saved = "saved" if _save_now(run, in_need=True) else "NOT saved"
     run.progress.stop()
     step = run.state.step
     message = f"interrupted by {signal} and {saved} at step {step}: start the same command again to continue"

@@ -68,12 +68,15 @@ class Run:
         self.progress.say(message)
         self.ledger.event(kind, **values)
 
-    def publish_teacher(self) -> None:
+    def publish_teacher(self, *, wait: bool = True) -> None:
         """Write what this rank's teacher has said since the last time to the cache, if there is one.
 
-        Raises CheckpointError if it cannot be written.
+        Raises CheckpointError if it cannot be written, TemporaryError if a store does not take it, at once unless
+        `wait` is True.
         """
         if self.cached is not None:
+            if not wait:
+                self.cached.store.place.give_up_when(lambda: True)
             self.cached.store.publish()
 
     def take_taught(self) -> int | None:

@@ -1,0 +1,45 @@
+"""A run whose store does not answer is saved all the same, without waiting for the store once more."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from ddk_ds.errors import TemporaryError
+from ddk_ds.train import loop
+from ddk_ds.train.run import Run
+
+
+def test_a_store_that_takes_no_part_does_not_keep_a_run_from_being_saved(monkeypatch: pytest.MonkeyPatch) -> None:
+    happened: list[str] = []
+
+    def down(*_: Any) -> None:
+        happened.append("published")
+        raise TemporaryError("samples.json cannot be uploaded")
+
+    place = SimpleNamespace(give_up_when=lambda condition: happened.append(f"given up: {condition()}"))
+    run: Any = SimpleNamespace(
+        cached=SimpleNamespace(store=SimpleNamespace(place=place, publish=down)),
+        watchdog=SimpleNamespace(watch=lambda *_: None),
+        progress=SimpleNamespace(say=happened.append),
+        saver=SimpleNamespace(begin=lambda *_: happened.append("saved")),
+        ledger=SimpleNamespace(position=lambda: None),
+        student=None,
+        state=SimpleNamespace(step=3),
+    )
+    run.publish_teacher = lambda wait=True: Run.publish_teacher(run, wait=wait)
+    monkeypatch.setattr(loop, "_finish_checkpoint", lambda _: True)
+    with pytest.raises(TemporaryError, match=r"shard\.mds"):
+        loop._read(run, lambda: down_reading())
+    said = "warning: the teacher's cache lacks what this run computed last: samples.json cannot be uploaded"
+    assert happened == ["given up: True", "published", said, "saved"]
+    happened.clear()
+    with pytest.raises(TemporaryError):  # a checkpoint of the normal course waits, and says why it ends
+        loop._begin_checkpoint(run)
+    assert happened == ["published"]
+
+
+def down_reading() -> Any:
+    raise TemporaryError("shard.mds cannot be fetched")
