@@ -100,9 +100,9 @@ def teach_each(runtime: Runtime, configs: list[str], samples: float) -> list[str
 
 
 def fill_in_small_parts(runtime: Runtime, path: str) -> None:
-    """Fill the cache of a configuration with 400 samples of each domain, in many parts."""
+    """Fill the cache of a configuration with 400 samples of each domain, in about 60 parts."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("ddk_ds.data.teacher_cache.PART_BYTES", 6_000)
+        patch.setattr("ddk_ds.data.teacher_cache.PART_BYTES", 12_000)
         teach_each(runtime, [path], 400)
 
 

@@ -58,8 +58,8 @@ def test_killed_at_any_time(workspace: Path, tmp_path: Path) -> None:
     assert_equal(all_samples(cache_of("trained")), drawn)
     assert max(counts(cache_of("trained")).values()) == 1
 
-    run_ranks(WORKER + "fill_in_small_parts", 1, path=config("whole"))
-    kill_and_go_on("fill_in_small_parts", "filled", parts, 6, [1, 2, 3, 4])
+    run_ranks(WORKER + "teach_each", 1, configs=[config("whole")], samples=400)
+    kill_and_go_on("fill_in_small_parts", "filled", parts, 2, [1, 2, 3, 4])
     whole = all_samples(cache_of("whole"))
     assert_equal(all_samples(cache_of("filled")), whole)
     # The last micro-batches of a start are filled up with its last sample.
