@@ -28,19 +28,19 @@ def test_killed_at_any_time(workspace: Path, tmp_path: Path) -> None:
     """20 kills at random moments, on another number of ranks after each: nothing is lost, nothing is there twice."""
     rng = random.Random(4)
 
-    def config(name: str) -> str:
+    def config(name: str, samples: int = 8) -> str:
         teacher = {"path": str(workspace / "teacher"), "cache": {"path": str(cache_of(name)), "draws": 16}}
         mixture = {"interval_steps": 4, "controller": "equal", "ratio_cap": None, "initial_floor": 0.0}
         options = {"data": {"validation_samples": 2}, "stop": {"steps": STEPS}, "checkpoint": {"every_steps": 3}}
-        return str(write_config(workspace, tmp_path / name, teacher=teacher, mixture=mixture, **options))
+        train = {"global_batch_samples": samples}
+        return str(write_config(workspace, tmp_path / name, teacher=teacher, mixture=mixture, train=train, **options))
 
     def cache_of(name: str) -> Path:
         return tmp_path / f"{name}-cache"
 
-    def kill_and_go_on(function: str, name: str, progress: Callable[[], int], most: int, worlds: list[int]) -> None:
-        path = config(name)
+    def kill_and_go_on(function: str, path: str, progress: Callable[[], int], worlds: list[int]) -> None:
         for _ in range(KILLS):
-            moment = after(progress, progress() + rng.randint(1, most), rng.uniform(0.0, 0.05))
+            moment = after(progress, progress() + rng.randint(1, 2), rng.uniform(0.0, 0.05))
             assert killed_ranks(WORKER + function, rng.choice(worlds), moment, path=path), "it came to its end"
         run_ranks(WORKER + function, rng.choice(worlds), path=path)
 
@@ -53,13 +53,13 @@ def test_killed_at_any_time(workspace: Path, tmp_path: Path) -> None:
         return ledger.read_text().count('"kind": "step"') if ledger.is_file() else 0
 
     run_ranks(WORKER + "train_on", 1, path=config("whole-run"))
-    kill_and_go_on("train_on", "trained", steps, 2, [1, 2, 4])
+    kill_and_go_on("train_on", config("trained"), steps, [1, 2, 4])
     drawn = all_samples(cache_of("whole-run"))
     assert_equal(all_samples(cache_of("trained")), drawn)
     assert max(counts(cache_of("trained")).values()) == 1
 
     run_ranks(WORKER + "teach_each", 1, configs=[config("whole")], samples=400)
-    kill_and_go_on("fill_in_small_parts", "filled", parts, 2, [1, 2, 3, 4])
+    kill_and_go_on("fill_in_small_parts", config("filled", 24), parts, [1, 2, 3, 4])  # 3 ranks need a multiple
     whole = all_samples(cache_of("whole"))
     assert_equal(all_samples(cache_of("filled")), whole)
     # The last micro-batches of a start are filled up with its last sample.
