@@ -31,6 +31,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ddk_ds.config import Model
 from ddk_ds.config.sections import Student
+from ddk_ds.engine.layers import sees_later_tokens
 from ddk_ds.engine.unloaded_models import backbone_of, hf_config_of, no_init_weights, without_memory
 from ddk_ds.errors import ConfigError
 
@@ -145,6 +146,11 @@ def _unfit(config: str, own_code: Path | None) -> tuple[tuple[str, str], ...]:
         backbone_of(model)
         if model.get_output_embeddings() is None:
             raise ConfigError(f"{type(model).__name__} has no output head to distil")
+        if sees_later_tokens(model.config):
+            raise ConfigError(
+                f"{type(model).__name__} cannot be distilled: its tokens see later ones (use_bidirectional_attention "
+                "in config.json, or its family's default): choose another model"
+            )
         calls = _calls(model)
         masked = bool(calls) and not _runs_unmasked(model, calls[0].module)
     name, found = type(model).__name__, {}

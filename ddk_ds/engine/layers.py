@@ -164,6 +164,14 @@ def use_causal_kernels() -> None:
     ALL_MASK_ATTENTION_FUNCTIONS[_SDPA] = _mask
 
 
+def sees_later_tokens(config: Any) -> bool:
+    """Return True if a transformers model with this config has attention to later tokens, in text and not only images.
+
+    EmbeddingGemma has it, and PaliGemma in its prompts. Gemma 4's "vision" is of images alone.
+    """
+    return getattr(config, "use_bidirectional_attention", None) in (True, "all")
+
+
 def _mask(*arguments: Any, **options: Any) -> Any:
     """Return None, sdpa's own causal mask, unless a token is padding, cached or outside of an attention window."""
     queries = options["q_length"] if "q_length" in options else len(options["cache_position"])
@@ -172,6 +180,6 @@ def _mask(*arguments: Any, **options: Any) -> Any:
         options.get("attention_mask") is None
         and queries == options["kv_length"]
         and (window is None or options["kv_length"] < window)
-        and not getattr(options.get("config"), "use_bidirectional_attention", False)
+        and not sees_later_tokens(options.get("config"))
     )
     return None if causal else _transformers_mask(*arguments, **options)

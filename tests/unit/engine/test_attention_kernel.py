@@ -52,6 +52,13 @@ def test_the_best_kernel(config: dict[str, Any], kernel: str) -> None:
     assert choose_attention(config, Path(), "teacher", Teacher(path="x")).kernel == kernel
 
 
+def test_a_model_that_sees_later_tokens_is_refused() -> None:
+    # As EmbeddingGemma: with it a label is among what the model sees.
+    config = config_of("gemma3_text", use_bidirectional_attention=True)
+    with pytest.raises(ConfigError, match="cannot be distilled: its tokens see later ones"):
+        choose_attention(config, Path(), "teacher", Teacher(path="x"))
+
+
 @pytest.mark.skipif("deepseek_v4" not in CONFIG_MAPPING, reason="transformers 4 has neither")
 def test_deepseeks_sparse_attention_needs_a_mask() -> None:
     config = small_config("deepseek_v32")
