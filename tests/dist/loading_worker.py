@@ -207,3 +207,15 @@ def first_changes(runtime: Runtime, folder: str) -> tuple[float, str]:
     except ConfigError as error:
         return min(changes), str(error)
     return min(changes), ""
+
+
+def refusal_of_the_teacher(runtime: Runtime, folder: str) -> str:
+    """Return what is said of a teacher at a run's start."""
+    files = read_model(Path(folder) / "teacher", "teacher.path")
+    teacher = load_teacher(tiny_config(Path(folder)), files, VOCAB, runtime.comm)
+    ids = torch.randint(0, VOCAB, (2, 12), generator=torch.Generator().manual_seed(5))
+    try:
+        check_split(teacher, ids, VOCAB, "teacher", runtime.comm)
+    except ConfigError as error:
+        return str(error)
+    return ""

@@ -61,6 +61,14 @@ def test_a_layer_between_backbone_and_head_is_refused(tmp_path: Path) -> None:
         assert message.startswith(f"{name}.path: BertLMHeadModel cannot be distilled: its logits"), message
 
 
+def test_a_model_that_sees_later_tokens_is_refused(tmp_path: Path) -> None:
+    # XLNet's attention is causal only by masks that a language model's loss does not give it.
+    shape = {"d_model": 32, "n_layer": 2, "n_head": 4, "d_inner": 64}
+    save_model(tmp_path / "teacher", model_type="xlnet", vocab=VOCAB, tied=True, seed=1, **shape)
+    said = run_ranks("tests.dist.loading_worker:refusal_of_the_teacher", 1, folder=str(tmp_path))
+    assert said.startswith("teacher.path: XLNetLMHeadModel cannot be distilled: its tokens see later ones"), said
+
+
 def test_the_gradients_of_layers_that_return_a_list_reach_the_optimizer(tmp_path: Path) -> None:
     # With a list torch calls none of ZeRO-3's hooks: the layers kept their weights, but for the decay of 1e-5.
     shape = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}

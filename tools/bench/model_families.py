@@ -65,7 +65,7 @@ _POSITIONS = {"fp32": 1.0, "bf16": 0.8}
 _OWN = re.compile(
     r"((teacher|student)(\.path)?|path): |\S*/model(:| (?=cannot)|/(?=config)) ?|(?<=choose another) (teacher|student)"
 )
-_NUMBERS = re.compile(r", but differ by up to .*")
+_NUMBERS = re.compile(r", but differ by up to .*| \(another last token [^)]*\)")
 _SERVER = multiprocessing.get_context("forkserver")
 # The others are what an engine's first step imports: half of a family's time.
 _SERVER.set_forkserver_preload(["tools.bench.model_families", "deepspeed.module_inject", "torch._inductor.compile_fx"])
