@@ -89,10 +89,12 @@ class CachedTeacher:
         """
         found = self.comm.gather_objects(call_together(self.comm, lambda: self._missing(sample_ids)))
         if self.looks_ahead:
-            own = sample_ids.reshape(-1, self.comm.world_size, self.micro_batch)[:, self.comm.rank].ravel().tolist()
-            known = {name: set(self.store.known(name).tolist()) for name in self.dataset.names}
-            places = [self.dataset.place(sample_id) for sample_id in own]
-            self.later = {place: i for place, i in zip(places, own, strict=True) if place[1] not in known[place[0]]}
+            own = sample_ids.reshape(-1, self.comm.world_size, self.micro_batch)[:, self.comm.rank].ravel()
+            unknown = np.ones(len(own), bool)
+            for name, first, end in self._ranges():
+                inside = (own >= first) & (own < end)
+                unknown[inside] = ~np.isin(own[inside] - first, self.store.known(name))
+            self.later = {self.dataset.place(sample_id): sample_id for sample_id in own[unknown].tolist()}
         missing: dict[str, int] = next(filter(None, found), {})
         self.complete = not missing
         return missing
@@ -115,11 +117,15 @@ class CachedTeacher:
     def _missing(self, sample_ids: npt.NDArray[np.int64]) -> dict[str, int]:
         self.store.refresh()  # other ranks and runs write too
         missing = {}
-        ends = self.dataset.sample_offsets + self.dataset.sizes
-        for name, first, end in zip(self.dataset.names, self.dataset.sample_offsets, ends, strict=True):
+        for name, first, end in self._ranges():
             wanted = np.unique(sample_ids[(sample_ids >= first) & (sample_ids < end)]) - first
             missing[name] = len(np.setdiff1d(wanted, self.store.known(name), assume_unique=True))
         return {name: count for name, count in missing.items() if count}
+
+    def _ranges(self) -> Iterator[tuple[str, int, int]]:
+        """Yield each domain with its first global id and the one after its last."""
+        offsets = self.dataset.sample_offsets
+        return zip(self.dataset.names, offsets, offsets + self.dataset.sizes, strict=True)
 
 
 class CachedDistillation(WithDivergence):
