@@ -143,7 +143,9 @@ def _unfit(config: str, own_code: Path | None) -> tuple[tuple[str, str], ...]:
     with fake, no_init_weights(), suppress(_NotComparable):
         with suppress(Exception):  # older models look for it among the tokens, to warn; in newer ones it must be given
             model.config.pad_token_id = None
-        backbone_of(model)
+        taken = inspect.signature(backbone_of(model).forward).parameters.values()
+        if not any(one.name == "use_cache" or one.kind is one.VAR_KEYWORD for one in taken):  # OpenAI's GPT of 4.57
+            raise ConfigError(f"{type(model).__name__} cannot be told to keep no cache: choose another model")
         if model.get_output_embeddings() is None:
             raise ConfigError(f"{type(model).__name__} has no output head to distil")
         if sees_later_tokens(model.config):

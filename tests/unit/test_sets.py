@@ -47,8 +47,8 @@ def test_the_hook_is_in_use(pytestconfig: pytest.Config) -> None:
     assert "sets.py" in names
 
 
-def test_one_worker_has_all_tests_of_several_processes(pytester: pytest.Pytester) -> None:
-    """Two workers run at once, each file's tests on one of them."""
+def test_one_worker_has_all_tests_of_a_room_that_starts_processes(pytester: pytest.Pytester) -> None:
+    """Two workers run at once, each room's or file's tests on one of them."""
     body = (
         "import os, pathlib, time, pytest\n"
         "@pytest.mark.parametrize('n', range(3))\n"
@@ -57,12 +57,13 @@ def test_one_worker_has_all_tests_of_several_processes(pytester: pytest.Pytester
         "    line = pathlib.Path(__file__).parent.name + ' ' + os.environ['PYTEST_XDIST_WORKER']\n"
         "    open('workers.txt', 'a').write(line + chr(10))\n"
     )
-    for name in ("dist/test_a", "e2e/test_b", "unit/test_c", "unit/test_d"):
+    for name in ("dist/test_a", "dist/test_b", "slurm/test_c", "nodes/test_d"):
         path = pytester.path / f"tests/{name}.py"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(body)
     result = pytester.runpytest_subprocess("-n", "2", "--dist", "loadscope", "--import-mode=importlib")
     result.assert_outcomes(passed=12)
     ran = {tuple(line.split()) for line in (pytester.path / "workers.txt").read_text().splitlines()}
-    assert len({worker for folder, worker in ran if folder in ("dist", "e2e")}) == 1
+    for rooms in (("dist",), ("slurm", "nodes")):
+        assert len({worker for folder, worker in ran if folder in rooms}) == 1
     assert len({worker for _, worker in ran}) == 2
