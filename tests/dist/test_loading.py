@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import transformers
 
 from ddk_ds.engine.model_files import read_model
 from tests.dist.ranks import run_ranks
@@ -69,6 +70,7 @@ def test_a_model_that_sees_later_tokens_is_refused(tmp_path: Path) -> None:
     assert said.startswith("teacher.path: XLNetLMHeadModel cannot be distilled: its tokens see later ones"), said
 
 
+@pytest.mark.skipif(transformers.__version__ < "5", reason="transformers 4's cannot be told to keep no cache")
 def test_the_gradients_of_layers_that_return_a_list_reach_the_optimizer(tmp_path: Path) -> None:
     # With a list torch calls none of ZeRO-3's hooks: the layers kept their weights, but for the decay of 1e-5.
     shape = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
