@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+import shutil
+import struct
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
-from ddk_ds.commands import plan_command
+from ddk_ds.commands import distill_rank, plan_command, prepare_command
 from ddk_ds.config import load_config
+from tools.bench.step_setting import save_byte_tokenizer
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
@@ -73,3 +78,50 @@ def test_a_sharded_mixture_does_not_pay_on_a_slow_network(tmp_path: Path) -> Non
     assert gathers["compute_s"] == pytest.approx(tokens * (2 * 3.61e9 + attention) / (0.42 * 989e12), rel=0.01)
     assert place["shard_within"] == "node" and place["fits"]
     assert place["tokens_per_s_per_gpu"] * 16 > 1.2 * plan["simulated_step"]["tokens_per_s"]
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a directory with a tokenizer of bytes, and shards of samples of 4,096 tokens."""
+    folder = tmp_path_factory.mktemp("pairs")
+    save_byte_tokenizer(300, folder / "tokenizer")
+    recipe = folder / "recipe.yaml"
+    recipe.write_text("domains: {python: {sources: ['stdlib:json/*.py', 'stdlib:email/*.py']}}\n")
+    arguments = ["--recipe", str(recipe), "--tokenizer", str(folder / "tokenizer"), "--out", str(folder / "shards")]
+    assert prepare_command.main([*arguments, "--sequence-length", "4096", "--validation-samples", "4"]) == 0
+    return folder
+
+
+def write_files(config: Path, tokenizer: Path, directory: Path) -> None:
+    """Write a model directory whose tensors have the names and shapes of the model, in a file full of holes."""
+    shutil.copytree(tokenizer, directory)
+    values = json.loads(config.read_text())
+    auto = AutoModelForImageTextToText if "text_config" in values else AutoModelForCausalLM
+    with torch.device("meta"):
+        model = auto.from_config(AutoConfig.for_model(**values), dtype=torch.bfloat16)
+    (directory / "config.json").write_text(json.dumps({**values, "architectures": [type(model).__name__]}))
+    model.tie_weights()
+    header: dict[str, Any] = {}
+    end = 0
+    for name, tensor in model.named_parameters():
+        begin, end = end, end + 2 * tensor.numel()
+        header[name] = {"dtype": "BF16", "shape": list(tensor.shape), "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    with (directory / "model.safetensors").open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        file.truncate(8 + len(text) + end)
+
+
+@pytest.mark.long("the whole shapes of ten models, a minute")
+@pytest.mark.parametrize("name", PAIRS)
+def test_the_dry_run(name: str, prepared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = CONFIGS / "pairs" / f"{name}.yaml"
+    config = load_config(file)
+    assert config.teacher is not None
+    for role, model in (("teacher", config.teacher), ("student", config.student)):
+        write_files(CONFIGS / f"models/{Path(model.path).name}.json", prepared / "tokenizer", tmp_path / role)
+    paths = [f"{role}.path={tmp_path / role}" for role in ("student", "teacher")]
+    paths += [f"data.path={prepared / 'shards'}", "data.validation_samples=4", f"output_dir={tmp_path}"]
+    assert distill_rank.main(["--config", str(file), "--dry-run", "--ranks", "16", *paths]) == 0
+    shown = capsys.readouterr().out
+    assert "every check passed" in shown and "vocabulary 300;" in shown and "16 ranks x" in shown
