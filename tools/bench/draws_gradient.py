@@ -57,6 +57,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.add_argument(f"--{name}", type=Path, metavar="DIR", required=True, help=f"directory: {name}")
     parser.add_argument("--samples", type=positive, default=8, help="samples of the data (default: %(default)s)")
     parser.add_argument("--seeds", type=positive, default=1000, help="draws of each number (default: %(default)s)")
+    parser.add_argument(
+        "--sizes",
+        type=positive,
+        nargs="+",
+        default=SIZES,
+        help="numbers of tokens kept (default: %(default)s)",
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="file for the numbers")
     parser.add_argument("--picture", type=Path, metavar="FILE", help="file for a picture; needs matplotlib")
     options = parser.parse_args(arguments)
@@ -64,7 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     whole = [part.detach() for part in gradients(setting, None)]
     rows = [
         row
-        for size in SIZES
+        for size in options.sizes
         if size <= setting.options.vocab_size
         for row in (of_draws(setting, whole, size, options.seeds), of_largest(setting, whole, size))
     ]
@@ -115,20 +122,21 @@ def gradients(setting: Setting, known: TeacherTopK | None) -> list[Tensor]:
 
 
 def of_draws(setting: Setting, whole: list[Tensor], draws: int, seeds: int) -> Row:
-    """Return the deviation of the gradient over seeds, and the largest test value of its mean over coordinates."""
+    """Return the deviation of the gradient over seeds, and the mean chi-square of its average at the hidden states."""
     squares = [0.0, 0.0]
-    sums, sums_of_squares = torch.zeros_like(whole[1]), torch.zeros_like(whole[1])
+    sums, sums_of_squares = torch.zeros_like(whole[0]), torch.zeros_like(whole[0])
     for seed in range(seeds):
         drawn = draws_of(
             setting.teacher, setting.teacher_head, setting.samples, draws, seed=seed, options=setting.options
         )
         errors = [found - exact for found, exact in zip(gradients(setting, drawn.known()), whole, strict=True)]
         squares = [so_far + float(error.double().square().sum()) for so_far, error in zip(squares, errors, strict=True)]
-        sums += errors[1]
-        sums_of_squares += errors[1].square()
+        sums += errors[0]
+        sums_of_squares += errors[0].square()
     variance = sums_of_squares / seeds
     tested = variance > 0
-    # Each is a square of a normal number if the gradient is right on average: their mean is 1, its deviation known.
+    # Each is the square of a normal number if the gradient is right on average: their mean is 1. Those of the head
+    # would not be: a row of it gets its share in the few seeds in which its token is drawn.
     chi_squares = (sums[tested] / seeds).square() / (variance[tested] / seeds)
     return {
         "kind": "draws",
@@ -171,8 +179,12 @@ def draw(result: Row, path: Path) -> None:
         axes.plot([row["size"] for row in rows], [row[key] for row in rows], label=label, **style)
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
-    axes.set_xticks(SIZES, [str(size) for size in SIZES])
-    axes.set_xlabel("tokens kept at each position")
+    sizes = {
+        row["size"]: f"{row['size']}\n{row['bytes_a_token']:,.0f}" for row in result["rows"] if row["kind"] == "draws"
+    }
+    axes.set_xticks(list(sizes), list(sizes.values()))
+    axes.minorticks_off()
+    axes.set_xlabel("tokens kept at each position, and the most bytes of their draws")
     axes.set_ylabel("share of the gradient's norm")
     tidy(axes, "y")
     figure.legend(loc="outside upper left", frameon=False, fontsize=9)
