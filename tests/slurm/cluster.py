@@ -76,7 +76,7 @@ class Cluster:
             assert time.monotonic() < end, f"{what}: not within {timeout_s} s\n{self.logs()}"
             time.sleep(0.1)
 
-    def wait_for_end(self, job: str, *, timeout_s: float = 120) -> tuple[str, int]:
+    def wait_for_end(self, job: str, *, timeout_s: float = 400) -> tuple[str, int]:
         """State and exit code of a job, when it has ended."""
         live = ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING")
         self.wait_for(f"end of job {job}", lambda: self.show(job)["JobState"] not in live, timeout_s=timeout_s)
