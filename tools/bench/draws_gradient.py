@@ -184,7 +184,7 @@ def draw(result: Row, path: Path) -> None:
     }
     axes.set_xticks(list(sizes), list(sizes.values()))
     axes.minorticks_off()
-    axes.set_xlabel("tokens kept at each position, and the most bytes of their draws")
+    axes.set_xlabel("tokens kept at a position; most bytes of draws")
     axes.set_ylabel("share of the gradient's norm")
     tidy(axes, "y")
     figure.legend(loc="outside upper left", frameon=False, fontsize=9)
