@@ -181,17 +181,17 @@ class Config(MethodSections):
     def _check_cache(self) -> None:
         """Raise ValueError if the loss needs more of the teacher than a cache has."""
         assert self.teacher is not None and self.teacher.cache is not None
+        keep, path = self.teacher.cache.keep, self.teacher.cache.path
         holds = {
             "sampled": "tokens drawn at one temperature, which give the forward KL alone (keep: topk gives every "
             "divergence, biased)",
             "topk": "the likeliest tokens at one temperature and the sum of the others, which has no other temperature",
         }
-        if found := self.beyond_cache(self.teacher.cache.keep):
+        if found := self.beyond_cache(keep):
             raise ValueError(
-                f"teacher.cache holds {holds[self.teacher.cache.keep]}, and the run has {', '.join(found)}: remove "
+                f"teacher.cache holds {holds[keep]}, and the run has {', '.join(found)}: remove "
                 "teacher.cache, or change that"
             )
-        path = "" if self.teacher is None or self.teacher.cache is None else self.teacher.cache.path
         if is_address(path) and not path.startswith(_UPLOADABLE):
             raise ValueError(
                 f"teacher.cache.path {path}: give a directory, or an address of {', '.join(_UPLOADABLE)}, where files "

@@ -66,6 +66,10 @@ class _NotComparable(Exception):
     """A model that does not reach its first attention without values."""
 
 
+class _Ended(Exception):
+    """The end of a model's first attention."""
+
+
 def choose_attention(
     config: dict[str, Any], directory: Path, key: str, section: Model | None = None, *, trusted: bool = False
 ) -> Attention:
@@ -226,13 +230,21 @@ def _calls(model: Any) -> list[_Call]:
 
 def _runs_unmasked(model: Any, attention: Any) -> bool:
     """Return True if a model's first `attention` ends without a mask, which causal text has in eager alone."""
-    ended: list[bool] = []
-    hook = attention.register_forward_hook(lambda *_: ended.append(True))
+
+    def end(*_: Any) -> None:
+        raise _Ended  # the rest of the pass is not needed
+
+    hook = attention.register_forward_hook(end)
     model.set_attn_implementation(_UNMASKED)
-    with suppress(Exception):  # of a later part: see `_calls`
+    try:
         model(torch.zeros(1, _LENGTH, dtype=torch.long), use_cache=False)
-    hook.remove()
-    return bool(ended)
+    except _Ended:
+        return True
+    except Exception:
+        return False
+    finally:
+        hook.remove()
+    return False
 
 
 def _kept(model: Any) -> str:

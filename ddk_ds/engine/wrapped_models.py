@@ -20,8 +20,6 @@ from ddk_ds.engine.stored_tensors import StoredTensor
 from ddk_ds.engine.unloaded_models import backbone_of, hf_config_of, meta_model, without_memory
 from ddk_ds.errors import ConfigError
 
-_PREFIX_MODELS = ("paligemma", "colpali")
-
 
 def text_part(
     config: dict[str, Any], tensors: dict[str, StoredTensor], where: str
@@ -35,7 +33,7 @@ def text_part(
     if family not in CONFIG_MAPPING or not CONFIG_MAPPING[family].sub_configs:
         return config, tensors
     name = next(iter(config.get("architectures") or ()), f"a {family}")
-    if family in _PREFIX_MODELS:
+    if family == "paligemma":  # version 4 does not say it in the text model's config.json (layers.sees_later_tokens)
         raise ConfigError(f"{where}: in {name} tokens of a prompt see later ones: choose a text model of its family")
     try:
         hf_config = hf_config_of(config)

@@ -158,8 +158,9 @@ def _train_interval(run: Run, ids: Ids) -> None:
     """Train on the rest of an interval with the global sample ids `ids` (total,). Collective."""
     comm, state, config = run.runtime.comm, run.state, run.config
     state.leave_out()
-    if run.cached is not None and config.distils:
-        missing = run.cached.look_for(ids[state.data.consumed :])
+    cached = run.cached if config.distils else None
+    if cached is not None:
+        missing = cached.look_for(ids[state.data.consumed :])
         if missing and run.teacher is None:
             if state.step:
                 _save_now(run)
@@ -174,8 +175,8 @@ def _train_interval(run: Run, ids: Ids) -> None:
         start_sample=state.data.consumed,
         readers=run.readers,
     )
-    if run.cached is not None:
-        batches = run.cached.ahead(batches)
+    if cached is not None:
+        batches = cached.ahead(batches)
     run.ahead.interval(ids, state.data.consumed)
     run.watchdog.watch("step", state.step)
     reader = StepReader(batches, config.micro_batches(comm.world_size), run.interruption)

@@ -48,13 +48,12 @@ def open_cache(config: Config, inputs: Inputs, dataset: MixtureDataset, comm: Co
         raise ConfigError(
             f"teacher.cache.top_k is {section.top_k}: the vocabulary has {inputs.vocabulary.size:,} tokens; lower it"
         )
-    place, conditions = open_place(section.path, config.data), cache_conditions(config, inputs)
-    shas = dict(zip(dataset.names, dataset.shas, strict=True))
+    place = open_place(section.path, config.data)
     if config.loads_teacher:
-        call_together(comm, lambda: make_cache(place, conditions) if comm.rank == 0 else None)
+        call_together(comm, lambda: make_cache(place, cache_conditions(config, inputs)) if comm.rank == 0 else None)
     else:
         call_together(comm, lambda: _require(place))
-    store = call_together(comm, lambda: TeacherCache(place, conditions, shas, inputs.vocabulary.size, inputs.teachers))
+    store = call_together(comm, lambda: open_samples(place, config, inputs, dataset))
     return CachedTeacher(
         store,
         dataset,
@@ -64,6 +63,12 @@ def open_cache(config: Config, inputs: Inputs, dataset: MixtureDataset, comm: Co
         pass_size=config.teacher_pass_size,
         looks_ahead=config.data.cache_dir is None,  # a remote shard may not be there yet, and must not be waited for
     )
+
+
+def open_samples(place: Place, config: Config, inputs: Inputs, dataset: MixtureDataset) -> TeacherCache:
+    """Open what a run's cache has at `place`. Raises ConfigError or DataError as TeacherCache does."""
+    shas = dict(zip(dataset.names, dataset.shas, strict=True))
+    return TeacherCache(place, cache_conditions(config, inputs), shas, inputs.vocabulary.size, inputs.teachers)
 
 
 def _require(place: Place) -> None:
@@ -163,7 +168,7 @@ def _teacher_perplexities(
     unknown = [i for i, value in enumerate(values) if value is None]
     if unknown:
         if teacher is None:
-            raise _no_perplexities(config, [inputs.names[i] for i in unknown])
+            raise _no_perplexities(place.location, [inputs.names[i] for i in unknown])
         unmeasured = [validation[i] for i in unknown]
         with progress.part("measuring the teacher", count_micro_batches(unmeasured)) as advance:
             measured = perplexities(
@@ -209,10 +214,10 @@ def lacking_samples(config: Config, missing: Mapping[str, int], drawn: Mapping[s
     )
 
 
-def _no_perplexities(config: Config, names: Sequence[str]) -> DataError:
+def _no_perplexities(location: str, names: Sequence[str]) -> DataError:
     """Return the error of a cache without the teacher's perplexities of some domains."""
     return DataError(
-        f"{_perplexity_place(config).location} has no perplexity of the teacher on the held-out samples of "
+        f"{location} has no perplexity of the teacher on the held-out samples of "
         f"{', '.join(names)} that was measured as this run would (models, data, options, versions), and "
         "teacher.cache.mode is read_only: ddk teach measures it, and so does a run with write_through"
     )

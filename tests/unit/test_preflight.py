@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
 import json
 import shutil
 import socket
 import struct
-import subprocess
 import threading
 import time
-from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -39,6 +36,7 @@ from ddk_ds.train.preflight.agreement import clock_offset
 from ddk_ds.train.preflight.machine import available_bytes, shared_memory
 from ddk_ds.train.preflight.rows import deadline, merge
 from ddk_ds.train.teacher_store import cache_conditions
+from tests.unit.mounts import tmpfs
 from tests.unit.test_bad_input import swap_two_tokens
 from tools.bench.small_run import write_config
 
@@ -55,19 +53,6 @@ def check(rows: dict[str, Row], name: str, *parts: str, status: str = "fail") ->
     assert all(part in f"{row.found} {row.fix}" for part in parts), row
     others = [row for row in rows.values() if row.status != "pass" and row.name != name]
     assert not others, others
-
-
-@contextlib.contextmanager
-def tmpfs(directory: Path, options: str) -> Iterator[Path]:
-    """Mount a separate file system at `directory`; skip the test if that is not possible."""
-    directory.mkdir(parents=True)
-    done = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", directory], capture_output=True, text=True)
-    if done.returncode:
-        pytest.skip(f"a tmpfs cannot be mounted here: {done.stderr.strip()}")
-    try:
-        yield directory
-    finally:
-        subprocess.run(["umount", directory], check=True)
 
 
 @pytest.fixture(autouse=True)

@@ -107,26 +107,33 @@ def measure(options: argparse.Namespace, folder: Path, console: Console) -> Row:
 
 
 def _write_config(options: argparse.Namespace, folder: Path) -> Path:
-    micro = max(1, options.samples // options.ranks // 2)
     values = {
         "name": "run",
         "output_dir": str(folder / "runs"),
         "method": "kd",
         "student": {"path": str(folder / "student")},
         "teacher": {"path": str(folder / "teacher")},
-        "data": {"path": str(folder / "shards"), "sequence_length": options.length, "validation_samples": 4},
+        "data": {
+            "path": str(folder / "shards"),
+            "sequence_length": options.length,
+            "validation_samples": 4,
+            "num_workers": options.workers,
+        },
         "optimizer": {"warmup_steps": 2},
         "train": {
             "global_batch_samples": options.samples,
-            "micro_batch_samples": micro,
+            "micro_batch_samples": _micro_batch(options),
             "precision": "fp32",
         },
         "stop": {"steps": WARM_UP + options.steps},
     }
-    values["data"] |= {"num_workers": options.workers}  # type: ignore[operator]
     path = folder / "run.yaml"
     path.write_text(OmegaConf.to_yaml(OmegaConf.create(values)))
     return path
+
+
+def _micro_batch(options: argparse.Namespace) -> int:
+    return max(1, options.samples // options.ranks // 2)
 
 
 def _fill(options: argparse.Namespace, config: Path, cache: Path, folder: Path) -> float:
@@ -151,8 +158,8 @@ def _fill(options: argparse.Namespace, config: Path, cache: Path, folder: Path) 
 
 def _bare(options: argparse.Namespace, folder: Path) -> float:
     """Return the tokens/s of the plain teacher's forward with its logits, on as many processes as there are ranks."""
-    micro, passes = max(1, options.samples // options.ranks // 2), 2 * options.steps
-    command = [sys.executable, "-c", BARE, str(folder / "teacher"), *map(str, (micro, options.length, passes))]
+    numbers = (_micro_batch(options), options.length, 2 * options.steps)
+    command = [sys.executable, "-c", BARE, str(folder / "teacher"), *map(str, numbers)]
     processes = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(options.ranks)]
     return sum(float(process.communicate()[0]) for process in processes)
 

@@ -16,7 +16,7 @@ from ddk_ds.mixture.order import DomainOrder
 from ddk_ds.train.inputs import Inputs
 from ddk_ds.train.preflight.machine import size
 from ddk_ds.train.preflight.rows import Row, judged
-from ddk_ds.train.teacher_store import cache_conditions, most_bytes
+from ddk_ds.train.teacher_store import most_bytes, open_samples
 
 _READ_S, _MOST_READ = 1.0, 64
 
@@ -31,8 +31,7 @@ def teacher_cache(config: Config, inputs: Inputs, ranks: int) -> Row:
     section, name = config.teacher.cache, "teacher's cache"
     place = open_place(section.path, config.data)
     dataset = MixtureDataset(inputs.store, inputs.names, vocab_size=inputs.vocabulary.size)
-    shas = dict(zip(dataset.names, dataset.shas, strict=True))
-    cache = TeacherCache(place, cache_conditions(config, inputs), shas, inputs.vocabulary.size, inputs.teachers)
+    cache = open_samples(place, config, inputs, dataset)
     draws = _draws(config, inputs)
     shown, missing = [], 0
     for domain, of_shards, drawn in zip(dataset.names, dataset.shard_sizes, draws, strict=True):
@@ -60,11 +59,13 @@ def teacher_cache(config: Config, inputs: Inputs, ranks: int) -> Row:
 
 def _rate(config: Config, cache: TeacherCache, ranks: int) -> str:
     """Return the words about a short read of the cache; "" if it is empty."""
-    numbers = [(domain, int(number)) for domain in cache.domains for number in cache.known(domain)]
-    if not numbers:
+    total = sum(len(cache.known(domain)) for domain in cache.domains)
+    if not total:
         return ""
-    step, began, read = max(1, len(numbers) // _MOST_READ), time.perf_counter(), 0
-    for domain, number in numbers[::step]:
+    step = max(1, total // _MOST_READ)
+    some = [(domain, number) for domain in cache.domains for number in cache.known(domain)[::step].tolist()]
+    began, read = time.perf_counter(), 0
+    for domain, number in some:
         cache.read(domain, number)
         read += 1
         if time.perf_counter() - began > _READ_S:
@@ -72,7 +73,7 @@ def _rate(config: Config, cache: TeacherCache, ranks: int) -> str:
     rate = read / (time.perf_counter() - began)
     of_step = config.train.global_batch_samples / ranks
     return (
-        f"; a short read gives {rate:,.0f} samples/s ({size(rate * cache.num_bytes / len(numbers))}/s), so that the "
+        f"; a short read gives {rate:,.0f} samples/s ({size(rate * cache.num_bytes / total)}/s), so that the "
         f"{of_step:g} samples of a rank's step take {of_step / rate:.2g} s"
     )
 

@@ -18,20 +18,9 @@ from ddk_ds.data.teacher_cache import TeacherCache, make_cache
 from ddk_ds.data.teacher_place import PARTS, LocalPlace, check_room
 from ddk_ds.errors import CheckpointError, ConfigError, DataError
 from tests.unit.data.test_teacher_cache import CONDITIONS, SHAS, VOCAB, equal, filled, opened, said
+from tests.unit.mounts import tmpfs
 
 NOBODY = 65_534
-
-
-@contextmanager
-def tmpfs(directory: Path, options: str) -> Iterator[Path]:
-    directory.mkdir(parents=True)
-    done = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", directory], capture_output=True, text=True)
-    if done.returncode:
-        pytest.skip(f"a tmpfs cannot be mounted here: {done.stderr.strip()}")
-    try:
-        yield directory
-    finally:
-        subprocess.run(["umount", directory], check=True)
 
 
 @pytest.fixture
