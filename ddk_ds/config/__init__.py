@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from ddk_ds.config.load import load_config, load_run_config, make_config, to_yaml
 from ddk_ds.config.methods import METHODS, Doremi, Ted
+from ddk_ds.config.optimizer import Optimizer
 from ddk_ds.config.run_config import Config
 from ddk_ds.config.sections import (
     Checkpoint,
@@ -18,7 +19,6 @@ from ddk_ds.config.sections import (
     Mixture,
     Model,
     Monitor,
-    Optimizer,
     Positive,
     Section,
 )

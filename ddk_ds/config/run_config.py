@@ -12,6 +12,7 @@ from pydantic import Field, PrivateAttr, model_validator
 
 from ddk_ds.config.keys import value_at
 from ddk_ds.config.methods import MethodSections
+from ddk_ds.config.optimizer import Optimizer, check_schedule
 from ddk_ds.config.paths import LocalPath, NamedPaths, is_address
 from ddk_ds.config.sections import (
     Checkpoint,
@@ -23,7 +24,6 @@ from ddk_ds.config.sections import (
     Mixture,
     Monitor,
     Natural,
-    Optimizer,
     Stop,
     Student,
     Teacher,
@@ -110,11 +110,8 @@ class Config(MethodSections):
     @model_validator(mode="after")
     def _sections_agree(self) -> Config:
         self._check_teacher()
-        if self.stop.steps is not None and self.optimizer.warmup_steps >= self.stop.steps:
-            raise ValueError(
-                f"optimizer.warmup_steps is {self.optimizer.warmup_steps}, stop.steps {self.stop.steps}: the learning "
-                "rate would never reach its peak; lower optimizer.warmup_steps"
-            )
+        if self.stop.steps is not None or self.stop.intervals is not None:
+            check_schedule(self.optimizer, total_steps_without_data(self))
         if self.monitor.samples_every and self.monitor.sample_tokens >= self.data.sequence_length:
             raise ValueError(
                 f"monitor.sample_tokens is {self.monitor.sample_tokens}, data.sequence_length "
@@ -340,3 +337,8 @@ def total_steps(config: Config, corpus_samples: int) -> int:
             interval += 1
         ends.append(steps)
     return min(ends)
+
+
+def total_steps_without_data(config: Config) -> int:
+    """Return the largest number of steps by `stop.steps` and `stop.intervals`, one of which is set."""
+    return total_steps(config.model_copy(update={"stop": config.stop.model_copy(update={"data_once": False})}), 0)

@@ -307,37 +307,6 @@ class Loss(Section):
     vocabulary and device."""
 
 
-class Optimizer(Section):
-    """AdamW, with a learning rate that rises linearly from 0 and then falls along a cosine."""
-
-    learning_rate: PositiveFloat = 3e-5
-    """Peak learning rate."""
-    min_learning_rate: NonNegativeFloat = 3e-6
-    """Learning rate at the end of the cosine."""
-    warmup_steps: Natural = 1000
-    """Optimizer steps of the linear warm-up."""
-    betas: tuple[Fraction, Fraction] = (0.9, 0.95)
-    """Decay rates of AdamW's first and second moment."""
-    eps: PositiveFloat = 1e-8
-    """Constant in AdamW's denominator."""
-    weight_decay: NonNegativeFloat = 0.1
-    """Decoupled weight decay; norms and biases (tensors of one axis) have none."""
-    clip_norm: NonNegativeFloat = 1.0
-    """Global gradient norm above which gradients are scaled down to it; 0: no clipping."""
-    offload: Literal["none", "cpu", "nvme"] = "none"
-    """Memory that holds the optimizer's states; none: the device's own."""
-    fused: bool = True
-    """Use torch's fused AdamW, which updates the states in one pass on GPU and CPU; false: one operation at a time."""
-
-    @model_validator(mode="after")
-    def _floor_below_peak(self) -> Optimizer:
-        if self.min_learning_rate > self.learning_rate:
-            raise ValueError(
-                f"min_learning_rate {self.min_learning_rate} is above learning_rate {self.learning_rate}: lower it"
-            )
-        return self
-
-
 class Train(Section):
     """Batch sizes and precision of an optimizer step."""
 

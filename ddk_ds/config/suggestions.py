@@ -17,6 +17,8 @@ _ELSEWHERE = {
     "optimizer.learning_rate": "lr peaklr maxlr baselr",
     "optimizer.min_learning_rate": "minlr lrmin etamin endlr",
     "optimizer.warmup_steps": "warmup numwarmupsteps lrwarmupsteps lrwarmupiters warmupiters warmupratio twarmup",
+    "optimizer.schedule": "lrschedulertype lrscheduler scheduler lrdecaystyle decaystyle",
+    "optimizer.decay_steps": "numdecaysteps lrwsddecaysteps wsddecaysteps",
     "optimizer.betas": "adambeta1 adambeta2 beta1 beta2 adambetas",
     "optimizer.eps": "adamepsilon adameps epsilon",
     "optimizer.weight_decay": "wd decay",

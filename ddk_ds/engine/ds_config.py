@@ -68,7 +68,7 @@ _DERIVED_KEYS: dict[str, str | None] = {
     "communication_data_type": "train.reduce_dtype",
     "fp16": "train.precision",
     "optimizer": "optimizer",
-    "scheduler": "optimizer.warmup_steps and optimizer.min_learning_rate",
+    "scheduler": "optimizer.schedule and optimizer.warmup_steps",
     "zero_optimization.stage": None,
     "zero_optimization.offload_optimizer": "optimizer.offload",
     "zero_optimization.offload_param": "student.offload_params",

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from ddk_ds.config import Config
-from ddk_ds.config.run_config import corpus_samples, interval_steps, total_steps
+from ddk_ds.config.run_config import corpus_samples, interval_steps, total_steps, total_steps_without_data
 from ddk_ds.data.manifest import FILE_NAME, load_manifest
 from ddk_ds.data.mds import token_dtype
 from ddk_ds.data.store import LocalStore
@@ -164,8 +164,7 @@ def _assumed_data(config: Config, head_rows: int) -> PlannedData:
             f"stop: the run ends with its data, and data.path {config.data.path} holds no {FILE_NAME} here: give "
             f"stop.steps=N, or data.path=DIR of the prepared shards{config.path_note('data.path')}"
         )
-    without_data = config.model_copy(update={"stop": config.stop.model_copy(update={"data_once": False})})
-    steps = total_steps(without_data, 0)
+    steps = total_steps_without_data(config)
     domains = len(config.data.domains) if config.data.domains is not None else ASSUMED_DOMAINS
     token_bytes = np.dtype(token_dtype(head_rows)).itemsize
     samples = steps * config.train.global_batch_samples + domains * config.data.validation_samples

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from ddk_ds.comm import Comm, call_together
 from ddk_ds.config import Config, Model
+from ddk_ds.config.optimizer import check_schedule
 from ddk_ds.config.run_config import corpus_samples, interval_steps, total_steps
 from ddk_ds.data.cache import open_store
 from ddk_ds.data.manifest import Manifest, load_manifest
@@ -241,7 +242,12 @@ def _check_exhaustion(config: Config, manifest: Manifest, names: list[str]) -> E
     mixture = config.mixture
     sizes = {name: manifest.domains[name].train.samples for name in names}
     exhaustion = make_exhaustion(mixture, sizes)
-    steps = min(interval_steps(mixture, 0), total_steps(config, corpus_samples(mixture, sizes)))
+    total = total_steps(config, corpus_samples(mixture, sizes))
+    try:
+        check_schedule(config.optimizer, total)
+    except ValueError as error:
+        raise ConfigError(f"{config.data.path}: {error}") from error
+    steps = min(interval_steps(mixture, 0), total)
     exhaustion.check_first(steps * config.train.global_batch_samples, mixture.exclude)
     return exhaustion
 

@@ -20,9 +20,10 @@ from ddk_ds.train.checkpoint.saver import SaveFailed
 from ddk_ds.train.guard import NumbersGoneWrong, check_interval, check_step
 from ddk_ds.train.interruption import Interrupted
 from ddk_ds.train.interval import Array, interval_record, ratio_to_teacher, stop_reason
+from ddk_ds.train.learning_rate import learning_rate
 from ddk_ds.train.run import Run
 from ddk_ds.train.run_end import companions, make_summary, summary_table, write_summary
-from ddk_ds.train.step import StepMetrics, learning_rate, seed_step, step_clock, step_numbers, train_step
+from ddk_ds.train.step import StepMetrics, seed_step, step_clock, step_numbers, train_step
 from ddk_ds.train.step_reader import StepReader
 from ddk_ds.train.teacher_store import lacking_samples
 from ddk_ds.train.validation import count_micro_batches, perplexities

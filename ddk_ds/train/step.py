@@ -1,6 +1,6 @@
-"""One optimizer step: its learning rate and dropout seed, the update from micro-batches, and its line of the ledger.
+"""One optimizer step: its dropout seed, the update from micro-batches, and its line of the ledger.
 
-Learning rate and seed are pure functions of the step, so that there is nothing of them to save or to restore.
+The seed is a pure function of the step, so that there is nothing of it to save or to restore.
 """
 
 from __future__ import annotations
@@ -15,23 +15,12 @@ from typing import Any
 import torch
 
 from ddk_ds.comm import Comm
-from ddk_ds.config import Optimizer
 from ddk_ds.data.loader import MicroBatch
 from ddk_ds.engine.flops import utilisation
 from ddk_ds.engine.student import Student
 from ddk_ds.engine.transfers import to_device
 from ddk_ds.kernels import KDLoss
 from ddk_ds.methods import IGNORE_INDEX, Batch, Method, next_token_labels
-
-
-def learning_rate(step: int, total_steps: int, options: Optimizer) -> float:
-    """Return the rate of step `step` (from 0): a linear warm-up, then a cosine down to its minimum at `total_steps`."""
-    if step < options.warmup_steps:
-        return options.learning_rate * (step + 1) / options.warmup_steps
-    decay_steps = max(1, total_steps - options.warmup_steps)
-    progress = min(1.0, (step - options.warmup_steps) / decay_steps)
-    span = options.learning_rate - options.min_learning_rate
-    return options.min_learning_rate + span * 0.5 * (1.0 + math.cos(math.pi * progress))
 
 
 @dataclass(frozen=True)

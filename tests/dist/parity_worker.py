@@ -18,7 +18,8 @@ from ddk_ds.engine.student import Student, load_student
 from ddk_ds.engine.teacher import Teacher, load_teacher
 from ddk_ds.kernels import Options
 from ddk_ds.methods import make_method, next_token_labels
-from ddk_ds.train.step import learning_rate, train_step
+from ddk_ds.train.learning_rate import learning_rate
+from ddk_ds.train.step import train_step
 from ddk_ds.train.validation import perplexities
 from tests.dist.tiny import VOCAB, save_model, tiny_config
 

@@ -99,6 +99,10 @@ def refused(**sections: Any) -> bool:
 def test_sections_that_do_not_fit_together_are_refused() -> None:
     assert [refused(optimizer={"warmup_steps": n}) for n in (99, 100, 101)] == [False, True, True]
     assert not refused(optimizer={"warmup_steps": 100}, stop={"intervals": 2})
+    assert refused(optimizer={"warmup_steps": 10_000}, stop={"intervals": 2})
+    late = {"schedule": "wsd", "warmup_steps": 40}
+    assert [refused(optimizer={**late, "decay_steps": n}) for n in (60, 61)] == [False, True]
+    assert refused(optimizer={"warmup_steps": 40, "decay_steps": 20}) and not refused(optimizer=late)
     lengths = {"sequence_length": 32, "path": "data"}
     for tokens, wrong in ((31, False), (32, True)):
         samples = {"samples_every": 10, "sample_tokens": tokens}

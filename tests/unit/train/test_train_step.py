@@ -1,4 +1,4 @@
-"""One optimizer step's own parts: its learning rate, its dropout seed, its batches' sums and its line of the ledger."""
+"""One optimizer step's own parts: its dropout seed, its batches' sums and its line of the ledger."""
 
 from __future__ import annotations
 
@@ -11,47 +11,10 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import get_cosine_with_min_lr_schedule_with_warmup
 
 from ddk_ds.comm import SingleProcess
-from ddk_ds.config import Optimizer
 from ddk_ds.kernels import KDLoss
-from ddk_ds.train.step import StepMetrics, learning_rate, seed_step, step_clock, step_numbers, train_step
-
-
-def rates(steps: int, total: int, warmup: int, peak: float = 1.0, least: float = 0.1) -> list[float]:
-    """Return the learning rates of the first steps."""
-    options = Optimizer(learning_rate=peak, min_learning_rate=least, warmup_steps=warmup)
-    return [learning_rate(step, total, options) for step in range(steps)]
-
-
-def test_the_learning_rate_by_hand() -> None:
-    """Warm-up of 4 steps to 1, then a cosine over 6 steps to 0.1; cos(pi k / 6) is 1, sqrt(3)/2, 1/2, 0, ..."""
-    root = math.sqrt(3) / 2
-    falling = [0.55 + 0.45 * cosine for cosine in (1, root, 0.5, 0, -0.5, -root, -1)]
-    expected = [0.25, 0.5, 0.75, 1.0, *falling, 0.1, 0.1]  # it stays at its minimum
-    assert rates(13, 10, 4) == pytest.approx(expected, rel=1e-12)
-
-
-@pytest.mark.parametrize("warmup", [1, 7])
-def test_the_learning_rate_is_that_of_transformers(warmup: int) -> None:
-    """Transformers' rate before its first step is 0: its warm-up is one step ahead, its cosine is at the same steps."""
-    total, peak, least = 50, 3e-5, 3e-6
-    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=peak)
-    scheduler = get_cosine_with_min_lr_schedule_with_warmup(optimizer, warmup, total, min_lr=least)
-    theirs = []
-    for _ in range(total + 1):
-        theirs.append(optimizer.param_groups[0]["lr"])
-        optimizer.step()
-        scheduler.step()
-    expected = [*theirs[1 : warmup + 1], *theirs[warmup:]]
-    assert rates(total + 1, total, warmup, peak, least) == pytest.approx(expected, rel=1e-9)
-
-
-def test_a_learning_rate_whose_warmup_is_none_or_all() -> None:
-    assert rates(3, 2, 0) == pytest.approx([1.0, 0.55, 0.1])
-    assert rates(5, 3, 3) == pytest.approx([1 / 3, 2 / 3, 1.0, 1.0, 0.1])
-    assert rates(4, 3, 8) == pytest.approx([1 / 8, 2 / 8, 3 / 8, 4 / 8])
+from ddk_ds.train.step import StepMetrics, seed_step, step_clock, step_numbers, train_step
 
 
 def test_a_steps_dropout_is_its_own() -> None:
