@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field, PrivateAttr, model_validator
 
@@ -57,8 +57,10 @@ class Config(MethodSections):
     output_dir: LocalPath = "runs"
     """Directory that holds the runs' directories; the default lies in the directory where the run is started."""
     init_from: LocalPath | None = None  # once the run has a checkpoint of its own, this one may be gone
-    """Checkpoint, or a run's directory, whose weights, optimizer, step and position in the data this run begins
-    with."""
+    """Checkpoint, or a run's directory, whose weights and optimizer this run begins with."""
+    init_as: Literal["fork", "phase"] = "fork"
+    """fork: the run goes on at the checkpoint's step and place in the data. phase: it begins at step 0 with data,
+    sequence length, batch, mixture and schedule of its own, such as a last phase on long samples."""
     seed: Natural = 0
     """Seed of the data order and of dropout."""
     student: Student
@@ -110,6 +112,8 @@ class Config(MethodSections):
     @model_validator(mode="after")
     def _sections_agree(self) -> Config:
         self._check_teacher()
+        if self.init_as == "phase" and self.init_from is None:
+            raise ValueError("init_as is phase: set init_from to the checkpoint, or the run, that it begins from")
         if self.stop.steps is not None or self.stop.intervals is not None:
             check_schedule(self.optimizer, total_steps_without_data(self))
         if self.monitor.samples_every and self.monitor.sample_tokens >= self.data.sequence_length:

@@ -178,8 +178,8 @@ class Student:
         if list(chain(*(group.items() for group in saved))) != list(chain(*(group.items() for group in own))):
             raise CheckpointError(
                 f"{directory}: its weights have other names, shapes or places than those of "
-                f"{type(self.whole).__name__} in transformers {transformers.__version__}: continue with the version "
-                "that wrote it, which its manifest.json names"
+                f"{type(self.whole).__name__} in transformers {transformers.__version__}: give the model that it "
+                "was trained from, and continue with the version that wrote it, which its manifest.json names"
             )
         groups = [{k: v for k, v in group.items() if k != "params"} for group in engine.optimizer.param_groups]
         # Frozen parameters are not saved; they are as they were loaded from the model's own files.

@@ -15,7 +15,7 @@ from ddk_ds.report.records import RunRecord
 from ddk_ds.run_files import UNREADABLE
 
 _KINDS = {
-    "restart": ("start", "resume", "fork"),
+    "restart": ("start", "resume", "fork", "phase"),
     "alarm": ("alarm", "warning"),
     "fault": ("roll_back", "stopped", "checkpoint_failed", "damaged", "skipped", UNREADABLE),
 }

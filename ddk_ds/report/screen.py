@@ -106,7 +106,7 @@ def _line(markup: str) -> Text:
 
 
 def _starts(events: Sequence[dict[str, Any]]) -> int:
-    return sum(event["event"] in ("start", "resume", "fork") for event in events)
+    return sum(event["event"] in ("start", "resume", "fork", "phase") for event in events)
 
 
 def _ranks(events: Sequence[dict[str, Any]]) -> int:

@@ -15,7 +15,7 @@ from ddk_ds.config.keys import flatten
 from ddk_ds.errors import CheckpointError
 from ddk_ds.files import is_leftover, nearest_existing, read_object, remove_leftovers, sync, write_text, written
 from ddk_ds.train.checkpoint.checkpoint_files import FORMAT, newest_checkpoint
-from ddk_ds.train.checkpoint.restore import check_fork
+from ddk_ds.train.checkpoint.restore import check_source
 
 # Options that may differ between two starts of one run: they say where things lie and how fast it runs, and change
 # no number.
@@ -59,7 +59,7 @@ def run_identity(config: Config, fingerprints: dict[str, Any]) -> dict[str, Any]
         # Once the run has a checkpoint of its own, the one that it was forked from may be deleted.
         newest = newest_checkpoint(config.run_dir)
         known = None if newest is None else newest[1].run.get(_INIT_FROM)
-        identity[_INIT_FROM] = known or check_fork(config.init_from, identity)
+        identity[_INIT_FROM] = known or check_source(config.init_from, config.init_as, identity)
     return identity
 
 

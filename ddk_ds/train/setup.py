@@ -147,11 +147,11 @@ def _announce_start(run: Run, start: Start | None) -> None:
     if start is None:
         run.ledger.event("start", **setting, versions=versions())
         return
-    kind, done = ("fork", "forked") if start.forked else ("resume", "resumed")
+    done = {"fork": "forked", "phase": "new phase", "resume": "resumed"}[start.kind]
     step, changed, wrote = run.state.step, start.changed_versions, start.manifest.world_size
     ranks = "" if wrote == world_size else f"; {wrote} ranks wrote it, {world_size} go on"
     message = f"{done} from {start.directory}, step {step}{ranks}"
-    run.announce(kind, message, step=step, **setting, path=str(start.directory), changed_versions=changed)
+    run.announce(start.kind, message, step=step, **setting, path=str(start.directory), changed_versions=changed)
     if changed:
         shown = ", ".join(f"{name} {change}" for name, change in changed.items())
         run.progress.say(f"warning: other versions than before, so the last digits may differ: {shown}")

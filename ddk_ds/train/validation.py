@@ -98,6 +98,7 @@ _NOT_THE_TEACHERS = (
     "content.by_domain",  # each domain's own teacher stands in the place of content.teacher
     "content.filters",
     "content.schedule",
+    "init_as",
     "content.init_from",
 )
 

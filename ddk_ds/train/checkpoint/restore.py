@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from ddk_ds.comm import Comm, call_together
 from ddk_ds.config import Config
@@ -32,16 +32,26 @@ from ddk_ds.train.state import RunState
 from ddk_ds.version import versions
 
 ROLL_BACKS = "roll_backs.json"
-# Options and fingerprints that a fork shares with its source: they shape the checkpoint's tensors and data order.
-_COMMON = (
-    "seed",
-    "data.sequence_length",
-    "train.global_batch_samples",
-    "train.precision",
-    "content.student",
-    "content.tokenizer",
-    "content.domains.",
-)
+# Options and fingerprints that a run shares with the one it begins from. They shape a checkpoint's tensors, and for a
+# fork its data order too. A phase may have another config.json, such as one with more positions.
+_COMMON = {
+    "phase": ("train.precision", "content.tokenizer"),
+    "fork": (
+        "seed",
+        "data.sequence_length",
+        "data.documents",
+        "train.global_batch_samples",
+        "train.precision",
+        "content.student",
+        "content.tokenizer",
+        "content.domains.",
+    ),
+}
+_KEEPS = {
+    "phase": "A phase keeps tokenizer and precision, and the student's parameters; all else can change",
+    "fork": "A fork keeps the start model, the tokenizer, domains and shards, seed, sequence length, global batch and "
+    "precision; all else can change, and with init_as: phase those of the data too",
+}
 
 
 @dataclass(frozen=True)
@@ -50,8 +60,8 @@ class Start:
 
     directory: Path
     manifest: Manifest
-    forked: bool = False
-    """True if it is another run's checkpoint, named by `init_from`."""
+    kind: Literal["resume", "fork", "phase"] = "resume"
+    """resume: it is the run's own checkpoint. Else another run's, named by `init_from` (see `init_as`)."""
     passed: list[PassedOver] = field(default_factory=list)
     """Newer checkpoints that cannot be used; each has been renamed."""
 
@@ -79,11 +89,11 @@ def find_start(config: Config, comm: Comm, at_most: int | None = None) -> Start 
     if found is not None:
         directory, manifest, passed = found
         start = Start(directory, manifest, passed=passed)
-    elif config.init_from is not None:
+    elif config.init_from is not None and not (config.init_as == "phase" and at_most is not None):
         directory, manifest = source_checkpoint(config.init_from)
         if not is_intact(directory, manifest, comm):
             raise CheckpointError(f"init_from: {directory} is damaged, its files are not what their hashes say")
-        start = Start(directory, manifest, forked=True)
+        start = Start(directory, manifest, kind=config.init_as)
     else:
         return None
     if start.manifest.world_size != comm.world_size and config.optimizer.offload == "nvme":
@@ -138,19 +148,24 @@ def source_checkpoint(init_from: str) -> tuple[Path, Manifest]:
     return newest
 
 
-def check_fork(init_from: str, identity: dict[str, Any]) -> str:
-    """Return the hash of the checkpoint at `init_from`, if a run of that identity can continue from it.
+def check_source(init_from: str, init_as: Literal["fork", "phase"], identity: dict[str, Any]) -> str:
+    """Return the hash of the checkpoint at `init_from`, if a run of that identity can begin from it.
 
     Raises CheckpointError, naming the first differences, if it cannot.
     """
     directory, manifest = source_checkpoint(init_from)
-    keys = [key for key in {**manifest.run, **identity} if key.startswith(_COMMON)]
+    keys = [key for key in {**manifest.run, **identity} if key.startswith(_COMMON[init_as])]
     differing = [key for key in sorted(keys) if manifest.run.get(key) != identity.get(key)]
     if differing:
         shown = "; ".join(f"{key} was {manifest.run.get(key)!r}, is {identity.get(key)!r}" for key in differing[:4])
         raise CheckpointError(
-            f"init_from: {directory} cannot continue under this configuration: {shown}. A fork keeps the start model, "
-            "the tokenizer, domains and shards, seed, sequence length, global batch and precision; all else can change"
+            f"init_from: {directory} cannot continue under this configuration: {shown}. {_KEEPS[init_as]}"
+        )
+    same = [key for key in identity if key.startswith("content.domains.") and manifest.run.get(key) == identity[key]]
+    if init_as == "phase" and same and manifest.run["seed"] == identity["seed"]:
+        raise CheckpointError(
+            f"init_from: {directory} was trained on the same shards of {same[0].removeprefix('content.domains.')}, "
+            f"and with seed {identity['seed']} this phase would read them in the same order again: set another seed"
         )
     return size_and_xxh64(directory / MANIFEST)[1]
 
@@ -161,12 +176,16 @@ def restore(run: Run, start: Start) -> None:
     Raises CheckpointError if its data order or ledger are not this run's.
     """
     fresh = run.state
-    run.state = start.load(run.student)
+    loaded = start.load(run.student)
+    if start.kind == "phase":
+        run.ledger.rewind(0)
+        return
+    run.state = loaded
     run.state.data.check_fits(fresh.data)
-    if start.forked and run.config.loss.chunk_tokens is not None:
+    if start.kind == "fork" and run.config.loss.chunk_tokens is not None:
         run.state.chunk_tokens = fresh.chunk_tokens
     run.head_options = replace(run.head_options, chunk_tokens=run.state.chunk_tokens)
-    run.ledger.rewind(0 if start.forked else start.manifest.ledger_bytes)
+    run.ledger.rewind(0 if start.kind == "fork" else start.manifest.ledger_bytes)
     for passed in start.passed:
         message = f"warning: {passed.path} {passed.reason}; continuing from an older one"
         run.announce("damaged", message, path=str(passed.path), reason=passed.reason)

@@ -63,7 +63,7 @@ def test_a_forks_source_is_asked_for_until_the_run_has_a_checkpoint(
     config = config_of(tmp_path, init_from=str(tmp_path / "old"))
     newest: list[Any] = [None]
     monkeypatch.setattr(module, "newest_checkpoint", lambda run_dir: newest[0])
-    monkeypatch.setattr(module, "check_fork", lambda source, identity: f"hash of {Path(source).name}")
+    monkeypatch.setattr(module, "check_source", lambda source, init_as, identity: f"hash of {Path(source).name}")
     identity = run_identity(config, {})
     assert identity["content.init_from"] == "hash of old" and "init_from" not in identity
     newest[0] = tmp_path, SimpleNamespace(run={"content.init_from": "hash at the start"})
