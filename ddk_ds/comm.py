@@ -45,7 +45,7 @@ class Comm(Protocol):
         """Overwrite `tensor` with the one of the first rank of this node."""
 
     def group_within(self, scope: str) -> Any:
-        """Return the process group of this rank within `scope`: "node", "gpu" (this rank alone) or "world" (None)."""
+        """Return the process group of this rank within `scope`: "node" or "world" (None)."""
 
     def barrier(self) -> None:
         """Wait until every rank has called this."""
@@ -117,9 +117,7 @@ class ProcessGroup:
         dist.broadcast(tensor, src=self._node_first, group=self._node_group)
 
     def group_within(self, scope: str) -> Any:
-        if scope == "world":
-            return None
-        return self._node_group if scope == "node" else dist.new_group([self.rank], use_local_synchronization=True)
+        return None if scope == "world" else self._node_group
 
     def barrier(self) -> None:
         dist.barrier()

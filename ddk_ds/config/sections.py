@@ -60,7 +60,7 @@ class Model(Section):
     case."""
     compile_layers: bool = False
     """Compile each layer with torch.compile: norms, rotary positions and gates become one kernel each. The first step
-    of a model takes longer."""
+    of a model takes longer. A teacher with `shard_within: gpu` is compiled as a whole, on a GPU as a CUDA graph."""
 
     @model_validator(mode="after")
     def _layers_agree(self) -> Model:
@@ -110,9 +110,10 @@ class TeacherCache(Section):
 class Teacher(Model):
     """The frozen model. The placement of its weights and the way they are gathered change no number of the run."""
 
-    shard_within: Literal["world", "node", "gpu"] = "world"
+    shard_within: Literal["world", "node", "gpu", "auto"] = "world"
     """Ranks that share one copy of the weights. world: all ranks; node: the ranks of a node, so that gathers stay
-    inside it; gpu: each rank has its own copy."""
+    inside it; gpu: each rank has a copy of its own on its device, a plain module without ZeRO-3; auto: the first of
+    gpu, node and world that fits into memory by preflight's estimate."""
     micro_batches_per_pass: Positive | Literal["auto"] = 1
     """Micro-batches whose hidden states one pass computes, layer by layer: each weight is gathered once for all of
     them. auto: as many as fit into memory by preflight's estimate."""
@@ -128,7 +129,30 @@ class Teacher(Model):
     def _passes_agree(self) -> Teacher:
         if self.micro_batches_per_pass != 1 and not self.whole_layers:
             raise ValueError("micro_batches_per_pass computes layer by layer: set whole_layers to true")
+        if self.shard_within in ("gpu", "auto") and self.offload_params != "none":
+            raise ValueError(
+                f"shard_within: {self.shard_within} has the weights on the device, and offload_params is "
+                f"{self.offload_params}: set shard_within to node or world"
+            )
+        if self.shard_within == "auto" and self.compile_layers:
+            raise ValueError(
+                "compile_layers rounds differently where the teacher is compiled as a whole (gpu) and where layer by "
+                "layer (node, world), and shard_within: auto takes what fits: name one of the three"
+            )
         return self
+
+    @property
+    def compiled_whole(self) -> bool:
+        """True if the backbone is compiled as one function and not layer by layer, which rounds differently."""
+        return self.compile_layers and self.place == "gpu"
+
+    @property
+    def place(self) -> Literal["world", "node", "gpu"]:
+        """Ranks that share one copy; all of them while `shard_within` is still `auto`.
+
+        train/teacher_passes.py replaces `auto` before the run begins.
+        """
+        return "world" if self.shard_within == "auto" else self.shard_within
 
     @property
     def pass_size(self) -> int:

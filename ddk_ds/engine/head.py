@@ -102,7 +102,7 @@ class StudentRoot(nn.Module):
 
 
 class FrozenHead:
-    """A frozen model's sharded output head, gathered only inside `gathered()` and `held()`.
+    """A frozen model's output head; if it is sharded, it is gathered only inside `gathered()` and `held()`.
 
     It belongs to no engine's module tree, so it can be gathered during the student's forward without entering the trace
     of the student's parameters. It is gathered on a stream of its own, for which only the computation waits that needs
@@ -111,7 +111,7 @@ class FrozenHead:
 
     def __init__(self, head: nn.Module, form: LogitForm, clock: StageClock) -> None:
         self._head = OutputHead(head.weight, getattr(head, "bias", None), form)  # type: ignore[arg-type]
-        self._parts: list[Any] = [part for part in self._head[:2] if part is not None]
+        self._parts: list[Any] = [part for part in self._head[:2] if hasattr(part, "ds_id")]  # those that are sharded
         self._clock = clock
         self._stream = None if get_accelerator().is_synchronized_device() else get_accelerator().Stream()
         self._gathered: list[Any] = []

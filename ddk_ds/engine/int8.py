@@ -7,6 +7,7 @@ in bf16 with half as many elements. Products are computed in the compute dtype, 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import deepspeed
@@ -15,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ddk_ds.engine.config_sizes import is_expert, is_router
+from ddk_ds.engine.weights import full_shape
 from ddk_ds.errors import ConfigError
 
 INT8_MAX = 127
@@ -86,10 +88,11 @@ _ROWS = 65536
 
 
 @torch.no_grad()
-def quantize_layers(layers: nn.ModuleList, config: dict[str, Any], ds_config: dict[str, Any], group: Any) -> None:
-    """Quantize the linear modules and fused experts in the sharded `layers`, layer by layer. Collective.
+def quantize_layers(layers: nn.ModuleList, config: dict[str, Any], shard: Callable[[nn.Module], object]) -> None:
+    """Quantize the linear modules and fused experts in `layers`, layer by layer. Collective if ZeRO-3 shards them.
 
-    Routers stay as they are: their small errors would choose other experts. `config` is the model's config.json.
+    `config` is the model's config.json, and `shard` shards each layer's new modules. Routers stay as they are: their
+    small errors would choose other experts.
     Raises ConfigError if less than half of the layers' weights can be quantized, or if a weight's rows do not fill
     whole elements of the compute dtype.
     """
@@ -99,9 +102,9 @@ def quantize_layers(layers: nn.ModuleList, config: dict[str, Any], ds_config: di
         new = nn.ModuleDict()
         for path, module in list(layer.named_modules()):
             parameters: dict[str, Any] = dict(module.named_parameters(recurse=False))
-            names = [name for name, p in parameters.items() if _fits(module, f".{path}.{name}", p.ds_shape, config)]
+            names = [name for name, p in parameters.items() if _fits(module, f".{path}.{name}", full_shape(p), config)]
             for name in names:
-                width = parameters[name].ds_shape[-1]
+                width = full_shape(parameters[name])[-1]
                 if width % parameters[name].itemsize:
                     raise ConfigError(f"teacher.quantize: {path} has rows of {width}, which do not fill whole elements")
                 num_quantized += _elements(parameters[name])
@@ -112,7 +115,7 @@ def quantize_layers(layers: nn.ModuleList, config: dict[str, Any], ds_config: di
                     new[path.replace(".", "/")] = Int8Linear(module.weight.data, module.bias)
                 else:
                     new[path.replace(".", "/")] = Int8Experts(module, names)
-        deepspeed.zero.Init(module=new, config_dict_or_path=ds_config, data_parallel_group=group)
+        shard(new)
         for path, module in new.items():
             layer.set_submodule(path.replace("/", "."), module)
     if num_quantized < _LEAST_SHARE * num_weights:
@@ -124,7 +127,7 @@ def quantize_layers(layers: nn.ModuleList, config: dict[str, Any], ds_config: di
 
 
 def _elements(parameter: Any) -> int:
-    return int(parameter.ds_numel)
+    return full_shape(parameter).numel()
 
 
 def _fits(module: nn.Module, name: str, shape: Any, config: dict[str, Any]) -> bool:

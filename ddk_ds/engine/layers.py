@@ -14,6 +14,7 @@ from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from ddk_ds.config import Model
+from ddk_ds.engine.compiling import compile_layers
 from ddk_ds.engine.config_sizes import experts_per_token
 from ddk_ds.errors import ConfigError
 
@@ -61,9 +62,7 @@ def prepare_layers(backbone: nn.Module, depth: int, section: Model) -> None:
     for layer in layers:  # for a list, as OpenAI's GPT returns it, torch calls no hooks on gradients: ZeRO-3's are such
         layer.register_forward_hook(lambda _layer, _given, output: tuple(output) if type(output) is list else None)
     if section.compile_layers:
-        for layer in layers:
-            # The compiled part lies inside the hooks that gather the layer.
-            layer.forward = torch.compile(layer.forward)
+        compile_layers(layers, backbone.config)
 
 
 def _with_choices(backbone: nn.Module) -> list[nn.Module]:

@@ -8,6 +8,9 @@ These are assumptions, not measurements:
   is used again soon. The teacher has no backward pass: one layer (or its embedding) is gathered, and the next one is
   prefetched (engine/ds_config.py). On a GPU two more layers of each are released and not yet computed, since the host
   runs ahead by as many (engine/gather_brake.py).
+- A teacher within a GPU is never gathered. In 8 bits it is loaded complete in the compute dtype before the student is
+  there, and then converted layer by layer.
+- A CUDA graph keeps the memory of the activations that are computed in it, for the whole run.
 - A layer's activations are those of a block like Llama's: two norms in float32; attention without stored scores,
   except `eager`; an MLP, gated unless its tensors have the names of one without a gate. With gradient checkpointing
   each layer keeps its input, and with "selective" also the results of its matrix products and attention; one layer at
@@ -28,7 +31,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 from ddk_ds.config import Config, Model
 from ddk_ds.config.sections import Teacher
@@ -43,9 +47,12 @@ PROCESS_BYTES = 800_000_000
 OPTIMIZER_BYTES, GRADIENT_BYTES = 12, 4
 REDUCE_BYTES = {"float32": 4, "bfloat16": 2}
 """Bytes of a gradient on the way between ranks, by `train.reduce_dtype`."""
+PLACES = ("gpu", "node", "world")
+"""Places of the teacher's weights that `teacher.shard_within: auto` tries, the fastest first."""
 MEMORY_MARGIN = 0.9
 """Share of a memory that a plan can use; the rest is for the allocator's holes and the estimate's errors."""
 
+_LIBRARIES = "CUDA context and NCCL"
 _SIZES = ("stage3_param_persistence_threshold", "stage3_max_live_parameters", "sub_group_size")
 # Buffers that DeepSpeed pins for offloading to nvme: 5 of 1e8 elements of parameters, 4 sub-groups of the optimizer.
 _NVME_PARAMETERS, _NVME_SUB_GROUPS = 500_000_000, 4
@@ -63,16 +70,19 @@ class MemoryEstimate:
     """Bytes on the device during the optimizer's update, when nothing of `passes` is held."""
     host: dict[str, int]
     """Bytes in the host's memory."""
+    loading: dict[str, int] = field(default_factory=dict)
+    """Bytes on the device while the teacher is loaded, when nothing else is held than the libraries."""
 
     @property
     def parts(self) -> dict[str, int]:
-        """Return all parts by name. Those of `passes` and of `update` are never held at the same time."""
-        return {**self.resident, **self.passes, **self.update, **self.host}
+        """Return all parts by name. Those of `passes`, of `update` and of `loading` are never held at the same time."""
+        return {**self.resident, **self.passes, **self.update, **self.host, **self.loading}
 
     @property
     def device_bytes(self) -> int:
         """Return the largest number of bytes that the rank holds on its device at a time."""
-        return sum(self.resident.values()) + max(sum(self.passes.values()), sum(self.update.values()))
+        trained = sum(self.resident.values()) + max(sum(self.passes.values()), sum(self.update.values()))
+        return max(trained, self.resident.get(_LIBRARIES, 0) + sum(self.loading.values()))
 
     @property
     def host_bytes(self) -> int:
@@ -102,9 +112,10 @@ def estimate_memory(
     zero = _zero_sizes(config, student)
     compute = COMPUTE_BYTES[config.train.precision]
     libraries = CONTEXT_BYTES + (COMMUNICATORS * COMMUNICATOR_BYTES if world_size > 1 else 0)
-    resident = {"CUDA context and NCCL": libraries if device_type == "cuda" else 0}
+    resident = {_LIBRARIES: libraries if device_type == "cuda" else 0}
     host = {"process": PROCESS_BYTES}
     weights: dict[str, tuple[Model, ModelShape]] = {"student shards": (config.student, student)}
+    loading: dict[str, int] = {}
     per_pass, converted = 1, 0  # micro-batches in one pass of the teacher; bytes of a layer's experts out of 8 bits
     if config.teacher is None or not config.loads_teacher:
         teacher = None
@@ -112,6 +123,9 @@ def estimate_memory(
         micro_batches = config.train.global_batch_samples // (config.train.micro_batch_samples * world_size)
         per_pass = max(1, min(config.teacher.pass_size, micro_batches))
         if teacher is not None:
+            if config.teacher.quantize != "none" and config.teacher.place == "gpu":
+                whole = teacher.parameters + max(teacher.tensors)
+                loading = {"teacher before it has 8 bits": compute * whole}
             if config.teacher.quantize == "int8" and teacher.experts_per_token:
                 converted = compute * teacher.largest_layer
             teacher = teacher.as_sharded(config.teacher, config.train.precision)
@@ -128,10 +142,13 @@ def estimate_memory(
     small = sum(size for size in student.tensors if size <= zero["param_persistence_threshold"])
     resident["small parameters"] = compute * small
     passes = _passes(config, student, teacher, vocab_size, zero, device_type, per_pass)
+    if teacher is not None and config.teacher is not None and config.teacher.compiled_whole and device_type == "cuda":
+        tokens, length = config.train.micro_batch_samples * config.data.sequence_length, config.data.sequence_length
+        resident["teacher's CUDA graph"] = _layer_activations(config.teacher, teacher, tokens, length, compute)
     if converted:
         passes["teacher's experts out of 8 bits"] = converted
     passes["gradients joined for the reduction"] = _joined_bytes(student, bucket, world_size, compute, reduced)
-    return MemoryEstimate(resident, passes, update, host)
+    return MemoryEstimate(resident, passes, update, host, loading)
 
 
 def _zero_sizes(config: Config, student: ModelShape) -> dict[str, int]:
@@ -181,20 +198,48 @@ def fewest_passes(config: Config, micro_batches: int, fits: Callable[[Config], b
     takes one micro-batch.
     """
     for passes in range(1, micro_batches):
-        candidate = _with_passes(config, math.ceil(micro_batches / passes))
+        candidate = _with_teacher(config, micro_batches_per_pass=math.ceil(micro_batches / passes))
         if fits(candidate):
             return candidate
-    return _with_passes(config, 1)
+    return _with_teacher(config, micro_batches_per_pass=1)
 
 
-def _with_passes(config: Config, count: int) -> Config:
+def settled_place(config: Config, fits: Callable[[Config], bool]) -> Config:
+    """Return the configuration with the first of `PLACES` that `fits` accepts in place of `teacher.shard_within: auto`.
+
+    If nothing fits, it is the last one, which takes the least memory.
+    """
+    if config.teacher is None or config.teacher.shard_within != "auto":
+        return config
+    placed = [_with_teacher(config, shard_within=place) for place in PLACES]
+    return next((candidate for candidate in placed if fits(candidate)), placed[-1])
+
+
+def fits_into(
+    usable: float,
+    shapes: tuple[ModelShape, ModelShape | None],
+    vocab_size: int,
+    world_size: int,
+    local_ranks: int,
+    device_type: str,
+) -> Callable[[Config], bool]:
+    """Return a function that is True for a configuration whose estimated memory fits into `usable` bytes. Pure."""
+
+    def fits(config: Config) -> bool:
+        estimate = estimate_memory(config, *shapes, vocab_size, world_size, device_type, local_ranks)
+        return (estimate.total if device_type == "cpu" else estimate.device_bytes) <= usable
+
+    return fits
+
+
+def _with_teacher(config: Config, **values: Any) -> Config:
     assert config.teacher is not None, "the run has no teacher"
-    return config.model_copy(update={"teacher": config.teacher.model_copy(update={"micro_batches_per_pass": count})})
+    return config.model_copy(update={"teacher": config.teacher.model_copy(update=values)})
 
 
 def shard_ranks(model: Model, world_size: int, ranks_per_node: int | None) -> int:
     """Return the number of ranks over which one copy of a model's weights is sharded."""
-    within = model.shard_within if isinstance(model, Teacher) else "world"
+    within = model.place if isinstance(model, Teacher) else "world"
     return {"world": world_size, "node": min(ranks_per_node or world_size, world_size), "gpu": 1}[within]
 
 
@@ -235,9 +280,10 @@ def _passes(
         parts["logits' gradients"] = min(tokens, GROUP_CHUNKS * chunk) * padded(vocab_size) * compute
     if teacher is not None and config.teacher is not None:
         layer = _layer_activations(config.teacher, teacher, tokens, config.data.sequence_length, compute)
-        # A layer's input and output are those of all micro-batches of the pass; inside, one is computed at a time.
-        layer += 2 * (per_pass - 1) * tokens * teacher.hidden * compute
-        parts["teacher gathered"] = compute * teacher_gathered(teacher, device_type)
+        if config.teacher.place != "gpu":
+            # A layer's input and output are those of all micro-batches of the pass; inside, one is computed at a time.
+            layer += 2 * (per_pass - 1) * tokens * teacher.hidden * compute
+            parts["teacher gathered"] = compute * teacher_gathered(teacher, device_type)
         # The teacher's activations are released before the student's begin.
         parts["activations"] = max(parts["activations"], layer)
     return parts

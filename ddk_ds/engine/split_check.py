@@ -17,6 +17,7 @@ from torch import nn
 from torch.nn import functional
 
 from ddk_ds.comm import Comm
+from ddk_ds.engine.compiling import uncompiled
 from ddk_ds.engine.head import OutputHead
 from ddk_ds.engine.student import Student
 from ddk_ds.engine.teacher import Teacher
@@ -43,7 +44,7 @@ def check_split(model: Student | Teacher, input_ids: torch.Tensor, vocab_size: i
     token changes the logits before it.
 
     Args:
-        model: as loaded for training, sharded.
+        model: as loaded for training.
         input_ids: tokens (B, L) of this rank; the first row's first `MAX_TOKENS` are used.
         vocab_size: number of logits that are compared.
         key: the model's section of the configuration.
@@ -58,7 +59,7 @@ def check_split(model: Student | Teacher, input_ids: torch.Tensor, vocab_size: i
         return apply_form(functional.linear(hidden, head.weight[:vocab_size], bias), head.form)[0]
 
     try:
-        with model.evaluating():
+        with uncompiled(), model.evaluating():
             ours, with_other = model(torch.cat([row, other]), logits).unflatten(0, (2, -1)).float()
             theirs = _whole_logits(model.whole, row)[..., :vocab_size].flatten(0, 1).float()
     except RuntimeError as error:
@@ -97,7 +98,7 @@ def _whole_logits(whole: Any, input_ids: torch.Tensor) -> torch.Tensor:
 
         def gather(module: nn.Module, _arguments: Any) -> None:
             own: list[Any] = list(module.parameters(recurse=False))
-            released = [part for part in own if part.ds_status == ZeroParamStatus.NOT_AVAILABLE]
+            released = [p for p in own if getattr(p, "ds_status", None) == ZeroParamStatus.NOT_AVAILABLE]
             gathered.enter_context(GatheredParameters(released))
 
         for module in whole.modules():

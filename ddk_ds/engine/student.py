@@ -1,9 +1,9 @@
-"""The student on its ZeRO-3 engine, and the sharded loading of a model, which the teacher uses too."""
+"""The student on its ZeRO-3 engine, and the loading of a model, which the teacher uses too."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
@@ -34,7 +34,7 @@ from ddk_ds.engine.router_loss import RouterLoss, router_loss
 from ddk_ds.engine.stage_clock import StageClock, time_gathers, time_reductions
 from ddk_ds.engine.transfers import HostCopy
 from ddk_ds.engine.unloaded_models import backbone_of, meta_model, no_init_weights
-from ddk_ds.engine.weights import load_weights, persistent_buffers
+from ddk_ds.engine.weights import full_shape, load_weights, persistent_buffers
 from ddk_ds.engine.zero_shards import MODEL_FILE, ShardWriter, load_shard
 from ddk_ds.errors import CheckpointError, ConfigError
 
@@ -220,7 +220,7 @@ def load_student(
     """
     largest_layer = model_shape(files).largest_layer
     ds_config = student_ds_config(config, comm.world_size, bucket_sizes(largest_layer))
-    model = load_sharded(config, config.student, "student.path", files, ds_config, comm)
+    model = load_built(config, config.student, "student.path", files, comm, zero_init(ds_config, form=_OneDtype))
     check_vocabulary(model, vocab_size, "student.path")
     checkpoint_layers(model, config.student.gradient_checkpointing)
     prepare_layers(backbone_of(model), files.num_layers, config.student)
@@ -308,11 +308,19 @@ class _OneDtype(deepspeed.zero.Init):
         super()._post_init_method(module)
 
 
+def zero_init(ds_config: dict[str, Any], group: Any = None, form: Any = deepspeed.zero.Init) -> Any:
+    """Return a context in which a model is built with its parameters sharded over the ranks of `group` (None: all)."""
+    # zero.Init takes its dtype from ds_config; its argument `dtype` always gives bf16 on a CPU. By default it would
+    # also convert to that dtype what the model computes in fp32, such as rotary frequencies.
+    overrides = [deepspeed.zero.DeepSpeedTensorOverride.device]
+    return form(config_dict_or_path=ds_config, tensor_overrides=overrides, data_parallel_group=group)
+
+
 @freed_at_once()
-def load_sharded(
-    config: Config, model: Model, key: str, files: ModelFiles, ds_config: dict[str, Any], comm: Comm, group: Any = None
+def load_built(
+    config: Config, model: Model, key: str, files: ModelFiles, comm: Comm, construction: AbstractContextManager[Any]
 ) -> PreTrainedModel:
-    """Load the model of these files with its parameters sharded over the ranks of `group` (None: all). Collective.
+    """Load the model of these files, built inside `construction`, which shards it or names its device. Collective.
 
     `key` is the configuration key that names the model in errors. Raises ConfigError if it cannot be built or filled.
     """
@@ -323,12 +331,7 @@ def load_sharded(
     hf_config.use_cache = False
     dtype = DTYPES[config.train.precision]
     try:
-        # zero.Init takes its dtype from ds_config; its argument `dtype` always gives bf16 on a CPU. By default it would
-        # also convert to that dtype what the model computes in fp32, such as rotary frequencies.
-        overrides = [deepspeed.zero.DeepSpeedTensorOverride.device]
-        construction = _OneDtype if model is config.student else deepspeed.zero.Init
-        sharded = construction(config_dict_or_path=ds_config, tensor_overrides=overrides, data_parallel_group=group)
-        with no_init_weights(), sharded:
+        with no_init_weights(), construction:
             built = AutoModelForCausalLM.from_config(
                 hf_config, attn_implementation=kernel, dtype=dtype, trust_remote_code=trusted
             )
@@ -342,7 +345,7 @@ def load_sharded(
 def check_vocabulary(model: PreTrainedModel, vocab_size: int, key: str) -> None:
     """Raise ConfigError, naming the configuration `key`, if the model's head has fewer rows than `vocab_size`."""
     head: Any = model.get_output_embeddings()
-    rows = int(head.weight.ds_shape[0])
+    rows = int(full_shape(head.weight)[0])
     if rows < vocab_size:
         raise ConfigError(f"{key}: its head has {rows} rows, the tokenizer {vocab_size} tokens: not a pair")
 

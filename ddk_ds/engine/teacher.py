@@ -1,18 +1,21 @@
-"""The frozen teacher on its ZeRO-3 engine."""
+"""The frozen teacher: sharded on a ZeRO-3 engine, or a plain module on each rank's device."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import deepspeed
 import torch
 from deepspeed.accelerator import get_accelerator
+from torch import nn
 from transformers import PreTrainedModel
 
 from ddk_ds.comm import Comm
 from ddk_ds.config import Config
+from ddk_ds.engine.compiling import compile_layers, compile_whole
 from ddk_ds.engine.ds_config import teacher_ds_config, teacher_sizes
 from ddk_ds.engine.filters import FilterShape, LayerTaps
 from ddk_ds.engine.gather_brake import GatherBrake
@@ -21,12 +24,16 @@ from ddk_ds.engine.int8 import quantize_layers
 from ddk_ds.engine.layers import LayerByLayer, layers_of, prepare_layers
 from ddk_ds.engine.model_files import ModelFiles, model_shape
 from ddk_ds.engine.stage_clock import StageClock, time_gathers
-from ddk_ds.engine.student import check_vocabulary, load_sharded
+from ddk_ds.engine.student import check_vocabulary, load_built, zero_init
 from ddk_ds.engine.unloaded_models import backbone_of
 
 
 class Teacher:
-    """The frozen model: its backbone on an engine without an optimizer, and its head outside of that engine."""
+    """The frozen model: its backbone and, apart from it, its head.
+
+    A sharded backbone belongs to an engine without an optimizer. A resident one (`shard_within: gpu`) is a plain
+    module: nothing is gathered, and each of its passes takes one micro-batch.
+    """
 
     def __init__(
         self,
@@ -38,6 +45,7 @@ class Teacher:
         clock: StageClock,
     ) -> None:
         self.engine = engine
+        """The backbone's engine; of a resident teacher the backbone itself."""
         self.whole = whole
         self.head = head
         self._taps = taps
@@ -46,18 +54,27 @@ class Teacher:
 
     @torch.inference_mode()
     def hidden(self, batches: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """Return the last hidden states (B*L, H) of each micro-batch of token ids (B, L), computed in one pass.
+        """Return the last hidden states (B*L, H) of each micro-batch of token ids (B, L).
 
-        They are in the head's dtype; Mamba's backbone gives float32.
+        A sharded teacher computes them in one pass if it was loaded for several. They are in the head's dtype; Mamba's
+        backbone gives float32.
         """
-        with self.clock.stage("teacher"), self._parts(len(batches)):
-            ids = batches[0] if len(batches) == 1 else torch.cat(list(batches))
-            states = self.engine(input_ids=ids, use_cache=False).last_hidden_state.to(self.head.dtype)
+        with self.clock.stage("teacher"):
+            if self._layers is None:
+                return [self._states(ids).flatten(0, 1) for ids in batches]
+            with self._layers.parts(len(batches)):
+                states = self._states(torch.cat(list(batches)))
             return [part.flatten(0, 1) for part in states.chunk(len(batches))]
+
+    def _states(self, input_ids: torch.Tensor) -> torch.Tensor:
+        states: torch.Tensor = self.engine(input_ids=input_ids, use_cache=False).last_hidden_state
+        return states.to(self.head.dtype)
 
     def hidden_with_layers(self, batches: Sequence[torch.Tensor]) -> list[tuple[torch.Tensor, list[torch.Tensor]]]:
         """Return for each micro-batch its last hidden states, and those (B*L, H) of the layers that TED matches."""
         assert self._taps is not None, "the teacher was loaded without matched layers"
+        if self._layers is None and len(batches) > 1:
+            return [self.hidden_with_layers([ids])[0] for ids in batches]
         with self._taps.recording() as states:
             hidden = self.hidden(batches)
         # Autograd does not accept tensors that were made in inference mode.
@@ -81,12 +98,6 @@ class Teacher:
         with self.head.held() if len(batches) > 1 else nullcontext():
             yield
 
-    def _parts(self, count: int) -> Any:
-        if count == 1:
-            return nullcontext()
-        assert self._layers is not None, "the teacher was loaded for one micro-batch per pass"
-        return self._layers.parts(count)
-
     @contextmanager
     def evaluating(self) -> Iterator[None]:
         """Run the block without gradients and without timing; then release the gathered and prefetched weights."""
@@ -94,7 +105,8 @@ class Teacher:
             with torch.no_grad(), self.clock.paused():
                 yield
         finally:
-            self.engine.optimizer.get_param_coordinator().release_and_reset_all(self.engine.module)
+            if isinstance(self.engine, deepspeed.DeepSpeedEngine):
+                self.engine.optimizer.get_param_coordinator().release_and_reset_all(self.engine.module)
 
 
 def load_teacher(
@@ -111,24 +123,39 @@ def load_teacher(
     the teacher's stages in each step; None makes a new clock. Raises ConfigError if the model cannot be built, filled
     from `files` or prepared as section teacher asks, or if its head has fewer rows than `vocab_size`.
     """
-    assert config.teacher is not None, "the run has no teacher"
-    stored = model_shape(files).as_sharded(config.teacher, config.train.precision)
+    section = config.teacher
+    assert section is not None, "the run has no teacher"
+    stored = model_shape(files).as_sharded(section, config.train.precision)
     ds_config = teacher_ds_config(config, teacher_sizes(stored.largest_layer, stored.head))
-    group = comm.group_within(config.teacher.shard_within)
-    model = load_sharded(config, config.teacher, "teacher.path", files, ds_config, comm, group)
+    resident = section.place == "gpu"
+    group = None if resident else comm.group_within(section.place)
+    device = torch.device(get_accelerator().current_device_name())
+    construction = device if resident else zero_init(ds_config, group)
+    model = load_built(config, section, "teacher.path", files, comm, construction)
     check_vocabulary(model, vocab_size, "teacher.path")
     model.requires_grad_(False).eval()
-    clock = clock or StageClock(get_accelerator().device_name())
+    clock = clock or StageClock(device.type)
     head = FrozenHead(model.get_output_embeddings(), files.logit_form, clock)
     backbone = backbone_of(model)
     taps = None if shape is None else LayerTaps(backbone, [pair[1] for pair in shape.pairs], files.num_layers)
-    if config.teacher.quantize == "int8":
-        quantize_layers(layers_of(backbone, files.num_layers), files.config, ds_config, group)
-    prepare_layers(backbone, files.num_layers, config.teacher)
-    layers = LayerByLayer(layers_of(backbone, files.num_layers)) if config.teacher.pass_size > 1 else None
+    if section.quantize == "int8":
+        shard = partial(deepspeed.zero.Init, config_dict_or_path=ds_config, data_parallel_group=group)
+        quantize_layers(layers_of(backbone, files.num_layers), files.config, _leave if resident else shard)
+    if resident:
+        if section.compile_layers and taps is None:
+            compile_whole(backbone, model.config, device.type)
+        elif section.compile_layers:  # the hooks of the taps stay outside of what is compiled
+            compile_layers(layers_of(backbone, files.num_layers), model.config)
+        return Teacher(backbone, model, head, taps, None, clock)
+    prepare_layers(backbone, files.num_layers, section)
+    layers = LayerByLayer(layers_of(backbone, files.num_layers)) if section.pass_size > 1 else None
     engine, _, _, _ = deepspeed.initialize(model=backbone, config=ds_config)
     engine.eval()
     assert not hasattr(engine.optimizer, "fp32_partitioned_groups_flat"), "the teacher's engine holds optimizer state"
     brake = GatherBrake(get_accelerator(), stored.largest_layer)
     time_gathers(engine.optimizer.get_param_coordinator(), brake, clock, TEACHER_GATHER)
     return Teacher(engine, model, head, taps, layers, clock)
+
+
+def _leave(module: nn.Module) -> None:
+    """Leave the tensors of `module` complete."""

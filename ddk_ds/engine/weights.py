@@ -32,12 +32,12 @@ MAX_SHARD_BYTES = 5 * 10**9
 
 
 def load_weights(model: nn.Module, files: ModelFiles, comm: Comm) -> None:
-    """Fill the partitioned parameters and the buffers of `model` from its safetensors files.
+    """Fill the parameters, sharded or not, and the buffers of `model` from its safetensors files.
 
-    The first rank of each node reads a tensor, casts it and broadcasts it within the node; each rank keeps its slice.
-    The host holds one tensor of the model in addition to the shards, and while that is made of several stored ones, as
-    are a layer's joined experts, twice its size. Collective. Raises ConfigError if the files lack a tensor that the
-    model needs, or have another shape.
+    The first rank of each node reads a tensor, casts it and broadcasts it within the node; each rank keeps its slice,
+    or all of it. The host holds one tensor of the model in addition to these, and while that is made of several stored
+    ones, as are a layer's joined experts, twice its size. Collective. Raises ConfigError if the files lack a tensor
+    that the model needs, or have another shape.
     """
     targets = model_tensors(model)
     loaded: set[int] = set()
@@ -48,6 +48,11 @@ def load_weights(model: nn.Module, files: ModelFiles, comm: Comm) -> None:
     if missing:
         shown = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
         raise ConfigError(f"{files.directory}: its weights lack {shown}; is config.json that of these weights?")
+
+
+def full_shape(parameter: Any) -> torch.Size:
+    """Return the shape of a complete parameter, which may be sharded."""
+    return getattr(parameter, "ds_shape", parameter.shape)
 
 
 def persistent_buffers(model: nn.Module) -> dict[str, torch.Tensor]:

@@ -79,6 +79,10 @@ def _widened(config: Config, models: Models, cluster: Cluster, changes: list[_Ch
 
 def _possible_changes(config: Config, now: MemoryPlan) -> Iterator[_Change]:
     """Yield every change that saves memory and is not made in the configuration yet, the cheapest first."""
+    sharded: dict[str, Any] = {}
+    if config.teacher is not None and config.teacher.place == "gpu":
+        sharded = {"shard_within": "node"}
+        yield _Change({"teacher": sharded}, "the teacher's layers are gathered from the GPUs of the node")
     if not config.student.gradient_checkpointing:
         price = "the cheap operations of the student's layers are computed twice"
         yield _Change({"student": {"gradient_checkpointing": "selective"}}, price)
@@ -89,7 +93,8 @@ def _possible_changes(config: Config, now: MemoryPlan) -> Iterator[_Change]:
     if config.optimizer.offload == "none":
         yield _Change({"optimizer": {"offload": "cpu"}}, "gradients and weights cross PCIe, the host updates")
     if config.teacher is not None and config.teacher.offload_params == "none":
-        yield _Change({"teacher": {"offload_params": "cpu"}}, "the teacher's shards cross PCIe for each micro-batch")
+        price = "the teacher's shards cross PCIe for each micro-batch"
+        yield _Change({"teacher": {**sharded, "offload_params": "cpu"}}, price)
 
 
 def _more_nodes(config: Config, models: Models, cluster: Cluster, changes: list[_Change]) -> list[Advice]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ddk_ds.config import Config
-from ddk_ds.engine.memory_estimate import MEMORY_MARGIN, MemoryEstimate, estimate_memory
+from ddk_ds.engine.memory_estimate import MEMORY_MARGIN, MemoryEstimate, estimate_memory, settled_place
 from ddk_ds.planner.gpus import Cluster
 from ddk_ds.planner.plan_inputs import Models
 
@@ -33,7 +33,7 @@ class MemoryPlan:
     """Bytes that each device and each host holds."""
 
     device_parts: dict[str, int]
-    """Bytes of each part on one device. A pass's parts and the update's parts are never held at the same time."""
+    """Bytes of each part on one device. Those of a pass, of the update and of loading are never held together."""
     host_parts: dict[str, int]
     """Bytes of each part on the host, for one device."""
     device_bytes: int
@@ -71,7 +71,7 @@ def plan_memory(config: Config, models: Models, cluster: Cluster) -> MemoryPlan:
     per_rank, remainder = divmod(config.train.global_batch_samples, cluster.ranks)
     dividing = [n for n in range(1, min(largest, per_rank) + 1) if per_rank % n == 0 and not remainder]
     return MemoryPlan(
-        device_parts=_plan_parts({**total.resident, **total.passes, **total.update}),
+        device_parts=_plan_parts({**total.resident, **total.passes, **total.update, **total.loading}),
         host_parts=_plan_parts(total.host),
         device_bytes=total.device_bytes,
         host_bytes=total.host_bytes * cluster.gpus_per_node,
@@ -84,6 +84,12 @@ def plan_memory(config: Config, models: Models, cluster: Cluster) -> MemoryPlan:
         max_micro_batch=largest,
         max_dividing=max(dividing, default=0),
     )
+
+
+def placed(config: Config, models: Models, cluster: Cluster) -> Config:
+    """Return the configuration with the place that a run on the cluster takes for `teacher.shard_within: auto`."""
+    usable = MEMORY_MARGIN * cluster.gpu.memory_bytes
+    return settled_place(config, lambda tried: estimate(tried, models, cluster).device_bytes <= usable)
 
 
 def estimate(config: Config, models: Models, cluster: Cluster) -> MemoryEstimate:

@@ -10,7 +10,7 @@ from ddk_ds.engine.flops import RunFlops, run_flops, training_flops
 from ddk_ds.engine.memory_estimate import MEMORY_MARGIN, OPTIMIZER_BYTES
 from ddk_ds.engine.model_files import COMPUTE_BYTES
 from ddk_ds.planner.advice import Advice, advise
-from ddk_ds.planner.gpu_memory import MemoryPlan, plan_memory
+from ddk_ds.planner.gpu_memory import MemoryPlan, placed, plan_memory
 from ddk_ds.planner.gpus import LINK_EFFICIENCY, MEMORY_EFFICIENCY, Cluster, Speed
 from ddk_ds.planner.plan_inputs import Models, PlannedData
 from ddk_ds.planner.simulations import LayoutPoint, advised, layouts_on
@@ -96,6 +96,7 @@ class Plan:
 def make_plan(config: Config, models: Models, data: PlannedData, cluster: Cluster, speed: Speed) -> Plan:
     """Plan the run on that cluster. Raises ConfigError where the batch is no multiple of all GPUs' micro-batches."""
     config.micro_batches(cluster.ranks)
+    config = placed(config, models, cluster)
     teacher = None if models.teacher is None else models.teacher.forward_flops
     student = models.student.forward_flops
     flops = run_flops(config, student, teacher, steps=data.steps, measurements=data.measurements, domains=data.domains)

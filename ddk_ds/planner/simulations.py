@@ -14,7 +14,7 @@ from pathlib import Path
 from ddk_ds.config import Config, load_config
 from ddk_ds.engine.memory_estimate import fewest_passes
 from ddk_ds.errors import ConfigError
-from ddk_ds.planner.gpu_memory import changed, plan_memory
+from ddk_ds.planner.gpu_memory import changed, placed, plan_memory
 from ddk_ds.planner.gpus import Cluster
 from ddk_ds.planner.plan_inputs import Models, find_inputs
 from ddk_ds.planner.step_time import NOT_HIDDEN, simulate_step
@@ -63,7 +63,7 @@ def simulate_scaling(
     """
 
     def point(at: Cluster, samples: int) -> ScalingPoint:
-        scaled = _with_batch(config, samples, at.ranks)
+        scaled = placed(_with_batch(config, samples, at.ranks), models, at)
         step = simulate_step(scaled, models, at, domains=domains, storage_bytes_per_s=storage_bytes_per_s)
         fits = plan_memory(scaled, models, at).fits
         micro_batch = scaled.train.micro_batch_samples
@@ -163,9 +163,9 @@ def layouts_on(
     """Simulate every layout of the teacher's weights on one cluster; the configuration has a teacher."""
 
     def point(within: str, several: bool) -> LayoutPoint:
-        placed = changed(config, teacher={"shard_within": within, "micro_batches_per_pass": 1})
-        most = placed.micro_batches(at.ranks) if several else 1
-        chosen = fewest_passes(placed, most, lambda tried: plan_memory(tried, models, at).fits)
+        one_each = changed(config, teacher={"shard_within": within, "micro_batches_per_pass": 1})
+        most = one_each.micro_batches(at.ranks) if several else 1
+        chosen = fewest_passes(one_each, most, lambda tried: plan_memory(tried, models, at).fits)
         step = simulate_step(chosen, models, at, domains=domains, storage_bytes_per_s=storage_bytes_per_s)
         memory = plan_memory(chosen, models, at)
         return LayoutPoint(
@@ -179,7 +179,8 @@ def layouts_on(
             several=several,
         )
 
-    return [point(within, several) for within, several in LAYOUTS]
+    offloads = config.teacher is not None and config.teacher.offload_params != "none"
+    return [point(within, several) for within, several in LAYOUTS if not (within == "gpu" and offloads)]
 
 
 def advised(points: Sequence[LayoutPoint]) -> LayoutPoint | None:
@@ -231,6 +232,7 @@ def simulate_variants(
     for combination in product(*choices):
         config = load_config(config_file, [*overrides, *combination])
         models, data = find_inputs(config, model_dirs)
+        config = placed(config, models, cluster)
         step = simulate_step(config, models, cluster, domains=data.domains, storage_bytes_per_s=storage_bytes_per_s)
         not_hidden = {
             model: step.parts[f"{model}: {NOT_HIDDEN}"] / step.seconds

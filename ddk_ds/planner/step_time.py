@@ -123,7 +123,7 @@ def teacher_gathers(config: Config, models: Models, cluster: Cluster) -> Teacher
     teacher = models.teacher
     if teacher is None or config.teacher is None or not teacher_runs(config):
         return None
-    count, within = config.micro_batches(cluster.ranks), config.teacher.shard_within
+    count, within = config.micro_batches(cluster.ranks), config.teacher.place
     passes = math.ceil(count / config.teacher.pass_size)
     simulation = _Simulation(config, models, cluster, HOST_S_PER_LAYER)
     one = simulation.forward(teacher, simulation.micro_batch_tokens, within)
@@ -188,7 +188,7 @@ class _Simulation:
         num_models = 1
         if teacher is not None and self.config.teacher is not None and teacher_runs(self.config):
             num_models = 2
-            within, per_pass = self.config.teacher.shard_within, self.config.teacher.pass_size
+            within, per_pass = self.config.teacher.place, self.config.teacher.pass_size
             passes = [per_pass] * (count // per_pass) + [count % per_pass] * (count % per_pass > 0)
             for micro_batches in passes:
                 tokens = micro_batches * self.micro_batch_tokens

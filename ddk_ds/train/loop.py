@@ -77,7 +77,8 @@ def _train_and_roll_back(run: Run) -> dict[str, Any]:
 def _train_to_the_end(run: Run) -> dict[str, Any]:
     """Train interval after interval until a stop condition holds; finish the run and return its summary. Collective."""
     while True:
-        if run.state.data.done:
+        complete = run.state.data.done
+        if complete:
             student_ppl, measure_s = _measure(run)
             reason = stop_reason(run.config, run.state, student_ppl, run.teacher_ppl)
             if reason is not None:
@@ -89,6 +90,8 @@ def _train_to_the_end(run: Run) -> dict[str, Any]:
         else:  # resumed inside an interval
             ids = run.mixer.ids(run.state)
         _train_interval(run, ids)
+        if complete and (news := run.compiling.news()):
+            run.progress.say(news)
 
 
 def _measure(run: Run) -> tuple[Array, float]:

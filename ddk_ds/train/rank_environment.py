@@ -17,14 +17,17 @@ def set_rank_environment() -> None:
       memory that is reserved, free, and of no use.
     - NCCL starts the kernels of different communicators in the order of the program. A rank has several, whose
       collectives run at the same time and could wait for one another in two orders.
-    - Triton's compiled kernels lie on the node's own disk. By default they are below the home directory, which nodes
-      share: all ranks would look up, write and rename files there at the same time.
+    - What Triton and torch.compile have compiled lies on the node's own disk, where the next start finds it. Triton's
+      default is below the home directory, which nodes share: all ranks would look up, write and rename files there at
+      the same time. That of torch.compile is a name that another user of the node may have taken.
     """
     if not any(name in os.environ for name in _ALLOCATOR):
         os.environ[_ALLOCATOR[0]] = "expandable_segments:True"
     os.environ.setdefault("NCCL_LAUNCH_ORDER_IMPLICIT", "1")
-    if "TRITON_CACHE_DIR" not in os.environ and (own := _own_directory()) is not None:
-        os.environ["TRITON_CACHE_DIR"] = str(own / "triton")
+    caches = {"TRITON_CACHE_DIR": "triton", "TORCHINDUCTOR_CACHE_DIR": "inductor"}
+    if not caches.keys() <= os.environ.keys() and (own := _own_directory()) is not None:
+        for variable, folder in caches.items():
+            os.environ.setdefault(variable, str(own / folder))
 
 
 def _own_directory() -> Path | None:

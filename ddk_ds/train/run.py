@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from ddk_ds.config import Config
 from ddk_ds.data.loader import MixtureDataset
 from ddk_ds.data.readers import Readers
+from ddk_ds.engine.compiling import CompileWatch
 from ddk_ds.engine.runtime import Runtime
 from ddk_ds.engine.student import Student
 from ddk_ds.engine.teacher import Teacher
@@ -57,6 +58,7 @@ class Run:
     """Floating-point operations of the student in a step on one rank."""
     teacher_flops: float
     """Those of the teacher, if all samples of the step go through it."""
+    compiling: CompileWatch = field(default_factory=CompileWatch)
 
     def record(self, record: dict[str, Any]) -> None:
         """Append `record` as a line to ledger.jsonl (on rank 0 only), and queue its numbers for the monitors."""

@@ -30,7 +30,7 @@ from ddk_ds.train.read_ahead import ReadAhead
 from ddk_ds.train.run import Run
 from ddk_ds.train.samples import Sampler, held_out_prompts
 from ddk_ds.train.state import RunState
-from ddk_ds.train.teacher_passes import settle_passes
+from ddk_ds.train.teacher_passes import settle_teacher
 from ddk_ds.train.teacher_store import head_options, held_out, open_cache, start_teacher
 from ddk_ds.train.validation import ValidationBatches, worse_than_guessing
 from ddk_ds.train.watchdog import Watchdog
@@ -45,7 +45,7 @@ def prepare_run(
     `readers` have been started. Raises CheckpointError on every rank if there are checkpoints and none can be used.
     """
     comm = runtime.comm
-    config = settle_passes(config, inputs, runtime)
+    config = settle_teacher(config, inputs, runtime)
     watchdog.watch("restore")
     start = find_start(config, comm)
     watchdog.watch("models")
@@ -143,6 +143,7 @@ def _announce_start(run: Run, start: Start | None) -> None:
         setting["left_out"] = run.inputs.vocabulary.left_out
     if run.config.teacher is not None:
         setting["micro_batches_per_pass"] = run.config.teacher.pass_size
+        setting["shard_within"] = run.config.teacher.place
     setting |= _experts(run)
     if start is None:
         run.ledger.event("start", **setting, versions=versions())

@@ -24,7 +24,7 @@ from ddk_ds.mixture.order import DomainOrder, Ids
 from ddk_ds.train.inputs import Inputs
 from ddk_ds.train.interruption import Interrupted, Interruption
 from ddk_ds.train.progress import RunProgress
-from ddk_ds.train.teacher_passes import settle_passes
+from ddk_ds.train.teacher_passes import settle_teacher
 from ddk_ds.train.teacher_store import head_options, held_out, most_bytes, open_cache, start_teacher
 from ddk_ds.train.validation import worse_than_guessing
 from ddk_ds.train.watchdog import Watchdog
@@ -48,7 +48,7 @@ def fill_cache(
     every rank if a signal came to one; what was computed until then is in the cache.
     """
     comm = runtime.comm
-    config = settle_passes(config, inputs, runtime)
+    config = settle_teacher(config, inputs, runtime)
     dataset = MixtureDataset(inputs.store, inputs.names, vocab_size=inputs.vocabulary.size)
     cached = open_cache(config, inputs, dataset, comm)
     assert cached is not None, "Config.check_teaching"

@@ -13,7 +13,6 @@ from torch.distributed import distributed_c10d
 from ddk_ds.config import load_config
 from ddk_ds.engine.runtime import Runtime
 from ddk_ds.engine.student import load_student
-from ddk_ds.engine.teacher import load_teacher
 from ddk_ds.train.inputs import check_inputs
 
 
@@ -40,11 +39,8 @@ def timeouts_s(runtime: Runtime, config_path: str) -> dict[str, list[float]]:
         found[maker] = [option._timeout.total_seconds() for option in options]
 
     ask("runtime")
-    config = load_config(config_path, ["teacher.shard_within=gpu"])
+    config = load_config(config_path)
     inputs = check_inputs(config, runtime.comm)
-    assert inputs.teacher is not None
-    load_teacher(config, inputs.teacher, inputs.tokenizer.vocab_size, runtime.comm)
-    ask("teacher")
     load_student(config, inputs.student, inputs.tokenizer.vocab_size, runtime.comm)
     deepspeed.comm.new_group([0, 1])
     ask("DeepSpeed")

@@ -49,7 +49,7 @@ def _steps(runtime: Runtime, root: Path, method: str, sections: dict[str, Any]) 
     files, teacher_files = (read_model(root / name, name) for name in ("student", "teacher"))
     shape = filter_shape(config, files, teacher_files) if method == "ted_filters" else None
     teacher = load_teacher(config, teacher_files, VOCAB, comm, shape)
-    for parameter in teacher.engine.module.parameters():
+    for parameter in teacher.engine.parameters():
         parameter.ds_persist = False  # tiny matrices would stay gathered
     gathers = Gathers(teacher)
     student = load_student(config, files, VOCAB, comm, shape)
@@ -74,7 +74,7 @@ def _steps(runtime: Runtime, root: Path, method: str, sections: dict[str, Any]) 
         results["losses"].append([metrics.loss, metrics.ce, metrics.kl, metrics.grad_norm])
         results["bytes"].append(gathers.take())
     gathers.close()
-    weights = [*teacher.engine.module.parameters(), *(part for part in teacher.head._head[:2] if part is not None)]
+    weights = [part for part in teacher.whole.parameters() if hasattr(part, "ds_id")]
     results["left"] = sum(p.ds_status.name != "NOT_AVAILABLE" for p in weights if p.ds_numel > 1e5)
     return results
 

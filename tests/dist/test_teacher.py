@@ -13,7 +13,9 @@ from tests.dist.resume_worker import run_dir
 from tests.dist.teacher_worker import TEACHER
 from tools.bench.small_run import without_clock, write_config
 
-pytestmark = pytest.mark.long("eighteen runs of four ranks, 100 s of CPU; tests/dist/test_parity.py has the plain case")
+pytestmark = pytest.mark.long(
+    "twenty-one runs of four ranks, 100 s of CPU; tests/dist/test_parity.py has the plain case"
+)
 
 ZERO = {"stage3_param_persistence_threshold": 0}
 SMALL_BUCKETS = {"zero_optimization": {**ZERO, "reduce_bucket_size": 20_000, "stage3_prefetch_bucket_size": 10_000}}
@@ -29,6 +31,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "three a pass": with_teacher(micro_batches_per_pass=3),
     "node": with_teacher(shard_within="node"),
     "gpu": with_teacher(shard_within="gpu"),
+    "gpu, four together": with_teacher(shard_within="gpu", micro_batches_per_pass=4),
     "node, four a pass": with_teacher(shard_within="node", micro_batches_per_pass=4),
     "small buckets": ("kd", {"deepspeed": SMALL_BUCKETS}),
     "in parts": with_teacher(whole_layers=False),
@@ -36,17 +39,20 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "selective checkpointing": ("kd", {"student": {"gradient_checkpointing": "selective"}}),
     "filters": ("ted_filters", {}),
     "filters, two a pass": ("ted_filters", {"teacher": {"micro_batches_per_pass": 2}}),
+    "filters, gpu": ("ted_filters", {"teacher": {"micro_batches_per_pass": 2, "shard_within": "gpu"}}),
     "student in parts": ("kd", {"student": {"whole_layers": False}}),
     "operation by operation": ("kd", {"optimizer": {"fused": False}}),
     "int8": with_teacher(quantize="int8"),
     "int8, four a pass": with_teacher(quantize="int8", micro_batches_per_pass=4),
+    "int8, gpu": with_teacher(quantize="int8", shard_within="gpu"),
     "int8 in bf16": ("kd", {"train": {"precision": "bf16"}, "teacher": {"quantize": "int8"}}),
     "bf16": ("kd", {"train": {"precision": "bf16"}}),
 }
 ROUNDED = ("student in parts", "operation by operation")
-OTHERS = ("filters", "filters, two a pass", "int8", "int8, four a pass", "int8 in bf16", "bf16", *ROUNDED)
-PAIRS = [("plain", name) for name in CASES if name not in OTHERS]
-PAIRS += [("filters", "filters, two a pass"), ("int8", "int8, four a pass")]
+PAIRS = [("filters", "filters, two a pass"), ("filters", "filters, gpu")]
+PAIRS += [("int8", "int8, four a pass"), ("int8", "int8, gpu")]
+OTHERS = {name for pair in PAIRS for name in pair} | {"int8 in bf16", "bf16", *ROUNDED}
+PAIRS += [("plain", name) for name in CASES if name not in OTHERS]
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +87,7 @@ def test_sharded_within_a_node_nothing_goes_between_nodes(results: dict[str, dic
     assert gathered(results, "node", "between nodes") == 0
     assert gathered(results, "node") == gathered(results, "plain")
     assert gathered(results, "node, four a pass") * 4 == gathered(results, "plain")
-    assert gathered(results, "gpu") == 0
+    assert gathered(results, "gpu") == gathered(results, "gpu, four together") == 0
 
 
 @pytest.mark.parametrize("name", ROUNDED)
@@ -93,12 +99,14 @@ def test_another_order_of_operations_differs_by_rounding(results: dict[str, dict
 
 @pytest.mark.long("compiling the layers takes a minute")
 def test_compiled_layers_differ_by_rounding(results: dict[str, dict[str, Any]], tmp_path: Path) -> None:
-    """Compiled layers give the same losses up to rounding. This test is long because compiling takes a minute."""
-    case = ("kd", {"student": {"compile_layers": True}, "teacher": {"compile_layers": True}})
-    [compiled] = run_ranks("tests.dist.teacher_worker:steps", 4, per_node=2, folder=str(tmp_path), cases=[case])
-    assert compiled["losses"] != results["plain"]["losses"]
-    for ours, plain in zip(compiled["losses"], results["plain"]["losses"], strict=True):
-        assert ours == pytest.approx(plain, rel=1e-5)
+    """So does a teacher that is complete on each rank, and compiled as a whole."""
+    teachers = {"compile_layers": True}, {"compile_layers": True, "shard_within": "gpu"}
+    cases = [("kd", {"student": {"compile_layers": True}, "teacher": teacher}) for teacher in teachers]
+    found = run_ranks("tests.dist.teacher_worker:steps", 4, per_node=2, folder=str(tmp_path), cases=cases)
+    for compiled in found:
+        assert compiled["losses"] != results["plain"]["losses"]
+        for ours, plain in zip(compiled["losses"], results["plain"]["losses"], strict=True):
+            assert ours == pytest.approx(plain, rel=1e-5)
 
 
 @pytest.mark.parametrize(("small", "plain", "in_one"), [("int8", "plain", 4), ("int8 in bf16", "bf16", 2)])
@@ -114,12 +122,15 @@ def test_eight_bits_gather_less(results: dict[str, dict[str, Any]], small: str, 
     assert results[small]["left"] == 0
 
 
-def test_the_run_settles_how_many_a_pass_takes(workspace: Path, tmp_path: Path) -> None:
-    plain = write_config(workspace, tmp_path, name="plain", stop={"steps": 3})
+def test_the_run_settles_where_the_teacher_lies_and_how_many_a_pass_takes(workspace: Path, tmp_path: Path) -> None:
+    place = write_config(workspace, tmp_path, name="place", stop={"steps": 3}, teacher={"shard_within": "auto"})
     auto = write_config(workspace, tmp_path, name="auto", stop={"steps": 3}, teacher={"micro_batches_per_pass": "auto"})
-    starts = [(str(config), name, None) for config, name in ((plain, "plain"), (auto, "auto"))]
+    starts = [(str(config), name, None) for config, name in ((place, "place"), (auto, "auto"))]
     run_ranks("tests.dist.resume_worker:run_all", 2, starts=starts)
-    settled, without = run_dir(str(auto), "auto"), run_dir(str(plain), "plain")
-    assert without_clock(settled) == without_clock(without)
-    noted = [event["micro_batches_per_pass"] for run in (settled, without) for event in read_events(run)[:1]]
-    assert noted == [2, 1]
+    passes, complete = run_dir(str(auto), "auto"), run_dir(str(place), "place")
+    assert without_clock(passes) == without_clock(complete)
+    noted = [
+        (one["shard_within"], one["micro_batches_per_pass"])
+        for one in (read_events(passes)[0], read_events(complete)[0])
+    ]
+    assert noted == [("world", 2), ("gpu", 1)]

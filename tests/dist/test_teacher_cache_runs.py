@@ -23,8 +23,10 @@ from tools.bench.small_run import without_clock, write_config
 WORKER = "tests.dist.teacher_cache_worker:"
 
 
-def config(workspace: Path, folder: Path, name: str, cache: dict[str, Any] | None, **more: Any) -> str:
-    teacher: dict[str, Any] = {"path": str(workspace / "teacher")}
+def config(
+    workspace: Path, folder: Path, name: str, cache: dict[str, Any] | None, within: str = "world", **more: Any
+) -> str:
+    teacher: dict[str, Any] = {"path": str(workspace / "teacher"), "shard_within": within}
     if cache is not None:
         teacher["cache"] = {"draws": 16, **cache}
     loss = {"gamma": 2.0, "temperature": 1.5}
@@ -93,16 +95,18 @@ def test_however_a_cache_was_filled_runs_on_it_are_equal(workspace: Path, tmp_pa
     assert abs(kl["first"][0] / kl["live"][0] - 1) < 0.2
     assert np.abs(kl["exact"] / kl["live"] - 1).max() < 0.03
     assert np.abs(kl["topk"] - kl["live"]).max() < 1e-4, "all tokens; rounded to bfloat16 they are up to 0.0125 off"
-    alone = config(workspace, tmp_path, "alone", {"path": single})
+    alone = config(workspace, tmp_path, "alone", {"path": single}, "gpu")
     run_ranks(WORKER + "runs", 1, timeout_s=300, starts=[(alone, None)], names=["alone"])
     assert_same_samples(samples, all_samples(Path(single)))
 
 
 @pytest.mark.long("two starts, and all samples; the test before this one has a cache that is filled on the way")
 def test_filled_ahead(workspace: Path, tmp_path: Path) -> None:
-    """In two calls, broken off and completed: runs that read it are those that filled their own on the way."""
+    """In two calls, broken off and completed: runs that read it are those that filled their own on the way.
+
+    The teacher that fills it lies complete on each rank, the other is sharded."""
     ahead, own = str(tmp_path / "ahead"), str(tmp_path / "own")
-    filling = config(workspace, tmp_path, "filling", {"path": ahead})
+    filling = config(workspace, tmp_path, "filling", {"path": ahead}, "gpu")
     few, more, completed, before, after, nothing = run_ranks(
         WORKER + "teach", 2, timeout_s=300, config_path=filling, samples=[3, 7], break_after=40
     )

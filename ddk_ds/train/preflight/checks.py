@@ -13,7 +13,7 @@ from ddk_ds.config import Config
 from ddk_ds.data.cache import open_store
 from ddk_ds.data.manifest import load_manifest
 from ddk_ds.engine.ds_config import student_ds_config
-from ddk_ds.engine.memory_estimate import estimate_memory
+from ddk_ds.engine.memory_estimate import MEMORY_MARGIN, estimate_memory, fits_into, settled_place
 from ddk_ds.engine.model_files import ModelShape, model_directory, model_shape, read_model
 from ddk_ds.train.inputs import Inputs, check_inputs
 from ddk_ds.train.preflight import agreement, machine, path_checks, teacher_rows
@@ -166,8 +166,11 @@ def _model_checks(config: Config, job: Job, paths: dict[str, Path]) -> list[Row]
 def _memory(config: Config, job: Job, student: ModelShape, teacher: ModelShape | None, place: str) -> Row:
     # By the head, which is never smaller than the tokenizer: an unreadable tokenizer has a row of its own.
     vocab_size = student.head // max(1, student.hidden)
-    shapes = student, teacher, vocab_size
-    estimate = estimate_memory(config, *shapes, job.ranks, job.device_type, job.local_ranks)
+    if job.device.type == job.device_type:  # else nobody knows what will be free
+        usable = MEMORY_MARGIN * machine.free_bytes(job.device, job.local_ranks)
+        fits = fits_into(usable, (student, teacher), vocab_size, job.ranks, job.local_ranks, job.device_type)
+        config = settled_place(config, fits)
+    estimate = estimate_memory(config, student, teacher, vocab_size, job.ranks, job.device_type, job.local_ranks)
     if place == "device" and job.device.type != "cuda":
         found = f"estimated {machine.size(estimate.device_bytes)} of a GPU, and this machine has none"
         return Row("device memory", "warn", found, "see if it fits with `ddk plan`; every job checks it again")

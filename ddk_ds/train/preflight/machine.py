@@ -130,6 +130,11 @@ def compiler(device_type: str) -> Row:
     return judged("compiler", text, fail=device_type == "cuda" and bool(missing), fix=fix)
 
 
+def free_bytes(device: torch.device, local_ranks: int) -> int:
+    """Return the free bytes of this rank's GPU, or its share of the host's memory if it computes on the CPU."""
+    return int(torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else available_bytes() // local_ranks
+
+
 def available_bytes(proc: Path = Path("/proc"), groups: Path = Path("/sys/fs/cgroup")) -> int:
     """Return the bytes of memory that processes can still get, within the machine and all limits of this process."""
     meminfo = dict(line.split(":") for line in (proc / "meminfo").read_text().splitlines())

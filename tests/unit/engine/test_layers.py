@@ -75,6 +75,9 @@ def test_a_backbone_without_layers() -> None:
     [
         ({"compile_layers": True, "whole_layers": False}, "whole_layers to true"),
         ({"micro_batches_per_pass": 2, "whole_layers": False}, "layer by layer"),
+        ({"shard_within": "gpu", "offload_params": "cpu"}, "set shard_within to node or world"),
+        ({"shard_within": "auto", "offload_params": "nvme"}, "set shard_within to node or world"),
+        ({"shard_within": "auto", "compile_layers": True}, "name one of the three"),
     ],
 )
 def test_options_that_cannot_be_combined(values: dict[str, Any], message: str) -> None:

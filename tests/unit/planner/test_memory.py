@@ -6,6 +6,7 @@ tests/dist/test_preflight.py compares shards, optimizer states and buffers with 
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from ddk_ds.config.sections import Student
 from ddk_ds.engine.memory_estimate import _layer_activations as layer_activations
 from ddk_ds.engine.memory_estimate import estimate_memory
 from ddk_ds.engine.model_files import configured_files, model_shape
-from ddk_ds.planner.gpu_memory import changed, estimate, plan_memory, with_micro_batch
+from ddk_ds.planner.gpu_memory import changed, estimate, placed, plan_memory, with_micro_batch
 from ddk_ds.planner.gpus import GPUS, Cluster
 from ddk_ds.planner.known_points import dense_model, profiled_model
 from ddk_ds.planner.plan_inputs import Models
@@ -170,8 +171,46 @@ def test_where_the_teacher_lies() -> None:
         assert parts(shard_within=within)["teacher shards"] == 2 * TEACHER.shape.shard(ranks)
     more = parts(micro_batches_per_pass=4)["hidden states"] - world["hidden states"]
     assert more == 3 * LENGTH * TEACHER.shape.hidden * 2
+    assert "gathered: teacher's layers or head" in world
+    resident = parts(shard_within="gpu", micro_batches_per_pass=4)
+    assert "gathered: teacher's layers or head" not in resident, "nothing is gathered of a complete teacher"
+    assert resident["hidden states"] == parts(micro_batches_per_pass=4)["hidden states"]
+    assert resident["activations"] == parts()["activations"], "each of its passes takes one micro-batch"
     # A step has 16 micro-batches of one sample on a rank.
     assert parts(micro_batches_per_pass=16) == parts(micro_batches_per_pass=99)
+
+
+def test_a_teacher_that_is_converted_when_it_is_complete() -> None:
+    """By hand: 40 layers of 12 x 5,120^2 weights and an embedding of 50,000 x 5,120; no student is there yet."""
+    teacher = {"shard_within": "gpu", "quantize": "int8"}
+    found = estimate(changed(config_of(), teacher=teacher), MODELS, CLUSTER)
+    assert found.loading == {"teacher before it has 8 bits": 2 * (TEACHER.shape.parameters + 50_000 * 5120)}
+    assert TEACHER.shape.parameters == pytest.approx(40 * 12 * 5120**2 + 50_000 * 5120, rel=0.001)
+    libraries = found.resident["CUDA context and NCCL"]
+    small = replace(found, passes={}, update={}, resident={"CUDA context and NCCL": libraries})
+    assert small.device_bytes == libraries + sum(found.loading.values())
+    assert found.device_bytes == sum(found.resident.values()) + sum(found.passes.values()), "training takes more here"
+    for other in ({"quantize": "int8"}, {"shard_within": "gpu"}):
+        assert not estimate(changed(config_of(), teacher=other), MODELS, CLUSTER).loading
+
+
+def test_a_cuda_graph_keeps_its_memory() -> None:
+    def resident(**teacher: Any) -> dict[str, int]:
+        return estimate(changed(config_of(), teacher=teacher), MODELS, CLUSTER).resident
+
+    graph = resident(shard_within="gpu", compile_layers=True).pop("teacher's CUDA graph")
+    assert graph > 4 * LENGTH * TEACHER.shape.intermediate, "the gated MLP's two products and more, in bf16"
+    for other in ({"shard_within": "node", "compile_layers": True}, {"shard_within": "gpu"}):
+        assert "teacher's CUDA graph" not in resident(**other)
+
+
+@pytest.mark.parametrize(("gpu", "nodes", "place"), [("h200-141g", 2, "gpu"), ("a100-40g", 2, "node")])
+def test_auto_takes_the_fastest_place_that_fits(gpu: str, nodes: int, place: str) -> None:
+    cluster = Cluster(GPUS[gpu], nodes, 8)
+    found = placed(changed(config_of(), teacher={"shard_within": "auto"}), MODELS, cluster)
+    assert found.teacher is not None and found.teacher.shard_within == place
+    by_hand = changed(config_of(), teacher={"shard_within": "gpu"})
+    assert plan_memory(by_hand, MODELS, cluster).fits == (place == "gpu")
 
 
 def test_experts_in_8_bits(tmp_path: Path) -> None:

@@ -93,6 +93,10 @@ def test_one_change_is_enough(usable: dict[str, float]) -> None:
     config = config_of(student={"path": "s", "gradient_checkpointing": "selective"})
     usable["bytes"] = 1000
     assert advice_of(config)[0][0] == ALL
+    # A teacher that is complete on each GPU cannot be offloaded.
+    changes = [change for change, _, _ in advice_of(config_of(teacher={"path": "t", "shard_within": "gpu"}))]
+    assert changes[0] == "teacher.shard_within=node"
+    assert changes[-2] == f"teacher.shard_within=node {PARAMS}"
 
 
 def test_changes_together_and_the_largest_micro_batch_with_them(usable: dict[str, float]) -> None:
@@ -290,6 +294,11 @@ def test_layouts_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     assert sizes == [3, 3, 3, 3, 3, 3, 2, 2, 1, 1]
     assert {one.micro_batches_per_pass for one in points if not one.several} == {1}
     assert all(one.fits and one.device_bytes == one.micro_batches_per_pass for one in points)
+    offloaded = config_of(32, 2, teacher={"path": "t", "offload_params": "cpu"})
+    points = simulate_layouts(offloaded, MODELS, CLUSTER, domains=2, storage_bytes_per_s=1e9)
+    assert [one.name for one in points[:4]] == names[:4] and len(points) == 3 * 10 * 4, (
+        "a complete one is not offloaded"
+    )
 
 
 def test_equal_layouts_are_within_a_hundredth() -> None:

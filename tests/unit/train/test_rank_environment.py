@@ -13,7 +13,8 @@ import pytest
 from ddk_ds.train.preflight.machine import compiler
 from ddk_ds.train.rank_environment import set_rank_environment
 
-NAMES = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF", "NCCL_LAUNCH_ORDER_IMPLICIT", "TRITON_CACHE_DIR")
+CACHES = ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR")
+NAMES = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF", "NCCL_LAUNCH_ORDER_IMPLICIT", *CACHES)
 
 
 @pytest.fixture(autouse=True)
@@ -30,32 +31,33 @@ def found() -> dict[str, str]:
 
 
 def test_what_nobody_has_set(tmp_path: Path) -> None:
-    cache = tmp_path / f"ddk-{os.getuid()}/triton"
+    own = tmp_path / f"ddk-{os.getuid()}"
     expected = {
         "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
         "NCCL_LAUNCH_ORDER_IMPLICIT": "1",
-        "TRITON_CACHE_DIR": str(cache),
+        "TRITON_CACHE_DIR": str(own / "triton"),
+        "TORCHINDUCTOR_CACHE_DIR": str(own / "inductor"),
     }
     assert found() == expected == found()
-    assert cache.parent.stat().st_mode & 0o777 == 0o700
+    assert own.stat().st_mode & 0o777 == 0o700
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_what_the_user_has_set_stays(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(name, "")
     values = found()
-    assert values[name] == "" and len(values) == 3  # one of torch's two names is enough
+    assert values[name] == "" and len(values) == 4  # one of torch's two names is enough
 
 
 def test_no_code_from_a_directory_that_others_can_write_to(tmp_path: Path) -> None:
     other = tmp_path / f"ddk-{os.getuid()}"
     other.mkdir()
     other.chmod(0o777)
-    assert "TRITON_CACHE_DIR" not in found()
+    assert not found().keys() & set(CACHES)
     other.rmdir()
     other.symlink_to(tmp_path / "elsewhere", target_is_directory=True)
     (tmp_path / "elsewhere").mkdir(mode=0o700)
-    assert "TRITON_CACHE_DIR" not in found()
+    assert not found().keys() & set(CACHES)
 
 
 def test_it_comes_before_torch() -> None:

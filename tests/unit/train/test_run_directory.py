@@ -30,6 +30,8 @@ FREE: list[dict[str, Any]] = [
     {"student": {"path": "elsewhere"}},
     {"teacher": {"path": "elsewhere"}},
     {"teacher": {"shard_within": "node"}},
+    {"teacher": {"shard_within": "gpu"}},
+    {"teacher": {"shard_within": "auto"}},
     {"train": {"micro_batch_samples": 2}},
 ]
 # Every one of these changes a number.
@@ -38,6 +40,7 @@ BOUND: list[dict[str, Any]] = [
     {"data": {"sequence_length": 64}},
     {"data": {"validation_samples": 3}},
     {"teacher": {"quantize": "int8"}},
+    {"teacher": {"compile_layers": True}},
     {"train": {"global_batch_samples": 512}},
     {"train": {"precision": "fp32"}},
     {"mixture": {"alpha": 0.25}},
@@ -54,6 +57,14 @@ def test_only_what_changes_a_number_makes_another_run(tmp_path: Path) -> None:
         assert run_identity(config_of(tmp_path, **sections), {"data": "hash"}) == identity, sections
     for sections in BOUND:
         assert run_identity(config_of(tmp_path, **sections), {"data": "hash"}) != identity, sections
+
+
+def test_where_a_compiled_teacher_lies_changes_numbers_if_it_is_compiled_as_a_whole(tmp_path: Path) -> None:
+    def key(**teacher: Any) -> Any:
+        return run_identity(config_of(tmp_path, teacher={"compile_layers": True, **teacher}), {})
+
+    assert key() == key(shard_within="node") != key(shard_within="gpu")
+    assert key(shard_within="gpu")["teacher.compile_layers"] == "whole"
 
 
 def test_a_forks_source_is_asked_for_until_the_run_has_a_checkpoint(
