@@ -77,7 +77,7 @@ def shards(workspace: Path, tmp_path: Path) -> Path:
 def test_a_good_run_passes_and_leaves_nothing(
     workspace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    config = write_config(workspace, tmp_path)
+    config = write_config(workspace, tmp_path, teacher={"shard_within": "auto"})
     before = sorted(tmp_path.rglob("*"))
     out = tmp_path / "rows.json"
     assert main(["--config", str(config), "--json", str(out)]) == 0
@@ -87,6 +87,8 @@ def test_a_good_run_passes_and_leaves_nothing(
     assert sorted(tmp_path.rglob("*")) == before
     assert len(rows) > 20 and {row["status"] for row in rows} == {"pass"}, rows
     assert set(rows[0]) == {"name", "status", "found", "fix"}
+    [memory] = [row["found"] for row in rows if row["name"] == "host memory"]
+    assert memory.endswith("; teacher.shard_within: auto is gpu here")
 
 
 def test_misspelt_key(workspace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -428,11 +430,12 @@ def write_huge_model(source: Path, directory: Path) -> Path:
 
 def test_memory_that_cannot_fit(workspace: Path, tmp_path: Path) -> None:
     huge = write_huge_model(workspace / "student", tmp_path / "huge")
-    rows = rows_of(write_config(workspace, tmp_path, student={"path": str(huge)}))
+    teacher = {"shard_within": "auto"}
+    rows = rows_of(write_config(workspace, tmp_path, student={"path": str(huge)}, teacher=teacher))
     assert rows["student files"].status == "pass", rows["student files"]
     row = rows["host memory"]
     assert row.status == "fail", row
-    assert all(part in f"{row.found} {row.fix}" for part in ("master weights and moments", "available", "--ranks"))
+    assert all(part in f"{row.found} {row.fix}" for part in ("master weights and moments", "auto is world", "--ranks"))
     assert rows["disk for checkpoints"].status == "fail"  # 16 bytes x 70 B x 4
     assert available_bytes() > 0
 

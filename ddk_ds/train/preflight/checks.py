@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -166,17 +167,22 @@ def _model_checks(config: Config, job: Job, paths: dict[str, Path]) -> list[Row]
 def _memory(config: Config, job: Job, student: ModelShape, teacher: ModelShape | None, place: str) -> Row:
     # By the head, which is never smaller than the tokenizer: an unreadable tokenizer has a row of its own.
     vocab_size = student.head // max(1, student.hidden)
+    settled = config
     if job.device.type == job.device_type:  # else nobody knows what will be free
         usable = MEMORY_MARGIN * machine.free_bytes(job.device, job.local_ranks)
         fits = fits_into(usable, (student, teacher), vocab_size, job.ranks, job.local_ranks, job.device_type)
-        config = settled_place(config, fits)
-    estimate = estimate_memory(config, student, teacher, vocab_size, job.ranks, job.device_type, job.local_ranks)
+        settled = settled_place(config, fits)
+    estimate = estimate_memory(settled, student, teacher, vocab_size, job.ranks, job.device_type, job.local_ranks)
     if place == "device" and job.device.type != "cuda":
         found = f"estimated {machine.size(estimate.device_bytes)} of a GPU, and this machine has none"
         return Row("device memory", "warn", found, "see if it fits with `ddk plan`; every job checks it again")
     if place == "device":
-        return machine.device_memory(estimate, job.device, job.ranks)
-    return machine.host_memory(estimate, job.device_type, job.ranks, job.local_ranks)
+        row = machine.device_memory(estimate, job.device, job.ranks)
+    else:
+        row = machine.host_memory(estimate, job.device_type, job.ranks, job.local_ranks)
+    if settled is config or settled.teacher is None:
+        return row
+    return replace(row, found=f"{row.found}; teacher.shard_within: auto is {settled.teacher.shard_within} here")
 
 
 def _with_inputs(config: Config, job: Job, inputs: Inputs) -> list[Row]:
