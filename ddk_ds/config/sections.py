@@ -94,7 +94,7 @@ class TeacherCache(Section):
     keep: Literal["sampled", "topk"] = "sampled"
     """sampled: tokens drawn from the teacher's softmax (RS-KD, arXiv 2503.16870), for the forward KL, whose gradient is
     right on average. topk: the likeliest tokens and all others as one, for every divergence; biased gradient."""
-    draws: Annotated[int, Field(ge=1, le=4096)] = 64
+    draws: Annotated[int, Field(ge=1, le=65535)] = 64
     """Tokens drawn at each position with `keep: sampled`; more make the gradient vary less."""
     top_k: Annotated[int, Field(ge=1, le=4096)] = 64
     """Likeliest tokens of each position with `keep: topk`; more make the gradient less biased."""

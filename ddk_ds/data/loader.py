@@ -19,7 +19,7 @@ from ddk_ds.data.manifest import load_manifest
 from ddk_ds.data.mds import Ids, open_split
 from ddk_ds.data.readers import Read, Readers
 from ddk_ds.data.store import LocalStore, Shard, Store
-from ddk_ds.data.teacher_samples import Said
+from ddk_ds.data.teacher_samples import Record
 from ddk_ds.errors import DataError
 
 
@@ -75,10 +75,19 @@ class MixtureDataset(Dataset[Sample]):
         domain, number = self._place(sample_id)
         return self._splits[domain].tokens(number), domain
 
-    def place(self, sample_id: int) -> tuple[str, int]:
-        """Return the name of a sample's domain, and its number in the domain. Raises IndexError as `read` does."""
-        domain, number = self._place(sample_id)
-        return self.names[domain], number
+    def places(self, ids: npt.NDArray[np.int64]) -> list[tuple[str, int]]:
+        """Return the names of the domains of samples `ids` (n,), which must be there, and their numbers in these."""
+        domains = np.searchsorted(self.sample_offsets, ids, side="right") - 1
+        numbers = ids - self.sample_offsets[domains]
+        return [(self.names[domain], number) for domain, number in zip(domains, numbers.tolist(), strict=True)]
+
+    def by_domain(
+        self, ids: npt.NDArray[np.int64]
+    ) -> Iterator[tuple[str, npt.NDArray[np.int64], npt.NDArray[np.int64]]]:
+        """Yield each domain with the places (m,) in `ids` (n,) of its samples, and their numbers (m,) in the domain."""
+        for name, first, size in zip(self.names, self.sample_offsets, self.sizes, strict=True):
+            places = np.flatnonzero((ids >= first) & (ids < first + size))
+            yield name, places, ids[places] - first
 
     def first_uses(self, ids: npt.NDArray[np.int64]) -> list[tuple[int, Shard]]:
         """Return a pair (position, shard) for every shard that holds one of the samples `ids` (n,), sorted by position.
@@ -109,7 +118,7 @@ class MicroBatch(TypedDict):
     input_ids: torch.Tensor
     domain: torch.Tensor
     sample_id: torch.Tensor
-    said: NotRequired[list[Said | None]]
+    said: NotRequired[list[Record | None]]
 
 
 def interval_loader(

@@ -153,9 +153,10 @@ class Split:
     def __len__(self) -> int:
         return self.num_samples
 
-    def shard_of(self, i: int) -> Shard:
-        """Return the shard that holds sample `i`. Raises IndexError."""
-        return self.shards[self._shard_number(i)]
+    def first_uses(self, samples: npt.NDArray[np.int64]) -> list[tuple[int, Shard]]:
+        """Return a pair (index in `samples` (n,) of the first one, shard) for every shard that holds one of them."""
+        numbers, positions = np.unique(np.searchsorted(self._first, samples, "right") - 1, return_index=True)
+        return [(int(at), self.shards[number]) for at, number in zip(positions, numbers, strict=True)]
 
     def _shard_number(self, i: int) -> int:
         if not 0 <= i < self.num_samples:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from operator import itemgetter
 from secrets import token_hex
 from typing import Any, NamedTuple
 
@@ -24,13 +25,14 @@ from ddk_ds.data.mds import Split, read_index
 from ddk_ds.data.remote import Refused
 from ddk_ds.data.store import AGAIN, Shard
 from ddk_ds.data.teacher_place import PARTS, SAMPLES_FILE, Place
-from ddk_ds.data.teacher_samples import Said, Squeezed, coding_of
-from ddk_ds.errors import CheckpointError, ConfigError, DataError, UserError
+from ddk_ds.data.teacher_samples import Record, Said, coding_of
+from ddk_ds.errors import CheckpointError, ConfigError, DataError, TemporaryError, UserError
 from ddk_ds.files import own_hash, sealed, unsealed, write_text
 
-FORMAT = 6
+FORMAT = 7
 CONDITIONS_FILE, PERPLEXITIES = "teacher.json", "perplexities"
 PART_BYTES = 64 << 20
+_COLUMN = "said"
 # Parts whose small files are read at the same time: there can be tens of thousands on a store.
 _OPENED_AT_ONCE = 8
 Numbers = npt.NDArray[np.int64]
@@ -43,6 +45,13 @@ class _Known(NamedTuple):
     parts: Numbers
     places: Numbers
     losses: npt.NDArray[np.float64]
+
+
+class _Added(NamedTuple):
+    """What is kept of a sample, and the teacher's mean loss a token."""
+
+    record: bytes
+    loss: float
 
 
 class _Part(NamedTuple):
@@ -79,13 +88,13 @@ class TeacherCache:
             DataError: a part is damaged.
         """
         self.place = place
-        self._coding = coding_of(conditions, vocab_size)
-        self._squeezed = Squeezed(self._coding.columns)
+        self.coding = coding_of(conditions, vocab_size)
         self._shas, self._teachers = dict(shas), dict(teachers)
         self._known: dict[str, _Known] = {}
         self._parts: list[_Part] = []
-        self._added: dict[tuple[str, int], dict[str, Any]] = {}
+        self._added: dict[tuple[str, int], _Added] = {}
         self._added_bytes = 0
+        self._failure: TemporaryError | None = None
         self._conditions = own_hash(conditions)
         _check_conditions(place, conditions)
         self.refresh()
@@ -109,26 +118,35 @@ class TeacherCache:
         known = self._known.get(domain)
         return float("nan") if known is None else float(known.losses.mean())
 
-    def read(self, domain: str, number: int) -> Said | None:
-        """Return what is known of a sample; None if nothing is. Raises DataError if its part is damaged."""
+    def read(self, domain: str, number: int) -> Record | None:
+        """Return what is known of a sample, for `coding`; None: nothing. Raises DataError if its part is damaged."""
         added = self._added.get((domain, number))
         if added is not None:
-            return self._coding.decoded(added)
+            return added.record
         found = self._find(domain, number)
         return None if found is None else self._read(*found, domain, number)
 
-    def first_uses(self, samples: Iterable[tuple[str, int]]) -> list[tuple[int, Shard]]:
+    def first_uses(self, samples: Iterable[tuple[str, Numbers, Numbers]]) -> list[tuple[int, Shard]]:
         """Return a pair (position, shard) for every shard that holds one of the samples, sorted by position.
 
-        Samples are given by domain and number; the position is the index of the first one that lies in the shard.
+        Samples are given as domains with their samples' positions (n,) and numbers (n,); a shard's position is that of
+        the first one that lies in it.
         """
-        uses: dict[str, tuple[int, Shard]] = {}
-        for position, sample in enumerate(samples):
-            found = self._find(*sample)
-            if found is not None:
-                shard = self._parts[found[0]].split.shard_of(found[1])
-                uses.setdefault(shard.name, (position, shard))
-        return list(uses.values())
+        first: dict[str, tuple[int, Shard]] = {}
+        for domain, positions, numbers in samples:
+            known = self._known.get(domain)
+            if known is None:
+                continue
+            at = np.searchsorted(known.numbers, numbers).clip(max=len(known.numbers) - 1)
+            there = known.numbers[at] == numbers
+            at, positions = at[there], positions[there]
+            for number in np.unique(known.parts[at]).tolist():
+                inside = known.parts[at] == number
+                for place, shard in self._parts[number].split.first_uses(known.places[at[inside]]):
+                    position = int(positions[inside][place])
+                    if shard.name not in first or position < first[shard.name][0]:
+                        first[shard.name] = (position, shard)
+        return sorted(first.values(), key=itemgetter(0))
 
     def _find(self, domain: str, number: int) -> tuple[int, int] | None:
         """Return a sample's part and its place there; None if no part holds it."""
@@ -140,39 +158,61 @@ class TeacherCache:
             return None
         return int(known.parts[at]), int(known.places[at])
 
-    def add(self, domain: str, number: int, said: Said) -> None:
-        """Keep what the teacher says of a sample, and write a part when there is enough for one.
+    def add(self, domain: str, number: int, said: Said) -> Record:
+        """Keep what the teacher says of a sample, and return it as `read` does.
 
-        Raises DataError if it is no distribution over the vocabulary.
+        If there is enough for a part, it is written. Raises DataError if it is no distribution over the vocabulary.
         """
         try:
-            record = self._added[domain, number] = self._coding.encoded(said)
+            record = self.coding.encoded(said)
         except ValueError as error:
             raise DataError(f"sample {number} of domain {domain!r}: {error}: is the teacher whole?") from None
-        self._added_bytes += sum(memoryview(value).nbytes for value in record.values())
-        if self._added_bytes >= PART_BYTES:
+        labels = said.label_log_probs  # the last position has none
+        loss = -float(labels.sum(dtype=np.float64)) / max(1, len(labels) - 1)
+        self._added[domain, number] = _Added(record, loss)
+        self._added_bytes += len(record)
+        if self._added_bytes >= PART_BYTES and self._failure is None:
+            self.offer()
+        return record
+
+    def offer(self) -> TemporaryError | None:
+        """Write what was added as a part; if a store does not take it, for all its patience, keep it and return why.
+
+        A rank can fail so in the middle of a step, where it must not leave the others: `check` raises it where all
+        agree. Raises CheckpointError as `publish`.
+        """
+        try:
             self.publish()
+            self._failure = None
+        except TemporaryError as failure:
+            self._failure = failure
+        return self._failure
+
+    def check(self) -> None:
+        """Raise TemporaryError if a store has not taken what was offered last."""
+        if self._failure is not None:
+            raise self._failure
 
     def publish(self) -> None:
-        """Write what was added as a part. Raises CheckpointError if it cannot be written."""
+        """Write what was added as a part. Raises CheckpointError if it cannot be written, TemporaryError if not now."""
         if not self._added:
             return
         from streaming import MDSWriter
 
         name = token_hex(8)
-        columns = {"domain": "str", "number": "int", "xxh64": "str", **self._squeezed.columns}
         order = sorted(self._added)
         domains: dict[str, Any] = {}
         with self.place.new_part(name) as directory:
-            with MDSWriter(out=str(directory), columns=columns, hashes=["xxh64"], size_limit=PART_BYTES) as writer:
+            with MDSWriter(
+                out=str(directory), columns={_COLUMN: "bytes"}, hashes=["xxh64"], size_limit=PART_BYTES
+            ) as writer:
                 for domain, number in order:
-                    record = self._added[domain, number]
-                    small = self._squeezed.squeezed(record)
-                    writer.write({"domain": domain, "number": number, "xxh64": self._hash(small), **small})
+                    record, loss = self._added[domain, number]
+                    writer.write({_COLUMN: _hash(record, domain, number) + record})
                     about = {"sha": self._shas[domain], "teacher": self._teachers.get(domain, "")}
                     entry = domains.setdefault(domain, {**about, "numbers": [], "losses": []})
                     entry["numbers"].append(number)
-                    entry["losses"].append(_mean_loss(record))
+                    entry["losses"].append(loss)
             index = xxhash.xxh64_hexdigest((directory / "index.json").read_bytes())
             samples = {"conditions": self._conditions, "index": index, "domains": domains}
             write_text(directory / SAMPLES_FILE, json.dumps(sealed(samples)))
@@ -246,23 +286,18 @@ class TeacherCache:
                 )
         return part
 
-    def _read(self, number_of_part: int, where: int, domain: str, number: int) -> Said:
+    def _read(self, number_of_part: int, where: int, domain: str, number: int) -> Record:
         part = self._parts[number_of_part]
         try:
-            record, text = part.split.record(where)
-            if (record["domain"], record["number"]) != (domain, number):
-                raise ValueError(f"{text} is {record['domain']} {record['number']}, not {domain} {number}")
-            if (found := self._hash(record)) != record["xxh64"]:
-                raise ValueError(f"{text}: the xxh64 is {found}, the sample was written with {record['xxh64']}")
-            return self._coding.decoded(self._squeezed.restored(record))
+            columns, text = part.split.record(where)
+            stored, record = columns[_COLUMN][:8], memoryview(columns[_COLUMN])[8:]
+            if (found := _hash(record, domain, number)) != stored:
+                raise ValueError(
+                    f"{text}: the xxh64 is {found.hex()}, sample {number} of {domain} was written with {stored.hex()}"
+                )
+            return record
         except Exception as error:  # a byte that is another can make a reader raise anything
             raise self._damaged(part.name, error) from None
-
-    def _hash(self, record: Mapping[str, Any]) -> str:
-        digest = xxhash.xxh64()
-        for name in self._coding.columns:
-            digest.update(record[name])
-        return digest.hexdigest()
 
     def _damaged(self, name: str, error: Exception) -> UserError:
         """Return the error to raise for one that a part has caused."""
@@ -277,9 +312,9 @@ class TeacherCache:
         )
 
 
-def _mean_loss(record: Mapping[str, Any]) -> float:
-    """Return the mean of -log q over the labels of a sample; its last position has none."""
-    return -float(record["label_log_probs"].sum(dtype=np.float64)) / max(1, len(record["label_log_probs"]) - 1)
+def _hash(record: Record, domain: str, number: int) -> bytes:
+    """Return eight bytes that depend on a sample's content and on whose it is."""
+    return xxhash.xxh64_digest(record, seed=xxhash.xxh64_intdigest(f"{domain} {number}"))
 
 
 def make_cache(place: Place, conditions: Mapping[str, Any]) -> None:

@@ -13,7 +13,7 @@ from ddk_ds.kernels.options import (
     TeacherTopK,
     default_chunk_tokens,
 )
-from ddk_ds.kernels.teacher_draws import TeacherDraws, draws_of
+from ddk_ds.kernels.teacher_draws import TeacherDraws, counted_draws, draws_of
 
 __all__ = [
     "DIVERGENCES",
@@ -25,6 +25,7 @@ __all__ = [
     "Options",
     "TeacherDraws",
     "TeacherTopK",
+    "counted_draws",
     "default_chunk_tokens",
     "draws_of",
     "linear_kd_loss",

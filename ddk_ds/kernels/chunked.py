@@ -30,6 +30,7 @@ except ImportError:  # Triton comes with CUDA builds of torch only
 
 # Weight rows at a time where a tensor of the weight's size must not be made: a cast tile stays in cache.
 TILE_ROWS = 2048
+_MOST_KNOWN = 4096  # known tokens of a row that Triton's kernel holds in registers
 # On CUDA the tensor cores multiply bf16 and fp16 exactly and give float32 sums.
 _HAS_MIXED_MM = "dtype_out" in torch.ops.aten.addmm.overloads()
 
@@ -92,16 +93,16 @@ def logits_dtype(hidden: Tensor, options: Options) -> torch.dtype:
     return hidden.dtype if options.logits_dtype == "model" else compute_dtype(hidden)
 
 
-def row_kernel(device: torch.device, dtype: torch.dtype, options: Options, *, known: bool = False) -> RowKernel:
+def row_kernel(device: torch.device, dtype: torch.dtype, options: Options, *, known: int = 0) -> RowKernel:
     """Return the row kernel that `options.engine` names, or for "auto" the fastest one that this machine has.
 
-    `known` is True for a teacher that is known by a few tokens. A compiled kernel compares those by the forward KL
-    alone, for which caches of a teacher are made.
+    `known` is the number of tokens of a row that a teacher is known by, 0 for all. A compiled kernel compares those by
+    the forward KL alone, for which caches of a teacher are made.
 
     Raises:
         ConfigError: the engine has no kernel for logits of `dtype` on `device`.
     """
-    if known and options.divergence != "forward_kl":
+    if known and (options.divergence != "forward_kl" or (device.type == "cuda" and known > _MOST_KNOWN)):
         return eager_rows
     engine = options.engine
     if engine == "auto" and device.type == "cuda" and triton_rows is not None and dtype != torch.float64:
@@ -162,7 +163,8 @@ class _Loop:
         vocab_size, hidden = options.vocab_size, call.student.hidden
         dtype = logits_dtype(hidden, options)
         self.student = Head(call.student.weight, call.student.bias, vocab_size, dtype)
-        self.kernel = row_kernel(hidden.device, dtype, options, known=isinstance(call.teacher, TeacherTopK))
+        known = call.teacher.ids.shape[1] if isinstance(call.teacher, TeacherTopK) else 0
+        self.kernel = row_kernel(hidden.device, dtype, options, known=known)
         self.num_rows = len(hidden) if call.valid_rows is None else len(call.valid_rows)
         chunk = max(1, min(options.chunk_tokens, self.num_rows))
         # Chunks whose gradients go through one matmul; gradients in the logits' dtype lie over the student's logits.
@@ -170,7 +172,7 @@ class _Loop:
         self.in_place = grad_dtype == dtype
         grouped = wanted and grad_dtype.itemsize == 2 and (hidden.is_cuda or not self.in_place)
         group = max(1, min(GROUP_CHUNKS * chunk, self.num_rows)) if grouped else chunk
-        self.logits = _row_buffer("logits", group if self.in_place else chunk, vocab_size, dtype, hidden)
+        self.logits = row_buffer("logits", group if self.in_place else chunk, vocab_size, dtype, hidden)
         self.teacher: _Teacher | TeacherTopK | None = None
         if isinstance(call.teacher, HeadInput):
             self.teacher = _Teacher(call.teacher, chunk, vocab_size, dtype)
@@ -178,7 +180,7 @@ class _Loop:
             self.teacher = call.teacher
         self.grads = self.logits if wanted else None
         if wanted and not self.in_place:
-            self.grads = _row_buffer("grads", group, vocab_size, grad_dtype, hidden)
+            self.grads = row_buffer("grads", group, vocab_size, grad_dtype, hidden)
         self.has_weight_grad = False
         if sums.weight_grad is not None:
             sums.weight_grad[len(self.student.weight) if self.num_rows else 0 :] = 0
@@ -237,7 +239,7 @@ class _Teacher:
     def __init__(self, head_input: HeadInput, chunk: int, vocab_size: int, dtype: torch.dtype) -> None:
         self._hidden = head_input.hidden
         self._head = Head(head_input.weight, head_input.bias, vocab_size, dtype)
-        self._logits = _row_buffer("teacher", chunk, vocab_size, dtype, self._hidden)
+        self._logits = row_buffer("teacher", chunk, vocab_size, dtype, self._hidden)
         self._chunk_hidden = self._hidden.new_empty(chunk, self._hidden.shape[1])
 
     def logits(self, rows: slice | Tensor, targets: Tensor) -> Tensor:
@@ -252,7 +254,7 @@ def _take(hidden: Tensor, rows: slice | Tensor, targets: Tensor, out: Tensor) ->
     return out.copy_(hidden[rows]).masked_fill_((targets < 0)[:, None], 0)
 
 
-def _row_buffer(use: str, rows: int, vocab_size: int, dtype: torch.dtype, like: Tensor) -> Tensor:
+def row_buffer(use: str, rows: int, vocab_size: int, dtype: torch.dtype, like: Tensor) -> Tensor:
     """Return a buffer (rows, W), uninitialised but for zeros as padding; `use` names it among the kept ones."""
     buffer = _workspace(use, (rows, padded(vocab_size)), dtype, like)
     # torch's bf16 matmul on a CPU reads past the vocabulary's end and multiplies by zero: no NaN may lie there.

@@ -7,16 +7,27 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ddk_ds.errors import ConfigError
-from ddk_ds.kernels.chunked import Call, Head, HeadInput, Wanted, compute_dtype, logits_dtype, run_chunks
+from ddk_ds.kernels.chunked import (
+    Call,
+    Head,
+    HeadInput,
+    Wanted,
+    compute_dtype,
+    logits_dtype,
+    row_buffer,
+    run_chunks,
+)
 from ddk_ds.kernels.custom_op import linear_kd_sums
-from ddk_ds.kernels.options import KDLoss, LabelLogProbs, Options, TeacherTopK, default_chunk_tokens, padded
-from ddk_ds.kernels.rows_eager import apply_form, log_sum_of_others
+from ddk_ds.kernels.options import ALIGN, KDLoss, LabelLogProbs, Options, TeacherTopK, default_chunk_tokens
+from ddk_ds.kernels.rows_eager import apply_form, rows_at_once
 
+LOWEST = -1e30  # 0 times it is 0
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -116,39 +127,67 @@ def top_k_of(
     """
     _check_top_k(k, options.vocab_size)
     parts = []
-    for padded_logits in teacher_logits(HeadInput(hidden, weight, bias), options, of_labels):
-        logits = padded_logits[:, : options.vocab_size]
-        top, log_norm = logits.topk(k, dim=-1), logits.logsumexp(-1, keepdim=True)
-        log_tail = log_sum_of_others(logits, top.indices) - log_norm
-        parts.append((top.indices, (top.values - log_norm).float(), log_tail.squeeze(1).float()))
+    for logits, log_norm in teacher_logits(HeadInput(hidden, weight, bias), options, of_labels):
+        top = _largest(logits, k)
+        # No other logit is above the smallest of these, so the exponentials' sum keeps its digits.
+        least = top.values[:, -1:].clamp_min(LOWEST / 2)
+        others = logits.scatter_(1, top.indices, -torch.inf).sub_(least).exp_().sum(-1, keepdim=True)
+        log_tail = least + others.log()
+        log_norm.copy_(torch.cat([top.values, log_tail], 1).logsumexp(-1))
+        log_probs, log_tail = (part - log_norm[:, None] for part in (top.values, log_tail))
+        parts.append((top.indices, log_probs.float(), log_tail.squeeze(1).float()))
     return TeacherTopK(*map(torch.cat, zip(*parts, strict=True)))
 
 
-def teacher_logits(teacher: HeadInput, options: Options, of_labels: LabelLogProbs | None) -> Iterator[Tensor]:
-    """Yield a teacher's logits at the temperature, (m, W) for a chunk of its tokens; padding may hold anything.
+class _Largest(NamedTuple):
+    values: Tensor
+    indices: Tensor
 
-    `of_labels` (n,) is filled on the way. Raises ConfigError if a tensor or an option is wrong.
+
+def _largest(logits: Tensor, k: int) -> _Largest:
+    """Return the k largest of each row (m, W), in descending order: they lie in the k blocks with the largest maxima.
+
+    A CPU's topk compares pairs of number and index, which takes longer than all other passes over a row.
+    """
+    blocks = logits.unflatten(1, (-1, ALIGN))
+    if k >= blocks.shape[1]:
+        return _Largest(*logits.topk(k))
+    chosen = blocks.amax(-1).topk(k, sorted=False).indices
+    values, places = blocks.gather(1, chosen[..., None].expand(-1, -1, ALIGN)).flatten(1).topk(k)
+    return _Largest(values, chosen.gather(1, places // ALIGN) * ALIGN + places % ALIGN)
+
+
+def teacher_logits(
+    teacher: HeadInput, options: Options, of_labels: LabelLogProbs | None
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield a teacher's logits at the temperature, (m, W) for some of its tokens, with LOWEST as padding.
+
+    The second tensor, (m,), is the caller's to write: the log of the sum of the logits' exponentials, from which
+    `of_labels` (n,) is filled. Both may be changed. Raises ConfigError if a tensor or an option is wrong.
     """
     hidden, weight, bias = teacher
     options = _with_chunk_tokens(options, hidden)
     options.check()
     check_head("teacher", teacher, options.vocab_size)
     head = Head(weight, bias, options.vocab_size, logits_dtype(hidden, options))
+    products = row_buffer("teacher", options.chunk_tokens, options.vocab_size, head.logits_dtype, hidden)
     done = 0
     for part in hidden.detach().split(options.chunk_tokens):
-        products = part.new_empty(len(part), padded(options.vocab_size), dtype=head.logits_dtype)
-        head.logits(part, products)
-        logits = apply_form(products, options.teacher_form)[0]
-        if of_labels is not None:
-            _fill(LabelLogProbs(*(x[done : done + len(part)] for x in of_labels)), logits[:, : options.vocab_size])
-        done += len(part)
-        yield logits.div_(options.temperature)
-
-
-def _fill(of_labels: LabelLogProbs, logits: Tensor) -> None:
-    labels = of_labels.labels
-    at_label = logits.gather(1, labels.clamp_min(0)[:, None]).squeeze(1)
-    of_labels.log_probs.copy_((at_label - logits.logsumexp(-1)).masked_fill_(labels < 0, 0))
+        head.logits(part, products[: len(part)])
+        for block in products[: len(part)].split(rows_at_once(hidden.device, products.shape[1])):
+            logits = apply_form(block, options.teacher_form)[0]
+            logits[:, options.vocab_size :] = LOWEST
+            rows, log_norm = slice(done, done + len(logits)), logits.new_empty(len(logits))
+            done = rows.stop
+            labels = None if of_labels is None else of_labels.labels[rows]
+            at_label = None if labels is None else logits.gather(1, labels.clamp_min(0)[:, None]).squeeze(1)
+            of_one = log_norm
+            if options.temperature != 1:
+                of_one = logits.logsumexp(-1)
+                logits.div_(options.temperature)
+            yield logits, log_norm
+            if of_labels is not None and labels is not None and at_label is not None:
+                of_labels.log_probs[rows] = (at_label - of_one).masked_fill_(labels < 0, 0)
 
 
 def _with_chunk_tokens(options: Options, hidden: Tensor) -> Options:

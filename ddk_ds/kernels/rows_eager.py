@@ -23,7 +23,7 @@ def eager_rows(tensors: Rows, options: Options) -> None:
     """
     student, teacher, labels, ce, divergence, grad = tensors
     classes = options.vocab_size
-    step = max(1, _BLOCK_ELEMENTS.get(student.device.type, 1 << 23) // classes)
+    step = rows_at_once(student.device, classes)
     for start in range(0, len(student), step):
         rows = slice(start, start + step)
         part = TeacherTopK(*(t[rows] for t in teacher)) if isinstance(teacher, TeacherTopK) else teacher
@@ -35,6 +35,11 @@ def eager_rows(tensors: Rows, options: Options) -> None:
         if grad is not None:
             grad[rows, :classes] = block_grad.masked_fill_(ignored[:, None], 0).to(grad.dtype)
             grad[rows, classes:] = 0
+
+
+def rows_at_once(device: torch.device, width: int) -> int:
+    """Return the number of rows of this width that passes over the elements take at a time."""
+    return max(1, _BLOCK_ELEMENTS.get(device.type, 1 << 23) // width)
 
 
 def _block(

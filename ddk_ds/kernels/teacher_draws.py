@@ -16,14 +16,11 @@ import torch
 from torch import Tensor
 
 from ddk_ds.errors import ConfigError
-from ddk_ds.kernels.chunked import HeadInput
+from ddk_ds.kernels.chunked import HeadInput, row_buffer
 from ddk_ds.kernels.linear_kd import teacher_logits
 from ddk_ds.kernels.options import ALIGN, LabelLogProbs, Options, TeacherTopK
 
-# A row kernel holds as many numbers of a row in registers.
-MAX_DRAWS = 4_096
-_LOWEST = -1e30  # 0 times it is 0
-_BLOCK_NUMBERS = 1 << 22  # probabilities of chosen blocks that are held at a time
+MAX_DRAWS = 65_535
 
 
 class TeacherDraws(NamedTuple):
@@ -34,22 +31,21 @@ class TeacherDraws(NamedTuple):
     entropy: Tensor
     """(n,) float32, of the whole softmax in nats: what turns the cross-entropy with the shares into a KL."""
 
-    def known(self) -> TeacherTopK:
-        """Return the distinct tokens and their shares, to be the teacher of `linear_kd_loss`."""
-        ids, draws = self.ids, self.ids.shape[1]
-        counts = torch.searchsorted(ids, ids, right=True) - torch.searchsorted(ids, ids)
-        again = torch.zeros_like(ids, dtype=torch.bool)
-        again[:, 1:] = ids[:, 1:] == ids[:, :-1]
-        log_shares = (counts / draws).log().masked_fill(again, -torch.inf)
-        return TeacherTopK(ids.masked_fill(again, -1), log_shares, torch.full_like(self.entropy, -torch.inf))
 
-    def kl_offset(self, known: TeacherTopK) -> Tensor:
-        """Return (n,) float32 to add to a token's divergence to get an estimate of its KL that is right on average.
+def counted_draws(ids: Tensor, counts: Tensor, entropy: Tensor, draws: int) -> tuple[TeacherTopK, Tensor]:
+    """Return the teacher for `linear_kd_loss` that has drawn these tokens, and what is added to a row's divergence.
 
-        `known` is what `known()` returns.
-        """
-        shares = known.log_probs.exp()
-        return -self.entropy - torch.where(known.ids < 0, 0, shares * known.log_probs).sum(1)
+    With that, (n,) float32, it is an estimate of the KL to the whole teacher that is right on average.
+
+    Args:
+        ids: (n, w) int64, each token of a row once, or -1.
+        counts: (n, w) int64, how often it was drawn; 0 where the id is -1.
+        entropy: (n,) float32, the whole softmax's.
+        draws: number of draws of a row.
+    """
+    log_shares = (counts / draws).log()
+    offset = -entropy - torch.where(ids < 0, 0, log_shares.exp() * log_shares).sum(1)
+    return TeacherTopK(ids, log_shares, torch.full_like(entropy, -torch.inf)), offset
 
 
 @torch.no_grad()
@@ -71,7 +67,7 @@ def draws_of(
         `of_labels` (B * L,) is filled.
 
     Raises:
-        ConfigError: a shape, dtype or option is wrong, or `draws` is not in 1..4,096.
+        ConfigError: a shape, dtype or option is wrong, or `draws` is not in 1..65,535.
     """
     if not 1 <= draws <= MAX_DRAWS:
         raise ConfigError(f"draws is {draws}: give 1 to {MAX_DRAWS:,}")
@@ -83,36 +79,37 @@ def draws_of(
     keys = _token_keys(seed, sample_ids.to(hidden.device), len(hidden) // max(1, len(sample_ids)))
     ids, entropies = [], []
     done = 0
-    for logits in teacher_logits(HeadInput(hidden, weight, bias), options, of_labels):
+    for logits, log_norm in teacher_logits(HeadInput(hidden, weight, bias), options, of_labels):
         key = keys[done : done + len(logits)]
         done += len(logits)
-        logits[:, options.vocab_size :] = _LOWEST
-        logits.sub_(logits.amax(-1, keepdim=True))
-        q = logits.softmax(-1)
-        ids.append(_inverse(q, _uniforms(key, draws)))
-        entropies.append(-q.amax(-1).log() - q.mul_(logits).sum(-1))
+        top = logits.amax(-1, keepdim=True)
+        buffer = row_buffer("shares", len(logits), options.vocab_size, logits.dtype, hidden)
+        parts = torch.exp(logits.sub_(top), out=buffer)
+        sums = parts.unflatten(-1, (-1, ALIGN)).sum(-1).double()
+        ids.append(_inverse(parts, sums, _uniforms(key, draws)))
+        total = sums.sum(-1)
+        log_norm.copy_(top.squeeze(1) + total.log())
+        entropies.append(total.log() - parts.mul_(logits).sum(-1) / total)
     return TeacherDraws(torch.cat(ids), torch.cat(entropies).float())
 
 
-def _inverse(q: Tensor, uniforms: Tensor) -> Tensor:
-    """Return for each of `uniforms` (m, n) in [0, 1) the first token whose cumulated probability is above it.
+def _inverse(parts: Tensor, sums: Tensor, uniforms: Tensor) -> Tensor:
+    """Return for each of `uniforms` (m, n) in [0, 1) the first token whose cumulated share is above it.
 
-    q (m, W) are probabilities. A block of them is found first, and the token in it: a cumulated sum of a row of a large
-    vocabulary in float64 would cost more than its softmax.
+    parts (m, W) are proportional to probabilities, and sums (m, W / ALIGN) float64 those of their blocks. For few draws
+    a block is found first, and the token in it: a cumulated sum of all of a row in float64 costs more than its softmax.
     """
-    blocks = q.unflatten(-1, (-1, ALIGN))
-    sums = blocks.sum(-1).double()
-    ends = sums.cumsum(-1)
+    in_blocks = uniforms.shape[1] * ALIGN < parts.shape[1]
+    ends = (sums if in_blocks else parts.double()).cumsum(-1)
     total = ends[:, -1:]
     place = torch.minimum(uniforms * total, torch.nextafter(total, torch.zeros_like(total)))
-    block = torch.searchsorted(ends, place, right=True)
-    place -= ends.gather(1, block) - sums.gather(1, block)
-    found = torch.empty_like(block)
-    for row in torch.arange(len(q)).split(max(1, _BLOCK_NUMBERS // (uniforms.shape[1] * ALIGN))):
-        rows = slice(int(row[0]), int(row[-1]) + 1)
-        inside = blocks[rows].gather(1, block[rows, :, None].expand(-1, -1, ALIGN)).double().cumsum(-1)
-        found[rows] = torch.searchsorted(inside, place[rows, :, None], right=True).squeeze(-1).clamp_max(ALIGN - 1)
-    return block * ALIGN + found
+    found = torch.searchsorted(ends, place, right=True)
+    if not in_blocks:
+        return found
+    place -= ends.gather(1, found) - sums.gather(1, found)
+    blocks = parts.unflatten(-1, (-1, ALIGN)).gather(1, found[..., None].expand(-1, -1, ALIGN))
+    inside = torch.searchsorted(blocks.double().cumsum(-1), place[..., None], right=True).squeeze(-1)
+    return found * ALIGN + inside.clamp_max(ALIGN - 1)
 
 
 def _uniforms(keys: Tensor, draws: int) -> Tensor:

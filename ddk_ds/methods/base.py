@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import torch
 
 from ddk_ds.comm import Comm
-from ddk_ds.data.teacher_samples import Said
+from ddk_ds.data.teacher_samples import Record
 from ddk_ds.engine.head import OutputHead
 from ddk_ds.engine.student import Student
 from ddk_ds.kernels import KDLoss, Options, linear_kd_loss, linear_nll
@@ -37,7 +37,7 @@ class Batch:
     """Fraction of the run's steps that are done, 0..1."""
     sample_id: torch.Tensor | None = None
     """(B,) int64 on the CPU: global ids of the samples (data/loader.py)."""
-    said: Sequence[Said | None] = ()
+    said: Sequence[Record | None] = ()
     """(B,) what a cache of the teacher has of the samples; () if it was not looked for."""
 
 

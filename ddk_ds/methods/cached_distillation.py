@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -22,7 +22,7 @@ from ddk_ds.config import Loss
 from ddk_ds.config.sections import TeacherCache as CacheSection
 from ddk_ds.data.loader import MicroBatch, MixtureDataset
 from ddk_ds.data.teacher_cache import TeacherCache
-from ddk_ds.data.teacher_samples import Drawn, Likeliest, Said
+from ddk_ds.data.teacher_samples import Drawn, Likeliest, Record, Said, Top
 from ddk_ds.engine.head import OutputHead
 from ddk_ds.engine.teacher import Teacher
 from ddk_ds.engine.transfers import to_device
@@ -32,6 +32,7 @@ from ddk_ds.kernels import (
     Options,
     TeacherDraws,
     TeacherTopK,
+    counted_draws,
     draws_of,
     linear_kd_loss,
     top_k_of,
@@ -42,7 +43,14 @@ from ddk_ds.mixture.order import name_key
 
 Place = tuple[str, int]
 """Domain of a sample, and its number in the domain."""
-Known = TeacherDraws | TeacherTopK
+
+
+class Known(NamedTuple):
+    """Tokens of a teacher at each position of a micro-batch."""
+
+    tokens: TeacherTopK
+    kl_offset: torch.Tensor | None = None
+    """(n,) float32, what is added to a position's divergence; None: nothing."""
 
 
 @dataclass
@@ -69,14 +77,18 @@ class CachedTeacher:
     def places(self, sample_ids: torch.Tensor | None) -> list[Place]:
         """Return the places of the samples with these global ids (B,)."""
         assert sample_ids is not None, "the loop gives the ids of its samples"
-        return [self.dataset.place(sample_id) for sample_id in sample_ids.tolist()]
+        return self.dataset.places(sample_ids.numpy())
 
     def ahead(self, batches: Iterator[MicroBatch]) -> Iterator[MicroBatch]:
-        """Yield micro-batches with what is known of their samples, which is read when they are asked for."""
+        """Yield micro-batches with what is known of their samples, which is read when they are asked for.
+
+        Raises TemporaryError there if a store has not taken what this rank has added.
+        """
         for batch in batches:
+            self.store.check()
             yield {**batch, "said": [self.store.read(*place) for place in self.places(batch["sample_id"])]}
 
-    def said(self, batch: Batch) -> list[Said | None]:
+    def said(self, batch: Batch) -> list[Record | None]:
         """Return what is known of the samples of a micro-batch, and look for those that were not there before."""
         places = self.places(batch.sample_id)
         before = batch.said or [None] * len(places)
@@ -91,10 +103,9 @@ class CachedTeacher:
         if self.looks_ahead:
             own = sample_ids.reshape(-1, self.comm.world_size, self.micro_batch)[:, self.comm.rank].ravel()
             unknown = np.ones(len(own), bool)
-            for name, first, end in self._ranges():
-                inside = (own >= first) & (own < end)
-                unknown[inside] = ~np.isin(own[inside] - first, self.store.known(name))
-            self.later = {self.dataset.place(sample_id): sample_id for sample_id in own[unknown].tolist()}
+            for name, places, numbers in self.dataset.by_domain(own):
+                unknown[places] = ~np.isin(numbers, self.store.known(name))
+            self.later = dict(zip(self.dataset.places(own[unknown]), own[unknown].tolist(), strict=True))
         missing: dict[str, int] = next(filter(None, found), {})
         self.complete = not missing
         return missing
@@ -109,23 +120,17 @@ class CachedTeacher:
                 found[place] = torch.from_numpy(self.dataset.read(sample_id)[0].astype(np.int64))
         return found
 
-    def add(self, place: Place, said: Said) -> None:
-        """Add what the teacher says of a sample."""
-        self.store.add(*place, said)
+    def add(self, place: Place, said: Said) -> Record:
+        """Add what the teacher says of a sample, and return what is kept of it."""
         self.later.pop(place, None)
+        return self.store.add(*place, said)
 
     def _missing(self, sample_ids: npt.NDArray[np.int64]) -> dict[str, int]:
         self.store.refresh()  # other ranks and runs write too
         missing = {}
-        for name, first, end in self._ranges():
-            wanted = np.unique(sample_ids[(sample_ids >= first) & (sample_ids < end)]) - first
-            missing[name] = len(np.setdiff1d(wanted, self.store.known(name), assume_unique=True))
+        for name, _, numbers in self.dataset.by_domain(sample_ids):
+            missing[name] = len(np.setdiff1d(numbers, self.store.known(name)))
         return {name: count for name, count in missing.items() if count}
-
-    def _ranges(self) -> Iterator[tuple[str, int, int]]:
-        """Yield each domain with its first global id and the one after its last."""
-        offsets = self.dataset.sample_offsets
-        return zip(self.dataset.names, offsets, offsets + self.dataset.sizes, strict=True)
 
 
 class CachedDistillation(WithDivergence):
@@ -139,10 +144,11 @@ class CachedDistillation(WithDivergence):
     @contextmanager
     def known(self, batches: Sequence[Batch]) -> Iterator[Iterable[Known]]:
         """Yield what is known of the teacher at each position (B*L) of each micro-batch, one at a time."""
-        yield (_known(of_batch, batches[0].labels.device) for of_batch in self.fill(batches))
+        length, device = batches[0].labels.shape[1], batches[0].labels.device
+        yield (self._known(of_batch, length, device) for of_batch in self.fill(batches))
 
-    def fill(self, batches: Sequence[Batch]) -> list[list[Said | None]]:
-        """Return what the teacher says of the samples of each micro-batch, after those that were missing were added.
+    def fill(self, batches: Sequence[Batch]) -> list[list[Record | None]]:
+        """Return what is kept of the samples of each micro-batch, after those that were missing were added.
 
         The missing ones of all `batches` go through the teacher together, in micro-batches of the same size: products
         of another number of rows can be rounded otherwise. One that is not full takes samples that come later. Without
@@ -165,16 +171,15 @@ class CachedDistillation(WithDivergence):
         for first in range(0, groups, self._cached.pass_size):
             of_pass = at_once[first : first + self._cached.pass_size]
             for place, one in self._ask(self._teacher, batches[0], of_pass, tokens):
+                kept = self._cached.add(place, one)
                 for number, row in rows.get(place, ()):
-                    said[number][row] = one
-                self._cached.add(place, one)
+                    said[number][row] = kept
         return said
 
     def distil(self, hidden: torch.Tensor, head: OutputHead, teacher_output: Known, batch: Batch) -> KDLoss:
         """Compute the micro-batch's part of the loss from hidden (n, Hs) and what is known of the teacher, n = B*L."""
         options = replace(self.options_at(batch), student_form=head.form)
         labels = batch.labels.flatten()
-        known = teacher_output.known() if isinstance(teacher_output, TeacherDraws) else teacher_output
         found = linear_kd_loss(
             hidden,
             head.weight,
@@ -184,17 +189,25 @@ class CachedDistillation(WithDivergence):
             num_valid=batch.num_valid,
             options=options,
             student_bias=head.bias,
-            teacher_topk=known,
+            teacher_topk=teacher_output.tokens,
         )
-        if isinstance(teacher_output, TeacherTopK):
+        if teacher_output.kl_offset is None:
             return found
         # Without a gradient: it makes the reported divergence one to the whole teacher, on average.
-        offsets = teacher_output.kl_offset(known) * (labels != IGNORE_INDEX)
+        offsets = teacher_output.kl_offset * (labels != IGNORE_INDEX)
         offset = offsets.sum(dtype=torch.float64) / batch.num_valid
         return found._replace(
             loss=found.loss + (options.kd_weight * offset).to(found.loss.dtype),
             kl=found.kl + offset.to(found.kl.dtype),
         )
+
+    def _known(self, records: Sequence[Record | None], length: int, device: torch.device) -> Known:
+        there = [record for record in records if record is not None]
+        assert len(there) == len(records), "all were asked for, or the interval was checked"
+        told = self._cached.store.coding.unpacked(there, length, lambda tensor: to_device(tensor, device))
+        if isinstance(told, Top):
+            return Known(TeacherTopK(*told))
+        return Known(*counted_draws(*told, self._cached.section.draws))
 
     def _most_anywhere(self, count: int, device: torch.device) -> int:
         """Return the largest count of all ranks: they gather the teacher's weights together. Collective."""
@@ -229,7 +242,7 @@ class CachedDistillation(WithDivergence):
         section = self._cached.section
         of_labels = LabelLogProbs(labels.flatten(), labels.new_empty(labels.numel(), dtype=torch.float32))
         rest: dict[str, Any] = {"options": options, "bias": head.bias, "of_labels": of_labels}
-        answer: Known
+        answer: TeacherDraws | TeacherTopK
         if section.keep == "topk":
             answer = top_k_of(states, head.weight, section.top_k, **rest)
             answer = answer._replace(log_probs=answer.log_probs.bfloat16().float())  # as they are stored
@@ -244,11 +257,3 @@ class CachedDistillation(WithDivergence):
 def sample_key(domain: str, number: int) -> int:
     """Return the number from which the draws of a sample follow: that of no other domain is near it."""
     return (name_key(domain) >> 2) + number
-
-
-def _known(said: Sequence[Said | None], device: torch.device) -> Known:
-    known = [one for one in said if one is not None]
-    assert len(known) == len(said), "all were asked for, or the interval was checked"
-    of_samples = zip(*(one[:-1] for one in known), strict=True)  # the labels' are for its perplexity
-    columns = (to_device(torch.from_numpy(np.concatenate(column)), device) for column in of_samples)
-    return TeacherTopK(*columns) if isinstance(known[0], Likeliest) else TeacherDraws(*columns)

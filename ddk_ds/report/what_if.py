@@ -17,6 +17,7 @@ from ddk_ds.config import Config
 from ddk_ds.data.loader import MixtureDataset
 from ddk_ds.data.manifest import load_manifest
 from ddk_ds.data.teacher_cache import PERPLEXITIES, Numbers, open_stored
+from ddk_ds.data.teacher_perplexities import measured_in
 from ddk_ds.data.teacher_place import open_place
 from ddk_ds.drawing import Array
 from ddk_ds.errors import DataError
@@ -156,12 +157,12 @@ def cached_teacher(run_dir: Path, names: Sequence[str], cache: Path) -> Array | 
     """
     path = run_dir / "run.json"
     recorded = read_object(path, "put it back from a copy") if path.is_file() else {}
-    files = [read_object(file, "delete it") for file in sorted((cache / PERPLEXITIES).glob("*.json"))]
+    files = measured_in(cache / PERPLEXITIES)
     values = []
     for name in names:
         held_out = str(recorded.get(f"content.domains.{name}", "")).partition("/")[2]
         found = [
-            float(file["perplexity"])
+            file["perplexity"]
             for file in files
             if file.get("validation") == held_out and _measured_alike(file, recorded)
         ]

@@ -273,16 +273,11 @@ def _begin_checkpoint(run: Run, *, in_need: bool = False) -> bool:
     """Begin to save this step and return True; warn and return False if that is not possible. Collective.
 
     Args:
-        in_need: save although a store does not take what the teacher has said; another run computes that again.
+        in_need: do not wait until a store takes what the teacher has said; another run computes that again.
     """
     _finish_checkpoint(run)
     run.watchdog.watch("checkpoint", run.state.step)
-    try:
-        run.publish_teacher(wait=not in_need)
-    except TemporaryError as error:
-        if not in_need:
-            raise
-        run.progress.say(f"warning: the teacher's cache lacks what this run computed last: {error}")
+    run.publish_teacher(wait=not in_need)
     try:
         run.saver.begin(run.student, run.state, run.ledger.position())
     except SaveFailed as failure:

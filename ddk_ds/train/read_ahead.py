@@ -62,7 +62,7 @@ class ReadAhead:
         if self._prefetcher is not None:
             self._prefetcher.follow(self._dataset.first_uses(ids[consumed:]))
         if self._of_teacher is not None and self._teacher is not None:
-            self._of_teacher.follow(self._teacher.first_uses(map(self._dataset.place, ids[consumed:].tolist())))
+            self._of_teacher.follow(self._teacher.first_uses(self._dataset.by_domain(ids[consumed:])))
 
     def advance(self, consumed: int) -> None:
         """Note that the first `consumed` samples of the interval have been trained on."""

@@ -73,13 +73,14 @@ class Run:
     def publish_teacher(self, *, wait: bool = True) -> None:
         """Write what this rank's teacher has said since the last time to the cache, if there is one.
 
-        Raises CheckpointError if it cannot be written, TemporaryError if a store does not take it, at once unless
-        `wait` is True.
+        If a store does not take it, for all its patience or at once unless `wait` is True, say so: the next step's
+        samples are not read then. Raises CheckpointError if it cannot be written.
         """
         if self.cached is not None:
             if not wait:
                 self.cached.store.place.give_up_when(lambda: True)
-            self.cached.store.publish()
+            if failure := self.cached.store.offer():
+                self.progress.say(f"warning: the teacher's cache lacks what this run computed last: {failure}")
 
     def take_taught(self) -> int | None:
         """Return the samples that went through the teacher since the last call; None in a run without a cache of it."""

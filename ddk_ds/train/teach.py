@@ -17,6 +17,7 @@ from ddk_ds.data.teacher_place import check_room
 from ddk_ds.engine.runtime import Runtime
 from ddk_ds.engine.stage_clock import StageClock
 from ddk_ds.engine.transfers import to_device
+from ddk_ds.errors import TemporaryError
 from ddk_ds.methods import Batch, CachedTeacher, next_token_labels
 from ddk_ds.methods.cached_distillation import CachedDistillation
 from ddk_ds.mixture.domain_vectors import perplexity
@@ -78,15 +79,17 @@ def fill_cache(
         with interruption.listening(), progress.part("passes of the teacher", passes) as advance:
             for number in range(passes):
                 interruption.check()
+                call_together(comm, cached.store.check)
                 watchdog.watch("step", number)
                 method.fill([_batch(micro, runtime.device) for micro in islice(batches, size)])
                 advance()
-    except Interrupted:
-        cached.store.publish()
+    except (Interrupted, TemporaryError):
+        cached.store.place.give_up_when(lambda: True)
+        cached.store.offer()
         raise
     watchdog.watch("end")
-    cached.store.publish()
-    comm.barrier()
+    cached.store.offer()
+    call_together(comm, cached.store.check)
     rate = len(missing) * config.data.sequence_length / (time.monotonic() - began)
     added = f"{len(np.unique(missing)):,} samples added to {cached.store.place.location}, {rate:,.0f} tokens/s"
     return f"{added}: it has {_content(cached, dataset, inputs, progress)}"

@@ -12,6 +12,7 @@ from ddk_ds.comm import Comm, call_together
 from ddk_ds.config import Config
 from ddk_ds.data.loader import MixtureDataset, validation_batches
 from ddk_ds.data.teacher_cache import CONDITIONS_FILE, PERPLEXITIES, TeacherCache, make_cache
+from ddk_ds.data.teacher_perplexities import PerplexityCache
 from ddk_ds.data.teacher_place import LocalPlace, Place, open_place
 from ddk_ds.data.teacher_samples import bytes_a_token
 from ddk_ds.engine.runtime import Runtime
@@ -25,7 +26,6 @@ from ddk_ds.train.inputs import Inputs
 from ddk_ds.train.interval import Array
 from ddk_ds.train.progress import RunProgress
 from ddk_ds.train.validation import (
-    PerplexityCache,
     ValidationBatches,
     count_micro_batches,
     perplexities,
@@ -161,9 +161,9 @@ def _teacher_perplexities(
         fingerprint, attention = inputs.teacher_of(name)
         of_domain = {**identity, "content.teacher": fingerprint, "content.attention.teacher": attention}
         caches.append(PerplexityCache(place, perplexity_conditions(of_domain, more)))
-    domain_keys = [[inputs.manifest.domains[name].validation.sha] for name in inputs.names]
+    domain_keys = [inputs.manifest.domains[name].validation.sha for name in inputs.names]
     values = comm.broadcast_object(
-        [cache.read(key)[0] for cache, key in zip(caches, domain_keys, strict=True)] if comm.rank == 0 else None
+        [cache.read(key) for cache, key in zip(caches, domain_keys, strict=True)] if comm.rank == 0 else None
     )
     unknown = [i for i, value in enumerate(values) if value is None]
     if unknown:
@@ -182,7 +182,7 @@ def _teacher_perplexities(
         for i, value in zip(unknown, measured.tolist(), strict=True):
             values[i] = value
             if comm.rank == 0:
-                caches[i].write(domain_keys[i], [value])
+                caches[i].write(domain_keys[i], value)
     return np.array(values, np.float64)
 
 

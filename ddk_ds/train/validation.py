@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -14,11 +11,8 @@ import numpy.typing as npt
 import torch
 
 from ddk_ds.comm import Comm
-from ddk_ds.data.teacher_place import Place
 from ddk_ds.engine.student import Student
 from ddk_ds.engine.teacher import Teacher
-from ddk_ds.errors import DataError
-from ddk_ds.files import sealed, unsealed
 from ddk_ds.kernels import Options
 from ddk_ds.methods import IGNORE_INDEX, next_token_labels, token_losses
 from ddk_ds.mixture.domain_vectors import perplexity
@@ -106,33 +100,3 @@ _NOT_THE_TEACHERS = (
 def perplexity_conditions(identity: Mapping[str, Any], more: Mapping[str, Any]) -> dict[str, Any]:
     """Return the conditions of measuring the teacher: what the run's `identity` has of it, and `more`."""
     return {**{key: value for key, value in identity.items() if not key.startswith(_NOT_THE_TEACHERS)}, **more}
-
-
-class PerplexityCache:
-    """Perplexities of a frozen model, one file for each domain and set of conditions (`key`)."""
-
-    def __init__(self, place: Place, key: dict[str, Any]) -> None:
-        self._place = place
-        self._key = key
-
-    def read(self, domain_keys: Sequence[str]) -> list[float | None]:
-        """Return the cached perplexity of each domain; None for a domain without one."""
-        values: list[float | None] = []
-        for domain_key in domain_keys:
-            value = None
-            with suppress(DataError, ValueError, KeyError, TypeError, RecursionError):
-                content = self._place.read(self._name(domain_key))
-                # Missing or damaged: it is measured again.
-                value = None if content is None else float(unsealed(content, "")["perplexity"])
-            values.append(value)
-        return values
-
-    def write(self, domain_keys: Sequence[str], values: Sequence[float]) -> None:
-        """Write the perplexity of each domain to its file, together with the conditions."""
-        for domain_key, value in zip(domain_keys, values, strict=True):
-            record = sealed({**self._key, "validation": domain_key, "perplexity": value})
-            self._place.write(self._name(domain_key), json.dumps(record, indent=2))
-
-    def _name(self, domain_key: str) -> str:
-        text = json.dumps({**self._key, "validation": domain_key}, sort_keys=True)
-        return f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.json"

@@ -24,6 +24,7 @@ from ddk_ds.train.run_dir import run_identity
 from ddk_ds.train.teach import fill_cache
 from ddk_ds.train.watchdog import Watchdog
 from tests.dist.resume_worker import BreakOff, prepare
+from tests.kept import said_of
 
 
 def runs(runtime: Runtime, starts: list[tuple[str, int | None]], names: list[str]) -> dict[str, int]:
@@ -118,6 +119,14 @@ def teaching_error(runtime: Runtime, path: str) -> str:
     return str(error.value)
 
 
+def training_error(runtime: Runtime, path: str) -> str:
+    """Train a run whose store goes down while a first part is uploaded, in a step; return this rank's error."""
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(TemporaryError) as error:
+        patch.setattr("ddk_ds.data.teacher_cache.PART_BYTES", 1)
+        train(prepare(runtime, path, "run", None))
+    return str(error.value)
+
+
 def errors(runtime: Runtime, first: str, configs: list[str]) -> list[str]:
     """Run `first`, then try each of the others; return their errors."""
     train(prepare(runtime, first, "first", None))
@@ -175,7 +184,7 @@ def all_samples(path: Path) -> dict[tuple[str, int], Said]:
             continue
         for domain, entry in json.loads((part / SAMPLES_FILE).read_text())["domains"].items():
             for number in entry["numbers"]:
-                said = cache.read(domain, number)
-                assert said is not None
-                found[domain, number] = said
+                record = cache.read(domain, number)
+                assert record is not None
+                found[domain, number] = said_of(cache.coding, record, conditions["sequence_length"])
     return found

@@ -16,29 +16,37 @@ import torch.nn.functional as F
 from ddk_ds.comm import SingleProcess
 from ddk_ds.config import Loss
 from ddk_ds.config.sections import TeacherCache as CacheSection
-from ddk_ds.data.teacher_samples import Drawn, Likeliest, Said
-from ddk_ds.kernels import Options, TeacherDraws
+from ddk_ds.data.teacher_samples import Drawn, DrawnTokens, LikeliestTokens, Record, Said
+from ddk_ds.kernels import Options, TeacherTopK, counted_draws
 from ddk_ds.methods import Batch
-from ddk_ds.methods.cached_distillation import CachedDistillation, CachedTeacher, sample_key
+from ddk_ds.methods.cached_distillation import CachedDistillation, CachedTeacher, Known, sample_key
+from tests.kept import said_of
 from tests.unit.test_method_losses import LENGTH, SAMPLES, VALID, VOCAB, Models, batch_at, logits_of, normal
+from tools.bench.draws_gradient import counted
 
 TEMPERATURE = 2.0
 PLACES = [("a", 3), ("b", 0), ("a", 1)]  # of the global ids 3, 5, 1: domain a has 5 samples, b 4
 
 
 class Store:
-    """A cache in memory."""
+    """A cache in memory, of so many draws or with another coding."""
 
-    def __init__(self) -> None:
-        self.held: dict[tuple[str, int], Said] = {}
+    def __init__(self, draws: int = 4, coding: Any = None) -> None:
+        self.coding = coding or DrawnTokens(draws, VOCAB)
+        self.held: dict[tuple[str, int], Any] = {}
         self.refreshed = 0
 
-    def read(self, domain: str, number: int) -> Said | None:
+    def read(self, domain: str, number: int) -> Record | None:
         return self.held.get((domain, number))
 
-    def add(self, domain: str, number: int, said: Said) -> None:
+    def add(self, domain: str, number: int, said: Said) -> Record:
         assert (domain, number) not in self.held
-        self.held[domain, number] = said
+        record: Record = self.coding.encoded(said)
+        self.held[domain, number] = record
+        return record
+
+    def said(self, place: tuple[str, int]) -> Any:
+        return said_of(self.coding, self.held[place], LENGTH)
 
     def known(self, domain: str) -> Any:
         return np.array(sorted(number for name, number in self.held if name == domain), np.int64)
@@ -51,7 +59,11 @@ DATASET: Any = SimpleNamespace(
     names=["a", "b"],
     sample_offsets=np.array([0, 5]),
     sizes=np.array([5, 4]),
-    place=lambda number: ("a", number) if number < 5 else ("b", number - 5),
+    places=lambda ids: [("a", number) if number < 5 else ("b", number - 5) for number in ids.tolist()],
+    by_domain=lambda ids: [
+        (name, np.flatnonzero(there), ids[there] - first)
+        for name, first, there in (("a", 0, ids < 5), ("b", 5, ids >= 5))
+    ],
 )
 
 
@@ -82,9 +94,8 @@ def of_labels(models: Models, batch: Batch) -> torch.Tensor:
 
 
 def test_samples_that_are_missing_are_asked_for_and_added() -> None:
-    models, batch, store = Models(), batch_of(), Store()
-    held = Drawn(np.zeros((LENGTH, 30), np.int64), np.zeros(LENGTH, np.float32), np.zeros(LENGTH, np.float32))
-    store.held["b", 0] = held
+    models, batch, store = Models(), batch_of(), Store(30)
+    held = store.add("b", 0, Drawn(np.zeros((LENGTH, 30), np.int64), *np.zeros((2, LENGTH), np.float32)))
     cached = cached_of(store, draws=30, seed=5)
     by_sample(models, batch)
     first, again = method_of(models, cached).fill([batch, replace(batch, sample_id=torch.tensor([5, 5, 3]))])
@@ -93,21 +104,21 @@ def test_samples_that_are_missing_are_asked_for_and_added() -> None:
     assert list(store.held) == [("b", 0), ("a", 3), ("a", 1)]
     q = teachers(models, TEMPERATURE).exp()
     for row in (0, 2):
-        one = first[row]
-        assert one is store.held[PLACES[row]] and isinstance(one, Drawn)
+        assert first[row] is store.held[PLACES[row]]
+        one = store.said(PLACES[row])
         entropy = -(q[row] * q[row].log()).sum(-1)
         torch.testing.assert_close(torch.from_numpy(one.entropy).double(), entropy, rtol=1e-5, atol=1e-6)
         label = torch.from_numpy(one.label_log_probs).double()
         torch.testing.assert_close(label, of_labels(models, batch)[row], rtol=1e-5, atol=1e-6)
         shares = F.one_hot(torch.from_numpy(one.ids), VOCAB).double().mean(1)
         assert ((shares - q[row]) * 30).abs().max() < 2, "stratified draws of this softmax"
-    assert not np.array_equal(first[0].ids, first[2].ids)  # type: ignore[union-attr]
-    other = Store()
+    assert not np.array_equal(store.said(PLACES[0]).ids, store.said(PLACES[2]).ids)
+    other = Store(30)
     method_of(models, cached_of(other, draws=30, seed=6)).fill([batch])
-    assert not np.array_equal(other.held["a", 3].ids, store.held["a", 3].ids), "another seed"
-    same = Store()
+    assert not np.array_equal(other.said(("a", 3)).ids, store.said(("a", 3)).ids), "another seed"
+    same = Store(30)
     method_of(models, cached_of(same, draws=30, seed=5)).fill([batch])
-    assert np.array_equal(same.held["a", 3].ids, store.held["a", 3].ids)
+    assert same.held["a", 3] == store.held["a", 3]
 
 
 def by_sample(models: Models, batch: Batch) -> None:
@@ -125,7 +136,7 @@ def by_sample(models: Models, batch: Batch) -> None:
 def test_a_micro_batch_that_is_not_full_takes_samples_that_come_later() -> None:
     """One rank, three steps of a micro-batch: the last needs nothing any more, and nothing is computed twice."""
     models, store = Models(), Store()
-    store.held["b", 0] = Drawn(np.zeros((LENGTH, 4), np.int64), *np.zeros((2, LENGTH), np.float32))
+    store.add("b", 0, Drawn(np.zeros((LENGTH, 4), np.int64), *np.zeros((2, LENGTH), np.float32)))
     steps = [[3, 5, 1], [0, 2, 4], [6, 6, 3]]
     tokens = np.arange(9 * LENGTH).reshape(9, LENGTH) % VOCAB
     read: list[int] = []
@@ -157,12 +168,15 @@ def test_the_teacher_is_not_asked_where_all_is_known() -> None:
     models.asked.clear()
     cached = cached_of(store, draws=4)
     with method_of(models, cached).known([batch]) as [known]:
-        assert isinstance(known, TeacherDraws) and models.asked == [] and cached.taught == 0
-    assert known.ids.tolist() == np.concatenate([store.held[place].ids for place in PLACES]).tolist()
-    assert known.entropy.tolist() == np.concatenate([store.held[place].entropy for place in PLACES]).tolist()  # type: ignore[union-attr]
+        assert models.asked == [] and cached.taught == 0
+    said = [store.said(place) for place in PLACES]
+    shares = F.one_hot(torch.from_numpy(np.concatenate([one.ids for one in said])), VOCAB).double().mean(1)
+    assert torch.equal(shares_of(known.tokens), shares)
+    entropy = torch.from_numpy(np.concatenate([one.entropy for one in said]))
+    torch.testing.assert_close(known.kl_offset, (-entropy - shares.xlogy(shares).sum(1)).float(), rtol=1e-5, atol=1e-6)
     one = replace(batch, input_ids=batch.input_ids[:1], labels=batch.labels[:1], sample_id=torch.tensor([3]))
     with method_of(models, cached).known([one]) as [known]:
-        assert isinstance(known, TeacherDraws) and known.ids.tolist() == store.held["a", 3].ids.tolist()
+        assert torch.equal(shares_of(known.tokens), shares[:LENGTH])
 
     class Other(SingleProcess):
         """One of two ranks; the other misses a sample."""
@@ -188,7 +202,7 @@ def test_the_teacher_is_not_asked_where_all_is_known() -> None:
 
 def test_what_was_read_ahead_is_taken_and_the_rest_is_looked_for() -> None:
     store = Store()
-    read, late = (Drawn(np.full((LENGTH, 1), n), *(np.zeros(LENGTH, np.float32),) * 2) for n in (1, 2))
+    read, late = b"read", b"late"
     store.held["a", 3] = read
     cached = cached_of(store, draws=1)
     ids: Any = {"sample_id": torch.tensor([3, 5, 1])}
@@ -216,6 +230,13 @@ def test_a_samples_draws_belong_to_its_domain_for_ever() -> None:
     assert sample_key("github", 5) == int(name, 16) // 4 + 5
 
 
+def shares_of(tokens: TeacherTopK) -> torch.Tensor:
+    """Return the probabilities (n, V) of known tokens, without a tail."""
+    assert (tokens.log_tail == -torch.inf).all()
+    found = torch.zeros(len(tokens.ids), VOCAB, dtype=torch.float64)
+    return found.scatter_add_(1, tokens.ids.clamp_min(0), tokens.log_probs.exp().double())
+
+
 def student(models: Models, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return the student's log-probabilities (m, V) of the valid tokens, which these are (n,), and the CE."""
     valid = batch.labels.flatten() != -100
@@ -237,22 +258,23 @@ def test_draws_have_their_shares_for_the_teacher() -> None:
     models, batch = Models(), batch_of()
     ids = torch.randint(0, VOCAB, (SAMPLES * LENGTH, 4), generator=torch.Generator().manual_seed(11)).sort(-1).values
     entropy = normal(12, SAMPLES * LENGTH).abs()
-    result = method_of(models, cached_of(Store())).loss(models.student, batch, TeacherDraws(ids, entropy))
+    known = Known(*counted_draws(*counted(ids), entropy, 4))
+    result = method_of(models, cached_of(Store())).loss(models.student, batch, known)
     log_p, valid, ce = student(models, batch)
     check(models, result, ce, (-entropy[valid].double() - log_p.gather(1, ids[valid]).mean(1)).sum() / VALID)
 
 
 @pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl"])
 def test_the_likeliest_and_all_others_as_one(divergence: str) -> None:
-    models, batch, store = Models(), batch_of(), Store()
+    models, batch, store = Models(), batch_of(), Store(coding=LikeliestTokens(3, VOCAB))
     method = method_of(models, cached_of(store, keep="topk", top_k=3), divergence=divergence)
     with method.known([batch]) as [known]:
         result = method.loss(models.student, batch, known)
     log_q = teachers(models, TEMPERATURE)
     top = log_q.topk(3)
     for row, place in enumerate(PLACES):
-        one = store.held[place]
-        assert isinstance(one, Likeliest) and np.array_equal(one.ids, top.indices[row].numpy())
+        one = store.said(place)
+        assert np.array_equal(one.ids, top.indices[row].numpy())
         rounded = torch.from_numpy(one.log_probs)
         assert torch.equal(rounded, rounded.bfloat16().float())
         torch.testing.assert_close(rounded.double(), top.values[row], rtol=2**-8, atol=0)
@@ -264,7 +286,7 @@ def test_the_likeliest_and_all_others_as_one(divergence: str) -> None:
     # The kept log-probabilities are rounded, that of the others is not; together they are a distribution again.
     tails = [torch.where(others, x, -torch.inf).logsumexp(-1, keepdim=True) for x in (log_p, log_q)]
     p = torch.cat([log_p.gather(1, chosen), tails[0]], 1)
-    kept = torch.from_numpy(np.concatenate([store.held[place].log_probs for place in PLACES]))[valid]  # type: ignore[union-attr]
+    kept = torch.from_numpy(np.concatenate([store.said(place).log_probs for place in PLACES]))[valid]
     q = torch.cat([kept.double(), tails[1]], 1).log_softmax(-1)
     first, second = (q, p) if divergence == "forward_kl" else (p, q)
     check(models, result, ce, (first.exp() * (first - second)).sum() / VALID)

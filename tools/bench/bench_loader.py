@@ -2,8 +2,9 @@
 
     python -m tools.bench.bench_loader [--samples 20000] --json FILE
 
-All three read the same random samples of uint16 tokens in one run. Also measured are the time to an interval's first
-batch, and the time and memory that planning an interval takes.
+All three read the same random samples of uint16 tokens in one run. Also measured are this project's loader with a
+cache of a teacher beside the tokens, and with as many bytes beside them, memory-mapped and unchecked (the floor of
+that); the time to an interval's first batch, and the time and memory that planning an interval takes.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import closing, contextmanager
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from statistics import median
@@ -38,6 +40,9 @@ from ddk_ds.data.loader import MixtureDataset, interval_loader
 from ddk_ds.data.manifest import DomainInfo, Manifest, SplitInfo, write_manifest
 from ddk_ds.data.mds import write_split
 from ddk_ds.data.readers import Readers
+from ddk_ds.data.teacher_cache import TeacherCache, make_cache
+from ddk_ds.data.teacher_place import LocalPlace
+from ddk_ds.data.teacher_samples import Drawn
 from ddk_ds.files import write_text
 from ddk_ds.mixture.interval_state import IntervalState, interval_ids
 from ddk_ds.mixture.order import DomainOrder
@@ -47,6 +52,8 @@ Ids = npt.NDArray[np.int64]
 MICRO_BATCH = 8
 SHARD_BYTES = 1 << 22
 NUM_DOMAINS = 4
+VOCAB, DRAWS = 50_000, 64
+CONDITIONS = {"keep": "sampled", "draws": DRAWS, "vocab_size": VOCAB}
 PLANNED_SAMPLES = 1000 * 1024
 
 
@@ -82,6 +89,79 @@ def read_ours(root: Path, ids: Ids, workers: int, cache: Path | None, limit_gb: 
         readers.start()
         started = time.perf_counter()
         return _drain(started, interval_loader(dataset, ids, rank=0, world=1, micro_batch=MICRO_BATCH, readers=readers))
+
+
+def make_teacher_cache(root: Path, dataset: MixtureDataset) -> int:
+    """Write what a teacher says of every sample, about 20 tokens of 64 draws; return the mean bytes of a sample."""
+    place, length = LocalPlace(root / "teacher"), len(dataset[0]["input_ids"])
+    make_cache(place, CONDITIONS)
+    cache = TeacherCache(place, CONDITIONS, dict(zip(dataset.names, dataset.shas, strict=True)), VOCAB)
+    generator = np.random.default_rng(0)
+    ends = np.cumsum(np.arange(1, VOCAB) ** -1.55)
+    tokens = generator.permutation(VOCAB)
+    said = []
+    for _ in range(16):
+        ranks = np.searchsorted(ends, generator.random((length, DRAWS)) * ends[-1])
+        said.append(Drawn(np.sort(tokens[ranks], 1), *generator.random((2, length), np.float32)))
+    num_bytes = 0
+    for number, (domain, sample) in enumerate(dataset.places(np.arange(len(dataset)))):
+        num_bytes += len(cache.add(domain, sample, said[number % len(said)]))
+    cache.publish()
+    num_bytes //= len(dataset)
+    generator.integers(0, 255, (len(dataset), num_bytes), np.uint8).tofile(root / "beside.bin")
+    return num_bytes
+
+
+def read_with_teacher(
+    root: Path, ids: Ids, workers: int, num_bytes: int, length: int, *, floor: bool
+) -> tuple[float, float, float]:
+    """Read by this project's loader with a teacher's cache, or as many bytes of a memory map, beside the tokens.
+
+    Returns what `read_ours` does, and the seconds that unpacking takes of a sample.
+    """
+    from ddk_ds.methods import CachedTeacher  # imports DeepSpeed
+
+    dataset = MixtureDataset(root, [f"domain{number}" for number in range(NUM_DOMAINS)])
+    place = LocalPlace(root / "teacher")
+    store = TeacherCache(place, CONDITIONS, dict(zip(dataset.names, dataset.shas, strict=True)), VOCAB)
+    mapped = np.memmap(root / "beside.bin", np.uint8, mode="r").reshape(-1, num_bytes)
+    cached: Any = CachedTeacher(store, dataset, None, None)  # type: ignore[arg-type]
+    with closing(Readers(workers)) as readers:
+        readers.start()
+        started = time.perf_counter()
+        batches: Any = interval_loader(dataset, ids, rank=0, world=1, micro_batch=MICRO_BATCH, readers=readers)
+        if floor:
+            batches = ([mapped[sample].tobytes() for sample in batch["sample_id"].tolist()] for batch in batches)
+        else:
+            batches = cached.ahead(batches)
+        first, total = _drain(started, batches)
+    records = [store.read(*place) for place in dataset.places(ids[: 8 * MICRO_BATCH])]
+    started = time.perf_counter()
+    for number in range(0, len(records), MICRO_BATCH):
+        store.coding.unpacked(records[number : number + MICRO_BATCH], length, lambda tensor: tensor)  # type: ignore[arg-type]
+    return first, total, (time.perf_counter() - started) / len(records)
+
+
+def beside_teacher(root: Path, ids: Ids, num_bytes: int, length: int, repeats: int) -> Row:
+    """Return samples/s with a teacher's cache beside the tokens, with as many bytes, and without."""
+    found: dict[str, list[float]] = {"without": [], "with": [], "floor": [], "unpack_s": []}
+    count = len(ids) - MICRO_BATCH
+    for _ in range(repeats):
+        first, total = in_child(read_ours, root, ids, 0, None, None)
+        found["without"].append(count / (total - first))
+        for name, floor in (("with", False), ("floor", True)):
+            read = partial(read_with_teacher, floor=floor)
+            first, total, unpack = in_child(read, root, ids, 0, num_bytes, length)
+            found[name].append(count / (total - first))
+            found["unpack_s"].append(unpack)
+    rates = {name: median(values) for name, values in found.items()}
+    return {
+        "bytes_a_sample": num_bytes,
+        "samples_per_s": {name: rates[name] for name in ("without", "with", "floor")},
+        "with_over_without": median(a / b for a, b in zip(found["with"], found["without"], strict=True)),
+        "floor_over_without": median(a / b for a, b in zip(found["floor"], found["without"], strict=True)),
+        "unpack_s_a_sample": rates["unpack_s"],
+    }
 
 
 def read_streaming(
@@ -136,8 +216,8 @@ def _drain(started: float, batches: Any) -> tuple[float, float]:
     return first, time.perf_counter() - started
 
 
-def in_child(read: Callable[..., tuple[float, float]], *arguments: Any) -> tuple[float, float]:
-    """Call `read` in a new process and return its two times; so readers share no memory, workers or caches."""
+def in_child(read: Callable[..., tuple[float, ...]], *arguments: Any) -> Any:
+    """Call `read` in a new process and return its times; so readers share no memory, workers or caches."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), _fork_workers) as pool:
         return pool.submit(read, *arguments).result()
 
@@ -232,11 +312,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         np.stack([dataset[i]["input_ids"].numpy().astype(np.uint16) for i in range(len(dataset))]).tofile(
             directory / "flat.bin"
         )
-        rows = measure(directory, order_of(dataset, options.samples), options.sequence_length, options)
+        ids = order_of(dataset, options.samples)
+        rows = measure(directory, ids, options.sequence_length, options)
+        num_bytes = make_teacher_cache(directory, dataset)
+        teacher = beside_teacher(directory, ids, num_bytes, options.sequence_length, options.repeats)
     finally:
         shutil.rmtree(directory)
     plans = {number: planning(number) for number in (10, 100, 1000)}
-    result = summarise(rows, plans)
+    result = {**summarise(rows, plans), "teacher_cache": teacher}
     show(result, Console())
     if options.json:
         write_text(options.json, json.dumps(result, indent=1) + "\n")
@@ -276,6 +359,13 @@ def show(result: Row, console: Console) -> None:
             f"{1e3 * row['first_batch_s']:.1f}",
         )
     console.print(table)
+    teacher = result["teacher_cache"]
+    rates = ", ".join(f"{name} {rate:,.0f}" for name, rate in teacher["samples_per_s"].items())
+    console.print(
+        f"a teacher's cache beside the tokens, samples/s: {rates}; with over without "
+        f"{teacher['with_over_without']:.2f}, the floor {teacher['floor_over_without']:.2f}; unpacking takes "
+        f"{1e6 * teacher['unpack_s_a_sample']:.0f} us a sample"
+    )
     for number, seconds in result["planning_s"].items():
         peak = result["planning_peak_bytes"][number] / 1e6
         console.print(f"planning {PLANNED_SAMPLES:,} samples over {number} domains: {seconds:.2f} s, {peak:.0f} MB")

@@ -20,7 +20,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM
 
 from ddk_ds.command_line import positive
 from ddk_ds.data.loader import MixtureDataset
@@ -29,7 +28,7 @@ from ddk_ds.data.store import LocalStore
 from ddk_ds.data.teacher_samples import bytes_a_token
 from ddk_ds.drawing import WIDTH, line_style, marker, tidy
 from ddk_ds.files import write_text
-from ddk_ds.kernels import Options, TeacherTopK, draws_of, linear_kd_loss
+from ddk_ds.kernels import Options, TeacherTopK, counted_draws, draws_of, linear_kd_loss
 from ddk_ds.kernels.linear_kd import top_k_of
 from tools.bench.step_setting import describe
 
@@ -89,6 +88,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 @torch.no_grad()
 def make_setting(options: argparse.Namespace) -> Setting:
     """Return both models' hidden states of the first samples of each domain in turn."""
+    from transformers import AutoModelForCausalLM  # tests of what is beside it need not wait for that
+
     store = LocalStore(options.data)
     dataset = MixtureDataset(store, list(load_manifest(store).domains))
     numbers = [dataset.sample_offsets[i % len(dataset.names)] + i // len(dataset.names) for i in range(options.samples)]
@@ -101,6 +102,14 @@ def make_setting(options: argparse.Namespace) -> Setting:
     vocab_size = min(map(len, heads))
     kernel = Options(vocab_size, gamma=1.0, ce_weight=0.0, chunk_tokens=256)
     return Setting(hidden[0], heads[0], hidden[1], heads[1], torch.tensor(numbers), kernel)
+
+
+def counted(ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Return draws (n, draws), ascending in each row, as `counted_draws` takes them: each token once, and its count."""
+    counts = torch.searchsorted(ids, ids, right=True) - torch.searchsorted(ids, ids)
+    again = torch.zeros_like(ids, dtype=torch.bool)
+    again[:, 1:] = ids[:, 1:] == ids[:, :-1]
+    return ids.masked_fill(again, -1), counts.masked_fill(again, 0)
 
 
 def gradients(setting: Setting, known: TeacherTopK | None) -> list[Tensor]:
@@ -129,7 +138,8 @@ def of_draws(setting: Setting, whole: list[Tensor], draws: int, seeds: int) -> R
         drawn = draws_of(
             setting.teacher, setting.teacher_head, setting.samples, draws, seed=seed, options=setting.options
         )
-        errors = [found - exact for found, exact in zip(gradients(setting, drawn.known()), whole, strict=True)]
+        known = counted_draws(*counted(drawn.ids), drawn.entropy, draws)[0]
+        errors = [found - exact for found, exact in zip(gradients(setting, known), whole, strict=True)]
         squares = [so_far + float(error.double().square().sum()) for so_far, error in zip(squares, errors, strict=True)]
         sums += errors[0]
         sums_of_squares += errors[0].square()

@@ -22,6 +22,7 @@ from ddk_ds.data.teacher_cache import TeacherCache, make_cache
 from ddk_ds.data.teacher_place import RemotePlace, open_place
 from ddk_ds.errors import ConfigError, DataError, TemporaryError
 from ddk_ds.files import size_and_xxh64
+from ddk_ds.methods import CachedTeacher
 from ddk_ds.train.read_ahead import ReadAhead
 from tests.s3_server import BUCKET, S3Server
 from tests.unit.data.test_teacher_cache import CONDITIONS, SHAS, VOCAB, equal, said
@@ -95,6 +96,30 @@ def test_a_store_that_is_down_for_a_while_is_waited_for(s3: S3Server, tmp_path: 
     assert equal(node(tmp_path / "other").read("web", 3), said(3))
 
 
+def test_a_store_that_stays_down_is_told_before_the_next_step(
+    s3: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the middle of a step a rank must not leave the others; what was to be written is kept."""
+    monkeypatch.setattr("ddk_ds.data.teacher_cache.PART_BYTES", 1)
+    cache = node(tmp_path / "node", patience_s=0.1)
+    s3.down = True
+    began = time.monotonic()
+    cache.add("web", 3, said(3))
+    waited = time.monotonic() - began
+    cache.add("web", 4, said(4))
+    assert waited >= 0.1 and equal(cache.read("web", 3), said(3))
+    nothing: Any = None
+    later = CachedTeacher(cache, nothing, nothing, nothing).ahead(iter([nothing]))
+    for told in (cache.check, lambda: next(later)):
+        with pytest.raises(TemporaryError, match=f"{ADDRESS}/parts/.* cannot be uploaded, tried for .*503"):
+            told()
+    s3.down = False
+    assert cache.offer() is None
+    cache.check()
+    other = node(tmp_path / "other")
+    assert all(equal(other.read("web", number), said(number)) for number in (3, 4))
+
+
 def test_a_signal_ends_the_patience(s3: S3Server, tmp_path: Path) -> None:
     cache = node(tmp_path / "node")
     cache.add("web", 3, said(3))
@@ -153,7 +178,7 @@ def test_a_nodes_shards_are_fetched_before_they_are_read(prepared: Path, tmp_pat
         writer.publish()
     reader = node(tmp_path / "b", shas={"large": "1", "small": "2"})
     ids = np.array([2, 1, 0, dataset.sample_offsets[1], 5])  # large 2, 1, 0, small 0; 5 is in no part
-    uses = reader.first_uses(map(dataset.place, ids.tolist()))
+    uses = reader.first_uses(dataset.by_domain(ids))
     assert [position for position, _ in uses] == [0, 1, 2] and len({shard.name for _, shard in uses}) == 3
     ahead = ReadAhead(LocalStore(prepared), dataset, [], reader, enabled=True)
     ahead.interval(ids, 2)  # the first two are done

@@ -63,7 +63,7 @@ def test_memory_is_taken_once_for_each_use() -> None:
 def test_rows_of_a_buffer_begin_on_a_cache_line_and_hold_no_nan_behind_their_end(vocab_size: int, stride: int) -> None:
     like = torch.empty(0)
     chunked._workspace("aligned", (5, 256), torch.float32, like).fill_(float("nan"))
-    buffer = chunked._row_buffer("aligned", 5, vocab_size, torch.float32, like)
+    buffer = chunked.row_buffer("aligned", 5, vocab_size, torch.float32, like)
     assert (buffer.shape, buffer.stride()) == ((5, stride), (stride, 1))
     assert not buffer[:, vocab_size:].isnan().any()
 

@@ -5,6 +5,7 @@ Right values are the whole teacher's softmax, KL and gradient in float64.
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -13,9 +14,19 @@ import torch
 from torch import Tensor
 
 from ddk_ds.errors import ConfigError
-from ddk_ds.kernels import LabelLogProbs, LogitForm, Options, TeacherDraws, draws_of, top_k_of
+from ddk_ds.kernels import (
+    LabelLogProbs,
+    LogitForm,
+    Options,
+    TeacherDraws,
+    TeacherTopK,
+    counted_draws,
+    draws_of,
+    top_k_of,
+)
 from ddk_ds.kernels.teacher_draws import _mixed
 from tests.unit.kernels.kd_case import Case, error, make, truth
+from tools.bench.draws_gradient import counted
 
 SAMPLES = torch.tensor([7, 123_456_789_012, 3])
 LENGTH = 5
@@ -118,10 +129,10 @@ def test_loss_and_gradient_are_the_whole_teachers_on_average() -> None:
     values, grads = [], []
     for seed in range(SEEDS):
         draws = drawn(case, 16, seed)
-        topk = draws.known()
+        topk, offset = known_of(draws)
         known = replace(case, teacher_hidden=None, teacher_weight=None, teacher_topk=topk)
         found = known.run()
-        values.append(found.kl.detach().double() + draws.kl_offset(topk).double().mean())
+        values.append(found.kl.detach().double() + offset.double().mean())
         grads.append(torch.autograd.grad(found.loss, known.leaves())[1].double())
     kl = torch.stack(values)
     assert abs(kl.mean() - dense.kl) < 4 * kl.std() / SEEDS**0.5
@@ -175,10 +186,10 @@ def test_the_labels_have_their_probability_at_temperature_1(top_k: bool) -> None
 
 
 def test_known_tokens_are_distinct_with_their_counts() -> None:
-    draws = TeacherDraws(torch.tensor([[2, 2, 5, 9], [7, 7, 7, 7]]), torch.zeros(2))
-    known = draws.known()
+    known, offset = known_of(TeacherDraws(torch.tensor([[2, 2, 5, 9], [7, 7, 7, 7]]), torch.tensor([0.5, 0.25])))
     assert known.ids.tolist() == [[2, -1, 5, 9], [7, -1, -1, -1]]
     assert known.log_probs.exp().tolist() == [[0.5, 0.0, 0.25, 0.25], [1.0, 0.0, 0.0, 0.0]]
+    assert offset.tolist() == pytest.approx([-0.5 + 1.5 * math.log(2), -0.25])
     assert known.log_tail.tolist() == [-torch.inf] * 2
 
 
@@ -192,12 +203,30 @@ def test_a_sure_teacher_and_ends_of_the_distribution() -> None:
     draws = drawn(case, 64, 0)
     assert draws.ids.unique().tolist() == [82]
     assert draws.entropy.abs().max() < 1e-6
-    assert draws.kl_offset(draws.known()).abs().max() < 1e-6
+    assert known_of(draws)[1].abs().max() < 1e-6
 
 
-@pytest.mark.parametrize("count", [0, 4_097])
+def test_65_535_draws_are_the_teacher() -> None:
+    """Each share is off by less than two draws, and so little are loss and gradient off those of the whole teacher."""
+    case = case_of(temperature=1.5)
+    draws = drawn(case, 65_535, 0)
+    assert ((shares(draws, case.vocab_size) - probabilities(case)) * 65_535).abs().max() < 2
+    topk, offset = known_of(draws)
+    known = replace(case, teacher_hidden=None, teacher_weight=None, teacher_topk=topk)
+    dense, dense_grads = truth(case)
+    for engine in ("auto", "eager"):
+        found = known.run(engine=engine)
+        assert float(found.kl.double() + offset.double().mean()) == pytest.approx(float(dense.kl), abs=1e-4)
+        assert error(torch.autograd.grad(found.loss, known.leaves())[1].double(), dense_grads[1]) < 1e-3
+
+
+def known_of(draws: TeacherDraws) -> tuple[TeacherTopK, Tensor]:
+    return counted_draws(*counted(draws.ids), draws.entropy, draws.ids.shape[1])
+
+
+@pytest.mark.parametrize("count", [0, 65_536])
 def test_a_number_of_draws_that_is_refused(count: int) -> None:
-    with pytest.raises(ConfigError, match=f"draws is {count}: give 1 to 4,096"):
+    with pytest.raises(ConfigError, match=f"draws is {count}: give 1 to 65,535"):
         drawn(case_of(), count, 0)
 
 

@@ -16,6 +16,7 @@ from ddk_ds.data.manifest import load_manifest
 from ddk_ds.data.teacher_cache import PERPLEXITIES, TeacherCache, make_cache
 from ddk_ds.data.teacher_place import LocalPlace
 from ddk_ds.data.teacher_samples import Drawn
+from ddk_ds.files import sealed
 from ddk_ds.mixture.exhaustion import largest_remainder
 from tools.bench.small_run import write_config
 
@@ -191,12 +192,16 @@ def test_a_run_without_a_teacher_takes_the_caches_perplexities(workspace: Path, 
     for name, value in zip(NAMES, TEACHER, strict=True):
         held_out = load_manifest(workspace / "shards").domains[name].validation.sha
         record = {"validation": held_out, "perplexity": value, "data.validation_samples": 12}
-        (cache / PERPLEXITIES / f"{name}.json").write_text(json.dumps(record))
+        (cache / PERPLEXITIES / f"{name}.json").write_text(json.dumps(sealed(record)))
     controllers = ask(run_dir, "--cache", str(cache))["controllers"]
     np.testing.assert_allclose(shares_of(controllers["ddk"]), eq1_and_2(0.5), rtol=1e-12)
+    # A number that is not what was written is none.
+    file = cache / PERPLEXITIES / "mathematics.json"
+    file.write_text(file.read_text().replace(str(value), str(value + 1)))
+    assert "ddk" in ask(run_dir, "--cache", str(cache))["not_replayable"]
     # Held-out samples in another number are another measurement.
     record |= {"data.validation_samples": 13}
-    (cache / PERPLEXITIES / "mathematics.json").write_text(json.dumps(record))
+    (cache / PERPLEXITIES / "mathematics.json").write_text(json.dumps(sealed(record)))
     assert "ddk" in ask(run_dir, "--cache", str(cache))["not_replayable"]
 
 

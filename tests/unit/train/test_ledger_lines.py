@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from ddk_ds.data.teacher_perplexities import PerplexityCache, measured_in
 from ddk_ds.data.teacher_place import LocalPlace
 from ddk_ds.errors import CheckpointError
 from ddk_ds.run_files import UNREADABLE, read_events
 from ddk_ds.train.ledger import Ledger
-from ddk_ds.train.validation import PerplexityCache
 
 
 def ledger_of(run_dir: Path) -> Ledger:
@@ -72,8 +72,9 @@ def test_a_run_goes_on_in_no_other_files_than_its_own(tmp_path: Path, harm: str)
 @pytest.mark.parametrize("damage", ["empty", "cut", "a list", "a string for the number", "another number", "NUL"])
 def test_a_damaged_perplexity_is_measured_again(tmp_path: Path, damage: str) -> None:
     cache = PerplexityCache(LocalPlace(tmp_path / "cache"), {"weights": "w", "dtype": "fp32"})
-    cache.write(["a", "b"], [12.5, 7.25])
-    assert cache.read(["a", "b", "c"]) == [12.5, 7.25, None]
+    cache.write("a", 12.5)
+    cache.write("b", 7.25)
+    assert [cache.read(key) for key in "abc"] == [12.5, 7.25, None]
     (path,) = (path for path in (tmp_path / "cache").iterdir() if "12.5" in path.read_text())
     text = path.read_text()
     path.write_text(
@@ -86,6 +87,7 @@ def test_a_damaged_perplexity_is_measured_again(tmp_path: Path, damage: str) -> 
             "NUL": text.replace("fp32", "f\0\0 2"),
         }[damage]
     )
-    assert cache.read(["a", "b"]) == [None, 7.25]
-    cache.write(["a"], [12.5])
-    assert cache.read(["a", "b"]) == [12.5, 7.25]
+    assert [cache.read(key) for key in "ab"] == [None, 7.25]
+    assert [record["perplexity"] for record in measured_in(tmp_path / "cache")] == [7.25]
+    cache.write("a", 12.5)
+    assert [cache.read(key) for key in "ab"] == [12.5, 7.25]

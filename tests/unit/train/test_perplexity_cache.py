@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 from ddk_ds.config import Config
+from ddk_ds.data.teacher_perplexities import PerplexityCache
 from ddk_ds.data.teacher_place import LocalPlace
 from ddk_ds.train.run_dir import run_identity
-from ddk_ds.train.validation import PerplexityCache, perplexity_conditions, worse_than_guessing
+from ddk_ds.train.validation import perplexity_conditions, worse_than_guessing
 from tests.unit.train.short_config import config_of
 
 CONTENT: dict[str, Any] = {
@@ -46,10 +47,10 @@ def identity(folder: Path, content: dict[str, Any] | None = None, **sections: An
 )
 def test_what_the_number_depends_on_is_part_of_the_key(tmp_path: Path, other: dict[str, Any]) -> None:
     cache = PerplexityCache(LocalPlace(tmp_path), perplexity_conditions(identity(tmp_path), {"torch": "1"}))
-    cache.write(["domain"], [3.0])
-    assert cache.read(["domain"]) == [3.0]
+    cache.write("domain", 3.0)
+    assert cache.read("domain") == 3.0
     changed = perplexity_conditions(identity(tmp_path, **other), {"torch": "1"})
-    assert PerplexityCache(LocalPlace(tmp_path), changed).read(["domain"]) == [None]
+    assert PerplexityCache(LocalPlace(tmp_path), changed).read("domain") is None
 
 
 def test_a_domains_own_teacher_stands_in_the_place_of_the_runs(tmp_path: Path) -> None:
@@ -78,8 +79,8 @@ def test_an_option_of_a_later_version_is_part_of_the_key(tmp_path: Path) -> None
 
 def test_other_versions_measure_again(tmp_path: Path) -> None:
     keys = [perplexity_conditions(identity(tmp_path), {"transformers": version}) for version in ("4", "5")]
-    PerplexityCache(LocalPlace(tmp_path), keys[0]).write(["domain"], [3.0])
-    assert PerplexityCache(LocalPlace(tmp_path), keys[1]).read(["domain"]) == [None]
+    PerplexityCache(LocalPlace(tmp_path), keys[0]).write("domain", 3.0)
+    assert PerplexityCache(LocalPlace(tmp_path), keys[1]).read("domain") is None
 
 
 def test_runs_of_a_comparison_share_the_measurement(tmp_path: Path) -> None:
