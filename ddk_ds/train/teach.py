@@ -73,13 +73,11 @@ def fill_cache(
     interruption = Interruption(comm, runtime.device)
     cached.store.place.give_up_when(lambda: interruption.signal != 0)
     size = config.teacher_pass_size
-    began = time.monotonic()
-    passes = -(-len(missing) // (comm.world_size * config.train.micro_batch_samples * size))
+    passes, began = -(-len(missing) // (comm.world_size * config.train.micro_batch_samples * size)), time.monotonic()
     try:
         with interruption.listening(), progress.part("passes of the teacher", passes) as advance:
             for number in range(passes):
-                interruption.check()
-                call_together(comm, cached.store.check)
+                _go_on(interruption, cached)
                 watchdog.watch("step", number)
                 method.fill([_batch(micro, runtime.device) for micro in islice(batches, size)])
                 advance()
@@ -93,6 +91,12 @@ def fill_cache(
     rate = len(missing) * config.data.sequence_length / (time.monotonic() - began)
     added = f"{len(np.unique(missing)):,} samples added to {cached.store.place.location}, {rate:,.0f} tokens/s"
     return f"{added}: it has {_content(cached, dataset, inputs, progress)}"
+
+
+def _go_on(interruption: Interruption, cached: CachedTeacher) -> None:
+    """Raise Interrupted, or TemporaryError, if a signal came to a rank or a store did not take its part. Collective."""
+    interruption.check()
+    call_together(cached.comm, cached.store.check)
 
 
 def _missing(config: Config, dataset: MixtureDataset, cached: CachedTeacher, samples: float) -> Ids:
