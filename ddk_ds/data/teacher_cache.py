@@ -48,7 +48,7 @@ class _Known(NamedTuple):
 
 
 class _Added(NamedTuple):
-    """What is kept of a sample, and the teacher's mean loss a token."""
+    """Bytes that are kept of a sample, and the teacher's mean loss a token."""
 
     record: bytes
     loss: float
