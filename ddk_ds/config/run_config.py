@@ -33,6 +33,7 @@ from ddk_ds.errors import ConfigError
 
 CACHE_CONDITIONS = {
     "quantize": "teacher.quantize",
+    "quantize_skip_layers": "teacher.quantize_skip_layers",
     "precision": "train.precision",
     "logits_dtype": "loss.logits_dtype",
     "sequence_length": "data.sequence_length",
@@ -162,6 +163,11 @@ class Config(MethodSections):
             raise ValueError(
                 "teacher.by_domain: a run loads one teacher at most: set teacher.cache.path and teacher.cache.mode: "
                 "read_only, and fill that cache by `ddk teach`"
+            )
+        if self.teacher is not None and self.teacher.quantize == "fp8" and self.train.precision != "bf16":
+            raise ValueError(
+                f"teacher.quantize: fp8 has results in bf16, and train.precision is {self.train.precision}: set "
+                "train.precision to bf16, or teacher.quantize to int8"
             )
         if self.teacher is not None and self.teacher.cache is not None:
             self._check_cache()

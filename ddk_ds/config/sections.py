@@ -117,9 +117,13 @@ class Teacher(Model):
     micro_batches_per_pass: Positive | Literal["auto"] = 1
     """Micro-batches whose hidden states one pass computes, layer by layer: each weight is gathered once for all of
     them. auto: as many as fit into memory by preflight's estimate."""
-    quantize: Literal["none", "int8"] = "none"
-    """int8: weights of the layers in 8 bits with one scale for each row. They take half of bf16's memory and half the
-    bytes of a gather; the teacher's outputs and its measured perplexities change (docs/planning.md)."""
+    quantize: Literal["none", "int8", "fp8"] = "none"
+    """int8, fp8: weights of the layers in 8 bits with one scale for each row. They take half of bf16's memory and half
+    the bytes of a gather; the teacher's outputs and its measured perplexities change. int8 multiplies in
+    `train.precision`; fp8 rounds the inputs of linear layers as well, with one scale for each token, and multiplies in
+    FP8, which needs an Ada, Hopper or later GPU and `train.precision: bf16` (docs/planning.md)."""
+    quantize_skip_layers: tuple[int, ...] = ()
+    """Layers that `quantize` leaves as they are, by their numbers from 0; -1 is the last. [0, -1] is common."""
     cache: TeacherCache | None = None
     """Keep what the teacher says on the disk; null: it is computed in each step."""
     by_domain: dict[str, ModelPath] | None = None
@@ -139,6 +143,8 @@ class Teacher(Model):
                 "compile_layers rounds differently where the teacher is compiled as a whole (gpu) and where layer by "
                 "layer (node, world), and shard_within: auto takes what fits: name one of the three"
             )
+        if self.quantize_skip_layers and self.quantize == "none":
+            raise ValueError("quantize_skip_layers without quantize: no layer is quantized; remove it")
         return self
 
     @property

@@ -126,7 +126,7 @@ def estimate_memory(
             if config.teacher.quantize != "none" and config.teacher.place == "gpu":
                 whole = teacher.parameters + max(teacher.tensors)
                 loading = {"teacher before it has 8 bits": compute * whole}
-            if config.teacher.quantize == "int8" and teacher.experts_per_token:
+            if config.teacher.quantize != "none" and teacher.experts_per_token:
                 converted = compute * teacher.largest_layer
             teacher = teacher.as_sharded(config.teacher, config.train.precision)
             weights["teacher shards"] = (config.teacher, teacher)
@@ -280,6 +280,8 @@ def _passes(
         parts["logits' gradients"] = min(tokens, GROUP_CHUNKS * chunk) * padded(vocab_size) * compute
     if teacher is not None and config.teacher is not None:
         layer = _layer_activations(config.teacher, teacher, tokens, config.data.sequence_length, compute)
+        # The widest input of a product in FP8: its numbers over their scales in float32, and the same rounded.
+        layer += max((matrix.shape[-1] for matrix in teacher.in_fp8(config.teacher)), default=0) * tokens * (4 + 1)
         if config.teacher.place != "gpu":
             # A layer's input and output are those of all micro-batches of the pass; inside, one is computed at a time.
             layer += 2 * (per_pass - 1) * tokens * teacher.hidden * compute

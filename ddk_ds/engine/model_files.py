@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import transformers
@@ -37,6 +37,7 @@ from ddk_ds.engine.config_sizes import (
     is_router,
     mlp_width,
 )
+from ddk_ds.engine.eight_bits import FORMATS, skipped_layers
 from ddk_ds.engine.stored_tensors import StoredTensor, read_entries
 from ddk_ds.engine.unloaded_models import hf_config_of, meta_model
 from ddk_ds.engine.wrapped_models import text_part
@@ -314,6 +315,20 @@ def _sample(file: Path, start: int, pieces: int = 64, piece_bytes: int = 65536) 
     return b"".join(samples)
 
 
+class Matrix(NamedTuple):
+    """A matrix of a layer, or its fused experts."""
+
+    layer: int
+    shape: tuple[int, ...]
+    expert: bool = False
+    """True for weights of experts of which a token uses some."""
+
+    @property
+    def elements(self) -> int:
+        """Return the number of its elements."""
+        return math.prod(self.shape)
+
+
 @dataclass(frozen=True)
 class ModelShape:
     """The sizes of a model on which memory, gathers and buckets depend; counts of elements unless stated otherwise."""
@@ -335,8 +350,8 @@ class ModelShape:
     gated: bool
     """True if the MLP multiplies two of its products; it then keeps four tensors of that width, otherwise two."""
     heads: int
-    matrices: tuple[int, ...] = ()
-    """Elements of each matrix and of each layer's fused experts, but not of routers; these are part of `tensors`."""
+    matrices: tuple[Matrix, ...] = ()
+    """Each matrix and each layer's fused experts, but no routers; their elements are part of `tensors`."""
     experts_per_token: int = 0
     """Experts that a token is sent to; 0 in a dense model."""
     normed_heads: bool = False
@@ -362,13 +377,37 @@ class ModelShape:
         """Return the shape in elements of the compute dtype, as ZeRO-3 holds and gathers the weights.
 
         It differs from this shape for a teacher in 8 bits: one element then holds two (bf16) or four (fp32) weights.
+        Raises ConfigError if `quantize_skip_layers` names a layer that is not there.
         """
         if not isinstance(model, Teacher) or model.quantize == "none":
             return self
         weights_per_element = COMPUTE_BYTES[precision]
-        others = (self._counts - Counter(self.matrices)).elements()
-        small = (*others, *(matrix // weights_per_element for matrix in self.matrices))
-        return replace(self, tensors=small, largest_layer=self.largest_layer // weights_per_element)
+        packed = self.quantized(model, precision)
+        others = (self._counts - Counter(matrix.elements for matrix in packed)).elements()
+        small = (*others, *(matrix.elements // weights_per_element for matrix in packed))
+        before, after = Counter[int](), Counter[int]()  # elements of each layer's matrices
+        for matrix in self.matrices:
+            before[matrix.layer] += matrix.elements
+            after[matrix.layer] += matrix.elements
+        for matrix in packed:
+            after[matrix.layer] -= matrix.elements - matrix.elements // weights_per_element
+        rest = self.largest_layer - max(before.values(), default=0)
+        return replace(self, tensors=small, largest_layer=rest + max(after.values(), default=0))
+
+    def quantized(self, model: Teacher, precision: str) -> tuple[Matrix, ...]:
+        """Return the matrices that `model.quantize` stores in 8 bits. Raises ConfigError as `as_sharded` does."""
+        if model.quantize == "none":
+            return ()
+        form, skipped = FORMATS[model.quantize], skipped_layers(model, self.layers)
+        return tuple(
+            matrix
+            for matrix in self.matrices
+            if matrix.layer not in skipped and form.fits(matrix.shape, COMPUTE_BYTES[precision])
+        )
+
+    def in_fp8(self, model: Teacher) -> tuple[Matrix, ...]:
+        """Return the matrices that are multiplied in FP8: those of linear layers, but not of experts."""
+        return tuple(m for m in self.quantized(model, "bf16") if not m.expert) if model.quantize == "fp8" else ()
 
 
 def model_shape(files: ModelFiles) -> ModelShape:
@@ -402,7 +441,7 @@ def model_shape(files: ModelFiles) -> ModelShape:
         gated=not any(_PLAIN_MLP.search(name) for name in sizes),
         heads=num_heads,
         matrices=tuple(
-            sizes[name]
+            Matrix(int(_LAYER.findall(name)[0].rpartition(".")[2]), shape, is_expert(name, shape, values))
             for name, shape in shapes.items()
             if len(shape) > 1 and (len(shape) == 2 or is_expert(name, shape, values))
             if not is_router(name, shape, values) and not name.endswith("bias")

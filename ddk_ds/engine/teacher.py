@@ -17,15 +17,17 @@ from ddk_ds.comm import Comm
 from ddk_ds.config import Config
 from ddk_ds.engine.compiling import compile_layers, compile_whole
 from ddk_ds.engine.ds_config import teacher_ds_config, teacher_sizes
+from ddk_ds.engine.eight_bits import fp8_fault
 from ddk_ds.engine.filters import FilterShape, LayerTaps
 from ddk_ds.engine.gather_brake import GatherBrake
 from ddk_ds.engine.head import TEACHER_GATHER, FrozenHead, HeadFunction
-from ddk_ds.engine.int8 import quantize_layers
 from ddk_ds.engine.layers import LayerByLayer, layers_of, prepare_layers
 from ddk_ds.engine.model_files import ModelFiles, model_shape
+from ddk_ds.engine.quantized import quantize_layers
 from ddk_ds.engine.stage_clock import StageClock, time_gathers
 from ddk_ds.engine.student import check_vocabulary, load_built, zero_init
 from ddk_ds.engine.unloaded_models import backbone_of
+from ddk_ds.errors import ConfigError
 
 
 class Teacher:
@@ -43,6 +45,7 @@ class Teacher:
         taps: LayerTaps | None,
         layers: LayerByLayer | None,
         clock: StageClock,
+        unquantized: Sequence[str] = (),
     ) -> None:
         self.engine = engine
         """The backbone's engine; of a resident teacher the backbone itself."""
@@ -51,6 +54,8 @@ class Teacher:
         self._taps = taps
         self._layers = layers
         self.clock = clock
+        self.unquantized = unquantized
+        """Layers and matrices that `teacher.quantize` left as they were, in words."""
 
     @torch.inference_mode()
     def hidden(self, batches: Sequence[torch.Tensor]) -> list[torch.Tensor]:
@@ -125,11 +130,13 @@ def load_teacher(
     """
     section = config.teacher
     assert section is not None, "the run has no teacher"
+    device = torch.device(get_accelerator().current_device_name())
+    if fault := fp8_fault(section, device):
+        raise ConfigError(fault)
     stored = model_shape(files).as_sharded(section, config.train.precision)
     ds_config = teacher_ds_config(config, teacher_sizes(stored.largest_layer, stored.head))
     resident = section.place == "gpu"
     group = None if resident else comm.group_within(section.place)
-    device = torch.device(get_accelerator().current_device_name())
     construction = device if resident else zero_init(ds_config, group)
     model = load_built(config, section, "teacher.path", files, comm, construction)
     check_vocabulary(model, vocab_size, "teacher.path")
@@ -138,15 +145,17 @@ def load_teacher(
     head = FrozenHead(model.get_output_embeddings(), files.logit_form, clock)
     backbone = backbone_of(model)
     taps = None if shape is None else LayerTaps(backbone, [pair[1] for pair in shape.pairs], files.num_layers)
-    if section.quantize == "int8":
+    unquantized: Sequence[str] = ()
+    if section.quantize != "none":
         shard = partial(deepspeed.zero.Init, config_dict_or_path=ds_config, data_parallel_group=group)
-        quantize_layers(layers_of(backbone, files.num_layers), files.config, _leave if resident else shard)
+        decoder, split = layers_of(backbone, files.num_layers), _leave if resident else shard
+        unquantized = quantize_layers(decoder, section, files.config, split)
     if resident:
         if section.compile_layers and taps is None:
             compile_whole(backbone, model.config, device.type)
         elif section.compile_layers:  # the hooks of the taps stay outside of what is compiled
             compile_layers(layers_of(backbone, files.num_layers), model.config)
-        return Teacher(backbone, model, head, taps, None, clock)
+        return Teacher(backbone, model, head, taps, None, clock, unquantized)
     prepare_layers(backbone, files.num_layers, section)
     layers = LayerByLayer(layers_of(backbone, files.num_layers)) if section.pass_size > 1 else None
     engine, _, _, _ = deepspeed.initialize(model=backbone, config=ds_config)
@@ -154,7 +163,7 @@ def load_teacher(
     assert not hasattr(engine.optimizer, "fp32_partitioned_groups_flat"), "the teacher's engine holds optimizer state"
     brake = GatherBrake(get_accelerator(), stored.largest_layer)
     time_gathers(engine.optimizer.get_param_coordinator(), brake, clock, TEACHER_GATHER)
-    return Teacher(engine, model, head, taps, layers, clock)
+    return Teacher(engine, model, head, taps, layers, clock, unquantized)
 
 
 def _leave(module: nn.Module) -> None:

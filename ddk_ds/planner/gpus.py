@@ -51,6 +51,8 @@ class Gpu(Section):
     """Bandwidth to other nodes: that of a node's adapters, divided by its GPUs."""
     host_bytes_per_s: PositiveFloat = 25e9
     """Bandwidth to its host's memory (PCIe)."""
+    fp8_peak_flop_per_s: PositiveFloat | None = None
+    """Peak for dense FP8; null if it has none."""
     compute_efficiency: OpenFraction = 0.4
     """Share of the peak that a step's matmuls reach while nothing waits."""
     source: str = "given by the user"
@@ -84,6 +86,7 @@ def _hopper(name: str, memory_bytes: float, hbm_bytes_per_s: float) -> Gpu:
         nvlink_bytes_per_s=450e9,
         network_bytes_per_s=50e9,
         host_bytes_per_s=50e9,
+        fp8_peak_flop_per_s=1979e12,
         compute_efficiency=0.42,
         source=_SHEETS.format(f"{name.split()[0]} SXM", "DGX H100, 8 x 400 Gb/s") + _MEASURED,
     )

@@ -182,6 +182,13 @@ def _assumptions(config: Config, cluster: Cluster, data: PlannedData, speed: Spe
     ]
     if config.train.precision == "fp32":
         lines.append("train.precision is fp32: the peak is bf16's, and an fp32 run reaches a fraction of it")
+    if config.teacher is not None and config.teacher.quantize == "fp8":
+        fp8 = (gpu.fp8_peak_flop_per_s or 0.0) / 1e12
+        lines.append(
+            f"teacher.quantize is fp8: its linear layers at {gpu.compute_efficiency:.0%} of {fp8:,.0f} TFLOP/s dense "
+            "FP8, and that in the simulated step alone: estimated, not measured. Every MFU is of bf16's peak, and an "
+            "assumed one knows nothing of FP8"
+        )
     if config.stop.discrepancy is not None:
         lines.append("stop.discrepancy may end the run earlier")
     if config.preset.one_of_stages:

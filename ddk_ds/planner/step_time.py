@@ -13,6 +13,9 @@ The simulation, part by part:
   `teacher.shard_within` names. Its head is gathered by hand (engine/head.py): taken as hidden by nothing.
 - A student's backward gathers again what its forward released, and reduces the gradients of every micro-batch, each
   of 4 bytes or 2 (`train.reduce_dtype`).
+- A teacher in FP8 (`teacher.quantize`) multiplies its linear layers at the same share of FP8's peak. Their inputs are
+  rounded by kernels that only move bytes: 5 an element in compiled layers (read twice, written once in 8 bits), else
+  13 (once more in float32). Both are assumptions: no GPU has shown them.
 - A kernel that only moves bytes takes the bandwidth of the GPU's memory: the loss's row kernel moves 18 bytes a logit
   (docs/design.md), the optimizer 30 a parameter of the shard.
 """
@@ -28,6 +31,7 @@ from ddk_ds.engine.ds_config import RELIED_ON
 from ddk_ds.engine.flops import teacher_runs, training_flops
 from ddk_ds.engine.memory_estimate import OPTIMIZER_BYTES, REDUCE_BYTES
 from ddk_ds.engine.model_files import COMPUTE_BYTES
+from ddk_ds.errors import ConfigError
 from ddk_ds.planner.gpus import LINK_EFFICIENCY, MEMORY_EFFICIENCY, Cluster
 from ddk_ds.planner.plan_inputs import Models, PlannedModel
 
@@ -49,6 +53,8 @@ WHOLE_LAYERS = 0.48
 Measured by tools/bench/bench_step.py --size host on a CPU, not on a GPU.
 """
 ROW_KERNEL_BYTES, UPDATE_BYTES = 18, 30
+FP8_BYTES = {True: 5, False: 13}
+"""Bytes moved for an element that is rounded to FP8, by `teacher.compile_layers`."""
 NOT_HIDDEN = "communication not hidden"
 """Name of a part of a step, after "teacher: " or "student: "."""
 _HOST_PART = "host's hooks not hidden"
@@ -181,6 +187,11 @@ class _Simulation:
         self.flop_per_s = cluster.gpu.peak_flop_per_s * cluster.gpu.compute_efficiency
         self.memory_bytes_per_s = cluster.gpu.hbm_bytes_per_s * MEMORY_EFFICIENCY
         self.micro_batch_tokens = config.train.micro_batch_samples * config.data.sequence_length
+        if config.teacher is not None and config.teacher.quantize == "fp8" and cluster.gpu.fp8_peak_flop_per_s is None:
+            raise ConfigError(
+                f"teacher.quantize: fp8: {cluster.gpu.name} has no FP8 (a file of a GPU's figures says "
+                "fp8_peak_flop_per_s): set int8 or none, or another --gpu"
+            )
 
     def add_micro_batches(self, parts: dict[str, float], count: int) -> None:
         """Add a rank's `count` micro-batches of a step to the step's parts."""
@@ -208,10 +219,24 @@ class _Simulation:
             shape = shape.as_sharded(self.config.teacher, self.config.train.precision)
         elements = shape.parameters - (shape.head if skip_head else 0)
         return _Pass(
-            compute_s=tokens * model.forward_flops / self.flop_per_s,
+            compute_s=tokens * self.compute_s(model),
             communication_s=self.gather_s(elements, shape.layers, within),
             first_s=self.gather_s(elements / max(1, shape.layers), 1, within),
             host_s=self.hooks_s(model),
+        )
+
+    def compute_s(self, model: PlannedModel) -> float:
+        """Return the time of a token's forward pass."""
+        section, peak = self.config.teacher, self.cluster.gpu.fp8_peak_flop_per_s
+        if section is None or model is not self.models.teacher or peak is None:
+            return model.forward_flops / self.flop_per_s
+        matrices = model.shape.in_fp8(section)
+        fp8_flops = 2.0 * sum(matrix.elements for matrix in matrices)
+        rounded = FP8_BYTES[section.compile_layers] * sum(matrix.shape[-1] for matrix in matrices)
+        return (
+            (model.forward_flops - fp8_flops) / self.flop_per_s
+            + fp8_flops / (peak * self.cluster.gpu.compute_efficiency)
+            + rounded / self.memory_bytes_per_s
         )
 
     def backward(self, model: PlannedModel) -> _Pass:

@@ -12,6 +12,7 @@ from ddk_ds.comm import Comm, call_together
 from ddk_ds.config import Config, Model
 from ddk_ds.config.optimizer import check_schedule
 from ddk_ds.config.run_config import corpus_samples, interval_steps, total_steps
+from ddk_ds.config.sections import Teacher
 from ddk_ds.data.cache import open_store
 from ddk_ds.data.manifest import Manifest, load_manifest
 from ddk_ds.data.same_cuts import LARGEST_SHARE, cut_differently, prepared_with
@@ -20,6 +21,7 @@ from ddk_ds.data.store import Store
 from ddk_ds.data.tokenizer import TokenizerInfo, load_tokenizer
 from ddk_ds.engine.attention import Attention, choose_attention
 from ddk_ds.engine.ds_config import student_ds_config
+from ddk_ds.engine.eight_bits import skipped_layers
 from ddk_ds.engine.filters import FilterShape, check_filters, filter_shape
 from ddk_ds.engine.model_files import ModelFiles, check_code, model_directory, read_model
 from ddk_ds.errors import ConfigError, DataError
@@ -254,6 +256,8 @@ def _check_exhaustion(config: Config, manifest: Manifest, names: list[str]) -> E
 
 def _check_model(config: Config, key: str, model: Model, files: ModelFiles) -> None:
     check_code(files, key, trusted=model.trust_remote_code)
+    if isinstance(model, Teacher):
+        skipped_layers(model, files.num_layers)
     positions = files.config.get("max_position_embeddings") or files.config.get("n_positions")
     if positions is not None and positions < config.data.sequence_length:
         raise ConfigError(

@@ -126,6 +126,8 @@ def start_teacher(
     teacher, comm, device = None, runtime.comm, runtime.device
     if config.loads_teacher:
         teacher = load_teacher(config, inputs.teacher, options.vocab_size, comm, inputs.filters, clock)
+        if teacher.unquantized:
+            progress.say(f"teacher.quantize leaves as they were: {', '.join(teacher.unquantized)}")
         check_split(teacher, validation[0][0][0].to(device), options.vocab_size, "teacher", comm)
     watchdog.watch("evaluation")
     found = _teacher_perplexities(config, inputs, identity, teacher, validation, options, runtime, progress)

@@ -79,7 +79,7 @@ def _gathered(runtime: Runtime, device: SlowDevice, root: Path, *, whole_layers:
             comm=comm,
         )
     matrix = (
-        0 if whole_layers else max(teacher_shape.matrices)
+        0 if whole_layers else max(matrix.elements for matrix in teacher_shape.matrices)
     )  # DeepSpeed prefetches up to a whole one beyond its limit
     return {
         "most": {name: weights.most for name, weights in held.items()},

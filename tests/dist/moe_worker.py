@@ -10,43 +10,12 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
-from ddk_ds.engine.model_files import model_shape, read_model
+from ddk_ds.engine.model_files import read_model
 from ddk_ds.engine.runtime import Runtime
 from ddk_ds.engine.teacher import load_teacher
 from ddk_ds.train.loop import train
 from tests.dist.resume_worker import prepare
 from tests.dist.tiny import VOCAB, save_model, tiny_config
-
-
-def int8_teachers(runtime: Runtime, folder: str, kinds: dict[str, dict[str, Any]]) -> dict[str, dict[str, float]]:
-    """Load a teacher of each kind in 8 bits; return by kind how far it is off, and its elements beside the estimate's.
-
-    The right values are those of the plain model with its weights rounded here.
-    """
-    results = {}
-    for kind, shape in kinds.items():
-        root = Path(folder) / kind
-        if runtime.comm.rank == 0:
-            save_model(root / "teacher", model_type=kind, vocab=VOCAB, tied=False, seed=2, **shape)
-        runtime.comm.barrier()
-        config = tiny_config(root, teacher={"quantize": "int8"})
-        assert config.teacher is not None
-        files = read_model(root / "teacher", "teacher.path")
-        teacher = load_teacher(config, files, VOCAB, runtime.comm)
-        ids = torch.randint(0, VOCAB, (2, 24), generator=torch.Generator().manual_seed(0))
-        [hidden] = teacher.hidden([ids])
-        plain = AutoModelForCausalLM.from_pretrained(root / "teacher", attn_implementation="eager")
-        exact = plain.base_model(ids, use_cache=False).last_hidden_state.flatten(0, 1)
-        rows = _round(plain)
-        rounded = plain.base_model(ids, use_cache=False).last_hidden_state.flatten(0, 1)
-        elements = sum(parameter.ds_numel for parameter in teacher.whole.parameters())
-        results[kind] = {
-            "off": float((hidden - rounded).abs().max() / rounded.abs().max()),
-            "rounding": float((hidden - exact).abs().max() / exact.abs().max()),
-            "scales": elements - model_shape(files).as_sharded(config.teacher, "fp32").parameters,
-            "rows": rows,
-        }
-    return results
 
 
 def off_in_bf16(runtime: Runtime, folder: str, shape: dict[str, Any]) -> float:
@@ -64,18 +33,6 @@ def off_in_bf16(runtime: Runtime, folder: str, shape: dict[str, Any]) -> float:
     ).base_model(ids, use_cache=False)
     exact = plain.last_hidden_state.flatten(0, 1).float()
     return float((hidden.float() - exact).abs().mean() / exact.abs().mean())
-
-
-@torch.no_grad()
-def _round(model: Any) -> int:
-    """Round the matrices of a model's layers to 8 bits, but no router's; return their rows."""
-    rows = 0
-    for name, weight in model.base_model.layers.named_parameters():
-        if weight.dim() > 1 and not name.endswith(("bias", "router.weight", "gate.weight")):
-            scale = weight.abs().amax(-1, keepdim=True) / 127
-            weight.copy_((weight / scale).round() * scale)
-            rows += scale.numel()
-    return rows
 
 
 def train_until_killed(runtime: Runtime, config_path: str, name: str, lines: int) -> None:

@@ -54,16 +54,24 @@ def test_training_equals_plain_training(
     np.testing.assert_allclose(result["ppl"], result["plain"]["ppl"], rtol=1e-5)
 
 
-def test_the_experts_of_a_teacher_in_8_bits(tmp_path: Path) -> None:
+def test_a_teacher_in_8_bits(tmp_path: Path) -> None:
     small = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 16}
     kinds = {
         "gpt_oss": {**small, "head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2},  # fused in each version
         "olmoe": {**small, "num_experts": 4, "num_experts_per_tok": 2},
     }
-    for found in run_ranks("tests.dist.moe_worker:int8_teachers", 2, folder=str(tmp_path), kinds=kinds).values():
+    llama = {"llama": {**small, "attention_bias": True}}
+    for found in run_ranks("tests.dist.quantized_worker:int8_teachers", 2, folder=str(tmp_path), kinds=kinds).values():
         assert found["off"] < 1e-4, "a router is rounded, or an expert is not"
         assert 1e-3 < found["rounding"] < 0.2
         assert found["scales"] == found["rows"], "the estimate of memory has all of the other elements"
+    kinds = {**kinds, **llama}
+    for kind, found in run_ranks(
+        "tests.dist.quantized_worker:fp8_teachers", 2, folder=str(tmp_path / "fp8"), kinds=kinds
+    ).items():
+        assert found["same"], f"{kind}: sharded over two ranks it computes something else than in one process"
+        assert found["off"] < found["rounding"] / 10 and 5e-3 < found["rounding"] < 0.3, (kind, found)
+        assert found["scales"] == found["rows"], kind
 
 
 def test_routers_have_the_precision_that_the_model_asks_for(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from tests.dist.teacher_worker import TEACHER
 from tools.bench.small_run import without_clock, write_config
 
 pytestmark = pytest.mark.long(
-    "twenty-one runs of four ranks, 100 s of CPU; tests/dist/test_parity.py has the plain case"
+    "twenty-four runs of four ranks, 110 s of CPU; tests/dist/test_parity.py has the plain case"
 )
 
 ZERO = {"stage3_param_persistence_threshold": 0}
@@ -23,6 +23,10 @@ SMALL_BUCKETS = {"zero_optimization": {**ZERO, "reduce_bucket_size": 20_000, "st
 
 def with_teacher(**section: Any) -> tuple[str, dict[str, Any]]:
     return "kd", {"teacher": section}
+
+
+def fp8_teacher(**section: Any) -> tuple[str, dict[str, Any]]:
+    return "kd", {"train": {"precision": "bf16"}, "teacher": {"quantize": "fp8", **section}}
 
 
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -46,11 +50,14 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "int8, four a pass": with_teacher(quantize="int8", micro_batches_per_pass=4),
     "int8, gpu": with_teacher(quantize="int8", shard_within="gpu"),
     "int8 in bf16": ("kd", {"train": {"precision": "bf16"}, "teacher": {"quantize": "int8"}}),
+    "fp8": fp8_teacher(),
+    "fp8, four a pass": fp8_teacher(micro_batches_per_pass=4),
+    "fp8, gpu": fp8_teacher(shard_within="gpu"),
     "bf16": ("kd", {"train": {"precision": "bf16"}}),
 }
 ROUNDED = ("student in parts", "operation by operation")
 PAIRS = [("filters", "filters, two a pass"), ("filters", "filters, gpu")]
-PAIRS += [("int8", "int8, four a pass"), ("int8", "int8, gpu")]
+PAIRS += [("int8", "int8, four a pass"), ("int8", "int8, gpu"), ("fp8", "fp8, four a pass"), ("fp8", "fp8, gpu")]
 OTHERS = {name for pair in PAIRS for name in pair} | {"int8 in bf16", "bf16", *ROUNDED}
 PAIRS += [("plain", name) for name in CASES if name not in OTHERS]
 
@@ -109,7 +116,9 @@ def test_compiled_layers_differ_by_rounding(results: dict[str, dict[str, Any]], 
             assert ours == pytest.approx(plain, rel=1e-5)
 
 
-@pytest.mark.parametrize(("small", "plain", "in_one"), [("int8", "plain", 4), ("int8 in bf16", "bf16", 2)])
+@pytest.mark.parametrize(
+    ("small", "plain", "in_one"), [("int8", "plain", 4), ("int8 in bf16", "bf16", 2), ("fp8", "bf16", 2)]
+)
 def test_eight_bits_gather_less(results: dict[str, dict[str, Any]], small: str, plain: str, in_one: int) -> None:
     """Layers in 8 bits gather 2 or 4 times fewer bytes, apart from their scales; the embedding keeps its dtype."""
     embedding = 4 * TEACHER["vocab"] * TEACHER["hidden"] * (4 if plain == "plain" else 2)

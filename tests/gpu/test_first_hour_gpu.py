@@ -15,8 +15,11 @@ from typing import Any
 
 import pytest
 import torch
+import triton
 
 from ddk_ds.engine.ds_config import LEAD_LAYERS
+from ddk_ds.engine.eight_bits import FORMATS, FP8_CAPABILITY
+from ddk_ds.engine.quantized import QuantizedLinear
 from ddk_ds.train.preflight.machine import core_limit, cores
 from tests.dist.ranks import run_ranks
 from tests.dist.test_leaving import ends, outputs
@@ -88,3 +91,24 @@ def test_the_head_at_a_real_vocabulary(vocab_size: int, rows: int) -> None:
     """Its time is in the part `loss_benchmark`."""
     case = poisoned(vocab_size, rows, dtype=torch.bfloat16)
     assert_gpu_agrees(case, LOSS_BOUND, GRAD_BOUND[torch.bfloat16])
+
+
+def test_a_layer_in_fp8(record_property: Record) -> None:
+    """The CPU's results, but for sums in another order; times of the two products and of the rounding beside them."""
+    if torch.cuda.get_device_capability() < FP8_CAPABILITY:
+        pytest.skip("this GPU has no FP8")
+    torch.manual_seed(0)
+    weight, bias = torch.randn(1024, 512).bfloat16(), torch.randn(1024).bfloat16()
+    layer, x = QuantizedLinear(weight, bias, FORMATS["fp8"]), torch.randn(3, 100, 512).bfloat16()
+    x[0, 0], x[0, 1, 7], x[0, 2, 3] = 0, 3e4, float("nan")
+    expected = layer(x)
+    found = layer.cuda()(x.cuda()).cpu()
+    torch.testing.assert_close(found, expected, rtol=2**-7, atol=2**-7, equal_nan=True)
+    width, tokens = 5120, 8192
+    linear = torch.nn.Linear(width, width, bias=False, device="cuda", dtype=torch.bfloat16)
+    small = QuantizedLinear(linear.weight.data, None, FORMATS["fp8"])
+    x = torch.randn(tokens, width, device="cuda").bfloat16()
+    with torch.inference_mode():
+        for name, run in {"bf16": linear, "fp8": small, "fp8, compiled": torch.compile(small)}.items():
+            milliseconds = triton.testing.do_bench(lambda run=run: run(x))
+            record_property(f"ms of a linear layer, {tokens} x {width} x {width}, {name}", round(milliseconds, 3))

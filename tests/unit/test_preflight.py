@@ -27,6 +27,7 @@ from ddk_ds.data.manifest import load_manifest, write_manifest
 from ddk_ds.data.teacher_cache import TeacherCache, make_cache
 from ddk_ds.data.teacher_place import LocalPlace
 from ddk_ds.data.teacher_samples import Drawn, bytes_a_token
+from ddk_ds.engine.model_files import read_model
 from ddk_ds.exit_codes import EXIT_TEMPORARY
 from ddk_ds.mixture.order import DomainOrder
 from ddk_ds.train.checkpoint.checkpoint_files import FORMAT
@@ -34,6 +35,7 @@ from ddk_ds.train.inputs import check_inputs
 from ddk_ds.train.preflight import PlannedRanks, Row, preflight
 from ddk_ds.train.preflight.agreement import clock_offset
 from ddk_ds.train.preflight.machine import available_bytes, shared_memory
+from ddk_ds.train.preflight.path_checks import precision
 from ddk_ds.train.preflight.rows import deadline, merge
 from ddk_ds.train.teacher_store import cache_conditions
 from tests.unit.mounts import tmpfs
@@ -233,6 +235,25 @@ def test_quantised_weights(workspace: Path, tmp_path: Path, model: Path) -> None
     (model / "config.json").write_text(json.dumps(values | {"quantization_config": {"quant_method": "awq"}}))
     rows = rows_of(write_config(workspace, tmp_path, student={"path": str(model)}))
     check(rows, "student files", "student.path", "quantised by 'awq'", "full weights")
+
+
+def test_fp8_without_such_a_gpu(workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = read_model(workspace / "teacher", "teacher.path")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "A100")
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
+    for section, status in ({"quantize": "fp8"}, "fail"), ({"quantize": "int8"}, "pass"):
+        config = load_config(write_config(workspace, tmp_path, teacher=section, train={"precision": "bf16"}))
+        row = precision(config, files, "teacher", torch.device("cuda:0"))
+        assert row.status == status and (status == "pass" or "A100 has compute capability 8.0" in row.found)
+        assert precision(config, files, "student", torch.device("cuda:0")).status == "pass"
+        assert precision(config, files, "teacher", torch.device("cpu")).status == "pass"
+
+
+def test_skipped_layers_that_are_not_there(workspace: Path, tmp_path: Path) -> None:
+    section = {"quantize": "int8", "quantize_skip_layers": [0, 77]}
+    rows = rows_of(write_config(workspace, tmp_path, teacher=section))
+    check(rows, "tokenizers and data", "teacher.quantize_skip_layers names layer 77", "the teacher's are 0 to")
 
 
 @pytest.mark.parametrize("fault", ["missing", "truncated"])

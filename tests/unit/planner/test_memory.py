@@ -230,3 +230,23 @@ def test_experts_in_8_bits(tmp_path: Path) -> None:
     experts = 32 * (2880 * 5760 + 2880 * 2880)
     assert int8["teacher's experts out of 8 bits"] == pytest.approx(2 * experts, rel=0.04)
     assert "teacher's experts out of 8 bits" not in plain
+
+
+def test_a_teacher_in_fp8() -> None:
+    """By hand, Qwen1.5-14B's shape: 2 bytes a weight become 1, but in the two layers that stay, and outside."""
+    shape = model_shape(configured_files(ROOT / "configs/models/Qwen1.5-14B.json"))
+
+    def passes(**teacher: Any) -> dict[str, int]:
+        config = config_of(teacher={"path": "t", **teacher})
+        estimate = estimate_memory(config, shape, shape, 1000, 1)
+        return {**estimate.passes, "shards": estimate.resident["teacher shards"]}
+
+    plain, int8, fp8 = passes(), passes(quantize="int8"), passes(quantize="fp8")
+    some = passes(quantize="fp8", quantize_skip_layers=(0, -1))
+    matrices = 4 * 5120 * 5120 + 3 * 5120 * 13696  # of each of 40 layers
+    assert fp8["shards"] == int8["shards"] == plain["shards"] - 40 * matrices
+    assert some["shards"] == plain["shards"] - 38 * matrices
+    # A layer that is gathered has half of its bytes, unless some layers have all of them.
+    assert plain["teacher gathered"] == some["teacher gathered"] > fp8["teacher gathered"]
+    # By chance the student's activations are larger than the teacher's, in FP8 too.
+    assert fp8["activations"] == plain["activations"]

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from ddk_ds.config import Config, make_config
-from ddk_ds.engine.model_files import ModelShape
+from ddk_ds.engine.model_files import Matrix, ModelShape
+from ddk_ds.errors import ConfigError
 from ddk_ds.planner.gpu_memory import changed
 from ddk_ds.planner.gpus import Cluster, Gpu, Speed
 from ddk_ds.planner.plan_inputs import Models, PlannedData, PlannedModel
@@ -129,15 +130,37 @@ def test_passes_of_the_teacher() -> None:
         assert parts["teacher: compute"] == pytest.approx(sum(compute))
         assert parts["teacher: communication not hidden"] == pytest.approx(waits, rel=1e-12)
     # In 8 bits an element of bf16 holds two weights of a matrix: 1.6 of 3.6 million are gathered as 0.8.
-    shape = replace(TEACHER.shape, tensors=(400_000, 2_000_000, 1_600_000), matrices=(1_600_000,))
+    shape = replace(TEACHER.shape, tensors=(400_000, 2_000_000, 1_600_000), matrices=(Matrix(0, (1000, 1600)),))
     # The student's stay as they are.
-    student = replace(STUDENT, shape=replace(STUDENT.shape, tensors=(100_000, 900_000), matrices=(900_000,)))
+    student = replace(
+        STUDENT, shape=replace(STUDENT.shape, tensors=(100_000, 900_000), matrices=(Matrix(0, (900, 1000)),))
+    )
     small = Models(student, replace(TEACHER, shape=shape), 1000)
     plain = simulated(config_of()).parts["student: communication not hidden"]
     parts = simulated(config_of(teacher={"micro_batches_per_pass": 3, "quantize": "int8"}), small).parts
     assert parts["student: communication not hidden"] == plain
     waits = waits_s(600 * 1e7 / 5e11, 2.8e6, 8) + gather_s(4e5, 1)
     assert parts["teacher: communication not hidden"] == pytest.approx(waits, rel=1e-12)
+
+
+def test_a_teacher_in_fp8() -> None:
+    """Of 1e7 FLOPs a token, 2 x 1.6e6 are at FP8's rate; the matrix's 1,600 inputs are rounded beside them."""
+    matrices = Matrix(0, (1000, 1600)), Matrix(1, (400, 400)), Matrix(2, (40, 1000, 10), expert=True)
+    shape = replace(TEACHER.shape, tensors=(1_840_000, 1_600_000, 160_000, 400_000), matrices=matrices)
+    models = Models(STUDENT, replace(TEACHER, shape=shape), 1000)
+    cluster = replace(CLUSTER, gpu=GPU.model_copy(update={"fp8_peak_flop_per_s": 3e12}))
+
+    def compute_s(**section: Any) -> float:
+        config = config_of(teacher={"quantize": "fp8", "quantize_skip_layers": (1,), **section})
+        options: Any = {"domains": 3, "storage_bytes_per_s": 1e9}
+        return simulate_step(config, models, cluster, **options).parts["teacher: compute"]
+
+    for compiled, num_bytes in ((False, 13), (True, 5)):
+        token = (1e7 - 3.2e6) / 0.5e12 + 3.2e6 / 1.5e12 + num_bytes * 1600 / 0.8e12
+        assert compute_s(compile_layers=compiled) == pytest.approx(600 * token, rel=1e-12)
+    assert compute_s(quantize="int8") == pytest.approx(600 * 1e7 / 0.5e12)
+    with pytest.raises(ConfigError, match="round has no FP8"):
+        simulated(config_of(teacher={"quantize": "fp8"}), models)
 
 
 def test_a_measurement_is_forward_passes_of_the_student() -> None:

@@ -41,6 +41,8 @@ BOUND: list[dict[str, Any]] = [
     {"data": {"validation_samples": 3}},
     {"teacher": {"quantize": "int8"}},
     {"teacher": {"compile_layers": True}},
+    {"teacher": {"quantize": "fp8"}},
+    {"teacher": {"quantize": "int8", "quantize_skip_layers": [0, -1]}},
     {"train": {"global_batch_samples": 512}},
     {"train": {"precision": "fp32"}},
     {"mixture": {"alpha": 0.25}},

@@ -1,0 +1,148 @@
+"""Functions that every rank of test_moe.py runs: teachers in 8 bits beside plain models that are rounded here."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from ddk_ds.config.sections import Teacher
+from ddk_ds.engine.layers import layers_of
+from ddk_ds.engine.model_files import model_shape, read_model
+from ddk_ds.engine.quantized import quantize_layers
+from ddk_ds.engine.runtime import Runtime
+from ddk_ds.engine.teacher import load_teacher
+from tests.dist.tiny import VOCAB, save_model, tiny_config
+
+ROUTERS = ("router", "gate")
+
+
+def int8_teachers(runtime: Runtime, folder: str, kinds: dict[str, dict[str, Any]]) -> dict[str, dict[str, float]]:
+    """Load a teacher of each kind in 8 bits; return by kind how far it is off, and its elements beside the estimate's.
+
+    The right values are those of the plain model with its weights rounded here.
+    """
+    results = {}
+    for kind, shape in kinds.items():
+        root = Path(folder) / kind
+        if runtime.comm.rank == 0:
+            save_model(root / "teacher", model_type=kind, vocab=VOCAB, tied=False, seed=2, **shape)
+        runtime.comm.barrier()
+        config = tiny_config(root, teacher={"quantize": "int8"})
+        assert config.teacher is not None
+        files = read_model(root / "teacher", "teacher.path")
+        teacher = load_teacher(config, files, VOCAB, runtime.comm)
+        ids = torch.randint(0, VOCAB, (2, 24), generator=torch.Generator().manual_seed(0))
+        [hidden] = teacher.hidden([ids])
+        plain = AutoModelForCausalLM.from_pretrained(root / "teacher", attn_implementation="eager")
+        exact = plain.base_model(ids, use_cache=False).last_hidden_state.flatten(0, 1)
+        rows = _round(plain)
+        rounded = plain.base_model(ids, use_cache=False).last_hidden_state.flatten(0, 1)
+        elements = sum(parameter.ds_numel for parameter in teacher.whole.parameters())
+        results[kind] = {
+            "off": float((hidden - rounded).abs().max() / rounded.abs().max()),
+            "rounding": float((hidden - exact).abs().max() / exact.abs().max()),
+            "scales": elements - model_shape(files).as_sharded(config.teacher, "fp32").parameters,
+            "rows": rows,
+        }
+    return results
+
+
+def fp8_teachers(runtime: Runtime, folder: str, kinds: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Load a teacher of each kind in FP8; return by kind what `int8_teachers` does, and "same".
+
+    That is True if its hidden states are, to the bit, those of a model that no ZeRO-3 has sharded.
+    """
+    results = {}
+    for kind, shape in kinds.items():
+        root = Path(folder) / kind
+        if runtime.comm.rank == 0:
+            save_model(root / "teacher", model_type=kind, vocab=VOCAB, tied=False, seed=2, **shape)
+        runtime.comm.barrier()
+        section = {"quantize": "fp8", "attn_implementation": "eager"}
+        config = tiny_config(root, teacher=section, train={"precision": "bf16"})
+        assert config.teacher is not None
+        files = read_model(root / "teacher", "teacher.path")
+        teacher = load_teacher(config, files, VOCAB, runtime.comm)
+        assert not teacher.unquantized
+        ids = torch.randint(0, VOCAB, (2, 24), generator=torch.Generator().manual_seed(0))
+        [hidden] = teacher.hidden([ids])
+        alone, plain = (
+            AutoModelForCausalLM.from_pretrained(
+                root / "teacher", dtype=torch.bfloat16, attn_implementation="eager"
+            ).eval()
+            for _ in range(2)
+        )
+        of_one = layers_of(alone.base_model, files.num_layers)
+        quantize_layers(of_one, Teacher(path="t", quantize="fp8"), files.config, lambda _: None)
+        exact = _hidden(plain, ids)
+        rows = _round_to_fp8(plain)
+        rounded = _hidden(plain, ids)
+        elements = sum(parameter.ds_numel for parameter in teacher.whole.parameters())
+        results[kind] = {
+            "same": torch.equal(hidden.float(), _hidden(alone, ids)),
+            "off": float((hidden.float() - rounded).norm() / rounded.norm()),
+            "rounding": float((hidden.float() - exact).norm() / exact.norm()),
+            "scales": elements - model_shape(files).as_sharded(config.teacher, "bf16").parameters,
+            "rows": rows,
+        }
+    return results
+
+
+def _hidden(model: Any, ids: torch.Tensor) -> torch.Tensor:
+    """Return the model's hidden states (B * L, H) in float32."""
+    with torch.inference_mode():
+        states: torch.Tensor = model.base_model(ids, use_cache=False).last_hidden_state
+        return states.flatten(0, 1).float()
+
+
+@torch.no_grad()
+def _round(model: Any) -> int:
+    """Round the matrices of a model's layers to 8 bits, but no router's; return their rows."""
+    rows = 0
+    for name, weight in model.base_model.layers.named_parameters():
+        if weight.dim() > 1 and not name.endswith(("bias", "router.weight", "gate.weight")):
+            scale = weight.abs().amax(-1, keepdim=True) / 127
+            weight.copy_((weight / scale).round() * scale)
+            rows += scale.numel()
+    return rows
+
+
+@torch.no_grad()
+def _round_to_fp8(model: Any) -> int:
+    """Round a model's layers to FP8: the inputs and matrices of linear modules, and fused experts; return their rows.
+
+    Routers stay. Products are summed in float64.
+    """
+    rows = 0
+    for name, module in model.base_model.layers.named_modules():
+        if name.endswith(ROUTERS):
+            continue
+        for own, weight in module.named_parameters(recurse=False):
+            if weight.dim() < 2 or own.endswith("bias"):
+                continue
+            values, scale = _to_fp8(weight, torch.bfloat16)
+            rows += scale.numel()
+            if isinstance(module, nn.Linear):
+                module.forward = _product(values * scale, module.bias)
+            else:
+                weight.copy_(values.bfloat16() * scale.bfloat16())
+    return rows
+
+
+def _product(weight: torch.Tensor, bias: torch.Tensor | None) -> Any:
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        values, scale = _to_fp8(x, torch.float32)
+        product = (values * scale) @ weight.T
+        return (product if bias is None else product + bias.double()).bfloat16()
+
+    return forward
+
+
+def _to_fp8(values: torch.Tensor, scale_dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the rows of `values` in FP8 and their scales, both as float64."""
+    scale = (values.abs().amax(-1, keepdim=True).float() / 448).to(scale_dtype)
+    return (values.float() / scale.float()).to(torch.float8_e4m3fn).double(), scale.double()

@@ -1,0 +1,183 @@
+"""Linear layers in int8 and in FP8, beside a rounding in float64 that is written out here."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from ddk_ds.config import make_config
+from ddk_ds.config.sections import Teacher
+from ddk_ds.engine.eight_bits import FORMATS, fp8_fault, skipped_layers
+from ddk_ds.engine.quantized import QuantizedLinear, quantize, quantize_layers
+from ddk_ds.errors import ConfigError
+
+E4M3 = np.concatenate(  # all its numbers from 0 up: 7 subnormal, then 8 in each of 15 powers of two, but 480 is NaN
+    [np.arange(8) / 8 * 2.0**-6, *((1 + np.arange(8) / 8) * 2.0**power for power in range(-6, 9))]
+)[:-1]
+
+
+def nearest(values: np.ndarray) -> np.ndarray:
+    """Round float64 `values` to the nearest number of E4M3, to the even one of two that are equally near."""
+    size = np.abs(values)[..., None]
+    above = np.clip(np.searchsorted(E4M3, size[..., 0]), 1, len(E4M3) - 1)
+    low, high = E4M3[above - 1], E4M3[above]
+    middle = (low + high) / 2
+    up = (size[..., 0] > middle) | ((size[..., 0] == middle) & (above % 2 == 0))
+    return np.copysign(np.where(up, high, low), values)
+
+
+def exact_fp8(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> np.ndarray:
+    """Return the product in float64 of both matrices rounded to FP8; the weight's scales are stored in bf16."""
+
+    def rounded(values: torch.Tensor, scale_dtype: torch.dtype) -> np.ndarray:
+        largest = values.abs().amax(-1, keepdim=True).double()
+        scale = torch.where(largest > 0, (largest.float() / 448).to(scale_dtype).double(), 1.0)
+        # The quotient is one of float32, as the layer's.
+        return nearest((values.float() / scale.float()).double().numpy()) * scale.numpy()
+
+    product = rounded(x, torch.float32) @ rounded(weight, torch.bfloat16).T
+    return product if bias is None else product + bias.double().numpy()
+
+
+def layer_and_inputs(rows: int, columns: int, outputs: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    torch.manual_seed(rows * columns + outputs)
+    x, weight = torch.randn(rows, columns), torch.randn(outputs, columns) * torch.rand(outputs, 1)
+    return x.bfloat16(), weight.bfloat16(), torch.randn(outputs).bfloat16()
+
+
+@pytest.mark.parametrize(("rows", "columns", "outputs"), [(5, 64, 48), (1, 16, 16), (130, 1024, 96)])
+def test_fp8_is_the_product_of_the_rounded_matrices(rows: int, columns: int, outputs: int) -> None:
+    x, weight, bias = layer_and_inputs(rows, columns, outputs)
+    x[0, 3] = 3e4  # an outlier, beside which most of its row is subnormal or 0
+    weight[2] = 0
+    if rows > 1:
+        x[1] = 0
+    for add in (bias, None):
+        found = QuantizedLinear(weight, add, FORMATS["fp8"])(x)
+        exact = exact_fp8(x, weight, add)
+        assert found.dtype == torch.bfloat16
+        # Sums in float32 are rounded to bf16 once, to 2^-8 of the result; they err only where that is a near thing.
+        largest = np.abs(exact).max(-1, keepdims=True)
+        assert (np.abs(found.double().numpy() - exact) <= 2.0**-8 * np.abs(exact) + 1e-6 * largest).all()
+        assert (found == torch.from_numpy(exact).bfloat16()).float().mean() > 0.99
+    if rows > 1:
+        assert (QuantizedLinear(weight, bias, FORMATS["fp8"])(x)[1] == bias).all()
+
+
+def test_fp8_rounds_the_inputs_too() -> None:
+    """By hand: 17 of 448 is halfway between 16 and 18, and a quotient of even mantissa wins."""
+    weight, x = torch.zeros(16, 16).bfloat16(), torch.zeros(1, 16).bfloat16()
+    weight[0, :2], x[0, :2] = torch.tensor([448.0, 17.0]), torch.tensor([17.0, 448.0])
+    assert QuantizedLinear(weight, None, FORMATS["fp8"])(x)[0, 0] == 2 * 16 * 448
+
+
+def test_a_token_does_not_depend_on_the_others() -> None:
+    x, weight, bias = layer_and_inputs(64, 96, 48)
+    layer = QuantizedLinear(weight, bias, FORMATS["fp8"])
+    whole = layer(x.view(4, 16, 96))
+    assert whole.shape == (4, 16, 48)
+    assert torch.equal(whole[2, 5:], layer(x[37:48])) and torch.equal(layer(x[:0]), whole[:0, 0])
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("kind", ["int8", "fp8"])
+def test_what_is_not_finite_stays_so(kind: str, bad: float) -> None:
+    """In its own row of the results, or its own column, and nowhere else."""
+    x, weight, bias = layer_and_inputs(6, 64, 48)
+    right = QuantizedLinear(weight, bias, FORMATS[kind])(x)
+    x[1, 7] = bad
+    found = QuantizedLinear(weight, bias, FORMATS[kind])(x)
+    assert not found[1].isfinite().any()
+    assert torch.equal(found[[0, 2, 3, 4, 5]], right[[0, 2, 3, 4, 5]])
+    x[1, 7], weight[4, 9] = 1.0, bad
+    found = QuantizedLinear(weight, bias, FORMATS[kind])(x)
+    assert not found[:, 4].isfinite().any() and found[:, :4].isfinite().all() and found[:, 5:].isfinite().all()
+
+
+@pytest.mark.parametrize("smallest", [1e-38, 2.0**-133])
+def test_rows_of_tiny_numbers_overflow_nothing(smallest: float) -> None:
+    """448 is not reached where a scale is so small that it has lost its digits."""
+    values = torch.full((2, 16), smallest).bfloat16()
+    assert values.all()
+    small, scale = quantize(values, FORMATS["fp8"], torch.bfloat16)
+    assert small.float().isfinite().all() and (small.float().max() * scale.float().max()) <= 2 * smallest
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_int8_is_near(dtype: torch.dtype) -> None:
+    """Weights are off by half a step at most, and the integers can be read from the dtype that they are stored in."""
+    torch.manual_seed(0)
+    weight, bias, x = torch.randn(24, 64).to(dtype), torch.randn(24).to(dtype), torch.randn(5, 64).to(dtype)
+    weight[3] = 0
+    integers, scale = quantize(weight, FORMATS["int8"], dtype)
+    error = (integers.float() * scale.float()[:, None] - weight.float()).abs()
+    rounding = 0.0 if dtype == torch.float32 else 2**-8 * 127  # of the scale itself
+    assert (error <= scale.float()[:, None] * (0.5 + rounding) + 1e-7).all() and integers.abs().max() <= 127
+    layer = QuantizedLinear(weight, bias, FORMATS["int8"])
+    assert torch.equal(layer.packed.view(torch.int8), integers) and layer.packed.dtype == dtype
+    assert layer.packed.numel() * layer.packed.itemsize == weight.numel()
+    exact = nn.functional.linear(x.float(), integers.float() * scale.float()[:, None], bias.float())
+    torch.testing.assert_close(layer(x).float(), exact, rtol=2e-2 if dtype == torch.bfloat16 else 1e-5, atol=5e-2)
+    assert not any(parameter.requires_grad for parameter in layer.parameters())
+
+
+def layers(*shapes: tuple[int, int]) -> nn.ModuleList:
+    """Return three layers of linear modules (in, out)."""
+    names = "abcdef"
+    return nn.ModuleList(
+        nn.ModuleDict({name: nn.Linear(*shape) for name, shape in zip(names, shapes, strict=False)}) for _ in range(3)
+    ).bfloat16()
+
+
+def quantized(found: nn.ModuleList, **section: Any) -> tuple[list[str], list[str]]:
+    """Quantize the layers; return what stays as it was, and the names of the quantized modules."""
+    left = quantize_layers(found, Teacher(path="t", **section), {}, lambda _: None)
+    return left, [name for name, module in found.named_modules() if isinstance(module, QuantizedLinear)]
+
+
+def test_what_fp8_cannot_multiply_stays_as_it_was() -> None:
+    left, names = quantized(layers((32, 64), (24, 16), (16, 40), (48, 48)), quantize="fp8")
+    assert left == ["b.weight of 16 x 24", "c.weight of 40 x 16"]
+    assert names == [f"{number}.{name}" for number in range(3) for name in "ad"]
+    left, names = quantized(layers((32, 64), (24, 16), (3, 128)), quantize="int8")
+    assert left == ["c.weight of 128 x 3"] and len(names) == 6  # rows of 3 bytes are no whole numbers of bf16
+    with pytest.raises(ConfigError, match="fp8 would leave 9"):
+        quantized(layers((16, 16), (40, 60)), quantize="fp8")
+
+
+@pytest.mark.parametrize("kind", ["int8", "fp8"])
+def test_layers_that_are_skipped(kind: str) -> None:
+    left, names = quantized(layers((32, 64)), quantize=kind, quantize_skip_layers=(0, -1))
+    assert left == ["layer 0", "layer 2"] and names == ["1.a"]
+    for number in (3, -4):
+        section = Teacher(path="t", quantize=kind, quantize_skip_layers=(number,))
+        with pytest.raises(ConfigError, match=f"names layer {number}: the teacher's are 0 to 2, or -3 to -1"):
+            skipped_layers(section, 3)
+    with pytest.raises(ValueError, match="without quantize"):
+        Teacher(path="t", quantize_skip_layers=(0,))
+
+
+def test_fp8_needs_bf16() -> None:
+    values: dict[str, Any] = {"name": "n", "student": {"path": "s"}, "data": {"path": "d"}, "stop": {"steps": 3000}}
+    for precision in ("bf16", "fp32"):
+        values |= {"teacher": {"path": "t", "quantize": "fp8"}, "train": {"precision": precision}}
+        if precision == "bf16":
+            make_config(values, "a test")
+        else:
+            with pytest.raises(ConfigError, match=r"fp8 has results in bf16, and train.precision is fp32"):
+                make_config(values, "a test")
+
+
+@pytest.mark.parametrize(("capability", "fault"), [((8, 0), True), ((8, 6), True), ((8, 9), False), ((9, 0), False)])
+def test_devices_without_fp8(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], fault: bool) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "this one")
+    section = Teacher(path="t", quantize="fp8")
+    found = fp8_fault(section, torch.device("cuda:0"))
+    assert bool(found) == fault
+    assert not fault or f"this one has compute capability {capability[0]}.{capability[1]}" in found
+    assert fp8_fault(section, torch.device("cpu")) == fp8_fault(Teacher(path="t"), torch.device("cuda:0")) == ""
