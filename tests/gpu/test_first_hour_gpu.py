@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-import triton
+from triton.testing import do_bench
 
 from ddk_ds.engine.ds_config import LEAD_LAYERS
 from ddk_ds.engine.eight_bits import FORMATS, FP8_CAPABILITY
@@ -110,5 +110,5 @@ def test_a_layer_in_fp8(record_property: Record) -> None:
     x = torch.randn(tokens, width, device="cuda").bfloat16()
     with torch.inference_mode():
         for name, run in {"bf16": linear, "fp8": small, "fp8, compiled": torch.compile(small)}.items():
-            milliseconds = triton.testing.do_bench(lambda run=run: run(x))
+            milliseconds = do_bench(lambda run=run: run(x))
             record_property(f"ms of a linear layer, {tokens} x {width} x {width}, {name}", round(milliseconds, 3))
