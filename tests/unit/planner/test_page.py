@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -74,10 +75,10 @@ def variants_of(out: Path, number: int, pair: str = "qwen1.5") -> list[tuple[lis
 
 
 def test_two_options_varied(tmp_path: Path) -> None:
-    """Where the teacher lies by micro-batches a pass, and by the dtype of sums over ranks."""
+    """Where the teacher lies by micro-batches a pass, FP8 by compiled layers, and by the dtype of sums over ranks."""
     found = [variants for _, variants in variants_of(tmp_path / "plan.json", 2)]
-    assert [len(variants) for variants in found] == [6, 4]
-    for variant in [*found[0], *found[1]]:
+    assert [len(variants) for variants in found] == [6, 6, 4]
+    for variant in chain(*found):
         first, second = (item.partition("=")[2] for item in variant["overrides"])
         assert f"| {first} | {second} | {variant['tokens_per_s']:,.0f} |" in PAGE
 
@@ -145,7 +146,8 @@ def test_the_gpus(tmp_path: Path) -> None:
     for name, gpu in GPUS.items():
         numbers = (gpu.memory_bytes, gpu.hbm_bytes_per_s, gpu.nvlink_bytes_per_s, gpu.network_bytes_per_s)
         cells = " | ".join(f"{number / 1e9:,.0f}" for number in numbers)
-        assert f"| `{name}` | {gpu.peak_flop_per_s / 1e12:.0f} | {cells} |" in PAGE
+        fp8 = f"{gpu.fp8_peak_flop_per_s / 1e12:,.0f}" if gpu.fp8_peak_flop_per_s else "-"
+        assert f"| `{name}` | {gpu.peak_flop_per_s / 1e12:.0f} | {cells} | {fp8} |" in PAGE
     example = re.search(r"(?m)^    name: .*\n(?:    .*\n)+", PAGE)
     assert example is not None
     (tmp_path / "gpu.yaml").write_text(re.sub(r"(?m)^    ", "", example[0]))

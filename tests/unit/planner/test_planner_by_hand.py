@@ -144,8 +144,8 @@ def test_passes_of_the_teacher() -> None:
 
 
 def test_a_teacher_in_fp8() -> None:
-    """Of 1e7 FLOPs a token, 2 x 1.6e6 are at FP8's rate; the matrix's 1,600 inputs are rounded beside them."""
-    matrices = Matrix(0, (1000, 1600)), Matrix(1, (400, 400)), Matrix(2, (40, 1000, 10), expert=True)
+    """Of 1e7 FLOPs a token, 2 x 1.6e6 are at FP8's rate; the matrix's 2,000 inputs are rounded beside them."""
+    matrices = Matrix(0, (800, 2000)), Matrix(1, (400, 400)), Matrix(2, (40, 1000, 10), expert=True)
     shape = replace(TEACHER.shape, tensors=(1_840_000, 1_600_000, 160_000, 400_000), matrices=matrices)
     models = Models(STUDENT, replace(TEACHER, shape=shape), 1000)
     cluster = replace(CLUSTER, gpu=GPU.model_copy(update={"fp8_peak_flop_per_s": 3e12}))
@@ -156,7 +156,7 @@ def test_a_teacher_in_fp8() -> None:
         return simulate_step(config, models, cluster, **options).parts["teacher: compute"]
 
     for compiled, num_bytes in ((False, 13), (True, 5)):
-        token = (1e7 - 3.2e6) / 0.5e12 + 3.2e6 / 1.5e12 + num_bytes * 1600 / 0.8e12
+        token = (1e7 - 3.2e6) / 0.5e12 + 3.2e6 / 1.5e12 + num_bytes * 2000 / 0.8e12
         assert compute_s(compile_layers=compiled) == pytest.approx(600 * token, rel=1e-12)
     assert compute_s(quantize="int8") == pytest.approx(600 * 1e7 / 0.5e12)
     with pytest.raises(ConfigError, match="round has no FP8"):

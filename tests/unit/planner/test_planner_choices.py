@@ -231,6 +231,7 @@ def test_the_data_sheets_of_the_gpus() -> None:
         )
         found = (gpu.hbm_bytes_per_s, gpu.nvlink_bytes_per_s, gpu.network_bytes_per_s, gpu.host_bytes_per_s)
         assert found == tuple(speed * 1e9 for speed in speeds)
+        assert gpu.fp8_peak_flop_per_s == (None if name.startswith("a100") else 1979e12)
         assert gpu.source.startswith(f"NVIDIA's data sheets of {gpu.name.split()[0]} SXM (peak, memory, NVLink)")
     assert set(GPUS) == set(sheets)
 
