@@ -188,6 +188,10 @@ class Data(Section):
     """Domains to train on, in the order of reports; null: all domains of the data."""
     sequence_length: Positive = 2048
     """Tokens of a training sample; must equal the value that the shards were prepared with."""
+    documents: Literal["auto", "masked", "joined"] = "auto"
+    """masked: the documents of a sample do not see each other: attention and positions begin anew in each, and the
+    first token of a document is not predicted from the one before it. joined: a sample is one text, as in the paper.
+    auto: masked if the shards have the documents' borders, which shards of earlier versions lack."""
     validation_samples: Positive = 500
     """Held-out samples of each domain that perplexities are measured on (the paper: 500)."""
     allow_other_cuts: bool = False

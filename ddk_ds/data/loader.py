@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from operator import itemgetter
 from pathlib import Path
-from typing import NotRequired, TypedDict
+from typing import NamedTuple, NotRequired, TypedDict
 
 import numpy as np
 import numpy.typing as npt
@@ -16,7 +16,7 @@ import torch
 from torch.utils.data import Dataset
 
 from ddk_ds.data.manifest import load_manifest
-from ddk_ds.data.mds import Ids, open_split
+from ddk_ds.data.mds import Lengths, Packed, open_split
 from ddk_ds.data.readers import Read, Readers
 from ddk_ds.data.store import LocalStore, Shard, Store
 from ddk_ds.data.teacher_samples import Record
@@ -45,13 +45,23 @@ class MixtureDataset(Dataset[Sample]):
     """
 
     def __init__(
-        self, root: str | Path | Store, names: Sequence[str], split: str = "train", vocab_size: int | None = None
+        self,
+        root: str | Path | Store,
+        names: Sequence[str],
+        split: str = "train",
+        vocab_size: int | None = None,
+        *,
+        masked: bool = False,
     ) -> None:
-        """Open the domains; samples with ids >= `vocab_size` raise DataError. None: the data's own vocabulary."""
+        """Open the domains; samples with ids >= `vocab_size` raise DataError. None: the data's own vocabulary.
+
+        `masked` is True if the documents of a sample are kept apart; the data must have their borders.
+        """
         store = LocalStore(root) if isinstance(root, str | Path) else root
         manifest = load_manifest(store)
         manifest.require(names)
         self.names = list(names)
+        self.masked = masked
         self._splits = [open_split(store, f"{name}/{split}", vocab_size or manifest.vocab_size) for name in names]
         self.sizes: npt.NDArray[np.int64] = np.array([len(opened) for opened in self._splits], np.int64)
         self.sample_offsets: npt.NDArray[np.int64] = np.cumsum(self.sizes) - self.sizes
@@ -62,18 +72,20 @@ class MixtureDataset(Dataset[Sample]):
         return int(self.sizes.sum())
 
     def __getitem__(self, sample_id: int) -> Sample:
-        tokens, domain = self.read(sample_id)
-        return {"input_ids": torch.from_numpy(tokens.astype(np.int64)), "domain": domain, "sample_id": int(sample_id)}
+        packed, domain = self.read(sample_id)
+        ids = torch.from_numpy(packed.tokens.astype(np.int64))
+        return {"input_ids": ids, "domain": domain, "sample_id": int(sample_id)}
 
-    def read(self, sample_id: int) -> tuple[Ids, int]:
-        """Return the token ids (L,) of a sample in the shards' dtype, and the index of its domain.
+    def read(self, sample_id: int) -> tuple[Packed, int]:
+        """Return a sample, with its documents' lengths if they are kept apart, and the index of its domain.
 
         Raises:
             DataError: the sample's shard is damaged or cannot be fetched.
             IndexError: there is no such sample.
         """
         domain, number = self._place(sample_id)
-        return self._splits[domain].tokens(number), domain
+        packed = self._splits[domain].packed(number)
+        return packed if self.masked else packed._replace(lengths=None), domain
 
     def places(self, ids: npt.NDArray[np.int64]) -> list[tuple[str, int]]:
         """Return the names of the domains of samples `ids` (n,), which must be there, and their numbers in these."""
@@ -112,12 +124,14 @@ class MixtureDataset(Dataset[Sample]):
 class MicroBatch(TypedDict):
     """A rank's part of one forward pass: `input_ids` (B, L), `domain` (B,) and `sample_id` (B,), all int64.
 
-    `said` (B,) is what a cache of the teacher has of the samples, if there is one (methods/cached_distillation.py).
+    `positions` (B, L) int64 are those of the tokens in their documents, if documents are kept apart. `said` (B,) is
+    what a cache of the teacher has of the samples, if there is one (methods/cached_distillation.py).
     """
 
     input_ids: torch.Tensor
     domain: torch.Tensor
     sample_id: torch.Tensor
+    positions: NotRequired[torch.Tensor | None]
     said: NotRequired[list[Record | None]]
 
 
@@ -158,7 +172,33 @@ def _micro_batch(read: Read) -> MicroBatch:
         "input_ids": torch.from_numpy(read.tokens.astype(np.int64)),
         "domain": torch.tensor(read.domains),
         "sample_id": torch.tensor(read.sample_ids),
+        "positions": document_positions(read.lengths),
     }
+
+
+def document_positions(lengths: Sequence[Lengths | None]) -> torch.Tensor | None:
+    """Return the positions (B, L) int64 of B samples' tokens in their documents, from the documents' lengths.
+
+    Return None without lengths: the positions are 0, 1, 2, ... up to the sample's end.
+    """
+    rows = []
+    for of_sample in lengths:
+        if of_sample is None:
+            return None
+        ends = np.cumsum(of_sample, dtype=np.int64)
+        rows.append(np.arange(ends[-1]) - np.repeat(ends - of_sample, of_sample))
+    return torch.from_numpy(np.stack(rows))
+
+
+class HeldOutBatch(NamedTuple):
+    """A rank's part of one forward pass of an evaluation."""
+
+    input_ids: torch.Tensor
+    """(B, L) int64."""
+    real: torch.Tensor
+    """(B,) bool: False for a row that only fills up the batch."""
+    positions: torch.Tensor | None = None
+    """(B, L) int64, of the tokens in their documents; None if documents are not kept apart."""
 
 
 def validation_batches(
@@ -170,14 +210,16 @@ def validation_batches(
     world: int,
     micro_batch: int,
     vocab_size: int | None = None,
-) -> list[list[tuple[torch.Tensor, torch.Tensor]]]:
+    masked: bool = False,
+) -> list[list[HeldOutBatch]]:
     """Read one rank's share of the first `num_samples` validation samples of each domain.
 
-    Samples with ids >= `vocab_size` raise DataError; None: the data's own vocabulary.
+    Samples with ids >= `vocab_size` raise DataError; None: the data's own vocabulary. `masked` is True if the documents
+    of a sample are kept apart.
 
     Returns:
-        For each domain a list of (input_ids (B, L) int64, real (B,) bool). All lists are equally long, on all
-        ranks; a row that only fills up a batch is zero and its `real` is False.
+        For each domain a list of batches. All lists are equally long, on all ranks; a row that only fills up a batch is
+        zero and its `real` is False.
 
     Raises:
         DataError: a domain has fewer validation samples, or a shard is damaged or cannot be fetched.
@@ -198,8 +240,11 @@ def validation_batches(
         for first in range(rank * micro_batch, num_samples + rank * micro_batch, world * micro_batch):
             input_ids = torch.zeros(micro_batch, manifest.sequence_length, dtype=torch.int64)
             real = torch.arange(first, first + micro_batch) < num_samples
+            lengths: list[Lengths | None] = [np.array([manifest.sequence_length]) if masked else None] * micro_batch
             for row in range(int(real.sum())):
-                input_ids[row] = torch.from_numpy(split.tokens(first + row).astype(np.int64))
-            share.append((input_ids, real))
+                packed = split.packed(first + row)
+                input_ids[row] = torch.from_numpy(packed.tokens.astype(np.int64))
+                lengths[row] = packed.lengths if masked else None
+            share.append(HeldOutBatch(input_ids, real, document_positions(lengths)))
         shares.append(share)
     return shares

@@ -53,7 +53,8 @@ class Manifest:
     """A prepared data directory: `root` is its path or, if remote, its address; `domains` has the recipe's order.
 
     `bos` are the ids at the beginning of each document. `probe_hash` says how the tokenizer cuts text (same_cuts.py);
-    "" in data of earlier versions.
+    "" in data of earlier versions. `borders` is True if the samples have the borders of their documents, which data of
+    earlier versions lack.
     """
 
     root: Path | str
@@ -65,6 +66,7 @@ class Manifest:
     domains: dict[str, DomainInfo]
     bos: tuple[int, ...] = ()
     probe_hash: str = ""
+    borders: bool = False
 
     def require(self, names: Sequence[str]) -> None:
         """Raise DataError if one of `names` is not among the domains."""
@@ -88,6 +90,7 @@ def write_manifest(manifest: Manifest) -> None:
         "format": FORMAT,
         "sequence_length": manifest.sequence_length,
         "dtype": manifest.dtype,
+        "borders": manifest.borders,
         "tokenizer": {
             "fingerprint": manifest.tokenizer_fingerprint,
             "vocab_size": manifest.vocab_size,
@@ -146,6 +149,7 @@ def _parse(store: Store, text: bytes) -> Manifest:
             domains=domains,
             bos=tuple(map(int, tokenizer.get("bos", ()))),
             probe_hash=str(tokenizer.get("probe_hash", "")),
+            borders=bool(content.get("borders", False)),
         )
     except DataError:
         raise
@@ -170,4 +174,4 @@ def _check_split(store: Store, manifest: Manifest, directory: str, info: SplitIn
             f"{store.location}/{directory} is not what {store.location}/{FILE_NAME} describes "
             f"({index.num_samples:,} samples, expected {info.samples:,} of hash {info.sha[:12]}); {AGAIN}"
         )
-    index.check_format(manifest.dtype, manifest.sequence_length)
+    index.check_format(manifest.dtype, manifest.sequence_length, borders=manifest.borders)

@@ -10,8 +10,9 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import repeat
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -21,9 +22,19 @@ from ddk_ds.errors import DataError, UserError
 
 Ids = npt.NDArray[np.unsignedinteger[Any]]
 """Token ids in the shards' dtype, uint16 or uint32."""
+Lengths = npt.NDArray[np.integer[Any]]
+"""The number of a sample's tokens that each of its documents has, (d,), with the sum L."""
 SHARD_BYTES = 1 << 26
-_COLUMN = "tokens"
+_COLUMN, _BORDERS = "tokens", "documents"
+_BORDERS_ENCODING = "ndarray:uint32"
 _VERSION = 2
+
+
+class Packed(NamedTuple):
+    """A sample: its token ids (L,) in the shards' dtype, and its documents' lengths; None without borders."""
+
+    tokens: Ids
+    lengths: Lengths | None
 
 
 def pack(documents: Iterable[Ids], sequence_length: int) -> Iterator[Ids]:
@@ -42,6 +53,21 @@ def pack(documents: Iterable[Ids], sequence_length: int) -> Iterator[Ids]:
         buffered_tokens -= packed_tokens
 
 
+def pack_lengths(documents: Iterable[Lengths], sequence_length: int) -> Iterator[Lengths]:
+    """Yield the documents' lengths in each sample of `pack`, from the lengths of the documents, in chunks of any size.
+
+    A document that reaches over the end of a sample is two documents to the samples.
+    """
+    rest = np.zeros(0, np.int64)
+    for chunk in documents:
+        ends = np.cumsum(np.concatenate([rest, chunk]))
+        full = int(ends[-1]) // sequence_length * sequence_length if len(ends) else 0
+        samples = np.arange(sequence_length, full + 1, sequence_length)
+        edges = np.union1d(ends[ends <= full], samples)
+        yield from np.split(np.diff(edges, prepend=0), np.searchsorted(edges, samples)[:-1] + 1) if full else ()
+        rest = np.diff(ends[ends > full], prepend=full)
+
+
 def token_dtype(vocab_size: int) -> str:
     """Return the narrowest dtype of the shards that holds every id: "uint16" or "uint32"."""
     return "uint16" if vocab_size <= 1 << 16 else "uint32"
@@ -54,8 +80,9 @@ def write_split(
     sequence_length: int,
     dtype: str,
     shard_bytes: int = SHARD_BYTES,
+    lengths: Iterable[Lengths] | None = None,
 ) -> dict[str, Any]:
-    """Write samples, each (sequence_length,), to a new directory.
+    """Write samples, each (sequence_length,), to a new directory; with `lengths`, also the borders of their documents.
 
     Returns {"samples": int, "sha": str, "largest_id": int}.
     """
@@ -64,10 +91,14 @@ def write_split(
 
     largest_id = -1
     columns = {_COLUMN: f"ndarray:{dtype}:{sequence_length}"}
+    borders: Iterable[dict[str, Any]] = repeat({})
+    if lengths is not None:
+        columns[_BORDERS] = _BORDERS_ENCODING
+        borders = ({_BORDERS: of_sample.astype(np.uint32)} for of_sample in lengths)
     with MDSWriter(out=str(directory), columns=columns, hashes=["xxh64"], size_limit=shard_bytes) as writer:
-        for sample in samples:
+        for sample, more in zip(samples, borders, strict=lengths is not None):
             largest_id = max(largest_id, int(sample.max()))
-            writer.write({_COLUMN: sample.astype(dtype, copy=False)})
+            writer.write({_COLUMN: sample.astype(dtype, copy=False), **more})
     index = read_index(LocalStore(directory.parent), directory.name)
     return {"samples": index.num_samples, "sha": index.sha, "largest_id": largest_id}
 
@@ -88,11 +119,12 @@ class SplitIndex:
         """Return the number of samples of all shards."""
         return int(self.shard_sizes.sum())
 
-    def check_format(self, dtype: str, sequence_length: int) -> None:
-        """Raise DataError if a shard's samples are not `sequence_length` ids of `dtype`."""
-        wanted = f"ndarray:{dtype}:{sequence_length}"
-        if other := self.encodings - {wanted}:
-            raise DataError(f"{self.directory} holds samples of {other.pop()}, the data's are {wanted}; {AGAIN}")
+    def check_format(self, dtype: str, sequence_length: int, *, borders: bool) -> None:
+        """Raise DataError if a shard's samples are not `sequence_length` ids of `dtype`, with or without `borders`."""
+        wanted = {f"ndarray:{dtype}:{sequence_length}"} | ({_BORDERS_ENCODING} if borders else set())
+        if self.encodings != wanted:
+            held, data = (" and ".join(sorted(encodings)) for encodings in (self.encodings, wanted))
+            raise DataError(f"{self.directory} holds samples of {held}, the data's are {data}; {AGAIN}")
 
 
 def read_index(store: Store, directory: str, *, fresh: bool = False) -> SplitIndex:
@@ -179,7 +211,11 @@ class Split:
                 continue  # evicted by another process since the line before
 
     def tokens(self, i: int) -> Ids:
-        """Return the ids (L,) of sample `i` in the shards' dtype.
+        """Return the ids (L,) of sample `i` in the shards' dtype. Raises DataError as `packed` does."""
+        return self.packed(i).tokens
+
+    def packed(self, i: int) -> Packed:
+        """Return sample `i`.
 
         Raises DataError where its shard is damaged or cannot be fetched, or holds an id outside of the vocabulary.
         """
@@ -190,7 +226,7 @@ class Split:
                 f"{where} holds id {int(tokens.max())}, the vocabulary has {self._vocab_size:,}; prepare the data with "
                 "the student's tokenizer"
             )
-        return tokens
+        return Packed(tokens, record.get(_BORDERS))
 
 
 def open_split(store: Store, directory: str, vocab_size: int | None = None) -> Split:

@@ -20,7 +20,7 @@ from ddk_ds.data.documents import Dropped
 from ddk_ds.data.encoding import BatchEncoder, batch_encoder
 from ddk_ds.data.long_documents import DocumentCutter
 from ddk_ds.data.manifest import FILE_NAME, DomainInfo, Manifest, SplitInfo, load_manifest, write_manifest
-from ddk_ds.data.mds import pack, token_dtype, write_split
+from ddk_ds.data.mds import pack, pack_lengths, token_dtype, write_split
 from ddk_ds.data.reading import DomainText, HeldOut, Progress, Spool, choose_validation
 from ddk_ds.data.recipe import Recipe, list_files
 from ddk_ds.data.same_cuts import probe_hash
@@ -149,6 +149,7 @@ def _manifest(
         eos_token_id=info.eos_token_id,
         bos=bos,
         probe_hash=probe_hash(info),
+        borders=True,
         domains=domains,
     )
 
@@ -196,6 +197,7 @@ def _pack_domain(text: DomainText, spool: Spool, reading: Reading, directory: Pa
             sequence_length=plan.sequence_length,
             dtype=spool.dtype,
             shard_bytes=_SHARD_BYTES,
+            lengths=pack_lengths(spool.lengths(held_out, validation=bool(validation)), plan.sequence_length),
         )
         packed_tokens = written["samples"] * plan.sequence_length
         dropped.tail_tokens += tokens - packed_tokens

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
+from ddk_ds.data.mds import Ids, Lengths, Packed
 from ddk_ds.data.patience import never
 from ddk_ds.errors import TemporaryError, UserError
 
@@ -35,17 +36,19 @@ _SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT)
 class Samples(Protocol):
     """Source of the samples, which is sent to the processes once."""
 
-    def read(self, sample_id: int) -> tuple[Any, int]:
-        """Return the token ids (L,) of a sample, and the index of its domain. Raises UserError."""
+    def read(self, sample_id: int) -> tuple[Packed, int]:
+        """Return a sample, and the index of its domain. Raises UserError."""
 
 
 class Read(NamedTuple):
     """A micro-batch as it is read. Tensors would go through shared memory, and be two to four times as large."""
 
-    tokens: np.ndarray[Any, Any]
+    tokens: Ids
     """Token ids (B, L) in the shards' dtype."""
     domains: list[int]
     sample_ids: list[int]
+    lengths: list[Lengths | None]
+    """(B,) lengths of each sample's documents; None where they are not kept apart."""
 
 
 class Readers:
@@ -155,8 +158,9 @@ class Readers:
 
 def read_batch(samples: Samples, sample_ids: list[int]) -> Read:
     """Read the samples with these ids. Raises UserError, as `samples` does."""
-    read = [samples.read(sample_id) for sample_id in sample_ids]
-    return Read(np.stack([tokens for tokens, _ in read]), [domain for _, domain in read], sample_ids)
+    packed, domains = zip(*(samples.read(sample_id) for sample_id in sample_ids), strict=True)
+    tokens, lengths = zip(*packed, strict=True)
+    return Read(np.stack(tokens), list(domains), sample_ids, list(lengths))
 
 
 def _serve(pipe: Connection) -> None:

@@ -227,6 +227,11 @@ class Spool:
                 yield first, chunk
                 first += len(chunk)
 
+    def lengths(self, held_out: HeldOut, *, validation: bool) -> Iterator[Counts]:
+        """Yield the numbers of tokens of one split's documents, in order, in chunks of any size."""
+        for first, chunk in self.records():
+            yield chunk["tokens"][held_out.mask(chunk["key"], first) == validation]
+
     def ids(self, held_out: HeldOut, *, validation: bool) -> Iterator[Ids]:
         """Yield the ids of one split's documents, joined in order, in pieces of any size."""
         with self._paths[0].open("rb") as stream:

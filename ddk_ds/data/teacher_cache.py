@@ -25,7 +25,7 @@ from ddk_ds.data.mds import Split, read_index
 from ddk_ds.data.remote import Refused
 from ddk_ds.data.store import AGAIN, Shard
 from ddk_ds.data.teacher_place import PARTS, SAMPLES_FILE, Place
-from ddk_ds.data.teacher_samples import Record, Said, coding_of
+from ddk_ds.data.teacher_samples import NO_LABEL, Record, Said, coding_of
 from ddk_ds.errors import CheckpointError, ConfigError, DataError, TemporaryError, UserError
 from ddk_ds.files import own_hash, sealed, unsealed, write_text
 
@@ -167,8 +167,9 @@ class TeacherCache:
             record = self.coding.encoded(said)
         except ValueError as error:
             raise DataError(f"sample {number} of domain {domain!r}: {error}: is the teacher whole?") from None
-        labels = said.label_log_probs  # the last position has none
-        loss = -float(labels.sum(dtype=np.float64)) / max(1, len(labels) - 1)
+        labels = said.label_log_probs[:-1]  # the last position has none
+        labels = labels[labels < NO_LABEL]
+        loss = -float(labels.sum(dtype=np.float64)) / max(1, len(labels))
         self._added[domain, number] = _Added(record, loss)
         self._added_bytes += len(record)
         if self._added_bytes >= PART_BYTES and self._failure is None:

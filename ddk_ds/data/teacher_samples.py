@@ -20,6 +20,10 @@ Floats = npt.NDArray[np.float32]
 ToDevice = Callable[[torch.Tensor], torch.Tensor]
 
 
+NO_LABEL = 1.0
+"""What stands for a log-probability at a position without a label, and is none."""
+
+
 class Drawn(NamedTuple):
     """Tokens drawn from a teacher's softmax at the L positions of one sample."""
 
@@ -28,7 +32,8 @@ class Drawn(NamedTuple):
     entropy: Floats
     """(L,), of the softmax that the ids were drawn from."""
     label_log_probs: Floats
-    """(L,) log-probability of the sample's next token at temperature 1; 0 at the last position, which has none."""
+    """(L,) log-probability of the sample's next token at temperature 1; 0 at the last position, which has none, and
+    NO_LABEL at the last one of each other document if documents are kept apart."""
 
 
 class Likeliest(NamedTuple):

@@ -31,7 +31,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ddk_ds.config import Model
 from ddk_ds.config.sections import Student
-from ddk_ds.engine.layers import sees_later_tokens
+from ddk_ds.engine.attention_masks import sees_later_tokens
 from ddk_ds.engine.unloaded_models import backbone_of, hf_config_of, no_init_weights, without_memory
 from ddk_ds.errors import ConfigError
 
@@ -110,6 +110,19 @@ def choose_attention(
     return Attention(asked)
 
 
+def check_apart(config: dict[str, Any], directory: Path, key: str, section: Model) -> None:
+    """Raise ConfigError if it is plain without values that a model cannot keep the documents of a sample apart.
+
+    `choose_attention` has accepted the model. What only values tell, engine/split_check.py finds once it is loaded.
+    """
+    reason = dict(_unfit(json.dumps(config), directory if section.trust_remote_code and "auto_map" in config else None))
+    if "masked" in reason:
+        raise ConfigError(
+            f"data.documents is masked, but {key}.path {directory} cannot keep documents apart: {reason['masked']}: "
+            "set data.documents to joined, or choose another model"
+        )
+
+
 def best_kernel(config: dict[str, Any]) -> Kernel:
     """Return the kernel for a model of this config.json, for estimates: sdpa also where that cannot be told."""
     try:
@@ -122,7 +135,8 @@ def best_kernel(config: dict[str, Any]) -> Kernel:
 def _unfit(config: str, own_code: Path | None) -> tuple[tuple[str, str], ...]:
     """Return (kernel, reason) for each kernel that may not be used for the model of this config.json.
 
-    The kernel "auto" stands for sdpa where that may be used only if it is named, and "student" for any in training.
+    The kernel "auto" stands for sdpa where that may be used only if it is named, "student" for any in training, and
+    "masked" for any if documents are kept apart.
 
     `own_code` is the directory of a model whose own Python code is run; None for one of transformers' models.
     """
@@ -147,8 +161,7 @@ def _unfit(config: str, own_code: Path | None) -> tuple[tuple[str, str], ...]:
     with fake, no_init_weights(), suppress(_NotComparable):
         with suppress(Exception):  # older models look for it among the tokens, to warn; in newer ones it must be given
             model.config.pad_token_id = None
-        taken = inspect.signature(backbone_of(model).forward).parameters.values()
-        if not any(one.name == "use_cache" or one.kind is one.VAR_KEYWORD for one in taken):  # OpenAI's GPT of 4.57
+        if not _takes(model, "use_cache"):  # OpenAI's GPT of 4.57
             raise ConfigError(f"{type(model).__name__} cannot be told to keep no cache: choose another model")
         if model.get_output_embeddings() is None:
             raise ConfigError(f"{type(model).__name__} has no output head to distil")
@@ -168,6 +181,10 @@ def _unfit(config: str, own_code: Path | None) -> tuple[tuple[str, str], ...]:
             found[kernel] = f"transformers has no {kernel} for {name}"
         elif masked:
             found[kernel] = f"the attention of {name} needs a mask, and has none with {kernel}"
+    if getattr(model, "_is_stateful", False):
+        found["masked"] = f"{name} ({model.config.model_type}) carries a state from token to token"
+    elif not _takes(model, "position_ids"):
+        found["masked"] = f"{name} ({model.config.model_type}) takes no positions"
     if kept := _kept(model):
         found["student"] = f"{name} cannot be trained, since {kept} keeps what it computed for the next pass"
     if calls is None:
@@ -245,6 +262,12 @@ def _runs_unmasked(model: Any, attention: Any) -> bool:
     finally:
         hook.remove()
     return False
+
+
+def _takes(model: Any, argument: str) -> bool:
+    """Return True if a model's backbone takes an argument of this name."""
+    taken = inspect.signature(backbone_of(model).forward).parameters.values()
+    return any(one.name == argument or one.kind is one.VAR_KEYWORD for one in taken)
 
 
 def _kept(model: Any) -> str:

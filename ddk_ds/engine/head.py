@@ -16,6 +16,7 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from torch import nn
 
+from ddk_ds.engine.attention_masks import backbone_inputs, documents_apart
 from ddk_ds.engine.filters import LayerFilters, LayerTaps
 from ddk_ds.engine.router_loss import RouterLoss
 from ddk_ds.engine.stage_clock import StageClock
@@ -76,22 +77,26 @@ class StudentRoot(nn.Module):
         input_ids: torch.Tensor,
         function: HeadFunction | None,
         teacher_states: Sequence[torch.Tensor] | None = None,
+        positions: torch.Tensor | None = None,
     ) -> Any:
         """Return function(hidden (B*L, H), head) for input_ids (B, L) int64; None without a function.
 
-        With the teacher's hidden states of the matched layers: a pair of that and of the filters' results.
+        `positions` (B, L) are those of the tokens in their documents, if documents are kept apart. With the teacher's
+        hidden states of the matched layers: a pair of that and of the filters' results.
         """
         if teacher_states is None:
-            return self._head(self._hidden(input_ids), function)
+            return self._head(self._hidden(input_ids, positions), function)
         filters: Any = self.filters
         assert filters is not None and self._taps is not None, "built without filters"
         with self._taps.recording() as states:
-            hidden = self._hidden(input_ids)
+            hidden = self._hidden(input_ids, positions)
         return self._head(hidden, function), filters(states, teacher_states)
 
-    def _hidden(self, input_ids: torch.Tensor) -> torch.Tensor:
+    def _hidden(self, input_ids: torch.Tensor, positions: torch.Tensor | None) -> torch.Tensor:
         options = {} if self.router is None or not self.training else {"output_router_logits": True}
-        output = self.backbone(input_ids=input_ids, use_cache=False, **options)
+        with documents_apart(positions):
+            given = backbone_inputs(self.backbone, input_ids, positions)
+            output = self.backbone(**given, use_cache=False, **options)
         if self.router is not None and options:
             logits = output.router_logits  # () if no layer of the model has experts
             self.router_loss = self.router(logits) if logits else output.last_hidden_state.new_zeros(())

@@ -1,4 +1,4 @@
-"""A backbone's decoder layers: finding them, gathering and checkpointing them, several micro-batches, causal masks."""
+"""A backbone's decoder layers: finding them, gathering and checkpointing them, several micro-batches."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ import deepspeed
 import torch
 from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from ddk_ds.config import Model
 from ddk_ds.engine.compiling import compile_layers
@@ -33,8 +32,6 @@ _KEPT_OPERATORS = {
         _aten._scaled_dot_product_flash_attention_for_cpu,
     )
 }
-_SDPA = "sdpa"
-_transformers_mask = ALL_MASK_ATTENTION_FUNCTIONS[_SDPA]
 
 
 def layers_of(backbone: nn.Module, depth: int) -> nn.ModuleList:
@@ -151,34 +148,3 @@ def _rows(value: Any, rows: int, part: slice) -> Any:
     if isinstance(value, dict):
         return {key: _rows(item, rows, part) for key, item in value.items()}
     return type(value)(_rows(item, rows, part) for item in value) if isinstance(value, tuple | list) else value
-
-
-def use_causal_kernels() -> None:
-    """Make models of this process with sdpa attention work without a mask tensor where a causal mask is enough.
-
-    A sample is one sequence of tokens at positions 0, 1, 2, ..., so that attention is simply causal. When transformers
-    is called without a mask, it expects packed sequences whose positions begin again, and builds a (B, 1, L, L) mask
-    against them. With a mask torch's flash kernel cannot be used, and all L x L scores are computed instead of half.
-    """
-    ALL_MASK_ATTENTION_FUNCTIONS[_SDPA] = _mask
-
-
-def sees_later_tokens(config: Any) -> bool:
-    """Return True if a transformers model with this config has attention to later tokens, in text and not only images.
-
-    EmbeddingGemma has it, and PaliGemma in its prompts. Gemma 4's "vision" is of images alone.
-    """
-    return getattr(config, "use_bidirectional_attention", None) in (True, "all")
-
-
-def _mask(*arguments: Any, **options: Any) -> Any:
-    """Return None, sdpa's own causal mask, unless a token is padding, cached or outside of an attention window."""
-    queries = options["q_length"] if "q_length" in options else len(options["cache_position"])
-    window = options.get("local_size")
-    causal = (
-        options.get("attention_mask") is None
-        and queries == options["kv_length"]
-        and (window is None or options["kv_length"] < window)
-        and not sees_later_tokens(options.get("config"))
-    )
-    return None if causal else _transformers_mask(*arguments, **options)

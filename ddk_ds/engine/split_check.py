@@ -2,7 +2,9 @@
 
 Training runs the backbone, and multiplies by the head inside the loss. An architecture that does anything else between
 or after the two, such as ModernBERT's dense layer before the head, would train as another model in silence. One whose
-tokens see later ones, such as XLNet without its masks, would see what it is to predict.
+tokens see later ones, such as XLNet without its masks, would see what it is to predict. And one that lets a document of
+a sample see the one before it, through attention or a state, would train on other text than a run says that keeps them
+apart.
 """
 
 from __future__ import annotations
@@ -85,6 +87,45 @@ def check_split(model: Student | Teacher, input_ids: torch.Tensor, vocab_size: i
             f"{key}.path: {type(model.whole).__name__} cannot be distilled: its tokens see later ones (another last "
             f"token changes the logits before it by up to {moved:.3g}): choose another model"
         )
+
+
+def check_documents(model: Student | Teacher, input_ids: torch.Tensor, vocab_size: int, key: str, comm: Comm) -> None:
+    """Raise ConfigError if a document's logits depend on the document before it in its sample, or on its place there.
+
+    Collective. The arguments are those of `check_split`. The first row is tried at its full length, since windows and
+    chunks of attention can be as long, in two passes of two rows with different borders.
+    """
+    row = input_ids[0]
+    first, second = row.tensor_split([len(row) * 3 // 8])  # chunks of attention end elsewhere in it when it comes first
+    positions = torch.cat([torch.arange(len(part)) for part in (first, second, second, first)]).view(2, -1).to(row)
+    spread = torch.linspace(0, len(second) - 1, MAX_TOKENS // 2 - _LOOKED_AT).long()
+    places = torch.cat([torch.arange(_LOOKED_AT).clamp(max=len(second) - 1), spread]).to(row)
+    # The second document behind the first one, and where it comes first.
+    looked_at = torch.cat([len(first) + places, len(row) + places])
+
+    def logits(hidden: torch.Tensor, head: OutputHead) -> torch.Tensor:
+        bias = None if head.bias is None else head.bias[:vocab_size]
+        return apply_form(functional.linear(hidden[looked_at], head.weight[:vocab_size], bias), head.form)[0].float()
+
+    with uncompiled(), model.evaluating():
+        (behind, alone), (behind_other, _) = (
+            model(torch.stack([torch.cat([one, second]), torch.cat([second, one])]), logits, positions).chunk(2)
+            for one in (first, (first + 1) % vocab_size)
+        )
+    seen, moved = (behind_other - behind).abs().amax(1), (behind - alone).abs().amax(1)
+    # A near tie of a mixture of experts may turn at a few places.
+    numbers = torch.stack([seen[:_LOOKED_AT].median(), moved.quantile(0.75), alone.abs().max()])
+    by_tokens, by_place, largest = comm.all_reduce_max(numbers.nan_to_num(torch.inf, torch.inf)).tolist()
+    limit = _LIMITS[model.whole.get_output_embeddings().weight.dtype] * largest
+    # Products of the same shape are rounded alike, so that what is seen of other tokens is found where it is little.
+    for what, by, most in (("other tokens in", by_tokens, limit / 10), ("its place behind", by_place, limit)):
+        if not by <= most:
+            raise ConfigError(
+                f"data.documents is masked, but {key}.path {type(model.whole).__name__} "
+                f"({model.whole.config.model_type}) does not keep documents apart: {what} the document before it in a "
+                f"sample change a document's logits by {by:.3g} where the largest is {largest:.3g} (a difference of "
+                f"{most:.2g} would be rounding): set data.documents to joined, or choose another model"
+            )
 
 
 def _whole_logits(whole: Any, input_ids: torch.Tensor) -> torch.Tensor:

@@ -21,12 +21,13 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from ddk_ds.comm import Comm
 from ddk_ds.config import Config, Model
 from ddk_ds.engine.attention import choose_attention
+from ddk_ds.engine.attention_masks import use_own_masks
 from ddk_ds.engine.conversion import Conversion, conversions, model_tensors
 from ddk_ds.engine.ds_config import bucket_sizes, student_ds_config
 from ddk_ds.engine.filters import FilterShape, LayerFilters, build_filters
 from ddk_ds.engine.gather_brake import GatherBrake
 from ddk_ds.engine.head import HeadFunction, OutputHead, StudentRoot
-from ddk_ds.engine.layers import checkpoint_layers, prepare_layers, use_causal_kernels
+from ddk_ds.engine.layers import checkpoint_layers, prepare_layers
 from ddk_ds.engine.model_files import DTYPES, ModelFiles, model_shape
 from ddk_ds.engine.process_memory import freed_at_once
 from ddk_ds.engine.resizing import resized
@@ -50,13 +51,20 @@ class Student:
     stored: StoredForm
     clock: StageClock
 
-    def __call__(self, input_ids: torch.Tensor, function: HeadFunction) -> Any:
-        """Return `function(hidden, head)` for token ids (B, L), with hidden states (B*L, H), in an engine's pass."""
+    def __call__(self, input_ids: torch.Tensor, function: HeadFunction, positions: torch.Tensor | None = None) -> Any:
+        """Return `function(hidden, head)` for token ids (B, L), with hidden states (B*L, H), in an engine's pass.
+
+        `positions` (B, L) are those of the tokens in their documents, if documents are kept apart.
+        """
         with self.clock.stage("forward"):
-            return self.engine(input_ids, self._timed(function))
+            return self.engine(input_ids, self._timed(function), None, positions)
 
     def filtered(
-        self, input_ids: torch.Tensor, function: HeadFunction | None, teacher_states: Sequence[torch.Tensor]
+        self,
+        input_ids: torch.Tensor,
+        function: HeadFunction | None,
+        teacher_states: Sequence[torch.Tensor],
+        positions: torch.Tensor | None = None,
     ) -> tuple[Any, tuple[list[torch.Tensor], list[torch.Tensor]]]:
         """Return the result of `__call__` (None without a function), and the filtered hidden states of both models.
 
@@ -64,7 +72,8 @@ class Student:
         matches. `teacher_states` are the teacher's hidden states (B*L, Ht) of these pairs, before the filters.
         """
         with self.clock.stage("forward"):
-            return self.engine(input_ids, None if function is None else self._timed(function), teacher_states)
+            timed = None if function is None else self._timed(function)
+            return self.engine(input_ids, timed, teacher_states, positions)
 
     def _timed(self, function: HeadFunction) -> HeadFunction:
         def timed(hidden: torch.Tensor, head: OutputHead) -> Any:
@@ -324,7 +333,7 @@ def load_built(
 
     `key` is the configuration key that names the model in errors. Raises ConfigError if it cannot be built or filled.
     """
-    use_causal_kernels()
+    use_own_masks()
     trusted = model.trust_remote_code
     kernel = choose_attention(files.config, files.directory, key.removesuffix(".path"), model).kernel
     hf_config = files.hf_config(trusted=trusted)

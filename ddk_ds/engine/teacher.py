@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from ddk_ds.comm import Comm
 from ddk_ds.config import Config
+from ddk_ds.engine.attention_masks import backbone_inputs, documents_apart
 from ddk_ds.engine.compiling import compile_layers, compile_whole
 from ddk_ds.engine.ds_config import teacher_ds_config, teacher_sizes
 from ddk_ds.engine.eight_bits import fp8_fault
@@ -58,38 +59,50 @@ class Teacher:
         """Layers and matrices that `teacher.quantize` left as they were, in words."""
 
     @torch.inference_mode()
-    def hidden(self, batches: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    def hidden(
+        self, batches: Sequence[torch.Tensor], positions: Sequence[torch.Tensor | None] = ()
+    ) -> list[torch.Tensor]:
         """Return the last hidden states (B*L, H) of each micro-batch of token ids (B, L).
 
         A sharded teacher computes them in one pass if it was loaded for several. They are in the head's dtype; Mamba's
-        backbone gives float32.
+        backbone gives float32. `positions` (B, L) of each micro-batch are those of the tokens in their documents, if
+        documents are kept apart.
         """
+        positions = positions or [None] * len(batches)
         with self.clock.stage("teacher"):
             if self._layers is None:
-                return [self._states(ids).flatten(0, 1) for ids in batches]
+                pairs = zip(batches, positions, strict=True)
+                return [self._states(ids, of_ids).flatten(0, 1) for ids, of_ids in pairs]
+            apart = [part for part in positions if part is not None]
             with self._layers.parts(len(batches)):
-                states = self._states(torch.cat(list(batches)))
+                joined = torch.cat(list(batches)), torch.cat(apart) if apart else None
+                states = self._states(*joined, len(batches))
             return [part.flatten(0, 1) for part in states.chunk(len(batches))]
 
-    def _states(self, input_ids: torch.Tensor) -> torch.Tensor:
-        states: torch.Tensor = self.engine(input_ids=input_ids, use_cache=False).last_hidden_state
+    def _states(self, input_ids: torch.Tensor, positions: torch.Tensor | None, parts: int = 1) -> torch.Tensor:
+        with documents_apart(positions):
+            given = backbone_inputs(backbone_of(self.whole), input_ids, positions, parts)
+            states: torch.Tensor = self.engine(**given, use_cache=False).last_hidden_state
         return states.to(self.head.dtype)
 
-    def hidden_with_layers(self, batches: Sequence[torch.Tensor]) -> list[tuple[torch.Tensor, list[torch.Tensor]]]:
+    def hidden_with_layers(
+        self, batches: Sequence[torch.Tensor], positions: Sequence[torch.Tensor | None] = ()
+    ) -> list[tuple[torch.Tensor, list[torch.Tensor]]]:
         """Return for each micro-batch its last hidden states, and those (B*L, H) of the layers that TED matches."""
         assert self._taps is not None, "the teacher was loaded without matched layers"
         if self._layers is None and len(batches) > 1:
-            return [self.hidden_with_layers([ids])[0] for ids in batches]
+            pairs = zip(batches, positions or [None] * len(batches), strict=True)
+            return [self.hidden_with_layers([ids], [of_ids])[0] for ids, of_ids in pairs]
         with self._taps.recording() as states:
-            hidden = self.hidden(batches)
+            hidden = self.hidden(batches, positions)
         # Autograd does not accept tensors that were made in inference mode.
         layers = [[part.clone() for part in state.chunk(len(batches))] for state in states]
         return [(last, [parts[index] for parts in layers]) for index, last in enumerate(hidden)]
 
-    def __call__(self, input_ids: torch.Tensor, function: HeadFunction) -> Any:
-        """Return `function(hidden, head)` for token ids (B, L), with hidden states (B*L, H)."""
+    def __call__(self, input_ids: torch.Tensor, function: HeadFunction, positions: torch.Tensor | None = None) -> Any:
+        """Return `function(hidden, head)` for token ids and positions (B, L), with hidden states (B*L, H)."""
         with self.clock.stage("teacher"):
-            hidden = self.hidden([input_ids])[0]
+            hidden = self.hidden([input_ids], [positions])[0]
             with self.head.gathered() as head:
                 return function(hidden, head)
 

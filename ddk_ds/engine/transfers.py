@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 import torch
 
+Given = TypeVar("Given", torch.Tensor, torch.Tensor | None)
 
-def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Return the tensor on the device, where it is when work that is queued from now on needs it."""
-    return tensor if tensor.device.type == device.type else tensor.pin_memory().to(device, non_blocking=True)
+
+def to_device(tensor: Given, device: torch.device) -> Given:
+    """Return the tensor, or None, on the device, where it is when work that is queued from now on needs it."""
+    if tensor is None or tensor.device.type == device.type:
+        return tensor
+    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 class HostCopy:

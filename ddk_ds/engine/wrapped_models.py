@@ -33,7 +33,7 @@ def text_part(
     if family not in CONFIG_MAPPING or not CONFIG_MAPPING[family].sub_configs:
         return config, tensors
     name = next(iter(config.get("architectures") or ()), f"a {family}")
-    if family == "paligemma":  # version 4 does not say it in the text model's config.json (layers.sees_later_tokens)
+    if family == "paligemma":  # version 4 does not say it in the text model's config.json (attention_masks.py)
         raise ConfigError(f"{where}: in {name} tokens of a prompt see later ones: choose a text model of its family")
     try:
         hf_config = hf_config_of(config)

@@ -39,13 +39,25 @@ class Batch:
     """(B,) int64 on the CPU: global ids of the samples (data/loader.py)."""
     said: Sequence[Record | None] = ()
     """(B,) what a cache of the teacher has of the samples; () if it was not looked for."""
+    positions: torch.Tensor | None = None
+    """(B, L) int64, of the tokens in their documents; None if the documents of a sample are not kept apart."""
 
 
-def next_token_labels(input_ids: torch.Tensor) -> torch.Tensor:
-    """Return the labels (B, L) of input_ids (B, L): each is the id of the next token, the last is IGNORE_INDEX."""
+def next_token_labels(input_ids: torch.Tensor, positions: torch.Tensor | None = None) -> torch.Tensor:
+    """Return the labels (B, L) of input_ids (B, L): each is the id of the next token, the last is IGNORE_INDEX.
+
+    With the `positions` (B, L) of the tokens in their documents, so is that of each document's last token.
+    """
     labels = torch.full_like(input_ids, IGNORE_INDEX)
     labels[:, :-1] = input_ids[:, 1:]
+    if positions is not None:
+        labels[:, :-1].masked_fill_(positions[:, 1:] == 0, IGNORE_INDEX)
     return labels
+
+
+def tokens_of(batches: Sequence[Batch]) -> tuple[list[torch.Tensor], list[torch.Tensor | None]]:
+    """Return the token ids and positions (B, L) of each micro-batch, as `Teacher.hidden` takes them."""
+    return [batch.input_ids for batch in batches], [batch.positions for batch in batches]
 
 
 class Method(Protocol):

@@ -20,9 +20,9 @@ import torch
 from ddk_ds.comm import Comm, call_together
 from ddk_ds.config import Loss
 from ddk_ds.config.sections import TeacherCache as CacheSection
-from ddk_ds.data.loader import MicroBatch, MixtureDataset
+from ddk_ds.data.loader import MicroBatch, MixtureDataset, document_positions
 from ddk_ds.data.teacher_cache import TeacherCache
-from ddk_ds.data.teacher_samples import Drawn, Likeliest, Record, Said, Top
+from ddk_ds.data.teacher_samples import NO_LABEL, Drawn, Likeliest, Record, Said, Top
 from ddk_ds.engine.head import OutputHead
 from ddk_ds.engine.teacher import Teacher
 from ddk_ds.engine.transfers import to_device
@@ -111,13 +111,15 @@ class CachedTeacher:
         return missing
 
     def take_later(self, count: int, now: Container[Place]) -> dict[Place, torch.Tensor]:
-        """Return the tokens (L,) of up to `count` samples, not among those of `now`, that the interval needs next."""
+        """Return up to `count` samples, not among those of `now`, that the interval needs next, as `_row` has them."""
         found: dict[Place, torch.Tensor] = {}
         for place, sample_id in self.later.items():
             if len(found) == count:
                 break
             if place not in now:
-                found[place] = torch.from_numpy(self.dataset.read(sample_id)[0].astype(np.int64))
+                packed, _ = self.dataset.read(sample_id)
+                ids, positions = torch.from_numpy(packed.tokens.astype(np.int64)), document_positions([packed.lengths])
+                found[place] = ids[None] if positions is None else torch.cat([ids[None], positions])
         return found
 
     def add(self, place: Place, said: Said) -> Record:
@@ -163,7 +165,7 @@ class CachedDistillation(WithDivergence):
                 if of_batch[row] is None:
                     rows.setdefault(place, []).append((number, row))
         size, device = len(said[0]), batches[0].input_ids.device
-        tokens = {place: batches[number].input_ids[row] for place, [(number, row), *_] in rows.items()}
+        tokens = {place: _row(batches[number], row) for place, [(number, row), *_] in rows.items()}
         groups = self._most_anywhere(-(-len(tokens) // size), device)
         tokens |= self._cached.take_later(groups * size - len(tokens), tokens)
         places = list(tokens)
@@ -218,22 +220,23 @@ class CachedDistillation(WithDivergence):
     ) -> Iterator[tuple[Place, Said]]:
         """Yield what the teacher says of samples in one pass, whose micro-batches have these places. Collective.
 
-        `tokens` (L,) are those of each. A micro-batch that is not full is filled up with a sample of `batch`.
+        `tokens` has each as `_row` does. A micro-batch that is not full is filled up with a sample of `batch`.
         """
         spare, device = self._cached.places(batch.sample_id)[0], batch.input_ids.device
         filled = [places + [spare] * (len(batch.input_ids) - len(places)) for places in at_once]
-        ids = [
-            torch.stack([to_device(tokens.get(place, batch.input_ids[0]), device) for place in places])
-            for places in filled
+        rows = [
+            torch.stack([to_device(tokens.get(place, _row(batch, 0)), device) for place in each]) for each in filled
         ]
-        hidden = teacher.hidden(ids)
+        ids = [each[:, 0] for each in rows]
+        positions = [None if batch.positions is None else each[:, 1] for each in rows]
+        hidden = teacher.hidden(ids, positions)
         self._cached.taught += self._cached.comm.world_size * sum(map(len, filled))  # the same on each rank
         with teacher.clock.stage("teacher"), teacher.head.gathered() as head:
             options = replace(self.options_at(batch), teacher_form=head.form)
-            for states, of_one, places, needed in zip(hidden, ids, filled, at_once, strict=True):
+            labels = map(next_token_labels, ids, positions)
+            for states, of_one, places, needed in zip(hidden, labels, filled, at_once, strict=True):
                 if needed:
-                    answers = self._answers(states, next_token_labels(of_one), head, places, options)
-                    yield from zip(needed, answers, strict=False)
+                    yield from zip(needed, self._answers(states, of_one, head, places, options), strict=False)
 
     def _answers(
         self, states: torch.Tensor, labels: torch.Tensor, head: OutputHead, places: list[Place], options: Options
@@ -249,9 +252,16 @@ class CachedDistillation(WithDivergence):
         else:
             keys = torch.tensor([sample_key(*place) for place in places], device=states.device)
             answer = draws_of(states, head.weight, keys, section.draws, seed=section.seed, **rest)
+        of_labels.log_probs.view_as(labels)[:, :-1].masked_fill_(labels[:, :-1] == IGNORE_INDEX, NO_LABEL)
         columns = (part.unflatten(0, (len(places), -1)).cpu().numpy() for part in (*answer, of_labels.log_probs))
         kind = Likeliest if section.keep == "topk" else Drawn
         return [kind(*of_sample) for of_sample in zip(*columns, strict=True)]
+
+
+def _row(batch: Batch, row: int) -> torch.Tensor:
+    """Return a sample of a micro-batch: its token ids (1, L), or (2, L) with positions if documents are kept apart."""
+    parts = [batch.input_ids] if batch.positions is None else [batch.input_ids, batch.positions]
+    return torch.stack([part[row] for part in parts])
 
 
 def sample_key(domain: str, number: int) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from ddk_ds.engine.head import OutputHead
 from ddk_ds.engine.student import Student
 from ddk_ds.engine.teacher import Teacher
 from ddk_ds.kernels import KDLoss, Options, linear_kd_loss
-from ddk_ds.methods.base import Batch, Stateless, cross_entropy
+from ddk_ds.methods.base import Batch, Stateless, cross_entropy, tokens_of
 
 
 class ContinuedPretraining(Stateless):
@@ -29,7 +30,7 @@ class ContinuedPretraining(Stateless):
 
     def loss(self, student: Student, batch: Batch, teacher_output: None) -> KDLoss:
         """Run the student and return the micro-batch's part of the step's mean cross-entropy."""
-        return student(batch.input_ids, lambda hidden, head: cross_entropy(hidden, head, batch, self._options))
+        return student(batch.input_ids, partial(cross_entropy, batch=batch, options=self._options), batch.positions)
 
 
 class WithDivergence(Stateless):
@@ -62,8 +63,10 @@ class WithDivergence(Stateless):
         The loss is the cross-entropy alone if `teacher_output` is None.
         """
         if teacher_output is None:
-            return student(batch.input_ids, lambda hidden, head: cross_entropy(hidden, head, batch, self._options))
-        return student(batch.input_ids, lambda hidden, head: self.distil(hidden, head, teacher_output, batch))
+            return student(batch.input_ids, partial(cross_entropy, batch=batch, options=self._options), batch.positions)
+        return student(
+            batch.input_ids, partial(self.distil, teacher_output=teacher_output, batch=batch), batch.positions
+        )
 
     def known(self, batches: Sequence[Batch]) -> AbstractContextManager[Iterable[Any]]:
         """Yield one output for each micro-batch, which `distil` takes. Collective."""
@@ -92,7 +95,7 @@ class Distillation(WithDivergence):
     @contextmanager
     def known(self, batches: Sequence[Batch]) -> Iterator[Sequence[torch.Tensor]]:
         """Yield the teacher's last hidden states (B*L, Ht) of each micro-batch."""
-        hidden = self._teacher.hidden([batch.input_ids for batch in batches])
+        hidden = self._teacher.hidden(*tokens_of(batches))
         with self._teacher.shared_head(batches):
             yield hidden
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from ddk_ds.engine.teacher import Teacher
 from ddk_ds.engine.transfers import to_device
 from ddk_ds.files import write_text, written
 from ddk_ds.kernels import KDLoss, Options, linear_kd_loss
-from ddk_ds.methods.base import IGNORE_INDEX, Batch, token_losses
+from ddk_ds.methods.base import IGNORE_INDEX, Batch, token_losses, tokens_of
 from ddk_ds.mixture.domain_vectors import Factors, mixed, softmax
 
 WEIGHTS_FILE = "proportions.yaml"
@@ -54,7 +55,7 @@ class DoremiProxy:
     @contextmanager
     def teacher_outputs(self, batches: Sequence[Batch]) -> Iterator[Sequence[torch.Tensor]]:
         """Yield the reference model's loss of each token, (B*L,) in nats for each micro-batch; 0 where ignored."""
-        hidden = self._reference.hidden([batch.input_ids for batch in batches])
+        hidden = self._reference.hidden(*tokens_of(batches))
         with self._reference.clock.stage("teacher"), self._reference.head.gathered() as head:
             losses = [
                 token_losses(states, head, batch.labels.flatten(), self._options)
@@ -68,7 +69,7 @@ class DoremiProxy:
         `ce` of the result is its part of the mean over all tokens, without weights. The excess losses over
         `teacher_output`, the reference model's losses, are kept for `end_step`.
         """
-        return student(batch.input_ids, lambda hidden, head: self._weighted(hidden, head, batch, teacher_output))
+        return student(batch.input_ids, partial(self._weighted, batch=batch, reference=teacher_output), batch.positions)
 
     def _weighted(self, hidden: torch.Tensor, head: OutputHead, batch: Batch, reference: torch.Tensor) -> KDLoss:
         length = batch.input_ids.shape[1]

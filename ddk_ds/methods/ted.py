@@ -19,7 +19,7 @@ from ddk_ds.engine.filters import write_filters
 from ddk_ds.engine.student import Student
 from ddk_ds.engine.teacher import Teacher
 from ddk_ds.kernels import KDLoss, Options
-from ddk_ds.methods.base import IGNORE_INDEX, Batch, Stateless, cross_entropy
+from ddk_ds.methods.base import IGNORE_INDEX, Batch, Stateless, cross_entropy, tokens_of
 from ddk_ds.methods.distillation import Distillation
 
 # The teacher's last hidden states (n, Ht), and the hidden states (n, Ht) of each of its matched layers.
@@ -37,7 +37,7 @@ class _WithFilters(Stateless):
     @contextmanager
     def teacher_outputs(self, batches: Sequence[Batch]) -> Iterator[Sequence[Tapped]]:
         """Yield the teacher's hidden states (B*L, Ht) of each micro-batch: the last, and the matched layers'."""
-        outputs = self._teacher.hidden_with_layers([batch.input_ids for batch in batches])
+        outputs = self._teacher.hidden_with_layers(*tokens_of(batches))
         with self._teacher.shared_head(batches):
             yield outputs
 
@@ -56,7 +56,7 @@ class TedFilters(_WithFilters):
     def loss(self, student: Student, batch: Batch, teacher_output: Tapped) -> KDLoss:
         """Run both models' filters and return the micro-batch's part of the step's loss; its divergence is 0."""
         _, teacher_states = teacher_output
-        _, (of_student, of_teacher) = student.filtered(batch.input_ids, None, teacher_states)
+        _, (of_student, of_teacher) = student.filtered(batch.input_ids, None, teacher_states, batch.positions)
         with self._teacher.head.gathered() as head:
             losses = [cross_entropy(states, head, batch, self._options).loss for states in (*of_student, *of_teacher)]
         loss = torch.stack(losses).mean()
@@ -85,6 +85,7 @@ class Ted(_WithFilters):
             batch.input_ids,
             lambda hidden, head: self._distillation.distil(hidden, head, teacher_hidden, batch),
             teacher_states,
+            batch.positions,
         )
         valid = (batch.labels.flatten() != IGNORE_INDEX).unsqueeze(1)
         pairs = zip(of_student, of_teacher, strict=True)

@@ -19,7 +19,7 @@ from ddk_ds.data.same_cuts import LARGEST_SHARE, cut_differently, prepared_with
 from ddk_ds.data.shared_vocabulary import SharedVocabulary, base_fingerprint, check_use, shared_vocabulary
 from ddk_ds.data.store import Store
 from ddk_ds.data.tokenizer import TokenizerInfo, load_tokenizer
-from ddk_ds.engine.attention import Attention, choose_attention
+from ddk_ds.engine.attention import Attention, check_apart, choose_attention
 from ddk_ds.engine.ds_config import student_ds_config
 from ddk_ds.engine.eight_bits import skipped_layers
 from ddk_ds.engine.filters import FilterShape, check_filters, filter_shape
@@ -61,6 +61,8 @@ class Inputs:
     """Hash of the file `ted.filters`; None for other methods than ted."""
     schedule: Any = None
     """Content of the file `mixture.schedule_file`; None without one."""
+    masked: bool = False
+    """True if the documents of a sample do not see each other (`data.documents`)."""
     cut_differently: float = 0.0
     """Share of a probe text's tokens that the teacher's tokenizer cuts differently from the student's."""
     prompts: Prompts = field(default_factory=dict)
@@ -91,6 +93,7 @@ class Inputs:
             "filters": self.filters_hash,
             "schedule": self.controller.state_dict().get("stages"),
             "by_domain": {name: " ".join(teacher) for name, teacher in self.by_domain.items()} or None,
+            "documents": "masked" if self.masked else None,  # None as in runs of before, which joined them
         }
 
     @property
@@ -139,6 +142,7 @@ def check_files(
     store = open_store(config.data)
     manifest = load_manifest(store)
     names = _check_data(config, manifest)
+    masked = _masked(config, manifest)
     exhaustion = _check_exhaustion(config, manifest, names)
     student = read_model(student_path, "student.path")
     teacher = None if teacher_path is None else read_model(teacher_path, "teacher.path")
@@ -150,6 +154,8 @@ def check_files(
         if model is not None and files is not None:
             _check_model(config, key, model, files)
             attention[key] = choose_attention(files.config, files.directory, key, model)
+            if masked:
+                check_apart(files.config, files.directory, key, model)
     pair = f"student.path {student.directory}" + ("" if teacher is None else f" and teacher.path {teacher.directory}")
     vocabulary = shared_vocabulary(tokenizer, student.vocab_rows, theirs, pair)
     check_use(vocabulary, manifest, names)
@@ -176,6 +182,7 @@ def check_files(
         filters=filters,
         filters_hash=filters_hash,
         schedule=schedule,
+        masked=masked,
         cut_differently=different,
         prompts=given_prompts(config, tokenizer, manifest.bos),
         by_domain=_check_others(config, by_domain, manifest, student, tokenizer, vocabulary),
@@ -238,6 +245,17 @@ def _check_data(config: Config, manifest: Manifest) -> list[str]:
                 f"for {config.data.validation_samples}: lower it, or prepare the data again with more"
             )
     return names
+
+
+def _masked(config: Config, manifest: Manifest) -> bool:
+    """Return True if documents are kept apart. Raises DataError if they are to be and the shards lack their borders."""
+    documents = config.data.documents
+    if documents == "masked" and not manifest.borders:
+        raise DataError(
+            f"data.documents is masked, and the shards of {manifest.root} have no borders of documents (an earlier "
+            "version made them): prepare the data again, or set data.documents to joined"
+        )
+    return manifest.borders and documents != "joined"
 
 
 def _check_exhaustion(config: Config, manifest: Manifest, names: list[str]) -> Exhaustion:

@@ -29,6 +29,7 @@ _FREE = {
     "monitor": True,
     "data": {
         *("path", "allow_other_cuts", "num_workers"),
+        "documents",  # what it stands for is in the identity
         *("cache_dir", "cache_limit_gb", "download_timeout_s", "download_patience_s"),
     },
     "student": {"path", "attn_implementation"},  # the kernel that it stands for is in the identity

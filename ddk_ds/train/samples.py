@@ -12,6 +12,7 @@ from torch.nn import functional
 
 from ddk_ds.comm import Comm
 from ddk_ds.config import Config
+from ddk_ds.data.loader import HeldOutBatch
 from ddk_ds.data.tokenizer import TokenizerInfo, continuation
 from ddk_ds.engine.head import OutputHead
 from ddk_ds.engine.student import Student
@@ -56,10 +57,18 @@ def given_prompts(config: Config, tokenizer: TokenizerInfo, bos: Sequence[int]) 
 
 
 def held_out_prompts(names: Sequence[str], validation: ValidationBatches, config: Config, comm: Comm) -> Prompts:
-    """Return the first tokens of each domain's first held-out sample, which rank 0 has. Collective."""
+    """Return the first tokens of each domain's first held-out sample, which rank 0 has. Collective.
+
+    They are of its first document alone if documents are kept apart.
+    """
     length = min(PROMPT_TOKENS, config.data.sequence_length - config.monitor.sample_tokens)
-    first = [batches[0][0][0, :length].tolist() for batches in validation] if comm.rank == 0 else None
+    first = [_begin(batches[0], length) for batches in validation] if comm.rank == 0 else None
     return dict(zip(names, comm.broadcast_object(first), strict=True))
+
+
+def _begin(batch: HeldOutBatch, length: int) -> list[int]:
+    ids, positions = batch.input_ids[0, :length], batch.positions
+    return ids.tolist() if positions is None else ids[positions[0, :length] == torch.arange(length)].tolist()
 
 
 class Sampler:

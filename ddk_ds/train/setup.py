@@ -14,7 +14,6 @@ from ddk_ds.engine.flops import step_flops
 from ddk_ds.engine.layers import experts_kernel
 from ddk_ds.engine.monitors import open_writers
 from ddk_ds.engine.runtime import Runtime
-from ddk_ds.engine.split_check import check_split
 from ddk_ds.engine.stage_clock import StageClock
 from ddk_ds.engine.student import load_student
 from ddk_ds.mixture.interval_state import DomainEntry, IntervalState
@@ -31,7 +30,7 @@ from ddk_ds.train.run import Run
 from ddk_ds.train.samples import Sampler, held_out_prompts
 from ddk_ds.train.state import RunState
 from ddk_ds.train.teacher_passes import settle_teacher
-from ddk_ds.train.teacher_store import head_options, held_out, open_cache, start_teacher
+from ddk_ds.train.teacher_store import check_loaded, head_options, held_out, open_cache, start_teacher
 from ddk_ds.train.validation import ValidationBatches, worse_than_guessing
 from ddk_ds.train.watchdog import Watchdog
 from ddk_ds.version import versions
@@ -50,7 +49,7 @@ def prepare_run(
     start = find_start(config, comm)
     watchdog.watch("models")
     vocab_size = inputs.vocabulary.size
-    dataset = MixtureDataset(inputs.store, inputs.names, vocab_size=vocab_size)
+    dataset = MixtureDataset(inputs.store, inputs.names, vocab_size=vocab_size, masked=inputs.masked)
     validation = held_out(config, inputs, comm)
     clock = StageClock(runtime.device.type, measure_memory=True)
     steps = total_steps(config, corpus_samples(config.mixture, dict(zip(dataset.names, dataset.sizes, strict=True))))
@@ -61,7 +60,7 @@ def prepare_run(
         config, inputs, identity, runtime, watchdog, validation, options, clock, progress
     )
     student = load_student(config, inputs.student, vocab_size, comm, inputs.filters, clock)
-    check_split(student, validation[0][0][0].to(runtime.device), vocab_size, "student", comm)
+    check_loaded(student, validation[0][0].input_ids.to(runtime.device), inputs, "student", comm)
     orders = [
         DomainOrder(name, sizes, config.seed) for name, sizes in zip(inputs.names, dataset.shard_sizes, strict=True)
     ]

@@ -76,7 +76,7 @@ def train_step(
             step's.
     """
     clock = student.clock
-    labels = [next_token_labels(batch["input_ids"]) for batch in micro_batches]
+    labels = [next_token_labels(batch["input_ids"], batch.get("positions")) for batch in micro_batches]
     domain_tokens = torch.zeros(num_domains, dtype=torch.float64)
     for micro_batch, label in zip(micro_batches, labels, strict=True):
         domain_tokens.index_add_(0, micro_batch["domain"], (label != IGNORE_INDEX).sum(1).double())
@@ -87,7 +87,7 @@ def train_step(
     batches = []
     for micro, label in zip(micro_batches, labels, strict=True):
         ids, label = to_device(micro["input_ids"], device), to_device(label, device)
-        known = micro["sample_id"], micro.get("said", ())
+        known = micro["sample_id"], micro.get("said", ()), to_device(micro.get("positions"), device)
         batches.append(Batch(ids, label, micro["domain"], domain_tokens, num_valid, progress, *known))
     for first in range(0, len(batches), teacher_pass_size):
         group = batches[first : first + teacher_pass_size]

@@ -50,7 +50,7 @@ def fill_cache(
     """
     comm = runtime.comm
     config = settle_teacher(config, inputs, runtime)
-    dataset = MixtureDataset(inputs.store, inputs.names, vocab_size=inputs.vocabulary.size)
+    dataset = MixtureDataset(inputs.store, inputs.names, vocab_size=inputs.vocabulary.size, masked=inputs.masked)
     cached = open_cache(config, inputs, dataset, comm)
     assert cached is not None, "Config.check_teaching"
     missing = comm.broadcast_object(_missing(config, dataset, cached, samples) if comm.rank == 0 else None)
@@ -116,8 +116,10 @@ def _missing(config: Config, dataset: MixtureDataset, cached: CachedTeacher, sam
 
 def _batch(micro: MicroBatch, device: torch.device) -> Batch:
     ids = to_device(micro["input_ids"], device)
+    positions = to_device(micro.get("positions"), device)
     nothing = torch.zeros(0, dtype=torch.float64, device=device)
-    return Batch(ids, next_token_labels(ids), micro["domain"], nothing, nothing, 0.0, micro["sample_id"])
+    labels = next_token_labels(ids, positions)
+    return Batch(ids, labels, micro["domain"], nothing, nothing, 0.0, micro["sample_id"], positions=positions)
 
 
 def _content(cached: CachedTeacher, dataset: MixtureDataset, inputs: Inputs, progress: RunProgress) -> str:

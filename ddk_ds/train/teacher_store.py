@@ -7,6 +7,7 @@ from dataclasses import asdict
 from typing import Any
 
 import numpy as np
+import torch
 
 from ddk_ds.comm import Comm, call_together
 from ddk_ds.config import Config
@@ -16,8 +17,9 @@ from ddk_ds.data.teacher_perplexities import PerplexityCache
 from ddk_ds.data.teacher_place import LocalPlace, Place, open_place
 from ddk_ds.data.teacher_samples import bytes_a_token
 from ddk_ds.engine.runtime import Runtime
-from ddk_ds.engine.split_check import check_split
+from ddk_ds.engine.split_check import check_documents, check_split
 from ddk_ds.engine.stage_clock import StageClock
+from ddk_ds.engine.student import Student
 from ddk_ds.engine.teacher import Teacher, load_teacher
 from ddk_ds.errors import ConfigError, DataError
 from ddk_ds.kernels import Options, default_chunk_tokens
@@ -81,7 +83,8 @@ def _require(place: Place) -> None:
 
 def cache_conditions(config: Config, inputs: Inputs) -> dict[str, Any]:
     """Return all that what is kept of a teacher depends on, but for itself and the samples, which parts name."""
-    return {"vocab_size": inputs.vocabulary.size, **config.cache_conditions()}
+    documents = {"documents": "masked"} if inputs.masked else {}  # a cache of before has joined ones
+    return {"vocab_size": inputs.vocabulary.size, **documents, **config.cache_conditions()}
 
 
 def most_bytes(config: Config, inputs: Inputs, samples: int) -> float:
@@ -102,7 +105,15 @@ def held_out(config: Config, inputs: Inputs, comm: Comm) -> ValidationBatches:
         world=comm.world_size,
         micro_batch=config.train.micro_batch_samples,
         vocab_size=inputs.vocabulary.size,
+        masked=inputs.masked,
     )
+
+
+def check_loaded(model: Student | Teacher, input_ids: torch.Tensor, inputs: Inputs, key: str, comm: Comm) -> None:
+    """Raise ConfigError unless a loaded model computes as the run takes it to, tried on ids (B, L). Collective."""
+    check_split(model, input_ids, inputs.vocabulary.size, key, comm)
+    if inputs.masked:
+        check_documents(model, input_ids, inputs.vocabulary.size, key, comm)
 
 
 def start_teacher(
@@ -128,7 +139,7 @@ def start_teacher(
         teacher = load_teacher(config, inputs.teacher, options.vocab_size, comm, inputs.filters, clock)
         if teacher.unquantized:
             progress.say(f"teacher.quantize leaves as they were: {', '.join(teacher.unquantized)}")
-        check_split(teacher, validation[0][0][0].to(device), options.vocab_size, "teacher", comm)
+        check_loaded(teacher, validation[0][0].input_ids.to(device), inputs, "teacher", comm)
     watchdog.watch("evaluation")
     found = _teacher_perplexities(config, inputs, identity, teacher, validation, options, runtime, progress)
     watchdog.watch("models")

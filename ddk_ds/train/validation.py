@@ -11,14 +11,16 @@ import numpy.typing as npt
 import torch
 
 from ddk_ds.comm import Comm
+from ddk_ds.data.loader import HeldOutBatch
 from ddk_ds.engine.student import Student
 from ddk_ds.engine.teacher import Teacher
+from ddk_ds.engine.transfers import to_device
 from ddk_ds.kernels import Options
 from ddk_ds.methods import IGNORE_INDEX, next_token_labels, token_losses
 from ddk_ds.mixture.domain_vectors import perplexity
 
-# For each domain micro-batches of (input_ids (B, L) int64, real (B,) bool), the same number on every rank.
-ValidationBatches = Sequence[Sequence[tuple[torch.Tensor, torch.Tensor]]]
+# For each domain its micro-batches, the same number on every rank.
+ValidationBatches = Sequence[Sequence[HeldOutBatch]]
 
 
 def count_micro_batches(batches: ValidationBatches) -> int:
@@ -48,13 +50,14 @@ def perplexities(
     with model.evaluating():
         for domain, domain_batches in enumerate(batches):
             poll()
-            for input_ids, real in domain_batches:
-                labels = next_token_labels(input_ids)
-                labels[~real] = IGNORE_INDEX
+            for batch in domain_batches:
+                labels = next_token_labels(batch.input_ids, batch.positions)
+                labels[~batch.real] = IGNORE_INDEX
                 flat = labels.flatten().to(device)
 
                 nll = partial(token_losses, labels=flat, options=options)
-                sums[0, domain] += model(input_ids.to(device), nll).sum(dtype=torch.float64)
+                positions = to_device(batch.positions, device)
+                sums[0, domain] += model(batch.input_ids.to(device), nll, positions).sum(dtype=torch.float64)
                 sums[1, domain] += (flat != IGNORE_INDEX).sum()
                 advance()
     comm.all_reduce_sum(sums)

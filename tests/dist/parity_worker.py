@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from transformers import AutoModelForCausalLM
 
 from ddk_ds.config import Config
+from ddk_ds.data.loader import HeldOutBatch
 from ddk_ds.engine.model_files import read_model
 from ddk_ds.engine.runtime import Runtime
 from ddk_ds.engine.student import Student, load_student
@@ -55,7 +56,7 @@ def compare(
         teacher = load_teacher(config, read_model(root / "teacher", "teacher.path"), VOCAB, comm)
     head = Options(VOCAB, gamma=0.0, chunk_tokens=16)
     loop = make_method(config, teacher, head, 1, {})
-    held_out = [[(batch[:2], torch.tensor([True, comm.rank == 0]))] for batch in _batches(7, 2)]
+    held_out = [[HeldOutBatch(batch[:2], torch.tensor([True, comm.rank == 0]))] for batch in _batches(7, 2)]
     options = {"options": head, "device": runtime.device, "comm": comm}
     metrics, ppl = [], []
     for step, samples in enumerate(_batches(0, STEPS)):

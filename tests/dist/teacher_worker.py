@@ -91,9 +91,9 @@ class Gathers:
         self._original = partition_parameters._dist_allgather_fn
         hidden, gathered = teacher.hidden, teacher.head.gathered
 
-        def counted_hidden(batches: Any) -> Any:
+        def counted_hidden(*given: Any) -> Any:
             with self._counting():
-                return hidden(batches)
+                return hidden(*given)
 
         @contextmanager
         def counted_head() -> Iterator[Any]:

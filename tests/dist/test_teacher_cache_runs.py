@@ -140,12 +140,14 @@ def test_what_does_not_fit_is_refused_before_a_model_is_loaded(workspace: Path, 
     nothing = config(workspace, tmp_path, "nothing", {"path": str(tmp_path / "none"), "mode": "read_only"})
     foreign = config(workspace, tmp_path, "foreign", {"path": str(workspace / "student")})
     longer = config(workspace, tmp_path, "longer", {"path": cache, "mode": "read_only"})
-    configs = [warmer, seeded, nothing, foreign, longer]
+    apart = config(workspace, tmp_path, "apart", {"path": cache}, data={"documents": "masked"})
+    configs = [warmer, seeded, nothing, foreign, longer, apart]
     errors = run_ranks(WORKER + "errors", 2, timeout_s=300, first=first, configs=configs)
     assert "it was computed with temperature 1.5, the run has 2.0" in errors[0]
     assert "lacks samples that the next interval draws: " in errors[1] and "write_through" in errors[1]
     assert "there is no cache, and teacher.cache.mode is read_only" in errors[2]
     assert "it has no teacher.json, so it is no teacher's cache" in errors[3]
+    assert "it was computed with documents None, the run has 'masked'" in errors[5]
     # The cache has the first interval. What was trained on it is saved, and the command that fills the next is named.
     ended = run_dir(longer, "run-4")
     (counts,) = [

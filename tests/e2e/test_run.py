@@ -149,7 +149,7 @@ def check_export(export: Path) -> None:
     summary = json.loads((export.parent / "summary.json").read_text())
     config = (export.parent / "config.yaml").read_text()
     data = next(line.split(": ")[1] for line in config.splitlines() if "shards" in line)
-    for name, [(batch, _)] in zip(
+    for name, [(batch, *_)] in zip(
         names, validation_batches(data, names, num_samples=12, rank=0, world=1, micro_batch=12), strict=True
     ):
         with torch.no_grad():

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from ddk_ds.comm import SingleProcess
 from ddk_ds.config import Loss
 from ddk_ds.config.sections import TeacherCache as CacheSection
+from ddk_ds.data.mds import Packed
 from ddk_ds.data.teacher_samples import Drawn, DrawnTokens, LikeliestTokens, Record, Said
 from ddk_ds.kernels import Options, TeacherTopK, counted_draws
 from ddk_ds.methods import Batch
@@ -125,7 +126,7 @@ def by_sample(models: Models, batch: Batch) -> None:
     """Let the teacher's hidden states be those of a sample's tokens, wherever in a micro-batch it is."""
     states = models.teacher_states.view(SAMPLES, LENGTH, -1)
 
-    def hidden(ids: list[torch.Tensor]) -> list[torch.Tensor]:
+    def hidden(ids: list[torch.Tensor], _: list[None]) -> list[torch.Tensor]:
         models.asked.append(f"hidden of {len(ids)}")
         rows = [[int((batch.input_ids == tokens).all(1).nonzero()[0]) for tokens in one] for one in ids]
         return [states[of_one].flatten(0, 1) for of_one in rows]
@@ -143,7 +144,7 @@ def test_a_micro_batch_that_is_not_full_takes_samples_that_come_later() -> None:
 
     def read_sample(number: int) -> tuple[Any, int]:
         read.append(number)
-        return tokens[number].astype(np.uint16), 0
+        return Packed(tokens[number].astype(np.uint16), None), 0
 
     dataset: Any = SimpleNamespace(**vars(DATASET), read=read_sample)
     section = CacheSection(path="x", draws=4)
@@ -152,7 +153,7 @@ def test_a_micro_batch_that_is_not_full_takes_samples_that_come_later() -> None:
     assert cached.look_for(np.array(steps).ravel()) == {"a": 5, "b": 1}
     taught, method = [], method_of(models, cached)
     seen: list[Any] = []
-    models.teacher.hidden = lambda ids: seen.extend(ids) or [models.teacher_states for _ in ids]
+    models.teacher.hidden = lambda ids, _: seen.extend(ids) or [models.teacher_states for _ in ids]
     for ids in steps:
         batch = replace(batch_at(), sample_id=torch.tensor(ids), input_ids=torch.from_numpy(tokens[ids]))
         assert None not in method.fill([batch])[0]

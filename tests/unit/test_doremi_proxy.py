@@ -93,7 +93,7 @@ def test_the_loss_is_divided_by_the_weights_in_the_step(domains: list[int]) -> N
     for rows in (slice(0, 2), slice(2, 4)):
         batch = Batch(ids[rows], labels[rows], domain[rows], tokens, tokens.sum(), 0.0)
 
-        def student(ids: Any, function: Any, rows: slice = rows) -> Any:
+        def student(ids: Any, function: Any, positions: None, rows: slice = rows) -> Any:
             return function(hidden[rows].flatten(0, 1), OutputHead(weight, None))
 
         reference = torch.zeros(2 * LENGTH, dtype=torch.float64)

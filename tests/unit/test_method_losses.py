@@ -51,12 +51,12 @@ class Models:
         self.student: Any = self
         self.teacher: Any = SimpleNamespace(
             hidden=self._teacher_hidden,
-            hidden_with_layers=lambda ids: [("tapped", number) for number, _ in enumerate(ids)],
+            hidden_with_layers=lambda ids, _: [("tapped", number) for number, _ in enumerate(ids)],
             head=SimpleNamespace(gathered=self._gathered),
             shared_head=self._shared,
         )
 
-    def _teacher_hidden(self, ids: list[torch.Tensor]) -> list[torch.Tensor]:
+    def _teacher_hidden(self, ids: list[torch.Tensor], _: list[None]) -> list[torch.Tensor]:
         self.asked.append(f"hidden of {len(ids)}")
         return [self.teacher_states for _ in ids]
 
@@ -69,10 +69,10 @@ class Models:
         self.asked.append("shared head")
         yield
 
-    def __call__(self, input_ids: torch.Tensor, function: Any) -> Any:
+    def __call__(self, input_ids: torch.Tensor, function: Any, positions: None = None) -> Any:
         return function(self.hidden_states, self.head)
 
-    def filtered(self, input_ids: torch.Tensor, function: Any, teacher_states: Any) -> Any:
+    def filtered(self, input_ids: torch.Tensor, function: Any, teacher_states: Any, positions: None = None) -> Any:
         result = None if function is None else self(input_ids, function)
         return result, (self.filtered_states[:2], self.filtered_states[2:])
 

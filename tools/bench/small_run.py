@@ -74,7 +74,10 @@ def write_config(workspace: Path, folder: Path, **sections: Any) -> Path:
         "output_dir": str(folder / "runs"),
         "student": {"path": str(workspace / "student")},
         "teacher": {"path": str(workspace / "teacher")},
-        "data": {"path": str(workspace / "shards"), "sequence_length": 64, "validation_samples": 12},
+        "data": {
+            **{"path": str(workspace / "shards"), "sequence_length": 64, "validation_samples": 12},
+            "documents": "joined",
+        },
         "mixture": {"interval_steps": 4, "ratio_cap": 10.0, "initial_floor": 0.05},
         "optimizer": {"learning_rate": 5e-3, "min_learning_rate": 5e-4, "warmup_steps": 2},
         "train": {"global_batch_samples": 8, "micro_batch_samples": 2, "precision": "fp32"},

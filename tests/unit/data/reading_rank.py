@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from ddk_ds.data import readers as module
+from ddk_ds.data.mds import Packed
 from ddk_ds.data.readers import Readers
 from ddk_ds.errors import TemporaryError
 
@@ -25,10 +26,10 @@ STUCK = 999
 class Samples:
     """Sample i holds i, and is of domain i % 3; that of id STUCK never comes."""
 
-    def read(self, sample_id: int) -> tuple[Any, int]:
+    def read(self, sample_id: int) -> tuple[Packed, int]:
         """Read it, in a time that differs from sample to sample."""
         time.sleep(600.0 if sample_id == STUCK else 0.002 * (sample_id % 5))
-        return np.full(4, sample_id, np.uint16), sample_id % 3
+        return Packed(np.full(4, sample_id, np.uint16), None), sample_id % 3
 
 
 def batches_of(first: int, number: int) -> list[list[int]]:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from ddk_ds.data.loader import MixtureDataset, interval_loader, validation_batches
+from ddk_ds.data.loader import MixtureDataset, document_positions, interval_loader, validation_batches
 from ddk_ds.data.mds import open_split
 from ddk_ds.data.readers import Readers
 from ddk_ds.data.store import LocalStore
@@ -120,12 +120,12 @@ def test_validation_is_the_same_samples_for_any_world_size(prepared: Path, world
         shares = [rank[domain] for rank in ranks]
         assert {len(share) for share in shares} == {-(-7 // (world * micro_batch))}
         in_order = [batch for step in zip(*shares, strict=True) for batch in step]
-        assert all(ids.shape == (micro_batch, 32) and ids.dtype == torch.int64 for ids, _ in in_order)
-        assert all(real.shape == (micro_batch,) and real.dtype == torch.bool for _, real in in_order)
-        read = torch.cat([ids[real] for ids, real in in_order])
+        assert all(ids.shape == (micro_batch, 32) and ids.dtype == torch.int64 for ids, _, _ in in_order)
+        assert all(real.shape == (micro_batch,) and real.dtype == torch.bool for _, real, _ in in_order)
+        read = torch.cat([ids[real] for ids, real, _ in in_order])
         split = open_split(LocalStore(prepared), f"{name}/validation")
         np.testing.assert_array_equal(read.numpy(), np.stack([split.tokens(i) for i in range(7)]))
-        assert all(not ids[~real].any() for ids, real in in_order)
+        assert all(not ids[~real].any() for ids, real, _ in in_order)
 
 
 def test_too_few_validation_samples_are_named(prepared: Path) -> None:
@@ -147,3 +147,26 @@ def test_an_error_that_time_may_mend_keeps_its_kind(readers: Readers, workers: b
     batches = interval_loader(dataset, np.arange(2), rank=0, world=1, micro_batch=2, readers=processes)
     with pytest.raises(TemporaryError, match=r"^sample 0: the store does not answer$"):
         next(batches)
+
+
+@pytest.mark.parametrize("workers", [False, True])
+def test_positions_begin_anew_in_each_document(prepared: Path, readers: Readers, workers: bool) -> None:
+    dataset = MixtureDataset(prepared, NAMES, masked=True)
+    processes = readers if workers else None
+    several = 0
+    for batch in interval_loader(dataset, np.arange(24), rank=0, world=1, micro_batch=3, readers=processes):
+        positions = batch["positions"]
+        assert positions is not None and positions.shape == (3, 32) and positions.dtype == torch.int64
+        for sample_id, row in zip(batch["sample_id"].tolist(), positions, strict=True):
+            lengths = dataset.read(sample_id)[0].lengths
+            assert lengths is not None
+            assert row.tolist() == [position for length in lengths.tolist() for position in range(length)]
+            several += len(lengths) > 1
+    assert several
+    joined = MixtureDataset(prepared, NAMES)
+    assert next(interval_loader(joined, np.arange(3), rank=0, world=1, micro_batch=3)).get("positions") is None
+    [[first, *_]] = validation_batches(prepared, ["tree"], num_samples=1, rank=0, world=1, micro_batch=2, masked=True)
+    held_out = MixtureDataset(prepared, ["tree"], "validation", masked=True)
+    assert first.positions is not None
+    torch.testing.assert_close(first.positions[0], document_positions([held_out.read(0)[0].lengths])[0])  # type: ignore[index]
+    assert first.positions[1].tolist() == list(range(32)), "a row that only fills up the batch"

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from ddk_ds.data import reading
-from ddk_ds.data.mds import pack, token_dtype
+from ddk_ds.data.mds import pack, pack_lengths, token_dtype
 from ddk_ds.data.reading import HeldOut, Spool, choose_validation
 
 
@@ -186,3 +186,15 @@ def test_one_of_the_two_rules_chooses() -> None:
         with pytest.raises(AssertionError, match="exactly one"):
             choose_validation([], **rule)
     assert choose_validation([], fraction=0.25) == HeldOut(2**62)
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 7])
+@pytest.mark.parametrize("sequence_length", [1, 3, 4, 8, 50, 101])
+def test_lengths_of_the_documents_in_each_sample(sequence_length: int, chunk: int) -> None:
+    sizes = [3, 1, 50, 8, 20, 2, 16]
+    # A token's number of its document, packed as the tokens are.
+    numbers = np.repeat(np.arange(len(sizes), dtype=np.uint16), sizes)
+    expected = [np.unique(sample, return_counts=True)[1].tolist() for sample in pack([numbers], sequence_length)]
+    chunks = [np.array(sizes[i : i + chunk]) for i in range(0, len(sizes), chunk)]
+    found = pack_lengths([np.zeros(0, np.int64), *chunks], sequence_length)
+    assert [of_sample.tolist() for of_sample in found] == expected

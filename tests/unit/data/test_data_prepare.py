@@ -65,6 +65,34 @@ def test_every_document_comes_back_on_one_side_and_no_duplicate_on_any(tokenizer
     assert positions == sorted(positions)
 
 
+def test_the_borders_are_those_of_the_documents_also_where_the_end_of_text_stands_inside_one(
+    tokenizer_dir: Path, tmp_path: Path
+) -> None:
+    """Documents that begin with the BOS, which is the EOS of this tokenizer too."""
+    texts = make_texts(5, 60)
+    write_lines(tmp_path / "a.jsonl", texts)
+    recipe = write_recipe(tmp_path / "r.yaml", {"a": {"sources": ["a.jsonl"]}})
+    recipe.write_text(recipe.read_text() + "tokenizer:\n  add_bos: true\n")
+    manifest = prepare(load_recipe(recipe), tokenizer_dir, tmp_path / "out", PLAN)
+    info = load_tokenizer(tokenizer_dir)
+    assert manifest.borders and manifest.bos == (info.eos_token_id,)
+    split = open_split(LocalStore(tmp_path / "out"), "a/train")
+    packed = [split.packed(i) for i in range(len(split))]
+    found: list[list[int]] = []
+    for tokens, lengths in packed:
+        assert lengths is not None and int(lengths.sum()) == len(tokens) == PLAN.sequence_length
+        found += [part.tolist() for part in np.split(tokens, np.cumsum(lengths)[:-1])]
+    documents: list[list[int]] = []
+    for part in found:  # a part that does not begin a document goes on with that of the sample before
+        if (documents and documents[-1][-1] != info.eos_token_id) or (documents and len(documents[-1]) == 1):
+            documents[-1] += part
+        else:
+            documents.append(part)
+    expected = [[info.eos_token_id, *info.text.encode(text), info.eos_token_id] for text in texts]
+    assert len(documents) > 20
+    assert all(document in expected for document in documents[:-1]) and documents[-1] != []
+
+
 def test_the_manifest_counts_what_the_shards_hold(prepared: Path, tokenizer_dir: Path) -> None:
     manifest = load_manifest(prepared)
     info = load_tokenizer(tokenizer_dir)

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
-from ddk_ds.engine.layers import use_causal_kernels
+from ddk_ds.engine.attention_masks import use_own_masks
 
 LENGTH = 24
 SMALL: dict[str, Any] = {
@@ -67,7 +67,7 @@ def test_the_same_logits_with_a_mask_only_where_a_window_needs_it(
     model, ids = model_of(kind, **values), torch.randint(50, (3, LENGTH))
     before = model(ids, use_cache=False).logits
     masks.clear()
-    use_causal_kernels()
+    use_own_masks()
     after = model(ids, use_cache=False).logits
     assert sum(mask is not None for mask in masks) == with_mask
     torch.testing.assert_close(after, before, rtol=1e-5, atol=1e-5)
@@ -79,8 +79,8 @@ def test_padding_and_generation_keep_their_masks(masks: list[torch.Tensor | None
     padded[0, :2] = 0
     before = model(ids, attention_mask=padded).logits, model.generate(ids, max_new_tokens=4, do_sample=False)
     masks.clear()
-    use_causal_kernels()
-    use_causal_kernels()  # as for a second model
+    use_own_masks()
+    use_own_masks()  # as for a second model
     after = model(ids, attention_mask=padded).logits
     assert all(mask is not None for mask in masks)
     torch.testing.assert_close(after, before[0])

@@ -16,7 +16,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, Gemma2ForCausalLM
 
 from ddk_ds.config.sections import Student, Teacher
 from ddk_ds.engine.attention import best_kernel, choose_attention
-from ddk_ds.engine.layers import use_causal_kernels
+from ddk_ds.engine.attention_masks import use_own_masks
 from ddk_ds.engine.model_files import configured_files, model_shape
 from ddk_ds.engine.whole_models import load_model
 from ddk_ds.errors import ConfigError
@@ -64,7 +64,7 @@ def test_deepseeks_sparse_attention_needs_a_mask() -> None:
     config = small_config("deepseek_v32")
     ids = torch.zeros(1, 16, dtype=torch.long)
     AutoModelForCausalLM.from_config(config, attn_implementation="eager")(ids, use_cache=False)
-    use_causal_kernels()
+    use_own_masks()
     with pytest.raises(TypeError):
         AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")(ids, use_cache=False)
     assert choose_attention(config.to_dict(), Path(), "teacher", Teacher(path="x")).kernel == "eager"

@@ -110,6 +110,7 @@ def test_it_is_the_perplexity_of_a_run(tiny: Path, files: ModelFiles) -> None:
     """The evaluation during training, run on the same model without its engine, gives the same perplexity."""
     from contextlib import nullcontext
 
+    from ddk_ds.data.loader import HeldOutBatch
     from ddk_ds.engine.head import OutputHead
     from ddk_ds.train.validation import perplexities
 
@@ -121,12 +122,15 @@ def test_it_is_the_perplexity_of_a_run(tiny: Path, files: ModelFiles) -> None:
         def evaluating(self) -> Any:
             return nullcontext()
 
-        def __call__(self, input_ids: torch.Tensor, function: Any) -> Any:
+        def __call__(self, input_ids: torch.Tensor, function: Any, positions: None) -> Any:
             hidden = model.base_model(input_ids=input_ids).last_hidden_state.flatten(0, 1)
             return function(hidden, OutputHead(model.lm_head.weight, None, files.logit_form))
 
     batches = [
-        [(torch.from_numpy(sample)[None], torch.tensor([True])) for sample in held_out.samples(domain, None)]
+        [
+            HeldOutBatch(torch.from_numpy(sample)[None], torch.tensor([True]))
+            for sample in held_out.samples(domain, None)
+        ]
         for domain in held_out.manifest.domains
     ]
     options = Options(held_out.manifest.vocab_size, gamma=0.0, chunk_tokens=64)

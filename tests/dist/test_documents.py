@@ -1,0 +1,99 @@
+"""Documents of a sample that do not see each other: losses and gradients are those of each document alone."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from ddk_ds.config import load_config
+from ddk_ds.data.loader import MixtureDataset
+from ddk_ds.data.manifest import load_manifest
+from ddk_ds.errors import DataError
+from ddk_ds.train.inputs import check_files
+from ddk_ds.train.run_dir import run_identity
+from tests.dist.documents_worker import without_borders
+from tests.dist.ranks import run_ranks
+from tests.dist.resume_worker import run_dir
+from tests.dist.tiny import MIXTURES
+from tools.bench.small_run import without_clock, write_config
+
+_RECURRENT = {
+    "mamba": {"num_hidden_layers": 2, "state_size": 4, "time_step_rank": 4},
+    "qwen3_next": MIXTURES["qwen3_next"],
+}
+
+
+@pytest.mark.parametrize("world", [2, pytest.param(1, marks=pytest.mark.long("the same on one rank, 30 s"))])
+def test_packed_documents_give_the_losses_and_gradients_of_each_alone(tmp_path: Path, world: int) -> None:
+    errors = run_ranks("tests.dist.documents_worker:compare", world, folder=str(tmp_path))
+    for kind, of_kind in errors.items():
+        assert of_kind["loss"] < 1e-6 and of_kind["gradient"] < 1e-6 and of_kind["perplexity"] < 1e-6, (kind, errors)
+
+
+def test_models_that_do_not_keep_documents_apart_are_refused(tmp_path: Path) -> None:
+    said = run_ranks("tests.dist.documents_worker:refused", 1, folder=str(tmp_path), kinds=_RECURRENT)
+    for kind in (*_RECURRENT, "unmasked", "moved"):
+        assert "does not keep documents apart" in said[kind], said
+    assert "(qwen3_next) does not keep" in said["qwen3_next"] and "set data.documents to joined" in said["qwen3_next"]
+    assert "its place behind the document before it" in said["moved"]
+
+
+def config_of(workspace: Path, folder: Path, documents: str, **sections: Any) -> str:
+    length = {"mixture": {"interval_steps": 2}, "stop": {"steps": 4}, "checkpoint": {"every_steps": 2}}
+    return str(write_config(workspace, folder, data={"documents": documents}, **length, **sections))
+
+
+def test_a_run_on_masked_documents(workspace: Path, tmp_path: Path) -> None:
+    masked = config_of(workspace, tmp_path / "masked", "auto")  # these shards have borders
+    manifest = load_manifest(workspace / "shards")
+    likeliest = {"path": str(tmp_path / "cache"), "keep": "topk", "top_k": manifest.vocab_size}
+    teacher = {"path": str(workspace / "teacher"), "cache": likeliest}
+    cached = config_of(workspace, tmp_path / "cached", "masked", teacher=teacher)
+    starts = [(masked, "whole", None), (masked, "broken", 4), (cached, "cached", None)]
+    assert run_ranks("tests.dist.resume_worker:run_all", 2, timeout_s=400, starts=starts) == ["broken"]
+    whole, cache = (without_clock(run_dir(path, name)) for path, name in ((masked, "whole"), (cached, "cached")))
+    assert without_clock(run_dir(masked, "broken")) == whole
+    steps, of_cache = ([line for line in lines if line["kind"] == "step"] for lines in (whole, cache))
+    kl = [[line["kl"] for line in lines] for lines in (steps, of_cache)]
+    assert np.abs(np.subtract(*kl)).max() < 1e-4, "all tokens, rounded to bfloat16"
+    # A sample has a label less than tokens for each of its documents: together, as many as the ledger says.
+    first, names = whole[0], list(manifest.domains)
+    tokens = [sum(line["domain_tokens"]) for line in steps]
+    assert len(set(tokens)) > 1 and max(tokens) < 8 * 63
+    held_out = MixtureDataset(workspace / "shards", names, "validation", masked=True)
+    model = AutoModelForCausalLM.from_pretrained(workspace / "teacher", dtype=torch.float64)
+    losses: list[float] = []
+    for number in range(12):
+        packed, _ = held_out.read(number)
+        assert packed.lengths is not None
+        for document in torch.from_numpy(packed.tokens.astype(np.int64)).split(packed.lengths.tolist()):
+            with torch.no_grad():
+                logits = model(document[None]).logits[0, :-1]
+            losses += torch.nn.functional.cross_entropy(logits, document[1:], reduction="none").tolist()
+    assert abs(first["teacher_ppl"][names[0]] / math.exp(np.mean(losses)) - 1) < 1e-5
+
+
+def test_shards_without_borders_are_joined(workspace: Path, tmp_path: Path) -> None:
+    old = without_borders(workspace / "shards", tmp_path / "old")
+    models = workspace / "student", workspace / "teacher"
+
+    def inputs(shards: Path, documents: str) -> Any:
+        config = load_config(Path(config_of(workspace, tmp_path / "c", documents)), [f"data.path={shards}"])
+        found = check_files(config, *models, 1)
+        return found.masked, run_identity(config, found.fingerprints)["content.documents"]
+
+    assert inputs(workspace / "shards", "auto") == inputs(workspace / "shards", "masked") == (True, "masked")
+    # As in the directory of a run of before, which has no such key: it goes on.
+    assert inputs(workspace / "shards", "joined") == inputs(old, "auto") == inputs(old, "joined") == (False, None)
+    with pytest.raises(DataError, match=r"data.documents is masked, and the shards of .*old have no borders of doc"):
+        inputs(old, "masked")
+    shutil.copy(workspace / "shards/domains.json", old / "domains.json")
+    with pytest.raises(DataError, match=r"is not what .* describes"):
+        inputs(old, "auto")
