@@ -104,8 +104,9 @@ class Inputs:
 
     @property
     def notes(self) -> list[str]:
-        """Return what is said once at the start: attention kernels that were chosen, and tokens left out."""
-        notes = [*(attention.note for attention in self.attention.values()), self.vocabulary.note]
+        """Return what is said once at the start: attention kernels that were chosen, tokens left out, documents."""
+        apart = "data.documents: the documents of a sample do not see each other" if self.masked else ""
+        notes = [*(attention.note for attention in self.attention.values()), self.vocabulary.note, apart]
         return [note for note in notes if note]
 
 

@@ -86,6 +86,7 @@ def compare(runtime: Runtime, folder: str) -> dict[str, dict[str, float]]:
         root = Path(folder) / kind
         if runtime.comm.rank == 0:
             write_data(root / "data")
+            shape = {**shape, "initializer_range": 0.1}
             save_model(root / "student", model_type=kind, vocab=VOCAB + 3, tied=True, seed=1, **shape)
             save_model(root / "teacher", model_type=kind, hidden=64, vocab=VOCAB, tied=False, seed=2, **shape)
         runtime.comm.barrier()

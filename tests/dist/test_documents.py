@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import shutil
 from pathlib import Path
@@ -14,7 +15,8 @@ from transformers import AutoModelForCausalLM
 
 from ddk_ds.config import load_config
 from ddk_ds.data.loader import MixtureDataset
-from ddk_ds.data.manifest import load_manifest
+from ddk_ds.data.prepare import Plan, prepare
+from ddk_ds.data.recipe import load_recipe
 from ddk_ds.errors import DataError
 from ddk_ds.train.inputs import check_files
 from ddk_ds.train.run_dir import run_identity
@@ -22,6 +24,7 @@ from tests.dist.documents_worker import without_borders
 from tests.dist.ranks import run_ranks
 from tests.dist.resume_worker import run_dir
 from tests.dist.tiny import MIXTURES
+from tests.unit.data.corpus import make_texts, write_recipe
 from tools.bench.small_run import without_clock, write_config
 
 _RECURRENT = {
@@ -45,17 +48,23 @@ def test_models_that_do_not_keep_documents_apart_are_refused(tmp_path: Path) -> 
     assert "its place behind the document before it" in said["moved"]
 
 
-def config_of(workspace: Path, folder: Path, documents: str, **sections: Any) -> str:
+def config_of(workspace: Path, folder: Path, documents: str, teacher: dict[str, Any] | None = None, **data: str) -> str:
     length = {"mixture": {"interval_steps": 2}, "stop": {"steps": 4}, "checkpoint": {"every_steps": 2}}
-    return str(write_config(workspace, folder, data={"documents": documents}, **length, **sections))
+    return str(write_config(workspace, folder, data={"documents": documents, **data}, teacher=teacher or {}, **length))
 
 
 def test_a_run_on_masked_documents(workspace: Path, tmp_path: Path) -> None:
-    masked = config_of(workspace, tmp_path / "masked", "auto")  # these shards have borders
-    manifest = load_manifest(workspace / "shards")
+    for name in ("a", "b"):
+        texts = make_texts(ord(name), 300, num_words=12)
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    recipe = write_recipe(tmp_path / "r.yaml", {name: {"sources": [f"{name}.jsonl"]} for name in ("a", "b")})
+    shards = tmp_path / "shards"
+    manifest = prepare(load_recipe(recipe), workspace / "tokenizer", shards, Plan(64, validation_samples=12))
+    data = {"path": str(shards)}
+    masked = config_of(workspace, tmp_path / "masked", "auto", **data)
     likeliest = {"path": str(tmp_path / "cache"), "keep": "topk", "top_k": manifest.vocab_size}
     teacher = {"path": str(workspace / "teacher"), "cache": likeliest}
-    cached = config_of(workspace, tmp_path / "cached", "masked", teacher=teacher)
+    cached = config_of(workspace, tmp_path / "cached", "masked", teacher, **data)
     starts = [(masked, "whole", None), (masked, "broken", 4), (cached, "cached", None)]
     assert run_ranks("tests.dist.resume_worker:run_all", 2, timeout_s=400, starts=starts) == ["broken"]
     whole, cache = (without_clock(run_dir(path, name)) for path, name in ((masked, "whole"), (cached, "cached")))
@@ -67,7 +76,7 @@ def test_a_run_on_masked_documents(workspace: Path, tmp_path: Path) -> None:
     first, names = whole[0], list(manifest.domains)
     tokens = [sum(line["domain_tokens"]) for line in steps]
     assert len(set(tokens)) > 1 and max(tokens) < 8 * 63
-    held_out = MixtureDataset(workspace / "shards", names, "validation", masked=True)
+    held_out = MixtureDataset(shards, names, "validation", masked=True)
     model = AutoModelForCausalLM.from_pretrained(workspace / "teacher", dtype=torch.float64)
     losses: list[float] = []
     for number in range(12):
