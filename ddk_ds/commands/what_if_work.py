@@ -24,6 +24,7 @@ from ddk_ds.report.what_if import (
     Stock,
     WouldBe,
     cached_teacher,
+    check_counts,
     open_stock,
     what_if,
     what_if_json,
@@ -35,9 +36,11 @@ from ddk_ds.train.interval import read_schedule
 def show_what_if(options: Namespace, run: RecordedRun, console: Console) -> None:
     """Print what every controller would have decided and drawn; write it to `options.page` and `options.json`.
 
-    Raises UserError if an option of section mixture is wrong, or if a file cannot be written.
+    Raises UserError if an option of section mixture is wrong, if it is not known what had been drawn before, or if a
+    file cannot be written.
     """
     own = load_run_config(options.run)
+    check_counts(run, options.run)
     section = None if own.teacher is None else own.teacher.cache
     cache = options.cache or (None if section is None else section.path)
     stock, notes = _stock(own, options.run, run, cache)

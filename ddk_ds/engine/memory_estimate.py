@@ -276,6 +276,7 @@ def _passes(
         "logits of a chunk": chunk * padded(vocab_size) * logits * models,
         "activations": _activations(config, student, tokens, compute),
     }
+    parts["masks of documents"] = masks = _mask_bytes(config, config.student, student, compute)
     if compute == 2:
         parts["logits' gradients"] = min(tokens, GROUP_CHUNKS * chunk) * padded(vocab_size) * compute
     if teacher is not None and config.teacher is not None:
@@ -286,9 +287,25 @@ def _passes(
             # A layer's input and output are those of all micro-batches of the pass; inside, one is computed at a time.
             layer += 2 * (per_pass - 1) * tokens * teacher.hidden * compute
             parts["teacher gathered"] = compute * teacher_gathered(teacher, device_type)
+        at_once = 1 if config.teacher.place == "gpu" else per_pass
+        parts["masks of documents"] = max(masks, at_once * _mask_bytes(config, config.teacher, teacher, compute))
         # The teacher's activations are released before the student's begin.
         parts["activations"] = max(parts["activations"], layer)
     return parts
+
+
+def _mask_bytes(config: Config, model: Model, shape: ModelShape, compute: int) -> int:
+    """Return the bytes of the mask that keeps the documents of a micro-batch apart; its layers share it.
+
+    `data.documents: auto` counts as masked.
+    """
+    if config.data.documents == "joined" or _kernel(model, shape) == "flash_attention_2":
+        return 0
+    return config.train.micro_batch_samples * config.data.sequence_length**2 * compute
+
+
+def _kernel(model: Model, shape: ModelShape) -> str:
+    return shape.best_kernel if model.attn_implementation == "auto" else model.attn_implementation
 
 
 def teacher_gathered(teacher: ModelShape, device_type: str) -> int:
@@ -327,7 +344,7 @@ def _layer_activations(model: Model, shape: ModelShape, tokens: int, length: int
     norms = 2 * shape.hidden * (4 + 2 * compute)
     # Only flash_attention_2 accepts grouped keys and values. For other implementations transformers repeats them, but
     # makes a view of a single head.
-    kernel = shape.best_kernel if model.attn_implementation == "auto" else model.attn_implementation
+    kernel = _kernel(model, shape)
     repeated = kernel != "flash_attention_2" and shape.key_value > shape.attention // shape.heads
     attention = compute * (2 * shape.attention + 2 * (shape.attention if repeated else shape.key_value))
     if kernel == "eager":

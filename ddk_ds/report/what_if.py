@@ -131,6 +131,17 @@ def _draws(
     return counts, ""
 
 
+def check_counts(run: RecordedRun, run_dir: Path) -> None:
+    """Raise DataError if it is not known how many samples had been drawn before the run's first decision."""
+    path = run_dir / "run.json"
+    recorded = read_object(path, "put it back from a copy") if path.is_file() else {}
+    if recorded.get("content.documents") == "masked" and any(run.decisions[0].tokens):
+        raise DataError(
+            f"{run_dir} was forked, and its documents do not see each other: its tokens do not say how many samples "
+            "had been drawn before; ask the run that it was forked from"
+        )
+
+
 def open_stock(config: Config, run_dir: Path, names: Sequence[str], cache: str | None) -> Stock:
     """Open the data of a run, and a cache of its teacher. Raises UserError where they cannot be read or are others."""
     data = Path(config.data.path)
@@ -173,7 +184,7 @@ def cached_teacher(run_dir: Path, names: Sequence[str], cache: Path) -> Array | 
 
 
 def _measured_alike(file: Mapping[str, Any], recorded: Mapping[str, Any]) -> bool:
-    keys = ("data.validation_samples", "data.sequence_length", "train.precision")
+    keys = ("data.validation_samples", "data.sequence_length", "train.precision", "content.documents")
     return all(file.get(key) == recorded.get(key) for key in keys)
 
 

@@ -37,7 +37,8 @@ _RECURRENT = {
 def test_packed_documents_give_the_losses_and_gradients_of_each_alone(tmp_path: Path, world: int) -> None:
     errors = run_ranks("tests.dist.documents_worker:compare", world, folder=str(tmp_path))
     for kind, of_kind in errors.items():
-        assert of_kind["loss"] < 1e-6 and of_kind["gradient"] < 1e-6 and of_kind["perplexity"] < 1e-6, (kind, errors)
+        # Of the largest gradient; the right values are float64's, from which plain float32 is as far.
+        assert of_kind["loss"] < 1e-6 and of_kind["gradient"] < 2e-6 and of_kind["perplexity"] < 1e-6, (kind, errors)
 
 
 def test_models_that_do_not_keep_documents_apart_are_refused(tmp_path: Path) -> None:
