@@ -276,7 +276,7 @@ def _passes(
         "logits of a chunk": chunk * padded(vocab_size) * logits * models,
         "activations": _activations(config, student, tokens, compute),
     }
-    parts["masks of documents"] = masks = _mask_bytes(config, config.student, student, compute)
+    masks = _mask_bytes(config, config.student, student, compute)
     if compute == 2:
         parts["logits' gradients"] = min(tokens, GROUP_CHUNKS * chunk) * padded(vocab_size) * compute
     if teacher is not None and config.teacher is not None:
@@ -288,10 +288,10 @@ def _passes(
             layer += 2 * (per_pass - 1) * tokens * teacher.hidden * compute
             parts["teacher gathered"] = compute * teacher_gathered(teacher, device_type)
         at_once = 1 if config.teacher.place == "gpu" else per_pass
-        parts["masks of documents"] = max(masks, at_once * _mask_bytes(config, config.teacher, teacher, compute))
+        masks = max(masks, at_once * _mask_bytes(config, config.teacher, teacher, compute))
         # The teacher's activations are released before the student's begin.
         parts["activations"] = max(parts["activations"], layer)
-    return parts
+    return parts | ({"masks of documents": masks} if masks else {})
 
 
 def _mask_bytes(config: Config, model: Model, shape: ModelShape, compute: int) -> int:
