@@ -6,13 +6,13 @@ expensive. No value is changed silently: a run uses exactly the values that `--p
 
 from __future__ import annotations
 
+from ddk_ds.config.data_section import Data
 from ddk_ds.config.load import load_config, load_run_config, make_config, to_yaml
 from ddk_ds.config.methods import METHODS, Doremi, Ted
 from ddk_ds.config.optimizer import Optimizer
 from ddk_ds.config.run_config import Config
 from ddk_ds.config.sections import (
     Checkpoint,
-    Data,
     Guard,
     Limits,
     Loss,

@@ -10,13 +10,13 @@ from typing import Any, Literal
 
 from pydantic import Field, PrivateAttr, model_validator
 
+from ddk_ds.config.data_section import Data
 from ddk_ds.config.keys import value_at
 from ddk_ds.config.methods import MethodSections
 from ddk_ds.config.optimizer import Optimizer, check_schedule
 from ddk_ds.config.paths import LocalPath, NamedPaths, is_address
 from ddk_ds.config.sections import (
     Checkpoint,
-    Data,
     FileName,
     Guard,
     Limits,
