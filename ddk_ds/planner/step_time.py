@@ -52,6 +52,12 @@ WHOLE_LAYERS = 0.48
 
 Measured by tools/bench/bench_step.py --size host on a CPU, not on a GPU.
 """
+WITHOUT_ZERO = 0.23
+"""Share of HOST_S_PER_LAYER for plain modules, a teacher's within a GPU; an upper bound.
+
+Of the 192 ms that the same step takes in plain torch (docs/results/gpu_suite_h100.json), less head and optimizer, each
+of the 76 passes has 2.1 ms at most: the time of the GPU is in it.
+"""
 ROW_KERNEL_BYTES, UPDATE_BYTES = 18, 30
 FP8_BYTES = {True: 5, False: 13}
 """Bytes moved for an element that is rounded to FP8, by `teacher.compile_layers`."""
@@ -199,7 +205,8 @@ class _Simulation:
         num_models = 1
         if teacher is not None and self.config.teacher is not None and teacher_runs(self.config):
             num_models = 2
-            within, per_pass = self.config.teacher.place, self.config.teacher.pass_size
+            within = self.config.teacher.place
+            per_pass = 1 if within == "gpu" else self.config.teacher.pass_size
             passes = [per_pass] * (count // per_pass) + [count % per_pass] * (count % per_pass > 0)
             for micro_batches in passes:
                 tokens = micro_batches * self.micro_batch_tokens
@@ -257,10 +264,13 @@ class _Simulation:
         )
 
     def hooks_s(self, model: PlannedModel) -> float:
-        """Return the host's time for ZeRO-3's hooks in a pass over the layers."""
-        section = self.config.teacher if model is self.models.teacher else self.config.student
-        whole_layers = section is not None and section.whole_layers
-        return model.shape.layers * self.host_s_per_layer * (WHOLE_LAYERS if whole_layers else 1.0)
+        """Return the host's time for a pass over the layers, most of which is ZeRO-3's hooks."""
+        teacher = self.config.teacher if model is self.models.teacher else None
+        section = teacher or self.config.student
+        share = WHOLE_LAYERS if section.whole_layers else 1.0
+        if teacher is not None and teacher.place == "gpu":
+            share = WITHOUT_ZERO
+        return model.shape.layers * self.host_s_per_layer * share
 
     def gather_s(self, elements: float, layers: int, within: Within = "world") -> float:
         """Return the time of gathers of weights, see `collectives_s`."""

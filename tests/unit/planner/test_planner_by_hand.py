@@ -215,6 +215,10 @@ def test_layers_gathered_as_wholes_have_48_percent_of_the_hooks() -> None:
         sections = {"student": {"whole_layers": student}, "teacher": {"whole_layers": teacher}}
         hooks = 2 * 8 * (0.48 if teacher else 1) + 3 * 2 * 4 * (0.48 if student else 1)
         assert simulated(changed(config, **sections), cluster=cluster).parts[name] == pytest.approx(hooks * HOST_S)
+    # Within a GPU each of the three micro-batches has a pass, without hooks.
+    resident = changed(config, teacher={"shard_within": "gpu"}, student={"whole_layers": True})
+    hooks = 3 * 8 * 0.23 + 3 * 2 * 4 * 0.48
+    assert simulated(resident, cluster=cluster).parts[name] == pytest.approx(hooks * HOST_S)
 
 
 def test_a_backward_pass_gathers_again_what_a_billion_elements_do_not_hold() -> None:

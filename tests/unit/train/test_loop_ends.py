@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from typing import Any
-from unittest.mock import MagicMock
+from unittest.mock import MagicMock, PropertyMock
 
 import pytest
 
@@ -38,3 +38,18 @@ def test_an_error_waits_for_nothing(monkeypatch: pytest.MonkeyPatch, error: Base
 def test_an_end_of_all_ranks_closes_everything(monkeypatch: pytest.MonkeyPatch, end: Any) -> None:
     run = ended(monkeypatch, end)
     assert run.progress.stop.called and run.monitor.close.called and run.ahead.close.called
+
+
+def test_what_is_compiled_after_an_interval_with_its_measurement_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that was resumed inside an interval measures for the first time after it: new shapes come."""
+    run = MagicMock()
+    type(run.state.data).done = PropertyMock(side_effect=[False, True, True, True])
+    run.compiling.news.side_effect = ["", "3 graphs were compiled"]
+    for name in ("_begin_interval", "_train_interval"):
+        monkeypatch.setattr(loop, name, MagicMock())
+    monkeypatch.setattr(loop, "_measure", lambda _: ([2.0], 0.1))
+    monkeypatch.setattr(loop, "stop_reason", MagicMock(side_effect=[None, None, "steps"]))
+    monkeypatch.setattr(loop, "_finish", lambda *_: {"steps": 9})
+    assert loop._train_to_the_end(run) == {"steps": 9}
+    assert run.compiling.news.call_count == 2
+    run.progress.say.assert_called_once_with("3 graphs were compiled")
