@@ -28,7 +28,7 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("world", [2, pytest.param(1, marks=pytest.mark.long("one rank has all of the two's parts"))])
 def test_numbers_are_those_of_the_sharded_teacher_and_of_plain_transformers(tmp_path: Path, world: int) -> None:
     found = run_ranks("tests.dist.resident_worker:beside_sharded", world, folder=str(tmp_path), cases=CASES)
     for of_case, result in zip(CASES, found, strict=True):
