@@ -9,7 +9,6 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from ddk_ds.config.sections import Teacher
 from ddk_ds.engine.layers import layers_of
 from ddk_ds.engine.model_files import model_shape, read_model
 from ddk_ds.engine.quantized import quantize_layers
@@ -51,10 +50,13 @@ def int8_teachers(runtime: Runtime, folder: str, kinds: dict[str, dict[str, Any]
     return results
 
 
-def fp8_teachers(runtime: Runtime, folder: str, kinds: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+def fp8_teachers(
+    runtime: Runtime, folder: str, kinds: dict[str, dict[str, Any]], skipped: dict[str, list[int]]
+) -> dict[str, dict[str, Any]]:
     """Load a teacher of each kind in FP8; return by kind what `int8_teachers` does, and "same".
 
-    That is True if its hidden states are, to the bit, those of a model that no ZeRO-3 has sharded.
+    That is True if its hidden states are, to the bit, those of a model that no ZeRO-3 has sharded. `skipped` has the
+    layers of a kind that stay in bf16.
     """
     results = {}
     for kind, shape in kinds.items():
@@ -62,12 +64,13 @@ def fp8_teachers(runtime: Runtime, folder: str, kinds: dict[str, dict[str, Any]]
         if runtime.comm.rank == 0:
             save_model(root / "teacher", model_type=kind, vocab=VOCAB, tied=False, seed=2, **shape)
         runtime.comm.barrier()
-        section = {"quantize": "fp8", "attn_implementation": "eager"}
+        left = skipped.get(kind, [])
+        section = {"quantize": "fp8", "quantize_skip_layers": left, "attn_implementation": "eager"}
         config = tiny_config(root, teacher=section, train={"precision": "bf16"})
         assert config.teacher is not None
         files = read_model(root / "teacher", "teacher.path")
         teacher = load_teacher(config, files, VOCAB, runtime.comm)
-        assert not teacher.unquantized
+        assert teacher.unquantized == [f"layer {number}" for number in left]
         ids = torch.randint(0, VOCAB, (2, 24), generator=torch.Generator().manual_seed(0))
         [hidden] = teacher.hidden([ids])
         alone, plain = (
@@ -77,9 +80,9 @@ def fp8_teachers(runtime: Runtime, folder: str, kinds: dict[str, dict[str, Any]]
             for _ in range(2)
         )
         of_one = layers_of(alone.base_model, files.num_layers)
-        quantize_layers(of_one, Teacher(path="t", quantize="fp8"), files.config, lambda _: None)
+        quantize_layers(of_one, config.teacher, files.config, lambda _: None)
         exact = _hidden(plain, ids)
-        rows = _round_to_fp8(plain)
+        rows = _round_to_fp8(plain, left)
         rounded = _hidden(plain, ids)
         elements = sum(parameter.ds_numel for parameter in teacher.whole.parameters())
         results[kind] = {
@@ -112,14 +115,14 @@ def _round(model: Any) -> int:
 
 
 @torch.no_grad()
-def _round_to_fp8(model: Any) -> int:
+def _round_to_fp8(model: Any, left: list[int]) -> int:
     """Round a model's layers to FP8: the inputs and matrices of linear modules, and fused experts; return their rows.
 
-    Routers stay. Products are summed in float64.
+    Routers and the layers `left` stay. Products are summed in float64.
     """
     rows = 0
     for name, module in model.base_model.layers.named_modules():
-        if name.endswith(ROUTERS):
+        if name.endswith(ROUTERS) or int(name.partition(".")[0] or -1) in left:
             continue
         for own, weight in module.named_parameters(recurse=False):
             if weight.dim() < 2 or own.endswith("bias"):

@@ -67,7 +67,7 @@ def test_a_teacher_in_8_bits(tmp_path: Path) -> None:
         assert found["scales"] == found["rows"], "the estimate of memory has all of the other elements"
     kinds = {**kinds, **llama}
     for kind, found in run_ranks(
-        "tests.dist.quantized_worker:fp8_teachers", 2, folder=str(tmp_path / "fp8"), kinds=kinds
+        "tests.dist.quantized_worker:fp8_teachers", 2, folder=str(tmp_path / "fp8"), kinds=kinds, skipped={"llama": [1]}
     ).items():
         assert found["same"], f"{kind}: sharded over two ranks it computes something else than in one process"
         assert found["off"] < found["rounding"] / 10 and 5e-3 < found["rounding"] < 0.3, (kind, found)
