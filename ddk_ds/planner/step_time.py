@@ -193,7 +193,8 @@ class _Simulation:
         self.flop_per_s = cluster.gpu.peak_flop_per_s * cluster.gpu.compute_efficiency
         self.memory_bytes_per_s = cluster.gpu.hbm_bytes_per_s * MEMORY_EFFICIENCY
         self.micro_batch_tokens = config.train.micro_batch_samples * config.data.sequence_length
-        if config.teacher is not None and config.teacher.quantize == "fp8" and cluster.gpu.fp8_peak_flop_per_s is None:
+        fp8 = config.teacher is not None and config.teacher.quantize == "fp8" and teacher_runs(config)
+        if fp8 and cluster.gpu.fp8_peak_flop_per_s is None:
             raise ConfigError(
                 f"teacher.quantize: fp8: {cluster.gpu.name} has no FP8 (a file of a GPU's figures says "
                 "fp8_peak_flop_per_s): set int8 or none, or another --gpu"

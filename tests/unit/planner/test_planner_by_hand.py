@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from ddk_ds.config import Config, make_config
+from ddk_ds.config.sections import TeacherCache
 from ddk_ds.engine.model_files import Matrix, ModelShape
 from ddk_ds.errors import ConfigError
 from ddk_ds.planner.gpu_memory import changed
@@ -161,6 +162,8 @@ def test_a_teacher_in_fp8() -> None:
     assert compute_s(quantize="int8") == pytest.approx(600 * 1e7 / 0.5e12)
     with pytest.raises(ConfigError, match="round has no FP8"):
         simulated(config_of(teacher={"quantize": "fp8"}), models)
+    only_read = {"quantize": "fp8", "cache": TeacherCache(path="c", mode="read_only")}
+    assert "teacher: compute" not in simulated(config_of(teacher=only_read), models).parts
 
 
 def test_a_measurement_is_forward_passes_of_the_student() -> None:
