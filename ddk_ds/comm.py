@@ -47,6 +47,9 @@ class Comm(Protocol):
     def group_within(self, scope: str) -> Any:
         """Return the process group of this rank within `scope`: "node" or "world" (None)."""
 
+    def group_of(self, size: int) -> Any:
+        """Return the process group of this rank among groups of `size` consecutive ranks. Collective."""
+
     def barrier(self) -> None:
         """Wait until every rank has called this."""
 
@@ -76,6 +79,9 @@ class SingleProcess:
     def group_within(self, scope: str) -> Any:
         return None
 
+    def group_of(self, size: int) -> Any:
+        return None
+
     def barrier(self) -> None:
         return None
 
@@ -87,6 +93,7 @@ class ProcessGroup:
         self.rank = dist.get_rank()
         self.world_size = dist.get_world_size()
         self.local_rank = local_rank
+        self._groups: dict[int, Any] = {}
         # The ranks of a node have consecutive numbers, and each node begins with local rank 0.
         firsts = [rank for rank, local in enumerate(self.gather_objects(local_rank)) if local == 0]
         for first, end in zip(firsts, [*firsts[1:], self.world_size], strict=True):
@@ -118,6 +125,12 @@ class ProcessGroup:
 
     def group_within(self, scope: str) -> Any:
         return None if scope == "world" else self._node_group
+
+    def group_of(self, size: int) -> Any:
+        if size not in self._groups:  # models share it: each group of NCCL holds buffers of its own
+            groups = [dist.new_group(list(range(first, first + size))) for first in range(0, self.world_size, size)]
+            self._groups[size] = groups[self.rank // size]
+        return self._groups[size]
 
     def barrier(self) -> None:
         dist.barrier()

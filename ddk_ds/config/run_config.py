@@ -117,6 +117,7 @@ class Config(MethodSections):
             raise ValueError("init_as is phase: set init_from to the checkpoint, or the run, that it begins from")
         if self.stop.steps is not None or self.stop.intervals is not None:
             check_schedule(self.optimizer, total_steps_without_data(self))
+        self._check_sequence_parallel()
         if self.monitor.samples_every and self.monitor.sample_tokens >= self.data.sequence_length:
             raise ValueError(
                 f"monitor.sample_tokens is {self.monitor.sample_tokens}, data.sequence_length "
@@ -257,12 +258,33 @@ class Config(MethodSections):
             for path, of_path in by_path.items()
         ]
 
+    def _check_sequence_parallel(self) -> None:
+        ranks = self.train.sequence_parallel
+        if self.data.sequence_length % ranks:
+            raise ValueError(
+                f"train.sequence_parallel is {ranks}, which does not divide data.sequence_length "
+                f"{self.data.sequence_length}: choose a number that does"
+            )
+        uses = {"teacher.cache": self.teacher is not None and self.teacher.cache is not None}
+        uses |= {f"method {self.method}": self.preset.filters is not None}
+        models = {"student": self.student, "teacher": self.teacher}
+        uses |= {f"{key}.compile_layers": m is not None and m.compile_layers for key, m in models.items()}
+        for name, used in uses.items():
+            if used and ranks > 1:
+                raise ValueError(f"train.sequence_parallel is {ranks}, but {name} needs whole samples: set it to 1")
+
     def micro_batches(self, world_size: int) -> int:
         """Return the number of micro-batches that each of `world_size` ranks computes in one optimizer step.
 
         Raises:
             ConfigError: `global_batch_samples` is not a multiple of `micro_batch_samples` x `world_size`.
         """
+        world_size, alone = divmod(world_size, self.train.sequence_parallel)
+        if alone or not world_size:
+            raise ConfigError(
+                f"train.sequence_parallel is {self.train.sequence_parallel}, which does not divide the number of "
+                "ranks: change one of the two"
+            )
         samples_at_once = self.train.micro_batch_samples * world_size
         count, rest = divmod(self.train.global_batch_samples, samples_at_once)
         if rest or not count:

@@ -305,6 +305,9 @@ class Train(Section):
     """Samples of one optimizer step over all ranks (256 x 2,048 tokens are the paper's 0.5 M)."""
     micro_batch_samples: Positive = 1
     """Samples of one forward pass on one rank."""
+    sequence_parallel: Positive = 1
+    """Ranks that share each sample, by DeepSpeed's Ulysses: each computes a part of its positions, and in attention all
+    positions for a part of the heads. For samples whose activations one device cannot hold."""
     precision: Literal["bf16", "fp32"] = "bf16"
     """Precision of the computation; master weights, optimizer states and accumulated gradients are always float32."""
     reduce_dtype: Literal["float32", "bfloat16"] = "float32"

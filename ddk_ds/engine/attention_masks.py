@@ -17,6 +17,8 @@ import torch
 from torch import nn
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, and_masks, packed_sequence_mask_function
 
+from ddk_ds.engine.sequence_parallel import SequenceGroup
+
 _transformers_masks = {kernel: ALL_MASK_ATTENTION_FUNCTIONS[kernel] for kernel in ("sdpa", "eager")}
 _running: list[torch.Tensor] = []
 """(B, L) the number of each token's document in its sample, in the pass that runs; empty if documents are joined."""
@@ -50,14 +52,22 @@ def documents_apart(positions: torch.Tensor | None) -> Iterator[None]:
 
 
 def backbone_inputs(
-    backbone: nn.Module, input_ids: torch.Tensor, positions: torch.Tensor | None, parts: int = 1
+    backbone: nn.Module,
+    input_ids: torch.Tensor,
+    positions: torch.Tensor | None,
+    parts: int = 1,
+    sequence: SequenceGroup | None = None,
 ) -> dict[str, torch.Tensor]:
     """Return the arguments of a backbone's pass for token ids and positions (B, L), in a block of `documents_apart`.
+
+    Of a sample that several ranks share (`sequence`) they are this rank's part.
 
     transformers' path to flash's kernels of variable length takes one row alone, and joins documents in silence if
     there are more: with flash attention each of `parts` micro-batches is a row (transformers' Flash Attention 2 with
     packed sequences).
     """
+    if sequence is not None and sequence.shared:
+        return sequence.inputs(input_ids, positions)
     if positions is None:
         return {"input_ids": input_ids}
     config: Any = backbone.config

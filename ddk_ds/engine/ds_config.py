@@ -117,7 +117,7 @@ def student_ds_config(config: Config, world_size: int, buckets: Mapping[str, int
     if config.student.whole_layers:
         zero |= WHOLE_LAYERS_ZERO
     derived = {
-        "train_batch_size": config.train.global_batch_samples,
+        "train_batch_size": config.train.global_batch_samples * config.train.sequence_parallel,  # as DeepSpeed counts
         "train_micro_batch_size_per_gpu": config.train.micro_batch_samples,
         "gradient_accumulation_steps": config.micro_batches(world_size),
         "gradient_clipping": config.optimizer.clip_norm,

@@ -19,6 +19,7 @@ from torch import nn
 from ddk_ds.engine.attention_masks import backbone_inputs, documents_apart
 from ddk_ds.engine.filters import LayerFilters, LayerTaps
 from ddk_ds.engine.router_loss import RouterLoss
+from ddk_ds.engine.sequence_parallel import SequenceGroup
 from ddk_ds.engine.stage_clock import StageClock
 from ddk_ds.kernels import LogitForm
 
@@ -63,8 +64,10 @@ class StudentRoot(nn.Module):
         filters: LayerFilters | None,
         depth: int,
         router: RouterLoss | None = None,
+        sequence: SequenceGroup | None = None,
     ) -> None:
         super().__init__()
+        self._sequence = sequence
         self.router = router
         self.router_loss: torch.Tensor | None = None
         self.backbone = backbone
@@ -95,7 +98,7 @@ class StudentRoot(nn.Module):
     def _hidden(self, input_ids: torch.Tensor, positions: torch.Tensor | None) -> torch.Tensor:
         options = {} if self.router is None or not self.training else {"output_router_logits": True}
         with documents_apart(positions):
-            given = backbone_inputs(self.backbone, input_ids, positions)
+            given = backbone_inputs(self.backbone, input_ids, positions, sequence=self._sequence)
             output = self.backbone(**given, use_cache=False, **options)
         if self.router is not None and options:
             logits = output.router_logits  # () if no layer of the model has experts

@@ -120,7 +120,8 @@ def estimate_memory(
     if config.teacher is None or not config.loads_teacher:
         teacher = None
     else:
-        micro_batches = config.train.global_batch_samples // (config.train.micro_batch_samples * world_size)
+        at_once = config.train.micro_batch_samples * world_size // config.train.sequence_parallel
+        micro_batches = config.train.global_batch_samples // max(1, at_once)
         per_pass = max(1, min(config.teacher.pass_size, micro_batches))
         if teacher is not None:
             if config.teacher.quantize != "none" and config.teacher.place == "gpu":
@@ -259,7 +260,7 @@ def _passes(
         per_pass: number of micro-batches in one pass of the teacher.
     """
     compute = COMPUTE_BYTES[config.train.precision]
-    tokens = config.train.micro_batch_samples * config.data.sequence_length
+    tokens = config.train.micro_batch_samples * config.data.sequence_length // config.train.sequence_parallel
     largest = max(student.largest_layer, student.head)
     lead = lead_elements(student.largest_layer) if device_type == "cuda" else 0
     live = min(student.parameters, max(zero["max_live_parameters"], largest) + zero["prefetch_bucket_size"] + lead)

@@ -21,6 +21,7 @@ from torch.nn import functional
 from ddk_ds.comm import Comm
 from ddk_ds.engine.compiling import uncompiled
 from ddk_ds.engine.head import OutputHead
+from ddk_ds.engine.sequence_parallel import whole_samples
 from ddk_ds.engine.student import Student
 from ddk_ds.engine.teacher import Teacher
 from ddk_ds.engine.unloaded_models import backbone_of
@@ -51,7 +52,8 @@ def check_split(model: Student | Teacher, input_ids: torch.Tensor, vocab_size: i
         vocab_size: number of logits that are compared.
         key: the model's section of the configuration.
     """
-    row = input_ids[:1, :MAX_TOKENS]
+    sequence = model.sequence
+    row = input_ids[:1, : MAX_TOKENS if sequence is None else MAX_TOKENS // sequence.size * sequence.size]
     other = row.clone()
     other[:, -1] = (other[:, -1] + 1) % vocab_size
 
@@ -63,7 +65,9 @@ def check_split(model: Student | Teacher, input_ids: torch.Tensor, vocab_size: i
     try:
         with uncompiled(), model.evaluating():
             ours, with_other = model(torch.cat([row, other]), logits).unflatten(0, (2, -1)).float()
-            theirs = _whole_logits(model.whole, row)[..., :vocab_size].flatten(0, 1).float()
+            with whole_samples(sequence):
+                theirs = _whole_logits(model.whole, row)[..., :vocab_size].float()
+            theirs = (theirs if sequence is None else sequence.part(theirs)).flatten(0, 1)
     except RuntimeError as error:
         if not _OF_DTYPES.search(str(error)):
             raise
@@ -107,7 +111,7 @@ def check_documents(model: Student | Teacher, input_ids: torch.Tensor, vocab_siz
         bias = None if head.bias is None else head.bias[:vocab_size]
         return apply_form(functional.linear(hidden[looked_at], head.weight[:vocab_size], bias), head.form)[0].float()
 
-    with uncompiled(), model.evaluating():
+    with uncompiled(), model.evaluating(), whole_samples(model.sequence):
         (behind, alone), (behind_other, _) = (
             model(torch.stack([torch.cat([one, second]), torch.cat([second, one])]), logits, positions).chunk(2)
             for one in (first, (first + 1) % vocab_size)

@@ -32,6 +32,7 @@ from ddk_ds.engine.model_files import DTYPES, ModelFiles, model_shape
 from ddk_ds.engine.process_memory import freed_at_once
 from ddk_ds.engine.resizing import resized
 from ddk_ds.engine.router_loss import RouterLoss, router_loss
+from ddk_ds.engine.sequence_parallel import SequenceGroup, sequence_group, split_attention
 from ddk_ds.engine.stage_clock import StageClock, time_gathers, time_reductions
 from ddk_ds.engine.transfers import HostCopy
 from ddk_ds.engine.unloaded_models import backbone_of, meta_model, no_init_weights
@@ -50,6 +51,8 @@ class Student:
     parameters: dict[str, nn.Parameter]
     stored: StoredForm
     clock: StageClock
+    sequence: SequenceGroup | None = None
+    """The ranks that share each sample; None if it is this rank's own."""
 
     def __call__(self, input_ids: torch.Tensor, function: HeadFunction, positions: torch.Tensor | None = None) -> Any:
         """Return `function(hidden, head)` for token ids (B, L), with hidden states (B*L, H), in an engine's pass.
@@ -238,7 +241,13 @@ def load_student(
     if config.preset.freezes_student:
         model.requires_grad_(False)
     router = None if config.preset.freezes_student else router_loss(model, config.student.router_aux_loss)
-    root = _root(model, files, filters, router)
+    sequence = sequence_group(config, comm)
+    if router is not None and sequence is not None:
+        raise ConfigError(
+            f"train.sequence_parallel is {sequence.size}, but the routers of {type(model).__name__} are balanced over "
+            "whole samples: set student.router_aux_loss to 0, or train.sequence_parallel to 1"
+        )
+    root = _root(model, files, filters, router, sequence)
     engine, _, _, _ = deepspeed.initialize(model=root, optimizer=_adamw(root, config), config=ds_config)
     engine.checkpoint_engine = writer = ShardWriter()
     engine._copy_recovery_script = partial(writer.keep_error, engine._copy_recovery_script)
@@ -250,7 +259,7 @@ def load_student(
     time_reductions(engine.optimizer, clock, "reduce")
     own = model_tensors(model)
     parameters: Any = {name: own[name] for conversion in stored.parameters for name in conversion.targets}
-    return Student(engine, model, parameters, stored, clock)
+    return Student(engine, model, parameters, stored, clock, sequence)
 
 
 def _reduce_behind_the_host(optimizer: Any) -> None:
@@ -299,10 +308,14 @@ def unloaded_student(files: ModelFiles, *, trusted: bool) -> tuple[StoredForm, d
 
 
 def _root(
-    model: PreTrainedModel, files: ModelFiles, filters: LayerFilters | None, router: RouterLoss | None = None
+    model: PreTrainedModel,
+    files: ModelFiles,
+    filters: LayerFilters | None,
+    router: RouterLoss | None = None,
+    sequence: SequenceGroup | None = None,
 ) -> StudentRoot:
     head = model.get_output_embeddings()
-    return StudentRoot(backbone_of(model), head, files.logit_form, filters, files.num_layers, router)
+    return StudentRoot(backbone_of(model), head, files.logit_form, filters, files.num_layers, router, sequence)
 
 
 class _OneDtype(deepspeed.zero.Init):
@@ -335,7 +348,9 @@ def load_built(
     """
     use_own_masks()
     trusted = model.trust_remote_code
-    kernel = choose_attention(files.config, files.directory, key.removesuffix(".path"), model).kernel
+    kernel: str = choose_attention(files.config, files.directory, key.removesuffix(".path"), model).kernel
+    if sequence := sequence_group(config, comm):
+        kernel = split_attention(kernel, sequence)
     hf_config = files.hf_config(trusted=trusted)
     hf_config.use_cache = False
     dtype = DTYPES[config.train.precision]

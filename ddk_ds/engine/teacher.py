@@ -25,6 +25,7 @@ from ddk_ds.engine.head import TEACHER_GATHER, FrozenHead, HeadFunction
 from ddk_ds.engine.layers import LayerByLayer, layers_of, prepare_layers
 from ddk_ds.engine.model_files import ModelFiles, model_shape
 from ddk_ds.engine.quantized import quantize_layers
+from ddk_ds.engine.sequence_parallel import SequenceGroup, sequence_group
 from ddk_ds.engine.stage_clock import StageClock, time_gathers
 from ddk_ds.engine.student import check_vocabulary, load_built, zero_init
 from ddk_ds.engine.unloaded_models import backbone_of
@@ -47,7 +48,9 @@ class Teacher:
         layers: LayerByLayer | None,
         clock: StageClock,
         unquantized: Sequence[str] = (),
+        sequence: SequenceGroup | None = None,
     ) -> None:
+        self.sequence = sequence
         self.engine = engine
         """The backbone's engine; of a resident teacher the backbone itself."""
         self.whole = whole
@@ -81,7 +84,7 @@ class Teacher:
 
     def _states(self, input_ids: torch.Tensor, positions: torch.Tensor | None, parts: int = 1) -> torch.Tensor:
         with documents_apart(positions):
-            given = backbone_inputs(backbone_of(self.whole), input_ids, positions, parts)
+            given = backbone_inputs(backbone_of(self.whole), input_ids, positions, parts, self.sequence)
             states: torch.Tensor = self.engine(**given, use_cache=False).last_hidden_state
         return states.to(self.head.dtype)
 
@@ -156,7 +159,7 @@ def load_teacher(
     model.requires_grad_(False).eval()
     clock = clock or StageClock(device.type)
     head = FrozenHead(model.get_output_embeddings(), files.logit_form, clock)
-    backbone = backbone_of(model)
+    backbone, sequence = backbone_of(model), sequence_group(config, comm)
     taps = None if shape is None else LayerTaps(backbone, [pair[1] for pair in shape.pairs], files.num_layers)
     unquantized: Sequence[str] = ()
     if section.quantize != "none":
@@ -168,7 +171,7 @@ def load_teacher(
             compile_whole(backbone, model.config, device.type)
         elif section.compile_layers:  # the hooks of the taps stay outside of what is compiled
             compile_layers(layers_of(backbone, files.num_layers), model.config)
-        return Teacher(backbone, model, head, taps, None, clock, unquantized)
+        return Teacher(backbone, model, head, taps, None, clock, unquantized, sequence)
     prepare_layers(backbone, files.num_layers, section)
     layers = LayerByLayer(layers_of(backbone, files.num_layers)) if section.pass_size > 1 else None
     engine, _, _, _ = deepspeed.initialize(model=backbone, config=ds_config)
@@ -176,7 +179,7 @@ def load_teacher(
     assert not hasattr(engine.optimizer, "fp32_partitioned_groups_flat"), "the teacher's engine holds optimizer state"
     brake = GatherBrake(get_accelerator(), stored.largest_layer)
     time_gathers(engine.optimizer.get_param_coordinator(), brake, clock, TEACHER_GATHER)
-    return Teacher(engine, model, head, taps, layers, clock, unquantized)
+    return Teacher(engine, model, head, taps, layers, clock, unquantized, sequence)
 
 
 def _leave(module: nn.Module) -> None:

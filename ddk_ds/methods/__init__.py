@@ -7,13 +7,22 @@ from typing import Any
 from ddk_ds.config import Config
 from ddk_ds.engine.teacher import Teacher
 from ddk_ds.kernels import Options
-from ddk_ds.methods.base import IGNORE_INDEX, Batch, Method, next_token_labels, token_losses
+from ddk_ds.methods.base import IGNORE_INDEX, Batch, Method, next_token_labels, own_labels, token_losses
 from ddk_ds.methods.cached_distillation import CachedDistillation, CachedTeacher
 from ddk_ds.methods.distillation import ContinuedPretraining, Distillation
 from ddk_ds.methods.doremi import DoremiProxy
 from ddk_ds.methods.ted import Ted, TedFilters
 
-__all__ = ["IGNORE_INDEX", "Batch", "CachedTeacher", "Method", "make_method", "next_token_labels", "token_losses"]
+__all__ = [
+    "IGNORE_INDEX",
+    "Batch",
+    "CachedTeacher",
+    "Method",
+    "make_method",
+    "next_token_labels",
+    "own_labels",
+    "token_losses",
+]
 
 
 def make_method(

@@ -14,6 +14,7 @@ from ddk_ds.comm import Comm
 from ddk_ds.data.teacher_samples import Record
 from ddk_ds.engine.head import OutputHead
 from ddk_ds.engine.student import Student
+from ddk_ds.engine.teacher import Teacher
 from ddk_ds.kernels import KDLoss, Options, linear_kd_loss, linear_nll
 
 IGNORE_INDEX = -100
@@ -26,7 +27,8 @@ class Batch:
     input_ids: torch.Tensor
     """(B, L) int64 token ids."""
     labels: torch.Tensor
-    """(B, L) int64; tokens whose label is IGNORE_INDEX are ignored."""
+    """(B, L) int64, or this rank's part of the positions (`train.sequence_parallel`); tokens whose label is
+    IGNORE_INDEX are ignored."""
     domain: torch.Tensor
     """(B,) int64 on the CPU: index of each sample's domain."""
     domain_tokens: torch.Tensor
@@ -58,6 +60,14 @@ def next_token_labels(input_ids: torch.Tensor, positions: torch.Tensor | None = 
 def tokens_of(batches: Sequence[Batch]) -> tuple[list[torch.Tensor], list[torch.Tensor | None]]:
     """Return the token ids and positions (B, L) of each micro-batch, as `Teacher.hidden` takes them."""
     return [batch.input_ids for batch in batches], [batch.positions for batch in batches]
+
+
+def own_labels(
+    model: Student | Teacher, input_ids: torch.Tensor, positions: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Return the labels of input_ids (B, L) at the positions whose hidden states this rank has: all, or its part."""
+    labels = next_token_labels(input_ids, positions)
+    return labels if model.sequence is None else model.sequence.part(labels)
 
 
 class Method(Protocol):

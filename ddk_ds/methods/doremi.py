@@ -72,7 +72,7 @@ class DoremiProxy:
         return student(batch.input_ids, partial(self._weighted, batch=batch, reference=teacher_output), batch.positions)
 
     def _weighted(self, hidden: torch.Tensor, head: OutputHead, batch: Batch, reference: torch.Tensor) -> KDLoss:
-        length = batch.input_ids.shape[1]
+        length = batch.labels.shape[1]
         labels, device = batch.labels.flatten(), hidden.device
         weights = to_device(torch.from_numpy(self._weights.proportions), device) * (batch.domain_tokens > 0)
         weights = (weights / weights.sum()).to(torch.promote_types(hidden.dtype, torch.float32))

@@ -46,7 +46,7 @@ class _Change:
 
 def advise(config: Config, models: Models, cluster: Cluster) -> list[Advice]:
     """Try every single change and more nodes; if no single change is enough, combine them until the run fits."""
-    singles = list(_possible_changes(config, plan_memory(config, models, cluster)))
+    singles = list(_possible_changes(config, models, cluster, plan_memory(config, models, cluster)))
     tried = [_try(config, models, cluster, [change]) for change in singles]
     if any(advice.fits for advice in tried):
         return [*tried, *_more_nodes(config, models, cluster, [])]
@@ -77,7 +77,7 @@ def _widened(config: Config, models: Models, cluster: Cluster, changes: list[_Ch
     return [_micro_batch(largest) if largest and "train" in change.sections else change for change in changes]
 
 
-def _possible_changes(config: Config, now: MemoryPlan) -> Iterator[_Change]:
+def _possible_changes(config: Config, models: Models, cluster: Cluster, now: MemoryPlan) -> Iterator[_Change]:
     """Yield every change that saves memory and is not made in the configuration yet, the cheapest first."""
     sharded: dict[str, Any] = {}
     if config.teacher is not None and config.teacher.place == "gpu":
@@ -90,11 +90,24 @@ def _possible_changes(config: Config, now: MemoryPlan) -> Iterator[_Change]:
         yield _Change({"student": {"gradient_checkpointing": True}}, "the student's forward pass is computed twice")
     if 0 < now.max_dividing < config.train.micro_batch_samples:
         yield _micro_batch(now.max_dividing)
+    if not now.max_dividing and _can_share(config, models, ranks := 2 * config.train.sequence_parallel, cluster):
+        price = "attention exchanges its queries, keys and values between the ranks of a sample"
+        yield _Change({"train": {"sequence_parallel": ranks}}, price)
     if config.optimizer.offload == "none":
         yield _Change({"optimizer": {"offload": "cpu"}}, "gradients and weights cross PCIe, the host updates")
     if config.teacher is not None and config.teacher.offload_params == "none":
         price = "the teacher's shards cross PCIe for each micro-batch"
         yield _Change({"teacher": {**sharded, "offload_params": "cpu"}}, price)
+
+
+def _can_share(config: Config, models: Models, ranks: int, cluster: Cluster) -> bool:
+    """Return True if that many ranks of a node can share each sample: what the run itself would refuse is left out."""
+    shapes = [model.shape for model in (models.student, models.teacher) if model is not None]
+    whole = config.preset.filters is not None or (config.teacher is not None and config.teacher.cache is not None)
+    per_rank, rest = divmod(config.train.global_batch_samples * ranks, cluster.ranks)
+    fits = not rest and per_rank % config.train.micro_batch_samples == 0 and cluster.gpus_per_node % ranks == 0
+    heads = all(shape.heads % ranks == 0 and shape.best_kernel != "eager" for shape in shapes)
+    return fits and heads and not whole and config.data.sequence_length % ranks == 0
 
 
 def _more_nodes(config: Config, models: Models, cluster: Cluster, changes: list[_Change]) -> list[Advice]:
@@ -108,7 +121,7 @@ def _more_nodes(config: Config, models: Models, cluster: Cluster, changes: list[
     nodes = 2 * cluster.nodes
     while nodes <= MOST_NODES:
         larger = replace(cluster, nodes=nodes)
-        per_rank, remainder = divmod(config.train.global_batch_samples, larger.ranks)
+        per_rank, remainder = divmod(config.train.global_batch_samples * config.train.sequence_parallel, larger.ranks)
         if remainder or not per_rank:
             break
         wanted = changed(config, **_merged(changes)).train.micro_batch_samples

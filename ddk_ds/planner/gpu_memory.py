@@ -68,7 +68,7 @@ def plan_memory(config: Config, models: Models, cluster: Cluster) -> MemoryPlan:
         return estimate(other, models, cluster).passes["activations"]
 
     largest = _largest(fits)
-    per_rank, remainder = divmod(config.train.global_batch_samples, cluster.ranks)
+    per_rank, remainder = divmod(config.train.global_batch_samples * config.train.sequence_parallel, cluster.ranks)
     dividing = [n for n in range(1, min(largest, per_rank) + 1) if per_rank % n == 0 and not remainder]
     return MemoryPlan(
         device_parts=_plan_parts({**total.resident, **total.passes, **total.update, **total.loading}),

@@ -111,7 +111,7 @@ def _with_batch(config: Config, samples: int, ranks: int) -> Config:
 
     Its micro-batch is the configured one, or the largest smaller one that divides the samples of a rank.
     """
-    per_rank = samples // ranks
+    per_rank = samples * config.train.sequence_parallel // ranks
     largest = min(config.train.micro_batch_samples, per_rank)
     micro_batch = next(n for n in range(largest, 0, -1) if per_rank % n == 0)
     return changed(config, train={"global_batch_samples": samples, "micro_batch_samples": micro_batch})

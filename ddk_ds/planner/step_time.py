@@ -23,14 +23,14 @@ The simulation, part by part:
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from ddk_ds.config import Config
 from ddk_ds.engine.ds_config import RELIED_ON
 from ddk_ds.engine.flops import teacher_runs, training_flops
 from ddk_ds.engine.memory_estimate import OPTIMIZER_BYTES, REDUCE_BYTES
-from ddk_ds.engine.model_files import COMPUTE_BYTES
+from ddk_ds.engine.model_files import COMPUTE_BYTES, ModelShape
 from ddk_ds.errors import ConfigError
 from ddk_ds.planner.gpus import LINK_EFFICIENCY, MEMORY_EFFICIENCY, Cluster
 from ddk_ds.planner.plan_inputs import Models, PlannedModel
@@ -171,6 +171,8 @@ class _Pass:
     first_s: float
     """Seconds of the first gather, which nothing hides."""
     host_s: float
+    exchange_s: float = 0.0
+    """Seconds of the exchanges in attention between the ranks of a sample."""
 
     def add_to(self, parts: dict[str, float], model: str, times: int) -> None:
         """Add `times` of this pass to the parts of a step; the model is "teacher" or "student"."""
@@ -180,6 +182,8 @@ class _Pass:
             f"{model}: {NOT_HIDDEN}": self.first_s + device_s - self.compute_s,
             _HOST_PART: max(0.0, self.host_s - device_s),
         }
+        if self.exchange_s:
+            pass_parts[f"{model}: exchanges in attention"] = self.exchange_s
         for part, seconds in pass_parts.items():
             parts[part] = parts.get(part, 0.0) + times * seconds
 
@@ -192,7 +196,8 @@ class _Simulation:
         self.compute_bytes = COMPUTE_BYTES[config.train.precision]
         self.flop_per_s = cluster.gpu.peak_flop_per_s * cluster.gpu.compute_efficiency
         self.memory_bytes_per_s = cluster.gpu.hbm_bytes_per_s * MEMORY_EFFICIENCY
-        self.micro_batch_tokens = config.train.micro_batch_samples * config.data.sequence_length
+        self.sharing = config.train.sequence_parallel
+        self.micro_batch_tokens = config.train.micro_batch_samples * config.data.sequence_length // self.sharing
         fp8 = config.teacher is not None and config.teacher.quantize == "fp8" and teacher_runs(config)
         if fp8 and cluster.gpu.fp8_peak_flop_per_s is None:
             raise ConfigError(
@@ -231,6 +236,7 @@ class _Simulation:
             communication_s=self.gather_s(elements, shape.layers, within),
             first_s=self.gather_s(elements / max(1, shape.layers), 1, within),
             host_s=self.hooks_s(model),
+            exchange_s=self.exchange_s(shape, tokens),
         )
 
     def compute_s(self, model: PlannedModel) -> float:
@@ -262,7 +268,15 @@ class _Simulation:
             communication_s=gathers_s + self.collectives_s(reduce_bytes, shape.parameters, shape.layers),
             first_s=0.0,
             host_s=self.hooks_s(model) * (2 if self.config.student.gradient_checkpointing else 1),
+            exchange_s=self.exchange_s(shape, self.micro_batch_tokens) * (2 if recomputes else 1),
         )
+
+    def exchange_s(self, shape: ModelShape, tokens: int) -> float:
+        """Return the time of a pass's exchanges in attention between the ranks of a sample, which nothing hides."""
+        group = replace(self.cluster, gpus_per_node=min(self.sharing, self.cluster.gpus_per_node))
+        group = replace(group, nodes=max(1, self.sharing // group.gpus_per_node))
+        width = 2 * shape.attention + 2 * max(shape.key_value, shape.attention // shape.heads * self.sharing)
+        return collective_s(self.compute_bytes * tokens * width * shape.layers, 4 * shape.layers, group)
 
     def hooks_s(self, model: PlannedModel) -> float:
         """Return the host's time for a pass over the layers, most of which is ZeRO-3's hooks."""
@@ -296,11 +310,12 @@ class _Simulation:
 
     def measurement_s(self, domains: int) -> float:
         """Return the time of measuring the student's perplexity on all domains."""
-        per_rank = math.ceil(self.config.data.validation_samples / self.cluster.ranks)
+        per_rank = math.ceil(self.config.data.validation_samples * self.sharing / self.cluster.ranks)
         samples = min(per_rank, self.config.train.micro_batch_samples)
         passes = domains * math.ceil(per_rank / self.config.train.micro_batch_samples)
         parts: dict[str, float] = {}
-        forward = self.forward(self.models.student, samples * self.config.data.sequence_length, "world")
+        tokens = samples * self.config.data.sequence_length // self.sharing
+        forward = self.forward(self.models.student, tokens, "world")
         forward.add_to(parts, "student", passes)
         return sum(parts.values())
 

@@ -24,6 +24,7 @@ from ddk_ds.engine.ds_config import student_ds_config
 from ddk_ds.engine.eight_bits import skipped_layers
 from ddk_ds.engine.filters import FilterShape, check_filters, filter_shape
 from ddk_ds.engine.model_files import ModelFiles, check_code, model_directory, read_model
+from ddk_ds.engine.sequence_parallel import check_sequence_parallel
 from ddk_ds.errors import ConfigError, DataError
 from ddk_ds.mixture.controllers import make_controller
 from ddk_ds.mixture.decide import Controller
@@ -157,6 +158,8 @@ def check_files(
             attention[key] = choose_attention(files.config, files.directory, key, model)
             if masked:
                 check_apart(files.config, files.directory, key, model)
+            sharing = config.train.sequence_parallel
+            check_sequence_parallel(files.config, key, attention[key].kernel, sharing, masked=masked)
     pair = f"student.path {student.directory}" + ("" if teacher is None else f" and teacher.path {teacher.directory}")
     vocabulary = shared_vocabulary(tokenizer, student.vocab_rows, theirs, pair)
     check_use(vocabulary, manifest, names)

@@ -173,8 +173,8 @@ def _train_interval(run: Run, ids: Ids) -> None:
     batches = interval_loader(
         run.dataset,
         ids,
-        rank=comm.rank,
-        world=comm.world_size,
+        rank=comm.rank // config.train.sequence_parallel,
+        world=comm.world_size // config.train.sequence_parallel,
         micro_batch=config.train.micro_batch_samples,
         start_sample=state.data.consumed,
         readers=run.readers,

@@ -40,7 +40,7 @@ _FREE = {
         "cache": {"path", "mode"},
     },
     "mixture": {"schedule_file"},  # the hash of its content is in the identity
-    "train": {"micro_batch_samples", "nvme_path"},
+    "train": {"micro_batch_samples", "sequence_parallel", "nvme_path"},
     "ted": {"filters"},  # the hash of its content is in the identity
 }
 _INIT_FROM = "content.init_from"

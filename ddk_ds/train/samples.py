@@ -15,6 +15,7 @@ from ddk_ds.config import Config
 from ddk_ds.data.loader import HeldOutBatch
 from ddk_ds.data.tokenizer import TokenizerInfo, continuation
 from ddk_ds.engine.head import OutputHead
+from ddk_ds.engine.sequence_parallel import whole_samples
 from ddk_ds.engine.student import Student
 from ddk_ds.engine.teacher import Teacher
 from ddk_ds.errors import ConfigError
@@ -120,7 +121,7 @@ class Sampler:
         prompts = list(self._prompts.values())
         rows = max(1, self._budget // (max(map(len, prompts)) + self._tokens))
         texts = []
-        with model.evaluating():
+        with model.evaluating(), whole_samples(model.sequence):
             for begin in range(0, len(prompts), rows):
                 part = prompts[begin : begin + rows]
                 new = greedy(model, part, self._tokens, self._vocab_size, self._device, poll)

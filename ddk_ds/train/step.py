@@ -20,7 +20,7 @@ from ddk_ds.engine.flops import utilisation
 from ddk_ds.engine.student import Student
 from ddk_ds.engine.transfers import to_device
 from ddk_ds.kernels import KDLoss
-from ddk_ds.methods import IGNORE_INDEX, Batch, Method, next_token_labels
+from ddk_ds.methods import IGNORE_INDEX, Batch, Method, own_labels
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ def train_step(
             step's.
     """
     clock = student.clock
-    labels = [next_token_labels(batch["input_ids"], batch.get("positions")) for batch in micro_batches]
+    labels = [own_labels(student, batch["input_ids"], batch.get("positions")) for batch in micro_batches]
     domain_tokens = torch.zeros(num_domains, dtype=torch.float64)
     for micro_batch, label in zip(micro_batches, labels, strict=True):
         domain_tokens.index_add_(0, micro_batch["domain"], (label != IGNORE_INDEX).sum(1).double())

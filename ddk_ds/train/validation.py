@@ -16,7 +16,7 @@ from ddk_ds.engine.student import Student
 from ddk_ds.engine.teacher import Teacher
 from ddk_ds.engine.transfers import to_device
 from ddk_ds.kernels import Options
-from ddk_ds.methods import IGNORE_INDEX, next_token_labels, token_losses
+from ddk_ds.methods import IGNORE_INDEX, own_labels, token_losses
 from ddk_ds.mixture.domain_vectors import perplexity
 
 # For each domain its micro-batches, the same number on every rank.
@@ -51,7 +51,7 @@ def perplexities(
         for domain, domain_batches in enumerate(batches):
             poll()
             for batch in domain_batches:
-                labels = next_token_labels(batch.input_ids, batch.positions)
+                labels = own_labels(model, batch.input_ids, batch.positions)
                 labels[~batch.real] = IGNORE_INDEX
                 flat = labels.flatten().to(device)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from pathlib import Path
 from typing import Any
 
@@ -49,19 +48,21 @@ def compare(
         save_model(root / "student", vocab=VOCAB + 6, tied=tied, seed=1, **(shape or {}))
         save_model(root / "teacher", hidden=48, vocab=VOCAB + 19, tied=tied, seed=2, **(shape or {}))
     comm.barrier()
-    config = _config(root, micro_batches * comm.world_size, checkpointing, method, sections or {})
+    sharing = (sections or {}).get("train", {}).get("sequence_parallel", 1)
+    rank, world = comm.rank // sharing, comm.world_size // sharing
+    config = _config(root, micro_batches * world, checkpointing, method, sections or {})
     student = load_student(config, read_model(root / "student", "student.path"), VOCAB, comm)
     teacher = None
     if config.teacher is not None:
         teacher = load_teacher(config, read_model(root / "teacher", "teacher.path"), VOCAB, comm)
     head = Options(VOCAB, gamma=0.0, chunk_tokens=16)
     loop = make_method(config, teacher, head, 1, {})
-    held_out = [[HeldOutBatch(batch[:2], torch.tensor([True, comm.rank == 0]))] for batch in _batches(7, 2)]
+    held_out = [[HeldOutBatch(batch[:2], torch.tensor([True, rank == 0]))] for batch in _batches(7, 2)]
     options = {"options": head, "device": runtime.device, "comm": comm}
     metrics, ppl = [], []
     for step, samples in enumerate(_batches(0, STEPS)):
         rate = learning_rate(step, STEPS, config.optimizer)
-        rows = samples.reshape(micro_batches, comm.world_size, -1, LENGTH)[:, comm.rank]
+        rows = samples.reshape(micro_batches, world, -1, LENGTH)[:, rank]
         batch: Any = [
             {"input_ids": r, **dict.fromkeys(("domain", "sample_id"), torch.zeros(len(r), dtype=torch.int64))}
             for r in rows
@@ -85,7 +86,7 @@ def compare(
                 ppl.append(perplexities(teacher, held_out, **options).tolist())
     return {
         "ours": [[m.loss, m.ce, m.kl, m.grad_norm, m.router_aux_loss or 0.0] for m in metrics],
-        "plain": _plain(root, config, evaluate, micro_batches * comm.world_size) if comm.rank == 0 else None,
+        "plain": _plain(root, config, evaluate, micro_batches * world, world) if comm.rank == 0 else None,
         "ppl": ppl,
         "tokens": [m.domain_tokens for m in metrics],
         "weight_error": _weight_error(student, root, comm.rank),
@@ -98,7 +99,7 @@ def _config(root: Path, passes: int, checkpointing: bool | str, method: str, mor
     sections: dict[str, Any] = {
         "student": {"gradient_checkpointing": checkpointing, **more.get("student", {})},
         "teacher": more.get("teacher", {}),
-        "train": {"global_batch_samples": SAMPLES, "micro_batch_samples": SAMPLES // passes},
+        "train": {"global_batch_samples": SAMPLES, "micro_batch_samples": SAMPLES // passes, **more.get("train", {})},
         # AdamW divides by the root of the squared gradient: with the default eps a gradient of rounding noise would
         # become a step of the learning rate's size, in other directions on both sides.
         "optimizer": {"eps": 1e-5},
@@ -118,7 +119,7 @@ def _batches(seed: int, count: int) -> list[torch.Tensor]:
     return batches
 
 
-def _plain(root: Path, config: Config, evaluate: bool, parts: int) -> dict[str, Any]:
+def _plain(root: Path, config: Config, evaluate: bool, parts: int, world: int) -> dict[str, Any]:
     """The same training as one would write it without DeepSpeed, chunks or shards."""
     student = AutoModelForCausalLM.from_pretrained(root / "student")
     teacher = AutoModelForCausalLM.from_pretrained(root / "teacher") if config.teacher is not None else None
@@ -159,13 +160,13 @@ def _plain(root: Path, config: Config, evaluate: bool, parts: int) -> dict[str, 
         optimizer.step()
         steps.append([float(value.detach()) for value in (loss, ce, kl, norm, router)])
         if evaluate and step in (1, 4):
-            ppl += [_plain_ppl(model) for model in (student, teacher) if model is not None]
+            ppl += [_plain_ppl(model, world) for model in (student, teacher) if model is not None]
     student.save_pretrained(root / "plain")
     return {"steps": steps, "ppl": ppl}
 
 
-def _plain_ppl(model: Any) -> list[float]:
-    """Each domain: rank 0's first two samples, and every other rank's first one, which is the same sample."""
+def _plain_ppl(model: Any, world: int) -> list[float]:
+    """Each domain: rank 0's first two samples, and the first one of each other rank of `world`, the same sample."""
     values = []
     for batch in _batches(7, 2):
         with torch.no_grad():
@@ -173,7 +174,6 @@ def _plain_ppl(model: Any) -> list[float]:
                 model(batch[:2]).logits[..., :VOCAB].transpose(1, 2), next_token_labels(batch[:2]), reduction="none"
             ).sum(1)
         values.append([float(v) for v in nll])
-    world = int(os.environ["WORLD_SIZE"])
     return [math.exp((world * first + second) / ((world + 1) * (LENGTH - 1))) for first, second in values]
 
 

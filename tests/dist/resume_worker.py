@@ -74,6 +74,12 @@ def go_on(runtime: Runtime, config_path: str, name: str) -> None:
     train(prepare(runtime, config_path, name))
 
 
+def change_over(runtime: Runtime, config_paths: list[str], name: str, lines: int) -> None:
+    """Train until that many lines of the ledger are written, and then to the end under the second configuration."""
+    break_off(runtime, config_paths[0], name, lines)
+    go_on(runtime, config_paths[1], name)
+
+
 def go_on_counting(runtime: Runtime, config_path: str, name: str, lines: int | None = None) -> dict[str, list[int]]:
     """Train on, to the end or until that many lines of the ledger are written.
 

@@ -10,23 +10,32 @@ import pytest
 from tests.dist.ranks import run_ranks
 
 CASES = [
-    # world, micro-batches a rank, tied heads, checkpointing, evaluation between steps, method
-    (2, 4, True, True, True, "ddk"),
+    # world, micro-batches a rank, tied heads, checkpointing, evaluation between steps, method, ranks of a sample
+    (2, 4, True, True, True, "ddk", 1),
+    (4, 2, True, True, True, "ddk", 2),
     *(
         pytest.param(*case, marks=pytest.mark.long("20 s of CPU; the case above has all of its parts but one"))
         for case in (
-            (2, 1, False, False, True, "ddk"),
-            (1, 2, True, False, False, "ddk"),
-            (2, 4, False, True, False, "ddk"),
-            (2, 2, True, False, True, "cpt"),
+            (2, 1, False, False, True, "ddk", 1),
+            (1, 2, True, False, False, "ddk", 1),
+            (2, 4, False, True, False, "ddk", 1),
+            (2, 2, True, False, True, "cpt", 1),
+            (4, 1, False, False, True, "ddk", 4),
         )
     ),
 ]
 
 
-@pytest.mark.parametrize(("world", "micro_batches", "tied", "checkpointing", "evaluate", "method"), CASES)
+@pytest.mark.parametrize(("world", "micro_batches", "tied", "checkpointing", "evaluate", "method", "sharing"), CASES)
 def test_training_equals_plain_training(
-    tmp_path: Path, world: int, micro_batches: int, tied: bool, checkpointing: bool, evaluate: bool, method: str
+    tmp_path: Path,
+    world: int,
+    micro_batches: int,
+    tied: bool,
+    checkpointing: bool,
+    evaluate: bool,
+    method: str,
+    sharing: int,
 ) -> None:
     result = run_ranks(
         "tests.dist.parity_worker:compare",
@@ -37,6 +46,7 @@ def test_training_equals_plain_training(
         checkpointing=checkpointing,
         evaluate=evaluate,
         method=method,
+        sections={"train": {"sequence_parallel": sharing}},
     )
     # loss, CE, KL and gradient norm of 5 AdamW steps, then every weight
     np.testing.assert_allclose(result["ours"], result["plain"]["steps"], rtol=1e-6, atol=1e-8)

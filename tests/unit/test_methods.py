@@ -163,7 +163,7 @@ def test_the_loop_knows_no_method() -> None:
             if isinstance(node, ast.ImportFrom):
                 imported = {alias.name for alias in node.names}
                 if node.module == "ddk_ds.methods":
-                    assert imported <= {"IGNORE_INDEX", "Batch", "Method", "next_token_labels"}, f"{name}: {imported}"
+                    assert imported <= {"IGNORE_INDEX", "Batch", "Method", "own_labels"}, f"{name}: {imported}"
                 assert node.module is None or not node.module.startswith("ddk_ds.methods."), node.module
             if isinstance(node, ast.Attribute) and node.attr in ("method", "preset"):
                 assert ast.unparse(node.value) in ("state", "metrics"), ast.unparse(node)

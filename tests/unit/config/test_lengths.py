@@ -113,6 +113,18 @@ def test_sections_that_do_not_fit_together_are_refused() -> None:
     assert refused(data=twice) and not refused(data={**twice, "domains": ["a", "b"]})
 
 
+def test_ranks_share_samples_only_where_that_is_right() -> None:
+    shared = {"train": {"sequence_parallel": 4, "global_batch_samples": 6, "micro_batch_samples": 1}}
+    assert config_with({}, **shared, data={"path": "data", "sequence_length": 32}).micro_batches(8) == 3
+    for ranks, words in ((6, "does not divide the number of ranks"), (2, "does not divide the number of ranks")):
+        with pytest.raises(ConfigError, match=words):
+            config_with({}, **shared, data={"path": "data", "sequence_length": 32}).micro_batches(ranks)
+    assert refused(**shared, data={"path": "data", "sequence_length": 30})
+    cached = {"path": "t", "cache": {"path": "caches/t"}}
+    assert refused(**shared, teacher=cached) and not refused(teacher=cached)
+    assert refused(**shared, method="ted", ted={"filters": "filters.safetensors"})
+
+
 @pytest.mark.parametrize("place", ["optimizer", "student", "teacher", None])
 def test_what_goes_to_nvme_needs_its_directory(place: str | None) -> None:
     sections: dict[str, Any] = {"optimizer": {"warmup_steps": 0}}

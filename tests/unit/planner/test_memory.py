@@ -37,7 +37,7 @@ def config_of(**values: Any) -> Config:
     return make_config({**base, "stop": {"steps": 4000}, **values}, "test")
 
 
-def held(values: dict[str, Any], *, checkpointing: bool) -> int:
+def held(values: dict[str, Any], *, checkpointing: bool, length: int = LENGTH) -> int:
     """Return torch's peak in forward and backward of one sample, without parameters and their gradients, in bytes.
 
     Fake tensors have sizes and no memory. Gradients are dropped as soon as they exist, as ZeRO-3 does.
@@ -52,26 +52,29 @@ def held(values: dict[str, Any], *, checkpointing: bool) -> int:
         tracker = MemTracker()
         tracker.track_external(model)
         with tracker:
-            ids = torch.zeros(1, LENGTH, dtype=torch.int64)
+            ids = torch.zeros(1, length, dtype=torch.int64)
             model.base_model(input_ids=ids, use_cache=False).last_hidden_state.sum().backward()
     [peak] = tracker.get_tracker_snapshot("peak").values()
     named = {str(getattr(key, "value", key)): value for key, value in peak.items()}
     return named["Total"] - named["Parameter"] - named["Gradient"]
 
 
-@pytest.mark.parametrize("model", ["Qwen1.5-1.8B", "Qwen1.5-4B"])
+@pytest.mark.parametrize(
+    ("model", "length"), [("Qwen1.5-1.8B", 2048), ("Qwen1.5-4B", 2048), ("Qwen1.5-1.8B", 16_384), ("Qwen3-4B", 32_768)]
+)
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_activations_are_torchs(model: str, checkpointing: bool, tmp_path: Path) -> None:
+def test_activations_are_torchs(model: str, length: int, checkpointing: bool, tmp_path: Path) -> None:
     """Layers have their full width; there are only 6 of them and a small vocabulary, to save time."""
     values = json.loads((ROOT / f"configs/models/{model}.json").read_text())
     values |= {"num_hidden_layers": 6, "vocab_size": 1000}
     (tmp_path / "config.json").write_text(json.dumps(values))
     shape = model_shape(configured_files(tmp_path / "config.json"))
     student = {"path": "s", "gradient_checkpointing": checkpointing}
-    config = config_of(method="cpt", teacher=None, student=student)
+    data = {"path": "d", "sequence_length": length}
+    config = config_of(method="cpt", teacher=None, student=student, data=data)
     parts = estimate_memory(config, shape, None, 1000, 1).passes
     assert parts["activations"] + parts["hidden states"] == pytest.approx(
-        held(values, checkpointing=checkpointing), rel=0.1
+        held(values, checkpointing=checkpointing, length=length), rel=0.1
     )
 
 
