@@ -11,6 +11,7 @@ import pytest
 from tests.dist.ranks import run_ranks
 from tools.bench.small_run import without_clock, write_config
 
+MASKED = {"documents": "masked"}
 SHAPES: dict[str, dict[str, Any]] = {
     "gemma3_text": {},
     "gpt_bigcode": {"attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0},
@@ -37,9 +38,9 @@ def test_windows_and_learned_positions_are_those_of_the_whole_sample(tmp_path: P
 
 
 def test_a_run_goes_on_with_other_ranks_of_a_sample(workspace: Path, tmp_path: Path) -> None:
-    """Samples, proportions and numbers are those of a run whose ranks have samples of their own; 2 ranks."""
+    """Samples, proportions and numbers are those of a run whose ranks have samples of their own. Documents are apart."""
     alone, shared = (
-        str(write_config(workspace, tmp_path, name=name, train={"sequence_parallel": sharing}))
+        str(write_config(workspace, tmp_path, name=name, train={"sequence_parallel": sharing}, data=MASKED))
         for name, sharing in (("alone", 1), ("shared", 2))
     )
     run_ranks("tests.dist.resume_worker:go_on", 2, timeout_s=300, config_path=alone, name="alone")
