@@ -38,7 +38,7 @@ def test_windows_and_learned_positions_are_those_of_the_whole_sample(tmp_path: P
 
 
 def test_a_run_goes_on_with_other_ranks_of_a_sample(workspace: Path, tmp_path: Path) -> None:
-    """Samples, proportions and numbers are those of a run whose ranks have samples of their own. Documents are apart."""
+    """All numbers are those of a run whose ranks have samples of their own, with documents apart."""
     alone, shared = (
         str(write_config(workspace, tmp_path, name=name, train={"sequence_parallel": sharing}, data=MASKED))
         for name, sharing in (("alone", 1), ("shared", 2))

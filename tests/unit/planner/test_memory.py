@@ -19,6 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from ddk_ds.config import Config, make_config
 from ddk_ds.config.sections import Student
+from ddk_ds.engine.attention_masks import use_own_masks
 from ddk_ds.engine.memory_estimate import _layer_activations as layer_activations
 from ddk_ds.engine.memory_estimate import estimate_memory
 from ddk_ds.engine.model_files import configured_files, model_shape
@@ -42,6 +43,7 @@ def held(values: dict[str, Any], *, checkpointing: bool, length: int = LENGTH) -
 
     Fake tensors have sizes and no memory. Gradients are dropped as soon as they exist, as ZeRO-3 does.
     """
+    use_own_masks()  # sdpa without a mask, as in a run: of 16,384 positions it would keep 0.5 GB in each layer
     with FakeTensorMode():
         config = AutoConfig.for_model(**values)
         model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=torch.bfloat16).train()
