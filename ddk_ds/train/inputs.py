@@ -154,12 +154,7 @@ def check_files(
     attention = {}
     for key, model, files in (("student", config.student, student), ("teacher", config.teacher, teacher)):
         if model is not None and files is not None:
-            _check_model(config, key, model, files)
-            attention[key] = choose_attention(files.config, files.directory, key, model)
-            if masked:
-                check_apart(files.config, files.directory, key, model)
-            sharing = config.train.sequence_parallel
-            check_sequence_parallel(files.config, key, attention[key].kernel, sharing, masked=masked)
+            attention[key] = _check_model(config, key, model, files, masked=masked)
     pair = f"student.path {student.directory}" + ("" if teacher is None else f" and teacher.path {teacher.directory}")
     vocabulary = shared_vocabulary(tokenizer, student.vocab_rows, theirs, pair)
     check_use(vocabulary, manifest, names)
@@ -208,12 +203,11 @@ def _check_others(
         key = f"teacher.by_domain.{name}"
         assert config.teacher is not None
         files, theirs = read_model(directory, key), load_tokenizer(directory)
-        _check_model(config, key, config.teacher, files)
+        attention = _check_model(config, key, config.teacher, files, masked=_masked(config, manifest))
         pair = f"student.path {student.directory} and {key} {directory}"
         if shared_vocabulary(tokenizer, student.vocab_rows, theirs, pair) != vocabulary:
             raise ConfigError(f"{key} {directory}: its tokenizer has other added tokens than that of teacher.path")
         _check_cuts(config, tokenizer, theirs, pair)
-        attention = choose_attention(files.config, files.directory, key, config.teacher)
         found[name] = TeacherOf(files.fingerprint, attention.kernel)
     return found
 
@@ -276,7 +270,8 @@ def _check_exhaustion(config: Config, manifest: Manifest, names: list[str]) -> E
     return exhaustion
 
 
-def _check_model(config: Config, key: str, model: Model, files: ModelFiles) -> None:
+def _check_model(config: Config, key: str, model: Model, files: ModelFiles, *, masked: bool) -> Attention:
+    """Return the model's attention kernel, if the run can use the model."""
     check_code(files, key, trusted=model.trust_remote_code)
     if isinstance(model, Teacher):
         skipped_layers(model, files.num_layers)
@@ -286,6 +281,11 @@ def _check_model(config: Config, key: str, model: Model, files: ModelFiles) -> N
             f"data.sequence_length is {config.data.sequence_length}, {key}.path {files.directory} has {positions} "
             "positions: prepare the data with shorter samples, or choose another model"
         )
+    attention = choose_attention(files.config, files.directory, key, model)
+    if masked:
+        check_apart(files.config, files.directory, key, model)
+    check_sequence_parallel(files.config, key, attention.kernel, config.train.sequence_parallel, masked=masked)
+    return attention
 
 
 def _check_data_tokenizer(
