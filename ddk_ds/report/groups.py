@@ -125,6 +125,9 @@ def objections(group: Group, other: Group) -> list[str]:
     ):
         if ours.get(key) != theirs.get(key):
             found.append(text.format(ours=ours.get(key), theirs=theirs.get(key), label=other.label))
+    apart, of_other = (identity.get("content.documents") or "joined" for identity in (ours, theirs))
+    if apart != of_other:
+        found.append(f"{apart} documents, {of_other} ones for {other.label} (data.documents)")
     if ours.get("content.tokenizer") != theirs.get("content.tokenizer"):
         found.append(f"another tokenizer than {other.label}: a perplexity per token means something else")
     common = [name for name in group.first.domains if name in other.first.domains]

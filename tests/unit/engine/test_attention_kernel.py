@@ -15,7 +15,7 @@ import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, Gemma2ForCausalLM
 
 from ddk_ds.config.sections import Student, Teacher
-from ddk_ds.engine.attention import best_kernel, choose_attention
+from ddk_ds.engine.attention import best_kernel, check_apart, choose_attention
 from ddk_ds.engine.attention_masks import use_own_masks
 from ddk_ds.engine.model_files import configured_files, model_shape
 from ddk_ds.engine.whole_models import load_model
@@ -72,6 +72,14 @@ def test_deepseeks_sparse_attention_needs_a_mask() -> None:
         choose_attention(config.to_dict(), Path(), "teacher", Teacher(path="x", attn_implementation="sdpa"))
     # Its parts are converted while they are made, which tensors without memory cannot be.
     assert choose_attention(small_config("deepseek_v4").to_dict(), Path(), "teacher", None).kernel == "eager"
+
+
+def test_a_model_that_carries_a_state_or_takes_no_positions_keeps_no_documents_apart() -> None:
+    for kind, why in (("mamba", "carries a state from token to token"), ("qwen3_next", "carries a state")):
+        with pytest.raises(ConfigError, match=rf"{kind}\) {why}.*: set data.documents to joined"):
+            check_apart(small_config(kind).to_dict(), Path(), "teacher", Teacher(path="x"))
+    for kind in ("llama", "gemma3_text", "gpt2"):
+        check_apart(small_config(kind).to_dict(), Path(), "teacher", Teacher(path="x"))
 
 
 def test_a_named_kernel_that_leaves_something_out_is_refused() -> None:

@@ -194,7 +194,8 @@ def test_other_runs_stand_beside_the_first(tmp_path: Path) -> None:
 def test_runs_that_were_measured_otherwise_are_not_compared(tmp_path: Path) -> None:
     first = make_run(tmp_path, name="first", steps=20)
     fewer = make_run(tmp_path, name="fewer", steps=20, held_out=20)
-    tokens = make_run(tmp_path, name="tokens", steps=20, identity={"content.tokenizer": "another"})
+    another = {"content.tokenizer": "another", "content.documents": "masked"}
+    tokens = make_run(tmp_path, name="tokens", steps=20, identity=another)
     texts = make_run(tmp_path, name="texts", steps=20, identity={"content.domains.cpp": "train/other"})
     unknown = make_run(tmp_path, name="unknown", steps=20)
     (unknown / "run.json").unlink()
@@ -204,6 +205,7 @@ def test_runs_that_were_measured_otherwise_are_not_compared(tmp_path: Path) -> N
     text = shown(first, fewer, tokens, texts, unknown)
     assert text.count(">not compared<") == 3  # the headline has three others at most
     assert "20 held-out samples of each domain, 500 for first" in text
+    assert "masked documents, joined ones for first (data.documents)" in text
     assert "another tokenizer than first" in text and "other held-out texts than first in cpp" in text
     assert "unknown has no run.json" in text
     assert "in brackets the difference" not in text and text.count("Not compared with first:") == 4
