@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
 from transformers import AutoModelForCausalLM
 
 from ddk_ds.config import load_config
@@ -27,15 +28,15 @@ from tests.dist.tiny import MIXTURES
 from tests.unit.data.corpus import make_texts, write_recipe
 from tools.bench.small_run import without_clock, write_config
 
-_RECURRENT = {
-    "mamba": {"num_hidden_layers": 2, "state_size": 4, "time_step_rank": 4},
-    "qwen3_next": MIXTURES["qwen3_next"],
-}
+_MAJOR = int(transformers.__version__.partition(".")[0])
+_RECURRENT = {"qwen3_next": MIXTURES["qwen3_next"]}
+if _MAJOR >= 5:  # in transformers 4 it takes no positions, which is seen before it is loaded
+    _RECURRENT["mamba"] = {"num_hidden_layers": 2, "state_size": 4, "time_step_rank": 4}
 
 
 @pytest.mark.parametrize("world", [2, pytest.param(1, marks=pytest.mark.long("the same on one rank, 30 s"))])
 def test_packed_documents_give_the_losses_and_gradients_of_each_alone(tmp_path: Path, world: int) -> None:
-    errors = run_ranks("tests.dist.documents_worker:compare", world, folder=str(tmp_path))
+    errors = run_ranks("tests.dist.documents_worker:compare", world, timeout_s=600, folder=str(tmp_path))
     for kind, of_kind in errors.items():
         # Of the largest gradient; the right values are float64's, from which plain float32 is as far.
         assert of_kind["loss"] < 1e-6 and of_kind["gradient"] < 2e-6 and of_kind["perplexity"] < 1e-6, (kind, errors)
