@@ -22,6 +22,7 @@ CASES = [
     case("llama", "fp32"),
     case("llama", "bf16", tied=True),
     case("llama", "bf16", tied=True, **INT8),
+    case("llama", "bf16", quantize="fp8"),
     case("gpt_neox", "bf16"),
     case("olmoe", "fp32"),
     case("olmoe", "bf16", **INT8),
