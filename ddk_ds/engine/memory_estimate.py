@@ -144,7 +144,8 @@ def estimate_memory(
     resident["small parameters"] = compute * small
     passes = _passes(config, student, teacher, vocab_size, zero, device_type, per_pass)
     if teacher is not None and config.teacher is not None and config.teacher.compiled_whole and device_type == "cuda":
-        tokens, length = config.train.micro_batch_samples * config.data.sequence_length, config.data.sequence_length
+        length = config.data.sequence_length
+        tokens = config.train.micro_batch_samples * length  # of whole samples: sequence_parallel compiles nothing
         resident["teacher's CUDA graph"] = _layer_activations(config.teacher, teacher, tokens, length, compute)
     if converted:
         passes["teacher's experts out of 8 bits"] = converted
