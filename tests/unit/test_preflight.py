@@ -253,7 +253,7 @@ def test_fp8_without_such_a_gpu(workspace: Path, tmp_path: Path, monkeypatch: py
 def test_skipped_layers_that_are_not_there(workspace: Path, tmp_path: Path) -> None:
     section = {"quantize": "int8", "quantize_skip_layers": [0, 77]}
     rows = rows_of(write_config(workspace, tmp_path, teacher=section))
-    check(rows, "tokenizers and data", "teacher.quantize_skip_layers names layer 77", "the teacher's are 0 to")
+    check(rows, "teacher files", "teacher.quantize_skip_layers names layer 77", "the teacher's are 0 to")
 
 
 @pytest.mark.parametrize("fault", ["missing", "truncated"])

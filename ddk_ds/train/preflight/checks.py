@@ -14,6 +14,7 @@ from ddk_ds.config import Config
 from ddk_ds.data.cache import open_store
 from ddk_ds.data.manifest import load_manifest
 from ddk_ds.engine.ds_config import student_ds_config
+from ddk_ds.engine.eight_bits import skipped_layers
 from ddk_ds.engine.memory_estimate import MEMORY_MARGIN, estimate_memory, fits_into, settled_place
 from ddk_ds.engine.model_files import ModelShape, model_directory, model_shape, read_model
 from ddk_ds.train.inputs import Inputs, check_inputs
@@ -119,6 +120,8 @@ def _model(config: Config, key: str, path: str, job: Job, paths: dict[str, Path]
     directory = model_directory(path, f"{key}.path", job.comm, config.path_note(f"{key}.path"))
     row = path_checks.model_files(directory, key)
     if row.status == "pass":
+        if key == "teacher" and config.teacher is not None:
+            skipped_layers(config.teacher, read_model(directory, "teacher.path").num_layers)
         paths[key] = directory
     return row
 
