@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -76,14 +76,14 @@ def without_borders(root: Path, out: Path) -> Path:
     return out
 
 
-def compare(runtime: Runtime, folder: str) -> dict[str, dict[str, float]]:
+def compare(runtime: Runtime, folder: str, kinds: Sequence[str] = tuple(KINDS)) -> dict[str, dict[str, float]]:
     """Return by architecture the largest errors of a step's loss and gradients, and of perplexities, relative.
 
     The right values are those of plain transformers in float64, each document a pass of its own.
     """
     found = {}
-    for kind, shape in KINDS.items():
-        root = Path(folder) / kind
+    for kind in kinds:
+        root, shape = Path(folder) / kind, KINDS[kind]
         if runtime.comm.rank == 0:
             write_data(root / "data")
             shape = {**shape, "initializer_range": 0.1}
