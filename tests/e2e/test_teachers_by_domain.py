@@ -34,13 +34,13 @@ def test_each_domains_perplexity_is_its_own_teachers(workspace: Path, tmp_path: 
     intervals = [line for line in without_clock(tmp_path / "runs/reading") if line["kind"] == "interval"]
     cached = all_samples(tmp_path / "cache")
     assert len(cached) == 3 * 24
-    for place, (name, teacher) in enumerate(teachers.items()):
+    for name, teacher in teachers.items():
         taught = mean_loss(teacher, workspace, [key for key in cached if key[0] == name], "train")
         assert told[name] == f"{np.exp(taught):.4g}"
         held_out = mean_loss(teacher, workspace, [(name, number) for number in range(12)], "validation")
-        assert intervals[0]["teacher_ppl"][place] == pytest.approx(np.exp(held_out), rel=1e-5), name
+        assert intervals[0]["teacher_ppl"][name] == pytest.approx(np.exp(held_out), rel=1e-5), name
     by_one = mean_loss(workspace / "teacher", workspace, [("cpp", number) for number in range(12)], "validation")
-    assert intervals[0]["teacher_ppl"][1] > 1.5 * np.exp(by_one), "the other teacher would be noticed"
+    assert intervals[0]["teacher_ppl"]["cpp"] > 1.5 * np.exp(by_one), "the other teacher would be noticed"
 
 
 def perplexities(line: str) -> list[tuple[str, str]]:

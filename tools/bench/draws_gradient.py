@@ -139,7 +139,7 @@ def of_draws(setting: Setting, whole: list[Tensor], draws: int, seeds: int) -> R
             setting.teacher, setting.teacher_head, setting.samples, draws, seed=seed, options=setting.options
         )
         known = counted_draws(*counted(drawn.ids), drawn.entropy, draws)[0]
-        errors = [found - exact for found, exact in zip(gradients(setting, known), whole, strict=True)]
+        errors = [found.detach() - exact for found, exact in zip(gradients(setting, known), whole, strict=True)]
         squares = [so_far + float(error.double().square().sum()) for so_far, error in zip(squares, errors, strict=True)]
         sums += errors[0]
         sums_of_squares += errors[0].square()
