@@ -39,23 +39,25 @@ Numbers = npt.NDArray[np.int64]
 
 
 class _Known(NamedTuple):
-    """Samples of one domain that parts hold: numbers (n,) ascending, where each is, and its mean loss."""
+    """Samples of one domain that parts hold: numbers (n,) ascending, where each is, its loss and tokens."""
 
     numbers: Numbers
     parts: Numbers
     places: Numbers
     losses: npt.NDArray[np.float64]
+    tokens: Numbers
 
 
 class _Added(NamedTuple):
-    """Bytes that are kept of a sample, and the teacher's mean loss a token."""
+    """Bytes that are kept of a sample, the sum of the teacher's losses over its labels, and the number of these."""
 
     record: bytes
     loss: float
+    tokens: int
 
 
 class _Part(NamedTuple):
-    """An opened part: its shards, and of each domain in it the hash of data and teacher, numbers and losses (n,)."""
+    """An opened part: its shards, and by domain the hash of data and teacher, and of its n samples (n,) each."""
 
     name: str
     split: Split
@@ -63,6 +65,7 @@ class _Part(NamedTuple):
     teachers: dict[str, str]
     numbers: dict[str, Numbers]
     losses: dict[str, npt.NDArray[np.float64]]
+    tokens: dict[str, Numbers]
 
 
 class TeacherCache:
@@ -116,7 +119,7 @@ class TeacherCache:
     def mean_loss(self, domain: str) -> float:
         """Return the teacher's mean loss a token over the samples of `known`, in nats at temperature 1; nan: none."""
         known = self._known.get(domain)
-        return float("nan") if known is None else float(known.losses.mean())
+        return float("nan") if known is None else float(known.losses.sum() / known.tokens.sum())
 
     def read(self, domain: str, number: int) -> Record | None:
         """Return what is known of a sample, for `coding`; None: nothing. Raises DataError if its part is damaged."""
@@ -169,8 +172,7 @@ class TeacherCache:
             raise DataError(f"sample {number} of domain {domain!r}: {error}: is the teacher whole?") from None
         labels = said.label_log_probs[:-1]  # the last position has none
         labels = labels[labels < NO_LABEL]
-        loss = -float(labels.sum(dtype=np.float64)) / max(1, len(labels))
-        self._added[domain, number] = _Added(record, loss)
+        self._added[domain, number] = _Added(record, -float(labels.sum(dtype=np.float64)), len(labels))
         self._added_bytes += len(record)
         if self._added_bytes >= PART_BYTES and self._failure is None:
             self.offer()
@@ -208,12 +210,13 @@ class TeacherCache:
                 out=str(directory), columns={_COLUMN: "bytes"}, hashes=["xxh64"], size_limit=PART_BYTES
             ) as writer:
                 for domain, number in order:
-                    record, loss = self._added[domain, number]
+                    record, loss, tokens = self._added[domain, number]
                     writer.write({_COLUMN: _hash(record, domain, number) + record})
                     about = {"sha": self._shas[domain], "teacher": self._teachers.get(domain, "")}
-                    entry = domains.setdefault(domain, {**about, "numbers": [], "losses": []})
+                    entry = domains.setdefault(domain, {**about, "numbers": [], "losses": [], "tokens": []})
                     entry["numbers"].append(number)
                     entry["losses"].append(loss)
+                    entry["tokens"].append(tokens)
             index = xxhash.xxh64_hexdigest((directory / "index.json").read_bytes())
             samples = {"conditions": self._conditions, "index": index, "domains": domains}
             write_text(directory / SAMPLES_FILE, json.dumps(sealed(samples)))
@@ -235,7 +238,8 @@ class TeacherCache:
             self._parts.append(part)
             for domain, numbers in part.numbers.items():
                 places = np.arange(first, first + len(numbers))
-                known = _Known(numbers, np.full(len(numbers), count), places, part.losses[domain])
+                of_samples = part.losses[domain], part.tokens[domain]
+                known = _Known(numbers, np.full(len(numbers), count), places, *of_samples)
                 found.setdefault(domain, [self._known[domain]] if domain in self._known else []).append(known)
                 first += len(numbers)
         for domain, of_domain in found.items():
@@ -259,8 +263,10 @@ class TeacherCache:
                 {domain: entry["teacher"] for domain, entry in domains.items()},
                 {domain: np.array(entry["numbers"], np.int64) for domain, entry in domains.items()},
                 {domain: np.array(entry["losses"], np.float64) for domain, entry in domains.items()},
+                {domain: np.array(entry["tokens"], np.int64) for domain, entry in domains.items()},
             )
-            if any(part.losses[domain].shape != part.numbers[domain].shape for domain in domains):
+            of_samples = [(part.numbers[d], part.losses[d], part.tokens[d]) for d in domains]
+            if any(len({values.shape for values in columns}) > 1 for columns in of_samples):
                 raise ValueError(f"{SAMPLES_FILE} has not one loss for each sample")
             if sum(map(len, part.numbers.values())) != part.split.num_samples:
                 raise ValueError(f"{SAMPLES_FILE} and index.json have different numbers of samples")

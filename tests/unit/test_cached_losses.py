@@ -55,6 +55,9 @@ class Store:
     def refresh(self) -> None:
         self.refreshed += 1
 
+    def check(self) -> None:
+        """Memory takes all that is added."""
+
 
 DATASET: Any = SimpleNamespace(
     names=["a", "b"],

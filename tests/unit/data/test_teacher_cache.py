@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from ddk_ds.data.packed_ids import pack, unpack
 from ddk_ds.data.teacher_cache import CONDITIONS_FILE, TeacherCache, make_cache
 from ddk_ds.data.teacher_place import PARTS, SAMPLES_FILE, LocalPlace
-from ddk_ds.data.teacher_samples import Drawn, Record, coding_of
+from ddk_ds.data.teacher_samples import NO_LABEL, Drawn, Record, coding_of
 from ddk_ds.errors import CheckpointError, ConfigError, DataError
 from ddk_ds.files import sealed, unsealed
 from tests.kept import said_of
@@ -91,7 +91,7 @@ def test_parts_of_several_writers_join(tmp_path: Path) -> None:
 
 
 def test_the_teachers_mean_loss_of_what_is_there(tmp_path: Path) -> None:
-    """Each sample counts once, and its last position, which has no label, not at all."""
+    """Each sample counts once, by its labels: the last position has none, nor has the last one of a document."""
     first, second = opened(tmp_path / "cache"), opened(tmp_path / "cache")
     assert np.isnan(first.mean_loss("web"))
     for cache, numbers in ((first, (0, 1, 2)), (second, (2, 3))):
@@ -100,6 +100,11 @@ def test_the_teachers_mean_loss_of_what_is_there(tmp_path: Path) -> None:
             cache.add("web", number, said(number)._replace(label_log_probs=log_probs))
         cache.publish()
     assert opened(tmp_path / "cache").mean_loss("web") == pytest.approx((1.5 + 2.5 + 3.5 + 4.5) / 4 / (LENGTH - 1))
+    of_one_label = np.array([-8.0, *[NO_LABEL] * (LENGTH - 1)], np.float32)
+    first.add("web", 7, said(7)._replace(label_log_probs=of_one_label))
+    first.publish()
+    found = opened(tmp_path / "cache").mean_loss("web")
+    assert found == pytest.approx((1.5 + 2.5 + 3.5 + 4.5 + 8.0) / (4 * (LENGTH - 1) + 1))
 
 
 def test_what_is_no_distribution_is_refused(tmp_path: Path) -> None:
