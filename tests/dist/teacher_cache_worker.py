@@ -34,9 +34,9 @@ def runs(runtime: Runtime, starts: list[tuple[str, int | None]], names: list[str
         passes: list[int] = []
         original = Teacher.hidden
 
-        def counted(self: Teacher, batches: Any, passes: list[int] = passes, original: Any = original) -> Any:
-            passes.append(len(batches))
-            return original(self, batches)
+        def counted(self: Teacher, *given: Any, passes: list[int] = passes, original: Any = original) -> Any:
+            passes.append(len(given[0]))
+            return original(self, *given)
 
         try:
             run = prepare(runtime, path, name, lines)
