@@ -38,7 +38,7 @@ CASES: list[tuple[str, dict[str, Any], tuple[str, ...]]] = [
     ("deepspeed", {"deepspeed": {"gradient_clipping": 7.0}}, ("gradient_clipping", "optimizer.clip_norm")),
     ("fixed", {"deepspeed": {"zero_optimization": {"stage": 1}}}, ("zero_optimization.stage", "remove it")),
     ("no teacher", {"teacher": None}, ("teacher.path",)),
-    ("warm-up", {"optimizer": {"warmup_steps": 99}}, ("optimizer.warmup_steps is 99", "stop.steps 10")),
+    ("warm-up", {"optimizer": {"warmup_steps": 99}}, ("optimizer.warmup_steps is 99", "at most 10 steps")),
     ("not a list", {"data": {"domains": "python"}}, ("data.domains", "a list", "'python'")),
     ("not a section", {"checkpoint": "often"}, ("checkpoint", "a section", "'often'")),
     ("flash", {"student": {"attn_implementation": "flash_attention_2"}}, ("student.attn_impl", "flash_attn", "sdpa")),

@@ -90,7 +90,7 @@ def test_a_wrong_key(key: str, meant: list[str]) -> None:
         ("trane={nonsense: 1}", "override trane={nonsense: 1}: unknown key, did you mean train=...?"),
         (
             "train.nonsense=1",
-            "unknown key, known keys: global_batch_samples, micro_batch_samples, precision",
+            "unknown key, known keys: global_batch_samples, micro_batch_samples, sequence_parallel, precision",
         ),
         ("optimizer.learning_rate=fast", "override optimizer.learning_rate=fast: input should be a valid number"),
         ("data.domains=[]", "override data.domains=[]: is empty: name at least one, or leave the key out"),

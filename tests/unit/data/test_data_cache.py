@@ -37,14 +37,19 @@ def remote(prepared: Path, tmp_path: Path) -> Path:
     root = tmp_path / "remote"
     shutil.copytree(prepared, root)
     content = json.loads((root / FILE_NAME).read_text())
-    source = MixtureDataset(prepared, NAMES)
+    source = MixtureDataset(prepared, NAMES, masked=True)
     length = content["sequence_length"]
     for domain, name in enumerate(NAMES):
         shutil.rmtree(root / name / "train")
         first = int(source.sample_offsets[domain])
-        samples = [source[first + i]["input_ids"].numpy() for i in range(int(source.sizes[domain]))]
+        read = [source.read(first + i)[0] for i in range(int(source.sizes[domain]))]
         written = write_split(
-            root / name / "train", samples, sequence_length=length, dtype=content["dtype"], shard_bytes=4 * length + 200
+            root / name / "train",
+            [packed.tokens for packed in read],
+            sequence_length=length,
+            dtype=content["dtype"],
+            shard_bytes=4 * length + 200,
+            lengths=[packed.lengths for packed in read],
         )
         content["domains"][name]["train"] |= written
     (root / FILE_NAME).write_text(json.dumps(content))

@@ -117,7 +117,9 @@ def test_it_is_the_perplexity_of_a_run(tiny: Path, files: ModelFiles) -> None:
     model, held_out = load_model(files.directory), open_held_out(tiny / "shards")
 
     class Plain:
-        """A model with the methods that `perplexities` calls of a student or teacher."""
+        """A model with what `perplexities` asks of a student or teacher."""
+
+        sequence = None
 
         def evaluating(self) -> Any:
             return nullcontext()

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from ddk_ds.data.loader import interval_loader
+from ddk_ds.data.mds import Packed
 from ddk_ds.mixture.interval_state import DomainEntry, IntervalState, interval_ids
 from ddk_ds.mixture.order import DomainOrder
 from tests.unit.mixture.mixture_section import exhaustion_of
@@ -29,9 +30,9 @@ KILL_POINTS, IN_MAKE_TEST = 200, 40
 class Ids:
     """Replacement of MixtureDataset whose samples hold nothing but their id."""
 
-    def read(self, sample_id: int) -> tuple[np.ndarray, int]:
+    def read(self, sample_id: int) -> tuple[Packed, int]:
         """Return a sample of one token, and domain 0."""
-        return np.zeros(1, np.uint16), 0
+        return Packed(np.zeros(1, np.uint16), None), 0
 
 
 @dataclass

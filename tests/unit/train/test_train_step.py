@@ -62,7 +62,7 @@ class Doubled(SingleProcess):
 class Recorder:
     """A student and a method in one: they note what the step asks of them. A batch's loss is its number of labels."""
 
-    router = None
+    router = sequence = None
 
     def __init__(self) -> None:
         self.clock = Clock()
