@@ -174,10 +174,10 @@ def test_a_cache_in_s3_gives_the_run_of_a_local_one(s3: S3Server, workspace: Pat
     impatient = config(workspace, tmp_path, "impatient", {"path": address}, data={**data, "download_patience_s": 0.1})
     s3.breaks_at = "samples.json"
     error = run_ranks(WORKER + "teaching_error", 2, timeout_s=300, path=impatient)
-    assert "samples.json cannot be uploaded, tried for" in error and "503" in error
+    assert "cannot be uploaded, tried for" in error and "503" in error  # the other rank may be at another file then
     s3.breaks_at, s3.down = "samples.json", False
     error = run_ranks(WORKER + "training_error", 2, timeout_s=300, path=impatient)
-    assert "samples.json cannot be uploaded, tried for" in error and "503" in error
+    assert "cannot be uploaded, tried for" in error and "503" in error
     assert [path.name for path in (run_dir(impatient, "run") / "checkpoints").iterdir()] == ["step-00000001"]
     s3.down, s3.fail_every = False, 7
     up_again = threading.Thread(target=end_outage, args=(s3, 3.0))
