@@ -48,7 +48,7 @@ class Comm(Protocol):
         """Return the process group of this rank within `scope`: "node" or "world" (None)."""
 
     def group_of(self, size: int) -> Any:
-        """Return the process group of this rank among groups of `size` consecutive ranks. Collective."""
+        """Make groups of `size` consecutive ranks and return the process group of this rank's. Collective."""
 
     def barrier(self) -> None:
         """Wait until every rank has called this."""
@@ -93,7 +93,6 @@ class ProcessGroup:
         self.rank = dist.get_rank()
         self.world_size = dist.get_world_size()
         self.local_rank = local_rank
-        self._groups: dict[int, Any] = {}
         # The ranks of a node have consecutive numbers, and each node begins with local rank 0.
         firsts = [rank for rank, local in enumerate(self.gather_objects(local_rank)) if local == 0]
         for first, end in zip(firsts, [*firsts[1:], self.world_size], strict=True):
@@ -127,10 +126,8 @@ class ProcessGroup:
         return None if scope == "world" else self._node_group
 
     def group_of(self, size: int) -> Any:
-        if size not in self._groups:  # models share it: each group of NCCL holds buffers of its own
-            groups = [dist.new_group(list(range(first, first + size))) for first in range(0, self.world_size, size)]
-            self._groups[size] = groups[self.rank // size]
-        return self._groups[size]
+        groups = [dist.new_group(list(range(first, first + size))) for first in range(0, self.world_size, size)]
+        return groups[self.rank // size]
 
     def barrier(self) -> None:
         dist.barrier()

@@ -265,13 +265,17 @@ class Config(MethodSections):
                 f"train.sequence_parallel is {ranks}, which does not divide data.sequence_length "
                 f"{self.data.sequence_length}: choose a number that does"
             )
+        if ranks > 1 and (name := self.needs_whole_samples):
+            raise ValueError(f"train.sequence_parallel is {ranks}, but {name} needs whole samples: set it to 1")
+
+    @property
+    def needs_whole_samples(self) -> str:
+        """Return what does not allow that several ranks share a sample (`train.sequence_parallel`); "" if nothing."""
         uses = {"teacher.cache": self.teacher is not None and self.teacher.cache is not None}
         uses |= {f"method {self.method}": self.preset.filters is not None}
         models = {"student": self.student, "teacher": self.teacher}
         uses |= {f"{key}.compile_layers": m is not None and m.compile_layers for key, m in models.items()}
-        for name, used in uses.items():
-            if used and ranks > 1:
-                raise ValueError(f"train.sequence_parallel is {ranks}, but {name} needs whole samples: set it to 1")
+        return next((name for name, used in uses.items() if used), "")
 
     def micro_batches(self, world_size: int) -> int:
         """Return the number of micro-batches that each of `world_size` ranks computes in one optimizer step.

@@ -101,3 +101,8 @@ def used_weights(name: str, shape: Sequence[int], config: Mapping[str, Any]) -> 
     chosen = experts_per_token(config)
     share = chosen / config_size(config, "experts") if chosen and is_expert(name, shape, config) else 1.0
     return math.prod(shape) * share
+
+
+def divides_heads(ranks: int, heads: int, kv_heads: int) -> bool:
+    """Return True if that many ranks can share attention: each gets whole heads, those of keys repeated if need be."""
+    return heads % ranks == 0 and (kv_heads % ranks == 0 or ranks % kv_heads == 0)

@@ -359,6 +359,11 @@ class ModelShape:
     best_kernel: Kernel = "sdpa"
     """The kernel of its attention if `attn_implementation` is auto."""
 
+    @property
+    def kv_heads(self) -> int:
+        """Return the number of heads of keys and values."""
+        return self.key_value * self.heads // self.attention
+
     @cached_property
     def parameters(self) -> int:
         """The number of elements of all parameters."""

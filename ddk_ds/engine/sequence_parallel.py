@@ -21,6 +21,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ddk_ds.comm import Comm
 from ddk_ds.config import Config
+from ddk_ds.engine.config_sizes import divides_heads
 from ddk_ds.errors import ConfigError
 
 _find_packed_sequences = transformers.masking_utils.find_packed_sequence_indices
@@ -58,7 +59,7 @@ def sequence_group(config: Config, comm: Comm) -> SequenceGroup | None:
     return None if size == 1 else _group(cast(Hashable, comm), size)
 
 
-@lru_cache(maxsize=1)
+@lru_cache(maxsize=1)  # both models share it: each process group of NCCL holds buffers of its own
 def _group(comm: Any, size: int) -> SequenceGroup:
     return SequenceGroup(comm, size)
 
@@ -144,7 +145,7 @@ def check_sequence_parallel(config: dict[str, Any], key: str, kernel: str, size:
     kv_heads = config.get("num_key_value_heads") or heads
     if not isinstance(heads, int) or not isinstance(kv_heads, int):
         raise ConfigError(f"{asked} config.json of {key}.path names no number of attention heads: set it to 1")
-    if heads % size or (kv_heads % size and size % kv_heads):
+    if not divides_heads(size, heads, kv_heads):
         raise ConfigError(
             f"{asked} {key}.path has {heads} attention heads and {kv_heads} of keys and values: choose a number that "
             "divides the first, and divides the second or is a multiple of it"

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ddk_ds.config import Config
+from ddk_ds.engine.config_sizes import divides_heads
 from ddk_ds.planner.gpu_memory import MemoryPlan, changed, plan_memory
 from ddk_ds.planner.gpus import Cluster
 from ddk_ds.planner.plan_inputs import Models
@@ -103,11 +104,10 @@ def _possible_changes(config: Config, models: Models, cluster: Cluster, now: Mem
 def _can_share(config: Config, models: Models, ranks: int, cluster: Cluster) -> bool:
     """Return True if that many ranks of a node can share each sample: what the run itself would refuse is left out."""
     shapes = [model.shape for model in (models.student, models.teacher) if model is not None]
-    whole = config.preset.filters is not None or (config.teacher is not None and config.teacher.cache is not None)
     per_rank, rest = divmod(config.train.global_batch_samples * ranks, cluster.ranks)
     fits = not rest and per_rank % config.train.micro_batch_samples == 0 and cluster.gpus_per_node % ranks == 0
-    heads = all(shape.heads % ranks == 0 and shape.best_kernel != "eager" for shape in shapes)
-    return fits and heads and not whole and config.data.sequence_length % ranks == 0
+    heads = all(divides_heads(ranks, shape.heads, shape.kv_heads) and shape.best_kernel != "eager" for shape in shapes)
+    return fits and heads and not config.needs_whole_samples and config.data.sequence_length % ranks == 0
 
 
 def _more_nodes(config: Config, models: Models, cluster: Cluster, changes: list[_Change]) -> list[Advice]:

@@ -39,7 +39,6 @@ _COMMON = {
     "fork": (
         "seed",
         "data.sequence_length",
-        "data.documents",
         "train.global_batch_samples",
         "train.precision",
         "content.student",
