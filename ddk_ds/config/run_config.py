@@ -277,6 +277,11 @@ class Config(MethodSections):
         uses |= {f"{key}.compile_layers": m is not None and m.compile_layers for key, m in models.items()}
         return next((name for name, used in uses.items() if used), "")
 
+    def reader(self, rank: int, world_size: int) -> dict[str, int]:
+        """Return whose samples a rank reads: "rank" of "world". Ranks that share each sample are one reader."""
+        sharing = self.train.sequence_parallel
+        return {"rank": rank // sharing, "world": world_size // sharing}
+
     def micro_batches(self, world_size: int) -> int:
         """Return the number of micro-batches that each of `world_size` ranks computes in one optimizer step.
 

@@ -88,7 +88,7 @@ def choose_attention(
     """
     asked = "auto" if section is None else section.attn_implementation
     trusted = trusted or (section is not None and section.trust_remote_code)
-    own_code = directory if trusted and "auto_map" in config else None
+    own_code = _own_code(config, directory, trusted)
     try:
         unfit = dict(_unfit(json.dumps(config), own_code))
     except ConfigError as error:
@@ -115,12 +115,17 @@ def check_apart(config: dict[str, Any], directory: Path, key: str, section: Mode
 
     `choose_attention` has accepted the model. What only values tell, engine/split_check.py finds once it is loaded.
     """
-    reason = dict(_unfit(json.dumps(config), directory if section.trust_remote_code and "auto_map" in config else None))
+    reason = dict(_unfit(json.dumps(config), _own_code(config, directory, section.trust_remote_code)))
     if "masked" in reason:
         raise ConfigError(
             f"data.documents is masked, but {key}.path {directory} cannot keep documents apart: {reason['masked']}: "
             "set data.documents to joined, or choose another model"
         )
+
+
+def _own_code(config: dict[str, Any], directory: Path, trusted: bool) -> Path | None:
+    """Return the directory of a model whose own Python code is run; None for one of transformers' models."""
+    return directory if trusted and "auto_map" in config else None
 
 
 def best_kernel(config: dict[str, Any]) -> Kernel:

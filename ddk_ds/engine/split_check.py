@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import re
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import torch
@@ -57,11 +58,7 @@ def check_split(model: Student | Teacher, input_ids: torch.Tensor, vocab_size: i
     other = row.clone()
     other[:, -1] = (other[:, -1] + 1) % vocab_size
 
-    def logits(hidden: torch.Tensor, head: OutputHead) -> torch.Tensor:
-        # In the head's own dtype: a copy of it in another one would take gigabytes.
-        bias = None if head.bias is None else head.bias[:vocab_size]
-        return apply_form(functional.linear(hidden, head.weight[:vocab_size], bias), head.form)[0]
-
+    logits = partial(_logits, vocab_size=vocab_size)
     try:
         with uncompiled(), model.evaluating():
             ours, with_other = model(torch.cat([row, other]), logits).unflatten(0, (2, -1)).float()
@@ -108,8 +105,7 @@ def check_documents(model: Student | Teacher, input_ids: torch.Tensor, vocab_siz
     looked_at = torch.cat([len(first) + places, len(row) + places])
 
     def logits(hidden: torch.Tensor, head: OutputHead) -> torch.Tensor:
-        bias = None if head.bias is None else head.bias[:vocab_size]
-        return apply_form(functional.linear(hidden[looked_at], head.weight[:vocab_size], bias), head.form)[0].float()
+        return _logits(hidden[looked_at], head, vocab_size).float()
 
     with uncompiled(), model.evaluating(), whole_samples(model.sequence):
         (behind, alone), (behind_other, _) = (
@@ -130,6 +126,13 @@ def check_documents(model: Student | Teacher, input_ids: torch.Tensor, vocab_siz
                 f"sample change a document's logits by {by:.3g} where the largest is {largest:.3g} (a difference of "
                 f"{most:.2g} would be rounding): set data.documents to joined, or choose another model"
             )
+
+
+def _logits(hidden: torch.Tensor, head: OutputHead, vocab_size: int) -> torch.Tensor:
+    """Return the logits (n, vocab_size) of hidden states (n, H)."""
+    # In the head's own dtype: a copy of it in another one would take gigabytes.
+    bias = None if head.bias is None else head.bias[:vocab_size]
+    return apply_form(functional.linear(hidden, head.weight[:vocab_size], bias), head.form)[0]
 
 
 def _whole_logits(whole: Any, input_ids: torch.Tensor) -> torch.Tensor:

@@ -184,7 +184,7 @@ def check_files(
         masked=masked,
         cut_differently=different,
         prompts=given_prompts(config, tokenizer, manifest.bos),
-        by_domain=_check_others(config, by_domain, manifest, student, tokenizer, vocabulary),
+        by_domain=_check_others(config, by_domain, manifest, student, tokenizer, vocabulary, masked=masked),
     )
 
 
@@ -195,6 +195,8 @@ def _check_others(
     student: ModelFiles,
     tokenizer: TokenizerInfo,
     vocabulary: SharedVocabulary,
+    *,
+    masked: bool,
 ) -> dict[str, TeacherOf]:
     """Check the teachers of `teacher.by_domain` as that of `teacher.path`, whose tokenizer they must have."""
     check_domains(directories, list(manifest.domains), label="teacher.by_domain")
@@ -203,7 +205,7 @@ def _check_others(
         key = f"teacher.by_domain.{name}"
         assert config.teacher is not None
         files, theirs = read_model(directory, key), load_tokenizer(directory)
-        attention = _check_model(config, key, config.teacher, files, masked=_masked(config, manifest))
+        attention = _check_model(config, key, config.teacher, files, masked=masked)
         pair = f"student.path {student.directory} and {key} {directory}"
         if shared_vocabulary(tokenizer, student.vocab_rows, theirs, pair) != vocabulary:
             raise ConfigError(f"{key} {directory}: its tokenizer has other added tokens than that of teacher.path")

@@ -173,8 +173,7 @@ def _train_interval(run: Run, ids: Ids) -> None:
     batches = interval_loader(
         run.dataset,
         ids,
-        rank=comm.rank // config.train.sequence_parallel,
-        world=comm.world_size // config.train.sequence_parallel,
+        **config.reader(comm.rank, comm.world_size),
         micro_batch=config.train.micro_batch_samples,
         start_sample=state.data.consumed,
         readers=run.readers,

@@ -10,13 +10,21 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from ddk_ds.engine.layers import layers_of
-from ddk_ds.engine.model_files import model_shape, read_model
+from ddk_ds.engine.model_files import ModelFiles, model_shape, read_model
 from ddk_ds.engine.quantized import quantize_layers
 from ddk_ds.engine.runtime import Runtime
 from ddk_ds.engine.teacher import load_teacher
 from tests.dist.tiny import VOCAB, save_model, tiny_config
 
 ROUTERS = ("router", "gate")
+
+
+def _files(runtime: Runtime, root: Path, kind: str, shape: dict[str, Any]) -> ModelFiles:
+    """Write a teacher of this kind below `root`, and return its files. Collective."""
+    if runtime.comm.rank == 0:
+        save_model(root / "teacher", model_type=kind, vocab=VOCAB, tied=False, seed=2, **shape)
+    runtime.comm.barrier()
+    return read_model(root / "teacher", "teacher.path")
 
 
 def int8_teachers(runtime: Runtime, folder: str, kinds: dict[str, dict[str, Any]]) -> dict[str, dict[str, float]]:
@@ -27,12 +35,9 @@ def int8_teachers(runtime: Runtime, folder: str, kinds: dict[str, dict[str, Any]
     results = {}
     for kind, shape in kinds.items():
         root = Path(folder) / kind
-        if runtime.comm.rank == 0:
-            save_model(root / "teacher", model_type=kind, vocab=VOCAB, tied=False, seed=2, **shape)
-        runtime.comm.barrier()
+        files = _files(runtime, root, kind, shape)
         config = tiny_config(root, teacher={"quantize": "int8"})
         assert config.teacher is not None
-        files = read_model(root / "teacher", "teacher.path")
         teacher = load_teacher(config, files, VOCAB, runtime.comm)
         ids = torch.randint(0, VOCAB, (2, 24), generator=torch.Generator().manual_seed(0))
         [hidden] = teacher.hidden([ids])
@@ -61,14 +66,11 @@ def fp8_teachers(
     results = {}
     for kind, shape in kinds.items():
         root = Path(folder) / kind
-        if runtime.comm.rank == 0:
-            save_model(root / "teacher", model_type=kind, vocab=VOCAB, tied=False, seed=2, **shape)
-        runtime.comm.barrier()
+        files = _files(runtime, root, kind, shape)
         left = skipped.get(kind, [])
         section = {"quantize": "fp8", "quantize_skip_layers": left, "attn_implementation": "eager"}
         config = tiny_config(root, teacher=section, train={"precision": "bf16"})
         assert config.teacher is not None
-        files = read_model(root / "teacher", "teacher.path")
         teacher = load_teacher(config, files, VOCAB, runtime.comm)
         assert teacher.unquantized == [f"layer {number}" for number in left]
         ids = torch.randint(0, VOCAB, (2, 24), generator=torch.Generator().manual_seed(0))
