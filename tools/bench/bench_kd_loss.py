@@ -2,9 +2,11 @@
 
     python -m tools.bench.bench_kd_loss [--case 4096,50257,768,1600] --json bench.json --picture bench.png
     python -m tools.bench.bench_kd_loss --near-teacher --json near.json --picture near.png
+    python -m tools.bench.bench_kd_loss --gamma 0 --json ce.json
 
 Each computes CE + gamma * T^2 * KL(teacher || student) from hidden states, and its gradients to the student's hidden
-states and head weight. Projects that are not installed (liger-kernel, trl, torchtune) are listed with the reason.
+states and head weight; with --gamma 0 the cross-entropy alone, beside other projects' layers for it. Projects that are
+not installed (liger-kernel, quack-kernels, trl, torchtune), or need a GPU that is not here, are listed with the reason.
 """
 
 from __future__ import annotations
@@ -33,17 +35,18 @@ from ddk_ds.command_line import reports_user_errors
 from ddk_ds.engine.process_memory import held_bytes, peak_bytes, reset_peak
 from ddk_ds.errors import ConfigError
 from ddk_ds.files import write_text
+from ddk_ds.version import commit
 from tools.bench import kd_peers
-from tools.bench.kd_peers import IMPLEMENTATIONS, Case, Problem, Result
+from tools.bench.kd_peers import IMPLEMENTATIONS, NEAR_GAMMA, Case, Problem, Result
 
 Row = dict[str, Any]
 FLOORS = ("floor_whole", "floor_chunked")
 NAMES = ("floor", *(name for name in IMPLEMENTATIONS if name not in FLOORS))
-NEAR_NAMES = ("ours", "ours_model_dtype", "naive", "liger", "trl")
+NEAR_NAMES = ("ours", "ours_model_dtype", "naive", "liger", "liger_ops", "trl")
 NEAR_KL = [10 ** (1 - 5 * i / 8) for i in range(9)]  # 10 to 1e-4 nats per token
 # Bounds of the relative errors of the loss and of its gradients, which "ours" must meet at every KL.
 BOUNDS = {"loss_error": 1e-4, "grad_error": 5e-3}
-COLOURS = ("#0072B2", "#56B4E9", "#E69F00", "#D55E00", "#009E73")  # Okabe and Ito's
+COLOURS = ("#0072B2", "#56B4E9", "#E69F00", "#D55E00", "#CC79A7", "#009E73")  # Okabe and Ito's
 CPU_FLAGS = ("avx2", "avx512f", "avx512_bf16", "avx512_fp16", "amx_tile", "amx_bf16")
 # Columns of the table of cases: title, and key in the JSON, unit and format.
 COLUMNS = {
@@ -75,7 +78,9 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--repeats", type=int, default=5, choices=range(1, 100), metavar="N", help="number of timed calls of each loss"
     )
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="number of CPU threads")
-    parser.add_argument("--gamma", type=float, default=0.5, help="weight of the KL (default: %(default)s)")
+    parser.add_argument(
+        "--gamma", type=float, default=0.5, help="weight of the KL; 0: cross-entropy alone (default: %(default)s)"
+    )
     parser.add_argument(
         "--temperature", type=float, default=1.0, help="temperature of both softmaxes (default: %(default)s)"
     )
@@ -117,7 +122,9 @@ def _about(options: argparse.Namespace) -> Row:
     cpu = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
     installed = {found.name.replace("_", "-").lower(): found.version for found in distributions()}
     return {
+        "commit": commit(),
         "device": torch.cuda.get_device_name() if options.device == "cuda" else cpu.get("model name", "CPU"),
+        "gamma": options.gamma,
         "threads": options.threads,
         "cpu_flags": [flag for flag in CPU_FLAGS if flag in cpu.get("flags", "").split()],
         "versions": {name: installed.get(name) for name in kd_peers.PACKAGES},
@@ -128,7 +135,7 @@ def measure(case: Case, options: argparse.Namespace) -> list[Row]:
     """Measure every implementation on a case, print a table, and return a row for each."""
     torch.compiler.reset()  # for a second shape, the compiler would generate general and slower code
     problem = kd_peers.make_problem(case, options.device, options.gamma, options.temperature)
-    rows = _compare(_wanted(NAMES, case, options), problem, case, options)
+    rows = _compare(_wanted(NAMES, case, options.gamma, options.only), problem, case, options)
     ready = [row for row in rows if row["grad_error"] is not None]
     # In rounds, so that a change of the machine's speed affects all alike.
     rounds = [[_seconds(IMPLEMENTATIONS[row["impl"]].run, problem) for row in ready] for _ in range(options.repeats)]
@@ -149,7 +156,8 @@ def measure(case: Case, options: argparse.Namespace) -> list[Row]:
     for row in rows:
         cells = (_text(row[key] and row[key] / unit, form) for key, unit, form in COLUMNS.values())
         table.add_row(row["impl"], *cells)
-    _print(table, rows, "time is the GPU's" if options.device == "cuda" else f"CPU time of {options.threads} threads")
+    time_of = "the GPU's time" if options.device == "cuda" else f"CPU time of {options.threads} threads"
+    _print(table, rows, time_of if options.gamma else f"cross-entropy alone, {time_of}")
     return rows
 
 
@@ -160,7 +168,7 @@ def near_teacher(case: Case, options: argparse.Namespace) -> list[Row]:
     """
     if case.student != case.teacher:
         raise ConfigError(f"--case has sizes {case.student} and {case.teacher}: near the teacher both share one head")
-    names, rows = _wanted(NEAR_NAMES, case, options), []
+    names, rows = _wanted(NEAR_NAMES, case, NEAR_GAMMA, options.only), []
     table = Table("KL [nats]", *names, pad_edge=False)
     for kl in NEAR_KL:
         part = _compare(names, kd_peers.make_near_problem(case, options.device, kl), case, options)
@@ -171,12 +179,12 @@ def near_teacher(case: Case, options: argparse.Namespace) -> list[Row]:
     return rows
 
 
-def _wanted(names: Sequence[str], case: Case, options: argparse.Namespace) -> list[str]:
-    chosen = [name for name in names if name in (options.only or names)]
+def _wanted(names: Sequence[str], case: Case, gamma: float, only: Sequence[str] | None) -> list[str]:
+    chosen = [name for name in names if name in (only or names)]
     chosen = [part for name in chosen for part in (FLOORS if name == "floor" else (name,))]
-    chosen = [name for name in chosen if case.dtype != "float32" or not IMPLEMENTATIONS[name].half_only]
+    chosen = [name for name in chosen if IMPLEMENTATIONS[name].computes(case, gamma)]
     if not chosen:
-        raise ConfigError(f"--only {', '.join(options.only)} leaves nothing: give some of {', '.join(names)}")
+        raise ConfigError(f"--only {', '.join(only or ())} leaves nothing: give some of {', '.join(names)}")
     return chosen
 
 
@@ -188,7 +196,9 @@ def _compare(names: list[str], problem: Problem, case: Case, options: argparse.N
     empty = dict.fromkeys(key for key, *_ in COLUMNS.values()) if problem.ce_weight else {"kl": target.kl}
     for name in names:
         peer = IMPLEMENTATIONS[name]
-        result, fault = _attempt(peer.run, problem)
+        result, fault = None, "not measured: its kernels need a GPU"
+        if not peer.gpu_only or options.device == "cuda":
+            result, fault = _attempt(peer.run, problem)
         loss, grad = (None, None) if result is None else kd_peers.errors(result, target, peer, problem.kd_weight)
         rows.append(
             {"impl": name, **shape, **empty, "loss_error": loss, "grad_error": grad, "note": fault or peer.note}
@@ -273,7 +283,7 @@ def _print(table: Table, rows: list[Row], content: str) -> None:
 def _draw_near(rows: list[Row], plt: Any) -> Any:
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
     for axis, (key, bound), quantity in zip(axes, BOUNDS.items(), ("KL", "its gradients"), strict=True):
-        for name, colour, style in zip(NEAR_NAMES, COLOURS, ("o-", "s:", "D--", "^-", "v-"), strict=True):
+        for name, colour, style in zip(NEAR_NAMES, COLOURS, ("o-", "s:", "D--", "^-", "<:", "v-"), strict=True):
             part = [row for row in rows if row["impl"] == name and row[key] is not None]
             x, y = [row["kl"] for row in part], [row[key] for row in part]
             axis.loglog(x, y, style, color=colour, fillstyle="none", label=name if part else f"{name}: no result")

@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,8 +26,10 @@ DTYPES = ("float32", "bfloat16", "float16")
 # Standard deviations of the logits: two unrelated models with CASE_STD are about 2 nats apart, as at the start of a
 # distillation; trained models have NEAR_STD.
 CASE_STD, NEAR_STD = 1.5, 3.0
+NEAR_GAMMA = 1.0  # near the teacher the KL is alone
 # Number of float64 logits in one chunk of `truth`.
 _TRUTH_ELEMENTS = 1 << 25
+QUACK_CHUNK = 4096  # tokens, the default of quack's functions; its layer has none
 
 
 class Case(NamedTuple):
@@ -67,7 +69,10 @@ def parse_case(text: str, device: str) -> Case:
 
 @dataclass(frozen=True)
 class Problem:
-    """Inputs of the loss ce_weight * CE + gamma * T^2 * KL(teacher || student), a mean over n valid tokens."""
+    """Inputs of the loss ce_weight * CE + gamma * T^2 * KL(teacher || student), a mean over n valid tokens.
+
+    With gamma 0 it is the cross-entropy alone, and no implementation reads the teacher.
+    """
 
     student_hidden: Tensor  # (n, Hs)
     student_weight: Tensor  # (V, Hs)
@@ -114,6 +119,13 @@ class Implementation:
     note: str = ""
     half_only: bool = False  # in float32 it equals another implementation
     with_entropy: bool = False  # the loss contains kd_weight * the teacher's entropy
+    gpu_only: bool = False  # its kernels run on a GPU alone (or, slowly, under Triton's interpreter)
+    teacher: Literal["needed", "never", "either"] = "needed"
+    """For problems with a teacher, for those of cross-entropy alone (gamma 0), or for both."""
+
+    def computes(self, case: Case, gamma: float) -> bool:
+        """Return True if it computes the problems of a case with this gamma, and differs there from all others."""
+        return self.teacher != ("never" if gamma else "needed") and not (self.half_only and case.dtype == "float32")
 
 
 def make_problem(case: Case, device: str, gamma: float, temperature: float) -> Problem:
@@ -132,7 +144,7 @@ def make_near_problem(case: Case, device: str, kl: float) -> Problem:
     teacher, weight = draw.model(case.teacher, NEAR_STD)
     # Logits that differ by a normal of variance s^2 are s^2 / 2 nats apart.
     step = draw.normal(case.n, case.student, std=math.sqrt(2 * kl) / NEAR_STD)
-    return Problem(teacher + step, weight, teacher, weight, draw.labels(), 0.0, 1.0, 1.0)
+    return Problem(teacher + step, weight, teacher, weight, draw.labels(), 0.0, NEAR_GAMMA, 1.0)
 
 
 class _Draw:
@@ -200,7 +212,7 @@ def _kept(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
 
 @torch.no_grad()
 def _floor(problem: Problem, *, chunked: bool) -> Result:
-    """Compute only the four matmuls, in the model's dtype; their result is no gradient."""
+    """Compute only the four matmuls (without a teacher three), in the model's dtype; their result is no gradient."""
     hidden, weight = problem.student_hidden, problem.student_weight
     num_tokens, vocab = len(hidden), len(weight)
     chunk = min(num_tokens, default_chunk_tokens(vocab, hidden.device.type)) if chunked else num_tokens
@@ -209,13 +221,16 @@ def _floor(problem: Problem, *, chunked: bool) -> Result:
     sums = torch.float32 if mixed else weight.dtype
     out: dict[str, Any] = {"out_dtype": torch.float32} if mixed else {}
     new = hidden.new_empty if hidden.is_cuda else _kept
-    logits = new((2, chunk, padded(vocab)), dtype=sums)  # a matmul's rows are aligned for any vocabulary
+    logits = new(
+        (1 + bool(problem.gamma), chunk, padded(vocab)), dtype=sums
+    )  # a matmul's rows are aligned for any vocabulary
     hidden_grad, weight_grad = new(hidden.shape, dtype=hidden.dtype), new(weight.shape, dtype=sums)
     for start in range(0, num_tokens, chunk):
         part, teacher = hidden[start : start + chunk], problem.teacher_hidden[start : start + chunk]
         rows = logits[:, : len(part)]
         torch.mm(part, weight.t(), out=rows[0, :, :vocab], **out)
-        torch.mm(teacher, problem.teacher_weight.t(), out=rows[1, :, :vocab], **out)
+        if problem.gamma:
+            torch.mm(teacher, problem.teacher_weight.t(), out=rows[1, :, :vocab], **out)
         # A gradient in the model's dtype would replace the logits; here the memory's content stands for it.
         grad = rows[0].view(weight.dtype)[:, :vocab]
         torch.mm(grad, weight, out=hidden_grad[start : start + chunk])
@@ -230,6 +245,8 @@ def _naive(problem: Problem) -> Result:
     """Compute full logits and torch's two losses of them in float32."""
     leaves, t = problem.leaves(), problem.temperature
     student = (leaves[0] @ leaves[1].t()).float()
+    if not problem.gamma:
+        return _differentiated(problem.ce_weight * functional.cross_entropy(student, problem.labels), leaves)
     teacher = (problem.teacher_hidden @ problem.teacher_weight.t()).float()
     log_p, log_q = (functional.log_softmax(logits if t == 1 else logits / t, -1) for logits in (student, teacher))
     loss = problem.kd_weight * functional.kl_div(log_p, log_q, reduction="batchmean", log_target=True)
@@ -272,6 +289,53 @@ def _liger(problem: Problem, *, compiled: bool) -> Result:
     return _differentiated(loss(*leaves, problem.teacher_hidden, problem.teacher_weight, problem.labels), leaves)
 
 
+def _liger_ops(problem: Problem) -> Result:
+    """Compute Liger's operators: their JSD with beta 0 is KL(teacher || student) without T^2; CE is another call.
+
+    The weight's gradients are added up in float32, as here, and not in the model's dtype, which is their default.
+    """
+    ops, leaves, sums = importlib.import_module("liger_kernel.ops"), problem.leaves(), torch.float32
+    teacher = (problem.teacher_hidden, problem.teacher_weight)
+    apply = ops.LigerFusedLinearJSDFunction.apply  # an autograd function takes its arguments by place
+    beta, ignored = 0.0, -100
+    loss = problem.kd_weight * apply(*leaves, *teacher, problem.labels, beta, ignored, problem.temperature, sums)
+    return _differentiated(loss + problem.ce_weight * _liger_ce_of(problem, leaves), leaves)
+
+
+def _liger_ce_of(problem: Problem, leaves: tuple[Tensor, Tensor]) -> Tensor:
+    """Return Liger's fused linear cross-entropy of `leaves`, a mean over tokens; 0 where its weight is 0."""
+    if not problem.ce_weight:
+        return torch.zeros((), device=problem.labels.device)
+    function = importlib.import_module("liger_kernel.ops").LigerFusedLinearCrossEntropyFunction
+    bias = class_weight = softcap = None
+    ignored, z_loss, smoothing, return_z_loss = -100, 0.0, 0.0, False
+    options = (bias, class_weight, ignored, z_loss, smoothing, "mean", softcap, return_z_loss, torch.float32)
+    loss: Tensor = function.apply(*leaves, problem.labels, *options)[0]
+    return loss
+
+
+def _liger_ce(problem: Problem) -> Result:
+    leaves = problem.leaves()
+    return _differentiated(problem.ce_weight * _liger_ce_of(problem, leaves), leaves)
+
+
+def _liger_scaled_ce(problem: Problem) -> Result:
+    """Compute Liger's newest fused cross-entropy, by token: a kernel of CUTLASS's on Hopper, plain torch elsewhere."""
+    function = importlib.import_module("liger_kernel.ops").LigerFusedLinearScaledCrossEntropyFunction
+    leaves = problem.leaves()
+    return _differentiated(problem.ce_weight * function.apply(*leaves, problem.labels).mean(), leaves)
+
+
+def _quack(problem: Problem) -> Result:
+    """Compute quack's layer, which keeps full logits where a size is no multiple of 8."""
+    layer_class = importlib.import_module("quack.linear_cross_entropy").LinearCrossEntropy
+    leaves = problem.leaves()
+    vocab, size = leaves[1].shape
+    layer = layer_class(size, vocab, chunk_size=QUACK_CHUNK, device="meta")
+    loss = torch.func.functional_call(layer, {"weight": leaves[1]}, (leaves[0], problem.labels))
+    return _differentiated(problem.ce_weight * loss, leaves)
+
+
 def _trl(problem: Problem) -> Result:
     """Compute TRL's loss: its beta = 0 is KL(teacher || student) per token; CE comes from its log-probabilities."""
     divergence = importlib.import_module("trl.kernels.chunked_divergence")
@@ -300,15 +364,26 @@ def _torchtune(problem: Problem) -> Result:
 
 
 IMPLEMENTATIONS = {
-    "floor_whole": Implementation(partial(_floor, chunked=False), "matmuls alone, whole"),
-    "floor_chunked": Implementation(partial(_floor, chunked=True), "matmuls alone, in chunks"),
-    "naive": Implementation(_naive, "full logits"),
-    "ours": Implementation(_ours, "float32 logits"),
-    "ours_model_dtype": Implementation(partial(_ours, logits_dtype="model"), "logits rounded", half_only=True),
-    "ours_eager": Implementation(partial(_ours, engine="eager"), "float32 logits, plain torch"),
+    "floor_whole": Implementation(partial(_floor, chunked=False), "matmuls alone, whole", teacher="either"),
+    "floor_chunked": Implementation(partial(_floor, chunked=True), "matmuls alone, in chunks", teacher="either"),
+    "naive": Implementation(_naive, "full logits", teacher="either"),
+    "ours": Implementation(_ours, "float32 logits", teacher="either"),
+    "ours_model_dtype": Implementation(
+        partial(_ours, logits_dtype="model"), "logits rounded", half_only=True, teacher="either"
+    ),
+    "ours_eager": Implementation(partial(_ours, engine="eager"), "float32 logits, plain torch", teacher="either"),
     "liger": Implementation(partial(_liger, compiled=False), "1024 tokens at a time"),
     "liger_compiled": Implementation(partial(_liger, compiled=True), "1024 tokens at a time"),
+    "liger_ops": Implementation(_liger_ops, "two calls: JSD with beta 0, CE", gpu_only=True),
+    "liger_ce": Implementation(_liger_ce, "logits rounded", gpu_only=True, teacher="never"),
+    "liger_scaled_ce": Implementation(
+        _liger_scaled_ce, "logits twice; elsewhere than on Hopper plain", teacher="never"
+    ),
+    "quack": Implementation(_quack, f"{QUACK_CHUNK} tokens at a time", gpu_only=True, teacher="never"),
     "trl": Implementation(_trl, "two calls: KL, CE"),
     "torchtune": Implementation(_torchtune, "8 chunks of logits, all kept", with_entropy=True),
 }
-PACKAGES = ("ddk-ds", "torch", "triton", "numpy", "liger-kernel", "trl", "torchtune", "torchao", "transformers")
+PACKAGES = (
+    *("ddk-ds", "torch", "triton", "numpy", "liger-kernel", "trl", "torchtune", "torchao", "transformers"),
+    *("quack-kernels", "nvidia-cutlass-dsl"),
+)
