@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from importlib.metadata import version
 from pathlib import Path
 
@@ -108,6 +109,16 @@ def test_cross_entropy_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     given = problem(0.0, 1.0)
     unread = kd_peers.Problem(**{**vars(given), "teacher_hidden": None, "teacher_weight": None})
     IMPLEMENTATIONS["naive"].run(unread)
+
+
+def test_the_time_of_kernels() -> None:
+    """On a CPU of operators: a call's matmuls are among them, and all together take no more than the call."""
+    given = problem(0.5, 1.0)
+    started = time.perf_counter()
+    found = bench_kd_loss.kernel_seconds(IMPLEMENTATIONS["naive"].run, given)
+    wall_s = time.perf_counter() - started
+    assert found["aten::mm"] > 0 and sum(found.values()) < wall_s
+    assert len(found) == 10 and list(found.values()) == sorted(found.values(), reverse=True)
 
 
 def test_near_the_teacher(tmp_path: Path) -> None:

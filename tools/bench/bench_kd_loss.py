@@ -29,6 +29,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Column, Table
 
 from ddk_ds.command_line import reports_user_errors
@@ -86,6 +87,9 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--near-teacher", action="store_true", help="measure the errors of the KL alone, from 10 to 1e-4 nats"
+    )
+    parser.add_argument(
+        "--by-kernel", action="store_true", help="also the time of each loss's kernels, by torch's profiler"
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="file for the numbers")
     parser.add_argument("--picture", type=Path, metavar="FILE.png", help="file for a picture; needs matplotlib")
@@ -147,6 +151,8 @@ def measure(case: Case, options: argparse.Namespace) -> list[Row]:
     for row in (row for row in ready if row in rows):
         row["peak_bytes"], fault = _attempt(peak, row["impl"], case, options)
         row["note"] += f"; peak memory: {fault}" if fault else ""
+        if options.by_kernel:
+            row["kernels_s"] = kernel_seconds(IMPLEMENTATIONS[row["impl"]].run, problem)
     for row in floors[:1]:
         row |= {"impl": "floor", "loss_error": None, "grad_error": None}
     bases = {row["impl"]: row["time_s"] for row in rows if row["impl"] in ("floor", "naive") and row["time_s"]}
@@ -158,7 +164,30 @@ def measure(case: Case, options: argparse.Namespace) -> list[Row]:
         table.add_row(row["impl"], *cells)
     time_of = "the GPU's time" if options.device == "cuda" else f"CPU time of {options.threads} threads"
     _print(table, rows, time_of if options.gamma else f"cross-entropy alone, {time_of}")
+    if options.by_kernel:
+        Console().print(_kernel_table(rows))
     return rows
+
+
+def kernel_seconds(run: Callable[[Problem], Result], problem: Problem) -> dict[str, float]:
+    """Return the seconds of the ten slowest kernels of one call, on a CPU of the operators, by name."""
+    on_gpu = problem.labels.is_cuda
+    activity = torch.profiler.ProfilerActivity.CUDA if on_gpu else torch.profiler.ProfilerActivity.CPU
+    with torch.profiler.profile(activities=[activity]) as profiler:
+        run(problem)
+        if on_gpu:
+            torch.cuda.synchronize()
+    microseconds = "self_device_time_total" if on_gpu else "self_cpu_time_total"
+    seconds = {event.key: getattr(event, microseconds) / 1e6 for event in profiler.key_averages()}
+    return dict(sorted(seconds.items(), key=lambda pair: -pair[1])[:10])
+
+
+def _kernel_table(rows: list[Row]) -> Table:
+    table = Table("", Column("ms", justify="right"), "kernel", title=_title(rows[0]), title_justify="left")
+    for row in rows:
+        for name, seconds in row.get("kernels_s", {}).items():
+            table.add_row(row["impl"], f"{seconds * 1e3:.2f}", escape(name[:120]))
+    return table
 
 
 def near_teacher(case: Case, options: argparse.Namespace) -> list[Row]:

@@ -47,14 +47,15 @@ def test_forward_kl_keeps_to_64_registers(compiled: list[dict]) -> None:  # type
 def test_bytes_by_element(compiled: list[dict]) -> None:  # type: ignore[type-arg]
     """CE + forward KL reads both logits twice and writes a bf16 gradient once: 18 bytes an element.
 
-    With a teacher that is known by some tokens it is 10, as of CE alone.
+    With a teacher that is known by some tokens it is 10, as of CE alone, and with logits in bf16.
     """
     seen = Counter(record["kind"] for record in compiled)
     assert seen[1] >= 8 and sum(record["known"] > 0 for record in compiled) >= 8
     for record in compiled:
         passes = {0: 2, 1: 2}.get(record["kind"], 3)
         models = 1 if record["kind"] == 0 or record["known"] else 2
-        assert record["load_bytes_per_element"] == 4 * models * passes, record
+        width = 4 if record["logits"] == "float32" else 2
+        assert record["load_bytes_per_element"] == width * models * passes, record
         # The zeros of an ignored row are a second, exclusive, write.
         assert record["store_bytes_per_element"] == 2 * 2, record
 
@@ -70,3 +71,18 @@ def test_every_load_and_store_of_a_block_is_wide(compiled: list[dict]) -> None: 
             continue
         assert record["scalar_loads"] == 2, record
         assert record["scalar_stores"] == 4 + (1 if record["kind"] == 0 else 2), record
+
+
+def test_bf16_logits_save_bytes_and_not_instructions(compiled: list[dict]) -> None:  # type: ignore[type-arg]
+    """Four exponentials an element, two of each model, and as many instructions more as logits are unpacked.
+
+    A thread also computes two exponentials in the first pass to correct its sums: 1 / 8 by element.
+    """
+    both = [r for r in compiled if r["kind"] == 1 and r["vocab_size"] == 151_936 and r["capability"] == 90]
+    by_logits = {record["logits"]: record for record in both}
+    assert set(by_logits) == {"float32", "model"}
+    for record in both:
+        assert record["exponentials_per_element"] == 4 + 1 / 8, record
+    instructions = [by_logits[name]["instructions_per_element"] for name in ("float32", "model")]
+    assert 60 < instructions[0] < instructions[1] < instructions[0] + 8, instructions
+    assert by_logits["model"]["registers"] < by_logits["float32"]["registers"] <= 64

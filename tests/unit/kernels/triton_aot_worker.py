@@ -31,6 +31,7 @@ from ddk_ds.kernels import (
     linear_kd_loss,
     rows_triton,
 )
+from ddk_ds.kernels.options import LogitsDtype
 
 _PTXAS = Path(triton.backends.nvidia.__file__).parent / "bin" / "ptxas"
 _WIDTH = {"b32": 4, "b64": 8, "b16": 2}
@@ -50,8 +51,8 @@ class _Recorder:
         self.arguments, self.constants = arguments, constants
 
 
-def launched(vocab_size: int, kind: int, one_softmax: bool, form: int, known: int) -> _Recorder:
-    """Return the arguments with which a GPU's call starts the kernel: float32 logits, bf16 gradients beside them.
+def launched(vocab_size: int, kind: int, one_softmax: bool, form: int, known: int, logits: LogitsDtype) -> _Recorder:
+    """Return the arguments with which a GPU's call starts the kernel: logits in float32 or bf16, gradients in bf16.
 
     `known` is the number of the teacher's tokens that are known, 0 for a teacher that is there.
     """
@@ -62,6 +63,7 @@ def launched(vocab_size: int, kind: int, one_softmax: bool, form: int, known: in
         divergence=DIVERGENCES[max(0, kind - 1)],
         student_form=_FORMS[form],
         teacher_form=_FORMS[form],
+        logits_dtype=logits,
         engine="triton",
     )
     hidden, weight = torch.zeros(2, 8, dtype=torch.bfloat16), torch.zeros(vocab_size, 8, dtype=torch.bfloat16)
@@ -76,10 +78,12 @@ def launched(vocab_size: int, kind: int, one_softmax: bool, form: int, known: in
     return recorder
 
 
-def compile_variant(vocab_size: int, kind: int, one_softmax: bool, form: int, known: int) -> list[dict[str, Any]]:
-    """Compile one variant for sm_80 and sm_90; return its registers, spills and bytes moved."""
+def compile_variant(
+    vocab_size: int, kind: int, one_softmax: bool, form: int, known: int, logits: LogitsDtype = "float32"
+) -> list[dict[str, Any]]:
+    """Compile one variant for sm_80 and sm_90; return its registers, spills, instructions and bytes moved."""
     kernel = _KERNELS[known > 0]
-    call = launched(vocab_size, kind, one_softmax, form, known)
+    call = launched(vocab_size, kind, one_softmax, form, known, logits)
     signature: list[tuple[str, str]] = []
     hints = []
     for parameter, value in zip(kernel.params, call.arguments, strict=False):
@@ -92,7 +96,7 @@ def compile_variant(vocab_size: int, kind: int, one_softmax: bool, form: int, kn
             hints.append(parameter.num)
     constants = {key: value for key, value in call.constants.items() if key != "num_warps"}
     record = {"vocab_size": vocab_size, "kind": kind, "form": form, "one_softmax": one_softmax}
-    record["known"] = known
+    record |= {"known": known, "logits": logits}
     sizes = (known > 0, tuple(signature), tuple(hints), tuple(constants.items()))
     return [{**record, "capability": sm, **_compiled(sm, *sizes)} for sm in (80, 90)]
 
@@ -112,10 +116,11 @@ def _compiled(
     warps = {"num_warps": rows_triton.NUM_WARPS}
     kernel = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=warps)
     ptx = kernel.asm["ptx"]
-    return {"shared_bytes": kernel.metadata.shared, **_assemble(ptx), **_moved(ptx)}
+    counted = capability == 90 and dict(constants)["KIND"] == 1 and not known  # disassembling takes a while
+    return {"shared_bytes": kernel.metadata.shared, **_assemble(ptx, counted), **_moved(ptx)}
 
 
-def _assemble(ptx: str) -> dict[str, int]:
+def _assemble(ptx: str, counted: bool) -> dict[str, Any]:
     found = re.search(r"\.target (\w+)", ptx)
     assert found is not None
     with tempfile.TemporaryDirectory() as folder:
@@ -123,10 +128,37 @@ def _assemble(ptx: str) -> dict[str, int]:
         file.write_text(ptx)
         command = [_PTXAS, f"-arch={found.group(1)}", "-v", file, "-o", Path(folder) / "kernel.cubin"]
         report = subprocess.run(command, check=True, capture_output=True, text=True).stderr
+        command = [_PTXAS.with_name("nvdisasm"), "-c", Path(folder) / "kernel.cubin"]
+        code = subprocess.run(command, check=True, capture_output=True, text=True).stdout if counted else ""
     registers = re.search(r"Used (\d+) registers", report)
     spills = re.findall(r"(\d+) bytes spill", report)
     assert registers is not None and spills, report
-    return {"registers": int(registers.group(1)), "spill_bytes": sum(map(int, spills))}
+    found = {"registers": int(registers.group(1)), "spill_bytes": sum(map(int, spills))}
+    return {**found, **_executed(code)} if counted else found
+
+
+def _executed(code: str) -> dict[str, float]:
+    """Return what the loops that compute exponentials execute by element: all instructions, and exponentials.
+
+    `code` is the assembly of a kernel; a loop ends with a jump to a label above it.
+    """
+    labels: dict[str, int] = {}
+    names: list[str] = []
+    loops = []
+    for label, name, target in re.findall(r"(?m)^\s*(?:(\.L\w+):|/\*\w+\*/ +(?:@!?U?P\w+ +)?(\S+)(.*?);)", code):
+        if label:
+            labels[label] = len(names)
+            continue
+        names.append(name)
+        jump = re.search(r"`\((\.L\w+)\)", target)
+        if name == "BRA" and jump and jump.group(1) in labels:
+            loops.append(names[labels[jump.group(1)] :])
+    loops = [loop for loop in loops if "MUFU.EX2" in loop]
+    by_element = rows_triton.NUM_WARPS * 32 / rows_triton.BLOCK
+    return {
+        "instructions_per_element": sum(map(len, loops)) * by_element,
+        "exponentials_per_element": sum(loop.count("MUFU.EX2") for loop in loops) * by_element,
+    }
 
 
 def _moved(ptx: str) -> dict[str, Any]:
@@ -153,4 +185,5 @@ if __name__ == "__main__":
     variants += [(vocab_size, 1, True, 0, 0) for vocab_size in (50_257, 151_936)]
     variants += [(151_646, 1, one, form, 64) for one, form in ((True, 0), (False, 0), (True, 2))]
     variants += [(50_257, 1, True, 0, 200)]
-    print(json.dumps([record for variant in variants for record in compile_variant(*variant)]))
+    records = [record for variant in variants for record in compile_variant(*variant)]
+    print(json.dumps(records + compile_variant(151_936, 1, True, 0, 0, "model")))
