@@ -294,8 +294,9 @@ class Loss(Section):
     """Precision of the logits. model: that of training, which is faster on some CPUs but makes the gradients useless
     when the student is near the teacher."""
     chunk_tokens: Positive | None = None
-    """Tokens whose logits are in memory at a time; each model needs this number x vocabulary x 4 bytes. null: chosen by
-    vocabulary and device."""
+    """Tokens whose logits are in memory at a time. On a GPU, in bf16, each takes vocabulary x 16 bytes: both models'
+    logits, and the gradients of four such chunks. null: as many as take 1.25 GB there, 512 to 8,192. More make matrix
+    products larger (docs/benchmarks.md), and the order of addition another."""
 
 
 class Train(Section):

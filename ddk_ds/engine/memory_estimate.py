@@ -267,7 +267,10 @@ def _passes(
     live = min(student.parameters, max(zero["max_live_parameters"], largest) + zero["prefetch_bucket_size"] + lead)
     chunk = min(tokens, config.loss.chunk_tokens or default_chunk_tokens(vocab_size, device_type))
     logits = 4 if config.loss.logits_dtype == "float32" else compute
-    models = 1 if teacher is None else 2
+    # Half-precision gradients of several chunks wait for one matmul; in the logits' dtype they lie over the student's.
+    over_logits = compute == logits == 2
+    grouped = compute == 2 and (device_type == "cuda" or not over_logits)
+    models = (teacher is not None) + (not over_logits)
     parts = {
         "student gathered": compute * live,
         "gradients of a layer": compute * largest,
@@ -280,7 +283,8 @@ def _passes(
     }
     masks = _mask_bytes(config, config.student, student, compute)
     if compute == 2:
-        parts["logits' gradients"] = min(tokens, GROUP_CHUNKS * chunk) * padded(vocab_size) * compute
+        group = min(tokens, GROUP_CHUNKS * chunk) if grouped else chunk
+        parts["logits' gradients"] = group * padded(vocab_size) * compute
     if teacher is not None and config.teacher is not None:
         layer = _layer_activations(config.teacher, teacher, tokens, config.data.sequence_length, compute)
         # The widest input of a product in FP8: its numbers over their scales in float32, and the same rounded.

@@ -6,12 +6,15 @@ import json
 import subprocess
 import sys
 import time
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tools.bench.bench_step import main, relate, wait_for
+from tools.bench import bench_step
+from tools.bench.bench_step import RankFailed, main, relate, wait_for
+from tools.bench.step_setting import DOCUMENTS, EACH_OPTION, Case, case_config
 
 SMALL = ["--size", "quick", "--tokens", "128", "--length", "32", "--steps", "2"]
 
@@ -19,17 +22,17 @@ SMALL = ["--size", "quick", "--tokens", "128", "--length", "32", "--steps", "2"]
 @pytest.mark.long("five measured cases, a minute")
 def test_every_case_is_measured(tmp_path: Path) -> None:
     out, picture = tmp_path / "step.json", tmp_path / "step.png"
-    variant = ["--variant", "teacher.micro_batches_per_pass=2,student.gradient_checkpointing=selective"]
+    variant = ["--variant", "teacher.micro_batches_per_pass=2,data.documents=masked"]
     assert main([*SMALL, *variant, "--ranks", "1", "--json", str(out), "--picture", str(picture)]) == 0
     result = json.loads(out.read_text())
-    cases = {(case["impl"], *case["options"]): case for case in result["cases"]}
-    changed = ("kd", "teacher.micro_batches_per_pass=2", "student.gradient_checkpointing=selective")
+    cases = {(found["impl"], *found["options"]): found for found in result["cases"]}
+    changed = ("kd", "teacher.micro_batches_per_pass=2", "data.documents=masked")
     assert list(cases) == [("floor",), ("kd",), ("cpt",), ("full_logits",), changed]
-    for case in cases.values():
-        assert case["error"] is None and case["tokens"] == 128
-        assert case["tokens_per_s"] == pytest.approx(case["tokens"] / case["step_s"])
-        assert case["over_floor"] == pytest.approx(cases[("floor",)]["tokens_per_s"] / case["tokens_per_s"])
-        assert case["peak_bytes"] > 10**8 and case["mfu"] is None
+    for found in cases.values():
+        assert found["error"] is None and found["tokens"] == 128
+        assert found["tokens_per_s"] == pytest.approx(found["tokens"] / found["step_s"])
+        assert found["over_floor"] == pytest.approx(cases[("floor",)]["tokens_per_s"] / found["tokens_per_s"])
+        assert found["peak_bytes"] > 10**8 and found["mfu"] is None and found["reserved_bytes"] is None
     assert {"teacher", "forward", "head", "backward", "optimizer"} <= cases[("kd",)]["parts_s"].keys()
     assert "teacher" not in cases[("cpt",)]["parts_s"]
     assert result["commit"] and result["torch"] and picture.stat().st_size > 10_000
@@ -43,14 +46,55 @@ def test_relations() -> None:
     cases = [row("floor", 1, 100.0), row("kd", 1, 80.0), row("kd", 2, 120.0), row("full_logits", 2, None)]
     cases.append(row("kd", 2, 90.0, options=["a=1"]))
     relate(cases)
-    assert [case["over_floor"] for case in cases] == [
+    assert [found["over_floor"] for found in cases] == [
         1.0,
         1.25,
         pytest.approx(200 / 120),
         None,
         pytest.approx(200 / 90),
     ]
-    assert [case["of_linear"] for case in cases] == [1.0, 1.0, 0.75, None, None]
+    assert [found["of_linear"] for found in cases] == [1.0, 1.0, 0.75, None, None]
+
+
+def case(*options: str) -> Case:
+    return Case("kd", "none", 1, 2, 3, 40, 1000, "bf16", 2, options=options)
+
+
+def test_each_option_is_one_of_a_run() -> None:
+    """`loss.chunk_tokens` and `loss.logits_dtype` reach the head by the same function as in a run."""
+    from ddk_ds.train.teacher_store import head_options
+
+    plain = case_config(case())
+    changed = [case_config(case(*variant.split(","))) for variant in EACH_OPTION]
+    assert all(config != plain for config in changed) and len(changed) == len({str(config) for config in changed})
+    heads = [head_options(config, 1000, "cuda") for config in changed]
+    assert {(head.chunk_tokens, head.logits_dtype) for head in heads} == {
+        (8192, "float32"),
+        (8192, "model"),
+        (2048, "float32"),
+    }
+
+
+def test_documents_of_a_sample() -> None:
+    from tools.bench.step_cases import sample_positions
+
+    positions = sample_positions(case())
+    assert positions is not None and positions.shape == (3, 40)
+    for row in positions.tolist():
+        assert row[0] == 0 and row.count(0) == DOCUMENTS
+        assert all(after in (0, before + 1) for before, after in pairwise(row))
+    assert len({tuple(row) for row in positions.tolist()}) == 3
+
+
+def test_an_option_that_does_not_run_here_is_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(case: Case, options: Any) -> dict[str, Any]:
+        raise RankFailed("kd on 1 ranks: rank 0 ended with 1:\nTraceback\nConfigError: FP8 products need 8.9")
+
+    monkeypatch.setattr(bench_step, "_start", fails)
+    found = bench_step._measure(case("teacher.quantize=fp8"), None, "cpu")  # type: ignore[arg-type]
+    assert found["error"] == "ConfigError: FP8 products need 8.9" and found["tokens_per_s"] is None
+    with pytest.raises(RankFailed):
+        bench_step._measure(case(), None, "cpu")  # type: ignore[arg-type]
 
 
 def test_a_rank_that_fails_ends_the_others() -> None:

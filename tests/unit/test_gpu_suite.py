@@ -15,10 +15,10 @@ import torch
 
 from ddk_ds.data.tokenizer import load_tokenizer
 from ddk_ds.engine.flops import utilisation
-from tools.bench import gpu_suite
+from tools.bench import bench_step, gpu_suite
 from tools.bench.gpu_suite import Bench, PartFailed, PartSkipped, run_part
 from tools.bench.step_profile import FULL, QUICK, profile_step, step_flops
-from tools.bench.step_setting import save_byte_tokenizer
+from tools.bench.step_setting import EACH_OPTION, SIZES, save_byte_tokenizer
 
 
 @pytest.fixture
@@ -131,6 +131,42 @@ def test_every_part_runs_and_is_recorded(
     assert "3 tests, 1 of them skipped" in shown and "cores a rank: 16" in shown
     monkeypatch.setattr(gpu_suite, "PARTS", {"d": (works, 1.0)})
     assert gpu_suite.main(["--device", "cpu", "--quick", "--out", str(tmp_path)]) == 0
+
+
+@pytest.mark.parametrize("quick", [False, True])
+@pytest.mark.parametrize("trl_python", [None, Path("/trl/bin/python")])
+def test_each_option_of_a_pair(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, quick: bool, trl_python: Path | None
+) -> None:
+    """One command, which bench_step takes: each option on and off, and TRL's trainers if there is an interpreter."""
+    case = {"impl": "kd", "options": ["a.b=1"], "error": None, "tokens_per_s": 5000.0, "over_floor": 0.9, "mfu": 0.41}
+    case |= {"reserved_bytes": 61_300_000_000, "parts_s": {"teacher": 0.25}}
+    commands = []
+
+    def run(bench: Bench, *command: str) -> None:
+        commands.append(command)
+        (bench.out / "part.json").write_text(json.dumps({"cases": [case]}))
+
+    monkeypatch.setattr(Bench, "run", run)
+    bench = replace(bench, device="cuda", quick=quick, trl_python=trl_python)
+    found = gpu_suite.option_benchmark(bench)
+    [(_, _, module, *arguments)] = commands
+    assert module == "tools.bench.bench_step"
+    options = bench_step._parse(arguments)
+    assert options.variant == list(EACH_OPTION) and options.ranks == [1] and options.device == "cuda"
+    assert options.impl == ["floor", "kd", *(("trl", "trl_gkd") if trl_python else ())]
+    assert (options.size, options.vocab) == (("quick", 1000) if quick else ("pair", 151_936))
+    assert gpu_suite._summary({"result": found}) == (
+        "kd a.b=1: 5,000 tokens/s, 0.90 x floor, MFU 41.0%, 61.3 GB reserved, teacher 250 ms"
+    )
+
+
+def test_the_pair_is_of_7_and_1_5_billion(tmp_path: Path) -> None:
+    """Without embeddings, as Qwen2.5 counts its own: 6.53 B and 1.31 B (their biases, 0.1 M, are not here)."""
+    for name, billions in (("teacher", 6.53), ("student", 1.31)):
+        layers, width, heads, kv_heads, mlp = SIZES["pair"][name]
+        attention = 2 * width * width * (1 + kv_heads / heads)
+        assert layers * (attention + 3 * width * mlp) / 1e9 == pytest.approx(billions, abs=0.005)
 
 
 def test_full_size_is_refused_on_a_cpu(tmp_path: Path) -> None:

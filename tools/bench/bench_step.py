@@ -34,7 +34,7 @@ from ddk_ds.engine.flops import utilisation
 from ddk_ds.errors import ConfigError, UserError
 from ddk_ds.files import write_text
 from ddk_ds.launcher import free_port
-from tools.bench.step_setting import SIZES, Case, case_config, case_flops, describe, make_models
+from tools.bench.step_setting import EACH_OPTION, SIZES, Case, case_config, case_flops, describe, make_models
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -88,6 +88,9 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         metavar="KEY=VALUE[,KEY=VALUE...]",
         help="time kd again with this change of its configuration; repeatable",
     )
+    parser.add_argument(
+        "--each-option", action="store_true", help="time kd again with each option (EACH_OPTION in step_setting.py)"
+    )
     parser.add_argument("--trl-python", type=Path, metavar="FILE", help="interpreter of an environment that has TRL")
     parser.add_argument("--ranks", type=positive, nargs="+", default=[1, 2], help="default: 1 2")
     parser.add_argument(
@@ -114,6 +117,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     options.size = options.size or options.device
     options.vocab = options.vocab or (32000 if options.size == options.device else 1000)
+    options.variant += EACH_OPTION if options.each_option else ()
     options.impl = options.impl or [*OURS, *(TRLS if options.trl_python else ())]
     if options.trl_python is None and set(options.impl) & set(TRLS):
         parser.error("TRL is timed in an environment of its own: name its interpreter by --trl-python")
@@ -196,26 +200,32 @@ def _cases(options: argparse.Namespace, folder: str, precision: str) -> list[Cas
 
 
 def _measure(case: Case, options: argparse.Namespace, device_name: str) -> Row:
-    """Measure a case, and return its row, without numbers if memory ran out. Raises RankFailed if a rank fails."""
+    """Measure a case, and return its row, without numbers if memory ran out or an option does not run here.
+
+    Raises RankFailed if a rank fails without a changed option.
+    """
     row: Row = {"impl": case.impl, "ranks": case.ranks, "accumulation": case.accumulation}
     setting = {key: value for key, value in asdict(case).items() if key not in (*row, "folder")}
-    numbers = dict.fromkeys(("tokens_per_s", "over_floor", "of_linear", "peak_bytes", "mfu", "step_s", "spread_s"))
-    row |= {**numbers, "tokens": case.tokens, "parts_s": {}, "error": None, **setting}
+    names = ("tokens_per_s", "over_floor", "of_linear", "peak_bytes", "reserved_bytes", "mfu", "step_s", "spread_s")
+    row |= {**dict.fromkeys(names), "tokens": case.tokens, "parts_s": {}, "error": None, **setting}
     try:
         measured = _start(case, options)
     except RankFailed as error:
-        if "OutOfMemoryError" not in str(error):
+        if "OutOfMemoryError" in str(error):
+            return {**row, "error": "out of memory"}
+        if not case.options:
             raise
-        return {**row, "error": "out of memory"}
+        return {**row, "error": str(error).splitlines()[-1][:300]}
     seconds = statistics.median(measured["steps_s"])
-    names = dict.fromkeys(name for parts in measured["parts_s"] for name in parts)
+    parts = dict.fromkeys(part for of in measured["parts_s"] for part in of)
     return row | {
         "tokens_per_s": case.tokens / seconds,
         "peak_bytes": measured["peak_bytes"],
+        "reserved_bytes": measured["reserved_bytes"],
         "mfu": utilisation(case_flops(case), seconds, device_name),
         "step_s": seconds,
         "spread_s": max(measured["steps_s"]) - min(measured["steps_s"]),
-        "parts_s": {name: statistics.median(parts.get(name, 0.0) for parts in measured["parts_s"]) for name in names},
+        "parts_s": {part: statistics.median(of.get(part, 0.0) for of in measured["parts_s"]) for part in parts},
     }
 
 
@@ -290,6 +300,7 @@ def _table(result: Row) -> Table:
         "of linear": ("of_linear", 1, ".2f"),
         "MFU": ("mfu", 1, ".1%"),
         "peak, GB": ("peak_bytes", 1e9, ".2f"),
+        "reserved, GB": ("reserved_bytes", 1e9, ".2f"),
     }
     for head in ("implementation", "ranks", "micro-batches", *numbers, "parts, s"):
         table.add_column(head, justify="left" if head in ("implementation", "parts, s") else "right")

@@ -2,8 +2,9 @@
 
     python -m tools.bench.gpu_suite --out runs/gpu-suite
     python -m tools.bench.gpu_suite --out runs/gpu-suite --part step_benchmark
+    python -m tools.bench.gpu_suite --out runs/gpu-suite --part option_benchmark --trl-python trl-env/bin/python
 
-The first command takes at most 16 minutes on an H100, the second 5.
+The first command takes at most 18 minutes on an H100, the second 5, the third 45.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from ddk_ds.engine.flops import utilisation
 from ddk_ds.errors import UserError
 from ddk_ds.files import write_text
 from ddk_ds.run_files import read_ledger
+from tools.bench.bench_step import TRLS
 from tools.bench.step_profile import FULL, QUICK, Setting, step_flops
 from tools.bench.step_setting import describe, save_byte_tokenizer
 
@@ -63,6 +65,8 @@ class Bench:
     scratch: Path
     device: str
     quick: bool
+    trl_python: Path | None = None
+    """Interpreter of an environment that has TRL (docs/benchmarks.md)."""
     deadline: float = 0.0
     """Value of time.monotonic() at which the part must have ended."""
 
@@ -136,11 +140,21 @@ def measured(report: Path) -> dict[str, dict[str, str]]:
 
 
 def loss_benchmark(bench: Bench) -> dict[str, Any]:
-    """Run tools/bench/bench_kd_loss.py, and return its results."""
+    """Run tools/bench/bench_kd_loss.py, also by kernel, and return its results."""
     results = bench.out / "bench_kd_loss.json"
-    options = ["--device", bench.device, "--json", str(results)]
+    options = ["--device", bench.device, "--json", str(results), "--by-kernel"]
     if find_spec("matplotlib"):
         options += ["--picture", str(bench.out / "bench_kd_loss.png")]
+    if bench.quick:
+        options += ["--case", "256,1000,64,96", "--repeats", "2"]
+    bench.run(sys.executable, "-m", "tools.bench.bench_kd_loss", *options)
+    return {"results": json.loads(results.read_text(encoding="utf-8"))}
+
+
+def linear_ce_benchmark(bench: Bench) -> dict[str, Any]:
+    """Run tools/bench/bench_kd_loss.py for the cross-entropy alone, and return its results."""
+    results = bench.out / "bench_linear_ce.json"
+    options = ["--device", bench.device, "--gamma", "0", "--json", str(results)]
     if bench.quick:
         options += ["--case", "256,1000,64,96", "--repeats", "2"]
     bench.run(sys.executable, "-m", "tools.bench.bench_kd_loss", *options)
@@ -180,14 +194,28 @@ def engine_run(bench: Bench) -> dict[str, Any]:
 
 def step_benchmark(bench: Bench) -> dict[str, Any]:
     """Run tools/bench/bench_step.py with a teacher of 7 B and a student of 1 B parameters, and return its cases."""
-    results = bench.out / "bench_step.json"
+    size = ["--tokens", "16384", "--length", "2048", "--accumulation", "4"]
+    return _bench_step(bench, *size)
+
+
+def option_benchmark(bench: Bench) -> dict[str, Any]:
+    """Time each option of a step of a pair of 7 B and 1.5 B, on and off, beside TRL's trainers if TRL is there."""
+    size = ["--size", "pair", "--vocab", "151936", "--tokens", "16384", "--length", "2048", "--accumulation", "4"]
+    return _bench_step(bench, *size, "--impl", "floor", "kd", *(TRLS if bench.trl_python else ()), "--each-option")
+
+
+def _bench_step(bench: Bench, *arguments: str) -> dict[str, Any]:
+    """Run tools/bench/bench_step.py on one rank, and return its cases; `--quick` takes the place of their sizes."""
+    results = bench.out / f"{bench.name}.json"
     options = ["--device", bench.device, "--ranks", "1", "--json", str(results)]
     if find_spec("matplotlib"):
-        options += ["--picture", str(bench.out / "bench_step.png")]
-    size = ["--tokens", "16384", "--length", "2048", "--accumulation", "4"]
-    if bench.quick:
-        size = ["--tokens", "128", "--length", "32", "--steps", "2", "--size", "quick"]
-    bench.run(sys.executable, "-m", "tools.bench.bench_step", *options, *size)
+        options += ["--picture", str(results.with_suffix(".png"))]
+    if bench.trl_python:
+        options += ["--trl-python", str(bench.trl_python)]
+    quick = ["--tokens", "128", "--length", "32", "--accumulation", "2", "--steps", "2", "--size", "quick"]
+    quick += ["--vocab", "1000"]
+    options += [*arguments, *(quick if bench.quick else ())]  # of an option that comes twice the last one counts
+    bench.run(sys.executable, "-m", "tools.bench.bench_step", *options)
     return {"cases": json.loads(results.read_text(encoding="utf-8"))["cases"]}
 
 
@@ -226,15 +254,18 @@ def write_run(folder: Path, setting: Setting, bench: Bench) -> Path:
     return config
 
 
-# Each part's time limit in seconds: 16 minutes together, and 5 more for the last, which runs only if --part names it.
+# Each part's time limit in seconds: 18 minutes together; the last two run only if --part names them.
 PARTS: dict[str, tuple[Callable[[Bench], dict[str, Any]], float]] = {
     "first_hour": (first_hour, 300.0),
     "kernel_tests": (kernel_tests, 240.0),
     "loss_benchmark": (loss_benchmark, 200.0),
+    "linear_ce_benchmark": (linear_ce_benchmark, 120.0),
     "step_profile": (step_profile, 50.0),
     "engine_run": (engine_run, 130.0),
     "step_benchmark": (step_benchmark, 300.0),
+    "option_benchmark": (option_benchmark, 2700.0),
 }
+ON_DEMAND = ("step_benchmark", "option_benchmark")
 
 
 def run_part(work: Callable[[Bench], dict[str, Any]], bench: Bench, limit_s: float) -> dict[str, Any]:
@@ -275,7 +306,7 @@ def _summary(part: dict[str, Any]) -> str:
     if "cases" in result:
         return "\n".join(_case_summary(case) for case in result["cases"])
     if "tokens_per_s" not in result:
-        return "see bench_kd_loss.json and loss_benchmark.log"
+        return "see its log and its JSON file"
     lines = [
         f"{result['tokens_per_s']:,.0f} tokens/s, {result['step_ms']:.1f} ms a step of {result['tokens']:,} tokens"
     ]
@@ -288,10 +319,13 @@ def _summary(part: dict[str, Any]) -> str:
 
 
 def _case_summary(case: dict[str, Any]) -> str:
+    name = " ".join([case["impl"], *case["options"]])
     if case["error"]:
-        return f"{case['impl']}: {case['error']}"
+        return f"{name}: {case['error']}"
     over, mfu = (format(case[key], form) if case[key] else "-" for key, form in (("over_floor", ".2f"), ("mfu", ".1%")))
-    return f"{case['impl']}: {case['tokens_per_s']:,.0f} tokens/s, {over} x floor, MFU {mfu}"
+    reserved = f", {case['reserved_bytes'] / 1e9:.1f} GB reserved" if case["reserved_bytes"] else ""
+    parts = "".join(f", {part} {seconds * 1e3:.0f} ms" for part, seconds in case["parts_s"].items())
+    return f"{name}: {case['tokens_per_s']:,.0f} tokens/s, {over} x floor, MFU {mfu}{reserved}{parts}"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -304,15 +338,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--quick", action="store_true", help="tiny models and one case of the benchmark")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu tests the suite itself")
-    usual = [name for name in PARTS if name != "step_benchmark"]
+    usual = [name for name in PARTS if name not in ON_DEMAND]
     parser.add_argument(
-        "--part", nargs="+", choices=PARTS, default=usual, help="parts to run (default: all except step_benchmark)"
+        "--part",
+        nargs="+",
+        choices=PARTS,
+        default=usual,
+        help=f"parts to run (default: all except {' and '.join(ON_DEMAND)})",
     )
+    parser.add_argument("--trl-python", type=Path, metavar="FILE", help="interpreter of an environment that has TRL")
     options = parser.parse_args(arguments)
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("torch sees no CUDA device: run it where there is one, or give --device cpu --quick")
     if options.device == "cpu" and not options.quick:
         parser.error("--device cpu would take hours at full size: add --quick")
+    trl_python = options.trl_python and options.trl_python.absolute()  # not resolved: a link is its environment
     out = options.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
     console = Console()
@@ -322,7 +362,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             work, limit_s = PARTS[name]
             (out / f"{name}.log").unlink(missing_ok=True)
             with console.status(f"{name}, at most {limit_s:.0f} s"):
-                bench = Bench(name, out, Path(scratch), options.device, options.quick)
+                bench = Bench(name, out, Path(scratch), options.device, options.quick, trl_python)
                 result["parts"][name] = run_part(work, bench, limit_s)
             write_text(out / "gpu_suite.json", json.dumps(result, indent=1))
     console.print(", ".join(f"{key} {value}" for key, value in result.items() if key != "parts"), highlight=False)

@@ -14,21 +14,23 @@ from pathlib import Path
 from typing import Any
 
 import deepspeed
+import numpy as np
 import torch
 import torch.nn.functional as F
 from transformers import AutoModelForCausalLM
 
 from ddk_ds.config import Config
+from ddk_ds.data.loader import document_positions
 from ddk_ds.engine.ds_config import student_ds_config, teacher_ds_config
 from ddk_ds.engine.model_files import DTYPES, read_model
 from ddk_ds.engine.runtime import Runtime, max_peak_bytes, start_runtime, synchronize
 from ddk_ds.engine.stage_clock import StageClock
 from ddk_ds.engine.student import load_student
 from ddk_ds.engine.teacher import load_teacher
-from ddk_ds.kernels import Options
 from ddk_ds.methods import make_method
 from ddk_ds.train.step import train_step
-from tools.bench.step_setting import Case, case_config
+from ddk_ds.train.teacher_store import head_options
+from tools.bench.step_setting import DOCUMENTS, Case, case_config
 
 RATE = 1e-4
 Step = Callable[[Sequence[torch.Tensor]], dict[str, float]]
@@ -57,7 +59,8 @@ def run_case(case: Case, runtime: Runtime) -> dict[str, Any]:
         if number >= case.warm_up:
             seconds.append(time.perf_counter() - started)
             parts.append(part_seconds)
-    return {"steps_s": seconds, "parts_s": parts, "peak_bytes": max_peak_bytes(runtime)}
+    reserved = torch.cuda.max_memory_reserved() if runtime.device.type == "cuda" else None
+    return {"steps_s": seconds, "parts_s": parts, "peak_bytes": max_peak_bytes(runtime), "reserved_bytes": reserved}
 
 
 def _make_step(case: Case, runtime: Runtime) -> Step:
@@ -74,6 +77,13 @@ def _batches(case: Case, runtime: Runtime) -> list[torch.Tensor]:
     return list(torch.randint(case.vocab_size, shape, generator=generator).to(runtime.device))
 
 
+def sample_positions(case: Case) -> torch.Tensor | None:
+    """Return positions (B, L) of tokens in DOCUMENTS documents a sample, whose borders are random."""
+    generator = np.random.default_rng(0)
+    borders = [np.sort(generator.choice(case.length - 1, DOCUMENTS - 1, replace=False)) for _ in range(case.samples)]
+    return document_positions([np.diff(each + 1, prepend=0, append=case.length) for each in borders])
+
+
 def _ours(case: Case, runtime: Runtime) -> Step:
     """Return the step of a real run: its engines, method and loss."""
     comm, clock = runtime.comm, StageClock(runtime.device.type)
@@ -85,14 +95,15 @@ def _ours(case: Case, runtime: Runtime) -> Step:
     student = load_student(
         config, read_model(Path(config.student.path), "student.path"), case.vocab_size, comm, None, clock
     )
-    method = make_method(config, teacher, Options(case.vocab_size, gamma=0.0), 1, {})
+    method = make_method(config, teacher, head_options(config, case.vocab_size, runtime.device.type), 1, {})
     domain = torch.zeros(case.samples, dtype=torch.int64)
+    positions = sample_positions(case) if config.data.documents == "masked" else None
 
     def step(batches: Sequence[torch.Tensor]) -> dict[str, float]:
         metrics = train_step(
             student,
             method,
-            [{"input_ids": ids, "domain": domain, "sample_id": domain} for ids in batches],
+            [{"input_ids": ids, "domain": domain, "sample_id": domain, "positions": positions} for ids in batches],
             learning_rate=RATE,
             progress=0.0,
             teacher_pass_size=config.teacher_pass_size,

@@ -19,14 +19,34 @@ from ddk_ds.version import commit
 
 PACKAGES = ("torch", "triton", "deepspeed", "transformers")
 LLAMA = {"model_type": "llama", "max_position_embeddings": 4096, "tie_word_embeddings": True}
-# Layers, width, heads, MLP of teacher and student. cpu: 21 M and 5 M parameters without embeddings; cuda: 7 B and 1 B;
-# host: so small that only the host's work takes time; quick: for tests.
+# Layers, width, heads, heads of keys and values, MLP of teacher and student. cpu: 21 M and 5 M parameters without
+# embeddings; cuda: 7 B and 1 B; pair: the layers of Qwen2.5's 7 B and 1.5 B; host: so small that only the host's work
+# takes time; quick: for tests.
 SIZES = {
-    "cpu": {"teacher": (12, 384, 6, 1024), "student": (6, 256, 4, 704)},
-    "cuda": {"teacher": (32, 4096, 32, 11008), "student": (22, 2048, 32, 5632)},
-    "host": {"teacher": (24, 64, 4, 128), "student": (24, 64, 4, 128)},
-    "quick": {"teacher": (2, 64, 4, 128), "student": (2, 32, 4, 64)},
+    "cpu": {"teacher": (12, 384, 6, 6, 1024), "student": (6, 256, 4, 4, 704)},
+    "cuda": {"teacher": (32, 4096, 32, 32, 11008), "student": (22, 2048, 32, 32, 5632)},
+    "pair": {"teacher": (28, 3584, 28, 4, 18944), "student": (28, 1536, 12, 2, 8960)},
+    "host": {"teacher": (24, 64, 4, 4, 128), "student": (24, 64, 4, 4, 128)},
+    "quick": {"teacher": (2, 64, 4, 4, 128), "student": (2, 32, 4, 4, 64)},
 }
+# Changes of the configuration, each of which bench_step --each-option times beside what it changes.
+EACH_OPTION = (
+    "student.whole_layers=false,teacher.whole_layers=false",
+    "optimizer.fused=false",
+    "student.compile_layers=true,teacher.compile_layers=true",
+    "student.gradient_checkpointing=true",
+    "student.gradient_checkpointing=selective",
+    "teacher.micro_batches_per_pass=2",
+    "teacher.quantize=int8",
+    "teacher.quantize=fp8",
+    "teacher.shard_within=gpu",
+    "teacher.shard_within=gpu,teacher.quantize=fp8",
+    "teacher.shard_within=gpu,teacher.quantize=fp8,teacher.compile_layers=true",
+    "data.documents=masked",
+    "loss.logits_dtype=model",
+    "loss.chunk_tokens=2048",
+)
+DOCUMENTS = 4  # of a sample where documents do not see each other
 GAMMA = 0.2
 
 
@@ -109,11 +129,12 @@ def make_models(folder: Path, size: str, vocab_size: int, precision: str, device
     from ddk_ds.engine.whole_models import make_random_model
 
     save_byte_tokenizer(vocab_size, folder / "tokenizer")
-    for name, (layers, width, heads, mlp) in SIZES[size].items():
+    for name, (layers, width, heads, kv_heads, mlp) in SIZES[size].items():
         shape = {
             "num_hidden_layers": layers,
             "hidden_size": width,
             "num_attention_heads": heads,
+            "num_key_value_heads": kv_heads,
             "intermediate_size": mlp,
             "dtype": "bfloat16" if precision == "bf16" else "float32",
         }

@@ -155,7 +155,8 @@ def main() -> None:
         seconds = train(case, runtime, output)
     most = max_peak_bytes(runtime)
     if runtime.comm.rank == 0:
-        result = {"steps_s": seconds[case["warm_up"] :], "parts_s": [], "peak_bytes": most}
+        reserved = torch.cuda.max_memory_reserved() if runtime.device.type == "cuda" else None
+        result = {"steps_s": seconds[case["warm_up"] :], "parts_s": [], "peak_bytes": most, "reserved_bytes": reserved}
         Path(sys.argv[2]).write_text(json.dumps(result))
 
 

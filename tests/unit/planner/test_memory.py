@@ -21,8 +21,11 @@ from ddk_ds.config import Config, make_config
 from ddk_ds.config.sections import Student
 from ddk_ds.engine.attention_masks import use_own_masks
 from ddk_ds.engine.memory_estimate import _layer_activations as layer_activations
+from ddk_ds.engine.memory_estimate import _passes as passes
 from ddk_ds.engine.memory_estimate import estimate_memory
 from ddk_ds.engine.model_files import configured_files, model_shape
+from ddk_ds.kernels import Options, chunked, linear_kd_loss
+from ddk_ds.kernels.chunked import row_buffer
 from ddk_ds.planner.gpu_memory import changed, estimate, placed, plan_memory, with_micro_batch
 from ddk_ds.planner.gpus import GPUS, Cluster
 from ddk_ds.planner.known_points import dense_model, profiled_model
@@ -129,6 +132,51 @@ def test_a_measured_gpu_step() -> None:
     weights = ("student shards", "teacher shards", "master weights and moments")
     passes = ("activations", "hidden states", "head's weight gradient", "logits of a chunk", "logits' gradients")
     assert sum(parts[name] for name in (*weights, *passes)) == pytest.approx(peak, rel=0.1)
+
+
+@pytest.mark.parametrize("logits_dtype", ["float32", "model"])
+@pytest.mark.parametrize("with_teacher", [True, False])
+def test_the_heads_buffers(logits_dtype: str, with_teacher: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The estimate of a head's chunk is what it asks for, here on a CPU that multiplies bf16."""
+    buffers = []
+
+    def counted(use: str, rows: int, vocab_size: int, dtype: torch.dtype, like: torch.Tensor) -> torch.Tensor:
+        buffers.append(row_buffer(use, rows, vocab_size, dtype, like))
+        return buffers[-1]
+
+    monkeypatch.setattr(chunked, "row_buffer", counted)
+    monkeypatch.setattr(chunked, "has_fast_half", lambda weight: True)
+    hidden, weight = torch.zeros(48, 8, dtype=torch.bfloat16), torch.zeros(1000, 8, dtype=torch.bfloat16)
+    loss = {"chunk_tokens": 8, "logits_dtype": logits_dtype}
+    options = Options(1000, gamma=float(with_teacher), **loss)  # type: ignore[arg-type]
+    teacher = (hidden, weight) if with_teacher else (None, None)
+    labels, count = torch.zeros(48, dtype=torch.int64), torch.tensor(48)
+    linear_kd_loss(hidden, weight.requires_grad_(), *teacher, labels, num_valid=count, options=options)
+    train = {"micro_batch_samples": 1, "global_batch_samples": 1}
+    method = {"method": "kd"} if with_teacher else {"method": "cpt", "teacher": None}
+    config = config_of(**method, loss=loss, data={"path": "d", "sequence_length": 48}, train=train)
+    student, frozen = (dense_model(2, 64, vocab_size=1000, length=48).shape for _ in range(2))
+    zero = {"max_live_parameters": 0, "prefetch_bucket_size": 0}
+    parts = passes(config, student, frozen if with_teacher else None, 1000, zero, "cpu", 1)
+    held = sum(buffer.nbytes for buffer in buffers)
+    assert parts["logits of a chunk"] + parts["logits' gradients"] == held
+
+
+@pytest.mark.parametrize(
+    ("loss", "logits", "gradients"),
+    [
+        ({}, 2 * 512 * 4, 2048 * 2),
+        ({"chunk_tokens": 2048}, 2 * 2048 * 4, 8192 * 2),
+        ({"chunk_tokens": 2048, "logits_dtype": "model"}, 2048 * 2, 8192 * 2),
+    ],
+)
+def test_a_plan_counts_the_chunk_that_is_asked_for(loss: dict[str, Any], logits: int, gradients: int) -> None:
+    """Bytes by element of a row, whose width is 151,680 for 151,646 tokens; a micro-batch has 16,384 tokens."""
+    models = Models(*(dense_model(2, 64, vocab_size=151_646, length=LENGTH) for _ in range(2)), 151_646)
+    config = with_micro_batch(config_of(loss=loss), 8)
+    parts = estimate(config, models, CLUSTER).parts
+    assert parts["logits of a chunk"] == logits * 151_680
+    assert parts["logits' gradients"] == gradients * 151_680
 
 
 STUDENT, TEACHER = (dense_model(*size, vocab_size=50000, length=LENGTH) for size in ((24, 2048), (40, 5120)))
