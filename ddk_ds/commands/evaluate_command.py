@@ -54,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if prepared.languages:
         console.print(code_table(results))
     if prepared.held_out is not None:
-        console.print(domain_table(results))
+        console.print(domain_table(results, masked=prepared.held_out.masked))
     return 0
 
 
@@ -66,6 +66,13 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--tasks", type=lambda text: text.split(","), help="only these benchmarks of the suite, as a,b")
     parser.add_argument("--data", type=Path, help="directory with the benchmarks' files; default: the hub")
     parser.add_argument("--shards", type=Path, help="prepared data: perplexity and bits per byte of each domain")
+    parser.add_argument(
+        "--documents",
+        choices=("auto", "masked", "joined"),
+        default="auto",
+        help="masked: the documents of a sample do not see each other; joined: they do; auto, the default: masked if "
+        "the shards have their borders, as in a run",
+    )
     parser.add_argument("--cross-code-eval", type=Path, help="directory with CrossCodeEval's files, by language")
     parser.add_argument("--limit", type=positive, help="maximal number of documents of each task (of each subject)")
     parser.add_argument("--batch-size", type=positive, default=8, help="default: %(default)s")
@@ -112,6 +119,7 @@ def _request(options: argparse.Namespace, benchmarks: list[Chosen]) -> Request:
         benchmarks=benchmarks,
         data=options.data,
         shards=options.shards,
+        documents=options.documents,
         cross_code_eval=options.cross_code_eval,
         limit=options.limit,
         unsafe_code=options.unsafe_run_code,
@@ -156,6 +164,7 @@ def _save(
         "device": request.device,
         "dtype": "float32" if request.device == "cpu" else "the files'",
         "data": "hub" if request.data is None else str(request.data),
+        "documents": None if prepared.held_out is None else "masked" if prepared.held_out.masked else "joined",
         "code_shut_in_by": prepared.sandbox,
         "versions": versions(),
         "commit": commit(),

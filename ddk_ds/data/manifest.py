@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, cast, get_args
 
 from ddk_ds.data.documents import Dropped
 from ddk_ds.data.mds import read_index
@@ -17,13 +17,15 @@ from ddk_ds.files import write_text
 FORMAT = 1
 FILE_NAME = "domains.json"
 SPLITS = ("train", "validation")
+Packing = Literal["cut", "best_fit"]
 
 
 @dataclass(frozen=True)
 class SplitInfo:
-    """Sizes of one split of one domain: `bytes` of its documents' text (UTF-8), `tokens` in complete samples.
+    """Sizes of one split of one domain: `bytes` of its documents' text (UTF-8), `tokens` of them in complete samples.
 
-    `largest_id` is the largest token id; -1 in data of earlier versions.
+    `largest_id` is the largest token id, and `cut_documents` the number of those that are not whole in one sample; both
+    are -1 in data of earlier versions. `padding_tokens` fill samples up.
     """
 
     documents: int
@@ -32,6 +34,8 @@ class SplitInfo:
     bytes: int
     sha: str
     largest_id: int = -1
+    cut_documents: int = -1
+    padding_tokens: int = 0
 
 
 @dataclass(frozen=True)
@@ -54,7 +58,7 @@ class Manifest:
 
     `bos` are the ids at the beginning of each document. `probe_hash` says how the tokenizer cuts text (same_cuts.py);
     "" in data of earlier versions. `borders` is True if the samples have the borders of their documents, which data of
-    earlier versions lack.
+    earlier versions lack. Samples of `packing` "best_fit" can be padded, in documents of one token each.
     """
 
     root: Path | str
@@ -67,12 +71,36 @@ class Manifest:
     bos: tuple[int, ...] = ()
     probe_hash: str = ""
     borders: bool = False
+    packing: Packing = "cut"
 
     def require(self, names: Sequence[str]) -> None:
         """Raise DataError if one of `names` is not among the domains."""
         for name in names:
             if name not in self.domains:
                 raise DataError(f"{self.root} has no domain {name!r}; it has {', '.join(self.domains)}")
+
+    def masked(self, documents: Literal["auto", "masked", "joined"], key: str) -> bool:
+        """Return True if the documents of a sample are kept apart, as the option `key` asks by its value `documents`.
+
+        Raises DataError if they are to be and the samples lack their borders, or if they are not to be and samples are
+        padded: the padding would be text.
+        """
+        if documents == "joined":
+            self.require_no_padding(f"{key} is joined", f"set {key} to auto")
+        if documents == "masked" and not self.borders:
+            raise DataError(
+                f"{key} is masked, and the shards of {self.root} have no borders of documents (an earlier version made "
+                f"them): prepare the data again, or set {key} to joined"
+            )
+        return self.borders and documents != "joined"
+
+    def require_no_padding(self, what: str, fix: str) -> None:
+        """Raise DataError if samples may be padded, where `what` would take padding for text; `fix` says what to do."""
+        if self.packing == "best_fit":
+            raise DataError(
+                f"{what}, and the samples of {self.root} are padded (ddk prepare --packing best_fit): {fix}, or "
+                "prepare the data with --packing cut"
+            )
 
     def mostly_held_out(self, names: Sequence[str]) -> list[str]:
         """Return a text for each domain of `names` that has fewer samples to train on than held-out ones."""
@@ -91,6 +119,7 @@ def write_manifest(manifest: Manifest) -> None:
         "sequence_length": manifest.sequence_length,
         "dtype": manifest.dtype,
         "borders": manifest.borders,
+        "packing": manifest.packing,
         "tokenizer": {
             "fingerprint": manifest.tokenizer_fingerprint,
             "vocab_size": manifest.vocab_size,
@@ -150,11 +179,19 @@ def _parse(store: Store, text: bytes) -> Manifest:
             bos=tuple(map(int, tokenizer.get("bos", ()))),
             probe_hash=str(tokenizer.get("probe_hash", "")),
             borders=bool(content.get("borders", False)),
+            packing=_packing(content.get("packing", "cut")),
         )
     except DataError:
         raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise DataError(f"{path} is damaged ({error!r}); {AGAIN}") from None
+
+
+def _packing(value: str) -> Packing:
+    """Return a known way of packing. Raises ValueError for another one."""
+    if value not in get_args(Packing):
+        raise ValueError(f"packing {value!r}")
+    return cast(Packing, value)
 
 
 def _domain(entry: dict[str, Any]) -> DomainInfo:

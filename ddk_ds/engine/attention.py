@@ -115,12 +115,16 @@ def check_apart(config: dict[str, Any], directory: Path, key: str, section: Mode
 
     `choose_attention` has accepted the model. What only values tell, engine/split_check.py finds once it is loaded.
     """
-    reason = dict(_unfit(json.dumps(config), _own_code(config, directory, section.trust_remote_code)))
-    if "masked" in reason:
+    if reason := not_kept_apart(config, directory, trusted=section.trust_remote_code):
         raise ConfigError(
-            f"data.documents is masked, but {key}.path {directory} cannot keep documents apart: {reason['masked']}: "
+            f"data.documents is masked, but {key}.path {directory} cannot keep documents apart: {reason}: "
             "set data.documents to joined, or choose another model"
         )
+
+
+def not_kept_apart(config: dict[str, Any], directory: Path, *, trusted: bool = False) -> str:
+    """Return why it is plain without values that a model cannot keep documents apart; "" if it is not."""
+    return dict(_unfit(json.dumps(config), _own_code(config, directory, trusted))).get("masked", "")
 
 
 def _own_code(config: dict[str, Any], directory: Path, trusted: bool) -> Path | None:

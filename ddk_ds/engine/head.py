@@ -16,7 +16,7 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from torch import nn
 
-from ddk_ds.engine.attention_masks import backbone_inputs, documents_apart
+from ddk_ds.engine.attention_masks import backbone_pass
 from ddk_ds.engine.filters import LayerFilters, LayerTaps
 from ddk_ds.engine.router_loss import RouterLoss
 from ddk_ds.engine.sequence_parallel import SequenceGroup
@@ -84,8 +84,8 @@ class StudentRoot(nn.Module):
     ) -> Any:
         """Return function(hidden (B*L, H), head) for input_ids (B, L) int64; None without a function.
 
-        `positions` (B, L) are those of the tokens in their documents, if documents are kept apart. With the teacher's
-        hidden states of the matched layers: a pair of that and of the filters' results.
+        `positions` (B, L), on the CPU, are those of the tokens in their documents, if documents are kept apart. With
+        the teacher's hidden states of the matched layers: a pair of that and of the filters' results.
         """
         if teacher_states is None:
             return self._head(self._hidden(input_ids, positions), function)
@@ -97,8 +97,7 @@ class StudentRoot(nn.Module):
 
     def _hidden(self, input_ids: torch.Tensor, positions: torch.Tensor | None) -> torch.Tensor:
         options = {} if self.router is None or not self.training else {"output_router_logits": True}
-        with documents_apart(positions):
-            given = backbone_inputs(self.backbone, input_ids, positions, sequence=self._sequence)
+        with backbone_pass(self.backbone, input_ids, positions, sequence=self._sequence) as given:
             output = self.backbone(**given, use_cache=False, **options)
         if self.router is not None and options:
             logits = output.router_logits  # () if no layer of the model has experts

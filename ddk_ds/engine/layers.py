@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint
 from ddk_ds.config import Model
 from ddk_ds.engine.compiling import compile_layers
 from ddk_ds.engine.config_sizes import experts_per_token
+from ddk_ds.engine.document_attention import documents_in, same_documents
 from ddk_ds.errors import ConfigError
 
 _aten = torch.ops.aten
@@ -92,10 +93,22 @@ def checkpoint_layers(model: Any, mode: bool | str) -> None:
     """
     if not mode:
         return
-    options: dict[str, Any] = {"use_reentrant": False}
-    if mode == "selective":
-        options["context_fn"] = partial(create_selective_checkpoint_contexts, _keep_products)
+    options = {"use_reentrant": False, "context_fn": partial(_contexts, mode)}
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+
+
+def _contexts(mode: bool | str) -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
+    """Return the contexts of a layer's pass and of its recomputation, which has the same documents."""
+    if mode != "selective":
+        return nullcontext(), same_documents()
+    passed, recomputed = create_selective_checkpoint_contexts(_keep_products)
+    return passed, _both(same_documents(), recomputed)
+
+
+@contextmanager
+def _both(first: AbstractContextManager[Any], second: AbstractContextManager[Any]) -> Iterator[None]:
+    with first, second:
+        yield
 
 
 def _keep_products(_: Any, operator: Any, *__: Any, **___: Any) -> CheckpointPolicy:
@@ -133,7 +146,8 @@ class LayerByLayer:
             for index in range(count):
                 part = slice(index * rows // count, (index + 1) * rows // count)
                 part_arguments, part_options = _rows((arguments, options), rows, part)
-                outputs.append(forward(hidden[part], *part_arguments, **part_options))
+                with documents_in(part):
+                    outputs.append(forward(hidden[part], *part_arguments, **part_options))
             if isinstance(outputs[0], torch.Tensor):
                 return torch.cat(outputs)
             return (torch.cat([output[0] for output in outputs]), *outputs[0][1:])

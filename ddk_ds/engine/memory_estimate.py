@@ -301,9 +301,9 @@ def _passes(
 
 
 def _mask_bytes(config: Config, model: Model, shape: ModelShape, compute: int) -> int:
-    """Return the bytes of the mask that keeps the documents of a micro-batch apart; its layers share it.
+    """Return the bytes of the mask that may keep the documents of a micro-batch apart; its layers share it.
 
-    `data.documents: auto` counts as masked.
+    `data.documents: auto` counts as masked. Sdpa needs it only for windows, and on a GPU for short documents.
     """
     if config.data.documents == "joined" or _kernel(model, shape) == "flash_attention_2":
         return 0

@@ -21,11 +21,13 @@ from torch.nn import functional
 
 from ddk_ds.comm import Comm
 from ddk_ds.engine.compiling import uncompiled
+from ddk_ds.engine.document_attention import by_masks
 from ddk_ds.engine.head import OutputHead
 from ddk_ds.engine.sequence_parallel import whole_samples
 from ddk_ds.engine.student import Student
 from ddk_ds.engine.teacher import Teacher
 from ddk_ds.engine.unloaded_models import backbone_of
+from ddk_ds.engine.whole_models import WholeModel
 from ddk_ds.errors import ConfigError
 from ddk_ds.kernels.rows_eager import apply_form
 
@@ -93,12 +95,33 @@ def check_split(model: Student | Teacher, input_ids: torch.Tensor, vocab_size: i
 def check_documents(model: Student | Teacher, input_ids: torch.Tensor, vocab_size: int, key: str, comm: Comm) -> None:
     """Raise ConfigError if a document's logits depend on the document before it in its sample, or on its place there.
 
-    Collective. The arguments are those of `check_split`. The first row is tried at its full length, since windows and
-    chunks of attention can be as long, in two passes of two rows with different borders.
+    Collective. The arguments are those of `check_split`.
     """
-    row = input_ids[0]
+    if leak := leak_of_documents(model, input_ids, vocab_size, comm):
+        raise ConfigError(
+            f"data.documents is masked, but {key}.path {type(model.whole).__name__} "
+            f"({model.whole.config.model_type}) {leak}: set data.documents to joined, or choose another model"
+        )
+
+
+def leak_of_documents(
+    model: Student | Teacher | WholeModel, input_ids: torch.Tensor, vocab_size: int, comm: Comm
+) -> str:
+    """Return in what a model does not keep the documents of a sample apart; "" if it does. Collective.
+
+    The first row is tried at its full length, since windows and chunks of attention can be as long, in two passes of
+    two rows with different borders. On a GPU it is tried by masks too, which keep short documents apart there.
+    """
+    leak = _leak(model, input_ids[0], vocab_size, comm)
+    if not leak and input_ids.device.type != "cpu":
+        with by_masks():
+            leak = _leak(model, input_ids[0], vocab_size, comm)
+    return leak
+
+
+def _leak(model: Student | Teacher | WholeModel, row: torch.Tensor, vocab_size: int, comm: Comm) -> str:
     first, second = row.tensor_split([len(row) * 3 // 8])  # chunks of attention end elsewhere in it when it comes first
-    positions = torch.cat([torch.arange(len(part)) for part in (first, second, second, first)]).view(2, -1).to(row)
+    positions = torch.cat([torch.arange(len(part)) for part in (first, second, second, first)]).view(2, -1)
     spread = torch.linspace(0, len(second) - 1, MAX_TOKENS // 2 - _LOOKED_AT).long()
     places = torch.cat([torch.arange(_LOOKED_AT).clamp(max=len(second) - 1), spread]).to(row)
     # The second document behind the first one, and where it comes first.
@@ -120,12 +143,11 @@ def check_documents(model: Student | Teacher, input_ids: torch.Tensor, vocab_siz
     # Products of the same shape are rounded alike, so that what is seen of other tokens is found where it is little.
     for what, by, most in (("other tokens in", by_tokens, limit / 10), ("its place behind", by_place, limit)):
         if not by <= most:
-            raise ConfigError(
-                f"data.documents is masked, but {key}.path {type(model.whole).__name__} "
-                f"({model.whole.config.model_type}) does not keep documents apart: {what} the document before it in a "
-                f"sample change a document's logits by {by:.3g} where the largest is {largest:.3g} (a difference of "
-                f"{most:.2g} would be rounding): set data.documents to joined, or choose another model"
+            return (
+                f"does not keep documents apart: {what} the document before it in a sample change a document's logits "
+                f"by {by:.3g} where the largest is {largest:.3g} (a difference of {most:.2g} would be rounding)"
             )
+    return ""
 
 
 def _logits(hidden: torch.Tensor, head: OutputHead, vocab_size: int) -> torch.Tensor:

@@ -57,7 +57,7 @@ class Student:
     def __call__(self, input_ids: torch.Tensor, function: HeadFunction, positions: torch.Tensor | None = None) -> Any:
         """Return `function(hidden, head)` for token ids (B, L), with hidden states (B*L, H), in an engine's pass.
 
-        `positions` (B, L) are those of the tokens in their documents, if documents are kept apart.
+        `positions` (B, L), on the CPU, are those of the tokens in their documents, if documents are kept apart.
         """
         with self.clock.stage("forward"):
             return self.engine(input_ids, self._timed(function), None, positions)

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from ddk_ds.comm import Comm
 from ddk_ds.config import Config
-from ddk_ds.engine.attention_masks import backbone_inputs, documents_apart
+from ddk_ds.engine.attention_masks import backbone_pass
 from ddk_ds.engine.compiling import compile_layers, compile_whole
 from ddk_ds.engine.ds_config import teacher_ds_config, teacher_sizes
 from ddk_ds.engine.eight_bits import fp8_fault
@@ -68,8 +68,8 @@ class Teacher:
         """Return the last hidden states (B*L, H) of each micro-batch of token ids (B, L).
 
         A sharded teacher computes them in one pass if it was loaded for several. They are in the head's dtype; Mamba's
-        backbone gives float32. `positions` (B, L) of each micro-batch are those of the tokens in their documents, if
-        documents are kept apart.
+        backbone gives float32. `positions` (B, L) of each micro-batch, on the CPU, are those of the tokens in their
+        documents, if documents are kept apart.
         """
         positions = positions or [None] * len(batches)
         with self.clock.stage("teacher"):
@@ -83,8 +83,7 @@ class Teacher:
             return [part.flatten(0, 1) for part in states.chunk(len(batches))]
 
     def _states(self, input_ids: torch.Tensor, positions: torch.Tensor | None, parts: int = 1) -> torch.Tensor:
-        with documents_apart(positions):
-            given = backbone_inputs(backbone_of(self.whole), input_ids, positions, parts, self.sequence)
+        with backbone_pass(backbone_of(self.whole), input_ids, positions, parts, self.sequence) as given:
             states: torch.Tensor = self.engine(**given, use_cache=False).last_hidden_state
         return states.to(self.head.dtype)
 

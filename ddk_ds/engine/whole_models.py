@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,12 +17,15 @@ from transformers.utils.logging import disable_progress_bar
 from ddk_ds.comm import SingleProcess
 from ddk_ds.data.tokenizer import load_tokenizer
 from ddk_ds.engine.attention import choose_attention
+from ddk_ds.engine.attention_masks import backbone_pass
 from ddk_ds.engine.companion_files import TOKENIZER_FILES, copy_companions
+from ddk_ds.engine.head import HeadFunction, OutputHead
 from ddk_ds.engine.model_files import ModelFiles, read_model
-from ddk_ds.engine.unloaded_models import no_init_weights
+from ddk_ds.engine.unloaded_models import backbone_of, no_init_weights
 from ddk_ds.engine.weights import load_weights
 from ddk_ds.errors import ConfigError
 from ddk_ds.files import new_directory, read_object, write_text
+from ddk_ds.kernels import LogitForm
 
 # transformers 5 draws a bar for each model that it loads or saves; those of the hub's downloads stay.
 _downloads_have_bars = not are_progress_bars_disabled()
@@ -29,6 +34,30 @@ if _downloads_have_bars:
     enable_progress_bars()
 
 _log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class WholeModel:
+    """A complete causal LM on one device, called as a student or a teacher is."""
+
+    whole: Any
+    """The model as transformers has it."""
+    form: LogitForm
+    sequence: None = None
+
+    def __call__(self, input_ids: torch.Tensor, function: HeadFunction, positions: torch.Tensor | None = None) -> Any:
+        """Return `function(hidden, head)` for token ids (B, L), with hidden states (B*L, H).
+
+        `positions` (B, L), on the CPU, are those of the tokens in their documents, if documents are kept apart.
+        """
+        backbone, head = backbone_of(self.whole), self.whole.get_output_embeddings()
+        with backbone_pass(backbone, input_ids, positions) as given:
+            hidden = backbone(**given, use_cache=False).last_hidden_state
+        return function(hidden.flatten(0, 1), OutputHead(head.weight, getattr(head, "bias", None), self.form))
+
+    def evaluating(self) -> AbstractContextManager[Any]:
+        """Return a context without gradients."""
+        return torch.no_grad()
 
 
 def load_model(directory: Path, dtype: torch.dtype | Literal["auto"] = torch.float32, *, trusted: bool = False) -> Any:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -37,6 +37,8 @@ class Request:
     """Directory of the benchmarks' files; None to read them from the hub."""
     shards: Path | None = None
     """Prepared data for perplexity and bits per byte; None to leave these out."""
+    documents: Literal["auto", "masked", "joined"] = "auto"
+    """If the documents of a sample of the shards see each other, as `data.documents` of a run has it."""
     cross_code_eval: Path | None = None
     """Directory of CrossCodeEval's files; None to leave it out."""
     limit: int | None = None
@@ -91,10 +93,10 @@ def prepare(request: Request) -> Prepared:
     if any(chosen.benchmark.runs_code for chosen in request.benchmarks):
         sandbox = NO_SANDBOX if request.unsafe_code else check_sandbox()
     files = [_model_files(path) for path in request.models]
-    held_out = None if request.shards is None else open_held_out(request.shards)
+    held_out = None if request.shards is None else open_held_out(request.shards, request.documents)
     if held_out is not None:
         for model in files:
-            held_out.check_model(model.directory)
+            held_out.check_model(model)
     languages = {} if request.cross_code_eval is None else read_languages(request.cross_code_eval)
     return Prepared(request, files, _load_benchmarks(request), held_out, languages, sandbox)
 

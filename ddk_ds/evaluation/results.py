@@ -42,7 +42,7 @@ class DomainScore:
     bits_per_byte_stderr: float | None
     samples: int
     tokens: int
-    """Number of predicted tokens: all of a sample except its first."""
+    """Number of predicted tokens: all but the first of a sample, or of each of its documents if they are kept apart."""
     text_bytes: int
     """Length of the predicted tokens' text in UTF-8."""
 
@@ -158,9 +158,10 @@ def code_table(results: Sequence[ModelResult]) -> Table:
     return table
 
 
-def domain_table(results: Sequence[ModelResult]) -> Table:
-    """Return the table of perplexity and bits per byte of each domain."""
-    caption = "perplexity and bits per byte, ± standard error"
+def domain_table(results: Sequence[ModelResult], *, masked: bool) -> Table:
+    """Return the table of perplexity and bits per byte of each domain; its caption says if documents are kept apart."""
+    seen = "documents of a sample do not see each other" if masked else "documents of a sample are joined"
+    caption = f"perplexity and bits per byte, ± standard error; the {seen} (--documents)"
     table = Table(box=box.SIMPLE, title="held-out text", caption=caption, caption_justify="left")
     table.add_column("domain")
     for result in results:

@@ -15,6 +15,7 @@ from ddk_ds.data.teacher_samples import Record
 from ddk_ds.engine.head import OutputHead
 from ddk_ds.engine.student import Student
 from ddk_ds.engine.teacher import Teacher
+from ddk_ds.engine.transfers import to_device
 from ddk_ds.kernels import KDLoss, Options, linear_kd_loss, linear_nll
 
 IGNORE_INDEX = -100
@@ -42,18 +43,20 @@ class Batch:
     said: Sequence[Record | None] = ()
     """(B,) what a cache of the teacher has of the samples; () if it was not looked for."""
     positions: torch.Tensor | None = None
-    """(B, L) int64, of the tokens in their documents; None if the documents of a sample are not kept apart."""
+    """(B, L) int64 on the CPU, of the tokens in their documents; None if the documents of a sample are not kept apart.
+    """
 
 
 def next_token_labels(input_ids: torch.Tensor, positions: torch.Tensor | None = None) -> torch.Tensor:
     """Return the labels (B, L) of input_ids (B, L): each is the id of the next token, the last is IGNORE_INDEX.
 
-    With the `positions` (B, L) of the tokens in their documents, so is that of each document's last token.
+    With the `positions` (B, L) of the tokens in their documents, on the CPU, so is that of each document's last token.
     """
     labels = torch.full_like(input_ids, IGNORE_INDEX)
     labels[:, :-1] = input_ids[:, 1:]
     if positions is not None:
-        labels[:, :-1].masked_fill_(positions[:, 1:] == 0, IGNORE_INDEX)
+        first = to_device(positions, labels.device)[:, 1:] == 0
+        labels[:, :-1].masked_fill_(first, IGNORE_INDEX)
     return labels
 
 

@@ -45,6 +45,13 @@ Place = tuple[str, int]
 """Domain of a sample, and its number in the domain."""
 
 
+class Row(NamedTuple):
+    """A sample's token ids (L,), and positions (L,) on the CPU if documents are kept apart."""
+
+    ids: torch.Tensor
+    positions: torch.Tensor | None
+
+
 class Known(NamedTuple):
     """Tokens of a teacher at each position of a micro-batch."""
 
@@ -110,16 +117,16 @@ class CachedTeacher:
         self.complete = not missing
         return missing
 
-    def take_later(self, count: int, now: Container[Place]) -> dict[Place, torch.Tensor]:
-        """Return up to `count` samples, not among those of `now`, that the interval needs next, as `_row` has them."""
-        found: dict[Place, torch.Tensor] = {}
+    def take_later(self, count: int, now: Container[Place]) -> dict[Place, Row]:
+        """Return up to `count` samples, not among those of `now`, that the interval needs next."""
+        found: dict[Place, Row] = {}
         for place, sample_id in self.later.items():
             if len(found) == count:
                 break
             if place not in now:
                 packed, _ = self.dataset.read(sample_id)
                 ids, positions = torch.from_numpy(packed.tokens.astype(np.int64)), document_positions([packed.lengths])
-                found[place] = ids[None] if positions is None else torch.cat([ids[None], positions])
+                found[place] = Row(ids, None if positions is None else positions[0])
         return found
 
     def add(self, place: Place, said: Said) -> Record:
@@ -216,19 +223,18 @@ class CachedDistillation(WithDivergence):
         return int(self._cached.comm.all_reduce_max(torch.tensor(float(count), device=device)))
 
     def _ask(
-        self, teacher: Teacher, batch: Batch, at_once: Sequence[list[Place]], tokens: Mapping[Place, torch.Tensor]
+        self, teacher: Teacher, batch: Batch, at_once: Sequence[list[Place]], tokens: Mapping[Place, Row]
     ) -> Iterator[tuple[Place, Said]]:
         """Yield what the teacher says of samples in one pass, whose micro-batches have these places. Collective.
 
-        `tokens` has each as `_row` does. A micro-batch that is not full is filled up with a sample of `batch`.
+        `tokens` has each of them. A micro-batch that is not full is filled up with a sample of `batch`.
         """
         spare, device = self._cached.places(batch.sample_id)[0], batch.input_ids.device
         filled = [places + [spare] * (len(batch.input_ids) - len(places)) for places in at_once]
-        rows = [
-            torch.stack([to_device(tokens.get(place, _row(batch, 0)), device) for place in each]) for each in filled
-        ]
-        ids = [each[:, 0] for each in rows]
-        positions = [None if batch.positions is None else each[:, 1] for each in rows]
+        rows = [[tokens.get(place, _row(batch, 0)) for place in each] for each in filled]
+        ids = [torch.stack([to_device(row.ids, device) for row in each]) for each in rows]
+        apart = ([row.positions for row in each if row.positions is not None] for each in rows)
+        positions = [torch.stack(each) if each else None for each in apart]
         hidden = teacher.hidden(ids, positions)
         self._cached.taught += self._cached.comm.world_size * sum(map(len, filled))  # the same on each rank
         with teacher.clock.stage("teacher"), teacher.head.gathered() as head:
@@ -258,10 +264,8 @@ class CachedDistillation(WithDivergence):
         return [kind(*of_sample) for of_sample in zip(*columns, strict=True)]
 
 
-def _row(batch: Batch, row: int) -> torch.Tensor:
-    """Return a sample of a micro-batch: its token ids (1, L), or (2, L) with positions if documents are kept apart."""
-    parts = [batch.input_ids] if batch.positions is None else [batch.input_ids, batch.positions]
-    return torch.stack([part[row] for part in parts])
+def _row(batch: Batch, row: int) -> Row:
+    return Row(batch.input_ids[row], None if batch.positions is None else batch.positions[row])
 
 
 def sample_key(domain: str, number: int) -> int:

@@ -144,7 +144,7 @@ def check_files(
     store = open_store(config.data)
     manifest = load_manifest(store)
     names = _check_data(config, manifest)
-    masked = _masked(config, manifest)
+    masked = manifest.masked(config.data.documents, "data.documents")
     exhaustion = _check_exhaustion(config, manifest, names)
     student = read_model(student_path, "student.path")
     teacher = None if teacher_path is None else read_model(teacher_path, "teacher.path")
@@ -245,17 +245,6 @@ def _check_data(config: Config, manifest: Manifest) -> list[str]:
                 f"for {config.data.validation_samples}: lower it, or prepare the data again with more"
             )
     return names
-
-
-def _masked(config: Config, manifest: Manifest) -> bool:
-    """Return True if documents are kept apart. Raises DataError if they are to be and the shards lack their borders."""
-    documents = config.data.documents
-    if documents == "masked" and not manifest.borders:
-        raise DataError(
-            f"data.documents is masked, and the shards of {manifest.root} have no borders of documents (an earlier "
-            "version made them): prepare the data again, or set data.documents to joined"
-        )
-    return manifest.borders and documents != "joined"
 
 
 def _check_exhaustion(config: Config, manifest: Manifest, names: list[str]) -> Exhaustion:

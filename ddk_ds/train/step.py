@@ -87,7 +87,7 @@ def train_step(
     batches = []
     for micro, label in zip(micro_batches, labels, strict=True):
         ids, label = to_device(micro["input_ids"], device), to_device(label, device)
-        known = micro["sample_id"], micro.get("said", ()), to_device(micro.get("positions"), device)
+        known = micro["sample_id"], micro.get("said", ()), micro.get("positions")
         batches.append(Batch(ids, label, micro["domain"], domain_tokens, num_valid, progress, *known))
     for first in range(0, len(batches), teacher_pass_size):
         group = batches[first : first + teacher_pass_size]

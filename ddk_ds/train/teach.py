@@ -115,8 +115,7 @@ def _missing(config: Config, dataset: MixtureDataset, cached: CachedTeacher, sam
 
 
 def _batch(micro: MicroBatch, device: torch.device) -> Batch:
-    ids = to_device(micro["input_ids"], device)
-    positions = to_device(micro.get("positions"), device)
+    ids, positions = to_device(micro["input_ids"], device), micro.get("positions")
     nothing = torch.zeros(0, dtype=torch.float64, device=device)
     labels = next_token_labels(ids, positions)
     return Batch(ids, labels, micro["domain"], nothing, nothing, 0.0, micro["sample_id"], positions=positions)

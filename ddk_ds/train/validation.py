@@ -14,7 +14,6 @@ from ddk_ds.comm import Comm
 from ddk_ds.data.loader import HeldOutBatch
 from ddk_ds.engine.student import Student
 from ddk_ds.engine.teacher import Teacher
-from ddk_ds.engine.transfers import to_device
 from ddk_ds.kernels import Options
 from ddk_ds.methods import IGNORE_INDEX, own_labels, token_losses
 from ddk_ds.mixture.domain_vectors import perplexity
@@ -56,8 +55,7 @@ def perplexities(
                 flat = labels.flatten().to(device)
 
                 nll = partial(token_losses, labels=flat, options=options)
-                positions = to_device(batch.positions, device)
-                sums[0, domain] += model(batch.input_ids.to(device), nll, positions).sum(dtype=torch.float64)
+                sums[0, domain] += model(batch.input_ids.to(device), nll, batch.positions).sum(dtype=torch.float64)
                 sums[1, domain] += (flat != IGNORE_INDEX).sum()
                 advance()
     comm.all_reduce_sum(sums)

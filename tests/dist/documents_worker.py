@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM
 from ddk_ds.data.loader import MixtureDataset, interval_loader, validation_batches
 from ddk_ds.data.manifest import DomainInfo, Manifest, SplitInfo, load_manifest, write_manifest
 from ddk_ds.data.mds import write_split
+from ddk_ds.engine.attention_masks import backbone_pass
 from ddk_ds.engine.model_files import read_model
 from ddk_ds.engine.runtime import Runtime
 from ddk_ds.engine.split_check import check_documents
@@ -196,6 +197,17 @@ def _plain(root: Path) -> tuple[float, dict[str, torch.Tensor], list[float]]:
     return float(loss.detach()), gradients, ppl
 
 
+@contextmanager
+def _joined(_backbone: Any, ids: torch.Tensor, *_: Any) -> Iterator[dict[str, torch.Tensor]]:
+    yield {"input_ids": ids}
+
+
+@contextmanager
+def _unmoved(*arguments: Any) -> Iterator[dict[str, torch.Tensor]]:
+    with backbone_pass(*arguments) as given:
+        yield {"input_ids": given["input_ids"]}
+
+
 def refused(runtime: Runtime, folder: str, kinds: dict[str, dict[str, Any]]) -> dict[str, str]:
     """Return what is said of teachers that do not keep documents apart, by architecture.
 
@@ -209,10 +221,9 @@ def refused(runtime: Runtime, folder: str, kinds: dict[str, dict[str, Any]]) -> 
         teacher = load_teacher(tiny_config(root), read_model(root / "teacher", "teacher.path"), VOCAB, runtime.comm)
         with pytest.MonkeyPatch.context() as patch:
             if name == "unmasked":
-                patch.setattr("ddk_ds.engine.teacher.documents_apart", lambda _: nullcontext())
-                patch.setattr("ddk_ds.engine.teacher.backbone_inputs", lambda _, ids, *__: {"input_ids": ids})
+                patch.setattr("ddk_ds.engine.teacher.backbone_pass", _joined)
             if name == "moved":
-                patch.setattr("ddk_ds.engine.teacher.backbone_inputs", lambda _, ids, *__: {"input_ids": ids})
+                patch.setattr("ddk_ds.engine.teacher.backbone_pass", _unmoved)
             try:
                 check_documents(teacher, ids, VOCAB, "teacher", runtime.comm)
                 said[name] = ""
