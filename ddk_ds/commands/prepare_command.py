@@ -66,6 +66,13 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         help=f"minimal number of held-out samples of each domain (default: {DEFAULT_VALIDATION_SAMPLES})",
     )
     held_out.add_argument("--validation-fraction", type=float, help="share of the documents that is held out")
+    parser.add_argument(
+        "--packing",
+        choices=("cut", "best_fit"),
+        default="cut",
+        help="cut: documents are joined and cut at each sample's end, the default; best_fit: only documents that are "
+        "longer than a sample are cut, and samples are padded",
+    )
     cores = len(os.sched_getaffinity(0))
     parser.add_argument(
         "--workers", type=int, default=cores, help="number of tokenising processes (default: %(default)s)"
@@ -91,6 +98,7 @@ def run(options: argparse.Namespace, console: Console) -> Manifest:
         validation_fraction=options.validation_fraction,
         workers=options.workers,
         seed=options.seed,
+        packing=options.packing,
     )
     recipe = load_recipe(options.recipe, options.overrides)
     with Display(console, list(recipe.domains)) as display:
@@ -109,6 +117,8 @@ def run(options: argparse.Namespace, console: Console) -> Manifest:
             "more text (max_bytes of the recipe)",
             soft_wrap=True,
         )
+    if manifest.packing == "best_fit":
+        console.print(shares(manifest), soft_wrap=True)
     begin = f"each document begins with {list(manifest.bos)}" if manifest.bos else "no BOS"
     console.print(
         f"{options.out}: {len(manifest.domains)} domains, {manifest.sequence_length:,} tokens a sample, {begin}",
@@ -186,6 +196,19 @@ def table(manifest: Manifest) -> Table:
             f"{sum(part.bytes for part in parts) / (tokens + domain.dropped.tail_tokens):.2f}",
         )
     return result
+
+
+def shares(manifest: Manifest) -> str:
+    """Return a line with the shares of padding and of cut documents in each domain."""
+    found = []
+    for name, domain in manifest.domains.items():
+        parts = (domain.train, domain.validation)
+        padding, cut, documents = (
+            sum(getattr(part, key) for part in parts) for key in ("padding_tokens", "cut_documents", "documents")
+        )
+        places = manifest.sequence_length * sum(part.samples for part in parts)
+        found.append(f"{name} {padding / places:.2%} and {cut / documents:.2%}")
+    return f"padding tokens of all, and documents longer than a sample, which are cut: {', '.join(found)}"
 
 
 def losses(manifest: Manifest) -> Table:

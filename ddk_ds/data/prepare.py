@@ -9,18 +9,21 @@ from __future__ import annotations
 
 import hashlib
 import shutil
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
+from itertools import tee
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from ddk_ds.data.best_fit import pack_best_fit
 from ddk_ds.data.documents import Dropped
 from ddk_ds.data.encoding import BatchEncoder, batch_encoder
 from ddk_ds.data.long_documents import DocumentCutter
-from ddk_ds.data.manifest import FILE_NAME, DomainInfo, Manifest, SplitInfo, load_manifest, write_manifest
-from ddk_ds.data.mds import pack, pack_lengths, token_dtype, write_split
+from ddk_ds.data.manifest import FILE_NAME, DomainInfo, Manifest, Packing, SplitInfo, load_manifest, write_manifest
+from ddk_ds.data.mds import Ids, Lengths, pack, pack_lengths, token_dtype, write_split
 from ddk_ds.data.reading import DomainText, HeldOut, Progress, Spool, choose_validation
 from ddk_ds.data.recipe import Recipe, list_files
 from ddk_ds.data.same_cuts import probe_hash
@@ -45,6 +48,8 @@ class Plan:
     validation_fraction: float | None = None
     workers: int = 1
     seed: int = 0
+    packing: Packing = "cut"
+    """How documents become samples: joined and cut at each sample's end, or by best fit (best_fit.py)."""
 
     def __post_init__(self) -> None:
         for name, value, least in (
@@ -133,6 +138,7 @@ def _settings(info: TokenizerInfo, bos: tuple[int, ...], plan: Plan) -> dict[str
         "validation_samples": plan.validation_samples,
         "validation_fraction": plan.validation_fraction,
         "seed": plan.seed,
+        "packing": plan.packing,
     }
 
 
@@ -150,6 +156,7 @@ def _manifest(
         bos=bos,
         probe_hash=probe_hash(info),
         borders=True,
+        packing=plan.packing,
         domains=domains,
     )
 
@@ -164,7 +171,7 @@ def _prepare_domain(
         return DomainInfo(train, held_out, Dropped(**finished["dropped"]))
     spool, reading = text.spool(work, token_dtype(info.vocab_size), encode, progress)
     try:
-        domain = _pack_domain(text, spool, reading, work.data / text.name, plan)
+        domain = _pack_domain(text, spool, reading, work.data / text.name, plan, info)
     finally:
         spool.close()
     work.finish(text.name, asdict(domain))
@@ -172,7 +179,9 @@ def _prepare_domain(
     return domain
 
 
-def _pack_domain(text: DomainText, spool: Spool, reading: Reading, directory: Path, plan: Plan) -> DomainInfo:
+def _pack_domain(
+    text: DomainText, spool: Spool, reading: Reading, directory: Path, plan: Plan, info: TokenizerInfo
+) -> DomainInfo:
     """Choose the held-out documents and write both splits."""
     if not spool.num_documents:
         raise DataError(
@@ -191,18 +200,46 @@ def _pack_domain(text: DomainText, spool: Spool, reading: Reading, directory: Pa
     splits = []
     for validation, split in enumerate(("train", "validation")):
         documents, num_bytes, tokens = totals[validation].tolist()
+        ids = spool.ids(held_out, validation=bool(validation))
+        samples, of_samples = _samples(ids, spool.lengths(held_out, validation=bool(validation)), plan, info)
         written = write_split(
             directory / split,
-            pack(spool.ids(held_out, validation=bool(validation)), plan.sequence_length),
+            samples,
             sequence_length=plan.sequence_length,
             dtype=spool.dtype,
             shard_bytes=_SHARD_BYTES,
-            lengths=pack_lengths(spool.lengths(held_out, validation=bool(validation)), plan.sequence_length),
+            lengths=of_samples,
         )
-        packed_tokens = written["samples"] * plan.sequence_length
-        dropped.tail_tokens += tokens - packed_tokens
-        splits.append(SplitInfo(documents=documents, tokens=packed_tokens, bytes=num_bytes, **written))
+        places = written["samples"] * plan.sequence_length
+        tail, padding = max(tokens - places, 0), max(places - tokens, 0)
+        dropped.tail_tokens += tail
+        more = {"padding_tokens": padding, "cut_documents": _cut(spool, held_out, plan, validation=bool(validation))}
+        splits.append(SplitInfo(documents=documents, tokens=tokens - tail, bytes=num_bytes, **more, **written))
     return DomainInfo(splits[0], splits[1], dropped)
+
+
+def _samples(
+    ids: Iterator[Ids], lengths: Iterator[Lengths], plan: Plan, info: TokenizerInfo
+) -> tuple[Iterator[Ids], Iterator[Lengths]]:
+    """Return the samples of a split, and the lengths of the documents in each, to be read in turn."""
+    if plan.packing == "cut":
+        return pack(ids, plan.sequence_length), pack_lengths(lengths, plan.sequence_length)
+    assert info.eos_token_id is not None, "checked before"
+    first, second = tee(pack_best_fit(ids, lengths, plan.sequence_length, info.eos_token_id))
+    return (sample.tokens for sample in first), (sample.lengths for sample in second if sample.lengths is not None)
+
+
+def _cut(spool: Spool, held_out: HeldOut, plan: Plan, *, validation: bool) -> int:
+    """Return the number of documents of a split that are in several samples, or partly in none."""
+    cut, begin = 0, 0
+    for lengths in spool.lengths(held_out, validation=validation):
+        if plan.packing == "best_fit":
+            cut += int((lengths > plan.sequence_length).sum())
+            continue
+        ends = begin + np.cumsum(lengths)
+        cut += int(((ends - lengths) // plan.sequence_length != (ends - 1) // plan.sequence_length).sum())
+        begin = int(ends[-1]) if len(ends) else begin
+    return cut
 
 
 def _totals(spool: Spool, held_out: HeldOut) -> npt.NDArray[np.int64]:

@@ -151,7 +151,9 @@ def _prepared_data(config: Config) -> PlannedData:
         domains=len(names),
         vocab_size=manifest.vocab_size,
         token_bytes=token_bytes,
-        shard_bytes=token_bytes * sum(domain.train.tokens + domain.validation.tokens for domain in domains),
+        shard_bytes=token_bytes
+        * manifest.sequence_length
+        * sum(domain.train.samples + domain.validation.samples for domain in domains),
         steps=steps,
         intervals=_num_intervals(config, steps),
         source=f"{Path(config.data.path) / FILE_NAME}",

@@ -168,7 +168,8 @@ def cache_space(config: Config, manifest: Manifest, names: list[str]) -> Row:
     """Return a row that fails if the disk of `data.cache_dir` has less space than the cache will grow by."""
     assert config.data.cache_dir is not None, "space was asked for a cache that is not there"
     splits = [getattr(manifest.domains[name], split) for name in names for split in SPLITS]
-    total = sum(split.tokens for split in splits) * np.dtype(manifest.dtype).itemsize
+    places = sum(split.samples for split in splits) * manifest.sequence_length
+    total = places * np.dtype(manifest.dtype).itemsize
     limit = config.data.cache_limit_gb
     needed = total if limit is None else min(total, int(limit * 1e9))
     directory = Path(config.data.cache_dir)
