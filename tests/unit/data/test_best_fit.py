@@ -25,8 +25,8 @@ BEST_FIT = replace(PLAN, packing="best_fit")
 
 
 def test_items_that_fill_all_bins_do() -> None:
-    # 7 + 3, 6 + 4 and 5 + 5 fill three bins of 10; in the order given, next fit would begin five.
-    assert best_fit(np.array([6, 4, 5, 5, 3, 7, 10]), 10) == [[0, 1], [2, 3], [4, 5], [6]]
+    # 7 + 3, 6 + 4 and 5 + 5 fill three bins of 10; in the order given, 5 + 3 would leave the 7 and the other 5 alone.
+    assert best_fit(np.array([5, 3, 6, 4, 7, 5, 10]), 10) == [[0, 5], [1, 4], [2, 3], [6]]
     assert best_fit(np.array([4]), 10) == [[0]]
 
 

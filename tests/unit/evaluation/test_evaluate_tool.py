@@ -72,6 +72,7 @@ def test_tables_and_json(
     assert [domain["domain"] for domain in first["domains"]] == ["plain", "accents"]
     assert len(first["cross_code_eval"]) == 8
     assert {"torch", "transformers", "lm_eval", "ddk_ds"} <= set(content["versions"])
+    assert content["documents"] == "masked", "the shards have borders"
     assert content["commit"] and content["code_shut_in_by"].startswith("bubblewrap ") and content["limit"] == 2
 
 
