@@ -117,11 +117,12 @@ class Teacher(Model):
     micro_batches_per_pass: Positive | Literal["auto"] = 1
     """Micro-batches whose hidden states one pass computes, layer by layer: each weight is gathered once for all of
     them. auto: as many as fit into memory by preflight's estimate."""
-    quantize: Literal["none", "int8", "fp8"] = "none"
-    """int8, fp8: weights of the layers in 8 bits with one scale for each row. They take half of bf16's memory and half
-    the bytes of a gather; the teacher's outputs and its measured perplexities change. int8 multiplies in
-    `train.precision`; fp8 rounds the inputs of linear layers as well, with one scale for each token, and multiplies in
-    FP8, which needs an Ada, Hopper or later GPU and `train.precision: bf16` (docs/planning.md)."""
+    quantize: Literal["none", "int8", "int8_dynamic", "fp8"] = "none"
+    """int8, int8_dynamic, fp8: weights of the layers in 8 bits with one scale for each row. They take half of bf16's
+    memory and half the bytes of a gather; the teacher's outputs and its measured perplexities change. int8 multiplies
+    in `train.precision`. int8_dynamic and fp8 round the inputs of linear layers as well, with one scale for each token,
+    and multiply in 8 bits: int8 on Ampere and later GPUs, FP8 on Ada, Hopper and later ones with
+    `train.precision: bf16` (docs/planning.md)."""
     quantize_skip_layers: tuple[int, ...] = ()
     """Layers that `quantize` leaves as they are, by their numbers from 0; -1 is the last. [0, -1] is common."""
     cache: TeacherCache | None = None

@@ -287,8 +287,7 @@ def _passes(
         parts["logits' gradients"] = group * padded(vocab_size) * compute
     if teacher is not None and config.teacher is not None:
         layer = _layer_activations(config.teacher, teacher, tokens, config.data.sequence_length, compute)
-        # The widest input of a product in FP8: its numbers over their scales in float32, and the same rounded.
-        layer += max((matrix.shape[-1] for matrix in teacher.in_fp8(config.teacher)), default=0) * tokens * (4 + 1)
+        layer += tokens * _product_bytes(config.teacher, teacher, config.train.precision)
         if config.teacher.place != "gpu":
             # A layer's input and output are those of all micro-batches of the pass; inside, one is computed at a time.
             layer += 2 * (per_pass - 1) * tokens * teacher.hidden * compute
@@ -336,6 +335,17 @@ def _activations(config: Config, shape: ModelShape, tokens: int, compute: int) -
     }[config.student.gradient_checkpointing]
     # Recomputed activations are held for one layer at a time.
     return shape.layers * kept + (layer if config.student.gradient_checkpointing else 0) + mlp_gradients
+
+
+def _product_bytes(model: Teacher, shape: ModelShape, precision: str) -> int:
+    """Return the bytes for each token of the largest product in 8 bits, beside what a product in bf16 has.
+
+    Its input over the scales is in float32 and rounded to 8 bits. In int8_dynamic the sums are in int32, and then in
+    float32, beside the rounded input.
+    """
+    sums = 8 if model.quantize == "int8_dynamic" else 0
+    matrices = shape.multiplied_in_8_bits(model, precision)
+    return max((max(5 * m.shape[1], m.shape[1] + sums * m.shape[0]) for m in matrices), default=0)
 
 
 def _products(shape: ModelShape) -> int:

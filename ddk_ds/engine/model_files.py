@@ -410,9 +410,11 @@ class ModelShape:
             if matrix.layer not in skipped and form.fits(matrix.shape, COMPUTE_BYTES[precision])
         )
 
-    def in_fp8(self, model: Teacher) -> tuple[Matrix, ...]:
-        """Return the matrices that are multiplied in FP8: those of linear layers, but not of experts."""
-        return tuple(m for m in self.quantized(model, "bf16") if not m.expert) if model.quantize == "fp8" else ()
+    def multiplied_in_8_bits(self, model: Teacher, precision: str) -> tuple[Matrix, ...]:
+        """Return the matrices whose products are in 8 bits: those of linear layers, but not of experts."""
+        if model.quantize == "none" or not FORMATS[model.quantize].rounds_inputs:
+            return ()
+        return tuple(matrix for matrix in self.quantized(model, precision) if not matrix.expert)
 
 
 def model_shape(files: ModelFiles) -> ModelShape:

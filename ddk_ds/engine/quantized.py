@@ -3,8 +3,8 @@
 A weight is a number of 8 bits times its row's scale (LLM.int8's absmax, arXiv 2208.07339, without its outlier columns).
 ZeRO-3 shards and gathers a single dtype, so these numbers are stored as the bytes of a tensor in the compute dtype, in
 bf16 with half as many elements. int8 saves memory and gathers: products are computed in the compute dtype, which
-represents the integers exactly. In FP8 a linear layer's input is rounded as well, with a scale for each token, and
-torch._scaled_mm multiplies the two with sums in float32 (docs/planning.md).
+represents the integers exactly. In int8_dynamic and in FP8 a linear layer's input is rounded as well, with a scale for
+each token: torch._int_mm multiplies with exact sums in int32, torch._scaled_mm with sums in float32 (docs/planning.md).
 """
 
 from __future__ import annotations
@@ -29,10 +29,12 @@ _ROWS = 65536
 """Rows that are converted at a time: a layer's experts in float32 would take four times their memory."""
 _SMALLEST_SCALE = 1e-30
 """Scale of rows of zeros, instead of 0. Smaller ones would have too few digits left to divide by."""
+_LEAST_TOKENS = 17
+"""Rows that torch._int_mm takes at least on CUDA; fewer are filled up with zeros, on every device."""
 
 
 class QuantizedLinear(nn.Module):
-    """A frozen linear layer y = (x @ q.T) * scale + bias with q (out, in) in 8 bits; in FP8, x is rounded too."""
+    """A frozen linear layer y = (x @ q.T) * scale + bias with q (out, in) in 8 bits; some formats round x too."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None, form: Format) -> None:
         """Quantize `weight` (out, in); it and `bias` (out,), which can be None, are in the compute dtype."""
@@ -46,10 +48,12 @@ class QuantizedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return y (..., out) for x (..., in), both in the compute dtype; FP8 needs bf16."""
         stored = self.packed.view(self._form.dtype)
-        if not self._form.dtype.is_floating_point:
+        if not self._form.rounds_inputs:
             y = F.linear(x, stored.to(x.dtype)) * self.scale
             return y if self.bias is None else y + self.bias
         rows, scales = quantize(x.reshape(-1, x.shape[-1]), self._form, torch.float32)
+        if not self._form.dtype.is_floating_point:
+            return self._in_integers(rows, scales, stored).to(x.dtype).view(*x.shape[:-1], len(stored))
         y = torch._scaled_mm(
             rows,
             stored.t(),
@@ -59,6 +63,13 @@ class QuantizedLinear(nn.Module):
             out_dtype=x.dtype,
         )
         return y.view(*x.shape[:-1], len(stored))
+
+    def _in_integers(self, rows: Tensor, scales: Tensor, stored: Tensor) -> Tensor:
+        """Return y (tokens, out) in float32 of rows (tokens, in) of integers with their scales (tokens,)."""
+        filled = F.pad(rows, (0, 0, 0, max(0, _LEAST_TOKENS - len(rows))))
+        sums = torch._int_mm(filled, stored.t())[: len(rows)]
+        y = (sums * scales[:, None]).mul_(self.scale)
+        return y if self.bias is None else y.add_(self.bias)
 
 
 class QuantizedExperts(nn.Module):
@@ -147,8 +158,8 @@ def quantize_layers(
     if num_quantized < _LEAST_SHARE * num_weights:
         raise ConfigError(
             f"teacher.quantize: {section.quantize} would leave {1 - num_quantized / num_weights:.0%} of the weights of "
-            f"{type(layers[0]).__name__} as they are: only torch.nn.Linear, for fp8 with sides that are multiples of "
-            "16, and experts joined in tensors of three axes are quantized; set none"
+            f"{type(layers[0]).__name__} as they are: only torch.nn.Linear, with sides that are multiples of 16 "
+            "for fp8 and of 8 for int8_dynamic, and experts joined in tensors of three axes are quantized; set none"
         )
     return [*(f"layer {number}" for number in sorted(skipped)), *unfit]
 

@@ -18,7 +18,7 @@ from ddk_ds.config import Config
 from ddk_ds.engine.attention_masks import backbone_pass
 from ddk_ds.engine.compiling import compile_layers, compile_whole
 from ddk_ds.engine.ds_config import teacher_ds_config, teacher_sizes
-from ddk_ds.engine.eight_bits import fp8_fault
+from ddk_ds.engine.eight_bits import product_fault
 from ddk_ds.engine.filters import FilterShape, LayerTaps
 from ddk_ds.engine.gather_brake import GatherBrake
 from ddk_ds.engine.head import TEACHER_GATHER, FrozenHead, HeadFunction
@@ -146,7 +146,7 @@ def load_teacher(
     section = config.teacher
     assert section is not None, "the run has no teacher"
     device = torch.device(get_accelerator().current_device_name())
-    if fault := fp8_fault(section, device):
+    if fault := product_fault(section, device):
         raise ConfigError(fault)
     stored = model_shape(files).as_sharded(section, config.train.precision)
     ds_config = teacher_ds_config(config, teacher_sizes(stored.largest_layer, stored.head))

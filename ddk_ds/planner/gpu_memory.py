@@ -58,7 +58,7 @@ class MemoryPlan:
 def plan_memory(config: Config, models: Models, cluster: Cluster) -> MemoryPlan:
     """Estimate the memory of a run on that cluster."""
     total = estimate(config, models, cluster)
-    usable = int(MEMORY_MARGIN * cluster.gpu.memory_bytes)
+    usable = usable_bytes(cluster)
 
     def fits(samples: int) -> bool:
         return estimate(with_micro_batch(config, samples), models, cluster).device_bytes <= usable
@@ -88,8 +88,13 @@ def plan_memory(config: Config, models: Models, cluster: Cluster) -> MemoryPlan:
 
 def placed(config: Config, models: Models, cluster: Cluster) -> Config:
     """Return the configuration with the place that a run on the cluster takes for `teacher.shard_within: auto`."""
-    usable = MEMORY_MARGIN * cluster.gpu.memory_bytes
+    usable = usable_bytes(cluster)
     return settled_place(config, lambda tried: estimate(tried, models, cluster).device_bytes <= usable)
+
+
+def usable_bytes(cluster: Cluster) -> int:
+    """Return the bytes of a device that may be planned with."""
+    return int(MEMORY_MARGIN * cluster.gpu.memory_bytes)
 
 
 def estimate(config: Config, models: Models, cluster: Cluster) -> MemoryEstimate:

@@ -53,10 +53,16 @@ class Gpu(Section):
     """Bandwidth to its host's memory (PCIe)."""
     fp8_peak_flop_per_s: PositiveFloat | None = None
     """Peak for dense FP8; null if it has none."""
+    int8_peak_flop_per_s: PositiveFloat | None = None
+    """Peak for dense int8; null if it has none."""
     compute_efficiency: OpenFraction = 0.4
     """Share of the peak that a step's matmuls reach while nothing waits."""
     source: str = "given by the user"
     """Source of the figures, for the plan's list of assumptions."""
+
+    def peak_in_8_bits(self, quantize: str) -> float | None:
+        """Return the peak of the products of a `teacher.quantize` that rounds inputs; None if there is none."""
+        return {"fp8": self.fp8_peak_flop_per_s, "int8_dynamic": self.int8_peak_flop_per_s}.get(quantize)
 
 
 _SHEETS = "NVIDIA's data sheets of {} (peak, memory, NVLink) and of {} (network)"
@@ -72,6 +78,7 @@ def _a100(name: str, memory_bytes: float, hbm_bytes_per_s: float, efficiency: fl
         nvlink_bytes_per_s=300e9,
         network_bytes_per_s=25e9,
         host_bytes_per_s=25e9,
+        int8_peak_flop_per_s=624e12,
         compute_efficiency=efficiency,
         source=_SHEETS.format("A100 SXM", "DGX A100, 8 x 200 Gb/s") + _MEASURED,
     )
@@ -87,6 +94,7 @@ def _hopper(name: str, memory_bytes: float, hbm_bytes_per_s: float) -> Gpu:
         network_bytes_per_s=50e9,
         host_bytes_per_s=50e9,
         fp8_peak_flop_per_s=1979e12,
+        int8_peak_flop_per_s=1979e12,
         compute_efficiency=0.42,
         source=_SHEETS.format(f"{name.split()[0]} SXM", "DGX H100, 8 x 400 Gb/s") + _MEASURED,
     )

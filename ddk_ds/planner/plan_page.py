@@ -34,6 +34,8 @@ def plan_tables(plan: Plan) -> Iterator[Table | Text]:
     yield _flops(plan)
     yield _time(plan)
     yield _step(plan)
+    if plan.faster:
+        yield _faster(plan)
     yield Text("assumed:\n" + "\n".join(f"- {line}" for line in plan.assumptions))
 
 
@@ -209,6 +211,22 @@ def _step(plan: Plan) -> Table:
     return table
 
 
+def _faster(plan: Plan) -> Table:
+    """Return the table of faster steps; its caption names the best, if it is worth a change."""
+    title = "compiled layers, and a teacher in 8 bits: simulated, no GPU has measured them"
+    table = _number_table(title, "change", "step, s", "tokens/s", "of now", "GB a device", "numbers")
+    table.columns[-1].justify = "left"
+    for one in plan.faster:
+        numbers = (f"{one.step_s:.4f}", f"{one.tokens_per_s:,.0f}", f"{one.times:.2f}", _gb(one.device_bytes))
+        table.add_row(escape(one.change), *numbers, one.numbers)
+    best = max(plan.faster, key=lambda one: one.times)
+    named = f"{best.change} is the fastest that fits, {best.times:.2f} times the configured step's speed, if it is true"
+    none = f"none of them makes the step {WORTH_A_CHANGE - 1:.0%} faster"
+    table.caption = escape(named if best.times > WORTH_A_CHANGE else none)
+    table.caption_justify = "left"
+    return table
+
+
 def scaling_table(curves: Sequence[Curve]) -> Table:
     """Make the table of every curve's points."""
     table = _number_table("simulated scaling", "curve", "GPUs", "micro-batch", "step, s", "tokens/s", "MFU", "fits")
@@ -234,17 +252,29 @@ def known_points_table(points: Sequence[Point]) -> Table:
 
 
 def layouts_table(points: Sequence[LayoutPoint]) -> Table:
-    """Make the table of tokens/s a GPU by layout: a row for each network and number of GPUs, and the advised layout."""
+    """Make the table of tokens/s a GPU by layout: a row for each network, number of GPUs and `teacher.quantize`.
+
+    Each row has the advised layout.
+    """
     names = list(dict.fromkeys(point.name for point in points))
-    table = _number_table("teacher's weights: tokens/s a GPU, simulated", "GB/s", "GPUs", *names, "advised")
-    for (link, gpus), row in _clusters(points):
+    title = "teacher's weights: tokens/s a GPU, simulated"
+    table = _number_table(title, "GB/s", "GPUs", "quantize", *names, "advised", "over none")
+    plain = 0.0  # speed of the cluster's advised layout without 8 bits, which is its first row
+    for (link, gpus, form), row in _clusters(points):
         cells = [f"{point.tokens_per_s_per_gpu:,.0f}{'' if point.fits else ' (no)'}" for point in row]
         best = advised(row)
+        speed = 0.0 if best is None else best.tokens_per_s_per_gpu
         chosen = "none fits" if best is None else best.shard_within
         if best is not None and best.micro_batches_per_pass > 1:
             chosen += f", {best.micro_batches_per_pass} a pass"
-        table.add_row(f"{link / 1e9:g}", f"{gpus:,}", *cells, chosen)
-    table.caption = "(no): does not fit the devices' memory"
+        if form == "none":
+            plain = speed
+        over = f"{speed / plain - 1:+.0%}" if form != "none" and plain and speed else "-"
+        table.add_row(f"{link / 1e9:g}", f"{gpus:,}", form, *cells, chosen, over)
+    table.caption = (
+        "(no): does not fit the devices' memory; over none: speed of the advised layout in 8 bits over that without, "
+        "estimated: no GPU has measured 8 bits, and the teacher is another one"
+    )
     return table
 
 
@@ -266,8 +296,8 @@ def variants_table(variants: Sequence[Variant], cluster: Cluster) -> Table:
     return table
 
 
-def _clusters(points: Sequence[LayoutPoint]) -> Iterator[tuple[tuple[float, int], list[LayoutPoint]]]:
-    for cluster, row in groupby(points, lambda point: (point.link_bytes_per_s, point.gpus)):
+def _clusters(points: Sequence[LayoutPoint]) -> Iterator[tuple[tuple[float, int, str], list[LayoutPoint]]]:
+    for cluster, row in groupby(points, lambda point: (point.link_bytes_per_s, point.gpus, point.quantize)):
         yield cluster, list(row)
 
 
@@ -298,8 +328,9 @@ def draw_scaling(curves: Sequence[Curve], plan: Plan, path: Path) -> None:
 def draw_layouts(points: Sequence[LayoutPoint], plan: Plan, path: Path) -> None:
     """Draw tokens/s a GPU over the number of GPUs, a panel for each network; hollow points do not fit the memory.
 
-    Needs matplotlib.
+    Drawn are the points with the plan's own `teacher.quantize`. Needs matplotlib.
     """
+    points = [point for point in points if plan.config.teacher and point.quantize == plan.config.teacher.quantize]
     links = list(dict.fromkeys(point.link_bytes_per_s for point in points))
     names = list(dict.fromkeys(point.name for point in points))
     figure = _new_figure("--layouts", path, width=12)

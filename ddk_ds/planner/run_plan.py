@@ -10,11 +10,19 @@ from ddk_ds.engine.flops import RunFlops, run_flops, training_flops
 from ddk_ds.engine.memory_estimate import MEMORY_MARGIN, OPTIMIZER_BYTES
 from ddk_ds.engine.model_files import COMPUTE_BYTES
 from ddk_ds.planner.advice import Advice, advise
+from ddk_ds.planner.faster import Faster, faster_steps
 from ddk_ds.planner.gpu_memory import MemoryPlan, placed, plan_memory
 from ddk_ds.planner.gpus import LINK_EFFICIENCY, MEMORY_EFFICIENCY, Cluster, Speed
 from ddk_ds.planner.plan_inputs import Models, PlannedData
 from ddk_ds.planner.simulations import LayoutPoint, advised, layouts_on
-from ddk_ds.planner.step_time import HOST_S_PER_LAYER, Step, TeacherGathers, simulate_step, teacher_gathers
+from ddk_ds.planner.step_time import (
+    COMPILED,
+    HOST_S_PER_LAYER,
+    Step,
+    TeacherGathers,
+    simulate_step,
+    teacher_gathers,
+)
 from ddk_ds.planner.teacher_cache_plan import CachePlan, plan_cache
 
 WORTH_A_CHANGE = 1.05
@@ -58,6 +66,8 @@ class Plan:
     """Gathers of the teacher's weights in a step; None if no teacher computes."""
     better_place: LayoutPoint | None
     """A place of the teacher's weights with which the simulated step is faster by `WORTH_A_CHANGE`, or None."""
+    faster: list[Faster]
+    """Compiled layers and a teacher in 8 bits, if one computes."""
     checkpoints: Checkpoints
     advice: list[Advice]
     assumptions: list[str]
@@ -112,10 +122,12 @@ def make_plan(config: Config, models: Models, data: PlannedData, cluster: Cluste
     step = simulate_step(config, models, cluster, domains=data.domains, storage_bytes_per_s=storage)
     step_s = config.train.global_batch_samples * config.data.sequence_length / tokens_per_s
     gathers = teacher_gathers(config, models, cluster)
-    better_place = None
+    better_place, faster = None, list[Faster]()
     if gathers is not None and config.teacher is not None and config.teacher.whole_layers:
-        layouts = layouts_on(config, models, cluster, domains=data.domains, storage_bytes_per_s=storage)
+        forms = [config.teacher.quantize]
+        layouts = layouts_on(config, models, cluster, domains=data.domains, storage_bytes_per_s=storage, forms=forms)
         better_place = advised([point for point in layouts if _is_better(point, step, cluster)])
+        faster = faster_steps(config, models, cluster, step, domains=data.domains, storage_bytes_per_s=storage)
     checkpoints = _checkpoints(config, models, speed, step, step_s)
     waits_s = data.steps // config.checkpoint.every_steps * checkpoints.pause_s
     return Plan(
@@ -132,6 +144,7 @@ def make_plan(config: Config, models: Models, data: PlannedData, cluster: Cluste
         step=step,
         gathers=gathers,
         better_place=better_place,
+        faster=faster,
         checkpoints=checkpoints,
         advice=[] if memory.fits else advise(config, models, cluster),
         assumptions=_assumptions(config, cluster, data, speed),
@@ -177,17 +190,22 @@ def _assumptions(config: Config, cluster: Cluster, data: PlannedData, speed: Spe
         f"simulated step: matmuls at {gpu.compute_efficiency:.0%} of the peak, links at {LINK_EFFICIENCY:.0%} and HBM "
         f"at {MEMORY_EFFICIENCY:.0%} of nominal, {HOST_S_PER_LAYER * 1e3:g} ms of the host a layer's pass, "
         "no waiting for data",
+        "layers that are not compiled: their small kernels move bytes as counted by hand, which compile_layers spares, "
+        f"with {1 - COMPILED:.0%} of the host's time (measured on a CPU), and all of it for a teacher within a GPU: "
+        "estimated, no GPU has measured compiled layers",
         f"disks: {data.token_bytes} bytes a token; checkpoints written at {speed.storage_bytes_per_s / 1e9:g} GB/s in "
         f"all, {'in the background' if config.checkpoint.in_background else 'while training waits'}",
     ]
     if config.train.precision == "fp32":
         lines.append("train.precision is fp32: the peak is bf16's, and an fp32 run reaches a fraction of it")
-    if config.teacher is not None and config.teacher.quantize == "fp8":
-        fp8 = (gpu.fp8_peak_flop_per_s or 0.0) / 1e12
+    kind = "none" if config.teacher is None else config.teacher.quantize
+    if kind != "none":
+        peak = gpu.peak_in_8_bits(kind)
+        rate = "" if peak is None else f"at {gpu.compute_efficiency:.0%} of {peak / 1e12:,.0f} TFLOP/s dense, "
         lines.append(
-            f"teacher.quantize is fp8: its linear layers at {gpu.compute_efficiency:.0%} of {fp8:,.0f} TFLOP/s dense "
-            "FP8, and that in the simulated step alone: estimated, not measured. Every MFU is of bf16's peak, and an "
-            "assumed one knows nothing of FP8"
+            f"teacher.quantize is {kind}: its linear layers {rate}with kernels around them whose bytes are counted by "
+            "hand, and that in the simulated step alone: estimated, not measured. Every MFU is of bf16's peak, and an "
+            f"assumed one knows nothing of {kind}"
         )
     if config.stop.discrepancy is not None:
         lines.append("stop.discrepancy may end the run earlier")
@@ -247,6 +265,7 @@ def plan_json(plan: Plan) -> dict[str, Any]:
         "teacher_cache": None if plan.cache is None else asdict(plan.cache),
         "read_bytes_per_s": plan.read_bytes_per_s,
         "checkpoint": asdict(plan.checkpoints),
+        "faster": [asdict(faster) for faster in plan.faster],
         "advice": [asdict(advice) for advice in plan.advice],
         "assumptions": plan.assumptions,
     }

@@ -1,7 +1,7 @@
 """The simulated step on many clusters, with every place of the teacher's weights, and with other options. Pure.
 
-`simulate_scaling` varies the number of GPUs and the batch; `simulate_layouts` the number of GPUs, the network and
-where the teacher's weights lie; `simulate_variants` any options of the configuration.
+`simulate_scaling` varies the number of GPUs and the batch; `simulate_layouts` the number of GPUs, the network, where
+the teacher's weights lie and in how many bits; `simulate_variants` any options of the configuration.
 """
 
 from __future__ import annotations
@@ -10,12 +10,15 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
+from typing import get_args
 
 from ddk_ds.config import Config, load_config
+from ddk_ds.config.sections import Teacher
 from ddk_ds.engine.memory_estimate import fewest_passes
 from ddk_ds.errors import ConfigError
-from ddk_ds.planner.gpu_memory import changed, placed, plan_memory
-from ddk_ds.planner.gpus import Cluster
+from ddk_ds.planner.gpu_memory import changed, estimate, placed, plan_memory, usable_bytes
+from ddk_ds.planner.gpus import Cluster, Gpu
+from ddk_ds.planner.layer_time import ROUNDED_BYTES
 from ddk_ds.planner.plan_inputs import Models, find_inputs
 from ddk_ds.planner.step_time import NOT_HIDDEN, simulate_step
 
@@ -124,6 +127,7 @@ class LayoutPoint:
     link_bytes_per_s: float
     """Bandwidth of the network for each GPU, one direction."""
     gpus: int
+    quantize: str
     shard_within: str
     micro_batches_per_pass: int
     tokens_per_s_per_gpu: float
@@ -143,6 +147,8 @@ def simulate_layouts(
 ) -> list[LayoutPoint]:
     """Simulate every layout on 1, 2, 4, ... nodes like those of `cluster`, up to MOST_GPUS, by three networks.
 
+    Each with every `teacher.quantize` that a run on these GPUs would accept.
+
     The batch is the configured one, doubled until MOST_GPUS have a sample each. Raises ConfigError without a teacher.
     """
     if config.teacher is None or models.teacher is None:
@@ -153,34 +159,65 @@ def simulate_layouts(
         gpu = cluster.gpu.model_copy(update={"network_bytes_per_s": link})
         for at in _complete_nodes(replace(cluster, gpu=gpu)):
             batched = _with_batch(config, samples, at.ranks)
-            points += layouts_on(batched, models, at, domains=domains, storage_bytes_per_s=storage_bytes_per_s)
+            forms = forms_of(batched, models, gpu)
+            points += layouts_on(
+                batched, models, at, domains=domains, storage_bytes_per_s=storage_bytes_per_s, forms=forms
+            )
     return points
 
 
-def layouts_on(
-    config: Config, models: Models, at: Cluster, *, domains: int, storage_bytes_per_s: float
-) -> list[LayoutPoint]:
-    """Simulate every layout of the teacher's weights on one cluster; the configuration has a teacher."""
+def forms_of(config: Config, models: Models, gpu: Gpu) -> list[str]:
+    """Return the values of `teacher.quantize`, "none" first, that a run on this GPU would accept.
 
-    def point(within: str, several: bool) -> LayoutPoint:
-        one_each = changed(config, teacher={"shard_within": within, "micro_batches_per_pass": 1})
+    Products in 8 bits need a GPU that has them, and FP8 `train.precision: bf16`. Half of the teacher's matrices must
+    fit into the format. The run has a teacher.
+    """
+    teacher = config.teacher
+    assert teacher is not None and models.teacher is not None, "the run has no teacher"
+    shape, precision = models.teacher.shape, config.train.precision
+    forms = []
+    for form in get_args(Teacher.model_fields["quantize"].annotation):
+        missing = form in ROUNDED_BYTES and gpu.peak_in_8_bits(form) is None
+        all_layers = teacher.model_copy(update={"quantize": form, "quantize_skip_layers": ()})
+        fitting = shape.quantized(all_layers, precision)
+        few = not fitting or 2 * sum(m.elements for m in fitting) < sum(m.elements for m in shape.matrices)
+        if form == "none" or not (missing or few or (form == "fp8" and precision != "bf16")):
+            forms.append(form)
+    return forms
+
+
+def layouts_on(
+    config: Config, models: Models, at: Cluster, *, domains: int, storage_bytes_per_s: float, forms: Sequence[str]
+) -> list[LayoutPoint]:
+    """Simulate every layout of the teacher's weights on one cluster, with each of the values `forms` of `quantize`.
+
+    The configuration has a teacher.
+    """
+
+    usable = usable_bytes(at)
+
+    def point(form: str, within: str, several: bool) -> LayoutPoint:
+        place = {"quantize": form, "shard_within": within, "micro_batches_per_pass": 1}
+        one_each = changed(config, teacher=place)
         most = one_each.micro_batches(at.ranks) if several else 1
-        chosen = fewest_passes(one_each, most, lambda tried: plan_memory(tried, models, at).fits)
+        chosen = fewest_passes(one_each, most, lambda tried: estimate(tried, models, at).device_bytes <= usable)
         step = simulate_step(chosen, models, at, domains=domains, storage_bytes_per_s=storage_bytes_per_s)
-        memory = plan_memory(chosen, models, at)
+        device_bytes = estimate(chosen, models, at).device_bytes
         return LayoutPoint(
             link_bytes_per_s=at.gpu.network_bytes_per_s,
             gpus=at.ranks,
+            quantize=form,
             shard_within=within,
             micro_batches_per_pass=chosen.teacher_pass_size,
             tokens_per_s_per_gpu=step.tokens_per_s / at.ranks,
-            device_bytes=memory.device_bytes,
-            fits=memory.fits,
+            device_bytes=device_bytes,
+            fits=device_bytes <= usable,
             several=several,
         )
 
     offloads = config.teacher is not None and config.teacher.offload_params != "none"
-    return [point(within, several) for within, several in LAYOUTS if not (within == "gpu" and offloads)]
+    layouts = [layout for layout in LAYOUTS if not (layout[0] == "gpu" and offloads)]
+    return [point(form, *layout) for form in forms for layout in layouts]
 
 
 def advised(points: Sequence[LayoutPoint]) -> LayoutPoint | None:

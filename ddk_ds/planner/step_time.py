@@ -13,9 +13,13 @@ The simulation, part by part:
   `teacher.shard_within` names. Its head is gathered by hand (engine/head.py): taken as hidden by nothing.
 - A student's backward gathers again what its forward released, and reduces the gradients of every micro-batch, each
   of 4 bytes or 2 (`train.reduce_dtype`).
-- A teacher in FP8 (`teacher.quantize`) multiplies its linear layers at the same share of FP8's peak. Their inputs are
-  rounded by kernels that only move bytes: 5 an element in compiled layers (read twice, written once in 8 bits), else
-  13 (once more in float32). Both are assumptions: no GPU has shown them.
+- A pass computes its matmuls, and between them kernels that only move bytes (layer_time.py). A backward pass has two
+  products for each of the forward pass.
+- A pass gathers its layers, and embedding and last norm by themselves; gradients are reduced in the same calls. That
+  and the four reductions of a step's numbers are counted in tests/dist/test_collectives.py. Without `whole_layers`
+  each small tensor of the student is gathered by itself after an update.
+- The reductions wait for each other, and the host for the last one: the GPU is idle until the host has queued the
+  update and the next step's first layer, taken as its time for one layer.
 - A kernel that only moves bytes takes the bandwidth of the GPU's memory: the loss's row kernel moves 18 bytes a logit
   (docs/design.md), the optimizer 30 a parameter of the shard.
 """
@@ -26,13 +30,15 @@ import math
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from ddk_ds.config import Config
+from ddk_ds.config import Config, Model
+from ddk_ds.config.sections import Teacher
 from ddk_ds.engine.ds_config import RELIED_ON
 from ddk_ds.engine.flops import teacher_runs, training_flops
 from ddk_ds.engine.memory_estimate import OPTIMIZER_BYTES, REDUCE_BYTES
 from ddk_ds.engine.model_files import COMPUTE_BYTES, ModelShape
 from ddk_ds.errors import ConfigError
 from ddk_ds.planner.gpus import LINK_EFFICIENCY, MEMORY_EFFICIENCY, Cluster
+from ddk_ds.planner.layer_time import ROUNDED_BYTES, SMALL_BACKWARD, between_matmuls_s, conversion_s, token_s
 from ddk_ds.planner.plan_inputs import Models, PlannedModel
 
 Within = Literal["world", "node", "gpu"]
@@ -58,9 +64,18 @@ WITHOUT_ZERO = 0.23
 Of the 192 ms that the same step takes in plain torch (docs/results/gpu_suite_h100.json), less head and optimizer, each
 of the 76 passes has 2.1 ms at most: the time of the GPU is in it.
 """
+COMPILED = 0.60
+"""Share of the host's time that is left with `compile_layers`; a teacher within a GPU is a CUDA graph, and has none.
+
+Measured by tools/bench/bench_step.py --size host on a CPU, not on a GPU. That a graph has none is an assumption.
+"""
 ROW_KERNEL_BYTES, UPDATE_BYTES = 18, 30
-FP8_BYTES = {True: 5, False: 13}
-"""Bytes moved for an element that is rounded to FP8, by `teacher.compile_layers`."""
+APART = 2
+"""Gathers of a pass beside its layers': embedding and last norm."""
+REDUCTIONS = 4
+"""Reductions of numbers in a step: of its tokens, two for the gradient's norm, and of its sums."""
+SMALL_ELEMENTS: int = RELIED_ON["zero_optimization.stage3_param_persistence_threshold"]
+"""Without `whole_layers` tensors of the student of at most that many elements stay complete on every rank."""
 NOT_HIDDEN = "communication not hidden"
 """Name of a part of a step, after "teacher: " or "student: "."""
 _HOST_PART = "host's hooks not hidden"
@@ -110,6 +125,7 @@ def simulate_step(
     parts: dict[str, float] = {}
     simulation.add_micro_batches(parts, config.micro_batches(cluster.ranks))
     parts["optimizer"] = simulation.update_s()
+    parts["waits: reductions, and the host begins anew"] = simulation.waits_s()
     parts["controller"] = simulation.measurement_s(domains) / config.mixture.interval_steps
     parts["checkpoint"] = simulation.checkpoint_s(storage_bytes_per_s) / config.checkpoint.every_steps
     tokens = config.train.global_batch_samples * config.data.sequence_length
@@ -144,6 +160,12 @@ def teacher_gathers(config: Config, models: Models, cluster: Cluster) -> Teacher
     return TeacherGathers(passes * gathered, passes * one.communication_s, count * one.compute_s)
 
 
+def latency_s(ranks: int, nodes: int, rounds: int = 1) -> float:
+    """Return the seconds of a call that moves nothing over `ranks` on `nodes`; an all-reduce has two rounds."""
+    hops = (ranks - nodes) * HOP_IN_NODE_S + (nodes * HOP_BETWEEN_NODES_S if nodes > 1 else 0.0)
+    return CALL_S + rounds * hops
+
+
 def collective_s(num_bytes: float, calls: int, cluster: Cluster, within: Within = "world") -> float:
     """Return the seconds that all-gathers (or reduce-scatters) of `num_bytes` in all take, made in `calls` calls."""
     ranks, nodes = {
@@ -155,11 +177,9 @@ def collective_s(num_bytes: float, calls: int, cluster: Cluster, within: Within 
         return 0.0
     moved = num_bytes * (ranks - 1) / ranks / LINK_EFFICIENCY
     seconds = moved / cluster.gpu.nvlink_bytes_per_s if ranks > nodes else 0.0
-    latency = CALL_S + (ranks - nodes) * HOP_IN_NODE_S
     if nodes > 1:
         seconds = max(seconds, moved / (cluster.gpus_per_node * cluster.gpu.network_bytes_per_s))
-        latency += nodes * HOP_BETWEEN_NODES_S
-    return seconds + calls * latency
+    return seconds + calls * latency_s(ranks, nodes)
 
 
 @dataclass(frozen=True)
@@ -198,11 +218,12 @@ class _Simulation:
         self.memory_bytes_per_s = cluster.gpu.hbm_bytes_per_s * MEMORY_EFFICIENCY
         self.sharing = config.train.sequence_parallel
         self.micro_batch_tokens = config.train.micro_batch_samples * config.data.sequence_length // self.sharing
-        fp8 = config.teacher is not None and config.teacher.quantize == "fp8" and teacher_runs(config)
-        if fp8 and cluster.gpu.fp8_peak_flop_per_s is None:
+        kind = config.teacher.quantize if config.teacher is not None and teacher_runs(config) else "none"
+        if kind in ROUNDED_BYTES and cluster.gpu.peak_in_8_bits(kind) is None:
+            number = kind.removesuffix("_dynamic")
             raise ConfigError(
-                f"teacher.quantize: fp8: {cluster.gpu.name} has no FP8 (a file of a GPU's figures says "
-                "fp8_peak_flop_per_s): set int8 or none, or another --gpu"
+                f"teacher.quantize: {kind}: {cluster.gpu.name} has no {number} products (a file of a GPU's figures "
+                f"says {number}_peak_flop_per_s): set int8 or none, or another --gpu"
             )
 
     def add_micro_batches(self, parts: dict[str, float], count: int) -> None:
@@ -232,42 +253,43 @@ class _Simulation:
             shape = shape.as_sharded(self.config.teacher, self.config.train.precision)
         elements = shape.parameters - (shape.head if skip_head else 0)
         return _Pass(
-            compute_s=tokens * self.compute_s(model),
-            communication_s=self.gather_s(elements, shape.layers, within),
+            compute_s=self.compute_s(model, tokens),
+            communication_s=self.gather_s(elements, shape.layers + APART, within),
             first_s=self.gather_s(elements / max(1, shape.layers), 1, within),
             host_s=self.hooks_s(model),
             exchange_s=self.exchange_s(shape, tokens),
         )
 
-    def compute_s(self, model: PlannedModel) -> float:
-        """Return the time of a token's forward pass."""
-        section, peak = self.config.teacher, self.cluster.gpu.fp8_peak_flop_per_s
-        if section is None or model is not self.models.teacher or peak is None:
-            return model.forward_flops / self.flop_per_s
-        matrices = model.shape.in_fp8(section)
-        fp8_flops = 2.0 * sum(matrix.elements for matrix in matrices)
-        rounded = FP8_BYTES[section.compile_layers] * sum(matrix.shape[-1] for matrix in matrices)
-        return (
-            (model.forward_flops - fp8_flops) / self.flop_per_s
-            + fp8_flops / (peak * self.cluster.gpu.compute_efficiency)
-            + rounded / self.memory_bytes_per_s
-        )
+    def section(self, model: PlannedModel) -> Model:
+        """Return the section of the configuration that the model is of."""
+        teacher = self.config.teacher if model is self.models.teacher else None
+        return teacher or self.config.student
+
+    def compute_s(self, model: PlannedModel, tokens: int) -> float:
+        """Return the time of a forward pass over `tokens`, of one micro-batch or of several."""
+        options = self.section(model), self.config.train.precision, self.cluster.gpu
+        converted_s = conversion_s(model, *options) * tokens / self.micro_batch_tokens
+        return tokens * token_s(model, *options) + converted_s
 
     def backward(self, model: PlannedModel) -> _Pass:
         """Return a backward pass: two products for each of the forward pass, and what checkpointing recomputes."""
         shape = model.shape
         # Selective checkpointing recomputes neither products nor attention.
-        recomputes = self.config.student.gradient_checkpointing is True
+        checkpointing = self.config.student.gradient_checkpointing
+        recomputes = checkpointing is True
         recomputed_flops = model.forward_flops - model.head_flops if recomputes else 0.0
+        passes = SMALL_BACKWARD + (1 if checkpointing else 0)
+        small_s = passes * between_matmuls_s(model, self.config.student, self.cluster.gpu)
         # A layer at a distance d from the end is used again after 2 d elements.
         kept = min(shape.parameters, REUSE_ELEMENTS // 2)
         gathers_s = self.gather_s(shape.parameters - kept, shape.layers) if kept < shape.parameters else 0.0
         reduce_bytes = REDUCE_BYTES[self.config.train.reduce_dtype]
         return _Pass(
-            compute_s=self.micro_batch_tokens * (2 * model.forward_flops + recomputed_flops) / self.flop_per_s,
-            communication_s=gathers_s + self.collectives_s(reduce_bytes, shape.parameters, shape.layers),
+            compute_s=self.micro_batch_tokens
+            * ((2 * model.forward_flops + recomputed_flops) / self.flop_per_s + small_s),
+            communication_s=gathers_s + self.collectives_s(reduce_bytes, shape.parameters, shape.layers + APART),
             first_s=0.0,
-            host_s=self.hooks_s(model) * (2 if self.config.student.gradient_checkpointing else 1),
+            host_s=self.hooks_s(model) * (2 if checkpointing else 1),
             exchange_s=self.exchange_s(shape, self.micro_batch_tokens) * (2 if recomputes else 1),
         )
 
@@ -280,12 +302,25 @@ class _Simulation:
 
     def hooks_s(self, model: PlannedModel) -> float:
         """Return the host's time for a pass over the layers, most of which is ZeRO-3's hooks."""
-        teacher = self.config.teacher if model is self.models.teacher else None
-        section = teacher or self.config.student
+        return model.shape.layers * self.host_s_per_layer * self.host_share(model)
+
+    def host_share(self, model: PlannedModel) -> float:
+        """Return the share of `host_s_per_layer` that the model's options leave."""
+        section = self.section(model)
+        if isinstance(section, Teacher) and section.place == "gpu":
+            return 0.0 if section.compile_layers else WITHOUT_ZERO
         share = WHOLE_LAYERS if section.whole_layers else 1.0
-        if teacher is not None and teacher.place == "gpu":
-            share = WITHOUT_ZERO
-        return model.shape.layers * self.host_s_per_layer * share
+        return share * COMPILED if section.compile_layers else share
+
+    def waits_s(self) -> float:
+        """Return the time in which the GPU is idle around a step's update: see the module's text."""
+        ranks, nodes, student = self.cluster.ranks, self.cluster.nodes, self.models.student
+        reduced_s = REDUCTIONS * latency_s(ranks, nodes, rounds=2) if ranks > 1 else 0.0
+        small = [size for size in student.shape.tensors if size <= SMALL_ELEMENTS]
+        if not self.config.student.whole_layers and not self.config.preset.freezes_student:
+            reduced_s += collective_s(self.compute_bytes * sum(small), len(small), self.cluster)
+        teacher = self.models.teacher if teacher_runs(self.config) else None
+        return reduced_s + self.host_s_per_layer * self.host_share(teacher or student)
 
     def gather_s(self, elements: float, layers: int, within: Within = "world") -> float:
         """Return the time of gathers of weights, see `collectives_s`."""

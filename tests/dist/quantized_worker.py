@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -55,20 +56,20 @@ def int8_teachers(runtime: Runtime, folder: str, kinds: dict[str, dict[str, Any]
     return results
 
 
-def fp8_teachers(
-    runtime: Runtime, folder: str, kinds: dict[str, dict[str, Any]], skipped: dict[str, list[int]]
+def rounded_inputs(
+    runtime: Runtime, folder: str, kinds: dict[str, dict[str, Any]], skipped: dict[str, list[int]], formats: list[str]
 ) -> dict[str, dict[str, Any]]:
-    """Load a teacher of each kind in FP8; return by kind what `int8_teachers` does, and "same".
+    """Load a teacher of each kind in each of these formats, which round inputs; return as `int8_teachers`, and "same".
 
     That is True if its hidden states are, to the bit, those of a model that no ZeRO-3 has sharded. `skipped` has the
-    layers of a kind that stay in bf16.
+    layers of a kind that stay in bf16. The results are by format and kind.
     """
     results = {}
-    for kind, shape in kinds.items():
-        root = Path(folder) / kind
+    for form, (kind, shape) in product(formats, kinds.items()):
+        root = Path(folder) / form / kind
         files = _files(runtime, root, kind, shape)
         left = skipped.get(kind, [])
-        section = {"quantize": "fp8", "quantize_skip_layers": left, "attn_implementation": "eager"}
+        section = {"quantize": form, "quantize_skip_layers": left, "attn_implementation": "eager"}
         config = tiny_config(root, teacher=section, train={"precision": "bf16"})
         assert config.teacher is not None
         teacher = load_teacher(config, files, VOCAB, runtime.comm)
@@ -84,10 +85,10 @@ def fp8_teachers(
         of_one = layers_of(alone.base_model, files.num_layers)
         quantize_layers(of_one, config.teacher, files.config, lambda _: None)
         exact = _hidden(plain, ids)
-        rows = _round_to_fp8(plain, left)
+        rows = _round_both(plain, left, form)
         rounded = _hidden(plain, ids)
         elements = sum(parameter.ds_numel for parameter in teacher.whole.parameters())
-        results[kind] = {
+        results[f"{form}, {kind}"] = {
             "same": torch.equal(hidden.float(), _hidden(alone, ids)),
             "off": float((hidden.float() - rounded).norm() / rounded.norm()),
             "rounding": float((hidden.float() - exact).norm() / exact.norm()),
@@ -117,8 +118,8 @@ def _round(model: Any) -> int:
 
 
 @torch.no_grad()
-def _round_to_fp8(model: Any, left: list[int]) -> int:
-    """Round a model's layers to FP8: the inputs and matrices of linear modules, and fused experts; return their rows.
+def _round_both(model: Any, left: list[int], form: str) -> int:
+    """Round a model's layers to 8 bits: inputs and matrices of linear modules, and fused experts; return their rows.
 
     Routers and the layers `left` stay. Products are summed in float64.
     """
@@ -129,25 +130,27 @@ def _round_to_fp8(model: Any, left: list[int]) -> int:
         for own, weight in module.named_parameters(recurse=False):
             if weight.dim() < 2 or own.endswith("bias"):
                 continue
-            values, scale = _to_fp8(weight, torch.bfloat16)
+            values, scale = _to_8_bits(weight, torch.bfloat16, form)
             rows += scale.numel()
             if isinstance(module, nn.Linear):
-                module.forward = _product(values * scale, module.bias)
+                module.forward = _product(values * scale, module.bias, form)
             else:
                 weight.copy_(values.bfloat16() * scale.bfloat16())
     return rows
 
 
-def _product(weight: torch.Tensor, bias: torch.Tensor | None) -> Any:
+def _product(weight: torch.Tensor, bias: torch.Tensor | None, form: str) -> Any:
     def forward(x: torch.Tensor) -> torch.Tensor:
-        values, scale = _to_fp8(x, torch.float32)
-        product = (values * scale) @ weight.T
-        return (product if bias is None else product + bias.double()).bfloat16()
+        values, scale = _to_8_bits(x, torch.float32, form)
+        exact = (values * scale) @ weight.T
+        return (exact if bias is None else exact + bias.double()).bfloat16()
 
     return forward
 
 
-def _to_fp8(values: torch.Tensor, scale_dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the rows of `values` in FP8 and their scales, both as float64."""
-    scale = (values.abs().amax(-1, keepdim=True).float() / 448).to(scale_dtype)
-    return (values.float() / scale.float()).to(torch.float8_e4m3fn).double(), scale.double()
+def _to_8_bits(values: torch.Tensor, scale_dtype: torch.dtype, form: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the rows of `values` in a format and their scales, both as float64."""
+    scale = (values.abs().amax(-1, keepdim=True).float() / (448 if form == "fp8" else 127)).to(scale_dtype)
+    exact = values.float() / scale.float()
+    small = exact.to(torch.float8_e4m3fn) if form == "fp8" else exact.round().clamp(-127, 127)
+    return small.double(), scale.double()

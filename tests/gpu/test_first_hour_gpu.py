@@ -18,7 +18,7 @@ import torch
 from triton.testing import do_bench
 
 from ddk_ds.engine.ds_config import LEAD_LAYERS
-from ddk_ds.engine.eight_bits import FORMATS, FP8_CAPABILITY
+from ddk_ds.engine.eight_bits import CAPABILITIES, FORMATS
 from ddk_ds.engine.quantized import QuantizedLinear
 from ddk_ds.train.preflight.machine import core_limit, cores
 from tests.dist.ranks import run_ranks
@@ -95,7 +95,7 @@ def test_the_head_at_a_real_vocabulary(vocab_size: int, rows: int) -> None:
 
 def test_a_layer_in_fp8(record_property: Record) -> None:
     """The CPU's results, but for sums in another order; times of the two products and of the rounding beside them."""
-    if torch.cuda.get_device_capability() < FP8_CAPABILITY:
+    if torch.cuda.get_device_capability() < CAPABILITIES["fp8"]:
         pytest.skip("this GPU has no FP8")
     torch.manual_seed(0)
     weight, bias = torch.randn(1024, 512).bfloat16(), torch.randn(1024).bfloat16()

@@ -242,7 +242,8 @@ def test_fp8_without_such_a_gpu(workspace: Path, tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "A100")
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
-    for section, status in ({"quantize": "fp8"}, "fail"), ({"quantize": "int8"}, "pass"):
+    for kind, status in ("fp8", "fail"), ("int8", "pass"), ("int8_dynamic", "pass"):
+        section = {"quantize": kind}
         config = load_config(write_config(workspace, tmp_path, teacher=section, train={"precision": "bf16"}))
         row = precision(config, files, "teacher", torch.device("cuda:0"))
         assert row.status == status and (status == "pass" or "A100 has compute capability 8.0" in row.found)

@@ -37,6 +37,7 @@ FORMS: dict[str, tuple[torch.dtype, dict[str, Any]]] = {
     "float32": (torch.float32, {}),
     "int8 in float32": (torch.float32, {"quantize": "int8"}),
     "int8": (torch.bfloat16, {"quantize": "int8"}),
+    "int8_dynamic": (torch.bfloat16, {"quantize": "int8_dynamic"}),
     "fp8": (torch.bfloat16, {"quantize": "fp8"}),
     "fp8, first and last layer bf16": (torch.bfloat16, {"quantize": "fp8", "quantize_skip_layers": (0, -1)}),
 }

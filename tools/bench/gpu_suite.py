@@ -3,8 +3,9 @@
     python -m tools.bench.gpu_suite --out runs/gpu-suite
     python -m tools.bench.gpu_suite --out runs/gpu-suite --part step_benchmark
     python -m tools.bench.gpu_suite --out runs/gpu-suite --part option_benchmark --trl-python trl-env/bin/python
+    python -m tools.bench.gpu_suite --out runs/gpu-suite --part compiled_layers
 
-The first command takes at most 18 minutes on an H100, the second 5, the third 45.
+The first command takes at most 18 minutes on an H100, the second 5, the third 45, the fourth 15.
 """
 
 from __future__ import annotations
@@ -108,6 +109,11 @@ def kernel_tests(bench: Bench) -> dict[str, Any]:
 def first_hour(bench: Bench) -> dict[str, Any]:
     """Run the tests of what a CPU never shows (docs/cluster.md), and return what `run_tests` does."""
     return run_tests(bench, "tests/gpu/test_first_hour_gpu.py")
+
+
+def compiled_layers(bench: Bench) -> dict[str, Any]:
+    """Run the test that compiled layers must pass to become the default, and return what `run_tests` does."""
+    return run_tests(bench, "tests/gpu/test_compiled_gpu.py")
 
 
 def run_tests(bench: Bench, file: str) -> dict[str, Any]:
@@ -254,7 +260,7 @@ def write_run(folder: Path, setting: Setting, bench: Bench) -> Path:
     return config
 
 
-# Each part's time limit in seconds: 18 minutes together; the last two run only if --part names them.
+# Each part's time limit in seconds: 18 minutes together; the last three run only if --part names them.
 PARTS: dict[str, tuple[Callable[[Bench], dict[str, Any]], float]] = {
     "first_hour": (first_hour, 300.0),
     "kernel_tests": (kernel_tests, 240.0),
@@ -264,8 +270,9 @@ PARTS: dict[str, tuple[Callable[[Bench], dict[str, Any]], float]] = {
     "engine_run": (engine_run, 130.0),
     "step_benchmark": (step_benchmark, 300.0),
     "option_benchmark": (option_benchmark, 2700.0),
+    "compiled_layers": (compiled_layers, 900.0),
 }
-ON_DEMAND = ("step_benchmark", "option_benchmark")
+ON_DEMAND = ("step_benchmark", "option_benchmark", "compiled_layers")
 
 
 def run_part(work: Callable[[Bench], dict[str, Any]], bench: Bench, limit_s: float) -> dict[str, Any]:
@@ -344,7 +351,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         nargs="+",
         choices=PARTS,
         default=usual,
-        help=f"parts to run (default: all except {' and '.join(ON_DEMAND)})",
+        help=f"parts to run (default: all except {', '.join(ON_DEMAND)})",
     )
     parser.add_argument("--trl-python", type=Path, metavar="FILE", help="interpreter of an environment that has TRL")
     options = parser.parse_args(arguments)

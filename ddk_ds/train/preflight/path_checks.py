@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 
 from ddk_ds.config import Config
 from ddk_ds.data.manifest import SPLITS, Manifest
-from ddk_ds.engine.eight_bits import fp8_fault
+from ddk_ds.engine.eight_bits import product_fault
 from ddk_ds.engine.memory_estimate import OPTIMIZER_BYTES, shard_ranks
 from ddk_ds.engine.model_files import COMPUTE_BYTES, COPY_AGAIN, ModelFiles, ModelShape, read_model
 from ddk_ds.files import nearest_existing, read_object
@@ -75,7 +75,7 @@ def _layer_fault(files: ModelFiles) -> str:
 
 
 def precision(config: Config, files: ModelFiles, key: str, device: torch.device) -> Row:
-    """Return a row that fails if the GPU cannot compute in `train.precision`, or the teacher in FP8.
+    """Return a row that fails if the GPU cannot compute in `train.precision`, or multiply in the teacher's 8 bits.
 
     It warns if float16 weights lose bits in bf16.
     """
@@ -86,7 +86,7 @@ def precision(config: Config, files: ModelFiles, key: str, device: torch.device)
     if wanted == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported():
         gpu = torch.cuda.get_device_name(device)
         return Row(name, "fail", f"{found}, which {gpu} does not have", "train.precision=fp32, or other GPUs")
-    if key == "teacher" and config.loads_teacher and (fault := fp8_fault(config.teacher, device)):
+    if key == "teacher" and config.loads_teacher and (fault := product_fault(config.teacher, device)):
         return Row(name, "fail", fault, "teacher.quantize=int8, or other GPUs")
     fix = "fp16 weights lose three bits in bf16; train.precision=fp32 keeps them"
     return judged(name, found, fail=False, warn=wanted == "bf16" and "F16" in stored, fix=fix)

@@ -1,4 +1,4 @@
-"""Linear layers in int8 and in FP8, beside a rounding in float64 that is written out here."""
+"""Linear layers in 8 bits, beside a rounding in float64 that is written out here."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import nn
 
 from ddk_ds.config import make_config
 from ddk_ds.config.sections import Teacher
-from ddk_ds.engine.eight_bits import FORMATS, fp8_fault, skipped_layers
+from ddk_ds.engine.eight_bits import FORMATS, product_fault, skipped_layers
 from ddk_ds.engine.quantized import QuantizedLinear, quantize, quantize_layers
 from ddk_ds.errors import ConfigError
 
@@ -30,14 +30,17 @@ def nearest(values: np.ndarray) -> np.ndarray:
     return np.copysign(np.where(up, high, low), values)
 
 
-def exact_fp8(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> np.ndarray:
-    """Return the product in float64 of both matrices rounded to FP8; the weight's scales are stored in bf16."""
+def exact_product(kind: str, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> np.ndarray:
+    """Return the product in float64 of both matrices rounded to 8 bits; the weight's scales are stored in bf16."""
+    highest = {"fp8": 448, "int8_dynamic": 127}[kind]
 
     def rounded(values: torch.Tensor, scale_dtype: torch.dtype) -> np.ndarray:
         largest = values.abs().amax(-1, keepdim=True).double()
-        scale = torch.where(largest > 0, (largest.float() / 448).to(scale_dtype).double(), 1.0)
+        scale = torch.where(largest > 0, (largest.float() / highest).to(scale_dtype).double(), 1.0)
         # The quotient is one of float32, as the layer's.
-        return nearest((values.float() / scale.float()).double().numpy()) * scale.numpy()
+        quotient = (values.float() / scale.float()).double().numpy()
+        small = nearest(quotient) if kind == "fp8" else np.clip(np.rint(quotient), -127, 127)
+        return small * scale.numpy()
 
     product = rounded(x, torch.float32) @ rounded(weight, torch.bfloat16).T
     return product if bias is None else product + bias.double().numpy()
@@ -49,23 +52,24 @@ def layer_and_inputs(rows: int, columns: int, outputs: int) -> tuple[torch.Tenso
     return x.bfloat16(), weight.bfloat16(), torch.randn(outputs).bfloat16()
 
 
-@pytest.mark.parametrize(("rows", "columns", "outputs"), [(5, 64, 48), (1, 16, 16), (130, 1024, 96)])
-def test_fp8_is_the_product_of_the_rounded_matrices(rows: int, columns: int, outputs: int) -> None:
+@pytest.mark.parametrize("kind", ["fp8", "int8_dynamic"])
+@pytest.mark.parametrize(("rows", "columns", "outputs"), [(5, 64, 48), (1, 16, 16), (17, 48, 32), (130, 1024, 96)])
+def test_it_is_the_product_of_the_rounded_matrices(kind: str, rows: int, columns: int, outputs: int) -> None:
     x, weight, bias = layer_and_inputs(rows, columns, outputs)
     x[0, 3] = 3e4  # an outlier, beside which most of its row is subnormal or 0
     weight[2] = 0
     if rows > 1:
         x[1] = 0
     for add in (bias, None):
-        found = QuantizedLinear(weight, add, FORMATS["fp8"])(x)
-        exact = exact_fp8(x, weight, add)
+        found = QuantizedLinear(weight, add, FORMATS[kind])(x)
+        exact = exact_product(kind, x, weight, add)
         assert found.dtype == torch.bfloat16
         # Sums in float32 are rounded to bf16 once, to 2^-8 of the result; they err only where that is a near thing.
         largest = np.abs(exact).max(-1, keepdims=True)
         assert (np.abs(found.double().numpy() - exact) <= 2.0**-8 * np.abs(exact) + 1e-6 * largest).all()
         assert (found == torch.from_numpy(exact).bfloat16()).float().mean() > 0.99
     if rows > 1:
-        assert (QuantizedLinear(weight, bias, FORMATS["fp8"])(x)[1] == bias).all()
+        assert (QuantizedLinear(weight, bias, FORMATS[kind])(x)[1] == bias).all()
 
 
 def test_fp8_rounds_the_inputs_too() -> None:
@@ -75,24 +79,59 @@ def test_fp8_rounds_the_inputs_too() -> None:
     assert QuantizedLinear(weight, None, FORMATS["fp8"])(x)[0, 0] == 2 * 16 * 448
 
 
-def test_a_token_does_not_depend_on_the_others() -> None:
+@pytest.mark.parametrize("rows", [1, 16, 17, 40])
+def test_integers_have_exact_sums_for_any_number_of_tokens(rows: int) -> None:
+    """torch._int_mm has them on a CPU too, and takes no fewer than 17 rows on CUDA: the largest sum of all, by hand."""
+    width = 4096
+    weight, x = torch.full((8, width), 1.0), torch.full((rows, width), 1.0)
+    weight[1], x[:, ::2] = -1.0, -1.0
+    weight[2, ::2] = -1.0
+    y = QuantizedLinear(weight, None, FORMATS["int8_dynamic"])(x)
+    assert y.shape == (rows, 8) and y.dtype == torch.float32
+    torch.testing.assert_close(y[:, :3], torch.tensor([[0.0, 0.0, width]]).expand(rows, 3), rtol=1e-6, atol=0)
+    integers = [torch.randint(-127, 128, (size, width), dtype=torch.int8) for size in (rows, 24)]
+    sums = integers[0].long() @ integers[1].long().T
+    assert torch.equal(torch._int_mm(integers[0], integers[1].t()).long(), sums)
+    assert FORMATS["int8_dynamic"].longest == 133_144 and 133_144 * 127**2 < 2**31 <= 133_145 * 127**2
+    assert FORMATS["int8_dynamic"].fits((8, 133_144), 2) and not FORMATS["int8_dynamic"].fits((8, 133_152), 2)
+    assert FORMATS["int8"].fits((8, 133_152), 2)
+
+
+def test_the_rows_that_cuda_asks_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+    product = torch._int_mm
+
+    def counted(rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+        seen.append(len(rows))
+        return product(rows, columns)
+
+    monkeypatch.setattr(torch, "_int_mm", counted)
+    x, weight, bias = layer_and_inputs(30, 64, 48)
+    layer = QuantizedLinear(weight, bias, FORMATS["int8_dynamic"])
+    assert torch.equal(torch.cat([layer(x[:1]), layer(x[1:17]), layer(x[17:])]), layer(x))
+    assert seen == [17, 17, 17, 30]
+
+
+@pytest.mark.parametrize("kind", ["fp8", "int8_dynamic"])
+def test_a_token_does_not_depend_on_the_others(kind: str) -> None:
     x, weight, bias = layer_and_inputs(64, 96, 48)
-    layer = QuantizedLinear(weight, bias, FORMATS["fp8"])
+    layer = QuantizedLinear(weight, bias, FORMATS[kind])
     whole = layer(x.view(4, 16, 96))
     assert whole.shape == (4, 16, 48)
     assert torch.equal(whole[2, 5:], layer(x[37:48])) and torch.equal(layer(x[:0]), whole[:0, 0])
 
 
-@pytest.mark.long("compiling takes 20 s; a GPU's layers are worth compiling in FP8")
-def test_compiled_it_differs_by_rounding() -> None:
+@pytest.mark.long("compiling takes 20 s; a GPU's layers are worth compiling in 8 bits")
+@pytest.mark.parametrize("kind", ["fp8", "int8_dynamic"])
+def test_compiled_it_differs_by_rounding(kind: str) -> None:
     x, weight, bias = layer_and_inputs(48, 96, 48)
-    layer = QuantizedLinear(weight, bias, FORMATS["fp8"])
+    layer = QuantizedLinear(weight, bias, FORMATS[kind])
     found = torch.compile(layer)(x)
     torch.testing.assert_close(found, layer(x), rtol=2**-6, atol=2**-6)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
-@pytest.mark.parametrize("kind", ["int8", "fp8"])
+@pytest.mark.parametrize("kind", ["int8", "int8_dynamic", "fp8"])
 def test_what_is_not_finite_stays_so(kind: str, bad: float) -> None:
     """In its own row of the results, or its own column, and nowhere else."""
     x, weight, bias = layer_and_inputs(6, 64, 48)
@@ -151,13 +190,15 @@ def test_what_fp8_cannot_multiply_stays_as_it_was() -> None:
     left, names = quantized(layers((32, 64), (24, 16), (16, 40), (48, 48)), quantize="fp8")
     assert left == ["b.weight of 16 x 24", "c.weight of 40 x 16"]
     assert names == [f"{number}.{name}" for number in range(3) for name in "ad"]
+    left, names = quantized(layers((32, 64), (24, 16), (12, 40), (20, 48)), quantize="int8_dynamic")
+    assert left == ["c.weight of 40 x 12", "d.weight of 48 x 20"] and len(names) == 6
     left, names = quantized(layers((32, 64), (24, 16), (3, 128)), quantize="int8")
     assert left == ["c.weight of 128 x 3"] and len(names) == 6  # rows of 3 bytes are no whole numbers of bf16
     with pytest.raises(ConfigError, match="fp8 would leave 9"):
         quantized(layers((16, 16), (40, 60)), quantize="fp8")
 
 
-@pytest.mark.parametrize("kind", ["int8", "fp8"])
+@pytest.mark.parametrize("kind", ["int8", "int8_dynamic", "fp8"])
 def test_layers_that_are_skipped(kind: str) -> None:
     left, names = quantized(layers((32, 64)), quantize=kind, quantize_skip_layers=(0, -1))
     assert left == ["layer 0", "layer 2"] and names == ["1.a"]
@@ -173,7 +214,8 @@ VALUES: dict[str, Any] = {"name": "n", "student": {"path": "s"}, "data": {"path"
 
 
 def test_a_teachers_cache_is_of_one_format() -> None:
-    sections = [{}, {"quantize": "int8"}, {"quantize": "fp8"}, {"quantize": "fp8", "quantize_skip_layers": [0, -1]}]
+    sections = [{}, {"quantize": "int8"}, {"quantize": "int8_dynamic"}, {"quantize": "fp8"}]
+    sections += [{"quantize": "fp8", "quantize_skip_layers": [0, -1]}]
     found = []
     for section in sections:
         config = make_config({**VALUES, "teacher": {"path": "t", "cache": {"path": "c"}, **section}}, "a test")
@@ -191,12 +233,16 @@ def test_fp8_needs_bf16() -> None:
                 make_config(values, "a test")
 
 
-@pytest.mark.parametrize(("capability", "fault"), [((8, 0), True), ((8, 6), True), ((8, 9), False), ((9, 0), False)])
-def test_devices_without_fp8(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], fault: bool) -> None:
+@pytest.mark.parametrize("kind", ["fp8", "int8_dynamic"])
+@pytest.mark.parametrize("capability", [(7, 5), (8, 0), (8, 6), (8, 9), (9, 0)])
+def test_devices_without_such_products(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], kind: str) -> None:
+    fault = capability < {"fp8": (8, 9), "int8_dynamic": (8, 0)}[kind]
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "this one")
-    section = Teacher(path="t", quantize="fp8")
-    found = fp8_fault(section, torch.device("cuda:0"))
+    section = Teacher(path="t", quantize=kind)
+    found = product_fault(section, torch.device("cuda:0"))
     assert bool(found) == fault
     assert not fault or f"this one has compute capability {capability[0]}.{capability[1]}" in found
-    assert fp8_fault(section, torch.device("cpu")) == fp8_fault(Teacher(path="t"), torch.device("cuda:0")) == ""
+    assert product_fault(section, torch.device("cpu")) == ""
+    for other in (Teacher(path="t"), Teacher(path="t", quantize="int8")):
+        assert product_fault(other, torch.device("cuda:0")) == ""

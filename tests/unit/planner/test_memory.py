@@ -18,11 +18,11 @@ from torch.distributed._tools.mem_tracker import MemTracker
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from ddk_ds.config import Config, make_config
-from ddk_ds.config.sections import Student
+from ddk_ds.config.sections import Student, Teacher
 from ddk_ds.engine.attention_masks import use_own_masks
 from ddk_ds.engine.memory_estimate import _layer_activations as layer_activations
 from ddk_ds.engine.memory_estimate import _passes as passes
-from ddk_ds.engine.memory_estimate import estimate_memory
+from ddk_ds.engine.memory_estimate import _product_bytes, estimate_memory
 from ddk_ds.engine.model_files import configured_files, model_shape
 from ddk_ds.kernels import Options, chunked, linear_kd_loss
 from ddk_ds.kernels.chunked import row_buffer
@@ -285,7 +285,7 @@ def test_experts_in_8_bits(tmp_path: Path) -> None:
     assert "teacher's experts out of 8 bits" not in plain
 
 
-def test_a_teacher_in_fp8() -> None:
+def test_a_teacher_in_8_bits() -> None:
     """By hand, Qwen1.5-14B's shape: 2 bytes a weight become 1, but in the two layers that stay, and outside."""
     shape = model_shape(configured_files(ROOT / "configs/models/Qwen1.5-14B.json"))
 
@@ -303,3 +303,11 @@ def test_a_teacher_in_fp8() -> None:
     assert plain["teacher gathered"] == some["teacher gathered"] > fp8["teacher gathered"]
     # By chance the student's activations are larger than the teacher's, in FP8 too.
     assert fp8["activations"] == plain["activations"]
+    # A token's input of 13,696 in float32 and 8 bits; sums of 13,696 in int32 and float32 beside an input of 5,120.
+    for kind, num_bytes in (
+        ("none", 0),
+        ("int8", 0),
+        ("fp8", 13696 * (4 + 1)),
+        ("int8_dynamic", 5120 + 13696 * (4 + 4)),
+    ):
+        assert _product_bytes(Teacher(path="t", quantize=kind), shape, "bf16") == num_bytes

@@ -77,7 +77,7 @@ def variants_of(out: Path, number: int, pair: str = "qwen1.5") -> list[tuple[lis
 def test_two_options_varied(tmp_path: Path) -> None:
     """Where the teacher lies by micro-batches a pass, FP8 by compiled layers, and by the dtype of sums over ranks."""
     found = [variants for _, variants in variants_of(tmp_path / "plan.json", 2)]
-    assert [len(variants) for variants in found] == [6, 6, 4]
+    assert [len(variants) for variants in found] == [6, 8, 4]
     for variant in chain(*found):
         first, second = (item.partition("=")[2] for item in variant["overrides"])
         assert f"| {first} | {second} | {variant['tokens_per_s']:,.0f} |" in PAGE
@@ -94,6 +94,32 @@ def test_communication_that_nothing_hides(tmp_path: Path) -> None:
     assert len(rows) == 6
     for row in rows:
         assert row in PAGE
+
+
+def test_faster_steps(tmp_path: Path) -> None:
+    """The page's table of three pairs on 16 and 64 GPUs: its rows are the plans' own."""
+    out = tmp_path / "plan.json"
+    for pair in ("paper/qwen1.5_14b_to_1.8b", "pairs/qwen3_32b_to_4b", "pairs/qwen3_30b_a3b_to_1.7b"):
+        for nodes in ("2", "8"):
+            command = ["--config", f"configs/{pair}.yaml", "--nodes", nodes, "--gpus-per-node", "8", "--gpu", "h100"]
+            assert plan.main([*command, "train.micro_batch_samples=4", "--json", str(out)]) == 0
+            found = json.loads(out.read_text())
+            for row in faster_rows(pair.partition("/")[2], 8 * int(nodes), found):
+                assert row in PAGE
+
+
+def faster_rows(pair: str, gpus: int, found: dict[str, Any]) -> list[str]:
+    """Return the page's rows of a plan's JSON: the configured step, and each faster one."""
+    step = found["simulated_step"]
+    rows = [f"| `{pair}` | {gpus} | as configured | {step['seconds']:.3f} | {step['tokens_per_s']:,.0f} | |"]
+    for one in found["faster"]:
+        words = dict(word.split("=") for word in one["change"].split())
+        form = words.get("teacher.quantize", "none")
+        what = f"compiled, {form}, {words['teacher.shard_within']}"
+        rows.append(
+            f"| `{pair}` | {gpus} | {what} | {one['step_s']:.3f} | {one['tokens_per_s']:,.0f} | {one['times']:.2f} |"
+        )
+    return rows
 
 
 def test_a_mixture_of_experts_on_a_slow_network(tmp_path: Path) -> None:
@@ -122,7 +148,7 @@ def test_layouts_by_size_and_network(tmp_path: Path, capsys: pytest.CaptureFixtu
         assert best is not None
         several = f", {best.micro_batches_per_pass} a pass" if best.micro_batches_per_pass > 1 else ""
         known = [f"{row[0].link_bytes_per_s / 1e9:g}", f"{row[0].gpus:,}", *cells, f"{best.shard_within}{several}"]
-        assert f"| {' | '.join(known)} |" in PAGE
+        assert row[0].quantize != "none" or f"| {' | '.join(known)} |" in PAGE
         assert all(cell in printed for cell in known)
 
 
@@ -134,7 +160,7 @@ def test_no_layouts_without_a_teacher(capsys: pytest.CaptureFixture[str]) -> Non
 
 def test_advice_is_the_fastest_that_fits_and_of_equals_the_smallest() -> None:
     def point(speed: float, device_bytes: int, *, fits: bool = True) -> LayoutPoint:
-        return LayoutPoint(3e9, 8, "node", 1, speed, device_bytes, fits, False)
+        return LayoutPoint(3e9, 8, "none", "node", 1, speed, device_bytes, fits, False)
 
     small, fast, large = point(100.0, 10), point(110.0, 30), point(109.5, 20)
     assert advised([small, fast, large]) == large
@@ -146,8 +172,9 @@ def test_the_gpus(tmp_path: Path) -> None:
     for name, gpu in GPUS.items():
         numbers = (gpu.memory_bytes, gpu.hbm_bytes_per_s, gpu.nvlink_bytes_per_s, gpu.network_bytes_per_s)
         cells = " | ".join(f"{number / 1e9:,.0f}" for number in numbers)
-        fp8 = f"{gpu.fp8_peak_flop_per_s / 1e12:,.0f}" if gpu.fp8_peak_flop_per_s else "-"
-        assert f"| `{name}` | {gpu.peak_flop_per_s / 1e12:.0f} | {cells} | {fp8} |" in PAGE
+        peaks = [gpu.fp8_peak_flop_per_s, gpu.int8_peak_flop_per_s]
+        eight = " | ".join("-" if peak is None else f"{peak / 1e12:,.0f}" for peak in peaks)
+        assert f"| `{name}` | {gpu.peak_flop_per_s / 1e12:.0f} | {cells} | {eight} |" in PAGE
     example = re.search(r"(?m)^    name: .*\n(?:    .*\n)+", PAGE)
     assert example is not None
     (tmp_path / "gpu.yaml").write_text(re.sub(r"(?m)^    ", "", example[0]))

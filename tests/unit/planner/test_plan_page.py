@@ -12,6 +12,7 @@ from rich.table import Table
 
 from ddk_ds.planner import plan_page
 from ddk_ds.planner.advice import Advice
+from ddk_ds.planner.faster import Faster
 from ddk_ds.planner.known_points import Point
 from ddk_ds.planner.run_plan import Plan
 from ddk_ds.planner.simulations import Curve, LayoutPoint, ScalingPoint, Variant
@@ -56,13 +57,13 @@ def plan() -> Plan:
     flops = replace(plan.flops, cpt=1e15, kd=3e15, evaluation=6e12, own=4e15)
     step = Step({"one": 0.75, "two": 0.25}, tokens=2400, flops=1e12, peak_flop_per_s=4e12)
     gathers = TeacherGathers(num_bytes=5e9, seconds=0.75, compute_s=0.25)
-    place = LayoutPoint(1e9, 4, "node", 3, 700.0, 35 * 10**9, fits=True, several=True)
+    place = LayoutPoint(1e9, 4, "none", "node", 3, 700.0, 35 * 10**9, fits=True, several=True)
     plan = replace(plan, gathers=gathers, better_place=place, step=step, hours=1234.5, advice=[])
     return replace(plan, memory=memory, checkpoints=checkpoints, flops=flops)
 
 
 def test_the_tables_of_a_plan(plan: Plan) -> None:
-    answer, memory, flops, time, step, assumed = plan_page.plan_tables(plan)
+    answer, memory, flops, time, step, _, assumed = plan_page.plan_tables(plan)
     assert str(answer).split("\n") == [
         "fits: 30.00 of 90.00 GB that can be planned with on each round; largest micro-batch that fits: 9; that also "
         "divides a GPU's samples: 6",
@@ -130,7 +131,7 @@ def test_what_a_plan_warns_of(plan: Plan) -> None:
         Advice("a=1", nodes=1, device_bytes=95 * 10**9, host_bytes=10**9, fits=False, price="time"),
         Advice("b=2", nodes=1, device_bytes=85 * 10**9, host_bytes=2 * 10**9, fits=True, price="room"),
     ]
-    _, table, *_ = plan_page.plan_tables(replace(plan, memory=full, advice=advice))
+    _, table, *_ = plan_page.plan_tables(replace(plan, memory=full, advice=advice, faster=[]))
     assert rows_of(table) == [("a=1", "95.00", "no", "1.00", "time"), ("b=2", "85.00", "[green]yes[/]", "2.00", "room")]
     assert isinstance(table, Table) and table.caption is None and table.columns[-1].justify == "left"
     assert "none of them fits" in str(plan_page._advice(replace(plan, advice=advice[:1])).caption)
@@ -143,6 +144,23 @@ def test_what_a_plan_warns_of(plan: Plan) -> None:
     assert "hours of KD at the same MFU" not in words_of(plan_page._time(none))
 
 
+def test_faster_steps_name_the_best(plan: Plan) -> None:
+    some = [
+        Faster("a=1", 0.8, 3000.0, 1.25, 2 * 10**9, "rounded otherwise"),
+        Faster("b=2", 0.5, 4800.0, 2.0, 10**9, "another teacher"),
+    ]
+    *_, table, _ = plan_page.plan_tables(replace(plan, faster=some))
+    assert rows_of(table) == [
+        ("a=1", "0.8000", "3,000", "1.25", "2.00", "rounded otherwise"),
+        ("b=2", "0.5000", "4,800", "2.00", "1.00", "another teacher"),
+    ]
+    assert isinstance(table, Table) and "no GPU has measured" in str(table.title)
+    assert str(table.caption).startswith("b=2 is the fastest that fits, 2.00 times the configured step's speed")
+    slow = [replace(one, times=1.05) for one in some]
+    assert "none of them makes the step 5% faster" in str(plan_page._faster(replace(plan, faster=slow)).caption)
+    assert len(list(plan_page.plan_tables(replace(plan, faster=[])))) == 6
+
+
 CURVES = [
     Curve(
         "strong", [ScalingPoint(2, 64, 8, 1.5, 3000.0, 0.25, True), ScalingPoint(1024, 64, 1, 0.5, 9e6, 0.125, False)]
@@ -150,9 +168,10 @@ CURVES = [
     Curve("weak", [ScalingPoint(2, 64, 8, 1.5, 3000.0, 0.25, True), ScalingPoint(4, 128, 8, 1.5, 5000.0, 0.2, True)]),
 ]
 LAYOUTS = [
-    LayoutPoint(link, gpus, within, per_pass, speed, 5, fits, several)
+    LayoutPoint(link, gpus, form, within, per_pass, speed * (1 if form == "none" else 1.5), 5, fits, several)
     for link in (3e9, 25e9)
     for gpus in (8, 1024)
+    for form in ("none", "fp8")
     for within, per_pass, speed, fits, several in (
         ("world", 1, link / 1e8 + gpus, True, False),
         ("world", 4, link / 1e8 + 2 * gpus, gpus == 8, True),
@@ -168,17 +187,23 @@ def test_tables_of_simulations() -> None:
         ("weak", "4", "8", "1.500", "5,000", "20.0%", "yes"),
     ]
     table = plan_page.layouts_table(LAYOUTS)
-    assert [str(column.header) for column in table.columns] == ["GB/s", "GPUs", "world", "world, n a pass", "advised"]
+    heads = ["GB/s", "GPUs", "quantize", "world", "world, n a pass", "advised", "over none"]
+    assert [str(column.header) for column in table.columns] == heads
     assert rows_of(table) == [
-        ("3", "8", "38", "46", "world, 4 a pass"),
-        ("3", "1,024", "1,054", "2,078 (no)", "world"),
-        ("25", "8", "258", "266", "world, 4 a pass"),
-        ("25", "1,024", "1,274", "2,298 (no)", "world"),
+        ("3", "8", "none", "38", "46", "world, 4 a pass", "-"),
+        ("3", "8", "fp8", "57", "69", "world, 4 a pass", "+50%"),
+        ("3", "1,024", "none", "1,054", "2,078 (no)", "world", "-"),
+        ("3", "1,024", "fp8", "1,581", "3,117 (no)", "world", "+50%"),
+        ("25", "8", "none", "258", "266", "world, 4 a pass", "-"),
+        ("25", "8", "fp8", "387", "399", "world, 4 a pass", "+50%"),
+        ("25", "1,024", "none", "1,274", "2,298 (no)", "world", "-"),
+        ("25", "1,024", "fp8", "1,911", "3,447 (no)", "world", "+50%"),
     ]
+    assert "no GPU has measured 8 bits" in str(table.caption)
     two = [replace(one, micro_batches_per_pass=2) for one in LAYOUTS[:2]]
-    assert rows_of(plan_page.layouts_table(two))[0][-1] == "world, 2 a pass"
+    assert rows_of(plan_page.layouts_table(two))[0][-2] == "world, 2 a pass"
     nowhere = [replace(one, fits=False) for one in LAYOUTS[:2]]
-    assert rows_of(plan_page.layouts_table(nowhere))[0][-1] == "none fits"
+    assert rows_of(plan_page.layouts_table(nowhere))[0][-2:] == ("none fits", "-")
     points = [
         Point("a", 8, 100.0, 90.0, "book"),
         Point("b", 1024, 2000.0, 3000.0, "page"),

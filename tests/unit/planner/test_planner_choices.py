@@ -11,13 +11,16 @@ import pytest
 
 from ddk_ds.config import Config, make_config
 from ddk_ds.engine.memory_estimate import MemoryEstimate
+from ddk_ds.engine.model_files import Matrix
 from ddk_ds.errors import ConfigError
 from ddk_ds.planner import advice, gpu_memory, simulations
+from ddk_ds.planner.faster import faster_steps
 from ddk_ds.planner.gpu_memory import MemoryPlan, plan_memory
 from ddk_ds.planner.gpus import GPUS, Cluster, find_gpu
 from ddk_ds.planner.known_points import dense_model
 from ddk_ds.planner.plan_inputs import Models
-from ddk_ds.planner.simulations import LayoutPoint, advised, simulate_layouts, simulate_scaling
+from ddk_ds.planner.simulations import LayoutPoint, advised, forms_of, layouts_on, simulate_layouts, simulate_scaling
+from ddk_ds.planner.step_time import simulate_step
 
 STUDENT, TEACHER = (dense_model(*size, vocab_size=1000, length=64) for size in ((2, 128), (4, 256)))
 MODELS = Models(STUDENT, TEACHER, 1000)
@@ -232,6 +235,7 @@ def test_the_data_sheets_of_the_gpus() -> None:
         found = (gpu.hbm_bytes_per_s, gpu.nvlink_bytes_per_s, gpu.network_bytes_per_s, gpu.host_bytes_per_s)
         assert found == tuple(speed * 1e9 for speed in speeds)
         assert gpu.fp8_peak_flop_per_s == (None if name.startswith("a100") else 1979e12)
+        assert gpu.int8_peak_flop_per_s == (624e12 if name.startswith("a100") else 1979e12)
         assert gpu.source.startswith(f"NVIDIA's data sheets of {gpu.name.split()[0]} SXM (peak, memory, NVLink)")
     assert set(GPUS) == set(sheets)
 
@@ -278,12 +282,12 @@ def test_sizes_of_clusters() -> None:
 def test_layouts_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     """A pass takes as many micro-batches as fit: 3 of a rank's here, and all of them are in fewer passes."""
 
-    def fits(config: Config, models: Models, cluster: Cluster) -> MemoryPlan:
+    def of_passes(config: Config, models: Models, cluster: Cluster) -> MemoryEstimate:
         assert config.teacher is not None
-        size = config.teacher.pass_size
-        return MemoryPlan({}, {}, size, 0, 3, {}, 1, 1)
+        return MemoryEstimate({"a pass": config.teacher.pass_size}, {}, {}, {})
 
-    monkeypatch.setattr(simulations, "plan_memory", fits)
+    monkeypatch.setattr(simulations, "estimate", of_passes)
+    monkeypatch.setattr(simulations, "usable_bytes", lambda cluster: 3)
     points = simulate_layouts(config_of(32, 2), MODELS, CLUSTER, domains=2, storage_bytes_per_s=1e9)
     assert len(points) == 3 * 10 * 5  # networks, numbers of nodes from 1 to 512, layouts
     assert [one.link_bytes_per_s for one in points[::50]] == [3e9, 25e9, 100e9]
@@ -304,9 +308,79 @@ def test_layouts_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_equal_layouts_are_within_a_hundredth() -> None:
     def point(speed: float, device_bytes: int) -> LayoutPoint:
-        return LayoutPoint(3e9, 8, "node", 1, speed, device_bytes, True, False)
+        return LayoutPoint(3e9, 8, "none", "node", 1, speed, device_bytes, True, False)
 
     fast, equal, slower = point(1000.0, 30), point(990.0, 20), point(989.9, 10)
     assert advised([fast, equal, slower]) == equal
     assert advised([fast, slower]) == fast
     assert advised([]) is None
+
+
+def with_matrices(*shapes: tuple[int, ...]) -> Models:
+    """Return models whose teacher has these matrices; those of three axes are experts'."""
+    matrices = tuple(Matrix(0, shape, expert=len(shape) == 3) for shape in shapes)
+    return replace(MODELS, teacher=replace(TEACHER, shape=replace(TEACHER.shape, matrices=matrices)))
+
+
+def test_8_bits_that_a_run_would_accept() -> None:
+    """FP8 needs a GPU that has it, bf16, and half of the matrices with sides of 16; int8_dynamic sides of 8."""
+    a100, h100 = GPUS["a100-80g"], GPUS["h100-80g"]
+    config, models = config_of(), with_matrices((64, 32), (16, 16))
+    assert forms_of(config, models, a100) == ["none", "int8", "int8_dynamic"]
+    assert forms_of(config, models, h100) == ["none", "int8", "int8_dynamic", "fp8"]
+    fp32 = config_of(train={"global_batch_samples": 64, "micro_batch_samples": 8, "precision": "fp32"})
+    assert forms_of(fp32, models, h100) == ["none", "int8", "int8_dynamic"]
+    assert forms_of(config, with_matrices((64, 32), (72, 64)), h100) == ["none", "int8", "int8_dynamic"]
+    assert forms_of(config, with_matrices((64, 32), (72, 24)), h100) == ["none", "int8", "int8_dynamic", "fp8"]
+    assert forms_of(config, with_matrices((64, 33)), h100) == ["none"] == forms_of(config, MODELS, h100)
+    skipping = config_of(teacher={"path": "t", "quantize": "int8", "quantize_skip_layers": [0]})
+    assert forms_of(skipping, models, a100) == ["none", "int8", "int8_dynamic"]
+
+
+def test_layouts_have_every_form(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(simulations, "MOST_GPUS", 2)
+    monkeypatch.setattr(simulations, "LINKS_BYTES_PER_S", (3e9,))
+    models, cluster = with_matrices((256, 1024), (1024, 256)), replace(CLUSTER, gpu=GPUS["h100-80g"])
+    points = simulate_layouts(config_of(), models, cluster, domains=2, storage_bytes_per_s=1e9)
+    assert [(one.quantize, one.name) for one in points[::5]] == [
+        (form, "world") for form in ("none", "int8", "int8_dynamic", "fp8")
+    ]
+    assert len(points) == 4 * 5
+
+
+def test_faster_steps_are_those_of_their_options() -> None:
+    """Each row is the step that its words give, at the place that is advised for it; `times` is over the step now."""
+    models = with_matrices((256, 1024), (1024, 256))
+    cluster = replace(CLUSTER, gpu=GPUS["h100-80g"])
+    options: Any = {"domains": 2, "storage_bytes_per_s": 1e9}
+    now = simulate_step(config_of(), models, cluster, **options)
+    found = faster_steps(config_of(), models, cluster, now, **options)
+    assert [one.numbers for one in found] == ["rounded otherwise", *["another teacher"] * 3]
+    for one in found:
+        words = dict(word.split("=") for word in one.change.split())
+        assert words.pop("student.compile_layers") == words.pop("teacher.compile_layers") == "true"
+        section = {
+            "path": "t",
+            "compile_layers": True,
+            **{key.partition(".")[2]: value for key, value in words.items()},
+        }
+        section["micro_batches_per_pass"] = int(section.get("micro_batches_per_pass", 1))
+        student = {"path": "s", "gradient_checkpointing": False, "compile_layers": True}
+        step = simulate_step(config_of(student=student, teacher=section), models, cluster, **options)
+        assert one.step_s == pytest.approx(step.seconds) and one.tokens_per_s == pytest.approx(step.tokens_per_s)
+        assert one.times == pytest.approx(now.seconds / step.seconds)
+        advice = advised(
+            layouts_on(
+                config_of(student=student, teacher=section),
+                models,
+                cluster,
+                **options,
+                forms=[section.get("quantize", "none")],
+            )
+        )
+        assert advice is not None and advice.shard_within == section["shard_within"]
+    assert len({one.change for one in found}) == 4
+    shared = {"global_batch_samples": 64, "micro_batch_samples": 8, "sequence_parallel": 2}
+    assert faster_steps(config_of(train=shared), models, cluster, now, **options) == []
+    without = config_of(teacher=None, method="cpt", mixture={"controller": "equal"})
+    assert faster_steps(without, models, cluster, now, **options) == []

@@ -34,6 +34,7 @@ def identity(folder: Path, content: dict[str, Any] | None = None, **sections: An
     "other",
     [
         {"teacher": {"quantize": "int8"}},
+        {"teacher": {"quantize": "int8_dynamic"}},
         {"teacher": {"quantize": "fp8"}},
         {"teacher": {"quantize": "int8", "quantize_skip_layers": [0]}},
         {"teacher": {"compile_layers": True}},
