@@ -56,8 +56,8 @@ def test_relations() -> None:
     assert [found["of_linear"] for found in cases] == [1.0, 1.0, 0.75, None, None]
 
 
-def case(*options: str) -> Case:
-    return Case("kd", "none", 1, 2, 3, 40, 1000, "bf16", 2, options=options)
+def case(*options: str, precision: str = "bf16") -> Case:
+    return Case("kd", "none", 1, 2, 3, 40, 1000, precision, 2, options=options)
 
 
 def test_each_option_is_one_of_a_run() -> None:
@@ -95,6 +95,8 @@ def test_an_option_that_does_not_run_here_is_a_row(monkeypatch: pytest.MonkeyPat
     assert found["error"] == "ConfigError: FP8 products need 8.9" and found["tokens_per_s"] is None
     with pytest.raises(RankFailed):
         bench_step._measure(case(), None, "cpu")  # type: ignore[arg-type]
+    found = bench_step._measure(case("teacher.quantize=fp8", precision="fp32"), None, "cpu")  # type: ignore[arg-type]
+    assert "set train.precision to bf16" in found["error"]
 
 
 def test_a_rank_that_fails_ends_the_others() -> None:

@@ -91,6 +91,9 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--each-option", action="store_true", help="time kd again with each option (EACH_OPTION in step_setting.py)"
     )
+    parser.add_argument(
+        "--precision", choices=("fp32", "bf16"), help="train.precision (default: fp32 on a CPU, bf16 on CUDA)"
+    )
     parser.add_argument("--trl-python", type=Path, metavar="FILE", help="interpreter of an environment that has TRL")
     parser.add_argument("--ranks", type=positive, nargs="+", default=[1, 2], help="default: 1 2")
     parser.add_argument(
@@ -116,6 +119,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--picture", type=Path, metavar="FILE", help="file for a picture; needs matplotlib")
     options = parser.parse_args(arguments)
     options.size = options.size or options.device
+    options.precision = options.precision or ("bf16" if options.device == "cuda" else "fp32")
     options.vocab = options.vocab or (32000 if options.size == options.device else 1000)
     options.variant += EACH_OPTION if options.each_option else ()
     options.impl = options.impl or [*OURS, *(TRLS if options.trl_python else ())]
@@ -140,13 +144,14 @@ def _run(options: argparse.Namespace, console: Console) -> Row:
         result["trl_environment"] = _check_trl(options.trl_python)
     with tempfile.TemporaryDirectory(prefix="bench-step-") as folder:
         console.print("models of random weights")
-        precision = "bf16" if options.device == "cuda" else "fp32"
         # In another process, so that its memory on GPU and host is free again before anything is measured.
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-            pool.submit(make_models, Path(folder), options.size, options.vocab, precision, options.device).result()
-        cases = _cases(options, folder, precision)
+            sizes = (options.size, options.vocab, options.precision, options.device)
+            pool.submit(make_models, Path(folder), *sizes).result()
+        cases = _cases(options, folder)
         for case in cases:
-            case_config(case)  # raises an error of a variant before anything is measured
+            if ",".join(case.options) not in EACH_OPTION:
+                case_config(case)  # raises an error of a variant before anything is measured
         for case in cases:
             console.print(
                 f"{case.impl} {', '.join(case.options)}, {case.ranks} ranks, {case.accumulation} micro-batches"
@@ -177,7 +182,7 @@ def _check_trl(python: Path) -> Row:
     return versions
 
 
-def _cases(options: argparse.Namespace, folder: str, precision: str) -> list[Case]:
+def _cases(options: argparse.Namespace, folder: str) -> list[Case]:
     """Return every case; bare passes run only on one rank."""
     return [
         Case(
@@ -188,7 +193,7 @@ def _cases(options: argparse.Namespace, folder: str, precision: str) -> list[Cas
             samples=options.tokens // (accumulation * options.length),
             length=options.length,
             vocab_size=options.vocab,
-            precision=precision,
+            precision=options.precision,
             steps=options.steps,
             options=tuple(filter(None, variant.split(","))),
         )
@@ -209,7 +214,10 @@ def _measure(case: Case, options: argparse.Namespace, device_name: str) -> Row:
     names = ("tokens_per_s", "over_floor", "of_linear", "peak_bytes", "reserved_bytes", "mfu", "step_s", "spread_s")
     row |= {**dict.fromkeys(names), "tokens": case.tokens, "parts_s": {}, "error": None, **setting}
     try:
+        case_config(case)
         measured = _start(case, options)
+    except ConfigError as error:  # of EACH_OPTION: FP8 wants bf16
+        return {**row, "error": str(error)}
     except RankFailed as error:
         if "OutOfMemoryError" in str(error):
             return {**row, "error": "out of memory"}

@@ -116,7 +116,7 @@ def _compiled(
     warps = {"num_warps": rows_triton.NUM_WARPS}
     kernel = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=warps)
     ptx = kernel.asm["ptx"]
-    counted = capability == 90 and dict(constants)["KIND"] == 1 and not known  # disassembling takes a while
+    counted = not known and capability == 90 and dict(constants)["KIND"] == 1  # disassembling takes a while
     return {"shared_bytes": kernel.metadata.shared, **_assemble(ptx, counted), **_moved(ptx)}
 
 
