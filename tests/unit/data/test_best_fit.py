@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from ddk_ds.commands.cut_student_work import _from_shards
+from ddk_ds.commands.prepare_command import shares
 from ddk_ds.data import prepare as prepare_module
 from ddk_ds.data.best_fit import best_fit, pack_best_fit
 from ddk_ds.data.loader import MixtureDataset, interval_loader, validation_batches
@@ -101,6 +104,8 @@ def test_all_documents_are_in_the_data_and_padding_has_no_labels(tokenizer_dir: 
     assert sorted(one for one in found if len(one) > 1) == sorted(one for one in parts if len(one) > 1)
     assert padding == sum(split.padding_tokens for split in splits) > 0
     assert labels == sum(len(part) - 1 for part in parts)
+    places, cut = length * sum(split.samples for split in splits), sum(len(one) > length for one in documents)
+    assert shares(manifest).endswith(f": a {padding / places:.2%} and {cut / len(documents):.2%}")
     [held_out] = validation_batches(root, ["a"], num_samples=7, rank=0, world=1, micro_batch=7, masked=True)
     assert held_out[0].positions is not None and bool(held_out[0].real.all())
 
@@ -111,6 +116,9 @@ def test_padded_samples_are_not_joined(tokenizer_dir: Path, tmp_path: Path) -> N
     message = r"data.documents is joined, and the samples of .* are padded .*: set data.documents to auto, or prepare"
     with pytest.raises(DataError, match=message):
         manifest.masked("joined", "data.documents")
+    options = Namespace(shards=tmp_path / "out", samples=1, sequence_length=8)
+    with pytest.raises(DataError, match=r"--shards are read without the borders .* are padded .*: give --text, or"):
+        _from_shards(options, load_tokenizer(tokenizer_dir))
 
 
 def test_a_preparation_goes_on_with_the_packing_that_it_began_with(
