@@ -75,10 +75,24 @@ class Student(Model):
     gradient_checkpointing: bool | Literal["selective"] = False
     """Recompute activations in the backward pass: less memory, about a third more compute for the student. selective:
     keep the results of matrix products and of attention and recompute the rest, which costs little."""
+    offload_activations: Literal["none", "cpu"] = "none"
+    """cpu: with `gradient_checkpointing: true`, the one activation that each layer keeps, its input, goes to the host
+    and comes back in the backward pass, for samples so long that even these fill the GPU."""
     router_aux_loss: Literal["auto"] | NonNegativeFloat = "auto"
     """Weight of the routers' load-balancing loss in the training loss of a mixture-of-experts student. auto: the
     coefficient of its config.json, or none if its family is trained without one, as DeepSeek-V3 is; 0: none. The loss
     is transformers' own, and averaged over the step's micro-batches and ranks."""
+
+    @model_validator(mode="after")
+    def _offload_agrees(self) -> Student:
+        if self.offload_activations != "none" and self.gradient_checkpointing is not True:
+            kept = "all activations" if not self.gradient_checkpointing else "the results of matrix products"
+            raise ValueError(
+                f"offload_activations: {self.offload_activations} takes the inputs of layers to the host, and "
+                f"gradient_checkpointing: {str(self.gradient_checkpointing).lower()} keeps {kept} on the device: set "
+                "gradient_checkpointing to true, or offload_activations to none"
+            )
+        return self
 
 
 class TeacherCache(Section):

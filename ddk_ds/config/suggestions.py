@@ -42,6 +42,7 @@ _ELSEWHERE = {
     "student.gradient_checkpointing": "activationcheckpointing recompute gradcheckpointing",
     "student.attn_implementation": "attn attnimpl flashattention flashattn useflashattention",
     "student.offload_params": "offloadparam paramoffload",
+    "student.offload_activations": "activationoffload activationoffloading cpuactivations cpuoffloadactivations",
     "output_dir": "outdir savedir savefolder workdir output logdir",
     "name": "runname experiment experimentname wandbname",
     "checkpoint.every_steps": "savesteps saveinterval saveevery savefreq checkpointevery",

@@ -10,9 +10,11 @@ from typing import Any
 import deepspeed
 import torch
 from torch import nn
+from torch.autograd.graph import save_on_cpu
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
 from ddk_ds.config import Model
+from ddk_ds.config.sections import Student
 from ddk_ds.engine.compiling import compile_layers
 from ddk_ds.engine.config_sizes import experts_per_token
 from ddk_ds.engine.document_attention import documents_in, same_documents
@@ -85,16 +87,29 @@ def experts_kernel(model: Any) -> str:
     return getattr(model.config, "_experts_implementation", None) or "eager"
 
 
-def checkpoint_layers(model: Any, mode: bool | str) -> None:
-    """Make a transformers model recompute its layers' activations in the backward pass.
+def checkpoint_layers(model: Any, section: Student) -> None:
+    """Make a transformers model recompute its layers' activations in the backward pass, if the configuration asks.
 
-    `mode` is the value of `student.gradient_checkpointing`: False, True or "selective", which keeps the results of
-    matrix products and attention.
+    "selective" keeps the results of matrix products and attention. With `offload_activations: cpu` what is kept of a
+    layer, its input, waits for the backward pass in the host's memory.
     """
-    if not mode:
+    if not section.gradient_checkpointing:
         return
-    options = {"use_reentrant": False, "context_fn": partial(_contexts, mode)}
+    options = {"use_reentrant": False, "context_fn": partial(_contexts, section.gradient_checkpointing)}
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+    if section.offload_activations == "cpu":
+        for module in model.modules():
+            if hasattr(module, "_gradient_checkpointing_func"):
+                module._gradient_checkpointing_func = partial(_from_host, module._gradient_checkpointing_func)
+
+
+def _from_host(checkpoint: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+    """Call torch's checkpoint such that the tensors that it saves, a layer's input, are on the host.
+
+    Both copies are queued behind the computation, in pinned memory: the host does not wait for them.
+    """
+    with save_on_cpu(pin_memory=torch.cuda.is_available()):
+        return checkpoint(*arguments, **options)
 
 
 def _contexts(mode: bool | str) -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:

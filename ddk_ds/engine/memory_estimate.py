@@ -14,7 +14,9 @@ These are assumptions, not measurements:
 - A layer's activations are those of a block like Llama's: two norms in float32; attention without stored scores,
   except `eager`; an MLP, gated unless its tensors have the names of one without a gate. With gradient checkpointing
   each layer keeps its input, and with "selective" also the results of its matrix products and attention; one layer at
-  a time has all its activations.
+  a time has all its activations. With `student.offload_activations` those inputs are on the host, in pinned memory, of
+  which torch takes the next power of two. A teacher keeps nothing: the intermediate results of one layer exist at a
+  time.
 - A mixture of experts copies each token for each expert that it is sent to, and keeps each expert's result. A layer is
   gathered with all of its experts.
 - DeepSpeed allocates a complete bucket of `reduce_bucket_size` gradients, and a second one in which the gradients of
@@ -113,7 +115,7 @@ def estimate_memory(
     compute = COMPUTE_BYTES[config.train.precision]
     libraries = CONTEXT_BYTES + (COMMUNICATORS * COMMUNICATOR_BYTES if world_size > 1 else 0)
     resident = {_LIBRARIES: libraries if device_type == "cuda" else 0}
-    host = {"process": PROCESS_BYTES}
+    host = {"process": PROCESS_BYTES} | _inputs_on_host(config, student, compute, device_type)
     weights: dict[str, tuple[Model, ModelShape]] = {"student shards": (config.student, student)}
     loading: dict[str, int] = {}
     per_pass, converted = 1, 0  # micro-batches in one pass of the teacher; bytes of a layer's experts out of 8 bits
@@ -146,11 +148,20 @@ def estimate_memory(
     if teacher is not None and config.teacher is not None and config.teacher.compiled_whole and device_type == "cuda":
         length = config.data.sequence_length
         tokens = config.train.micro_batch_samples * length  # of whole samples: sequence_parallel compiles nothing
-        resident["teacher's CUDA graph"] = _layer_activations(config.teacher, teacher, tokens, length, compute)
+        resident["teacher's CUDA graph"] = _forward_activations(config.teacher, teacher, tokens, length, compute)
     if converted:
         passes["teacher's experts out of 8 bits"] = converted
     passes["gradients joined for the reduction"] = _joined_bytes(student, bucket, world_size, compute, reduced)
     return MemoryEstimate(resident, passes, update, host, loading)
+
+
+def _inputs_on_host(config: Config, student: ModelShape, compute: int, device_type: str) -> dict[str, int]:
+    if config.student.offload_activations == "none":
+        return {}
+    tokens = config.train.micro_batch_samples * config.data.sequence_length // config.train.sequence_parallel
+    layer_input = tokens * student.hidden * compute
+    pinned = 1 << (layer_input - 1).bit_length() if device_type == "cuda" else layer_input
+    return {"inputs of the student's layers": student.layers * pinned}
 
 
 def _zero_sizes(config: Config, student: ModelShape) -> dict[str, int]:
@@ -286,7 +297,7 @@ def _passes(
         group = min(tokens, GROUP_CHUNKS * chunk) if grouped else chunk
         parts["logits' gradients"] = group * padded(vocab_size) * compute
     if teacher is not None and config.teacher is not None:
-        layer = _layer_activations(config.teacher, teacher, tokens, config.data.sequence_length, compute)
+        layer = _forward_activations(config.teacher, teacher, tokens, config.data.sequence_length, compute)
         layer += tokens * _product_bytes(config.teacher, teacher, config.train.precision)
         if config.teacher.place != "gpu":
             # A layer's input and output are those of all micro-batches of the pass; inside, one is computed at a time.
@@ -330,7 +341,7 @@ def _activations(config: Config, shape: ModelShape, tokens: int, compute: int) -
     mlp_gradients = 2 * tokens * shape.intermediate * compute
     kept = {
         False: layer,
-        True: tokens * shape.hidden * compute,
+        True: 0 if config.student.offload_activations == "cpu" else tokens * shape.hidden * compute,
         "selective": tokens * (_products(shape) * compute + 4 * shape.heads),
     }[config.student.gradient_checkpointing]
     # Recomputed activations are held for one layer at a time.
@@ -369,3 +380,20 @@ def _layer_activations(model: Model, shape: ModelShape, tokens: int, length: int
         attention += (4 + compute) * (shape.attention + shape.key_value)
     experts = 2 * shape.experts_per_token * shape.hidden * compute
     return tokens * (norms + attention + experts + compute * (4 if shape.gated else 2) * shape.intermediate)
+
+
+def _forward_activations(model: Model, shape: ModelShape, tokens: int, length: int, compute: int) -> int:
+    """Return the most bytes that a layer holds at a time in a pass without a backward pass.
+
+    They are the residual stream with its copies and, whichever is more, those of the MLP (gate, up and their product;
+    of experts also each token's copies, results and weighted results) or those of attention.
+    """
+    kernel = _kernel(model, shape)
+    repeated = kernel != "flash_attention_2" and shape.key_value < shape.attention
+    attention = compute * ((5 if repeated else 3) * shape.attention + 4 * shape.key_value)
+    if kernel == "eager":
+        attention += shape.heads * length * (4 + 2 * compute)
+    if shape.normed_heads:  # before queries and keys are rotated: queries, and three results of the norm in float32
+        attention = max(attention, (compute + 3 * 4) * shape.attention)
+    mlp = 3 * compute * (shape.intermediate + shape.experts_per_token * shape.hidden)
+    return tokens * (4 * compute * shape.hidden + max(mlp, attention))

@@ -234,7 +234,7 @@ def load_student(
     ds_config = student_ds_config(config, comm.world_size, bucket_sizes(largest_layer))
     model = load_built(config, config.student, "student.path", files, comm, zero_init(ds_config, form=_OneDtype))
     check_vocabulary(model, vocab_size, "student.path")
-    checkpoint_layers(model, config.student.gradient_checkpointing)
+    checkpoint_layers(model, config.student)
     prepare_layers(backbone_of(model), files.num_layers, config.student)
     stored = stored_form(model, files)
     filters = None if shape is None else build_filters(config, shape, ds_config, comm)

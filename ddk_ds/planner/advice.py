@@ -53,7 +53,9 @@ def advise(config: Config, models: Models, cluster: Cluster) -> list[Advice]:
         return [*tried, *_more_nodes(config, models, cluster, [])]
     if config.train.micro_batch_samples > 1 and config.train.global_batch_samples % cluster.ranks == 0:
         # It costs more than computing twice, and less than offloading.
-        num_checkpointing = sum("gradient_checkpointing" in change.sections.get("student", {}) for change in singles)
+        num_checkpointing = sum(
+            change.sections.get("student", {}).keys() == {"gradient_checkpointing"} for change in singles
+        )
         singles.insert(num_checkpointing, _micro_batch(1))
     together: list[_Change] = []
     for change in singles:
@@ -96,6 +98,10 @@ def _possible_changes(config: Config, models: Models, cluster: Cluster, now: Mem
         yield _Change({"train": {"sequence_parallel": ranks}}, price)
     if config.optimizer.offload == "none":
         yield _Change({"optimizer": {"offload": "cpu"}}, "gradients and weights cross PCIe, the host updates")
+    if not now.max_dividing and config.student.offload_activations == "none":
+        inputs: dict[str, Any] = {"gradient_checkpointing": True, "offload_activations": "cpu"}
+        price = "computed twice, and the inputs of the student's layers cross PCIe to the host and back"
+        yield _Change({"student": inputs}, price)
     if config.teacher is not None and config.teacher.offload_params == "none":
         price = "the teacher's shards cross PCIe for each micro-batch"
         yield _Change({"teacher": {**sharded, "offload_params": "cpu"}}, price)

@@ -193,6 +193,8 @@ class _Pass:
     host_s: float
     exchange_s: float = 0.0
     """Seconds of the exchanges in attention between the ranks of a sample."""
+    inputs_s: float = 0.0
+    """Seconds of the layers' inputs on their way to the host and back."""
 
     def add_to(self, parts: dict[str, float], model: str, times: int) -> None:
         """Add `times` of this pass to the parts of a step; the model is "teacher" or "student"."""
@@ -204,6 +206,8 @@ class _Pass:
         }
         if self.exchange_s:
             pass_parts[f"{model}: exchanges in attention"] = self.exchange_s
+        if self.inputs_s:
+            pass_parts[f"{model}: layers' inputs to the host and back"] = self.inputs_s
         for part, seconds in pass_parts.items():
             parts[part] = parts.get(part, 0.0) + times * seconds
 
@@ -291,7 +295,15 @@ class _Simulation:
             first_s=0.0,
             host_s=self.hooks_s(model) * (2 if checkpointing else 1),
             exchange_s=self.exchange_s(shape, self.micro_batch_tokens) * (2 if recomputes else 1),
+            inputs_s=self.inputs_s(shape),
         )
+
+    def inputs_s(self, shape: ModelShape) -> float:
+        """Return the time in which the layers' inputs go to the host and come back, while the computation waits."""
+        if self.config.student.offload_activations == "none":
+            return 0.0
+        elements = shape.layers * self.micro_batch_tokens * shape.hidden
+        return 2 * self.compute_bytes * elements / self.cluster.gpu.host_bytes_per_s
 
     def exchange_s(self, shape: ModelShape, tokens: int) -> float:
         """Return the time of a pass's exchanges in attention between the ranks of a sample, which nothing hides."""

@@ -40,6 +40,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "small buckets": ("kd", {"deepspeed": SMALL_BUCKETS}),
     "in parts": with_teacher(whole_layers=False),
     "checkpointing": ("kd", {"student": {"gradient_checkpointing": True}}),
+    "inputs on the host": ("kd", {"student": {"gradient_checkpointing": True, "offload_activations": "cpu"}}),
     "selective checkpointing": ("kd", {"student": {"gradient_checkpointing": "selective"}}),
     "filters": ("ted_filters", {}),
     "filters, two a pass": ("ted_filters", {"teacher": {"micro_batches_per_pass": 2}}),

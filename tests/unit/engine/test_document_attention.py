@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from ddk_ds.config.sections import Student
 from ddk_ds.data.loader import document_positions
 from ddk_ds.engine.attention_masks import backbone_pass, use_own_masks
 from ddk_ds.engine.compiling import compile_layers, compile_whole
@@ -122,7 +123,7 @@ def test_recomputed_layers_have_the_same_documents(kind: str) -> None:
     kept = gradients(model_of(kind))
     for mode in (True, "selective"):
         backbone = model_of(kind)
-        checkpoint_layers(backbone, mode)
+        checkpoint_layers(backbone, Student(path="s", gradient_checkpointing=mode))
         for found, right in zip(gradients(backbone), kept, strict=True):
             assert torch.equal(found, right), mode
 

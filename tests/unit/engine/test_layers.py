@@ -11,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from ddk_ds.config.sections import Student, Teacher
+from ddk_ds.engine import layers
 from ddk_ds.engine.layers import checkpoint_layers, layers_of, prepare_layers
 from ddk_ds.errors import ConfigError
 
@@ -28,20 +29,39 @@ def gradients(model: Any) -> dict[str, torch.Tensor]:
     return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
 
 
-@pytest.mark.parametrize("mode", [True, "selective"])
-def test_recomputed_activations_give_the_same_gradients_to_the_bit(mode: bool | str) -> None:
+@pytest.mark.parametrize(("mode", "place"), [(True, "none"), ("selective", "none"), (True, "cpu")])
+def test_recomputed_activations_give_the_same_gradients_to_the_bit(mode: Any, place: Any) -> None:
     expected, model = gradients(make()), make()
-    checkpoint_layers(model, mode)
+    checkpoint_layers(model, Student(path="s", gradient_checkpointing=mode, offload_activations=place))
     actual = gradients(model)
     assert actual.keys() == expected.keys()
     assert all(torch.equal(actual[name], expected[name]) for name in expected)
 
 
+def test_what_goes_to_the_host_is_the_input_of_each_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, moved = make(), []
+
+    def hooks(pin_memory: bool) -> Any:
+        assert pin_memory is torch.cuda.is_available()
+
+        def pack(saved: torch.Tensor) -> int:
+            moved.append(saved)
+            return len(moved) - 1
+
+        return torch.autograd.graph.saved_tensors_hooks(pack, moved.__getitem__)
+
+    monkeypatch.setattr(layers, "save_on_cpu", hooks)
+    checkpoint_layers(model, Student(path="s", gradient_checkpointing=True, offload_activations="cpu"))
+    states = model.base_model(input_ids=IDS, use_cache=False, output_hidden_states=True).hidden_states
+    assert len(moved) == 3 and all(torch.equal(*pair) for pair in zip(moved, states[:3], strict=True))
+
+
 def test_selective_checkpointing_multiplies_no_matrix_twice() -> None:
     counts = {}
-    for mode in (False, "selective", True):
+    modes: list[Any] = [False, "selective", True]
+    for mode in modes:
         model = make()
-        checkpoint_layers(model, mode)
+        checkpoint_layers(model, Student(path="s", gradient_checkpointing=mode))
         with FlopCounterMode(display=False) as counter:
             gradients(model)
         counts[mode] = counter.get_total_flops()
@@ -82,3 +102,9 @@ def test_a_backbone_without_layers() -> None:
 def test_options_that_cannot_be_combined(values: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Teacher(path="t", **values)
+
+
+@pytest.mark.parametrize(("mode", "kept"), [(False, "all activations"), ("selective", "results of matrix products")])
+def test_only_the_inputs_of_recomputed_layers_go_to_the_host(mode: Any, kept: str) -> None:
+    with pytest.raises(ValueError, match=f"keeps (the )?{kept} on the device: set gradient_checkpointing to true"):
+        Student(path="s", gradient_checkpointing=mode, offload_activations="cpu")

@@ -19,7 +19,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from ddk_ds.config import Config, make_config
 from ddk_ds.config.sections import Student, Teacher
+from ddk_ds.engine import layers
 from ddk_ds.engine.attention_masks import use_own_masks
+from ddk_ds.engine.layers import checkpoint_layers
+from ddk_ds.engine.memory_estimate import _forward_activations as forward_activations
 from ddk_ds.engine.memory_estimate import _layer_activations as layer_activations
 from ddk_ds.engine.memory_estimate import _passes as passes
 from ddk_ds.engine.memory_estimate import _product_bytes, estimate_memory
@@ -41,46 +44,75 @@ def config_of(**values: Any) -> Config:
     return make_config({**base, "stop": {"steps": 4000}, **values}, "test")
 
 
-def held(values: dict[str, Any], *, checkpointing: bool, length: int = LENGTH) -> int:
+class OtherMemory(torch.autograd.graph.saved_tensors_hooks):
+    """In place of `save_on_cpu`, which copies nothing where the device is a CPU: saved tensors take no memory."""
+
+    def __init__(self, pin_memory: bool) -> None:
+        super().__init__(lambda saved: (saved.shape, saved.dtype), lambda kept: torch.empty(kept[0], dtype=kept[1]))
+
+
+def held(values: dict[str, Any], *, length: int = LENGTH, trains: bool = True, **section: Any) -> int:
     """Return torch's peak in forward and backward of one sample, without parameters and their gradients, in bytes.
 
-    Fake tensors have sizes and no memory. Gradients are dropped as soon as they exist, as ZeRO-3 does.
+    Fake tensors have sizes and no memory. Gradients are dropped as soon as they exist, as ZeRO-3 does. `section` is
+    that of the student. Without `trains` it is the peak of a forward pass alone, without gradients.
     """
     use_own_masks()  # sdpa without a mask, as in a run: of 16,384 positions it would keep 0.5 GB in each layer
     with FakeTensorMode():
         config = AutoConfig.for_model(**values)
-        model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=torch.bfloat16).train()
-        if checkpointing:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=torch.bfloat16)
+        model.train(trains)
+        checkpoint_layers(model, Student(path="s", **section))
         for parameter in model.parameters():
             parameter.register_post_accumulate_grad_hook(lambda tensor: setattr(tensor, "grad", None))
         tracker = MemTracker()
         tracker.track_external(model)
-        with tracker:
+        with tracker, torch.set_grad_enabled(trains):
             ids = torch.zeros(1, length, dtype=torch.int64)
-            model.base_model(input_ids=ids, use_cache=False).last_hidden_state.sum().backward()
+            hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+            if trains:
+                hidden.sum().backward()
     [peak] = tracker.get_tracker_snapshot("peak").values()
     named = {str(getattr(key, "value", key)): value for key, value in peak.items()}
-    return named["Total"] - named["Parameter"] - named["Gradient"]
+    return named["Total"] - named["Parameter"] - named.get("Gradient", 0)
 
 
 @pytest.mark.parametrize(
     ("model", "length"), [("Qwen1.5-1.8B", 2048), ("Qwen1.5-4B", 2048), ("Qwen1.5-1.8B", 16_384), ("Qwen3-4B", 32_768)]
 )
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_activations_are_torchs(model: str, length: int, checkpointing: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "section",
+    [{}, {"gradient_checkpointing": True}, {"gradient_checkpointing": True, "offload_activations": "cpu"}],
+    ids=["kept", "checkpointing", "offload"],
+)
+def test_activations_are_torchs(
+    model: str, length: int, section: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Layers have their full width; there are only 6 of them and a small vocabulary, to save time."""
     values = json.loads((ROOT / f"configs/models/{model}.json").read_text())
     values |= {"num_hidden_layers": 6, "vocab_size": 1000}
     (tmp_path / "config.json").write_text(json.dumps(values))
     shape = model_shape(configured_files(tmp_path / "config.json"))
-    student = {"path": "s", "gradient_checkpointing": checkpointing}
     data = {"path": "d", "sequence_length": length}
-    config = config_of(method="cpt", teacher=None, student=student, data=data)
+    config = config_of(method="cpt", teacher=None, student={"path": "s", **section}, data=data)
+    monkeypatch.setattr(layers, "save_on_cpu", OtherMemory)
     parts = estimate_memory(config, shape, None, 1000, 1).passes
     assert parts["activations"] + parts["hidden states"] == pytest.approx(
-        held(values, checkpointing=checkpointing, length=length), rel=0.1
+        held(values, length=length, **section), rel=0.11 if "offload_activations" in section else 0.1
     )
+
+
+@pytest.mark.parametrize(
+    ("model", "length"),
+    [("Qwen3-32B", 131_072), ("Qwen1.5-14B", 2048), ("starcoder", 2048), ("Qwen3-30B-A3B", 4096)],
+)
+def test_a_pass_without_gradients_holds_what_torch_holds(model: str, length: int, tmp_path: Path) -> None:
+    values = json.loads((ROOT / f"configs/models/{model}.json").read_text())
+    values |= {"n_layer" if "n_layer" in values else "num_hidden_layers": 2, "vocab_size": 1000}
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    shape = model_shape(configured_files(tmp_path / "config.json"))
+    measured = held(values, length=length, trains=False)
+    assert forward_activations(Teacher(path="t"), shape, length, length, 2) == pytest.approx(measured, rel=0.1)
 
 
 EXPERTS = {"num_experts": 16, "num_experts_per_tok": 8, "moe_intermediate_size": 192}

@@ -217,6 +217,11 @@ def test_what_options_change_in_a_step() -> None:
     more = hooks_s(max(backward_s + small_s, reduced_s), 4, 2) - hooks_s(max(backward_s, reduced_s), 4)
     name = "host's hooks not hidden"
     assert selective[name] - plain[name] == pytest.approx(3 * more)
+    # 3 micro-batches of 200 tokens: the inputs of 4 layers go over PCIe twice, in bf16.
+    away = simulated(config_of(student={"gradient_checkpointing": True, "offload_activations": "cpu"})).parts
+    name = "student: layers' inputs to the host and back"
+    assert away.pop(name) == pytest.approx(3 * 2 * 200 * 4 * 100 * 2 / 2e10)
+    assert away == again
     # Gradients go to the host in float32, weights come back in bf16.
     offloaded = simulated(config_of(optimizer={"offload": "cpu"})).parts
     assert offloaded["optimizer"] - plain["optimizer"] == pytest.approx(250_000 * (4 + 2) / 2e10)

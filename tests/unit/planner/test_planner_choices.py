@@ -72,6 +72,7 @@ def advice_of(config: Config, cluster: Cluster = CLUSTER) -> list[tuple[str, int
 
 
 SELECTIVE, ALL = "student.gradient_checkpointing=selective", "student.gradient_checkpointing=true"
+INPUTS = f"{ALL} student.offload_activations=cpu"  # offered if not even one sample fits
 OFFLOAD, PARAMS = "optimizer.offload=cpu", "teacher.offload_params=cpu"
 
 
@@ -109,6 +110,7 @@ def test_changes_together_and_the_largest_micro_batch_with_them(usable: dict[str
         (SELECTIVE, 1240, False),
         (ALL, 1000, False),
         (OFFLOAD, 1000, False),
+        (INPUTS, 1000, False),
         (PARAMS, 1200, False),
         (ALL, 1000, False),
         (f"{ALL} train.micro_batch_samples=1", 650, False),
@@ -116,10 +118,10 @@ def test_changes_together_and_the_largest_micro_batch_with_them(usable: dict[str
         ("--nodes 8 train.micro_batch_samples=4", 125, True),  # 4 nodes hold 350; a rank of 8 has 4 samples
     ]
     prices = [one.price for one in advice.advise(config_of(), MODELS, CLUSTER)]
-    assert prices[6] == "; ".join(
+    assert prices[7] == "; ".join(
         (prices[0], prices[1], "the same gathers and work of the host for fewer tokens", prices[2])
     )
-    assert prices[7] == "more GPUs, each with less to compute; the same gathers and work of the host for fewer tokens"
+    assert prices[8] == "more GPUs, each with less to compute; the same gathers and work of the host for fewer tokens"
     # A micro-batch of one sample cannot shrink; one that leaves room is not made larger than it was.
     usable["bytes"] = 60
     assert not any("micro_batch" in change for change, _, _ in advice_of(config_of(micro_batch=1)))
@@ -129,7 +131,7 @@ def test_changes_together_and_the_largest_micro_batch_with_them(usable: dict[str
 
 def test_nothing_is_enough(usable: dict[str, float]) -> None:
     usable["bytes"] = -1
-    together = f"{ALL} train.micro_batch_samples=1 {OFFLOAD} {PARAMS}"
+    together = f"{INPUTS} train.micro_batch_samples=1 {OFFLOAD} {PARAMS}"
     found = advice_of(config_of())
     # 64 samples are enough for 32 nodes of 2 GPUs; 128 nodes are the most.
     assert found[-3:] == [
