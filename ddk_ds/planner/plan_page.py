@@ -256,7 +256,8 @@ def layouts_table(points: Sequence[LayoutPoint]) -> Table:
 
     Each row has the advised layout.
     """
-    names = list(dict.fromkeys(point.name for point in points))
+    # Their heads in two lines: a line of the table has to fit into 120 columns.
+    names = dict.fromkeys(point.name.replace(", ", ",\n") for point in points)
     title = "teacher's weights: tokens/s a GPU, simulated"
     table = _number_table(title, "GB/s", "GPUs", "quantize", *names, "advised", "over none")
     plain = 0.0  # speed of the cluster's advised layout without 8 bits, which is its first row

@@ -187,7 +187,7 @@ def test_tables_of_simulations() -> None:
         ("weak", "4", "8", "1.500", "5,000", "20.0%", "yes"),
     ]
     table = plan_page.layouts_table(LAYOUTS)
-    heads = ["GB/s", "GPUs", "quantize", "world", "world, n a pass", "advised", "over none"]
+    heads = ["GB/s", "GPUs", "quantize", "world", "world,\nn a pass", "advised", "over none"]
     assert [str(column.header) for column in table.columns] == heads
     assert rows_of(table) == [
         ("3", "8", "none", "38", "46", "world, 4 a pass", "-"),
