@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from ddk_ds.errors import ConfigError
-from ddk_ds.kernels import rows_native
+from ddk_ds.kernels import products_native, rows_native
 from ddk_ds.kernels.options import ALIGN, GROUP_CHUNKS, Options, Rows, TeacherTopK, padded
+from ddk_ds.kernels.products_native import add_half_product, half_product
 from ddk_ds.kernels.rows_eager import eager_rows
 from ddk_ds.kernels.rows_native import add_half
 
@@ -299,8 +300,9 @@ class Head:
         """The rows that take part in matmuls: V, or W."""
         self.logits_dtype = logits_dtype
         self.bias = None if bias is None else bias.detach()[:rows].to(logits_dtype)
-        mixed = weight.is_cuda and _HAS_MIXED_MM and logits_dtype == torch.float32
-        # A CPU has no matmul of half-precision inputs with float32 output: tiles of the weight are cast.
+        self._half_products = has_fast_half(weight) and products_native.supports(weight)
+        mixed = logits_dtype == torch.float32 and (self._half_products or (weight.is_cuda and _HAS_MIXED_MM))
+        # Without a matmul of half-precision inputs with float32 output, tiles of the weight are cast.
         self._factor_dtype = weight.dtype if mixed else logits_dtype
         self.grad_dtype = weight.dtype if mixed or has_fast_half(weight) else logits_dtype
         """Dtype in which gradients of the logits enter the two matmuls."""
@@ -336,7 +338,10 @@ class Head:
             if self.bias is not None and weight.dtype == out.dtype:
                 torch.addmm(self.bias[rows], hidden, weight.t(), out=out[:, rows])
                 continue
-            _matmul(hidden, weight.t(), out[:, rows], keep=False)
+            if self._half_products and out.dtype == torch.float32:
+                half_product(hidden, weight, out[:, rows])
+            else:
+                _matmul(hidden, weight.t(), out[:, rows], keep=False)
             if self.bias is not None:
                 out[:, rows].add_(self.bias[rows])
 
@@ -353,6 +358,9 @@ class Head:
                 _matmul(grad[:, rows].t(), hidden, total[rows], keep=keep)
             return
         size = len(self.weight)
+        if self._half_products:
+            add_half_product(grad[:, :size], hidden, total, keep=keep)
+            return
         product = self._scratch(min(TILE_ROWS, size), grad.dtype)
         for start in range(0, size, TILE_ROWS):
             rows = slice(start, min(start + TILE_ROWS, size))

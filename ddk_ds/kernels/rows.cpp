@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "lanes.h"
+#include "products.h"
 
 namespace {
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from ddk_ds.kernels.divergences import KIND, teacher_weight
 from ddk_ds.kernels.options import Options, Rows, TeacherTopK
 
-_SOURCES = [Path(__file__).with_name(name) for name in ("rows.cpp", "lanes.h")]
+_SOURCES = [Path(__file__).with_name(name) for name in ("rows.cpp", "lanes.h", "products.h")]
 # No -ffast-math: NaN must show, and the exponential relies on the order of its operations.
 _FLAGS = ("-O3", "-march=native", "-std=c++17", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi")
 _ENTRY = {

@@ -16,7 +16,7 @@ from tools.bench import bench_kd_loss, kd_peers
 from tools.bench.kd_peers import IMPLEMENTATIONS, Case, Problem
 
 CASE_KEYS = {
-    *("impl", "device", "dtype", "n", "vocab", "hidden", "time_s", "wall_s", "peak_bytes"),
+    *("impl", "device", "dtype", "n", "vocab", "hidden", "time_s", "rounds_s", "wall_s", "peak_bytes"),
     *("time_over_floor", "time_over_naive", "loss_error", "grad_error", "note"),
 }
 NEAR_KEYS = {"impl", "device", "dtype", "n", "vocab", "hidden", "kl", "loss_error", "grad_error", "note"}
@@ -88,6 +88,7 @@ def test_cases(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert ours["grad_error"] < 2e-6
     assert ours["time_s"] > 0
     assert ours["time_over_floor"] == pytest.approx(ours["time_s"] / rows["floor"]["time_s"])
+    assert ours["rounds_s"] == [ours["time_s"]] and rows["liger"]["rounds_s"] is None
     # Both logits of 64 tokens in float32, and not much more.
     assert 0 <= ours["peak_bytes"] < 8 << 20
     assert rows["liger"]["note"] == "not installed: No module named 'no_such_package'"
@@ -119,6 +120,11 @@ def test_the_time_of_kernels() -> None:
     wall_s = time.perf_counter() - started
     assert found["aten::mm"] > 0 and sum(found.values()) < wall_s
     assert len(found) == 10 and list(found.values()) == sorted(found.values(), reverse=True)
+
+
+def test_a_ratio_is_of_the_same_round() -> None:
+    """A neighbour slows the second round of three down by ten; of the medians, 3.3 and 2, the ratio would be 1.65."""
+    assert bench_kd_loss.ratio([1.1, 20.0, 3.3], [1.0, 20.0, 2.0]) == pytest.approx(1.1)
 
 
 def test_near_the_teacher(tmp_path: Path) -> None:

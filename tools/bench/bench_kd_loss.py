@@ -144,7 +144,8 @@ def measure(case: Case, options: argparse.Namespace) -> list[Row]:
     # In rounds, so that a change of the machine's speed affects all alike.
     rounds = [[_seconds(IMPLEMENTATIONS[row["impl"]].run, problem) for row in ready] for _ in range(options.repeats)]
     for row, *pairs in zip(ready, *rounds, strict=True):
-        row["time_s"], row["wall_s"] = (median(part) for part in zip(*pairs, strict=True))
+        row["rounds_s"], walls = ([pair[i] for pair in pairs] for i in range(2))
+        row["time_s"], row["wall_s"] = median(row["rounds_s"]), median(walls)
     floors = sorted((row for row in ready if row["impl"] in FLOORS), key=lambda row: row["time_s"])
     rows = [row for row in rows if row not in floors[1:]]
     peak = _peak_bytes if options.device == "cuda" else _peak_in_child
@@ -155,9 +156,9 @@ def measure(case: Case, options: argparse.Namespace) -> list[Row]:
             row["kernels_s"] = kernel_seconds(IMPLEMENTATIONS[row["impl"]].run, problem)
     for row in floors[:1]:
         row |= {"impl": "floor", "loss_error": None, "grad_error": None}
-    bases = {row["impl"]: row["time_s"] for row in rows if row["impl"] in ("floor", "naive") and row["time_s"]}
-    for row in (row for row in rows if row["time_s"]):
-        row |= {f"time_over_{base}": row["time_s"] / seconds for base, seconds in bases.items()}
+    bases = {row["impl"]: row["rounds_s"] for row in rows if row["impl"] in ("floor", "naive") and row["rounds_s"]}
+    for row in (row for row in rows if row["rounds_s"]):
+        row |= {f"time_over_{base}": ratio(row["rounds_s"], seconds) for base, seconds in bases.items()}
     table = Table(Column(no_wrap=True), *COLUMNS)
     for row in rows:
         cells = (_text(row[key] and row[key] / unit, form) for key, unit, form in COLUMNS.values())
@@ -188,6 +189,14 @@ def _kernel_table(rows: list[Row]) -> Table:
         for name, seconds in row.get("kernels_s", {}).items():
             table.add_row(row["impl"], f"{seconds * 1e3:.2f}", escape(name[:120]))
     return table
+
+
+def ratio(times: Sequence[float], base: Sequence[float]) -> float:
+    """Return the median over rounds of a time over that of `base` in the same round.
+
+    Neighbours of a shared machine slow whole rounds down, by other factors than the next.
+    """
+    return median(one / other for one, other in zip(times, base, strict=True))
 
 
 def near_teacher(case: Case, options: argparse.Namespace) -> list[Row]:
@@ -222,7 +231,9 @@ def _compare(names: list[str], problem: Problem, case: Case, options: argparse.N
     target, rows = kd_peers.truth(problem), []
     shape: Row = {"device": options.device, "dtype": case.dtype, "n": case.n, "vocab": case.vocab}
     shape["hidden"] = [case.student, case.teacher]
-    empty = dict.fromkeys(key for key, *_ in COLUMNS.values()) if problem.ce_weight else {"kl": target.kl}
+    empty: Row = {"kl": target.kl}
+    if problem.ce_weight:
+        empty = dict.fromkeys(("rounds_s", *(key for key, *_ in COLUMNS.values())))
     for name in names:
         peer = IMPLEMENTATIONS[name]
         result, fault = None, "not measured: its kernels need a GPU"
