@@ -38,6 +38,7 @@ EACH_OPTION = (
     "student.gradient_checkpointing=selective",
     "teacher.micro_batches_per_pass=2",
     "teacher.quantize=int8",
+    "teacher.quantize=int8_dynamic",
     "teacher.quantize=fp8",
     "teacher.shard_within=gpu",
     "teacher.shard_within=gpu,teacher.quantize=fp8",
