@@ -21,6 +21,7 @@ from ddk_ds.engine.attention_masks import backbone_pass, use_own_masks
 from ddk_ds.engine.compiling import compile_layers, compile_whole
 from ddk_ds.engine.document_attention import by_masks
 from ddk_ds.engine.layers import LayerByLayer, checkpoint_layers
+from ddk_ds.engine.unloaded_models import backbone_of
 from tests.unit.engine.test_attention import SMALL
 
 # Documents of four samples: one of one token, one that fills its sample.
@@ -54,7 +55,7 @@ def model_of(kind: str) -> Any:
     torch.manual_seed(0)
     shape = {key: value for key, value in SMALL.items() if kind != "falcon" or key != "head_dim"}
     config = AutoConfig.for_model(kind, **shape, **KINDS[kind], initializer_range=0.2)
-    return AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").base_model
+    return backbone_of(AutoModelForCausalLM.from_config(config, attn_implementation="sdpa"))
 
 
 def states(backbone: Any, positions: torch.Tensor | None = POSITIONS, ids: torch.Tensor = IDS) -> torch.Tensor:
@@ -70,6 +71,8 @@ def gradients(backbone: Any) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_states_and_gradients_are_those_of_each_document_alone(kind: str) -> None:
+    if kind == "falcon" and transformers.__version__ < "5":
+        pytest.skip("4.57's makes its masks by itself: it is refused when it is loaded (engine/split_check.py)")
     backbone, alone = model_of(kind), model_of(kind).double()
     alone.config._attn_implementation = "eager"
     ours = gradients(backbone)
