@@ -277,6 +277,12 @@ class Config(MethodSections):
         uses |= {f"{key}.compile_layers": m is not None and m.compile_layers for key, m in models.items()}
         return next((name for name, used in uses.items() if used), "")
 
+    @property
+    def micro_batch_tokens(self) -> int:
+        """Return the tokens of a micro-batch that one rank computes, of samples that ranks share its part."""
+        samples = self.train.micro_batch_samples
+        return samples * self.data.sequence_length // self.train.sequence_parallel
+
     def reader(self, rank: int, world_size: int) -> dict[str, int]:
         """Return whose samples a rank reads: "rank" of "world". Ranks that share each sample are one reader."""
         sharing = self.train.sequence_parallel

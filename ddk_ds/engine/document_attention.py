@@ -49,9 +49,16 @@ class Documents:
         lengths: list[int] = begins.diff(append=begins.new_tensor([self.positions.numel()])).tolist()
         return lengths
 
+    @cached_property
+    def _parts(self) -> dict[tuple[int, int], Documents]:
+        return {}
+
     def rows(self, part: slice) -> Documents:
-        """Return the documents of some of the samples."""
-        return replace(self, positions=self.positions[part], numbers=self.numbers[part])
+        """Return the documents of some of the samples: for all layers the same, whose lengths are looked up once."""
+        place = part.start, part.stop
+        if place not in self._parts:
+            self._parts[place] = replace(self, positions=self.positions[part], numbers=self.numbers[part])
+        return self._parts[place]
 
     def split(self, heads: torch.Tensor) -> list[torch.Tensor]:
         """Return of a tensor (B, H, L, D) the part (1, H, l, D) of each document."""

@@ -10,6 +10,8 @@ import torch
 from ddk_ds.config.sections import Teacher
 from ddk_ds.errors import ConfigError
 
+LEAST_SHARE = 0.5
+"""Share of the layers' weights that must be quantized: what is left would otherwise take the memory as before."""
 CAPABILITIES = {"fp8": (8, 9), "int8_dynamic": (8, 0)}
 """CUDA compute capability from which a GPU multiplies in a format: FP8 from Ada and Hopper on, int8 from Ampere on."""
 

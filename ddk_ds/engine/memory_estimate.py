@@ -146,8 +146,7 @@ def estimate_memory(
     resident["small parameters"] = compute * small
     passes = _passes(config, student, teacher, vocab_size, zero, device_type, per_pass)
     if teacher is not None and config.teacher is not None and config.teacher.compiled_whole and device_type == "cuda":
-        length = config.data.sequence_length
-        tokens = config.train.micro_batch_samples * length  # of whole samples: sequence_parallel compiles nothing
+        tokens, length = config.micro_batch_tokens, config.data.sequence_length
         resident["teacher's CUDA graph"] = _forward_activations(config.teacher, teacher, tokens, length, compute)
     if converted:
         passes["teacher's experts out of 8 bits"] = converted
@@ -158,8 +157,7 @@ def estimate_memory(
 def _inputs_on_host(config: Config, student: ModelShape, compute: int, device_type: str) -> dict[str, int]:
     if config.student.offload_activations == "none":
         return {}
-    tokens = config.train.micro_batch_samples * config.data.sequence_length // config.train.sequence_parallel
-    layer_input = tokens * student.hidden * compute
+    layer_input = config.micro_batch_tokens * student.hidden * compute
     pinned = 1 << (layer_input - 1).bit_length() if device_type == "cuda" else layer_input
     return {"inputs of the student's layers": student.layers * pinned}
 
@@ -272,7 +270,7 @@ def _passes(
         per_pass: number of micro-batches in one pass of the teacher.
     """
     compute = COMPUTE_BYTES[config.train.precision]
-    tokens = config.train.micro_batch_samples * config.data.sequence_length // config.train.sequence_parallel
+    tokens = config.micro_batch_tokens
     largest = max(student.largest_layer, student.head)
     lead = lead_elements(student.largest_layer) if device_type == "cuda" else 0
     live = min(student.parameters, max(zero["max_live_parameters"], largest) + zero["prefetch_bucket_size"] + lead)

@@ -19,12 +19,10 @@ from torch import Tensor, nn
 
 from ddk_ds.config.sections import Teacher
 from ddk_ds.engine.config_sizes import is_expert, is_router
-from ddk_ds.engine.eight_bits import FORMATS, Format, skipped_layers
+from ddk_ds.engine.eight_bits import FORMATS, LEAST_SHARE, Format, skipped_layers
 from ddk_ds.engine.weights import full_shape
 from ddk_ds.errors import ConfigError
 
-_LEAST_SHARE = 0.5
-"""Share of the layers' weights that must be quantized: what is left would otherwise take the memory as before."""
 _ROWS = 65536
 """Rows that are converted at a time: a layer's experts in float32 would take four times their memory."""
 _SMALLEST_SCALE = 1e-30
@@ -155,7 +153,7 @@ def quantize_layers(
         shard(new)
         for path, module in new.items():
             layer.set_submodule(path.replace("/", "."), module)
-    if num_quantized < _LEAST_SHARE * num_weights:
+    if num_quantized < LEAST_SHARE * num_weights:
         raise ConfigError(
             f"teacher.quantize: {section.quantize} would leave {1 - num_quantized / num_weights:.0%} of the weights of "
             f"{type(layers[0]).__name__} as they are: only torch.nn.Linear, with sides that are multiples of 16 "

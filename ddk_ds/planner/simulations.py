@@ -14,6 +14,7 @@ from typing import get_args
 
 from ddk_ds.config import Config, load_config
 from ddk_ds.config.sections import Teacher
+from ddk_ds.engine.eight_bits import LEAST_SHARE
 from ddk_ds.engine.memory_estimate import fewest_passes
 from ddk_ds.errors import ConfigError
 from ddk_ds.planner.gpu_memory import changed, estimate, placed, plan_memory, usable_bytes
@@ -180,7 +181,7 @@ def forms_of(config: Config, models: Models, gpu: Gpu) -> list[str]:
         missing = form in ROUNDED_BYTES and gpu.peak_in_8_bits(form) is None
         all_layers = teacher.model_copy(update={"quantize": form, "quantize_skip_layers": ()})
         fitting = shape.quantized(all_layers, precision)
-        few = not fitting or 2 * sum(m.elements for m in fitting) < sum(m.elements for m in shape.matrices)
+        few = not fitting or sum(m.elements for m in fitting) < LEAST_SHARE * sum(m.elements for m in shape.matrices)
         if form == "none" or not (missing or few or (form == "fp8" and precision != "bf16")):
             forms.append(form)
     return forms

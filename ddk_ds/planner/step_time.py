@@ -221,7 +221,7 @@ class _Simulation:
         self.flop_per_s = cluster.gpu.peak_flop_per_s * cluster.gpu.compute_efficiency
         self.memory_bytes_per_s = cluster.gpu.hbm_bytes_per_s * MEMORY_EFFICIENCY
         self.sharing = config.train.sequence_parallel
-        self.micro_batch_tokens = config.train.micro_batch_samples * config.data.sequence_length // self.sharing
+        self.micro_batch_tokens = config.micro_batch_tokens
         kind = config.teacher.quantize if config.teacher is not None and teacher_runs(config) else "none"
         if kind in ROUNDED_BYTES and cluster.gpu.peak_in_8_bits(kind) is None:
             number = kind.removesuffix("_dynamic")

@@ -147,20 +147,18 @@ def measured(report: Path) -> dict[str, dict[str, str]]:
 
 def loss_benchmark(bench: Bench) -> dict[str, Any]:
     """Run tools/bench/bench_kd_loss.py, also by kernel, and return its results."""
-    results = bench.out / "bench_kd_loss.json"
-    options = ["--device", bench.device, "--json", str(results), "--by-kernel"]
-    if find_spec("matplotlib"):
-        options += ["--picture", str(bench.out / "bench_kd_loss.png")]
-    if bench.quick:
-        options += ["--case", "256,1000,64,96", "--repeats", "2"]
-    bench.run(sys.executable, "-m", "tools.bench.bench_kd_loss", *options)
-    return {"results": json.loads(results.read_text(encoding="utf-8"))}
+    picture = ["--picture", str(bench.out / "bench_kd_loss.png")] if find_spec("matplotlib") else []
+    return _bench_kd_loss(bench, "bench_kd_loss.json", "--by-kernel", *picture)
 
 
 def linear_ce_benchmark(bench: Bench) -> dict[str, Any]:
     """Run tools/bench/bench_kd_loss.py for the cross-entropy alone, and return its results."""
-    results = bench.out / "bench_linear_ce.json"
-    options = ["--device", bench.device, "--gamma", "0", "--json", str(results)]
+    return _bench_kd_loss(bench, "bench_linear_ce.json", "--gamma", "0")
+
+
+def _bench_kd_loss(bench: Bench, file: str, *arguments: str) -> dict[str, Any]:
+    results = bench.out / file
+    options = ["--device", bench.device, "--json", str(results), *arguments]
     if bench.quick:
         options += ["--case", "256,1000,64,96", "--repeats", "2"]
     bench.run(sys.executable, "-m", "tools.bench.bench_kd_loss", *options)

@@ -221,9 +221,8 @@ def _floor(problem: Problem, *, chunked: bool) -> Result:
     sums = torch.float32 if mixed else weight.dtype
     out: dict[str, Any] = {"out_dtype": torch.float32} if mixed else {}
     new = hidden.new_empty if hidden.is_cuda else _kept
-    logits = new(
-        (1 + bool(problem.gamma), chunk, padded(vocab)), dtype=sums
-    )  # a matmul's rows are aligned for any vocabulary
+    models = 2 if problem.gamma else 1
+    logits = new((models, chunk, padded(vocab)), dtype=sums)  # a matmul's rows are aligned for any vocabulary
     hidden_grad, weight_grad = new(hidden.shape, dtype=hidden.dtype), new(weight.shape, dtype=sums)
     for start in range(0, num_tokens, chunk):
         part, teacher = hidden[start : start + chunk], problem.teacher_hidden[start : start + chunk]
