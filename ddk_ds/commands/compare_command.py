@@ -15,7 +15,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from ddk_ds.command_line import command_parser, parse, positive
-from ddk_ds.comparison.comparison_jobs import METHODS, ComparisonPlan, read_grid
+from ddk_ds.comparison.comparison_jobs import METHODS, SUITES, ComparisonPlan, read_grid
 from ddk_ds.comparison.method_stages import Job, RunInterrupted, run_job
 from ddk_ds.config.suggestions import dashes_hint
 from ddk_ds.errors import ConfigError, UserError
@@ -53,6 +53,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     columns = parser.add_mutually_exclusive_group()
     columns.add_argument("--methods", type=lambda text: text.split(","), help=f"as a,b (default: {','.join(METHODS)})")
     columns.add_argument("--grid", type=Path, help="YAML file with variants: {label: [key=value, ...]}")
+    columns.add_argument("--suite", choices=SUITES, help="a grid that comes with the project (configs/suites)")
     parser.add_argument(
         "--seeds", type=positive, default=3, help="runs of each, with seeds 0, 1, ... (default: %(default)s)"
     )
@@ -63,6 +64,8 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--report-only", action="store_true", help="report on the finished runs, run nothing")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="configuration values for all runs")
     options = parse(parser, arguments)
+    if options.suite is not None:
+        options.grid = SUITES[options.suite]
     if options.config is None and not options.report_only:
         parser.error("--config is needed, except with --report-only")
     return options

@@ -24,6 +24,8 @@ OWN_KEYS = ("name", "output_dir", "seed", "method")
 """Configuration keys that the comparison itself sets."""
 PRESET_KEYS = ("mixture.controller", "loss.divergence")
 """Configuration keys that a method sets, unless the configuration sets them."""
+SUITES = {path.stem: path for path in sorted((Path(__file__).parent / "suites").glob("*.yaml"))}
+"""Grids that come with the project, by name."""
 _LABEL = r"[A-Za-z0-9][A-Za-z0-9._-]*"
 
 

@@ -88,6 +88,12 @@ STAGES: dict[str, tuple[Stage, ...]] = {
         Stage(PROXY, ("method=doremi_proxy",), _reference),
         Stage("", (*_CPT, "mixture.controller=static"), _proportions),
     ),
+    # The same proportions for the method that the configuration has, such as distillation from its teacher.
+    "doremi_static": (
+        Stage(REFERENCE, _CPT),
+        Stage(PROXY, ("method=doremi_proxy",), _reference),
+        Stage("", ("mixture.controller=static",), _proportions),
+    ),
 }
 
 

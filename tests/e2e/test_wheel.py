@@ -24,6 +24,7 @@ PACKAGED = (
     "ddk_ds/commands/distill_rank.py",
     "ddk_ds/evaluation/tasks/",
     "ddk_ds/kernels/rows.cpp",
+    "ddk_ds/comparison/suites/mixtures.yaml",
     "ddk_ds/planner/models/Qwen1.5-1.8B.json",
     "ddk_ds/slurm/job.sbatch",
 )

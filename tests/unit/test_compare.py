@@ -19,7 +19,7 @@ from ddk_ds.command_line import RANK_SCRIPT
 from ddk_ds.commands import compare_command as command
 from ddk_ds.commands import stages_command
 from ddk_ds.comparison import method_stages as stages
-from ddk_ds.comparison.comparison_jobs import ComparisonPlan, read_grid
+from ddk_ds.comparison.comparison_jobs import SUITES, ComparisonPlan, read_grid
 from ddk_ds.comparison.comparison_report import draw, markdown
 from ddk_ds.comparison.method_stages import STAGES, Job, run_job
 from ddk_ds.comparison.results_table import (
@@ -50,6 +50,8 @@ CONFIG = {
     "train": {"global_batch_samples": 4},
     "stop": {"steps": 10},
 }
+CONTROLLERS = ("by_size", "equal", "ddk", "ddk_no_smoothing", "sheared_llama", "doremi_online")
+"""Controllers of the suite `mixtures` whose variant is one run."""
 COST = RunCost(tokens=100, wall_s=10.0, evaluation_time_share=0.1, flops=1e6, evaluation_flops=1e5)
 
 
@@ -296,6 +298,33 @@ def test_a_grids_variants_are_runs(tmp_path: Path) -> None:
     grid.write_text(yaml.safe_dump({"variants": {"kd": ["method=kd"]}}))
     with pytest.raises(ConfigError, match=r"mixture\.controller"):
         plan_of(config, tmp_path / "out", grid=grid).make_jobs()
+
+
+@pytest.mark.parametrize("setting", ["weak", "near"])
+def test_the_suite_of_mixtures_differs_in_the_mixture_alone(tmp_path: Path, setting: str) -> None:
+    config = Path(f"configs/experiments/mixtures_{setting}.yaml")
+    jobs = plan_of(config, tmp_path / "out", grid=SUITES["mixtures"]).make_jobs()
+    runs = {job.name: load_config(config, job.arguments(job.stages[0])) for job in jobs if len(job.stages) == 1}
+    assert {name.removesuffix("-s0"): one.mixture.controller for name, one in runs.items()} == {
+        name: name for name in CONTROLLERS
+    }
+    others = [one.model_dump(exclude={"name": True, "mixture": {"controller"}}) for one in runs.values()]
+    assert all(one == others[0] for one in others) and others[0]["method"] == "ddk"
+    assert [job.method for job in jobs if len(job.stages) > 1] == ["doremi_static"]
+
+
+def test_a_suite_is_its_grid(tmp_path: Path, config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    launches = Launches(monkeypatch)
+    arguments = ["--config", str(config), "--out", str(tmp_path / "out"), "--seeds", "1", "--suite", "mixtures"]
+    assert command.main(arguments) == 0
+    assert [name for name in launches.names if name.startswith("d")] == [
+        *("ddk-s0", "ddk_no_smoothing-s0", "doremi_online-s0"),
+        *("doremi_static-s0-reference", "doremi_static-s0-proxy", "doremi_static-s0"),
+    ]
+    final = load_config(config, launches.overrides[-1])
+    assert (final.method, final.mixture.controller) == ("ddk", "static")
+    assert final.teacher is not None and final.teacher.path == "big"
+    assert final.mixture.proportions == {"a": 0.25, "b": 1e-05}
 
 
 @pytest.mark.parametrize(
