@@ -21,10 +21,11 @@ import numpy.typing as npt
 from ddk_ds.data.best_fit import pack_best_fit
 from ddk_ds.data.documents import Dropped
 from ddk_ds.data.encoding import BatchEncoder, batch_encoder
+from ddk_ds.data.held_out import HeldOut, choose_validation
 from ddk_ds.data.long_documents import DocumentCutter
 from ddk_ds.data.manifest import FILE_NAME, DomainInfo, Manifest, Packing, SplitInfo, load_manifest, write_manifest
 from ddk_ds.data.mds import Ids, Lengths, pack, pack_lengths, token_dtype, write_split
-from ddk_ds.data.reading import DomainText, HeldOut, Progress, Spool, choose_validation
+from ddk_ds.data.reading import DomainText, Progress, Spool
 from ddk_ds.data.recipe import Recipe, list_files
 from ddk_ds.data.same_cuts import probe_hash
 from ddk_ds.data.tokenizer import TokenizerInfo, load_tokenizer

@@ -1,15 +1,14 @@
 """A domain's documents are read, encoded and spooled to the disk part by part; then the held-out ones are chosen.
 
 A killed preparation continues after its last finished part: what the spool holds beyond that part is cut off. A spool
-is two files: `<domain>.ids` holds all ids in a row, `<domain>.documents` a record of 24 bytes for each document.
+is a pair of files (spooled.py).
 """
 
 from __future__ import annotations
 
-import io
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -22,6 +21,7 @@ from ddk_ds.data.encoding import BatchEncoder
 from ddk_ds.data.long_documents import DocumentCutter, Part
 from ddk_ds.data.mds import Ids
 from ddk_ds.data.recipe import Domain, SourceFile
+from ddk_ds.data.spooled import RECORD, Spooled
 from ddk_ds.data.workdir import Reading, WorkDir
 
 BATCH_BYTES = 1 << 19
@@ -29,11 +29,6 @@ PART_SECONDS = 15.0
 Progress = Callable[[str, int, int], None]
 """Called with a domain's name, how much of the domain is encoded, and how much it has: bytes on the disk, or bytes of a
 capped domain's text. How much it has is an estimate where a store does not know the sizes of its files."""
-Keys = npt.NDArray[np.uint64]
-Counts = npt.NDArray[np.int64]
-_RECORD = np.dtype([("key", "<u8"), ("bytes", "<i8"), ("tokens", "<i8")])
-_RECORDS = 1 << 16
-_IDS = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -154,22 +149,20 @@ class DomainText:
         return int(share * cap), cap
 
 
-class Spool:
-    """The ids of one domain's documents on the disk.
+class Spool(Spooled):
+    """The ids of one domain's documents on the disk, which grow.
 
     Attributes:
-        dtype: dtype of the ids.
         num_documents, num_tokens: number of documents and of tokens in the spool.
     """
 
     def __init__(self, directory: Path, name: str, dtype: str, *, num_documents: int = 0, num_tokens: int = 0) -> None:
         """Open or create both files; truncate them to their first `num_documents` documents and `num_tokens` tokens."""
-        self.dtype = dtype
-        self._dtype = np.dtype(dtype)
+        super().__init__([directory / name], dtype)
         self._paths = directory / f"{name}.ids", directory / f"{name}.documents"
         self.num_documents, self.num_tokens = num_documents, num_tokens
         self._open_tokens = 0
-        sizes = num_tokens * self._dtype.itemsize, num_documents * _RECORD.itemsize
+        sizes = num_tokens * np.dtype(dtype).itemsize, num_documents * RECORD.itemsize
         self._streams = [path.open("ab") for path in self._paths]
         for stream, size in zip(self._streams, sizes, strict=True):
             stream.truncate(size)
@@ -188,7 +181,7 @@ class Spool:
         not.
         """
         ends = np.cumsum(lengths)[closes]
-        records = np.empty(len(ends), _RECORD)
+        records = np.empty(len(ends), RECORD)
         # The first 8 of a digest's 16 bytes are enough to rank by.
         records["key"] = np.frombuffer(b"".join(digests), ">u8")[::2]
         records["bytes"] = num_bytes
@@ -218,85 +211,3 @@ class Spool:
         self.close()
         for path in self._paths:
             path.unlink(missing_ok=True)
-
-    def records(self) -> Iterator[tuple[int, npt.NDArray[np.void]]]:
-        """Yield (number of the first document, chunk of records with the fields key, bytes, tokens)."""
-        with self._paths[1].open("rb") as stream:
-            first = 0
-            while len(chunk := np.fromfile(stream, _RECORD, _RECORDS)):
-                yield first, chunk
-                first += len(chunk)
-
-    def lengths(self, held_out: HeldOut, *, validation: bool) -> Iterator[Counts]:
-        """Yield the numbers of tokens of one split's documents, in order, in chunks of any size."""
-        for first, chunk in self.records():
-            yield chunk["tokens"][held_out.mask(chunk["key"], first) == validation]
-
-    def ids(self, held_out: HeldOut, *, validation: bool) -> Iterator[Ids]:
-        """Yield the ids of one split's documents, joined in order, in pieces of any size."""
-        with self._paths[0].open("rb") as stream:
-            start = 0
-            for first, chunk in self.records():
-                ends = start + np.cumsum(chunk["tokens"])
-                chosen = held_out.mask(chunk["key"], first) == validation
-                changes = np.flatnonzero(np.diff(chosen)) + 1
-                for begin, end in zip([0, *changes], [*changes, len(chunk)], strict=True):
-                    if chosen[begin]:
-                        yield from self._piece(stream, int(ends[begin - 1]) if begin else start, int(ends[end - 1]))
-                start = int(ends[-1])
-
-    def _piece(self, stream: io.BufferedReader, start: int, end: int) -> Iterator[Ids]:
-        stream.seek(start * self._dtype.itemsize)
-        while start < end:
-            ids = np.fromfile(stream, self._dtype, min(_IDS, end - start))
-            start += len(ids)
-            yield ids
-
-
-@dataclass(frozen=True)
-class HeldOut:
-    """The documents that are held out for validation.
-
-    They are the documents with a key less than `key`, and those with exactly that key up to document number `last`.
-    """
-
-    key: int
-    last: int = -1
-
-    def mask(self, keys: Keys, first: int) -> npt.NDArray[np.bool_]:
-        """Return (n,) bool: True for each document that is held out.
-
-        Args:
-            keys: (n,) keys of consecutive documents.
-            first: number of the first of these documents.
-        """
-        key = np.uint64(self.key)
-        return np.asarray((keys < key) | ((keys == key) & (np.arange(first, first + len(keys)) <= self.last)))
-
-
-def choose_validation(
-    chunks: Iterable[tuple[Keys, Counts]], *, min_tokens: int | None = None, fraction: float | None = None
-) -> HeldOut:
-    """Choose the documents with the smallest keys for validation. Memory holds one chunk and the keys of the chosen.
-
-    Args:
-        chunks: pairs of keys (n,), a hash of each document's content that is uniform over 64 bits, and tokens (n,),
-            the number of tokens of each document.
-        min_tokens: hold out documents by ascending key until they have this many tokens, or all documents.
-        fraction: hold out the keys in this share of the range. Exactly one of the two is given.
-    """
-    assert (min_tokens is None) != (fraction is None), "exactly one of min_tokens and fraction"
-    if fraction is not None:
-        return HeldOut(int(fraction * 2.0**64))
-    first = 0
-    keys, numbers, lengths = np.zeros(0, np.uint64), np.zeros(0, np.int64), np.zeros(0, np.int64)
-    for new_keys, new_lengths in chunks:
-        keys = np.concatenate([keys, new_keys])
-        numbers = np.concatenate([numbers, np.arange(first, first + len(new_keys))])
-        lengths = np.concatenate([lengths, new_lengths])
-        order = np.argsort(keys, kind="stable")
-        before = np.cumsum(lengths[order]) - lengths[order]
-        kept = order[before < min_tokens]
-        keys, numbers, lengths = keys[kept], numbers[kept], lengths[kept]
-        first += len(new_keys)
-    return HeldOut(int(keys[-1]), int(numbers[-1])) if len(keys) else HeldOut(0)

@@ -7,9 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ddk_ds.data import reading
+from ddk_ds.data import spooled
+from ddk_ds.data.held_out import HeldOut, choose_validation
 from ddk_ds.data.mds import pack, pack_lengths, token_dtype
-from ddk_ds.data.reading import HeldOut, Spool, choose_validation
+from ddk_ds.data.reading import Spool
+from ddk_ds.data.spooled import Spooled, Stretch
 
 
 @pytest.mark.parametrize("sequence_length", [1, 4, 7, 100, 101])
@@ -83,12 +85,14 @@ def test_a_fraction_holds_out_that_share_of_the_keys_range() -> None:
     np.testing.assert_array_equal(np.flatnonzero(held_out), np.arange(100))
 
 
-def filled(folder: Path, lengths: list[list[int]], open_ends: list[bool]) -> tuple[Spool, list[list[int]], list[int]]:
+def filled(
+    folder: Path, lengths: list[list[int]], open_ends: list[bool], name: str = "code", seed: int = 7
+) -> tuple[Spool, list[list[int]], list[int]]:
     """Return a spool, and the ids and keys of its documents: a batch for each list of part lengths.
 
     `open_ends`: True where the batch's last part goes on in the next batch.
     """
-    spool, source, documents, keys = Spool(folder, "code", "uint16"), np.random.default_rng(7), [], []
+    spool, source, documents, keys = Spool(folder, name, "uint16"), np.random.default_rng(seed), [], []
     current: list[int] = []
     for parts, open_end in zip(lengths, open_ends, strict=True):
         closes = np.array([True] * (len(parts) - 1) + [not open_end])
@@ -117,8 +121,8 @@ def test_a_spool_gives_back_each_splits_documents(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, records: int, ids: int
 ) -> None:
     """Whatever the number of records and ids that are read at a time."""
-    monkeypatch.setattr(reading, "_RECORDS", records)
-    monkeypatch.setattr(reading, "_IDS", ids)
+    monkeypatch.setattr(spooled, "_RECORDS", records)
+    monkeypatch.setattr(spooled, "_IDS", ids)
     spool, documents, keys = filled(tmp_path, BATCHES, OPEN)
     assert [len(document) for document in documents] == [3, 1, 4, 5, 2, 14, 3]
     assert (spool.num_documents, spool.num_tokens) == (7, 32)
@@ -158,6 +162,37 @@ def test_a_spool_that_is_opened_again_is_cut_to_what_was_finished(tmp_path: Path
     read = [x for piece in spool.ids(HeldOut(0), validation=False) for x in piece.tolist()]
     assert read == [*documents[0], *documents[1], 9, 8]
     spool.close()
+
+
+@pytest.mark.parametrize("records", [1 << 16, 1])
+def test_a_stretch_of_a_split_is_that_of_the_joined_documents(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, records: int
+) -> None:
+    """All stretches of a split that lies in four pairs of files, one of which has no document."""
+    monkeypatch.setattr(spooled, "_RECORDS", records)
+    documents: list[list[int]] = []
+    keys: list[int] = []
+    for name in ("a", "b", "c", "d"):
+        spool, added, added_keys = filled(tmp_path, BATCHES, OPEN, name, seed=len(keys))
+        spool.close()
+        documents, keys = documents + added, keys + added_keys
+    Spool(tmp_path, "empty", "uint16").close()
+    joined = Spooled([tmp_path / name for name in ("a", "b", "empty", "c", "d")], "uint16")
+    held_out = HeldOut(sorted(keys)[12])
+    for validation in (False, True):
+        own = [document for document, key in zip(documents, keys, strict=True) if (key < held_out.key) == validation]
+        ids = [(number, x) for number, document in enumerate(own) for x in document]
+        starts = joined.starts(held_out, validation=validation)
+        assert starts[0] == (0, 0) and starts[3][0] == 14
+        for begin in range(0, len(ids), 3):
+            for end in range(begin + 1, len(ids) + 1, 5):
+                stretch = Stretch(begin, end, starts)
+                pieces = joined.ids(held_out, validation=validation, stretch=stretch)
+                assert [x for piece in pieces for x in piece.tolist()] == [x for _, x in ids[begin:end]]
+                chunks = joined.lengths(held_out, validation=validation, stretch=stretch)
+                lengths = [number for chunk in chunks for number in chunk.tolist()]
+                numbers = [number for number, _ in ids[begin:end]]
+                assert lengths == [numbers.count(number) for number in sorted(set(numbers))]
 
 
 def test_a_spool_is_closed_on_a_full_disk_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
