@@ -28,10 +28,11 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from ddk_ds.command_line import command_parser, parse, reports_user_errors
+from ddk_ds.command_line import command_parser, parse, positive, reports_user_errors
 from ddk_ds.data.manifest import Manifest
 from ddk_ds.data.prepare import Plan, prepare
-from ddk_ds.data.recipe import load_recipe
+from ddk_ds.data.recipe import Recipe, load_recipe
+from ddk_ds.errors import ConfigError
 from ddk_ds.exit_codes import EXIT_ENDED_AT_ONCE
 
 DEFAULT_VALIDATION_SAMPLES = 500  # the paper's
@@ -73,9 +74,24 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         help="cut: documents are joined and cut at each sample's end, the default; best_fit: only documents that are "
         "longer than a sample are cut, and samples are padded",
     )
-    cores = len(os.sched_getaffinity(0))
     parser.add_argument(
-        "--workers", type=int, default=cores, help="number of tokenising processes (default: %(default)s)"
+        "--workers",
+        type=int,
+        help="number of tokenising processes, or of parts that run at a time (default: the cores here; with slurm "
+        "and ray: all parts)",
+    )
+    parser.add_argument(
+        "--engine",
+        choices=("local", "slurm", "ray"),
+        help="prepare in parts, by datatrove's executor for processes of this machine, Slurm or Ray",
+    )
+    parser.add_argument("--parts", type=positive, help="number of parts (tasks of each pass; default: --workers)")
+    parser.add_argument(
+        "--engine-option",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="argument of the executor, for example partition=cpu, time=04:00:00, mem_per_cpu_gb=4",
     )
     parser.add_argument(
         "--seed", type=int, default=0, help="seed that selects the held-out documents (default: %(default)s)"
@@ -96,15 +112,12 @@ def run(options: argparse.Namespace, console: Console) -> Manifest:
         sequence_length=options.sequence_length,
         validation_samples=samples,
         validation_fraction=options.validation_fraction,
-        workers=options.workers,
+        workers=len(os.sched_getaffinity(0)) if options.workers is None else options.workers,
         seed=options.seed,
         packing=options.packing,
     )
     recipe = load_recipe(options.recipe, options.overrides)
-    with Display(console, list(recipe.domains)) as display:
-        manifest = prepare(
-            recipe, options.tokenizer, options.out, plan, progress=display.update, start_anew=options.start_anew
-        )
+    manifest = _prepare(options, recipe, plan, console)
     console.print(table(manifest))
     console.print(losses(manifest))
     for reason, text in RARE.items():
@@ -125,6 +138,38 @@ def run(options: argparse.Namespace, console: Console) -> Manifest:
         soft_wrap=True,
     )
     return manifest
+
+
+def _prepare(options: argparse.Namespace, recipe: Recipe, plan: Plan, console: Console) -> Manifest:
+    more = {"start_anew": options.start_anew}
+    if options.engine is None:
+        for name in ("parts", "engine_option"):
+            if getattr(options, name):
+                raise ConfigError(f"--{name.replace('_', '-')} is of a preparation in parts: give --engine too")
+        with Display(console, list(recipe.domains)) as display:
+            return prepare(recipe, options.tokenizer, options.out, plan, progress=display.update, **more)
+    try:
+        from ddk_ds.data.engines import make_engine
+    except ImportError as error:
+        raise ConfigError(f"--engine needs datatrove ({error}): uv pip install '.[data]'") from error
+    from ddk_ds.data.prepare_parts import STAGES, prepare_in_parts
+
+    workers = plan.workers if options.engine == "local" or options.workers else -1
+    if options.parts is None and workers < 0:
+        raise ConfigError(f"--engine {options.engine} needs --parts, the number of its tasks")
+    engine = make_engine(options.engine, workers, dict(map(_key_and_value, options.engine_option)))
+    with Display(console, STAGES) as display:
+        parts = options.parts or workers
+        return prepare_in_parts(
+            recipe, options.tokenizer, options.out, plan, engine, parts, progress=display.update, **more
+        )
+
+
+def _key_and_value(option: str) -> tuple[str, str]:
+    key, equals, value = option.partition("=")
+    if not equals:
+        raise ConfigError(f"--engine-option {option}: write it as key=value, for example partition=cpu")
+    return key, value
 
 
 class Display:

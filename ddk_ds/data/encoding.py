@@ -86,13 +86,13 @@ _encoder: TextEncoder | None = None
 def _start_worker(directory: Path, dtype: str, bos: tuple[int, ...]) -> None:
     global _encoder
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends Ctrl-C to all: the parent ends its workers
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    threading.Thread(target=end_with_parent, daemon=True).start()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
     _encoder = TextEncoder(load_tokenizer(directory), dtype, bos)
 
 
-def _end_with_parent() -> None:
-    """End this worker when its parent has ended; a killed parent closes no queue, and workers would wait for ever."""
+def end_with_parent() -> None:
+    """End this process when its parent has ended; a killed parent closes no queue, and workers would wait for ever."""
     parent = multiprocessing.parent_process()
     assert parent is not None, "runs in a worker"
     parent.join()

@@ -12,13 +12,16 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import repeat
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from ddk_ds.data.store import AGAIN, LocalStore, Shard, Store
 from ddk_ds.errors import DataError, UserError
+
+if TYPE_CHECKING:
+    from streaming import MDSWriter
 
 Ids = npt.NDArray[np.unsignedinteger[Any]]
 """Token ids in the shards' dtype, uint16 or uint32."""
@@ -58,13 +61,20 @@ def pack_lengths(documents: Iterable[Lengths], sequence_length: int) -> Iterator
 
     A document that reaches over the end of a sample is two documents to the samples.
     """
+    for lengths, counts in packed_lengths(documents, sequence_length):
+        yield from np.split(lengths, np.cumsum(counts)[:-1])
+
+
+def packed_lengths(documents: Iterable[Lengths], sequence_length: int) -> Iterator[tuple[Lengths, Lengths]]:
+    """Yield, for some samples at a time, the lengths of their documents (m,) and the number of those of each (k,)."""
     rest = np.zeros(0, np.int64)
     for chunk in documents:
         ends = np.cumsum(np.concatenate([rest, chunk]))
         full = int(ends[-1]) // sequence_length * sequence_length if len(ends) else 0
-        samples = np.arange(sequence_length, full + 1, sequence_length)
-        edges = np.union1d(ends[ends <= full], samples)
-        yield from np.split(np.diff(edges, prepend=0), np.searchsorted(edges, samples)[:-1] + 1) if full else ()
+        if full:
+            samples = np.arange(sequence_length, full + 1, sequence_length)
+            edges = np.union1d(ends[ends <= full], samples)
+            yield np.diff(edges, prepend=0), np.diff(np.searchsorted(edges, samples), prepend=-1)
         rest = np.diff(ends[ends > full], prepend=full)
 
 
@@ -86,21 +96,28 @@ def write_split(
 
     Returns {"samples": int, "sha": str, "largest_id": int}.
     """
+    largest_id = -1
+    borders = repeat(None) if lengths is None else lengths
+    with split_writer(directory, sequence_length, dtype, shard_bytes, borders=lengths is not None) as writer:
+        for sample, of_sample in zip(samples, borders, strict=lengths is not None):
+            largest_id = max(largest_id, int(sample.max()))
+            writer.write(sample_record(sample.astype(dtype, copy=False), of_sample))
+    index = read_index(LocalStore(directory.parent), directory.name)
+    return {"samples": index.num_samples, "sha": index.sha, "largest_id": largest_id}
+
+
+def split_writer(directory: Path, sequence_length: int, dtype: str, shard_bytes: int, *, borders: bool) -> MDSWriter:
+    """Return the writer of a split's samples, with or without the borders of their documents."""
     # Importing streaming takes seconds (torchvision, transformers), which checking an index must not pay.
     from streaming import MDSWriter
 
-    largest_id = -1
-    columns = {_COLUMN: f"ndarray:{dtype}:{sequence_length}"}
-    borders: Iterable[dict[str, Any]] = repeat({})
-    if lengths is not None:
-        columns[_BORDERS] = _BORDERS_ENCODING
-        borders = ({_BORDERS: of_sample.astype(np.uint32)} for of_sample in lengths)
-    with MDSWriter(out=str(directory), columns=columns, hashes=["xxh64"], size_limit=shard_bytes) as writer:
-        for sample, more in zip(samples, borders, strict=lengths is not None):
-            largest_id = max(largest_id, int(sample.max()))
-            writer.write({_COLUMN: sample.astype(dtype, copy=False), **more})
-    index = read_index(LocalStore(directory.parent), directory.name)
-    return {"samples": index.num_samples, "sha": index.sha, "largest_id": largest_id}
+    columns = {_COLUMN: f"ndarray:{dtype}:{sequence_length}"} | ({_BORDERS: _BORDERS_ENCODING} if borders else {})
+    return MDSWriter(out=str(directory), columns=columns, hashes=["xxh64"], size_limit=shard_bytes)
+
+
+def sample_record(tokens: Ids, lengths: Lengths | None) -> dict[str, Any]:
+    """Return the columns of a sample: ids (L,) in the shards' dtype, lengths of its documents (d,)."""
+    return {_COLUMN: tokens} | ({} if lengths is None else {_BORDERS: lengths.astype(np.uint32)})
 
 
 @dataclass(frozen=True)

@@ -28,12 +28,13 @@ from ddk_ds.data.mds import Ids, Lengths, pack, pack_lengths, token_dtype, write
 from ddk_ds.data.reading import DomainText, Progress, Spool
 from ddk_ds.data.recipe import Recipe, list_files
 from ddk_ds.data.same_cuts import probe_hash
+from ddk_ds.data.spooled import Spooled
 from ddk_ds.data.tokenizer import TokenizerInfo, load_tokenizer
 from ddk_ds.data.workdir import Reading, WorkDir, open_work
 from ddk_ds.errors import DataError
 
 # MDSWriter holds about three times a shard in memory.
-_SHARD_BYTES = 1 << 25
+SHARD_BYTES = 1 << 25
 
 
 @dataclass(frozen=True)
@@ -90,15 +91,13 @@ def prepare(
             is full, another process prepares the same directory, or the unfinished preparation has another
             recipe, tokenizer or plan.
     """
-    _refuse_existing(out)
-    info = load_tokenizer(tokenizer)
-    if info.eos_token_id is None:
-        raise DataError(f"{tokenizer} names no EOS token to join documents; set it in tokenizer_config.json")
-    bos = _bos(recipe, info)
+    refuse_existing(out)
+    info = tokenizer_with_eos(tokenizer)
+    bos = bos_ids(recipe, info)
     files = list_files(recipe)
     with open_work(out.parent / f".{out.name}.partial", start_anew=start_anew) as work:
-        _refuse_existing(out)  # another process may have finished it in between
-        work.claim(_settings(info, bos, plan))
+        refuse_existing(out)  # another process may have finished it in between
+        work.claim(plan_settings(info, bos, plan))
         work.check_domains(recipe.domains, files)
         domains = {}
         cutter = DocumentCutter(info.text.tokenizer)
@@ -106,20 +105,29 @@ def prepare(
             for number, (name, domain) in enumerate(recipe.domains.items()):
                 text = DomainText(name, number, domain, files[name], plan.seed, cutter)
                 domains[name] = _prepare_domain(text, work, encode, info, plan, progress)
-        write_manifest(_manifest(work.data, info, bos, plan, domains))
+        write_manifest(make_manifest(work.data, info, bos, plan, domains))
         work.data.rename(out)
     shutil.rmtree(work.path)
     return load_manifest(out)
 
 
-def _refuse_existing(out: Path) -> None:
+def refuse_existing(out: Path) -> None:
+    """Raise DataError unless `out` is missing, or an empty directory."""
     if (out / FILE_NAME).exists():
         raise DataError(f"{out} already holds prepared data; choose another directory or delete it first")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise DataError(f"{out} exists and is not an empty directory; choose another directory")
 
 
-def _bos(recipe: Recipe, info: TokenizerInfo) -> tuple[int, ...]:
+def tokenizer_with_eos(directory: Path) -> TokenizerInfo:
+    """Return the tokenizer of a directory. Raises DataError if it names no EOS token."""
+    info = load_tokenizer(directory)
+    if info.eos_token_id is None:
+        raise DataError(f"{directory} names no EOS token to join documents; set it in tokenizer_config.json")
+    return info
+
+
+def bos_ids(recipe: Recipe, info: TokenizerInfo) -> tuple[int, ...]:
     """Return the ids that the recipe puts before each document."""
     add = recipe.tokenizer.add_bos
     if add is True and not info.bos:
@@ -129,7 +137,7 @@ def _bos(recipe: Recipe, info: TokenizerInfo) -> tuple[int, ...]:
     return info.bos if add else ()
 
 
-def _settings(info: TokenizerInfo, bos: tuple[int, ...], plan: Plan) -> dict[str, Any]:
+def plan_settings(info: TokenizerInfo, bos: tuple[int, ...], plan: Plan) -> dict[str, Any]:
     """Return the settings that all prepared data depend on. A preparation can continue only with the same settings."""
     return {
         "tokenizer": hashlib.sha256(info.path.read_bytes()).hexdigest(),
@@ -143,9 +151,10 @@ def _settings(info: TokenizerInfo, bos: tuple[int, ...], plan: Plan) -> dict[str
     }
 
 
-def _manifest(
+def make_manifest(
     root: Path, info: TokenizerInfo, bos: tuple[int, ...], plan: Plan, domains: dict[str, DomainInfo]
 ) -> Manifest:
+    """Return the manifest of prepared data at `root`."""
     assert info.eos_token_id is not None, "checked before"
     return Manifest(
         root=root,
@@ -184,23 +193,11 @@ def _pack_domain(
     text: DomainText, spool: Spool, reading: Reading, directory: Path, plan: Plan, info: TokenizerInfo
 ) -> DomainInfo:
     """Choose the held-out documents and write both splits."""
-    if not spool.num_documents:
-        raise DataError(
-            f"domain {text.name!r} is empty: no document is left of {len(text.files)} files "
-            f"({_counts(reading.dropped)}); check its sources, text_field and min_chars in the recipe"
-        )
-    held_out = choose_validation(
-        ((chunk["key"], chunk["tokens"]) for _, chunk in spool.records()),
-        min_tokens=None if plan.validation_samples is None else plan.validation_samples * plan.sequence_length,
-        fraction=plan.validation_fraction,
-    )
-    totals = _totals(spool, held_out)
-    _check_enough(text.name, totals, plan)
+    held_out, totals = choose_held_out(text.name, spool, plan, len(text.files), reading.dropped)
     shutil.rmtree(directory, ignore_errors=True)  # of a preparation that was killed here
     dropped = replace(reading.dropped, control_tokens=reading.control_tokens)
     splits = []
     for validation, split in enumerate(("train", "validation")):
-        documents, num_bytes, tokens = totals[validation].tolist()
         ids = spool.ids(held_out, validation=bool(validation))
         samples, of_samples = _samples(ids, spool.lengths(held_out, validation=bool(validation)), plan, info)
         written = write_split(
@@ -208,15 +205,52 @@ def _pack_domain(
             samples,
             sequence_length=plan.sequence_length,
             dtype=spool.dtype,
-            shard_bytes=_SHARD_BYTES,
+            shard_bytes=SHARD_BYTES,
             lengths=of_samples,
         )
-        places = written["samples"] * plan.sequence_length
-        tail, padding = max(tokens - places, 0), max(places - tokens, 0)
-        dropped.tail_tokens += tail
-        more = {"padding_tokens": padding, "cut_documents": _cut(spool, held_out, plan, validation=bool(validation))}
-        splits.append(SplitInfo(documents=documents, tokens=tokens - tail, bytes=num_bytes, **more, **written))
+        split_info, tail_tokens = describe_split(spool, held_out, totals, written, plan, validation=bool(validation))
+        dropped.tail_tokens += tail_tokens
+        splits.append(split_info)
     return DomainInfo(splits[0], splits[1], dropped)
+
+
+def choose_held_out(
+    name: str, spooled: Spooled, plan: Plan, num_files: int, dropped: Dropped
+) -> tuple[HeldOut, npt.NDArray[np.int64]]:
+    """Choose the held-out documents of a domain; also return the counts (2, 3) of both splits, as `_totals` does.
+
+    Raises DataError if there is too little text for both splits.
+    """
+    held_out = choose_validation(
+        ((chunk["key"], chunk["tokens"]) for _, chunk in spooled.records()),
+        min_tokens=None if plan.validation_samples is None else plan.validation_samples * plan.sequence_length,
+        fraction=plan.validation_fraction,
+    )
+    totals = _totals(spooled, held_out)
+    if not totals[:, 0].sum():
+        raise DataError(
+            f"domain {name!r} is empty: no document is left of {num_files} files "
+            f"({_counts(dropped)}); check its sources, text_field and min_chars in the recipe"
+        )
+    _check_enough(name, totals, plan)
+    return held_out, totals
+
+
+def describe_split(
+    spooled: Spooled,
+    held_out: HeldOut,
+    totals: npt.NDArray[np.int64],
+    written: dict[str, Any],
+    plan: Plan,
+    *,
+    validation: bool,
+) -> tuple[SplitInfo, int]:
+    """Return the sizes of a split whose shards are `written` (as `write_split` says), and the tokens of its tail."""
+    documents, num_bytes, tokens = totals[int(validation)].tolist()
+    places = written["samples"] * plan.sequence_length
+    tail, padding = max(tokens - places, 0), max(places - tokens, 0)
+    more = {"padding_tokens": padding, "cut_documents": _cut(spooled, held_out, plan, validation=validation)}
+    return SplitInfo(documents=documents, tokens=tokens - tail, bytes=num_bytes, **more, **written), tail
 
 
 def _samples(
@@ -230,10 +264,10 @@ def _samples(
     return (sample.tokens for sample in first), (sample.lengths for sample in second if sample.lengths is not None)
 
 
-def _cut(spool: Spool, held_out: HeldOut, plan: Plan, *, validation: bool) -> int:
+def _cut(spooled: Spooled, held_out: HeldOut, plan: Plan, *, validation: bool) -> int:
     """Return the number of documents of a split that are in several samples, or partly in none."""
     cut, begin = 0, 0
-    for lengths in spool.lengths(held_out, validation=validation):
+    for lengths in spooled.lengths(held_out, validation=validation):
         if plan.packing == "best_fit":
             cut += int((lengths > plan.sequence_length).sum())
             continue
@@ -243,10 +277,10 @@ def _cut(spool: Spool, held_out: HeldOut, plan: Plan, *, validation: bool) -> in
     return cut
 
 
-def _totals(spool: Spool, held_out: HeldOut) -> npt.NDArray[np.int64]:
+def _totals(spooled: Spooled, held_out: HeldOut) -> npt.NDArray[np.int64]:
     """Return counts (2, 3): rows for the training and validation split; columns documents, bytes of text, tokens."""
     totals = np.zeros((2, 3), np.int64)
-    for first, chunk in spool.records():
+    for first, chunk in spooled.records():
         mask = held_out.mask(chunk["key"], first)
         for validation in (0, 1):
             chosen = chunk[mask == bool(validation)]

@@ -16,8 +16,8 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from ddk_ds.data.documents import Dropped, Meter, Position, read_documents
-from ddk_ds.data.encoding import BatchEncoder
+from ddk_ds.data.documents import Dropped, Meter, Position, Seen, read_documents
+from ddk_ds.data.encoding import BatchEncoder, Encoded
 from ddk_ds.data.long_documents import DocumentCutter, Part
 from ddk_ds.data.mds import Ids
 from ddk_ds.data.recipe import Domain, SourceFile
@@ -32,7 +32,7 @@ capped domain's text. How much it has is an estimate where a store does not know
 
 
 @dataclass(frozen=True)
-class _Batch:
+class TextBatch:
     """Parts that are encoded together, digests and sizes of the documents that end here, and the reader's state."""
 
     parts: list[Part]
@@ -80,13 +80,12 @@ class DomainText:
         meter = Meter(sum(file.num_bytes for file in self.files[: position.file]))
         progress(self.name, *self._progress(reading.position, meter.disk_bytes))
         last_commit = time.monotonic()
-        for batch, encoded in encode(self._batches(work, position, dropped, meter)):
-            closes = np.array([part.closes for part in batch.parts])
-            spool.append(encoded.ids, encoded.lengths, closes, batch.digests, batch.num_bytes)
+        for batch, encoded in encode(self.batches(work, work.scratch, position, dropped, meter)):
+            spool.append_batch(batch, encoded)
             work.keep(batch.digests)
             reading.control_tokens += encoded.control_tokens
             # Between two parts of a document there is no place to continue at.
-            if closes[-1]:
+            if batch.parts[-1].closes:
                 reading.position, reading.dropped = batch.position, batch.dropped
                 if time.monotonic() - last_commit >= PART_SECONDS:
                     self._commit(work, spool, reading)
@@ -96,11 +95,13 @@ class DomainText:
         self._commit(work, spool, reading)
         progress(self.name, *self._progress(position, meter.disk_bytes))
 
-    def _batches(self, work: WorkDir, position: Position, dropped: Dropped, meter: Meter) -> Iterator[_Batch]:
-        """Yield batches of about BATCH_BYTES, keeping `position` and `dropped` up to date."""
+    def batches(
+        self, seen: Seen, scratch: Path, position: Position, dropped: Dropped, meter: Meter
+    ) -> Iterator[TextBatch]:
+        """Yield batches of about BATCH_BYTES, keeping `position` and `dropped` up to date; see `read_documents`."""
 
-        def batch() -> _Batch:
-            return _Batch(parts, digests, num_bytes, replace(position), replace(dropped), meter.disk_bytes)
+        def batch() -> TextBatch:
+            return TextBatch(parts, digests, num_bytes, replace(position), replace(dropped), meter.disk_bytes)
 
         parts: list[Part] = []
         digests: list[bytes] = []
@@ -110,11 +111,11 @@ class DomainText:
             self.domain,
             self.files,
             seed=self.seed,
-            seen=work,
+            seen=seen,
             dropped=dropped,
             position=position,
             meter=meter,
-            scratch=work.scratch,
+            scratch=scratch,
         )
         for document in documents:
             for part in self.cutter.parts(document.text, dropped):
@@ -166,6 +167,11 @@ class Spool(Spooled):
         self._streams = [path.open("ab") for path in self._paths]
         for stream, size in zip(self._streams, sizes, strict=True):
             stream.truncate(size)
+
+    def append_batch(self, batch: TextBatch, encoded: Encoded) -> None:
+        """Add the parts of a batch."""
+        closes = np.array([part.closes for part in batch.parts])
+        self.append(encoded.ids, encoded.lengths, closes, batch.digests, batch.num_bytes)
 
     def append(
         self,

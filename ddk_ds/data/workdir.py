@@ -13,12 +13,14 @@ import sqlite3
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 from ddk_ds.data.documents import Dropped, Position
 from ddk_ds.data.recipe import Domain, SourceFile
 from ddk_ds.errors import DISK_FULL, DataError
+from ddk_ds.files import write_text
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS settings (name TEXT PRIMARY KEY, value TEXT) WITHOUT ROWID;
@@ -90,6 +92,23 @@ class WorkDir:
             if limits != _limits(domains[name]):
                 raise self._other(f"domain {name!r} had {limits}, now {_limits(domains[name])}")
             self._check_files(name, domains[name], files[name])
+
+    def claim_files(self, domains: dict[str, Domain], files: dict[str, list[SourceFile]]) -> None:
+        """Store all that a new preparation reads at once; for an unfinished one check that it reads the same.
+
+        Raises:
+            DataError: a domain, its limits or a file differs; the message names the first.
+        """
+        path = self.path / "files.json"
+        wanted = [[name, _limits(domain), list(map(_identity, files[name]))] for name, domain in domains.items()]
+        if not path.exists():
+            write_text(path, json.dumps(wanted))
+        for known, now in zip_longest(json.loads(path.read_text(encoding="utf-8")), wanted, fillvalue=["", "", []]):
+            if known[:2] != now[:2]:
+                raise self._other(f"domain {known[0]!r} had {known[1]}, now {now[0]!r} has {now[1]}")
+            for old, new in zip_longest(known[2], now[2]):
+                if old != new:
+                    raise self._other(f"domain {now[0]!r}, file {json.loads(old or new)[0]!r} is changed, gone or new")
 
     def _check_files(self, name: str, domain: Domain, files: Sequence[SourceFile]) -> None:
         query = "SELECT number, name, identity FROM files WHERE domain = ? ORDER BY number"

@@ -1,0 +1,52 @@
+"""Which samples lie in which shard, from the numbers of tokens of the documents alone: no token is read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+import numpy.typing as npt
+from streaming import MDSWriter
+
+from ddk_ds.data.mds import Lengths, packed_lengths, sample_record, split_writer
+
+
+def shard_samples(lengths: Iterable[Lengths], *, sequence_length: int, dtype: str, shard_bytes: int) -> Iterator[int]:
+    """Yield the number of samples in each shard that `write_split` makes of documents that are joined and cut.
+
+    Args:
+        lengths: the documents' numbers of tokens, in chunks of any size.
+    """
+    with TemporaryDirectory() as directory:
+        writer = split_writer(Path(directory) / "none", sequence_length, dtype, shard_bytes, borders=True)
+        space = shard_bytes - writer.extra_bytes_per_shard
+        rest = np.zeros(0, np.int64)
+        known: dict[int, int] = {}
+        for _, counts in packed_lengths(lengths, sequence_length):
+            distinct, places = np.unique(counts, return_inverse=True)
+            for count in distinct.tolist():
+                if count not in known:
+                    known[count] = _sample_bytes(writer, sequence_length, dtype, count)
+            sizes = np.concatenate([rest, np.array([known[count] for count in distinct.tolist()], np.int64)[places]])
+            full = list(_full(sizes, space))
+            yield from full
+            rest = sizes[sum(full) :]
+        if len(rest):
+            yield len(rest)
+
+
+def _sample_bytes(writer: MDSWriter, sequence_length: int, dtype: str, documents: int) -> int:
+    """Return the bytes that a sample of so many documents takes in a shard."""
+    sample = sample_record(np.zeros(sequence_length, dtype), np.zeros(documents, np.uint32))
+    return len(writer.encode_sample(sample)) + writer.extra_bytes_per_sample
+
+
+def _full(sizes: npt.NDArray[np.int64], space: int) -> Iterator[int]:
+    """Yield the number of samples of each shard that the next sample does not fit into."""
+    ends = np.cumsum(sizes)
+    begin, used = 0, 0
+    while (end := int(np.searchsorted(ends, used + space, side="right"))) < len(ends):
+        yield end - begin
+        begin, used = end, int(ends[end - 1])
