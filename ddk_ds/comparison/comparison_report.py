@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ddk_ds.comparison.paired_tests import LEVEL
 from ddk_ds.drawing import bar_style, log_if_wide, tidy
 from ddk_ds.files import write_text
 
@@ -44,10 +45,13 @@ def markdown(comparison: dict[str, Any]) -> str:
         _costs(methods),
         "Training FLOPs: 3 student forwards a token + 1 teacher forward; a forward is 2 P + 2 L H T (P: weights with "
         "the head and without the embedding's lookup; L layers of width H; T positions, attention causal). Evaluation: "
-        "its share of FLOPs and of time. Earlier stages (TED's filters, DoReMi's two models) come on top.",
+        "its share of FLOPs and of time, which has the controller's seconds in it. Earlier stages (TED's filters, "
+        "DoReMi's two models) come on top.",
     ]
     if comparison["teacher_cost"] is not None:
         parts += ["## The teacher, sums over seeds", *_teacher(comparison["teacher_cost"])]
+    if comparison["ranking"] is not None:
+        parts += ["## Ranking", *_ranking(comparison)]
     if comparison["differences"]:
         parts += [f"## Difference to {comparison['baseline']}, paired by seed", *_differences(comparison)]
     if comparison["remarks"]:
@@ -68,19 +72,30 @@ def _perplexities(comparison: dict[str, Any], methods: dict[str, Any]) -> str:
         ]
         for name in comparison["domains"]
     ]
-    last = ["" if teacher is None else "1.000", _number(comparison["start_score"], 3)]
-    rows.append([comparison["score"], *last, *(_spread(method["score"], 3) for method in methods.values())])
+    for metric, title in comparison["metrics"].items():
+        of_teacher = "-" if teacher is None else _number(comparison["teacher"][metric], 3)
+        of_methods = [_spread(method[metric], 3) + _domains(metric, method) for method in methods.values()]
+        rows.append([title, of_teacher, _number(comparison["start"][metric], 3), *of_methods])
     headings = [f"{label} ({len(method['seeds'])})" for label, method in methods.items()]
     return _table(["domain", "teacher", "before", *headings], rows)
 
 
+def _domains(metric: str, method: dict[str, Any]) -> str:
+    """Return the worst domains, with their numbers of seeds if there are several; "" for another metric."""
+    if metric != "worst_ratio":
+        return ""
+    worst = method["worst_domains"]
+    return " " + ", ".join(name if len(worst) == 1 else f"{name} ({count})" for name, count in worst.items())
+
+
 def _costs(methods: dict[str, Any]) -> str:
-    headings = ["method", "tokens", "time, s", "FLOPs", "evaluation, FLOPs", "evaluation, time"]
+    headings = ["method", "tokens", "time, s", "FLOPs", "evaluation, FLOPs", "evaluation, time", "controller, s"]
     earlier = any(method["earlier_tokens"] for method in methods.values())
     rows = []
     for label, method in methods.items():
         row = [label, _number(method["tokens"], 0), _number(method["wall_s"], 1), _flops(method["flops"])]
         row += [_percent(method["evaluation_flops_share"]), _percent(method["evaluation_time_share"])]
+        row.append(_number(method["controller_s"], 3))
         if earlier:
             # Only methods of several stages have them.
             tokens, wall_s, flops = (method[f"earlier_{key}"] or None for key in ("tokens", "wall_s", "flops"))
@@ -122,28 +137,55 @@ def _sums(sums: dict[str, Any]) -> list[str]:
     return [*counts, _flops(sums["flops"]), _flops(sums["flops_without"]), _number(sums["seconds"], 1)]
 
 
-def _differences(comparison: dict[str, Any]) -> list[str]:
-    score = comparison["score"]
+def _ranking(comparison: dict[str, Any]) -> list[str]:
+    places, seeds = comparison["ranking"]["places"], comparison["ranking"]["seeds"]
     rows = []
-    for label, by_quantity in comparison["differences"].items():
-        difference = by_quantity["score"]
-        interval = "-" if difference["low"] is None else f"{difference['low']:+.4f} to {difference['high']:+.4f}"
-        mean, error = (_signed(difference[key], 4) for key in ("mean", "standard_error"))
-        rows.append([label, str(difference["seeds"]), mean, error.lstrip("+"), interval, difference["verdict"]])
-    headings = ["method", "seeds", f"{score}, difference", "standard error", "95 % interval", "against the spread"]
-    labels = list(comparison["differences"])
+    for number, place in enumerate(places, 1):
+        ranks, gap = place["ranks"], place["to_next"]
+        row = [str(number), place["label"], f"{sum(ranks) / len(ranks):.1f}", f"{min(ranks):g} to {max(ranks):g}"]
+        row += ["-", "-", ""] if gap is None else [_signed(gap["mean"], 4), _p(gap["p_holm"]), _told_apart(gap)]
+        rows.append(row)
+    headings = ["", "method", "mean rank", "ranks", "to the next", "p, Holm", ""]
+    return [
+        f"By {comparison['metrics']['score']}, the best first, over the seeds that all have "
+        f"({', '.join(map(str, seeds))}). Ranks are those within a seed.",
+        _table(headings, rows),
+        "Each is tested against the next by a paired t-test over seeds, with Holm's correction for these "
+        f"{len(places) - 1} tests. Where two cannot be told apart, their order may be chance.",
+    ]
+
+
+def _told_apart(gap: dict[str, Any]) -> str:
+    differs = gap["p_holm"] is not None and gap["p_holm"] < LEVEL
+    return "better than the next" if differs else "cannot be told apart from the next"
+
+
+def _differences(comparison: dict[str, Any]) -> list[str]:
+    differences = comparison["differences"]
     by_domain = [
-        [name, *(_difference(comparison["differences"][label][name]) for label in labels)]
-        for name in comparison["domains"]
+        [name, *(_difference(found["ppl"][name]) for found in differences.values())] for name in comparison["domains"]
     ]
     return [
-        "Less than 0 is better than the baseline. The interval is that of a paired t-test over seeds; a difference "
-        "exceeds the spread where it leaves 0 out.",
-        _table(headings, rows),
-        "By domain, in perplexity: mean difference ± standard error; * exceeds the spread. One of twenty does so by "
-        "chance.",
-        _table(["domain", *labels], by_domain),
+        "Less than 0 is better than the baseline. Interval and p are those of a paired t-test over seeds, each for "
+        f"itself. p, Holm is corrected for the {len(differences)} tests of its table, by Holm's method: a difference "
+        f"exceeds the spread where it is below {LEVEL:g}.",
+        *(_metric_differences(differences, metric, title) for metric, title in comparison["metrics"].items()),
+        f"By domain, in perplexity: mean difference ± standard error; * exceeds the spread, with Holm's correction for "
+        f"all {len(by_domain) * len(differences)} tests of this table.",
+        _table(["domain", *differences], by_domain),
     ]
+
+
+def _metric_differences(differences: dict[str, Any], metric: str, title: str) -> str:
+    rows = []
+    for label, found in differences.items():
+        one = found[metric]
+        interval = "-" if one["low"] is None else f"{one['low']:+.4f} to {one['high']:+.4f}"
+        mean, error = (_signed(one[key], 4) for key in ("mean", "standard_error"))
+        row = [label, str(one["seeds"]), mean, error.lstrip("+"), interval, _p(one["p"]), _p(one["p_holm"])]
+        rows.append([*row, one["verdict"]])
+    headings = ["method", "seeds", f"{title}, difference", "standard error", "95 % interval", "p", "p, Holm"]
+    return _table([*headings, "against the spread"], rows)
 
 
 def _difference(difference: dict[str, Any]) -> str:
@@ -152,6 +194,10 @@ def _difference(difference: dict[str, Any]) -> str:
     error = "" if difference["standard_error"] is None else f" ± {difference['standard_error']:.2f}"
     star = " *" if difference["verdict"] == "exceeds the spread" else ""
     return f"{difference['mean']:+.2f}{error}{star}"
+
+
+def _p(value: float | None) -> str:
+    return "-" if value is None else "< 0.0001" if value < 1e-4 else f"{value:.4f}"
 
 
 def _table(headings: list[str], rows: list[list[str]]) -> str:
@@ -241,10 +287,6 @@ def _draw_score(axes: Axes, comparison: dict[str, Any]) -> None:
         )
     axes.set_xticks(range(len(comparison["methods"])), list(comparison["methods"]), **_SLANTED)
     axes.set_xlabel("method (a point for each seed)")
-    axes.set_ylabel(
-        "mean ratio to the teacher's perplexity"
-        if comparison["teacher_ppl"] is not None
-        else "geometric mean of perplexity over domains"
-    )
+    axes.set_ylabel(comparison["metrics"]["score"])
     axes.margins(x=0.15)
     tidy(axes)

@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from ddk_ds.comm import SingleProcess
 from ddk_ds.comparison.method_stages import SUFFIXES
+from ddk_ds.comparison.paired_tests import corrected, paired_difference, ranking, spread
 from ddk_ds.comparison.teacher_cost import TeacherCost, teacher_cost, teacher_costs, teacher_remarks
 from ddk_ds.config import load_run_config
 from ddk_ds.engine.flops import model_flops, run_flops
@@ -24,9 +25,11 @@ from ddk_ds.engine.model_files import model_directory, read_model
 from ddk_ds.errors import DataError, UserError
 from ddk_ds.run_files import UNREADABLE, check_end, complete_files, is_finished, read_events, read_ledger, read_summary
 
-_T95 = (12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622, 2.2281)
-"""Two-sided 95 % quantiles of Student's t for 1 to 10 degrees of freedom."""
-_Z95 = 1.959964
+Perplexities = Mapping[str, float]
+"""Perplexity by domain."""
+Metric = Callable[[Perplexities], float]
+ByLabel = Mapping[str, Mapping[str, Mapping[int, float]]]
+"""Values by label, by metric or domain, and by seed."""
 _SAME = 1e-4
 """Relative difference below which two measurements of one model count as equal: other ranks round differently."""
 
@@ -44,6 +47,8 @@ class RunCost:
     flops: float | None
     """FLOPs of training and evaluation; None where the models' files are gone."""
     evaluation_flops: float | None
+    controller_s: float = 0.0
+    """Time of rank 0 in the controller's decisions, a part of the evaluation's."""
     teacher: TeacherCost | None = None
     """The teacher's part; None for a run without one."""
 
@@ -57,33 +62,8 @@ class Result:
     summary: dict[str, Any]
     cost: RunCost
     earlier: tuple[RunCost, ...] = ()
-
-
-@dataclass(frozen=True)
-class Spread:
-    """Mean and spread of one quantity over seeds."""
-
-    mean: float
-    sd: float | None
-    """Sample standard deviation (n - 1); None with one value."""
-    values: tuple[float, ...]
-
-
-@dataclass(frozen=True)
-class Difference:
-    """Difference of one quantity between a method and the baseline, paired by seed."""
-
-    seeds: int
-    """Seeds that both have."""
-    mean: float | None
-    """Method minus baseline; None without a common seed."""
-    standard_error: float | None
-    low: float | None
-    """Lower end of the mean's 95 % t interval; None with fewer than two seeds."""
-    high: float | None
-    """Upper end of that interval."""
-    verdict: str
-    """Sentence about the difference and the spread, for the report."""
+    train_tokens: Mapping[str, int] | None = None
+    """Tokens of each domain's training split; None if an older version wrote the run."""
 
 
 def compare_runs(
@@ -124,9 +104,15 @@ def read_results(
         if (labels is None or label in labels) and (seeds is None or seed in seeds):
             stages = [directory / f"{path.name}-{suffix}" for suffix in SUFFIXES]
             earlier = tuple(run_cost(stage) for stage in stages if is_finished(stage))
-            results.append(Result(label, seed, read_summary(path), run_cost(path), earlier))
+            results.append(Result(label, seed, read_summary(path), run_cost(path), earlier, _train_tokens(path)))
     order = list(labels or sorted({result.label for result in results}))
     return sorted(results, key=lambda result: (order.index(result.label), result.seed))
+
+
+def _train_tokens(run_dir: Path) -> Mapping[str, int] | None:
+    """Return the tokens of each domain's training split as the run's first start recorded them, or None."""
+    events = read_events(run_dir)
+    return next((event["mixture"]["train_tokens"] for event in events if "mixture" in event), None)
 
 
 def run_cost(run_dir: Path) -> RunCost:
@@ -138,7 +124,8 @@ def run_cost(run_dir: Path) -> RunCost:
     check_end(run_dir, records, summary["steps"])
     config = load_run_config(run_dir)
     measurements = [record for record in records if record["kind"] in ("interval", "end")]
-    evaluation_s = _clock(measurements, "measure_s") + _clock(measurements, "controller_s")
+    controller_s = _clock(measurements, "controller_s")
+    evaluation_s = _clock(measurements, "measure_s") + controller_s
     steps_s = _clock(records, "step_s")
     teacher = flops = cost = None
     try:
@@ -164,6 +151,7 @@ def run_cost(run_dir: Path) -> RunCost:
         evaluation_time_share=evaluation_s / max(evaluation_s + steps_s, 1e-9),
         flops=None if flops is None else flops.own,
         evaluation_flops=None if flops is None else flops.evaluation,
+        controller_s=controller_s,
         teacher=cost,
     )
 
@@ -196,60 +184,110 @@ def compare(results: Sequence[Result], baseline: str) -> dict[str, Any]:
             raise DataError(f"{result.label}-s{result.seed} has other domains than {labels[0]}: nothing to compare")
     teachers = [result for result in results if result.summary["domains"][0]["teacher_ppl"] is not None]
     teacher = _by_domain(teachers[0], "teacher_ppl") if teachers else None
+    tokens = next((result.train_tokens for result in results if result.train_tokens), None)
     start = _by_domain(results[0], "student_ppl_before")
-    after = {(r.label, r.seed): _by_domain(r, "student_ppl_after") for r in results}
-    # Without any teacher there is no ratio: the geometric mean scores a model over all domains.
-    score = {key: _mean_ratio(ppl, teacher) if teacher else _geometric_mean(ppl) for key, ppl in after.items()}
-
-    def values(label: str, domain: str | None) -> dict[int, float]:
-        by_run = score if domain is None else {key: ppl[domain] for key, ppl in after.items()}
-        return {seed: value for (method, seed), value in by_run.items() if method == label}
-
+    metrics = _metrics(teacher, tokens)
+    after = {
+        label: {r.seed: _by_domain(r, "student_ppl_after") for r in results if r.label == label} for label in labels
+    }
+    values = {
+        label: _by_seed(by_seed, {key: metric for key, (_, metric) in metrics.items()})
+        for label, by_seed in after.items()
+    }
+    ppl = {label: _by_seed(by_seed, {name: itemgetter(name) for name in names}) for label, by_seed in after.items()}
     taught: dict[str, list[TeacherCost]] = {}
     for result in results:
         if result.cost.teacher is not None:
             taught.setdefault(result.label, []).append(result.cost.teacher)
-    quantities = {"score": None, **{name: name for name in names}}
     return {
-        "score": "mean ratio to the teacher" if teacher else "geometric mean perplexity",
+        "metrics": {key: title for key, (title, _) in metrics.items()},
         "baseline": baseline,
         "domains": names,
+        "train_tokens": tokens,
         "teacher_ppl": teacher,
         "start_ppl": start,
-        "start_score": _mean_ratio(start, teacher) if teacher else _geometric_mean(start),
+        "teacher": teacher and {key: metric(teacher) for key, (_, metric) in metrics.items()},
+        "start": {key: metric(start) for key, (_, metric) in metrics.items()},
         "methods": {
             label: {
-                "seeds": list(values(label, None)),
-                "score": asdict(spread(values(label, None).values())),
-                "ppl": {name: asdict(spread(values(label, name).values())) for name in names},
+                "seeds": list(after[label]),
+                **{key: asdict(spread(by_seed.values())) for key, by_seed in values[label].items()},
+                "worst_domains": teacher and dict(Counter(_worst(one, teacher)[1] for one in after[label].values())),
+                "ppl": {name: asdict(spread(by_seed.values())) for name, by_seed in ppl[label].items()},
                 **_costs([result for result in results if result.label == label]),
             }
             for label in labels
         },
+        "ranking": ranking({label: values[label]["score"] for label in labels}),
         "teacher_cost": teacher_costs(taught),
-        "differences": {
-            label: {
-                key: asdict(paired_difference(values(label, name), values(baseline, name)))
-                for key, name in quantities.items()
-            }
-            for label in labels
-            if label != baseline and baseline in labels
-        },
+        "differences": {} if baseline not in labels else _differences(values, ppl, baseline),
         "remarks": _remarks(results, start, teacher)
         + teacher_remarks(taught)
         + ([] if baseline in labels else [f"no run of the baseline {baseline} is finished"]),
     }
 
 
+def _metrics(teacher: Perplexities | None, tokens: Mapping[str, int] | None) -> dict[str, tuple[str, Metric]]:
+    """Return each metric that can be computed of a model's perplexities by domain, with its title.
+
+    Less is better in all. `tokens` are the sizes of the domains; `teacher` its perplexities.
+    """
+    found: dict[str, tuple[str, Metric]] = {}
+    if teacher is None:
+        # Without any teacher there is no ratio: the geometric mean scores a model over all domains.
+        found["score"] = ("geometric mean perplexity", _geometric_mean)
+    else:
+        found["score"] = ("mean ratio to the teacher", lambda ppl: _mean_ratio(ppl, teacher))
+        found["worst_ratio"] = ("worst domain's ratio", lambda ppl: _worst(ppl, teacher)[0])
+    if tokens is not None:
+        found["loss"] = ("loss by size, nats a token", lambda ppl: _loss_by_size(ppl, tokens))
+    return found
+
+
+def _by_seed(after: Mapping[int, Perplexities], metrics: Mapping[str, Metric]) -> dict[str, dict[int, float]]:
+    return {key: {seed: metric(ppl) for seed, ppl in after.items()} for key, metric in metrics.items()}
+
+
+def _differences(values: ByLabel, ppl: ByLabel, baseline: str) -> dict[str, dict[str, Any]]:
+    """Return each label's differences to the baseline: of each metric, and by domain as "ppl".
+
+    The tests of one metric are corrected for one another, and so are those of all domains.
+    """
+    families = [_family(values, baseline, [metric]) for metric in values[baseline]]
+    by_domain = _family(ppl, baseline, list(ppl[baseline]))
+    return {
+        label: {key: one for family in families for key, one in family[label].items()} | {"ppl": by_domain[label]}
+        for label in values
+        if label != baseline
+    }
+
+
+def _family(values: ByLabel, baseline: str, keys: Sequence[str]) -> dict[str, dict[str, Any]]:
+    cells = [(label, key) for label in values if label != baseline for key in keys]
+    tests = corrected([paired_difference(values[label][key], values[baseline][key]) for label, key in cells])
+    found: dict[str, dict[str, Any]] = {}
+    for (label, key), test in zip(cells, tests, strict=True):
+        found.setdefault(label, {})[key] = asdict(test)
+    return found
+
+
 def _by_domain(result: Result, key: str) -> dict[str, float]:
     return {domain["name"]: domain[key] for domain in result.summary["domains"]}
 
 
-def _mean_ratio(ppl: Mapping[str, float], teacher: Mapping[str, float]) -> float:
+def _mean_ratio(ppl: Perplexities, teacher: Perplexities) -> float:
     return math.fsum(ppl[name] / teacher[name] for name in ppl) / len(ppl)
 
 
-def _geometric_mean(ppl: Mapping[str, float]) -> float:
+def _worst(ppl: Perplexities, teacher: Perplexities) -> tuple[float, str]:
+    return max((ppl[name] / teacher[name], name) for name in ppl)
+
+
+def _loss_by_size(ppl: Perplexities, tokens: Mapping[str, int]) -> float:
+    return math.fsum(tokens[name] * math.log(ppl[name]) for name in ppl) / sum(tokens[name] for name in ppl)
+
+
+def _geometric_mean(ppl: Perplexities) -> float:
     return math.exp(math.fsum(math.log(value) for value in ppl.values()) / len(ppl))
 
 
@@ -270,6 +308,7 @@ def _costs(results: Sequence[Result]) -> dict[str, Any]:
         "flops": flops,
         "evaluation_flops_share": None if not flops or evaluation is None else evaluation / flops,
         "evaluation_time_share": mean(r.cost.evaluation_time_share for r in results),
+        "controller_s": mean(r.cost.controller_s for r in results),
         "earlier_tokens": mean(sum(cost.tokens for cost in r.earlier) for r in results),
         "earlier_wall_s": mean(math.fsum(cost.wall_s for cost in r.earlier) for r in results),
         "earlier_flops": mean(_total(cost.flops for cost in r.earlier) for r in results),
@@ -305,44 +344,6 @@ def _remarks(results: Sequence[Result], start: Mapping[str, float], teacher: Map
     if max(tokens) > 1.01 * min(tokens):
         remarks.append(f"the runs trained on {min(tokens):,} to {max(tokens):,} tokens, so not on the same number")
     return remarks
-
-
-def spread(values: Iterable[float]) -> Spread:
-    """Return the mean and the sample standard deviation, which is None for a single value."""
-    array = np.array(list(values), np.float64)
-    return Spread(float(array.mean()), float(array.std(ddof=1)) if len(array) > 1 else None, tuple(array.tolist()))
-
-
-def t_quantile(degrees: int) -> float:
-    """Return the two-sided 95 % quantile of Student's t.
-
-    Beyond 10 degrees of freedom it is the expansion around the normal distribution's quantile (Abramowitz and Stegun,
-    26.7.5), which is off by less than 2e-4 there.
-    """
-    if degrees <= len(_T95):
-        return _T95[degrees - 1]
-    z, n = _Z95, degrees
-    terms = (
-        (z**3 + z) / (4 * n),
-        (5 * z**5 + 16 * z**3 + 3 * z) / (96 * n**2),
-        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * n**3),
-    )
-    return z + math.fsum(terms)
-
-
-def paired_difference(method: Mapping[int, float], baseline: Mapping[int, float]) -> Difference:
-    """Compare values by seed over the seeds that both have: method minus baseline, with a paired t interval."""
-    seeds = sorted(method.keys() & baseline.keys())
-    if not seeds:
-        return Difference(0, None, None, None, None, "no seed in common")
-    differences = spread(method[seed] - baseline[seed] for seed in seeds)
-    if differences.sd is None:
-        return Difference(1, differences.mean, None, None, None, "one seed: no spread is known")
-    error = differences.sd / math.sqrt(len(seeds))
-    half = t_quantile(len(seeds) - 1) * error
-    low, high = differences.mean - half, differences.mean + half
-    verdict = "exceeds the spread" if low > 0 or high < 0 else "does not exceed the spread"
-    return Difference(len(seeds), differences.mean, error, low, high, verdict)
 
 
 def _ranks_and_versions(events: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Comparing methods: statistics as computed by hand, jobs, stages, and the report on made-up runs."""
+"""Comparing methods: jobs, stages, and the report on made-up runs."""
 
 from __future__ import annotations
 
@@ -22,16 +22,7 @@ from ddk_ds.comparison import method_stages as stages
 from ddk_ds.comparison.comparison_jobs import SUITES, ComparisonPlan, read_grid
 from ddk_ds.comparison.comparison_report import draw, markdown
 from ddk_ds.comparison.method_stages import STAGES, Job, run_job
-from ddk_ds.comparison.results_table import (
-    Result,
-    RunCost,
-    compare,
-    paired_difference,
-    read_results,
-    run_cost,
-    spread,
-    t_quantile,
-)
+from ddk_ds.comparison.results_table import Result, RunCost, compare, read_results, run_cost
 from ddk_ds.config import load_config, to_yaml
 from ddk_ds.data.mds import read_index
 from ddk_ds.data.store import LocalStore
@@ -97,43 +88,6 @@ def result(label: str, seed: int, after: list[float], teacher: list[float] | Non
     return Result(label, seed, summary(teacher, [8.0, 40.0], after), COST, **more)
 
 
-def test_mean_and_sample_standard_deviation() -> None:
-    found = spread([2.0, 4.0, 9.0])  # mean 5, squares 9 + 1 + 16 = 26, over 2: 13
-    assert found.mean == 5.0
-    assert found.sd == pytest.approx(math.sqrt(13.0), rel=1e-14)
-    assert spread([3.0]).sd is None
-
-
-@pytest.mark.parametrize(
-    ("degrees", "expected"),
-    [(1, 12.7062), (2, 4.3027), (4, 2.7764), (10, 2.2281), (11, 2.2010), (15, 2.1314), (30, 2.0423), (120, 1.9799)],
-)
-def test_quantiles_are_those_of_published_tables(degrees: int, expected: float) -> None:
-    assert t_quantile(degrees) == pytest.approx(expected, abs=2e-4)
-
-
-def test_differences_are_paired_by_seed() -> None:
-    # Differences 1, 2, 3: mean 2, sd 1, standard error 1 / sqrt(3), interval 2 -+ 4.3027 / sqrt(3) = -0.484 .. 4.484.
-    wide = paired_difference({0: 11.0, 1: 22.0, 2: 33.0}, {2: 30.0, 1: 20.0, 0: 10.0, 7: 99.0})
-    assert (wide.seeds, wide.mean) == (3, 2.0)
-    assert wide.standard_error == pytest.approx(1 / math.sqrt(3))
-    assert (wide.low, wide.high) == (pytest.approx(-0.48416, abs=1e-4), pytest.approx(4.48416, abs=1e-4))
-    assert wide.verdict == "does not exceed the spread"
-    # Unpaired, the seeds' own differences of 10 would hide this one.
-    close = paired_difference({0: 12.0, 1: 22.1, 2: 31.9}, {0: 10.0, 1: 20.0, 2: 30.0})
-    assert close.verdict == "exceeds the spread"
-    lower = paired_difference({0: 8.0, 1: 18.1}, {0: 10.0, 1: 20.0})
-    assert (lower.low, lower.high) == (pytest.approx(-2.5853, abs=1e-3), pytest.approx(-1.3147, abs=1e-3))
-    assert lower.verdict == "exceeds the spread"
-
-
-def test_without_seeds_no_spread_is_known() -> None:
-    one = paired_difference({0: 3.0, 1: 5.0}, {1: 1.0})
-    assert (one.seeds, one.mean, one.standard_error, one.low) == (1, 4.0, None, None)
-    assert one.verdict == "one seed: no spread is known"
-    assert paired_difference({0: 3.0}, {1: 1.0}).verdict == "no seed in common"
-
-
 def test_a_method_without_teacher_is_held_against_the_others_teacher() -> None:
     teacher = [4.0, 10.0]
     runs = [
@@ -142,20 +96,34 @@ def test_a_method_without_teacher_is_held_against_the_others_teacher() -> None:
     ]
     found = compare(runs, "kd")
     assert found["teacher_ppl"] == {"a": 4.0, "b": 10.0}
-    assert found["start_score"] == (8 / 4 + 40 / 10) / 2
+    assert found["start"] == {"score": (8 / 4 + 40 / 10) / 2, "worst_ratio": 4.0}
     assert found["methods"]["cpt"]["score"]["values"] == ((6 / 4 + 2) / 2, (7 / 4 + 2) / 2)
     assert found["methods"]["kd"]["ppl"]["a"]["mean"] == 5.5
     assert found["differences"]["cpt"]["score"]["mean"] == pytest.approx(0.125)
-    assert found["differences"]["cpt"]["a"] == {
-        **{"seeds": 2, "mean": 1.0, "standard_error": 0.0, "low": 1.0, "high": 1.0},
+    assert found["differences"]["cpt"]["ppl"]["a"] == {
+        **{"seeds": 2, "mean": 1.0, "standard_error": 0.0, "low": 1.0, "high": 1.0, "p": 0.0, "p_holm": 0.0},
         "verdict": "exceeds the spread",
     }
     assert found["remarks"] == []
 
 
+def test_the_worst_domain_and_the_loss_by_size() -> None:
+    teacher, tokens = [4.0, 10.0], {"a": 300, "b": 100}
+    after = ([5.0, 20.0], [5.0, 30.0], [9.0, 20.0])
+    found = compare([result("kd", i, ppl, teacher, train_tokens=tokens) for i, ppl in enumerate(after)], "kd")
+    kd = found["methods"]["kd"]
+    assert kd["worst_ratio"]["values"] == (2.0, 3.0, 2.25) and kd["worst_domains"] == {"b": 2, "a": 1}
+    losses = [0.75 * math.log(a) + 0.25 * math.log(b) for a, b in after]
+    assert kd["loss"]["values"] == pytest.approx(losses)
+    assert found["teacher"] == {"score": 1.0, "worst_ratio": 1.0, "loss": pytest.approx(math.log(4**0.75 * 10**0.25))}
+    text = markdown(found | {"ranks": [1], "versions": {}})
+    assert "| worst domain's ratio | 1.000 | 4.000 | 2.417 ± 0.520 b (2), a (1) |" in text
+    assert "loss by size, nats a token" in text and "## Ranking" not in text
+
+
 def test_without_any_teacher_the_score_is_the_geometric_mean() -> None:
     found = compare([result("cpt", 0, [4.0, 9.0])], "cpt")
-    assert (found["score"], found["teacher_ppl"]) == ("geometric mean perplexity", None)
+    assert (found["metrics"], found["teacher"]) == ({"score": "geometric mean perplexity"}, None)
     assert found["methods"]["cpt"]["score"]["mean"] == pytest.approx(6.0)
 
 

@@ -15,7 +15,7 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-from ddk_ds.comparison.results_table import paired_difference, spread
+from ddk_ds.comparison.paired_tests import paired_difference, spread
 from ddk_ds.run_files import read_summary
 
 CLONE = Path(__file__).resolve().parents[2]
