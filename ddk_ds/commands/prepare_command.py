@@ -45,6 +45,8 @@ LOSSES = {
     "cut": "cut at\nmax_chars",
     "tail_tokens": "tokens that\nfill no sample",
 }
+NOT_ALWAYS = {"near_duplicates": "near\nduplicates"}
+"""Columns of the table of losses that it has only where there are some."""
 RARE = {
     "bad_lines": "lines of jsonl files that hold no text were skipped (skip_bad_lines)",
     "control_tokens": "control tokens that the text spells were split into ordinary tokens or dropped",
@@ -260,10 +262,12 @@ def losses(manifest: Manifest) -> Table:
     """Return the table of dropped documents by domain and reason; its last column counts tokens."""
     result = Table(title="Dropped", box=box.SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
     result.add_column("domain")
-    for head in LOSSES.values():
+    found = {reason for reason in NOT_ALWAYS for domain in manifest.domains.values() if getattr(domain.dropped, reason)}
+    reasons = {**LOSSES, **{reason: NOT_ALWAYS[reason] for reason in NOT_ALWAYS if reason in found}}
+    for head in reasons.values():
         result.add_column(head, justify="right", no_wrap=True)
     for name, domain in manifest.domains.items():
-        result.add_row(name, *(f"{getattr(domain.dropped, reason):,}" for reason in LOSSES))
+        result.add_row(name, *(f"{getattr(domain.dropped, reason):,}" for reason in reasons))
     return result
 
 

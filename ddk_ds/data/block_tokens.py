@@ -53,7 +53,7 @@ class TokensStage:
             batches = text.batches(seen, directory, position, dropped, Meter())
             spool = Spool(directory, "block", job.dtype)
             try:
-                for batch, encoded in encode(batches):
+                for batch, encoded, _ in encode(batches):
                     spool.append_batch(batch, encoded)
                     control_tokens += encoded.control_tokens
                 seen.check_end()

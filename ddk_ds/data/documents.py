@@ -12,6 +12,7 @@ import io
 import itertools
 import json
 import re
+import tarfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -21,21 +22,21 @@ from typing import Any, BinaryIO, Protocol, cast
 
 import pyarrow
 import zstandard
-from pyarrow import parquet
 
+from ddk_ds.data.columns import Values, parquet_values
+from ddk_ds.data.hf_datasets import saved_values
 from ddk_ds.data.recipe import Domain, Format, SourceFile
 from ddk_ds.data.remote import downloaded
+from ddk_ds.data.tars import tar_samples
 from ddk_ds.errors import DataError
 
-_DAMAGE = (OSError, EOFError, zlib.error, zstandard.ZstdError, pyarrow.ArrowException)
+_DAMAGE = (OSError, EOFError, zlib.error, zstandard.ZstdError, tarfile.TarError, pyarrow.ArrowException)
 _BLOCK_END = re.compile(r"<\s*(?:/(?:p|li|ul|ol|dl|dd|dt|h\d|div|tr|table|note)|br\s*/?)\s*>", re.IGNORECASE)
 _TAG = re.compile(r"<[^<>]+>")
 _BLANK_LINES = re.compile(r"\s*\n\s*")
 _READ_BYTES = 1 << 17
 # Zstandard makes up to 32,000 bytes of one, and gives all of them at once.
 _ZSTD_BYTES = 1 << 12
-_PARQUET_ROWS = 128
-_PARQUET_BYTES = 1 << 24
 _HASHED_CHARS = 1 << 20
 MAX_DOCUMENT_BYTES = 1 << 30
 """Size of the largest document, or line of a jsonl file, that is read.
@@ -74,7 +75,7 @@ class Dropped:
     `missing` texts are null and `undecodable` ones are not UTF-8; documents `cut` at max_chars are kept. `bad_lines` of
     jsonl files hold no text and are skipped. `control_tokens` that a text spells are split into others or dropped.
     Long documents are encoded in parts: at `unproven_cuts` places between two parts a token may differ from that of the
-    complete document.
+    complete document. `near_duplicates` are those that MinHash finds (near_duplicates.py).
     """
 
     duplicates: int = 0
@@ -86,6 +87,7 @@ class Dropped:
     bad_lines: int = 0
     control_tokens: int = 0
     unproven_cuts: int = 0
+    near_duplicates: int = 0
 
 
 @dataclass
@@ -185,12 +187,14 @@ def read_texts(
 ) -> Iterator[str]:
     """Yield every text of one file, uncut; undecodable files (jsonl: lines) and nulls are skipped and counted.
 
-    Up to `file.skip_bad_lines` lines of jsonl that hold no text are skipped too.
+    Up to `file.skip_bad_lines` lines of jsonl, or samples of a tar, that hold no text are skipped too.
 
     Formats: in `text` the file is one document; in `jsonl` each line is an object with its text in `text_field`; in
     `json_strings` the file is one JSON value, and each string under the key `text_field` at any depth is a document; in
-    `parquet` each row is a document with its text in the column `text_field`. All formats except parquet can be
-    compressed (.gz, .zst).
+    `parquet` and `arrow` (files of datasets' save_to_disk) each row is a document with its text in the column
+    `text_field`; in `webdataset` each sample of a tar is one, with its text in the member `text_field` or, for
+    `json.FIELD`, in a field of the member `json`. All formats except parquet and arrow can be compressed (.gz, .zst).
+    A data set on a hub is read as its stream (hf_datasets.py).
 
     Args:
         meter: counts the bytes read.
@@ -200,26 +204,47 @@ def read_texts(
         DataError: names the file, and the line where there is one.
     """
     meter = meter or Meter()
-    if file.remote is not None:
+    if file.shard is not None:
+        yield from _stripped(_column(file.shard.values(file.source.text_field), 0, file, dropped, meter), file)
+    elif file.remote is not None:
         with downloaded(file.remote, scratch) as path:
             yield from _read(path, file, dropped, meter)
     else:
         yield from _read(file.path, file, dropped, meter)
 
 
+def check_first_texts(files: Sequence[SourceFile]) -> None:
+    """Read the first text of each source that has a field for it, so that a wrong field is an error before the work.
+
+    Only files on this machine are read; the columns of a hub's data set were looked at when it was listed.
+
+    Raises DataError as `read_texts` does.
+    """
+    for file in {id(file.source): file for file in reversed(files)}.values():
+        if file.remote is None and (file.source.format or _format_of(file.path)) not in ("text", "json_strings"):
+            next(read_texts(file, Dropped()), None)
+
+
 def _read(path: Path, file: SourceFile, dropped: Dropped, meter: Meter) -> Iterator[str]:
     reader = _READERS[file.source.format or _format_of(path)]
     try:
-        for text in reader(path, file, dropped, meter):
-            yield _strip_html(text) if file.source.strip_html else text
+        yield from _stripped(reader(path, file, dropped, meter), file)
     except _DAMAGE as error:
         raise DataError(f"{file.where} cannot be read: {error}; repair or exclude it in the recipe") from error
 
 
+def _stripped(texts: Iterator[str], file: SourceFile) -> Iterator[str]:
+    return map(_strip_html, texts) if file.source.strip_html else texts
+
+
+_BY_SUFFIX: dict[str, Format] = {".parquet": "parquet", ".arrow": "arrow", ".tar": "webdataset"}
+
+
 def _format_of(path: Path) -> Format:
     name = path.name.lower().removesuffix(".gz").removesuffix(".zst")
-    if name.endswith(".parquet"):
-        return "parquet"
+    for suffix, kind in _BY_SUFFIX.items():
+        if name.endswith(suffix):
+            return kind
     # Corpora publish .json.gz files with one object in each line (C4); a plain .json file is read as one text.
     line_suffixes = (".jsonl", ".ndjson") if name == path.name.lower() else (".jsonl", ".ndjson", ".json")
     return "jsonl" if name.endswith(line_suffixes) else "text"
@@ -351,11 +376,9 @@ def _read_jsonl(path: Path, file: SourceFile, dropped: Dropped, meter: Meter) ->
             if not line or line.isspace():
                 continue
             try:
-                text = _field(_parse_json(line, where, "jsonl"), file, where)
+                text = _field(_parse_json(line, where, "jsonl"), file.source.text_field, where)
             except DataError as error:
-                if dropped.bad_lines >= file.skip_bad_lines:
-                    raise DataError(f"{error}; skip_bad_lines of the domain is {file.skip_bad_lines}") from None
-                dropped.bad_lines += 1
+                _skip_bad(error, file, dropped)
                 continue
             line = ""  # memory need not hold a long one beside its text
             if text is None:
@@ -371,35 +394,56 @@ def _read_json_strings(path: Path, file: SourceFile, dropped: Dropped, meter: Me
 
 
 def _read_parquet(path: Path, file: SourceFile, dropped: Dropped, meter: Meter) -> Iterator[str]:
-    column = file.source.text_field
-    size, start, rows = path.stat().st_size, meter.disk_bytes, 0
-    with parquet.ParquetFile(path) as table:
-        names = table.schema_arrow.names
-        if column not in names:
-            raise DataError(f"{file.where} has no column {column!r}; set text_field to one of {', '.join(names)}")
-        kind = table.schema_arrow.field(column).type
-        if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
-            raise DataError(f"{file.where}: column {column!r} holds {kind}, no text; set text_field to another")
-        batch_rows = max(1, min(_PARQUET_ROWS, _PARQUET_BYTES // _mean_row_bytes(table, column)))
-        for batch in table.iter_batches(batch_size=batch_rows, columns=[column]):
-            rows += batch.num_rows
-            meter.disk_bytes = start + size * rows // table.metadata.num_rows
-            # Cast to bytes, because pyarrow does not check that a writer's strings are UTF-8.
-            for data in batch.column(0).cast(pyarrow.large_binary()).to_pylist():
-                _refuse_longer(len(data or b""), f"{file.where}: a row of {column!r}")
-                text = None if data is None else _decode(data, dropped)
-                dropped.missing += data is None
-                if text is not None:
-                    yield text
-    meter.disk_bytes = start + size
+    values = parquet_values(path, file.source.text_field, file.where)
+    return _column(values, path.stat().st_size, file, dropped, meter)
 
 
-def _mean_row_bytes(table: parquet.ParquetFile, column: str) -> int:
-    """Return the mean bytes of a column's values in the row group where they are largest, at least 1."""
-    content = table.metadata
-    number = next(leaf for leaf in range(content.num_columns) if content.schema.column(leaf).path == column)
-    groups = [content.row_group(group) for group in range(content.num_row_groups)]
-    return max(1, *(group.column(number).total_uncompressed_size // max(group.num_rows, 1) for group in groups), 1)
+def _read_arrow(path: Path, file: SourceFile, dropped: Dropped, meter: Meter) -> Iterator[str]:
+    values = saved_values(path, file.source.text_field, file.where)
+    return _column(values, path.stat().st_size, file, dropped, meter)
+
+
+def _column(
+    values: Iterator[Values], num_bytes: int, file: SourceFile, dropped: Dropped, meter: Meter
+) -> Iterator[str]:
+    """Yield the texts of a column; the meter counts a share of the file's `num_bytes`."""
+    start = meter.disk_bytes
+    for share, batch in values:
+        meter.disk_bytes = start + int(num_bytes * share)
+        for data in batch:
+            _refuse_longer(len(data or b""), f"{file.where}: a row of {file.source.text_field!r}")
+            text = None if data is None else _decode(data, dropped)
+            dropped.missing += data is None
+            if text is not None:
+                yield text
+    meter.disk_bytes = start + num_bytes
+
+
+def _read_webdataset(path: Path, file: SourceFile, dropped: Dropped, meter: Meter) -> Iterator[str]:
+    name = file.source.text_field
+    member, field = ("json", name.removeprefix("json.")) if name.startswith("json.") else (name, "")
+    with _opened(path, meter) as stream:
+        for sample, data, members in tar_samples(stream, member, file.where, MAX_DOCUMENT_BYTES):
+            where = f"{file.where}, sample {sample!r}"
+            if data is None:
+                fault = (
+                    f"{where} has no member {member!r} (it has {members}); set text_field (json.FIELD: inside .json)"
+                )
+                _skip_bad(DataError(fault), file, dropped)
+                continue
+            text = _decode(data, dropped)
+            if text is None:
+                continue
+            if field:
+                try:
+                    text = _field(_parse_json(text, where, "webdataset"), field, where)
+                except DataError as error:
+                    _skip_bad(error, file, dropped)
+                    continue
+            if text is None:
+                dropped.missing += 1
+            else:
+                yield text
 
 
 _READERS: dict[Format, Callable[[Path, SourceFile, Dropped, Meter], Iterator[str]]] = {
@@ -407,6 +451,8 @@ _READERS: dict[Format, Callable[[Path, SourceFile, Dropped, Meter], Iterator[str
     "jsonl": _read_jsonl,
     "json_strings": _read_json_strings,
     "parquet": _read_parquet,
+    "arrow": _read_arrow,
+    "webdataset": _read_webdataset,
 }
 
 
@@ -417,8 +463,14 @@ def _parse_json(text: str, where: str, kind: Format) -> Any:
         raise DataError(f"{where} is not JSON ({error}); it is read as {kind}: set format in the recipe") from None
 
 
-def _field(record: Any, file: SourceFile, where: str) -> str | None:
-    name = file.source.text_field
+def _skip_bad(error: DataError, file: SourceFile, dropped: Dropped) -> None:
+    """Count a line or sample that holds no text; raise its error if the domain may skip no more of them."""
+    if dropped.bad_lines >= file.skip_bad_lines:
+        raise DataError(f"{error}; skip_bad_lines of the domain is {file.skip_bad_lines}") from None
+    dropped.bad_lines += 1
+
+
+def _field(record: Any, name: str, where: str) -> str | None:
     text = record.get(name) if isinstance(record, dict) else None
     if not isinstance(text, str) and not (isinstance(record, dict) and name in record and text is None):
         has = f"has the fields {', '.join(record)}" if isinstance(record, dict) else "is not an object"

@@ -24,6 +24,7 @@ import numpy.typing as npt
 
 from ddk_ds.data.long_documents import Part
 from ddk_ds.data.mds import Ids
+from ddk_ds.data.near_duplicates import NearKeys
 from ddk_ds.data.tokenizer import TokenizerInfo, load_tokenizer
 from ddk_ds.errors import DataError
 
@@ -41,20 +42,30 @@ class Encoded(NamedTuple):
     control_tokens: int
 
 
+Keys = list[list[int]]
+"""The keys of each document, by which near ones are found; empty where they are not looked for."""
+
+
 class Batch(Protocol):
-    """Parts of documents that are encoded together. The encoder returns the batch object itself with the ids."""
+    """Parts of documents that are encoded together. The encoder returns the batch object itself with the ids.
+
+    `texts` are the complete documents that end in it.
+    """
 
     @property
     def parts(self) -> list[Part]: ...
+
+    @property
+    def texts(self) -> list[str]: ...
 
 
 AnyBatch = TypeVar("AnyBatch", bound=Batch)
 
 
 class BatchEncoder(Protocol):
-    """A function from batches to pairs (batch, its ids), in order; it reads only a few batches ahead."""
+    """A function from batches to (batch, its ids, its documents' keys), in order; it reads only a few batches ahead."""
 
-    def __call__(self, batches: Iterable[AnyBatch], /) -> Iterator[tuple[AnyBatch, Encoded]]: ...
+    def __call__(self, batches: Iterable[AnyBatch], /) -> Iterator[tuple[AnyBatch, Encoded, Keys]]: ...
 
 
 class TextEncoder:
@@ -80,15 +91,25 @@ class TextEncoder:
         return Encoded(joined, lengths, control_tokens)
 
 
-_encoder: TextEncoder | None = None
+class _Work:
+    """The work on a batch: the ids of its parts, and the keys of its documents if they are asked for."""
+
+    def __init__(self, directory: Path, dtype: str, bos: tuple[int, ...], near: NearKeys | None) -> None:
+        self._encode, self._near = TextEncoder(load_tokenizer(directory), dtype, bos), near
+
+    def __call__(self, parts: list[Part], texts: list[str]) -> tuple[Encoded, Keys]:
+        return self._encode(parts), self._near(texts) if self._near else []
 
 
-def _start_worker(directory: Path, dtype: str, bos: tuple[int, ...]) -> None:
-    global _encoder
+_work: _Work | None = None
+
+
+def _start_worker(directory: Path, dtype: str, bos: tuple[int, ...], near: NearKeys | None) -> None:
+    global _work
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends Ctrl-C to all: the parent ends its workers
     threading.Thread(target=end_with_parent, daemon=True).start()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
-    _encoder = TextEncoder(load_tokenizer(directory), dtype, bos)
+    _work = _Work(directory, dtype, bos, near)
 
 
 def end_with_parent() -> None:
@@ -99,30 +120,33 @@ def end_with_parent() -> None:
     os._exit(1)
 
 
-def _encode(parts: list[Part]) -> Encoded:
-    assert _encoder is not None, "_start_worker runs first in every worker"
-    return _encoder(parts)
+def _run(parts: list[Part], texts: list[str]) -> tuple[Encoded, Keys]:
+    assert _work is not None, "_start_worker runs first in every worker"
+    return _work(parts, texts)
 
 
 @contextmanager
-def batch_encoder(directory: Path, dtype: str, bos: tuple[int, ...], workers: int) -> Iterator[BatchEncoder]:
-    """Yield a function from batches of parts to their ids.
+def batch_encoder(
+    directory: Path, dtype: str, bos: tuple[int, ...], workers: int, near: NearKeys | None = None
+) -> Iterator[BatchEncoder]:
+    """Yield a function from batches of parts to their ids, and to the documents' keys.
 
     Args:
         directory: directory of the tokenizer.
         dtype: dtype of the ids.
         bos: ids at the beginning of each document.
         workers: number of encoding processes; 1: this process encodes.
+        near: computes the keys; None: they are not looked for.
 
     Raises:
         DataError: a worker died.
     """
     if workers == 1:
-        yield partial(_encode_here, TextEncoder(load_tokenizer(directory), dtype, bos))
+        yield partial(_encode_here, _Work(directory, dtype, bos, near))
         return
     # spawn: a fork would copy locks that the caller's threads hold (progress bar, tokenizers' own pool).
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, context, _start_worker, (directory, dtype, bos)) as pool:
+    with ProcessPoolExecutor(workers, context, _start_worker, (directory, dtype, bos, near)) as pool:
         try:
             yield partial(_encode_in_pool, pool, _BATCHES_AHEAD * workers)
         except BrokenProcessPool as error:
@@ -134,20 +158,20 @@ def batch_encoder(directory: Path, dtype: str, bos: tuple[int, ...], workers: in
             pool.shutdown(cancel_futures=True)
 
 
-def _encode_here(encoder: TextEncoder, batches: Iterable[AnyBatch]) -> Iterator[tuple[AnyBatch, Encoded]]:
+def _encode_here(work: _Work, batches: Iterable[AnyBatch]) -> Iterator[tuple[AnyBatch, Encoded, Keys]]:
     for batch in batches:
-        yield batch, encoder(batch.parts)
+        yield batch, *work(batch.parts, batch.texts)
 
 
 def _encode_in_pool(
     pool: ProcessPoolExecutor, max_waiting: int, batches: Iterable[AnyBatch]
-) -> Iterator[tuple[AnyBatch, Encoded]]:
-    waiting: deque[tuple[AnyBatch, Future[Encoded]]] = deque()
+) -> Iterator[tuple[AnyBatch, Encoded, Keys]]:
+    waiting: deque[tuple[AnyBatch, Future[tuple[Encoded, Keys]]]] = deque()
     for batch in batches:
-        waiting.append((batch, pool.submit(_encode, batch.parts)))
+        waiting.append((batch, pool.submit(_run, batch.parts, batch.texts)))
         if len(waiting) >= max_waiting:
-            first, encoded = waiting.popleft()
-            yield first, encoded.result()
+            first, done = waiting.popleft()
+            yield first, *done.result()
     while waiting:
-        first, encoded = waiting.popleft()
-        yield first, encoded.result()
+        first, done = waiting.popleft()
+        yield first, *done.result()

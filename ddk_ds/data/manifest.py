@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
@@ -58,7 +58,8 @@ class Manifest:
 
     `bos` are the ids at the beginning of each document. `probe_hash` says how the tokenizer cuts text (same_cuts.py);
     "" in data of earlier versions. `borders` is True if the samples have the borders of their documents, which data of
-    earlier versions lack. Samples of `packing` "best_fit" can be padded, in documents of one token each.
+    earlier versions lack. Samples of `packing` "best_fit" can be padded, in documents of one token each. `commits` are
+    those at which data sets of a hub were read, by their addresses in the recipe.
     """
 
     root: Path | str
@@ -72,6 +73,7 @@ class Manifest:
     probe_hash: str = ""
     borders: bool = False
     packing: Packing = "cut"
+    commits: Mapping[str, str] = field(default_factory=dict)
 
     def require(self, names: Sequence[str]) -> None:
         """Raise DataError if one of `names` is not among the domains."""
@@ -120,6 +122,7 @@ def write_manifest(manifest: Manifest) -> None:
         "dtype": manifest.dtype,
         "borders": manifest.borders,
         "packing": manifest.packing,
+        "commits": dict(manifest.commits),
         "tokenizer": {
             "fingerprint": manifest.tokenizer_fingerprint,
             "vocab_size": manifest.vocab_size,
@@ -180,6 +183,7 @@ def _parse(store: Store, text: bytes) -> Manifest:
             probe_hash=str(tokenizer.get("probe_hash", "")),
             borders=bool(content.get("borders", False)),
             packing=_packing(content.get("packing", "cut")),
+            commits={str(address): str(commit) for address, commit in content.get("commits", {}).items()},
         )
     except DataError:
         raise

@@ -19,14 +19,15 @@ import numpy as np
 import numpy.typing as npt
 
 from ddk_ds.data.best_fit import pack_best_fit
-from ddk_ds.data.documents import Dropped
+from ddk_ds.data.documents import Dropped, check_first_texts
 from ddk_ds.data.encoding import BatchEncoder, batch_encoder
 from ddk_ds.data.held_out import HeldOut, choose_validation
 from ddk_ds.data.long_documents import DocumentCutter
 from ddk_ds.data.manifest import FILE_NAME, DomainInfo, Manifest, Packing, SplitInfo, load_manifest, write_manifest
 from ddk_ds.data.mds import Ids, Lengths, pack, pack_lengths, token_dtype, write_split
+from ddk_ds.data.near_duplicates import NearKeys
 from ddk_ds.data.reading import DomainText, Progress, Spool
-from ddk_ds.data.recipe import Recipe, list_files
+from ddk_ds.data.recipe import Recipe, SourceFile, list_files
 from ddk_ds.data.same_cuts import probe_hash
 from ddk_ds.data.spooled import Spooled
 from ddk_ds.data.tokenizer import TokenizerInfo, load_tokenizer
@@ -94,18 +95,22 @@ def prepare(
     refuse_existing(out)
     info = tokenizer_with_eos(tokenizer)
     bos = bos_ids(recipe, info)
-    files = list_files(recipe)
+    near = NearKeys(recipe.minhash) if recipe.dedup == "minhash" else None
     with open_work(out.parent / f".{out.name}.partial", start_anew=start_anew) as work:
         refuse_existing(out)  # another process may have finished it in between
-        work.claim(plan_settings(info, bos, plan))
+        work.claim(plan_settings(recipe, info, bos, plan))
+        files = files_to_read(recipe, work)
         work.check_domains(recipe.domains, files)
+        for name in recipe.domains:
+            if work.result(name) is None:
+                check_first_texts(files[name])
         domains = {}
         cutter = DocumentCutter(info.text.tokenizer)
-        with batch_encoder(tokenizer, token_dtype(info.vocab_size), bos, plan.workers) as encode:
+        with batch_encoder(tokenizer, token_dtype(info.vocab_size), bos, plan.workers, near) as encode:
             for number, (name, domain) in enumerate(recipe.domains.items()):
-                text = DomainText(name, number, domain, files[name], plan.seed, cutter)
+                text = DomainText(name, number, domain, files[name], plan.seed, cutter, near is not None)
                 domains[name] = _prepare_domain(text, work, encode, info, plan, progress)
-        write_manifest(make_manifest(work.data, info, bos, plan, domains))
+        write_manifest(make_manifest(work.data, info, bos, plan, domains, files))
         work.data.rename(out)
     shutil.rmtree(work.path)
     return load_manifest(out)
@@ -117,6 +122,14 @@ def refuse_existing(out: Path) -> None:
         raise DataError(f"{out} already holds prepared data; choose another directory or delete it first")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise DataError(f"{out} exists and is not an empty directory; choose another directory")
+
+
+def files_to_read(recipe: Recipe, work: WorkDir) -> dict[str, list[SourceFile]]:
+    """Return the files of every domain, those of a hub at the commits with which the preparation began."""
+    commits = work.commits()
+    files = list_files(recipe, commits)
+    work.keep_commits(commits)
+    return files
 
 
 def tokenizer_with_eos(directory: Path) -> TokenizerInfo:
@@ -137,7 +150,7 @@ def bos_ids(recipe: Recipe, info: TokenizerInfo) -> tuple[int, ...]:
     return info.bos if add else ()
 
 
-def plan_settings(info: TokenizerInfo, bos: tuple[int, ...], plan: Plan) -> dict[str, Any]:
+def plan_settings(recipe: Recipe, info: TokenizerInfo, bos: tuple[int, ...], plan: Plan) -> dict[str, Any]:
     """Return the settings that all prepared data depend on. A preparation can continue only with the same settings."""
     return {
         "tokenizer": hashlib.sha256(info.path.read_bytes()).hexdigest(),
@@ -148,13 +161,19 @@ def plan_settings(info: TokenizerInfo, bos: tuple[int, ...], plan: Plan) -> dict
         "validation_fraction": plan.validation_fraction,
         "seed": plan.seed,
         "packing": plan.packing,
+        "dedup": recipe.minhash.model_dump() if recipe.dedup == "minhash" else "exact",
     }
 
 
 def make_manifest(
-    root: Path, info: TokenizerInfo, bos: tuple[int, ...], plan: Plan, domains: dict[str, DomainInfo]
+    root: Path,
+    info: TokenizerInfo,
+    bos: tuple[int, ...],
+    plan: Plan,
+    domains: dict[str, DomainInfo],
+    files: dict[str, list[SourceFile]],
 ) -> Manifest:
-    """Return the manifest of prepared data at `root`."""
+    """Return the manifest of data at `root` that were prepared from `files`."""
     assert info.eos_token_id is not None, "checked before"
     return Manifest(
         root=root,
@@ -168,6 +187,7 @@ def make_manifest(
         borders=True,
         packing=plan.packing,
         domains=domains,
+        commits={file.shard.address: file.shard.commit for found in files.values() for file in found if file.shard},
     )
 
 
@@ -193,9 +213,9 @@ def _pack_domain(
     text: DomainText, spool: Spool, reading: Reading, directory: Path, plan: Plan, info: TokenizerInfo
 ) -> DomainInfo:
     """Choose the held-out documents and write both splits."""
-    held_out, totals = choose_held_out(text.name, spool, plan, len(text.files), reading.dropped)
+    dropped = replace(reading.dropped, control_tokens=reading.control_tokens, near_duplicates=reading.near_duplicates)
+    held_out, totals = choose_held_out(text.name, spool, plan, len(text.files), dropped)
     shutil.rmtree(directory, ignore_errors=True)  # of a preparation that was killed here
-    dropped = replace(reading.dropped, control_tokens=reading.control_tokens)
     splits = []
     for validation, split in enumerate(("train", "validation")):
         ids = spool.ids(held_out, validation=bool(validation))

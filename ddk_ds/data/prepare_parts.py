@@ -20,7 +20,7 @@ from ddk_ds.data.block_keys import KeysStage, Taken, take_documents
 from ddk_ds.data.block_shards import ShardGroup, ShardsStage, SplitText, group_shards, join_groups
 from ddk_ds.data.block_tokens import TokensStage, sum_dropped, tokens_stem
 from ddk_ds.data.blocks import BLOCK_BYTES, Block, PartsJob, Stage, deal, missing, plan_blocks
-from ddk_ds.data.documents import Dropped
+from ddk_ds.data.documents import Dropped, check_first_texts
 from ddk_ds.data.engines import Engine, StageTask
 from ddk_ds.data.manifest import SPLITS, DomainInfo, Manifest, load_manifest, write_manifest
 from ddk_ds.data.mds import token_dtype
@@ -30,13 +30,14 @@ from ddk_ds.data.prepare import (
     bos_ids,
     choose_held_out,
     describe_split,
+    files_to_read,
     make_manifest,
     plan_settings,
     refuse_existing,
     tokenizer_with_eos,
 )
 from ddk_ds.data.reading import Progress
-from ddk_ds.data.recipe import Recipe, list_files
+from ddk_ds.data.recipe import Recipe
 from ddk_ds.data.spooled import Spooled
 from ddk_ds.data.workdir import open_work
 from ddk_ds.errors import DataError
@@ -76,15 +77,22 @@ def prepare_in_parts(
             f"--packing {plan.packing} packs by documents of a window, in one process: leave out --engine, or give "
             "--packing cut"
         )
+    if recipe.dedup == "minhash":
+        raise DataError(
+            "dedup: minhash compares each document with all before it, in one process: leave out --engine, or give "
+            "dedup=exact"
+        )
     tokenizer, out = tokenizer.absolute(), out.absolute()
     refuse_existing(out)
     info = tokenizer_with_eos(tokenizer)
     bos = bos_ids(recipe, info)
-    files = list_files(recipe)
     with open_work(out.parent / f".{out.name}.partial", start_anew=start_anew) as work:
         refuse_existing(out)
-        work.claim({**plan_settings(info, bos, plan), "in_parts": True})
+        work.claim({**plan_settings(recipe, info, bos, plan), "in_parts": True})
+        files = files_to_read(recipe, work)
         work.claim_files(recipe.domains, files)
+        for of_domain in files.values():
+            check_first_texts(of_domain)
         job = PartsJob(
             work.path, recipe, files, tokenizer, bos, token_dtype(info.vocab_size), plan.sequence_length, plan.seed
         )
@@ -92,7 +100,7 @@ def prepare_in_parts(
         blocks, taken = _taken_blocks(run, plan_blocks(files, block_bytes))
         run.stage(TokensStage(job, blocks, taken))
         domains = _write_domains(run, blocks, plan)
-        write_manifest(make_manifest(work.data, info, bos, plan, domains))
+        write_manifest(make_manifest(work.data, info, bos, plan, domains, files))
         work.data.rename(out)
     shutil.rmtree(work.path)
     return load_manifest(out)

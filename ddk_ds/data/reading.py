@@ -33,9 +33,13 @@ capped domain's text. How much it has is an estimate where a store does not know
 
 @dataclass(frozen=True)
 class TextBatch:
-    """Parts that are encoded together, digests and sizes of the documents that end here, and the reader's state."""
+    """Parts that are encoded together, digests, sizes and texts of the documents that end here, and the reader's state.
+
+    `texts` is empty if no near duplicates are looked for.
+    """
 
     parts: list[Part]
+    texts: list[str]
     digests: list[bytes]
     num_bytes: list[int]
     position: Position
@@ -45,7 +49,10 @@ class TextBatch:
 
 @dataclass(frozen=True)
 class DomainText:
-    """The text of one domain of a recipe: `number` is its place in the recipe, `seed` keys the digests."""
+    """The text of one domain of a recipe: `number` is its place in the recipe, `seed` keys the digests.
+
+    With `near`, documents that are near an earlier one are dropped.
+    """
 
     name: str
     number: int
@@ -53,6 +60,7 @@ class DomainText:
     files: Sequence[SourceFile]
     seed: int
     cutter: DocumentCutter
+    near: bool = False
 
     def spool(self, work: WorkDir, dtype: str, encode: BatchEncoder, progress: Progress) -> tuple[Spool, Reading]:
         """Read and encode the documents that the spool lacks; return the complete spool and the state of the reading.
@@ -80,8 +88,10 @@ class DomainText:
         meter = Meter(sum(file.num_bytes for file in self.files[: position.file]))
         progress(self.name, *self._progress(reading.position, meter.disk_bytes))
         last_commit = time.monotonic()
-        for batch, encoded in encode(self.batches(work, work.scratch, position, dropped, meter)):
-            spool.append_batch(batch, encoded)
+        for batch, encoded, keys in encode(self.batches(work, work.scratch, position, dropped, meter)):
+            kept = [not of_document or not work.is_near(of_document) for of_document in keys]
+            reading.near_duplicates += kept.count(False)
+            spool.append_batch(batch, encoded, np.array(kept, bool) if self.near else None)
             work.keep(batch.digests)
             reading.control_tokens += encoded.control_tokens
             # Between two parts of a document there is no place to continue at.
@@ -101,9 +111,10 @@ class DomainText:
         """Yield batches of about BATCH_BYTES, keeping `position` and `dropped` up to date; see `read_documents`."""
 
         def batch() -> TextBatch:
-            return TextBatch(parts, digests, num_bytes, replace(position), replace(dropped), meter.disk_bytes)
+            return TextBatch(parts, texts, digests, num_bytes, replace(position), replace(dropped), meter.disk_bytes)
 
         parts: list[Part] = []
+        texts: list[str] = []
         digests: list[bytes] = []
         num_bytes: list[int] = []
         batch_bytes = 0
@@ -124,9 +135,10 @@ class DomainText:
                 if part.closes:
                     digests.append(document.digest)
                     num_bytes.append(document.num_bytes)
+                    texts += [document.text] * self.near
                 if batch_bytes >= BATCH_BYTES:
                     yield batch()
-                    parts, digests, num_bytes, batch_bytes = [], [], [], 0
+                    parts, texts, digests, num_bytes, batch_bytes = [], [], [], [], 0
         if parts:
             yield batch()
 
@@ -168,10 +180,10 @@ class Spool(Spooled):
         for stream, size in zip(self._streams, sizes, strict=True):
             stream.truncate(size)
 
-    def append_batch(self, batch: TextBatch, encoded: Encoded) -> None:
-        """Add the parts of a batch."""
+    def append_batch(self, batch: TextBatch, encoded: Encoded, kept: npt.NDArray[np.bool_] | None = None) -> None:
+        """Add the parts of a batch, but for documents that are not kept (None: all are)."""
         closes = np.array([part.closes for part in batch.parts])
-        self.append(encoded.ids, encoded.lengths, closes, batch.digests, batch.num_bytes)
+        self.append(encoded.ids, encoded.lengths, closes, batch.digests, batch.num_bytes, kept)
 
     def append(
         self,
@@ -180,11 +192,12 @@ class Spool(Spooled):
         closes: npt.NDArray[np.bool_],
         digests: Sequence[bytes],
         num_bytes: Sequence[int],
+        kept: npt.NDArray[np.bool_] | None = None,
     ) -> None:
         """Add parts of documents: their ids in a row, the number of ids of each, and True for those that end one.
 
-        `digests` and `num_bytes` are of the documents that end here. The next call goes on with a document that does
-        not.
+        `digests`, `num_bytes` and `kept` are of the documents that end here; those that are not kept are left out
+        (None: all are). The next call goes on with a document that does not end here.
         """
         ends = np.cumsum(lengths)[closes]
         records = np.empty(len(ends), RECORD)
@@ -192,10 +205,18 @@ class Spool(Spooled):
         records["key"] = np.frombuffer(b"".join(digests), ">u8")[::2]
         records["bytes"] = num_bytes
         records["tokens"] = np.diff(ends, prepend=-self._open_tokens)
+        begun = self._open_tokens
         self._open_tokens = len(ids) - int(ends[-1]) if len(ends) else self._open_tokens + len(ids)
+        if kept is not None and not kept.all():
+            if not kept[0] and begun:  # earlier calls have written its begin
+                self.num_tokens -= begun
+                self._streams[0].truncate(self.num_tokens * np.dtype(self.dtype).itemsize)
+            of_document: npt.NDArray[np.int64] = np.cumsum(closes) - closes
+            ids = ids[np.repeat(np.append(kept, True)[of_document], lengths)]
+            records = records[kept]
         self._streams[0].write(ids.data)
         self._streams[1].write(records.data)
-        self.num_documents += len(ends)
+        self.num_documents += len(records)
         self.num_tokens += len(ids)
 
     def sync(self) -> None:

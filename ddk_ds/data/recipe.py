@@ -3,7 +3,9 @@
 A source's `path` is a file or a glob below the recipe's `root`; `**` is any number of directories, also those that a
 symbolic link leads to. A file that a domain reaches on two ways is read once. Root or path can be an address that
 mosaicml-streaming downloads from (s3://, gs://, az://, hf://datasets/..., ...) or http(s)://. Globs work on s3:// only;
-other stores need addresses or a list of addresses. Or `path` is a locator:
+other stores need addresses or a list of addresses. `hf://datasets/OWNER/NAME[@REVISION]`, without a file, is a data set
+that the library datasets reads, at one commit. A directory that its `save_to_disk` wrote is one too. Or `path` is a
+locator:
 
 - `list:FILE`: a file below the root with one path or address in each line
 - `stdlib:GLOB`: the standard library's source
@@ -17,7 +19,7 @@ import difflib
 import hashlib
 import re
 import sysconfig
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, MutableMapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from importlib.metadata import distributions
@@ -34,11 +36,12 @@ from ddk_ds.config import Positive, Section
 from ddk_ds.config.paths import absolute_path, is_address, named_by_shell
 from ddk_ds.config.sections import FILE_NAME_RULE, FileName, Natural
 from ddk_ds.data.file_globs import find_files
+from ddk_ds.data.hf_datasets import HubShard, commit_of, hub_shards, is_hub_dataset, saved_files
 from ddk_ds.data.remote import list_remote
 from ddk_ds.errors import ConfigError, DataError, UserError
 
 _INSTALLED = ("stdlib:", "site-packages:", "package:")
-Format = Literal["text", "jsonl", "json_strings", "parquet"]
+Format = Literal["text", "jsonl", "json_strings", "parquet", "arrow", "webdataset"]
 
 
 def _path_to_source(value: Any) -> Any:
@@ -58,7 +61,12 @@ class Source(Section):
     format: Format | None = None
     """Format of the files (documents.py); null: chosen by the suffix."""
     text_field: str = "text"
-    """Field (jsonl), column (parquet) or key at any depth (json_strings) that holds the text."""
+    """Field (jsonl), column (parquet, arrow), key at any depth (json_strings), or member of a sample (webdataset:
+    txt, or json.FIELD) that holds the text."""
+    subset: str | None = None
+    """Subset of a hub's data set, its `config_name`; null: the only one, or the one named default."""
+    split: str | None = None
+    """Split of a hub's data set or a saved DatasetDict; null: train."""
     strip_html: bool = False
     """Remove HTML tags and resolve HTML entities."""
 
@@ -87,6 +95,21 @@ class TokenizerOptions(Section):
     as the model was trained: Llama's and Gemma's put one, Qwen's and GPT-2's none."""
 
 
+class MinHashOptions(Section):
+    """Nearness of documents for `dedup: minhash` (near_duplicates.py).
+
+    Texts whose sets of n-grams have the Jaccard similarity s are found with probability 1 - (1 - s^hashes)^buckets: by
+    default 5 % at 0.5, 56 % at 0.7, 92 % at 0.8, 99.96 % at 0.9.
+    """
+
+    ngram_words: Positive = 5
+    """Words of an n-gram; shorter texts are near no other."""
+    buckets: Positive = 14
+    """Number of keys of a text; more find more."""
+    hashes: Positive = 8
+    """Number of hashes that two texts must share in one bucket; more find fewer."""
+
+
 class Recipe(Section):
     """All domains, in the order in which they are prepared."""
 
@@ -94,6 +117,11 @@ class Recipe(Section):
     """Base of relative paths, itself relative to the recipe's file; a directory or an address."""
     tokenizer: TokenizerOptions = Field(default_factory=TokenizerOptions)
     """Use of the tokenizer."""
+    dedup: Literal["exact", "minhash"] = "exact"
+    """Documents that are dropped as duplicates. exact: copies, character by character; minhash: also those that are
+    near an earlier document that is kept, of any domain."""
+    minhash: MinHashOptions = Field(default_factory=MinHashOptions)
+    """Options of `dedup: minhash`."""
     domains: Annotated[dict[FileName, Domain], Field(min_length=1)]
     """Domains by name; the name is a directory of the prepared data."""
 
@@ -102,7 +130,8 @@ class Recipe(Section):
 class SourceFile:
     """One file of a domain. `name` is relative to the source's base and so the same on every machine.
 
-    `remote` is the address of a file that is not on this machine; `path` is then not used. `num_bytes` is the stored
+    `remote` is the address of a file that is not on this machine, or the name of a hub's `shard`; `path` is then not
+    used. `num_bytes` is the stored
     size, 0 where the store does not report it; `stamp` changes with the content. `skip_bad_lines` is the domain's.
     """
 
@@ -113,6 +142,7 @@ class SourceFile:
     num_bytes: int = 0
     stamp: str = ""
     skip_bad_lines: int = 0
+    shard: HubShard | None = None
 
     @property
     def where(self) -> str:
@@ -158,27 +188,32 @@ def _explain(item: Any, path: Path, overrides: Sequence[str]) -> str:
         return f"recipe {path}: domains: {item['input']!r}: {FILE_NAME_RULE}"
     if item["type"] != "extra_forbidden":
         return f"{where}: {item['msg']}, got {item['input']!r}"
-    known = [name for section in (Recipe, TokenizerOptions, Domain, Source) for name in section.model_fields]
+    sections = (Recipe, TokenizerOptions, MinHashOptions, Domain, Source)
+    known = [name for section in sections for name in section.model_fields]
     near = difflib.get_close_matches(str(item["loc"][-1]), known, n=1, cutoff=0.4)
     return f"{where}: unknown key" + (f", did you mean {near[0]!r}?" if near else "")
 
 
-def list_files(recipe: Recipe) -> dict[str, list[SourceFile]]:
+def list_files(recipe: Recipe, commits: MutableMapping[str, str] | None = None) -> dict[str, list[SourceFile]]:
     """Return the files of every domain in the order in which they are read: sorted by name within each source.
+
+    `commits` are those at which data sets of a hub are read, by their addresses in the recipe. The hub is asked for
+    those that it lacks, which are added.
 
     The files of a domain with `max_bytes` are sorted by a hash of their names instead, so that the cap takes a sample
     of the entire tree and not the first names of the alphabet.
 
     Raises:
-        DataError: a source matches no file, or one file is in two domains.
+        DataError: a source matches no file, one file is in two domains, or a hub's data set cannot be read.
     """
+    commits = {} if commits is None else commits
     owner: dict[str, str] = {}
     files = {}
     for name, domain in recipe.domains.items():
         matched = {
             file.remote or str(file.path.resolve()): file
             for source in domain.sources
-            for file in _source_files(name, source, recipe.root)
+            for file in _source_files(name, source, recipe.root, commits)
         }
         for path in matched:
             if owner.setdefault(path, name) != name:
@@ -193,14 +228,15 @@ def _name_hash(name: str) -> bytes:
     return hashlib.blake2b(name.encode("utf-8", "surrogateescape"), digest_size=8).digest()
 
 
-def _source_files(domain: str, source: Source, root: str) -> list[SourceFile]:
+def _source_files(domain: str, source: Source, root: str, commits: MutableMapping[str, str]) -> list[SourceFile]:
     try:
-        matched = list(_find(domain, source, source.path, root))
+        matched = list(_find(domain, source, source.path, root, commits))
     except (ValueError, NotImplementedError) as error:
         if isinstance(error, UserError):
             raise
         raise ConfigError(f"domain {domain!r}: source {source.path!r} is no valid glob: {error}") from None
     kept = [file for file in matched if not _excluded(source, file.name)]
+    _check_keys(domain, source, kept)
     if kept and len(kept) < source.min_files:
         raise DataError(
             f"domain {domain!r}: source {source.path!r} matches {len(kept):,} files ({len(matched) - len(kept):,} more "
@@ -214,14 +250,34 @@ def _source_files(domain: str, source: Source, root: str) -> list[SourceFile]:
     return kept
 
 
+def _check_keys(domain: str, source: Source, files: Sequence[SourceFile]) -> None:
+    """Raise ConfigError if a key would have no effect on one of a source's files."""
+    for file in files:
+        saved = (file.path.parent / "state.json").is_file()
+        for key, value, fits in (
+            ("subset", source.subset, file.shard is not None),
+            ("split", source.split, file.shard is not None or saved),
+            ("format", source.format, file.shard is None),
+        ):
+            if value is not None and not fits:
+                raise ConfigError(
+                    f"domain {domain!r}: source {source.path!r}: {key} {value!r} has no meaning for {file.where}: "
+                    "leave it out (subset is for hf:// data sets, split for these and for those of save_to_disk)"
+                )
+
+
 def _excluded(source: Source, name: str) -> bool:
     return any(fnmatchcase(name, excluded) for excluded in source.exclude)
 
 
-def _find(domain: str, source: Source, path: str, root: str) -> Iterator[SourceFile]:
+def _find(domain: str, source: Source, path: str, root: str, commits: MutableMapping[str, str]) -> Iterator[SourceFile]:
     """Yield the files that a path matches, sorted by name; those of a list in the order of the list."""
     if path.startswith("list:"):
-        yield from _listed(domain, source, path.removeprefix("list:"), root)
+        yield from _listed(domain, source, path.removeprefix("list:"), root, commits)
+    elif is_hub_dataset(path):
+        commit = commits.get(path) or commits.setdefault(path, commit_of(path))
+        for shard in hub_shards(path, commit, source.subset, source.split, source.text_field):
+            yield SourceFile(Path(shard.name), shard.name, source, shard.where, stamp=commit, shard=shard)
     elif is_address(path) or (is_address(root) and not _is_locator(path)):
         url = path if is_address(path) else f"{root.rstrip('/')}/{path}"
         base = url.removesuffix(path) if path != url else "/".join(url.split("/", 3)[:3]) + "/"
@@ -233,13 +289,22 @@ def _find(domain: str, source: Source, path: str, root: str) -> Iterator[SourceF
         named = {(file.relative_to(base).as_posix(), file) for base in bases for file in find_files(base, pattern)}
         for name, file in sorted(named):
             if file.is_file():
-                status = file.stat()
-                yield SourceFile(file, name, source, None, status.st_size, str(status.st_mtime_ns))
+                yield _local(file, name, source)
+            elif file.is_dir():
+                for saved in saved_files(file, source.split):
+                    yield _local(saved, f"{name}/{saved.relative_to(file).as_posix()}", source)
             elif file.is_symlink() and not path.startswith(_INSTALLED) and not _excluded(source, name):
                 raise DataError(f"domain {domain!r}: {file} is a link to nothing: restore its file, or exclude it")
 
 
-def _listed(domain: str, source: Source, path: str, root: str) -> Iterator[SourceFile]:
+def _local(file: Path, name: str, source: Source) -> SourceFile:
+    status = file.stat()
+    return SourceFile(file, name, source, None, status.st_size, str(status.st_mtime_ns))
+
+
+def _listed(
+    domain: str, source: Source, path: str, root: str, commits: MutableMapping[str, str]
+) -> Iterator[SourceFile]:
     if is_address(root) and not Path(path).is_absolute():
         raise DataError(f"domain {domain!r}: list {path!r} lies on this machine; give its absolute path")
     try:
@@ -248,7 +313,7 @@ def _listed(domain: str, source: Source, path: str, root: str) -> Iterator[Sourc
         raise DataError(f"domain {domain!r}: the list {Path(root) / path} cannot be read: {error}") from None
     for line in map(str.strip, lines):
         if line and not line.startswith("#"):
-            matched = list(_find(domain, source, line, root))
+            matched = list(_find(domain, source, line, root, commits))
             if not matched:
                 raise DataError(f"domain {domain!r}: {line!r} in the list {Path(root) / path} matches no file")
             yield from matched

@@ -10,7 +10,7 @@ import fcntl
 import json
 import shutil
 import sqlite3
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from itertools import zip_longest
@@ -28,6 +28,8 @@ CREATE TABLE IF NOT EXISTS domains (name TEXT PRIMARY KEY, number INT, limits TE
   WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS files (domain TEXT, number INT, name TEXT, identity TEXT, PRIMARY KEY (domain, number))
   WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS commits (address TEXT PRIMARY KEY, hash TEXT) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS near (key INTEGER PRIMARY KEY);
 CREATE TABLE IF NOT EXISTS digests (digest BLOB PRIMARY KEY) WITHOUT ROWID;
 """
 _CACHE_KIB = 1 << 15
@@ -37,7 +39,7 @@ _CACHE_KIB = 1 << 15
 class Reading:
     """State of a domain's reading: `documents` and `tokens` are those in its spool; `done`: all is read.
 
-    `control_tokens` are those that the text so far spells.
+    `control_tokens` are those that the text so far spells, `near_duplicates` the documents that are not in the spool.
     """
 
     position: Position = field(default_factory=Position)
@@ -45,6 +47,7 @@ class Reading:
     documents: int = 0
     tokens: int = 0
     control_tokens: int = 0
+    near_duplicates: int = 0
     done: bool = False
 
 
@@ -79,6 +82,15 @@ class WorkDir:
                 raise self._other(f"{name} was {known.get(name)}, now {wanted[name]}")
         with self._database:
             self._database.executemany("INSERT OR REPLACE INTO settings VALUES (?, ?)", wanted.items())
+
+    def commits(self) -> dict[str, str]:
+        """Return the commits at which data sets of a hub are read, by their addresses."""
+        return dict(self._database.execute("SELECT address, hash FROM commits"))
+
+    def keep_commits(self, commits: Mapping[str, str]) -> None:
+        """Store the commits, so that a continued preparation reads the same."""
+        with self._database:
+            self._database.executemany("INSERT OR REPLACE INTO commits VALUES (?, ?)", commits.items())
 
     def check_domains(self, domains: dict[str, Domain], files: dict[str, list[SourceFile]]) -> None:
         """Check that the finished parts were read from the domains, limits and files that are given now.
@@ -140,6 +152,14 @@ class WorkDir:
         """Store the digests of spooled documents, which the next `commit` makes permanent."""
         self._database.executemany("INSERT INTO digests VALUES (?)", ((digest,) for digest in sorted(digests)))
         self._pending.difference_update(digests)
+
+    def is_near(self, keys: Sequence[int]) -> bool:
+        """Return True if a document that is kept has one of the keys; else store them, for the next `commit`."""
+        places = ", ".join("?" * len(keys))
+        found = self._database.execute(f"SELECT 1 FROM near WHERE key IN ({places}) LIMIT 1", keys).fetchone()
+        if found is None:
+            self._database.executemany("INSERT OR IGNORE INTO near VALUES (?)", ((key,) for key in keys))
+        return found is not None
 
     def reading(self, name: str) -> Reading:
         """Return the state of a domain's reading at its last commit."""

@@ -16,7 +16,7 @@ import pytest
 import zstandard
 from pyarrow import parquet
 
-from ddk_ds.data import documents
+from ddk_ds.data import columns, documents
 from ddk_ds.data.documents import Document, Dropped, Meter, Position, read_documents, read_texts
 from ddk_ds.data.recipe import Domain, Source, SourceFile, list_files, load_recipe
 from ddk_ds.errors import DataError
@@ -233,7 +233,7 @@ def test_large_rows_of_parquet_are_read_one_by_one(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(parquet.ParquetFile, "iter_batches", noted)
     file = SourceFile(tmp_path / "a.parquet", "a.parquet", Source(path="a.parquet"))
     assert list(read_texts(file, Dropped())) == texts
-    monkeypatch.setattr(documents, "_PARQUET_BYTES", 11_000)
+    monkeypatch.setattr(columns, "_PARQUET_BYTES", 11_000)
     assert list(read_texts(file, Dropped())) == texts
     assert sizes == [128, 2]
 
