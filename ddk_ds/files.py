@@ -216,11 +216,15 @@ def own_hash(record: Any) -> str:
     return xxhash.xxh64_hexdigest(json.dumps(record, sort_keys=True))
 
 
-def size_and_xxh64(path: Path) -> tuple[int, str]:
-    """Return the number of bytes and the xxh64 (hexadecimal) of a file, read from the disk. Raises OSError."""
+def size_and_xxh64(path: Path, begin: int = 0, length: int | None = None) -> tuple[int, str]:
+    """Return the number of bytes and the xxh64 (hexadecimal) of a file, read from the disk. Raises OSError.
+
+    With `length` of at most that many bytes, those from `begin` on.
+    """
     digest, num_bytes = xxhash.xxh64(), 0
     with path.open("rb", buffering=0) as stream:
-        while block := stream.read(_BLOCK_BYTES):
+        stream.seek(begin)
+        while block := stream.read(_BLOCK_BYTES if length is None else min(_BLOCK_BYTES, length - num_bytes)):
             digest.update(block)
             num_bytes += len(block)
     return num_bytes, digest.hexdigest()

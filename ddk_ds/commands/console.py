@@ -14,8 +14,10 @@ from ddk_ds.version import VERSION
 
 # The module of a subcommand is ddk_ds/commands/<subcommand>_command.py.
 GROUPS = {
-    "before a run": {
+    "before": {
         "prepare": "text to shards of samples",
+        "adopt": "token shards that exist, read where they are",
+        "look": "show samples, and a page of the data",
         "tokenizer": "train a tokenizer on a recipe's text",
         "init": "make a model with random weights",
         "cut-student": "cut a student out of a teacher",
@@ -30,7 +32,7 @@ GROUPS = {
         "stages": "run the stages of DoReMi or TED",
         "compare": "compare methods, with several seeds each",
     },
-    "during and after a run": {
+    "after": {
         "status": "show a run on one screen",
         "report": "write a run as one HTML page",
         "summary": "print the results of finished runs",
@@ -74,7 +76,8 @@ def _help() -> str:
     """Return the text of `ddk --help`: the subcommands in groups, within a screen of 24 lines."""
     lines = ["Distil a large language model into a small one. ddk COMMAND --help says more."]
     for group, commands in GROUPS.items():
-        lines += [f"{group}:", *(f"  {name:<12} {text}" for name, text in commands.items())]
+        for name, text in commands.items():
+            lines.append(f"{group if name == next(iter(commands)) else '':<8}{name:<12} {text}")
     return "\n".join(lines) + "\n"
 
 

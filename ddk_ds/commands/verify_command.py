@@ -28,7 +28,8 @@ def shards_of(store: Store) -> Iterator[Shard]:
     """Yield every shard of every domain. Raises DataError if an index or domains.json is damaged."""
     for name in load_manifest(store).domains:
         for split in SPLITS:
-            yield from read_index(store, f"{name}/{split}").shards
+            index = read_index(store, f"{name}/{split}")
+            yield from (*index.shards, *set(index.beside.values()))
 
 
 def broken_shards(store: Store, shards: Sequence[Shard], workers: int, bar: Progress) -> list[str]:

@@ -81,6 +81,11 @@ class CachedStore:
             return path.read_bytes()
 
     def check(self, directory: str, shards: list[Shard]) -> None:
+        if outside := [shard for shard in shards if shard.path is not None]:
+            raise ConfigError(
+                f"data.cache_dir is set, and the data at {self.location} were adopted: their shards lie elsewhere "
+                f"({outside[0].path}) and are read there; leave data.cache_dir out, or adopt them with --copy"
+            )
         largest = max((shard.num_bytes for shard in shards), default=0)
         if self.limit_bytes is not None and self.limit_bytes < MIN_SHARDS * largest:
             raise ConfigError(

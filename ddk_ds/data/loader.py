@@ -41,6 +41,7 @@ class MixtureDataset(Dataset[Sample]):
         sizes: (N,) number of samples of each domain.
         sample_offsets: (N,) global id of each domain's first sample.
         shard_sizes: N arrays (S,), number of samples of each shard.
+        order_sizes: N arrays, numbers of samples by which a run orders them (`mds.SplitIndex`).
         shas: N hashes, each over all shards of a domain's split.
     """
 
@@ -66,6 +67,7 @@ class MixtureDataset(Dataset[Sample]):
         self.sizes: npt.NDArray[np.int64] = np.array([len(opened) for opened in self._splits], np.int64)
         self.sample_offsets: npt.NDArray[np.int64] = np.cumsum(self.sizes) - self.sizes
         self.shard_sizes = [opened.shard_sizes for opened in self._splits]
+        self.order_sizes = [opened.order_sizes for opened in self._splits]
         self.shas = [opened.sha for opened in self._splits]
 
     def __len__(self) -> int:

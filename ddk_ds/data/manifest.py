@@ -25,7 +25,8 @@ class SplitInfo:
     """Sizes of one split of one domain: `bytes` of its documents' text (UTF-8), `tokens` of them in complete samples.
 
     `largest_id` is the largest token id, and `cut_documents` the number of those that are not whole in one sample; both
-    are -1 in data of earlier versions. `padding_tokens` fill samples up.
+    are -1 in data of earlier versions. `padding_tokens` fill samples up. Of adopted data `bytes` and `cut_documents`
+    are -1; `documents` counts their parts in samples, -1 if the borders are not known.
     """
 
     documents: int
@@ -40,11 +41,15 @@ class SplitInfo:
 
 @dataclass(frozen=True)
 class DomainInfo:
-    """One domain's two splits, and the counts of what the preparation dropped."""
+    """One domain's two splits, and the counts of what the preparation dropped.
+
+    `adopted` says which shards of another program a domain is, and how they were cut (adopt.py); {} if it was prepared.
+    """
 
     train: SplitInfo
     validation: SplitInfo
     dropped: Dropped = field(default_factory=Dropped)
+    adopted: dict[str, Any] = field(default_factory=dict)
 
     @property
     def fingerprint(self) -> str:
@@ -74,6 +79,8 @@ class Manifest:
     borders: bool = False
     packing: Packing = "cut"
     commits: Mapping[str, str] = field(default_factory=dict)
+    tokenizer_path: str = ""
+    """Directory in which the tokenizer was, for a look at the data; what counts is the fingerprint."""
 
     def require(self, names: Sequence[str]) -> None:
         """Raise DataError if one of `names` is not among the domains."""
@@ -129,6 +136,7 @@ def write_manifest(manifest: Manifest) -> None:
             "eos_token_id": manifest.eos_token_id,
             "bos": list(manifest.bos),
             "probe_hash": manifest.probe_hash,
+            "path": manifest.tokenizer_path,
         },
         "domains": {name: asdict(domain) for name, domain in manifest.domains.items()},
     }
@@ -184,6 +192,7 @@ def _parse(store: Store, text: bytes) -> Manifest:
             borders=bool(content.get("borders", False)),
             packing=_packing(content.get("packing", "cut")),
             commits={str(address): str(commit) for address, commit in content.get("commits", {}).items()},
+            tokenizer_path=str(tokenizer.get("path", "")),
         )
     except DataError:
         raise
@@ -200,7 +209,7 @@ def _packing(value: str) -> Packing:
 
 def _domain(entry: dict[str, Any]) -> DomainInfo:
     train, validation = (SplitInfo(**entry[split]) for split in SPLITS)
-    return DomainInfo(train, validation, Dropped(**entry.get("dropped", {})))
+    return DomainInfo(train, validation, Dropped(**entry.get("dropped", {})), dict(entry.get("adopted", {})))
 
 
 def _check_split(store: Store, manifest: Manifest, directory: str, info: SplitInfo) -> None:

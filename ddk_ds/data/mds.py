@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from ddk_ds.data.adopted_shards import entry_shards, is_adopted, shard_reader
 from ddk_ds.data.store import AGAIN, LocalStore, Shard, Store
 from ddk_ds.errors import DataError, UserError
 
@@ -29,7 +30,7 @@ Lengths = npt.NDArray[np.integer[Any]]
 """The number of a sample's tokens that each of its documents has, (d,), with the sum L."""
 SHARD_BYTES = 1 << 26
 _COLUMN, _BORDERS = "tokens", "documents"
-_BORDERS_ENCODING = "ndarray:uint32"
+BORDERS_ENCODING = "ndarray:uint32"
 _VERSION = 2
 
 
@@ -111,7 +112,7 @@ def split_writer(directory: Path, sequence_length: int, dtype: str, shard_bytes:
     # Importing streaming takes seconds (torchvision, transformers), which checking an index must not pay.
     from streaming import MDSWriter
 
-    columns = {_COLUMN: f"ndarray:{dtype}:{sequence_length}"} | ({_BORDERS: _BORDERS_ENCODING} if borders else {})
+    columns = {_COLUMN: f"ndarray:{dtype}:{sequence_length}"} | ({_BORDERS: BORDERS_ENCODING} if borders else {})
     return MDSWriter(out=str(directory), columns=columns, hashes=["xxh64"], size_limit=shard_bytes)
 
 
@@ -122,7 +123,12 @@ def sample_record(tokens: Ids, lengths: Lengths | None) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class SplitIndex:
-    """The content of a split's index.json. `sha` covers size, number of samples and content hash of every shard."""
+    """The content of a split's index.json. `sha` covers size, number of samples and content hash of every shard.
+
+    `order_sizes` are the numbers of samples in the shards by which a run orders its samples: of adopted ones those of
+    shards prepared from the same ids, so that the order is the same. `beside` are the files that must be there and
+    whole to read the shards with these numbers (adopted_shards.py).
+    """
 
     directory: str
     entries: list[dict[str, Any]]
@@ -130,6 +136,8 @@ class SplitIndex:
     shard_sizes: npt.NDArray[np.int64]
     encodings: set[str]
     sha: str
+    order_sizes: npt.NDArray[np.int64]
+    beside: dict[int, Shard]
 
     @property
     def num_samples(self) -> int:
@@ -138,7 +146,7 @@ class SplitIndex:
 
     def check_format(self, dtype: str, sequence_length: int, *, borders: bool) -> None:
         """Raise DataError if a shard's samples are not `sequence_length` ids of `dtype`, with or without `borders`."""
-        wanted = {f"ndarray:{dtype}:{sequence_length}"} | ({_BORDERS_ENCODING} if borders else set())
+        wanted = {f"ndarray:{dtype}:{sequence_length}"} | ({BORDERS_ENCODING} if borders else set())
         if self.encodings != wanted:
             held, data = (" and ".join(sorted(encodings)) for encodings in (self.encodings, wanted))
             raise DataError(f"{self.directory} holds samples of {held}, the data's are {data}; {AGAIN}")
@@ -158,21 +166,37 @@ def read_index(store: Store, directory: str, *, fresh: bool = False) -> SplitInd
         if versions != {_VERSION}:
             raise DataError(f"{path} is of version {versions}, this program reads {_VERSION}; prepare the data again")
         sizes = [entry["samples"] for entry in entries]
-        shards = [_shard(directory, entry["raw_data"]) for entry in entries]
-        encodings = {encoding for entry in entries for encoding in entry["column_encodings"]}
+        found = [_shards(directory, entry) for entry in entries]
+        encodings = {encoding for entry in entries for encoding in entry.get("read_as", entry["column_encodings"])}
     except FileNotFoundError:
         raise DataError(f"{path} is missing; {AGAIN}") from None
     except UserError:
         raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise DataError(f"{path} is damaged ({error!r}); {AGAIN}") from None
-    store.check(directory, shards)
-    sha = hashlib.sha256(json.dumps(entries, sort_keys=True).encode()).hexdigest()
-    return SplitIndex(directory, entries, shards, np.array(sizes, np.int64), encodings, sha)
+    shards = [shard for shard, _ in found]
+    beside = {number: file for number, (_, file) in enumerate(found) if file is not None}
+    store.check(directory, [*shards, *set(beside.values())])
+    order = content.get("order", sizes)
+    if sum(order) != sum(sizes):
+        raise DataError(f"{path} is damaged: its order is of {sum(order):,} samples, it has {sum(sizes):,}; {AGAIN}")
+    of_shards, of_order = (np.array(numbers, np.int64) for numbers in (sizes, order))
+    return SplitIndex(directory, entries, shards, of_shards, encodings, content_hash(content), of_order, beside)
 
 
-def _shard(directory: str, raw: dict[str, Any]) -> Shard:
-    return Shard(f"{directory}/{raw['basename']}", int(raw["bytes"]), raw["hashes"].get("xxh64"))
+def content_hash(content: dict[str, Any]) -> str:
+    """Return the hash of an index's content, without the places of adopted shards, which may move with their index."""
+    held = [{key: value for key, value in entry.items() if key != "path"} for entry in content["shards"]]
+    held += [{"order": content["order"]}] if "order" in content else []
+    return hashlib.sha256(json.dumps(held, sort_keys=True).encode()).hexdigest()
+
+
+def _shards(directory: str, entry: dict[str, Any]) -> tuple[Shard, Shard | None]:
+    """Return the shard of an index's entry, and the file that must be beside it, if there is one."""
+    if is_adopted(entry):
+        return entry_shards(directory, entry)
+    raw = entry["raw_data"]
+    return Shard(f"{directory}/{raw['basename']}", int(raw["bytes"]), raw["hashes"].get("xxh64")), None
 
 
 class Split:
@@ -180,6 +204,7 @@ class Split:
 
     Attributes:
         shard_sizes: (S,) number of samples of each shard.
+        order_sizes: numbers of samples by which a run orders them, see `SplitIndex`.
         shards: the S shard files.
         num_samples: number of samples of all shards.
         sha: hash of the index.
@@ -187,17 +212,17 @@ class Split:
 
     def __init__(self, store: Store, index: SplitIndex, vocab_size: int | None = None) -> None:
         """Open the split of an index. Samples with ids >= `vocab_size` raise DataError; None: any id is accepted."""
-        # Imported here as in write_split, and not at the first read, so that forked workers have it from their parent.
-        from streaming.base.format import reader_from_json
-
         self._store = store
         self._vocab_size = vocab_size
         self.shard_sizes = index.shard_sizes
+        self.order_sizes = index.order_sizes
         self.shards = index.shards
         self.num_samples = index.num_samples
         self.sha = index.sha
         self._first = np.cumsum(index.shard_sizes) - index.shard_sizes
-        self._readers = [reader_from_json("", None, entry) for entry in index.entries]
+        # Made here, and not at the first read, so that forked workers have what they import from their parent.
+        self._readers = [shard_reader(entry) for entry in index.entries]
+        self._beside = index.beside
 
     def __len__(self) -> int:
         return self.num_samples
@@ -221,6 +246,8 @@ class Split:
         shard, reader, place = self.shards[number], self._readers[number], int(i - self._first[number])
         while True:
             path = self._store.shard(shard)
+            if number in self._beside:
+                self._store.shard(self._beside[number])
             reader.dirname = str(path.parent)
             try:
                 return reader[place], f"shard {path} of domain {shard.domain!r}: sample {place}"

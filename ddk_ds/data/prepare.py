@@ -186,6 +186,7 @@ def make_manifest(
         probe_hash=probe_hash(info),
         borders=True,
         packing=plan.packing,
+        tokenizer_path=str(info.path.parent.absolute()),
         domains=domains,
         commits={file.shard.address: file.shard.commit for found in files.values() for file in found if file.shard},
     )

@@ -10,7 +10,9 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
+from collections.abc import Iterator, Sequence
 from importlib.resources import files
+from itertools import groupby
 
 from ddk_ds.data.manifest import Manifest
 from ddk_ds.data.shared_vocabulary import base_fingerprint
@@ -56,3 +58,21 @@ def _tokens(info: TokenizerInfo, line: str) -> Counter[tuple[int, tuple[int, int
 def probe_lines() -> list[str]:
     """Return the lines of the probe text."""
     return files("ddk_ds.data").joinpath("probe.txt").read_text(encoding="utf-8").splitlines()
+
+
+def found_again(info: TokenizerInfo, ids: Sequence[int]) -> float:
+    """Return the share of a sample's tokens that its text has when it is encoded again, wherever they stand.
+
+    With the tokenizer that made the ids nearly all are; the text of another one's ids is cut in other places.
+    """
+    control = info.text.controls
+    ordinary = Counter(number for number in ids if number not in control)
+    again = Counter(number for text in _between(info, ids, control) for number in encode(info.tokenizer, text).ids)
+    return (ordinary & again).total() / max(ordinary.total(), 1)
+
+
+def _between(info: TokenizerInfo, ids: Sequence[int], control: frozenset[int]) -> Iterator[str]:
+    """Yield the texts between control tokens."""
+    for is_control, part in groupby(ids, control.__contains__):
+        if not is_control:
+            yield info.tokenizer.decode(list(part), skip_special_tokens=False)

@@ -19,16 +19,28 @@ AGAIN = "prepare the data again, or copy it again whole"
 
 @dataclass(frozen=True)
 class Shard:
-    """One shard file as its index describes it; `name` is its path below the root of the data."""
+    """One shard file as its index describes it; `name` is its path below the root of the data.
+
+    An adopted shard lies at `path` instead, an absolute one or one from the root; with `begin` it is the `num_bytes`
+    bytes of that file from there on.
+    """
 
     name: str
     num_bytes: int
     xxh64: str | None
+    path: str | None = None
+    begin: int | None = None
 
     @property
     def domain(self) -> str:
         """Name of the domain: the first directory of `name`."""
         return self.name.partition("/")[0]
+
+    def check_size(self, path: Path) -> None:
+        """Raise Damaged, or FileNotFoundError, if the file at `path` cannot hold the shard."""
+        found, due = path.stat().st_size, self.num_bytes + (self.begin or 0)
+        if found < due or (found > due and self.begin is None):
+            raise Damaged(f"shard {path} has {found:,} bytes, its index says {due:,} (domain {self.domain!r}); {AGAIN}")
 
 
 class Damaged(DataError):
@@ -76,15 +88,10 @@ def verify(shard: Shard, path: Path) -> None:
         FileNotFoundError: there is no such file.
         Damaged: names the file, the domain, and the expected and the actual value.
     """
-    num_bytes = path.stat().st_size
-    if num_bytes != shard.num_bytes:
-        raise Damaged(
-            f"shard {path} of domain {shard.domain!r} has {num_bytes:,} bytes, its index says {shard.num_bytes:,}; "
-            f"{AGAIN}"
-        )
+    shard.check_size(path)
     if shard.xxh64 is None:
         return
-    _, digest = size_and_xxh64(path)
+    _, digest = size_and_xxh64(path, shard.begin or 0, shard.num_bytes)
     if digest != shard.xxh64:
         raise Damaged(
             f"shard {path} of domain {shard.domain!r} is damaged: its xxh64 is {digest}, its index says "
@@ -105,13 +112,10 @@ class LocalStore:
 
     def check(self, directory: str, shards: list[Shard]) -> None:
         for shard in shards:
-            file = self.root / shard.name
+            file = self._file(shard)
             if not file.is_file():
                 raise DataError(f"shard {file} is missing; {AGAIN}")
-            if file.stat().st_size != shard.num_bytes:
-                raise DataError(
-                    f"shard {file} has {file.stat().st_size:,} bytes, its index says {shard.num_bytes:,}; {AGAIN}"
-                )
+            shard.check_size(file)
         known = {os.path.basename(shard.name) for shard in shards}
         extra = sorted(file.name for file in (self.root / directory).glob("shard.*") if file.name not in known)
         if extra:
@@ -121,9 +125,12 @@ class LocalStore:
             )
 
     def shard(self, shard: Shard) -> Path:
-        path = self.root / shard.name
+        path = self._file(shard)
         try:
             self._verified.check(shard, path)
         except FileNotFoundError:
             raise DataError(f"shard {path} of domain {shard.domain!r} is gone; {AGAIN}") from None
         return path
+
+    def _file(self, shard: Shard) -> Path:
+        return self.root / (shard.path or shard.name)

@@ -153,7 +153,7 @@ def open_stock(config: Config, run_dir: Path, names: Sequence[str], cache: str |
         if recorded.get(f"content.domains.{name}", domain.fingerprint) != domain.fingerprint:
             raise DataError(f"data.path {data}: its domain {name} has other samples than when the run was started")
     dataset = MixtureDataset(data, names)
-    orders = [DomainOrder(name, sizes, config.seed) for name, sizes in zip(names, dataset.shard_sizes, strict=True)]
+    orders = [DomainOrder(name, sizes, config.seed) for name, sizes in zip(names, dataset.order_sizes, strict=True)]
     if cache is None:
         return Stock(orders, None)
     stored = open_stored(open_place(cache, config.data), dict(zip(names, dataset.shas, strict=True)))

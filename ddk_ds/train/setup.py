@@ -62,7 +62,7 @@ def prepare_run(
     student = load_student(config, inputs.student, vocab_size, comm, inputs.filters, clock)
     check_loaded(student, validation[0][0].input_ids.to(runtime.device), inputs, "student", comm)
     orders = [
-        DomainOrder(name, sizes, config.seed) for name, sizes in zip(inputs.names, dataset.shard_sizes, strict=True)
+        DomainOrder(name, sizes, config.seed) for name, sizes in zip(inputs.names, dataset.order_sizes, strict=True)
     ]
     flops = step_flops(config, inputs.student, inputs.teacher, comm.world_size)
     student_flops = step_flops(config, inputs.student, None, comm.world_size)

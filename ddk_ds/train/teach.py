@@ -105,7 +105,7 @@ def _missing(config: Config, dataset: MixtureDataset, cached: CachedTeacher, sam
     The last one stands there several times where the ranks' micro-batches would not be full.
     """
     parts: list[Ids] = []
-    for name, sizes, first in zip(dataset.names, dataset.shard_sizes, dataset.sample_offsets, strict=True):
+    for name, sizes, first in zip(dataset.names, dataset.order_sizes, dataset.sample_offsets, strict=True):
         order = DomainOrder(name, sizes, config.seed)
         wanted = order.take(0, int(min(samples, order.num_samples)))
         parts.append(wanted[~np.isin(wanted, cached.store.known(name))] + first)

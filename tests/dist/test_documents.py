@@ -14,6 +14,7 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM
 
+from ddk_ds.commands import adopt_command
 from ddk_ds.config import load_config
 from ddk_ds.data.loader import MixtureDataset
 from ddk_ds.data.prepare import Plan, prepare
@@ -26,6 +27,7 @@ from tests.dist.ranks import run_ranks
 from tests.dist.resume_worker import run_dir
 from tests.dist.tiny import MIXTURES
 from tests.unit.data.corpus import make_texts, write_recipe
+from tests.unit.data.token_shards import write_mds
 from tools.bench.small_run import without_clock, write_config
 
 _MAJOR = int(transformers.__version__.partition(".")[0])
@@ -55,6 +57,20 @@ def config_of(workspace: Path, folder: Path, documents: str, teacher: dict[str, 
     return str(write_config(workspace, folder, data={"documents": documents, **data}, teacher=teacher or {}, **length))
 
 
+def adopted_from(shards: Path, workspace: Path, folder: Path) -> Path:
+    """Write prepared samples as llm-foundry's shards, of another size, and adopt them."""
+    arguments = ["--tokenizer", str(workspace / "tokenizer"), "--out", str(folder / "taken"), "--borders", "eos"]
+    for name in ("a", "b"):
+        for split in ("train", "validation"):
+            samples = MixtureDataset(shards, [name], split)
+            write_mds(
+                folder / "foundry" / name / split, (samples[number]["input_ids"] for number in range(len(samples)))
+            )
+        arguments.append(str(folder / "foundry" / name))
+    assert adopt_command.main(arguments) == 0
+    return folder / "taken"
+
+
 def test_a_run_on_masked_documents(workspace: Path, tmp_path: Path) -> None:
     for name in ("a", "b"):
         texts = make_texts(ord(name), 300, num_words=12)
@@ -67,10 +83,12 @@ def test_a_run_on_masked_documents(workspace: Path, tmp_path: Path) -> None:
     likeliest = {"path": str(tmp_path / "cache"), "keep": "topk", "top_k": manifest.vocab_size}
     teacher = {"path": str(workspace / "teacher"), "cache": likeliest}
     cached = config_of(workspace, tmp_path / "cached", "masked", teacher, **data)
-    starts = [(masked, "whole", None), (masked, "broken", 4), (cached, "cached", None)]
+    adopted = config_of(workspace, tmp_path / "adopted", "auto", path=str(adopted_from(shards, workspace, tmp_path)))
+    starts = [(masked, "whole", None), (masked, "broken", 4), (cached, "cached", None), (adopted, "adopted", None)]
     assert run_ranks("tests.dist.resume_worker:run_all", 2, timeout_s=400, starts=starts) == ["broken"]
     whole, cache = (without_clock(run_dir(path, name)) for path, name in ((masked, "whole"), (cached, "cached")))
     assert without_clock(run_dir(masked, "broken")) == whole
+    assert without_clock(run_dir(adopted, "adopted")) == whole, "token shards of the same ids, read where they are"
     steps, of_cache = ([line for line in lines if line["kind"] == "step"] for lines in (whole, cache))
     kl = [[line["kl"] for line in lines] for lines in (steps, of_cache)]
     assert np.abs(np.subtract(*kl)).max() < 1e-4, "all tokens, rounded to bfloat16"

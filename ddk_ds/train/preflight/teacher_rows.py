@@ -34,7 +34,7 @@ def teacher_cache(config: Config, inputs: Inputs, ranks: int) -> Row:
     cache = open_samples(place, config, inputs, dataset)
     draws = _draws(config, inputs)
     shown, missing = [], 0
-    for domain, of_shards, drawn in zip(dataset.names, dataset.shard_sizes, draws, strict=True):
+    for domain, of_shards, drawn in zip(dataset.names, dataset.order_sizes, draws, strict=True):
         order = DomainOrder(domain, of_shards, config.seed)
         wanted, known = order.take(0, min(drawn, order.num_samples)), cache.known(domain)
         there = int(np.isin(wanted, known).sum())
