@@ -39,6 +39,7 @@ class _Measurement(TypedDict):
     proportions: _ByDomain | None
     log_proportions: NotRequired[dict[str, float | None] | None]
     owed: NotRequired[_ByDomain | None]
+    loss_weights: NotRequired[_ByDomain]
     asked: dict[str, int] | None
     counts: dict[str, int] | None
     domain_tokens: dict[str, int]

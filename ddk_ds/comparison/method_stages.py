@@ -31,6 +31,7 @@ FILTERS, REFERENCE, PROXY = "filters", "reference", "proxy"
 SUFFIXES = (FILTERS, REFERENCE, PROXY)
 """Endings of the names of runs that come before a method's last stage."""
 _CPT = ("method=cpt", "teacher=null")
+_PROXY = ("method=doremi_proxy", "mixture.loss_weights=null")  # its loss has the weights that it looks for
 _FREE: dict[str, Any] = {
     **dict.fromkeys(("output_dir", "checkpoint", "limits"), True),
     "teacher": {"cache": {"path": True, "mode": True}},
@@ -85,13 +86,13 @@ STAGES: dict[str, tuple[Stage, ...]] = {
     # teacher; then continued pre-training with the proxy's mean proportions.
     "doremi": (
         Stage(REFERENCE, _CPT),
-        Stage(PROXY, ("method=doremi_proxy",), _reference),
+        Stage(PROXY, _PROXY, _reference),
         Stage("", (*_CPT, "mixture.controller=static"), _proportions),
     ),
     # The same proportions for the method that the configuration has, such as distillation from its teacher.
     "doremi_static": (
         Stage(REFERENCE, _CPT),
-        Stage(PROXY, ("method=doremi_proxy",), _reference),
+        Stage(PROXY, _PROXY, _reference),
         Stage("", ("mixture.controller=static",), _proportions),
     ),
 }

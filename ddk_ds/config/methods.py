@@ -38,6 +38,8 @@ class Preset:
     """True if the filters alone are trained."""
     one_of_stages: bool = False
     """True if a result takes several runs, of which one has this method."""
+    takes_loss_weights: bool = True
+    """False if `mixture.loss_weights` has no meaning in the method's loss."""
     by_definition: str | None = None
     """Key that makes the method what it is: with another value it would be another method, which is refused."""
 
@@ -84,6 +86,7 @@ METHODS: dict[str, Preset] = {
         always_runs_teacher=True,
         filters="loaded",
         one_of_stages=True,
+        takes_loss_weights=False,
     ),
     "ted_filters": Preset(
         "the first stage of TED, which trains filters and leaves the student as it was",
@@ -92,12 +95,14 @@ METHODS: dict[str, Preset] = {
         filters="new",
         freezes_student=True,
         one_of_stages=True,
+        takes_loss_weights=False,
     ),
     "doremi_proxy": Preset(
         "the proxy model of DoReMi, trained by group DRO",
         "equal",
         always_runs_teacher=True,
         one_of_stages=True,
+        takes_loss_weights=False,
         by_definition="mixture.controller",
     ),
 }

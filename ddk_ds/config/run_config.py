@@ -113,6 +113,10 @@ class Config(MethodSections):
     @model_validator(mode="after")
     def _sections_agree(self) -> Config:
         self._check_teacher()
+        if self.mixture.loss_weights is not None and not self.preset.takes_loss_weights:
+            raise ValueError(
+                f"mixture.loss_weights: the loss of method: {self.method} takes no weights of domains: remove it"
+            )
         if self.init_as == "phase" and self.init_from is None:
             raise ValueError("init_as is phase: set init_from to the checkpoint, or the run, that it begins from")
         if self.stop.steps is not None or self.stop.intervals is not None:

@@ -243,6 +243,10 @@ class Mixture(Section):
     reference_losses: dict[str, NonNegativeFloat] | None = None
     """Loss of each domain in nats a token, which sheared_llama and doremi_online compare with; null: the teacher's
     loss."""
+    loss_weights: Literal["equal", "by_size"] | dict[str, NonNegativeFloat] | None = None
+    """Weights of the domains in the loss, apart from the proportions of the samples: equal, by_size (by their tokens),
+    or a value for each domain, with the sum 1. A sample's loss is multiplied by its domain's weight / its domain's
+    share of the interval's samples. null: no factor, so that the proportions are the weights."""
     step_size: NonNegativeFloat = 1.0
     """eta of doremi_online: factor of the excess loss in an update."""
     smoothing: Fraction = 1e-3
@@ -279,6 +283,8 @@ class Mixture(Section):
         used = {self.exhaustion, *self.exhaustion_by_domain.values()}
         if "cap" in used and self.max_passes is None:
             raise ValueError("exhaustion: cap needs a limit: set mixture.max_passes, for example 4")
+        if "cap" in used and self.loss_weights is not None:
+            raise ValueError("loss_weights cannot weight a domain that is at its cap: set exhaustion to cycle or stop")
         if used == {"cycle"} and self.max_passes is not None:
             raise ValueError(
                 f"max_passes is {self.max_passes:g}, but every domain cycles: set mixture.exhaustion to cap or stop, "

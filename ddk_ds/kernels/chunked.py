@@ -66,12 +66,15 @@ class Call(NamedTuple):
     """(m,) int64, the rows that are computed; None for all."""
     wanted: Wanted = Wanted()
     """Gradients of the student's tensors to compute."""
+    row_weights: Tensor | None = None
+    """(n,) in the compute dtype, factors of the rows' losses; None: all are 1."""
 
 
 class Sums(NamedTuple):
     """Sums over valid tokens: scalars and (n,) by token in float64, gradients in the compute dtype.
 
-    A gradient that is not wanted is None.
+    Scalars and gradients have the rows' weights in them, what is by token has not. A gradient that is not wanted is
+    None.
     """
 
     total: Tensor
@@ -135,8 +138,12 @@ def run_chunks(call: Call, options: Options) -> Sums:
     loop = _Loop(call, options, sums, targets)
     for start in range(0, loop.num_rows, options.chunk_tokens):
         loop.chunk(start, min(start + options.chunk_tokens, loop.num_rows))
-    ce, kl = sums.token_ce.sum(), sums.token_kl.sum()
+    ce, kl = (_total(by_token, call.row_weights) for by_token in (sums.token_ce, sums.token_kl))
     return sums._replace(total=options.ce_weight * ce + options.kd_weight * kl, ce=ce, kl=kl)
+
+
+def _total(by_token: Tensor, weights: Tensor | None) -> Tensor:
+    return by_token.sum() if weights is None else torch.dot(by_token, weights.to(by_token.dtype))
 
 
 def _initial_sums(call: Call) -> Sums:
@@ -219,19 +226,29 @@ class _Loop:
         return None if teacher is None else teacher.logits(rows, targets)
 
     def _add_grads(self, grad: Tensor, hidden: Tensor, rows: slice | Tensor) -> None:
+        """Add the gradients of a group's tokens `rows` from those of its logits (m, W) and its hidden states (m, H).
+
+        A row's weight multiplies the smaller factor of each product, so that it costs a pass over the logits for a
+        bias alone.
+        """
         sums, classes = self.sums, self.options.vocab_size
+        weights = None if self.call.row_weights is None else self.call.row_weights[rows][:, None]
         if sums.hidden_grad is not None:
-            if isinstance(rows, slice):
-                self.student.hidden_grad(grad, sums.hidden_grad[rows])
-            else:
-                part = hidden.new_empty(hidden.shape, dtype=sums.hidden_grad.dtype)
-                self.student.hidden_grad(grad, part)
+            whole = isinstance(rows, slice)
+            part = sums.hidden_grad[rows] if whole else hidden.new_empty(hidden.shape, dtype=sums.hidden_grad.dtype)
+            self.student.hidden_grad(grad, part)
+            if weights is not None:
+                part.mul_(weights)
+            if not whole:
                 sums.hidden_grad[rows] = part
+        if weights is not None:
+            hidden = (hidden * weights).to(hidden.dtype)
         if sums.weight_grad is not None:
             self.student.add_weight_grad(grad, hidden, sums.weight_grad, keep=self.has_weight_grad)
             self.has_weight_grad = True
         if sums.bias_grad is not None:
-            sums.bias_grad[:classes].add_(grad[:, :classes].sum(0, dtype=sums.bias_grad.dtype))
+            of_rows = grad[:, :classes] if weights is None else grad[:, :classes] * weights
+            sums.bias_grad[:classes].add_(of_rows.sum(0, dtype=sums.bias_grad.dtype))
 
 
 class _Teacher:

@@ -36,6 +36,7 @@ def linear_kd_sums(call: Call, weight_grad_buffer: Tensor | None, options: Optio
         *(topk or (None, None, None)),
         call.labels,
         call.valid_rows,
+        call.row_weights,
         wanted=list(call.wanted),
         **vars(options),
     )
@@ -56,6 +57,7 @@ def linear_kd(
     topk_log_tail: Tensor | None,
     labels: Tensor,
     valid_rows: Tensor | None,
+    row_weights: Tensor | None,
     *,
     wanted: list[bool],
     vocab_size: int,
@@ -97,7 +99,7 @@ def linear_kd(
         teacher = HeadInput(teacher_hidden, teacher_weight, teacher_bias)
     elif topk_ids is not None and topk_log_probs is not None and topk_log_tail is not None:
         teacher = TeacherTopK(topk_ids, topk_log_probs, topk_log_tail)
-    sums = run_chunks(Call(student, teacher, labels, valid_rows, Wanted(*wanted)), options)
+    sums = run_chunks(Call(student, teacher, labels, valid_rows, Wanted(*wanted), row_weights), options)
     return tuple(student_hidden.new_empty(0) if x is None else x for x in sums)  # type: ignore[return-value]
 
 

@@ -44,6 +44,7 @@ def linear_kd_loss(
     teacher_bias: Tensor | None = None,
     teacher_topk: TeacherTopK | None = None,
     valid_rows: Tensor | None = None,
+    row_weights: Tensor | None = None,
     weight_grad_buffer: Tensor | None = None,
     per_token: bool = False,
 ) -> KDLoss:
@@ -60,8 +61,9 @@ def linear_kd_loss(
         student_bias, teacher_bias: (Vs,), (Vt,).
         teacher_topk: instead of teacher_hidden and teacher_weight; see `top_k_of`.
         valid_rows: (m,) int64, the rows that are not ignored: other rows are left out before the matmuls.
+        row_weights: (n,) factors of the rows' losses in sums and gradients; `num_valid` divides as without them.
         weight_grad_buffer: (Vs, Hs) float32; the backward pass adds the weight's gradient to it and returns none.
-        per_token: return token_ce and token_kl too; otherwise they are None.
+        per_token: return token_ce and token_kl too, without weights; otherwise they are None.
 
     Raises:
         ConfigError: a shape, dtype, device or option is wrong. A label outside the vocabulary is a RuntimeError, on a
@@ -73,10 +75,11 @@ def linear_kd_loss(
     _check_call(student, teacher, labels, num_valid, valid_rows, weight_grad_buffer, options)
     # Decided here because inside the operator no tensor requires a gradient.
     wanted = Wanted(*(torch.is_grad_enabled() and x is not None and x.requires_grad for x in student))
-    call = Call(student, teacher if options.gamma else None, labels, valid_rows, wanted)
+    dtype = compute_dtype(student_hidden)
+    weights = None if row_weights is None else _checked_weights(row_weights, student_hidden).to(dtype)
+    call = Call(student, teacher if options.gamma else None, labels, valid_rows, wanted, weights)
     sums = linear_kd_sums(call, weight_grad_buffer, options)
     inverse = torch.where(num_valid > 0, num_valid, 1).reshape(()).double().reciprocal()
-    dtype = compute_dtype(student_hidden)
     parts = (sums.ce, sums.kl, sums.token_ce, sums.token_kl) if per_token else (sums.ce, sums.kl)
     return KDLoss((sums.total * inverse).to(dtype), *((part.detach() * inverse).to(dtype) for part in parts))
 
@@ -299,6 +302,15 @@ def _check_labels(labels: Tensor, hidden: Tensor) -> None:
             f"labels are {labels.dtype} {tuple(labels.shape)} on {labels.device}: "
             f"they must be int64 ({len(hidden)},) on {hidden.device}"
         )
+
+
+def _checked_weights(weights: Tensor, hidden: Tensor) -> Tensor:
+    if weights.shape != hidden.shape[:1] or weights.device != hidden.device or not weights.is_floating_point():
+        raise ConfigError(
+            f"row_weights are {weights.dtype} {tuple(weights.shape)} on {weights.device}: give floats ({len(hidden)},) "
+            f"on {hidden.device}"
+        )
+    return weights.detach()
 
 
 def _check_top_k(k: int, vocab_size: int) -> None:

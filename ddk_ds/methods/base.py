@@ -45,6 +45,13 @@ class Batch:
     positions: torch.Tensor | None = None
     """(B, L) int64 on the CPU, of the tokens in their documents; None if the documents of a sample are not kept apart.
     """
+    weights: torch.Tensor | None = None
+    """(B,) float32 on the device, factors of the samples' losses (`mixture.loss_weights`); None: all are 1."""
+
+    @property
+    def row_weights(self) -> torch.Tensor | None:
+        """Return the factor of each position's loss, (B*L,); None if all are 1."""
+        return None if self.weights is None else self.weights.repeat_interleave(self.labels.shape[1])
 
 
 def next_token_labels(input_ids: torch.Tensor, positions: torch.Tensor | None = None) -> torch.Tensor:
@@ -148,6 +155,7 @@ def cross_entropy(hidden: torch.Tensor, head: OutputHead, batch: Batch, options:
         num_valid=batch.num_valid,
         options=replace(options, gamma=0.0, student_form=head.form),
         student_bias=head.bias,
+        row_weights=batch.row_weights,
     )
 
 

@@ -199,11 +199,14 @@ class CachedDistillation(WithDivergence):
             options=options,
             student_bias=head.bias,
             teacher_topk=teacher_output.tokens,
+            row_weights=batch.row_weights,
         )
         if teacher_output.kl_offset is None:
             return found
         # Without a gradient: it makes the reported divergence one to the whole teacher, on average.
         offsets = teacher_output.kl_offset * (labels != IGNORE_INDEX)
+        if batch.row_weights is not None:
+            offsets = offsets * batch.row_weights
         offset = offsets.sum(dtype=torch.float64) / batch.num_valid
         return found._replace(
             loss=found.loss + (options.kd_weight * offset).to(found.loss.dtype),

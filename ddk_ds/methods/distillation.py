@@ -112,6 +112,7 @@ class Distillation(WithDivergence):
                 options=replace(self.options_at(batch), student_form=head.form, teacher_form=teacher_head.form),
                 student_bias=head.bias,
                 teacher_bias=teacher_head.bias,
+                row_weights=batch.row_weights,
             )
 
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from ddk_ds.comm import Comm, call_together
 from ddk_ds.config import Config, Model
 from ddk_ds.config.optimizer import check_schedule
-from ddk_ds.config.run_config import corpus_samples, interval_steps, total_steps
+from ddk_ds.config.run_config import corpus_samples, interval_ends, interval_steps, total_steps
 from ddk_ds.config.sections import Teacher
 from ddk_ds.data.cache import open_store
 from ddk_ds.data.manifest import Manifest, load_manifest
@@ -30,6 +31,7 @@ from ddk_ds.mixture.controllers import make_controller
 from ddk_ds.mixture.decide import Controller
 from ddk_ds.mixture.domain_vectors import check_domains
 from ddk_ds.mixture.exhaustion import Exhaustion, make_exhaustion
+from ddk_ds.mixture.loss_weights import make_loss_weights
 from ddk_ds.train.interval import read_schedule
 from ddk_ds.train.samples import Prompts, given_prompts
 
@@ -54,6 +56,8 @@ class Inputs:
     teacher: ModelFiles | None
     controller: Controller
     exhaustion: Exhaustion
+    loss_weights: tuple[float, ...] | None
+    """(N,) weights of the domains in the loss; None without `mixture.loss_weights`."""
     attention: dict[str, Attention]
     """The attention kernels of student and teacher, by these names."""
     filters: FilterShape | None = None
@@ -177,6 +181,7 @@ def check_files(
         teacher=teacher,
         controller=controller,
         exhaustion=exhaustion,
+        loss_weights=_loss_weights(config, manifest, names, controller),
         attention=attention,
         filters=filters,
         filters_hash=filters_hash,
@@ -245,6 +250,18 @@ def _check_data(config: Config, manifest: Manifest) -> list[str]:
                 f"for {config.data.validation_samples}: lower it, or prepare the data again with more"
             )
     return names
+
+
+def _loss_weights(
+    config: Config, manifest: Manifest, names: list[str], controller: Controller
+) -> tuple[float, ...] | None:
+    """Return `Inputs.loss_weights`, checked against each interval that the run can have; the last can be shorter."""
+    of_names = {name: manifest.domains[name].train for name in names}
+    samples = corpus_samples(config.mixture, {name: split.samples for name, split in of_names.items()})
+    ends = interval_ends(config.mixture, total_steps(config, samples))
+    of_intervals = [(end - begin) * config.train.global_batch_samples for begin, end in pairwise([0, *ends])]
+    tokens = {name: split.tokens for name, split in of_names.items()}
+    return make_loss_weights(config.mixture, tokens, controller, of_intervals)
 
 
 def _check_exhaustion(config: Config, manifest: Manifest, names: list[str]) -> Exhaustion:

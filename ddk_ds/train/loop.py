@@ -152,7 +152,10 @@ def _record_interval(run: Run, student_ppl: Array, clock: dict[str, float], aske
         run.config.mixture.exclude,
         run.inputs.controller.spreading(state.data.interval),
     )
-    run.record(interval_record("interval", state, names, student_ppl, run.teacher_ppl, clock, alarms, asked))
+    record = interval_record("interval", state, names, student_ppl, run.teacher_ppl, clock, alarms, asked)
+    if run.domain_weights is not None:
+        record["loss_weights"] = dict(zip(names, run.domain_weights, strict=True))
+    run.record(record)
     for alarm in alarms:
         run.announce("alarm", f"alarm: {alarm}", step=state.step, text=alarm)
     run.progress.interval(state.data.interval, state.proportions)
@@ -199,6 +202,7 @@ def _train_interval(run: Run, ids: Ids) -> None:
             progress=state.step / run.total_steps,
             teacher_pass_size=config.teacher_pass_size if run.cached is None else len(micro_batches),
             num_domains=len(run.inputs.names),
+            domain_weights=run.domain_weights,
             device=run.runtime.device,
             comm=comm,
             meanwhile=reader.read,

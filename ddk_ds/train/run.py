@@ -14,6 +14,7 @@ from ddk_ds.engine.student import Student
 from ddk_ds.engine.teacher import Teacher
 from ddk_ds.kernels import Options
 from ddk_ds.methods import CachedTeacher, Method, make_method
+from ddk_ds.mixture.loss_weights import sample_weights
 from ddk_ds.train.checkpoint.saver import Saver
 from ddk_ds.train.inputs import Inputs
 from ddk_ds.train.interruption import Interruption
@@ -88,6 +89,15 @@ class Run:
             return None
         taught, self.cached.taught = self.cached.taught, 0
         return taught
+
+    @property
+    def domain_weights(self) -> list[float] | None:
+        """Return the factors (N,) of the losses of domains in this interval; None without `mixture.loss_weights`.
+
+        They follow from the interval's counts, so a resumed run has the same. Raises ConfigError as `sample_weights`.
+        """
+        weights = self.inputs.loss_weights
+        return None if weights is None else sample_weights(weights, self.state.data.counts, self.inputs.names)
 
     def make_method(self) -> Method:
         """Make the method of the configuration from its state; it serves one interval."""

@@ -56,6 +56,7 @@ def train_step(
     progress: float,
     teacher_pass_size: int = 1,
     num_domains: int,
+    domain_weights: Sequence[float] | None = None,
     device: torch.device,
     comm: Comm,
     meanwhile: Callable[[], list[float]] = list,
@@ -72,6 +73,8 @@ def train_step(
     Args:
         progress: share of the run's steps that are done, 0..1.
         teacher_pass_size: number of micro-batches that the teacher computes in one pass.
+        domain_weights: (N,) factors of the losses of each domain's samples; None: all are 1. They do not enter the
+            number of valid tokens that divides.
         meanwhile: work for the host while the device computes; returns numbers that are summed over the ranks with the
             step's.
     """
@@ -82,13 +85,8 @@ def train_step(
         domain_tokens.index_add_(0, micro_batch["domain"], (label != IGNORE_INDEX).sum(1).double())
     with clock.waiting("sync"):
         domain_tokens = comm.all_reduce_sum(to_device(domain_tokens, device))
-    num_valid = domain_tokens.sum()
     sums = torch.zeros(3 if student.router is None else 4, dtype=torch.float64, device=device)
-    batches = []
-    for micro, label in zip(micro_batches, labels, strict=True):
-        ids, label = to_device(micro["input_ids"], device), to_device(label, device)
-        known = micro["sample_id"], micro.get("said", ()), micro.get("positions")
-        batches.append(Batch(ids, label, micro["domain"], domain_tokens, num_valid, progress, *known))
+    batches = _batches(micro_batches, labels, domain_tokens, progress, domain_weights, device)
     for first in range(0, len(batches), teacher_pass_size):
         group = batches[first : first + teacher_pass_size]
         with method.teacher_outputs(group) as teacher_outputs:
@@ -107,6 +105,26 @@ def train_step(
     measured = clock.take_seconds(), clock.take_peaks(), clock.take_allocator()
     counts = [int(count) for count in tokens]
     return StepMetrics(loss, ce, kl, grad_norm, counts, metrics, *measured, agreed, *of_router)
+
+
+def _batches(
+    micro_batches: Sequence[MicroBatch],
+    labels: Sequence[torch.Tensor],
+    domain_tokens: torch.Tensor,
+    progress: float,
+    domain_weights: Sequence[float] | None,
+    device: torch.device,
+) -> list[Batch]:
+    """Return the micro-batches on the device, with the counts of their step and the weights of their samples."""
+    weights = None if domain_weights is None else torch.tensor(domain_weights, dtype=torch.float32)
+    num_valid = domain_tokens.sum()
+    batches = []
+    for micro, label in zip(micro_batches, labels, strict=True):
+        ids, label = to_device(micro["input_ids"], device), to_device(label, device)
+        known = micro["sample_id"], micro.get("said", ()), micro.get("positions")
+        of_samples = None if weights is None else to_device(weights[micro["domain"]], device)
+        batches.append(Batch(ids, label, micro["domain"], domain_tokens, num_valid, progress, *known, of_samples))
+    return batches
 
 
 def _terms(student: Student, result: KDLoss, num_parts: int) -> list[torch.Tensor]:

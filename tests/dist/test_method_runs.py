@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,10 @@ from tests.dist.ranks import run_ranks
 from tests.dist.resume_worker import run_dir
 from tools.bench.small_run import without_clock, write_config
 
-pytestmark = pytest.mark.long("ten runs, 40 s of CPU; test_resume.py interrupts DDK, the default")
+pytestmark = pytest.mark.long("twelve runs, 50 s of CPU; test_resume.py interrupts DDK, the default")
 
 MIXTURE: dict[str, Any] = {"interval_steps": 2, "ratio_cap": None, "initial_floor": 0.0}
+FLOORS = dict.fromkeys(("python", "cpp", "mathematics"), 0.13)
 SHORT: dict[str, Any] = {"mixture": MIXTURE, "stop": {"steps": 4}, "checkpoint": {"every_steps": 2}}
 
 
@@ -33,6 +35,7 @@ def configs(workspace: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[s
         "doremi_proxy": {"method": "doremi_proxy"},
         "ted_filters": {"method": "ted_filters"},
         "ted": {"method": "ted", "ted": {"filters": filters, "weight": 0.5}},
+        "weighted": {"method": "ddk", "mixture": {**MIXTURE, "loss_weights": "by_size", "floors": FLOORS}},
     }
     once: dict[str, dict[str, Any]] = {
         "kd": {"method": "kd", "loss": {"gamma": 0.0}},
@@ -69,6 +72,19 @@ def test_doremis_proxy(configs: dict[str, Path]) -> None:
     for number, (name, value) in enumerate(proportions.items()):
         assert value == pytest.approx(sum(weights[number] for weights in steps) / 4)
         assert ledger[0]["proportions"][name] == pytest.approx(1 / 3)
+
+
+def test_weights_of_domains_in_the_loss(configs: dict[str, Path], workspace: Path) -> None:
+    """Resumed within an interval the run is the same, and the ledger has w / q by the interval's counts."""
+    manifest = json.loads((workspace / "shards/domains.json").read_text())["domains"]
+    tokens = {name: domain["train"]["tokens"] for name, domain in manifest.items()}
+    for line in ledger_of_both(configs["weighted"]):
+        if line["kind"] == "interval":
+            assert line["loss_weights"] == {
+                name: pytest.approx(tokens[name] / sum(tokens.values()) * sum(line["counts"].values()) / count)
+                for name, count in line["counts"].items()
+            }
+            assert max(line["loss_weights"].values()) > 1.1
 
 
 def test_teds_first_stage(configs: dict[str, Path]) -> None:

@@ -294,3 +294,29 @@ def test_the_likeliest_and_all_others_as_one(divergence: str) -> None:
     q = torch.cat([kept.double(), tails[1]], 1).log_softmax(-1)
     first, second = (q, p) if divergence == "forward_kl" else (p, q)
     check(models, result, ce, (first.exp() * (first - second)).sum() / VALID)
+
+
+def test_weights_of_samples_are_in_the_loss_from_a_cache() -> None:
+    """The loss of each sample alone, which no weight enters, times its weight; the divergence's offset is in it."""
+    models, batch, weights = Models(), batch_of(), (2.0, 0.25, 1.5)
+    method = method_of(models, cached_of(Store(4), draws=4))
+    with method.known([batch]) as [known]:
+        assert known.kl_offset is not None and known.kl_offset.any()
+        alone = [
+            method.loss(models.student, replace(batch, labels=_only(batch.labels, row)), known)
+            for row in range(SAMPLES)
+        ]
+        found = method.loss(models.student, replace(batch, weights=torch.tensor(weights)), known)
+    for part in range(3):
+        expected = sum(weight * float(one[part]) for weight, one in zip(weights, alone, strict=True))  # type: ignore[arg-type]
+        assert float(found[part]) == pytest.approx(expected, rel=1e-5)  # type: ignore[arg-type]
+    expected_grad = torch.autograd.grad(
+        sum(w * one.loss for w, one in zip(weights, alone, strict=True)), models.hidden_states
+    )  # type: ignore[arg-type]
+    torch.testing.assert_close(
+        torch.autograd.grad(found.loss, models.hidden_states), expected_grad, rtol=1e-4, atol=1e-6
+    )
+
+
+def _only(labels: torch.Tensor, row: int) -> torch.Tensor:
+    return torch.where(torch.arange(SAMPLES)[:, None] == row, labels, -100)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -134,6 +135,32 @@ def test_distillation_is_equation_3_at_the_runs_progress(progress: float, gamma:
         result = method.loss(models.student, batch, outputs[1])
     assert models.asked == ["hidden of 2", "shared head"]
     assert [float(part) for part in result[:3]] == pytest.approx(plain(models, batch, gamma, temperature), rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["cpt", "kd"])
+def test_weights_of_samples_are_in_the_loss_and_in_its_gradients(name: str) -> None:
+    """Two micro-batches of one step against sum_i w_i (CE_i + gamma T^2 KL_i) / the step's valid tokens in float64."""
+    models, weights = Models(), (torch.tensor([2.0, 0.25, 1.5]), torch.tensor([0.5, 3.0, 1.0]))
+    models.head.weight.requires_grad_()
+    leaves = (models.hidden_states, models.head.weight)
+    method = method_of(models, name, gamma=0.4, temperature=2.0)
+    valid = batch_at().labels.flatten() != -100
+    labels = batch_at().labels.flatten()[valid]
+    ours, theirs = (
+        logits_of(*both)[valid]
+        for both in ((models.hidden_states, models.head), (models.teacher_states, models.teacher_head))
+    )
+    kl = F.kl_div((ours / 2).log_softmax(-1), (theirs / 2).log_softmax(-1), reduction="none", log_target=True).sum(-1)
+    each = F.cross_entropy(ours, labels, reduction="none") + (0.4 * 4 * kl if name == "kd" else 0)
+    expected = sum((each * w.repeat_interleave(LENGTH)[valid]).sum() for w in weights) / VALID
+    batches = [replace(batch_at(), weights=w) for w in weights]
+    with method.teacher_outputs(batches) as outputs:
+        results = [method.loss(models.student, batch, output) for batch, output in zip(batches, outputs, strict=True)]
+    loss = sum(result.loss for result in results)
+    assert float(loss) == pytest.approx(float(expected), rel=1e-5)
+    assert float(loss) == pytest.approx(sum(float(r.ce + 1.6 * r.kl) for r in results), rel=1e-5)
+    for found, right in zip(torch.autograd.grad(loss, leaves), torch.autograd.grad(expected, leaves), strict=True):
+        torch.testing.assert_close(found, right, rtol=1e-4, atol=1e-6)
 
 
 def test_without_a_weight_the_teacher_does_not_run() -> None:

@@ -13,6 +13,7 @@ from ddk_ds.errors import ConfigError
 from ddk_ds.kernels import Options, chunked, linear_nll
 from ddk_ds.kernels.chunked import Call, HeadInput, Wanted, run_chunks
 from ddk_ds.kernels.options import Engine
+from ddk_ds.kernels.reference import reference_kd_loss
 from tests.unit.kernels.kd_case import assert_agrees, error, make, parts, truth
 
 
@@ -87,6 +88,35 @@ def test_the_divisor_is_the_callers() -> None:
     a = torch.autograd.grad(plain.loss, case.leaves())
     b = torch.autograd.grad(other.loss, case.leaves())
     assert error(b[1], a[1].double() * scale) < 1e-6
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-6), (torch.bfloat16, 6e-3)])
+@pytest.mark.parametrize("rows", [False, True])
+def test_weights_of_rows(dtype: torch.dtype, bound: float, rows: bool) -> None:
+    """By definition: the gradient of sum_i w_i l_i, from the reference's losses of single tokens in float64."""
+    case = make(dtype=dtype, bias=True)
+    weights = torch.rand(67, generator=torch.Generator().manual_seed(3)) * 4
+    exact = replace(
+        case,
+        **{
+            name: tensor.detach().double().requires_grad_(tensor.requires_grad)
+            for name, tensor in vars(case).items()
+            if isinstance(tensor, Tensor) and tensor.is_floating_point()
+        },
+    )
+    each = [
+        replace(exact, labels=torch.where(torch.arange(67) == row, case.labels, -100)).run(reference_kd_loss).loss
+        for row in range(67)
+    ]
+    expected = torch.dot(torch.stack(each), weights.double())
+    valid = {"valid_rows": (case.labels != -100).nonzero().flatten()} if rows else {}
+    found = case.run(row_weights=weights, chunk_tokens=16, **valid)
+    assert error(found.loss, expected) < 1e-6
+    right = torch.autograd.grad(expected, exact.leaves())
+    for grad, want in zip(torch.autograd.grad(found.loss, case.leaves()), right, strict=True):
+        assert error(grad, want) < bound
+    with pytest.raises(ConfigError, match=r"row_weights are torch.float32 \(66,\)"):
+        case.run(row_weights=weights[1:])
 
 
 def test_another_ignore_index() -> None:

@@ -130,7 +130,12 @@ def test_a_step_adds_up_its_micro_batches() -> None:
     alone: Any = Recorder()
     arguments: Any = {"learning_rate": 0.1, "progress": 0.0, "num_domains": 3, "device": torch.device("cpu")}
     train_step(alone, alone, micro_batches, **arguments, comm=SingleProcess())
-    assert alone.passes == [1, 1, 1]
+    assert alone.passes == [1, 1, 1] and all(batch.weights is None for batch in alone.batches)
+    weighted: Any = Recorder()
+    train_step(weighted, weighted, micro_batches, **arguments, comm=SingleProcess(), domain_weights=[2.0, 9.0, 0.5])
+    assert [batch.weights.tolist() for batch in weighted.batches] == [[2.0, 0.5], [0.5, 0.5], [2.0, 2.0]]
+    assert weighted.batches[0].row_weights.tolist() == [2.0] * 4 + [0.5] * 4
+    assert all(float(batch.num_valid) == 18 for batch in weighted.batches)
 
 
 def test_the_ledgers_numbers_of_a_step() -> None:
