@@ -38,6 +38,7 @@ class _Measurement(TypedDict):
     smoothed_ppl: _ByDomain | None
     proportions: _ByDomain | None
     log_proportions: NotRequired[dict[str, float | None] | None]
+    controller_memory: NotRequired[dict[str, Any] | None]
     owed: NotRequired[_ByDomain | None]
     loss_weights: NotRequired[_ByDomain]
     asked: dict[str, int] | None

@@ -12,8 +12,8 @@ from typing import get_args
 from rich.console import Console
 
 from ddk_ds.config import Config, Mixture, load_run_config, make_config
+from ddk_ds.config.mixture_options import ControllerKind, goes_with
 from ddk_ds.config.paths import is_address
-from ddk_ds.config.sections import ControllerKind, goes_with
 from ddk_ds.errors import UserError
 from ddk_ds.files import write_text
 from ddk_ds.mixture.controllers import make_controller

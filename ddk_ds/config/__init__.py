@@ -9,6 +9,7 @@ from __future__ import annotations
 from ddk_ds.config.data_section import Data
 from ddk_ds.config.load import load_config, load_run_config, make_config, to_yaml
 from ddk_ds.config.methods import METHODS, Doremi, Ted
+from ddk_ds.config.mixture_options import Mixture
 from ddk_ds.config.optimizer import Optimizer
 from ddk_ds.config.run_config import Config
 from ddk_ds.config.sections import (
@@ -16,7 +17,6 @@ from ddk_ds.config.sections import (
     Guard,
     Limits,
     Loss,
-    Mixture,
     Model,
     Monitor,
     Positive,

@@ -13,6 +13,7 @@ from pydantic import Field, PrivateAttr, model_validator
 from ddk_ds.config.data_section import Data
 from ddk_ds.config.keys import value_at
 from ddk_ds.config.methods import MethodSections
+from ddk_ds.config.mixture_options import Mixture
 from ddk_ds.config.optimizer import Optimizer, check_schedule
 from ddk_ds.config.paths import LocalPath, NamedPaths, is_address
 from ddk_ds.config.sections import (
@@ -21,7 +22,6 @@ from ddk_ds.config.sections import (
     Guard,
     Limits,
     Loss,
-    Mixture,
     Monitor,
     Natural,
     Stop,
@@ -180,7 +180,7 @@ class Config(MethodSections):
             return
         mixture = self.mixture
         excess_loss = mixture.controller in ("sheared_llama", "doremi_online")
-        if mixture.controller.startswith("ddk") or (excess_loss and mixture.reference_losses is None):
+        if mixture.controller.startswith(("ddk", "kl_gap")) or (excess_loss and mixture.reference_losses is None):
             raise ValueError(
                 f"mixture.controller: {mixture.controller} compares with a teacher, which method: {self.method} "
                 "does not have: set mixture.controller to by_size, equal or static"

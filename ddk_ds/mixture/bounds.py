@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from ddk_ds.errors import ConfigError
-from ddk_ds.mixture.decide import Controller
+from ddk_ds.mixture.decide import NOTHING_ELSE, Controller, Known
 from ddk_ds.mixture.domain_vectors import Factors, Values, Vector, check_domains, softmax, values_in_order
 
 
@@ -82,14 +82,16 @@ class Bounded:
         """Return the first proportions (N,) of `rule`, brought within the bounds."""
         return self._bounded(self.rule.start(self._included(student_ppl), self._included(teacher_ppl)))
 
-    def update(self, logs: Vector, student_ppl: Values, teacher_ppl: Values, *, interval: int) -> Factors:
+    def update(
+        self, logs: Vector, student_ppl: Values, teacher_ppl: Values, *, interval: int, known: Known = NOTHING_ELSE
+    ) -> Factors:
         """Return the next proportions (N,) of `rule`, brought within the bounds."""
         current = logs[self._indices]
         # A fork of a run that drew from the excluded domains: the others divide their proportions.
         if np.isfinite(logs).sum() > np.isfinite(current).sum():
             current = softmax(current if np.isfinite(current).any() else np.zeros(len(current))).logs
         students, teachers = self._included(student_ppl), self._included(teacher_ppl)
-        return self._bounded(self.rule.update(current, students, teachers, interval=interval))
+        return self._bounded(self.rule.update(current, students, teachers, interval=interval, known=known))
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state of `rule` together with the bounds and the names of all domains."""
@@ -107,7 +109,7 @@ class Bounded:
         raised = raise_to_floors(self.floors, factors) if self.floors else factors
         bounded, logs = np.zeros(len(self.names)), np.full(len(self.names), -np.inf)
         bounded[self._indices], logs[self._indices] = raised.proportions, raised.logs
-        return Factors(bounded, logs)
+        return Factors(bounded, logs, factors.memory)
 
 
 def raise_to_floors(floors: Sequence[float], factors: Factors) -> Factors:

@@ -7,18 +7,21 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from ddk_ds.mixture.ado import ADO
+from ddk_ds.mixture.boltzmann import Boltzmann
 from ddk_ds.mixture.bounds import Bounded, floors_in_order, included_domains
 from ddk_ds.mixture.ddk import DDK, DDKNoSmoothing
-from ddk_ds.mixture.decide import Controller
+from ddk_ds.mixture.decide import Controller, Known
 from ddk_ds.mixture.domain_vectors import proportions_by_size, proportions_in_order, values_in_order
 from ddk_ds.mixture.excess_loss import DoReMiOnline, ShearedLlama
 from ddk_ds.mixture.fixed import Scheduled, Static, parse_stages
+from ddk_ds.mixture.odm import ODM
 
 
 class MixtureOptions(Protocol):
     """The options of section `mixture` that controllers have.
 
-    `ddk_ds.config.sections.Mixture` declares their defaults and ranges, and which controller uses which.
+    `ddk_ds.config.mixture_options.Mixture` declares their defaults and ranges, and which controller uses which.
     """
 
     alpha: float
@@ -29,6 +32,13 @@ class MixtureOptions(Protocol):
     reference_losses: dict[str, float] | None
     step_size: float
     smoothing: float
+    temperature: float
+    warmup_intervals: int
+    history_weight: float
+    history_exponent: float
+    policy_weight: float
+    min_proportion: float
+    reward_smoothing: float
     ppl_smoothing: float
     exclude: tuple[str, ...]
     floors: dict[str, float]
@@ -63,12 +73,14 @@ def make_controller(options: MixtureOptions, sizes: Mapping[str, int], schedule:
         controller = Bounded(tuple(sizes), controller, options.exclude, floors)
     # An option that does not fit the number of domains raises now and not after the first evaluation.
     ones = np.ones(len(sizes))
-    controller.update(controller.start(ones, ones).logs, ones, ones, interval=1)
+    first = controller.start(ones, ones)
+    controller.update(first.logs, ones, ones, interval=1, known=Known(1, 1, first.memory))
     return controller
 
 
 def _make_rule(options: MixtureOptions, names: tuple[str, ...], sizes: Mapping[str, int], schedule: Any) -> Controller:
     """Return the controller that divides the samples between `names`, the M domains that are drawn."""
+    equal = (1 / len(names),) * len(names)
     match options.controller:
         case "ddk":
             return DDK(
@@ -83,7 +95,7 @@ def _make_rule(options: MixtureOptions, names: tuple[str, ...], sizes: Mapping[s
         case "ddk_no_smoothing":
             return DDKNoSmoothing(names, options.ratio_cap, options.initial_floor, options.ppl_smoothing)
         case "equal":
-            return Static(names, (1 / len(names),) * len(names), name="equal")
+            return Static(names, equal, name="equal")
         case "by_size":
             return Static(names, proportions_by_size(names, sizes), name="by_size")
         case "static":
@@ -106,6 +118,21 @@ def _make_rule(options: MixtureOptions, names: tuple[str, ...], sizes: Mapping[s
                 step_size=options.step_size,
                 smoothing=options.smoothing,
             )
+        case "ado":
+            return ADO(
+                names,
+                prior=_prior(options, names, sizes) or equal,
+                warmup_intervals=options.warmup_intervals,
+                history_weight=options.history_weight,
+                policy_weight=options.policy_weight,
+                history_exponent=options.history_exponent,
+                min_proportion=options.min_proportion,
+            )
+        case "odm":
+            return ODM(names, _prior(options, names, sizes) or equal, options.reward_smoothing)
+        case "loss_softmax" | "kl_gap":
+            prior = _prior(options, names, sizes) or equal
+            return Boltzmann(names, prior, options.temperature, options.ppl_smoothing, options.controller)
     raise AssertionError(f"the section has controller {options.controller}, which nothing here makes")
 
 

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from ddk_ds.errors import ConfigError, DataError
-from ddk_ds.mixture.decide import controller_state
+from ddk_ds.mixture.decide import NOTHING_ELSE, Known, controller_state
 from ddk_ds.mixture.domain_vectors import (
     Factors,
     Values,
@@ -122,7 +122,9 @@ class DDK:
         ratios = perplexity_ratios(student_ppl, teacher_ppl, cap=self.ratio_cap, names=self.names)
         return initial_factors(ratios, floor=self.initial_floor)
 
-    def update(self, logs: Vector, student_ppl: Values, teacher_ppl: Values, *, interval: int) -> Factors:
+    def update(
+        self, logs: Vector, student_ppl: Values, teacher_ppl: Values, *, interval: int, known: Known = NOTHING_ELSE
+    ) -> Factors:
         """Return the next factors (N,), computed by Eq. 2 with the configured cap and prior."""
         ratios = perplexity_ratios(student_ppl, teacher_ppl, cap=self.ratio_cap, names=self.names)
         return updated_factors(logs, ratios, alpha=self.alpha, prior=self.prior)
@@ -152,7 +154,9 @@ class DDKNoSmoothing:
         ratios = perplexity_ratios(student_ppl, teacher_ppl, cap=self.ratio_cap, names=self.names)
         return initial_factors(ratios, floor=self.initial_floor)
 
-    def update(self, logs: Vector, student_ppl: Values, teacher_ppl: Values, *, interval: int) -> Factors:
+    def update(
+        self, logs: Vector, student_ppl: Values, teacher_ppl: Values, *, interval: int, known: Known = NOTHING_ELSE
+    ) -> Factors:
         """Return the next factors (N,), computed by Eq. 1 again; the past ones are not used."""
         return self.start(student_ppl, teacher_ppl)
 

@@ -6,6 +6,7 @@ import difflib
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -15,6 +16,8 @@ from ddk_ds.errors import ConfigError, DataError
 Vector = NDArray[np.float64]
 Values = Sequence[float | None] | Vector | None
 """Perplexities of one model, (N,); None for a model that was not measured."""
+Memory = dict[str, Any] | None
+"""What a controller keeps from one decision to the next, as plain JSON; None if it keeps nothing."""
 
 
 def check_perplexities(values: Values, *, model: str, names: Sequence[str] | None = None) -> Vector:
@@ -147,6 +150,8 @@ class Factors:
     """(N,), sums to 1."""
     logs: Vector
     """(N,); -inf only where a proportion is 0 by definition, for example an excluded domain's."""
+    memory: Memory = None
+    """What the controller keeps for its next decision."""
 
     @classmethod
     def of(cls, proportions: Vector, logs: Vector | None = None) -> Factors:

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from ddk_ds.mixture.decide import controller_state
+from ddk_ds.mixture.decide import NOTHING_ELSE, Known, controller_state
 from ddk_ds.mixture.domain_vectors import Factors, Values, Vector, check_perplexities, check_proportions, mixed, softmax
 
 
@@ -66,7 +66,9 @@ class ShearedLlama(_ExcessLoss):
 
     name: ClassVar[str] = "sheared_llama"
 
-    def update(self, logs: Vector, student_ppl: Values, teacher_ppl: Values, *, interval: int) -> Factors:
+    def update(
+        self, logs: Vector, student_ppl: Values, teacher_ppl: Values, *, interval: int, known: Known = NOTHING_ELSE
+    ) -> Factors:
         """Return the proportions (N,) multiplied by exp(excess loss) and divided by their sum."""
         return self._reweighted(logs, student_ppl, teacher_ppl, 1.0)
 
@@ -88,7 +90,9 @@ class DoReMiOnline(_ExcessLoss):
     """c, 0..1: weight of equal proportions in every update."""
     name: ClassVar[str] = "doremi_online"
 
-    def update(self, logs: Vector, student_ppl: Values, teacher_ppl: Values, *, interval: int) -> Factors:
+    def update(
+        self, logs: Vector, student_ppl: Values, teacher_ppl: Values, *, interval: int, known: Known = NOTHING_ELSE
+    ) -> Factors:
         """Return r_{t+1} (N,) of the formula above; `logs` are those of r_t."""
         sharp = self._reweighted(logs, student_ppl, teacher_ppl, self.step_size)
         return mixed(1 - self.smoothing, sharp, self.smoothing / len(self.names))

@@ -146,7 +146,7 @@ class Exhaustion:
 
 
 class ExhaustionOptions(Protocol):
-    """The options of section `mixture` for domains that reach a limit (declared in ddk_ds.config.sections.Mixture)."""
+    """The options of section `mixture` for domains that reach a limit (declared in ddk_ds.config.mixture_options)."""
 
     max_passes: float | None
 

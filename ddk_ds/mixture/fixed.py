@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from ddk_ds.errors import ConfigError
-from ddk_ds.mixture.decide import controller_state
+from ddk_ds.mixture.decide import NOTHING_ELSE, Known, controller_state
 from ddk_ds.mixture.domain_vectors import Factors, Values, Vector, proportions_in_order
 
 Stage = tuple[int, tuple[float, ...]]
@@ -36,7 +36,9 @@ class Static:
         """Return the fixed proportions (N,); perplexities are not used."""
         return Factors.of(np.array(self.proportions, np.float64))
 
-    def update(self, logs: Vector, student_ppl: Values, teacher_ppl: Values, *, interval: int) -> Factors:
+    def update(
+        self, logs: Vector, student_ppl: Values, teacher_ppl: Values, *, interval: int, known: Known = NOTHING_ELSE
+    ) -> Factors:
         """Return the fixed proportions (N,), the same in every interval."""
         return Factors.of(np.array(self.proportions, np.float64))
 
@@ -64,7 +66,9 @@ class Scheduled:
         """Return the proportions (N,) of the first stage; perplexities are not used."""
         return self._at(0)
 
-    def update(self, logs: Vector, student_ppl: Values, teacher_ppl: Values, *, interval: int) -> Factors:
+    def update(
+        self, logs: Vector, student_ppl: Values, teacher_ppl: Values, *, interval: int, known: Known = NOTHING_ELSE
+    ) -> Factors:
         """Return the proportions (N,) of the stage that contains `interval`."""
         return self._at(interval)
 

@@ -25,7 +25,7 @@ _LEAST_SAMPLES = 2  # what is due differs from what is drawn by less than one sa
 
 
 class WeightOptions(Protocol):
-    """The options of section `mixture` that loss weights depend on (declared in ddk_ds.config.sections.Mixture)."""
+    """The options of section `mixture` that loss weights depend on (declared in ddk_ds.config.mixture_options)."""
 
     exclude: tuple[str, ...]
     floors: dict[str, float]

@@ -92,7 +92,9 @@ def _recorded_decision(record: dict[str, Any], domains: Sequence[str]) -> Record
         step=record["step"],
         student_ppl=np.array(vector("student_ppl")),
         teacher_ppl=None if record["teacher_ppl"] is None else np.array(vector("teacher_ppl")),
-        decision=Decision(vector("proportions"), vector("smoothed_ppl"), vector("log_proportions")),
+        decision=Decision(
+            vector("proportions"), vector("smoothed_ppl"), vector("log_proportions"), record.get("controller_memory")
+        ),
         asked=tuple(vector("asked")),
         counts=tuple(vector("counts")),
         owed=tuple(vector("owed")),
@@ -120,7 +122,7 @@ def replay(controller: Controller, recorded: Sequence[RecordedDecision]) -> Repl
     for entry in recorded:
         if last is not None or entry.interval == 0:
             before = None if last is None else last.decision
-            taken = decide(controller, before, entry.student_ppl, entry.teacher_ppl, interval=entry.interval)
+            taken = _decide(controller, before, entry)
             num_replayed += 1
             if not _is_equal(entry, taken, () if last is None else last.owed):
                 unequal.append(entry.interval)
@@ -154,8 +156,14 @@ def decide_otherwise(controller: Controller, recorded: Sequence[RecordedDecision
         if controller.uses_teacher and entry.teacher_ppl is None:
             raise DataError(f"controller {controller.name} compares with a teacher, and this run has none")
         last = decisions[-1] if decisions else None
-        decisions.append(decide(controller, last, entry.student_ppl, entry.teacher_ppl, interval=entry.interval))
+        decisions.append(_decide(controller, last, entry))
     return decisions
+
+
+def _decide(controller: Controller, last: Decision | None, entry: RecordedDecision) -> Decision:
+    """Return the decision of a controller on the measurements of a recorded one."""
+    measured = entry.student_ppl, entry.teacher_ppl
+    return decide(controller, last, *measured, interval=entry.interval, step=entry.step, tokens=sum(entry.tokens))
 
 
 def mixture_table(run: RecordedRun, other: Sequence[Decision], overrides: str) -> Table:

@@ -61,8 +61,15 @@ class Mixer:
         """
         decision = None
         if self._comm.rank == 0:
-            last = Decision(state.proportions, state.smoothed_ppl, state.log_proportions) if state.proportions else None
-            decision = decide(self._controller, last, student_ppl, teacher_ppl, interval=state.data.interval + 1)
+            decision = decide(
+                self._controller,
+                state.decision,
+                student_ppl,
+                teacher_ppl,
+                interval=state.data.interval + 1,
+                step=state.step,
+                tokens=sum(state.domain_tokens),
+            )
         decided: Decision = self._comm.broadcast_object(decision)
         return decided
 
@@ -72,7 +79,7 @@ class Mixer:
         Collective: all ranks check that they hold the same ids.
         """
         state.proportions, state.log_proportions = decision.proportions, decision.log_proportions
-        state.smoothed_ppl = decision.smoothed_ppl
+        state.smoothed_ppl, state.controller_memory = decision.smoothed_ppl, decision.memory
         state.data = state.data.begin(draws.counts, draws.owed)
         ids = self.ids(state)
         held = self._comm.gather_objects((state.data.counts, state.data.ids_sha))
@@ -168,6 +175,7 @@ def interval_record(
         "smoothed_ppl": by_domain(state.smoothed_ppl or None) if begun else None,
         "proportions": by_domain(state.proportions) if begun else None,
         "log_proportions": by_domain(state.log_proportions) if begun else None,
+        "controller_memory": state.controller_memory if begun else None,
         "asked": by_domain(asked) if begun else None,
         "counts": by_domain(state.data.counts) if begun else None,
         "owed": by_domain(state.data.owed) if begun else None,

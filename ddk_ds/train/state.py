@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ddk_ds.errors import CheckpointError
+from ddk_ds.mixture.decide import Decision
+from ddk_ds.mixture.domain_vectors import Memory
 from ddk_ds.mixture.interval_state import IntervalState
 
 
@@ -23,6 +25,8 @@ class RunState:
     """Their natural logs (N,), which the next decision continues from; None where a proportion is exactly 0."""
     smoothed_ppl: list[float] = field(default_factory=list)
     """Smoothed perplexities (N,) of the student that decided the proportions; empty without mixture.ppl_smoothing."""
+    controller_memory: Memory = None
+    """What the controller keeps for its next decision; None if it keeps nothing."""
     domain_tokens: list[int] = field(default_factory=list)
     """Valid tokens (N,) trained on so far."""
     student_before: list[float] = field(default_factory=list)
@@ -53,6 +57,13 @@ class RunState:
         """Return the number of samples of the global order that were trained on or left out so far."""
         return sum(self.data.drawn) - self.data.total + self.data.consumed
 
+    @property
+    def decision(self) -> Decision | None:
+        """Return the decision on the running interval; None before the first."""
+        if not self.proportions:
+            return None
+        return Decision(self.proportions, self.smoothed_ppl, self.log_proportions, self.controller_memory)
+
     def leave_out(self) -> None:
         """Advance past the samples of this interval that lie before `skip_until`."""
         left = self.data.total - self.data.consumed
@@ -66,8 +77,10 @@ class RunState:
     def from_json(cls, values: dict[str, Any]) -> RunState:
         """Return the state that `to_json` wrote.
 
-        Raises CheckpointError if a field is missing or unknown.
+        An older version's has no memory of a controller. Raises CheckpointError if another field is missing, or one is
+        unknown.
         """
+        values = {"controller_memory": None, **values}
         if odd := set(values) ^ set(cls.__dataclass_fields__):
             raise CheckpointError(f"the checkpoint's state has missing or unknown fields: {sorted(odd)}")
         return cls(**{**values, "data": IntervalState.from_json(values["data"])})

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ddk_ds.config.sections import ControllerKind
+from ddk_ds.config.mixture_options import ControllerKind
 from ddk_ds.errors import ConfigError
 from ddk_ds.mixture.bounds import Bounded, raise_to_floors
 from ddk_ds.mixture.controllers import make_controller

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from ddk_ds.config.sections import ControllerKind
+from ddk_ds.config.mixture_options import ControllerKind
 from ddk_ds.errors import ConfigError, DataError
 from ddk_ds.mixture.controllers import make_controller
 from ddk_ds.mixture.ddk import DDK

@@ -13,8 +13,8 @@ import pytest
 from ddk_ds.comm import SingleProcess
 from ddk_ds.config import to_yaml
 from ddk_ds.config.load import load_config
+from ddk_ds.config.mixture_options import Mixture
 from ddk_ds.config.run_config import corpus_samples, interval_steps, total_steps
-from ddk_ds.config.sections import Mixture
 from ddk_ds.errors import CheckpointError, ConfigError
 from ddk_ds.mixture.controllers import make_controller
 from ddk_ds.mixture.decide import Controller, Decision, decide
