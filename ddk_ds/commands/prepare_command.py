@@ -29,10 +29,12 @@ from rich.progress import (
 from rich.table import Table
 
 from ddk_ds.command_line import command_parser, parse, positive, reports_user_errors
+from ddk_ds.data.contamination import Contamination
 from ddk_ds.data.manifest import Manifest
 from ddk_ds.data.prepare import Plan, prepare
 from ddk_ds.data.recipe import Recipe, load_recipe
 from ddk_ds.errors import ConfigError
+from ddk_ds.evaluation.benchmark_texts import benchmark_texts
 from ddk_ds.exit_codes import EXIT_ENDED_AT_ONCE
 
 DEFAULT_VALIDATION_SAMPLES = 500  # the paper's
@@ -148,8 +150,12 @@ def _prepare(options: argparse.Namespace, recipe: Recipe, plan: Plan, console: C
         for name in ("parts", "engine_option"):
             if getattr(options, name):
                 raise ConfigError(f"--{name.replace('_', '-')} is of a preparation in parts: give --engine too")
+        contamination = _contamination(recipe, console)
         with Display(console, list(recipe.domains)) as display:
-            return prepare(recipe, options.tokenizer, options.out, plan, progress=display.update, **more)
+            progress = display.update
+            return prepare(
+                recipe, options.tokenizer, options.out, plan, progress=progress, contamination=contamination, **more
+            )
     try:
         from ddk_ds.data.engines import make_engine
     except ImportError as error:
@@ -165,6 +171,20 @@ def _prepare(options: argparse.Namespace, recipe: Recipe, plan: Plan, console: C
         return prepare_in_parts(
             recipe, options.tokenizer, options.out, plan, engine, parts, progress=display.update, **more
         )
+
+
+def _contamination(recipe: Recipe, console: Console) -> Contamination | None:
+    """Return what finds the benchmarks that the recipe keeps out, and print how they are looked for."""
+    if recipe.decontaminate is None:
+        return None
+    directory = None if recipe.benchmarks is None else Path(recipe.benchmarks)
+    contamination = Contamination(benchmark_texts(recipe.decontaminate, directory))
+    sizes = (
+        f"{name} {size} ({contamination.too_short[name]:,} shorter texts are not looked for)"
+        for name, size in contamination.sizes.items()
+    )
+    console.print(f"kept out, by n-grams of so many words: {', '.join(sizes)}", soft_wrap=True)
+    return contamination
 
 
 def _key_and_value(option: str) -> tuple[str, str]:
@@ -264,10 +284,13 @@ def losses(manifest: Manifest) -> Table:
     result.add_column("domain")
     found = {reason for reason in NOT_ALWAYS for domain in manifest.domains.values() if getattr(domain.dropped, reason)}
     reasons = {**LOSSES, **{reason: NOT_ALWAYS[reason] for reason in NOT_ALWAYS if reason in found}}
-    for head in reasons.values():
+    benchmarks = list(dict.fromkeys(name for domain in manifest.domains.values() for name in domain.contaminated))
+    for head in (*reasons.values(), *(f"text of\n{name}" for name in benchmarks)):
         result.add_column(head, justify="right", no_wrap=True)
     for name, domain in manifest.domains.items():
-        result.add_row(name, *(f"{getattr(domain.dropped, reason):,}" for reason in reasons))
+        counts = [getattr(domain.dropped, reason) for reason in reasons]
+        counts += [domain.contaminated.get(benchmark, 0) for benchmark in benchmarks]
+        result.add_row(name, *(f"{count:,}" for count in counts))
     return result
 
 

@@ -13,6 +13,7 @@ from ddk_ds.data.documents import Dropped, Meter, Position
 from ddk_ds.data.encoding import BatchEncoder, batch_encoder
 from ddk_ds.data.long_documents import DocumentCutter
 from ddk_ds.data.reading import DomainText, Spool
+from ddk_ds.data.screening import Screening
 from ddk_ds.data.tokenizer import load_tokenizer
 from ddk_ds.files import write_text
 
@@ -38,7 +39,7 @@ class TokensStage:
     def run(self, units: Iterable[int]) -> None:
         """Encode blocks. Raises DataError if the text cannot be read or is another, OSError if the disk is full."""
         cutter = DocumentCutter(load_tokenizer(self.job.tokenizer).text.tokenizer)
-        with batch_encoder(self.job.tokenizer, self.job.dtype, self.job.bos, 1) as encode:
+        with batch_encoder(self.job.tokenizer, self.job.dtype, self.job.bos, 1, Screening()) as encode:
             for unit in units:
                 self._encode(self.blocks[unit], self.result(unit), cutter, encode)
 

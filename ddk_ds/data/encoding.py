@@ -24,7 +24,7 @@ import numpy.typing as npt
 
 from ddk_ds.data.long_documents import Part
 from ddk_ds.data.mds import Ids
-from ddk_ds.data.near_duplicates import NearKeys
+from ddk_ds.data.screening import Marks, Screening
 from ddk_ds.data.tokenizer import TokenizerInfo, load_tokenizer
 from ddk_ds.errors import DataError
 
@@ -40,10 +40,6 @@ class Encoded(NamedTuple):
     ids: Ids
     lengths: npt.NDArray[np.int64]
     control_tokens: int
-
-
-Keys = list[list[int]]
-"""The keys of each document, by which near ones are found; empty where they are not looked for."""
 
 
 class Batch(Protocol):
@@ -63,9 +59,9 @@ AnyBatch = TypeVar("AnyBatch", bound=Batch)
 
 
 class BatchEncoder(Protocol):
-    """A function from batches to (batch, its ids, its documents' keys), in order; it reads only a few batches ahead."""
+    """A function from batches to (batch, its ids, its marks), in order; it reads only a few batches ahead."""
 
-    def __call__(self, batches: Iterable[AnyBatch], /) -> Iterator[tuple[AnyBatch, Encoded, Keys]]: ...
+    def __call__(self, batches: Iterable[AnyBatch], /) -> Iterator[tuple[AnyBatch, Encoded, Marks]]: ...
 
 
 class TextEncoder:
@@ -92,24 +88,24 @@ class TextEncoder:
 
 
 class _Work:
-    """The work on a batch: the ids of its parts, and the keys of its documents if they are asked for."""
+    """The work on a batch: the ids of its parts, and the marks of its complete documents."""
 
-    def __init__(self, directory: Path, dtype: str, bos: tuple[int, ...], near: NearKeys | None) -> None:
-        self._encode, self._near = TextEncoder(load_tokenizer(directory), dtype, bos), near
+    def __init__(self, directory: Path, dtype: str, bos: tuple[int, ...], screening: Screening) -> None:
+        self._encode, self._screening = TextEncoder(load_tokenizer(directory), dtype, bos), screening
 
-    def __call__(self, parts: list[Part], texts: list[str]) -> tuple[Encoded, Keys]:
-        return self._encode(parts), self._near(texts) if self._near else []
+    def __call__(self, parts: list[Part], texts: list[str]) -> tuple[Encoded, Marks]:
+        return self._encode(parts), self._screening(texts)
 
 
 _work: _Work | None = None
 
 
-def _start_worker(directory: Path, dtype: str, bos: tuple[int, ...], near: NearKeys | None) -> None:
+def _start_worker(directory: Path, dtype: str, bos: tuple[int, ...], screening: Screening) -> None:
     global _work
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends Ctrl-C to all: the parent ends its workers
     threading.Thread(target=end_with_parent, daemon=True).start()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
-    _work = _Work(directory, dtype, bos, near)
+    _work = _Work(directory, dtype, bos, screening)
 
 
 def end_with_parent() -> None:
@@ -120,33 +116,33 @@ def end_with_parent() -> None:
     os._exit(1)
 
 
-def _run(parts: list[Part], texts: list[str]) -> tuple[Encoded, Keys]:
+def _run(parts: list[Part], texts: list[str]) -> tuple[Encoded, Marks]:
     assert _work is not None, "_start_worker runs first in every worker"
     return _work(parts, texts)
 
 
 @contextmanager
 def batch_encoder(
-    directory: Path, dtype: str, bos: tuple[int, ...], workers: int, near: NearKeys | None = None
+    directory: Path, dtype: str, bos: tuple[int, ...], workers: int, screening: Screening
 ) -> Iterator[BatchEncoder]:
-    """Yield a function from batches of parts to their ids, and to the documents' keys.
+    """Yield a function from batches of parts to their ids, and to the documents' marks.
 
     Args:
         directory: directory of the tokenizer.
         dtype: dtype of the ids.
         bos: ids at the beginning of each document.
         workers: number of encoding processes; 1: this process encodes.
-        near: computes the keys; None: they are not looked for.
+        screening: computes the marks.
 
     Raises:
         DataError: a worker died.
     """
     if workers == 1:
-        yield partial(_encode_here, _Work(directory, dtype, bos, near))
+        yield partial(_encode_here, _Work(directory, dtype, bos, screening))
         return
     # spawn: a fork would copy locks that the caller's threads hold (progress bar, tokenizers' own pool).
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, context, _start_worker, (directory, dtype, bos, near)) as pool:
+    with ProcessPoolExecutor(workers, context, _start_worker, (directory, dtype, bos, screening)) as pool:
         try:
             yield partial(_encode_in_pool, pool, _BATCHES_AHEAD * workers)
         except BrokenProcessPool as error:
@@ -158,15 +154,15 @@ def batch_encoder(
             pool.shutdown(cancel_futures=True)
 
 
-def _encode_here(work: _Work, batches: Iterable[AnyBatch]) -> Iterator[tuple[AnyBatch, Encoded, Keys]]:
+def _encode_here(work: _Work, batches: Iterable[AnyBatch]) -> Iterator[tuple[AnyBatch, Encoded, Marks]]:
     for batch in batches:
         yield batch, *work(batch.parts, batch.texts)
 
 
 def _encode_in_pool(
     pool: ProcessPoolExecutor, max_waiting: int, batches: Iterable[AnyBatch]
-) -> Iterator[tuple[AnyBatch, Encoded, Keys]]:
-    waiting: deque[tuple[AnyBatch, Future[tuple[Encoded, Keys]]]] = deque()
+) -> Iterator[tuple[AnyBatch, Encoded, Marks]]:
+    waiting: deque[tuple[AnyBatch, Future[tuple[Encoded, Marks]]]] = deque()
     for batch in batches:
         waiting.append((batch, pool.submit(_run, batch.parts, batch.texts)))
         if len(waiting) >= max_waiting:

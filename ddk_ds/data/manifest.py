@@ -44,12 +44,14 @@ class DomainInfo:
     """One domain's two splits, and the counts of what the preparation dropped.
 
     `adopted` says which shards of another program a domain is, and how they were cut (adopt.py); {} if it was prepared.
+    `contaminated` are the documents that have text of a benchmark, by its name.
     """
 
     train: SplitInfo
     validation: SplitInfo
     dropped: Dropped = field(default_factory=Dropped)
     adopted: dict[str, Any] = field(default_factory=dict)
+    contaminated: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def fingerprint(self) -> str:
@@ -209,7 +211,8 @@ def _packing(value: str) -> Packing:
 
 def _domain(entry: dict[str, Any]) -> DomainInfo:
     train, validation = (SplitInfo(**entry[split]) for split in SPLITS)
-    return DomainInfo(train, validation, Dropped(**entry.get("dropped", {})), dict(entry.get("adopted", {})))
+    more = {key: dict(entry.get(key, {})) for key in ("adopted", "contaminated")}
+    return DomainInfo(train, validation, Dropped(**entry.get("dropped", {})), **more)
 
 
 def _check_split(store: Store, manifest: Manifest, directory: str, info: SplitInfo) -> None:

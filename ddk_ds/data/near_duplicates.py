@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from functools import cached_property
+from functools import cache, cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -21,6 +21,7 @@ from ddk_ds.errors import ConfigError
 
 if TYPE_CHECKING:
     from datatrove.pipeline.dedup.minhash import MinhashDedupSignature
+    from datatrove.utils.text import TextNormConfig
 
 # datatrove makes a matrix of these and of all hash functions: 3.7 MB of the defaults.
 _SHINGLES = 1 << 12
@@ -32,16 +33,36 @@ _NO_BLANKS = (
 _WORD = re.compile(f"[{_NO_BLANKS}]|[^\\s{_NO_BLANKS}]+")
 
 
+def words_of(text: str) -> list[str]:
+    """Return the words of a text, without case, punctuation and diacritics."""
+    from datatrove.utils.text import simplify_text
+
+    return _WORD.findall(simplify_text(text, _as_written()))
+
+
+@cache
+def _as_written() -> TextNormConfig:
+    """Return datatrove's simplification without its one word for all numbers: tasks differ in their numbers alone."""
+    from datatrove.utils.text import TextNormConfig
+
+    return TextNormConfig(norm_numbers=False)
+
+
+def require_datatrove(option: str) -> None:
+    """Raise ConfigError, which names the option, if datatrove is not installed."""
+    try:
+        import datatrove.pipeline.dedup.minhash  # noqa: F401
+    except ImportError as error:
+        raise ConfigError(f"{option} needs datatrove ({error}): pip install 'ddk_ds[data]'") from error
+
+
 class NearKeys:
     """A function from texts to the keys of each, which depend on text and options alone."""
 
     def __init__(self, options: MinHashOptions) -> None:
         """Store the options. Raises ConfigError if datatrove is not installed."""
+        require_datatrove("dedup: minhash")
         self.options = options
-        try:
-            import datatrove.pipeline.dedup.minhash  # noqa: F401
-        except ImportError as error:
-            raise ConfigError(f"dedup: minhash needs datatrove ({error}): pip install 'ddk_ds[data]'") from error
 
     def __call__(self, texts: Iterable[str]) -> list[list[int]]:
         """Return the keys of each text, signed numbers of 64 bits; none of a text with fewer words than an n-gram."""
@@ -50,7 +71,6 @@ class NearKeys:
     @cached_property
     def _signature(self) -> MinhashDedupSignature:
         from datatrove.pipeline.dedup.minhash import MinhashConfig, MinhashDedupSignature
-        from datatrove.utils.text import TextNormConfig
         from datatrove.utils.word_tokenizers import WordTokenizer
 
         class Words(WordTokenizer):
@@ -65,8 +85,7 @@ class NearKeys:
             n_grams=self.options.ngram_words,
             num_buckets=self.options.buckets,
             hashes_per_bucket=self.options.hashes,
-            # Tasks of arithmetic that differ in their numbers alone are not the same.
-            norm_config=TextNormConfig(norm_numbers=False),
+            norm_config=_as_written(),
         )
         return MinhashDedupSignature(".", config, language=Words())
 

@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ddk_ds.data.best_fit import pack_best_fit
+from ddk_ds.data.contamination import Contamination
 from ddk_ds.data.documents import Dropped, check_first_texts
 from ddk_ds.data.encoding import BatchEncoder, batch_encoder
 from ddk_ds.data.held_out import HeldOut, choose_validation
@@ -29,10 +30,11 @@ from ddk_ds.data.near_duplicates import NearKeys
 from ddk_ds.data.reading import DomainText, Progress, Spool
 from ddk_ds.data.recipe import Recipe, SourceFile, list_files
 from ddk_ds.data.same_cuts import probe_hash
+from ddk_ds.data.screening import Screening
 from ddk_ds.data.spooled import Spooled
 from ddk_ds.data.tokenizer import TokenizerInfo, load_tokenizer
 from ddk_ds.data.workdir import Reading, WorkDir, open_work
-from ddk_ds.errors import DataError
+from ddk_ds.errors import ConfigError, DataError
 
 # MDSWriter holds about three times a shard in memory.
 SHARD_BYTES = 1 << 25
@@ -77,6 +79,7 @@ def prepare(
     *,
     progress: Progress = lambda _domain, _done, _total: None,
     start_anew: bool = False,
+    contamination: Contamination | None = None,
 ) -> Manifest:
     """Prepare all domains of `recipe` into the new directory `out`, and return its manifest.
 
@@ -86,6 +89,7 @@ def prepare(
         tokenizer: directory of the tokenizer, which must name an EOS token.
         progress: called after every batch with the amounts that `Progress` describes.
         start_anew: delete what an earlier call left unfinished.
+        contamination: finds the benchmarks that the recipe keeps out (`decontaminate`).
 
     Raises:
         DataError: `out` exists, the tokenizer has no EOS, text cannot be read, a domain has too little, the disk
@@ -95,10 +99,12 @@ def prepare(
     refuse_existing(out)
     info = tokenizer_with_eos(tokenizer)
     bos = bos_ids(recipe, info)
-    near = NearKeys(recipe.minhash) if recipe.dedup == "minhash" else None
+    screening = Screening(NearKeys(recipe.minhash) if recipe.dedup == "minhash" else None, contamination)
+    if (recipe.decontaminate is None) != (contamination is None):
+        raise ConfigError(f"decontaminate is {recipe.decontaminate!r}: give the texts of its benchmarks beside it")
     with open_work(out.parent / f".{out.name}.partial", start_anew=start_anew) as work:
         refuse_existing(out)  # another process may have finished it in between
-        work.claim(plan_settings(recipe, info, bos, plan))
+        work.claim(plan_settings(recipe, info, bos, plan, contamination))
         files = files_to_read(recipe, work)
         work.check_domains(recipe.domains, files)
         for name in recipe.domains:
@@ -106,9 +112,9 @@ def prepare(
                 check_first_texts(files[name])
         domains = {}
         cutter = DocumentCutter(info.text.tokenizer)
-        with batch_encoder(tokenizer, token_dtype(info.vocab_size), bos, plan.workers, near) as encode:
+        with batch_encoder(tokenizer, token_dtype(info.vocab_size), bos, plan.workers, screening) as encode:
             for number, (name, domain) in enumerate(recipe.domains.items()):
-                text = DomainText(name, number, domain, files[name], plan.seed, cutter, near is not None)
+                text = DomainText(name, number, domain, files[name], plan.seed, cutter, bool(screening))
                 domains[name] = _prepare_domain(text, work, encode, info, plan, progress)
         write_manifest(make_manifest(work.data, info, bos, plan, domains, files))
         work.data.rename(out)
@@ -150,7 +156,9 @@ def bos_ids(recipe: Recipe, info: TokenizerInfo) -> tuple[int, ...]:
     return info.bos if add else ()
 
 
-def plan_settings(recipe: Recipe, info: TokenizerInfo, bos: tuple[int, ...], plan: Plan) -> dict[str, Any]:
+def plan_settings(
+    recipe: Recipe, info: TokenizerInfo, bos: tuple[int, ...], plan: Plan, contamination: Contamination | None = None
+) -> dict[str, Any]:
     """Return the settings that all prepared data depend on. A preparation can continue only with the same settings."""
     return {
         "tokenizer": hashlib.sha256(info.path.read_bytes()).hexdigest(),
@@ -162,6 +170,7 @@ def plan_settings(recipe: Recipe, info: TokenizerInfo, bos: tuple[int, ...], pla
         "seed": plan.seed,
         "packing": plan.packing,
         "dedup": recipe.minhash.model_dump() if recipe.dedup == "minhash" else "exact",
+        "decontaminate": contamination and contamination.fingerprint,
     }
 
 
@@ -199,7 +208,7 @@ def _prepare_domain(
     if finished is not None:
         progress(text.name, max(text.disk_bytes, 1), max(text.disk_bytes, 1))
         train, held_out = (SplitInfo(**finished[split]) for split in ("train", "validation"))
-        return DomainInfo(train, held_out, Dropped(**finished["dropped"]))
+        return DomainInfo(train, held_out, Dropped(**finished["dropped"]), contaminated=finished["contaminated"])
     spool, reading = text.spool(work, token_dtype(info.vocab_size), encode, progress)
     try:
         domain = _pack_domain(text, spool, reading, work.data / text.name, plan, info)
@@ -232,7 +241,7 @@ def _pack_domain(
         split_info, tail_tokens = describe_split(spool, held_out, totals, written, plan, validation=bool(validation))
         dropped.tail_tokens += tail_tokens
         splits.append(split_info)
-    return DomainInfo(splits[0], splits[1], dropped)
+    return DomainInfo(splits[0], splits[1], dropped, contaminated=reading.contaminated)
 
 
 def choose_held_out(

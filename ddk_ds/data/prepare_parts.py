@@ -77,10 +77,10 @@ def prepare_in_parts(
             f"--packing {plan.packing} packs by documents of a window, in one process: leave out --engine, or give "
             "--packing cut"
         )
-    if recipe.dedup == "minhash":
+    if recipe.dedup == "minhash" or recipe.decontaminate is not None:
         raise DataError(
-            "dedup: minhash compares each document with all before it, in one process: leave out --engine, or give "
-            "dedup=exact"
+            "dedup: minhash, which compares each document with all before it, and decontaminate work in one process: "
+            "leave out --engine, or give dedup=exact decontaminate=null"
         )
     tokenizer, out = tokenizer.absolute(), out.absolute()
     refuse_existing(out)

@@ -21,6 +21,7 @@ from ddk_ds.data.encoding import BatchEncoder, Encoded
 from ddk_ds.data.long_documents import DocumentCutter, Part
 from ddk_ds.data.mds import Ids
 from ddk_ds.data.recipe import Domain, SourceFile
+from ddk_ds.data.screening import Marks
 from ddk_ds.data.spooled import RECORD, Spooled
 from ddk_ds.data.workdir import Reading, WorkDir
 
@@ -35,7 +36,7 @@ capped domain's text. How much it has is an estimate where a store does not know
 class TextBatch:
     """Parts that are encoded together, digests, sizes and texts of the documents that end here, and the reader's state.
 
-    `texts` is empty if no near duplicates are looked for.
+    `texts` is empty if the documents are not screened.
     """
 
     parts: list[Part]
@@ -51,7 +52,7 @@ class TextBatch:
 class DomainText:
     """The text of one domain of a recipe: `number` is its place in the recipe, `seed` keys the digests.
 
-    With `near`, documents that are near an earlier one are dropped.
+    With `screened`, documents that are near an earlier one, or have text of a benchmark, are dropped.
     """
 
     name: str
@@ -60,7 +61,7 @@ class DomainText:
     files: Sequence[SourceFile]
     seed: int
     cutter: DocumentCutter
-    near: bool = False
+    screened: bool = False
 
     def spool(self, work: WorkDir, dtype: str, encode: BatchEncoder, progress: Progress) -> tuple[Spool, Reading]:
         """Read and encode the documents that the spool lacks; return the complete spool and the state of the reading.
@@ -88,10 +89,8 @@ class DomainText:
         meter = Meter(sum(file.num_bytes for file in self.files[: position.file]))
         progress(self.name, *self._progress(reading.position, meter.disk_bytes))
         last_commit = time.monotonic()
-        for batch, encoded, keys in encode(self.batches(work, work.scratch, position, dropped, meter)):
-            kept = [not of_document or not work.is_near(of_document) for of_document in keys]
-            reading.near_duplicates += kept.count(False)
-            spool.append_batch(batch, encoded, np.array(kept, bool) if self.near else None)
+        for batch, encoded, marks in encode(self.batches(work, work.scratch, position, dropped, meter)):
+            spool.append_batch(batch, encoded, _kept(work, reading, marks) if self.screened else None)
             work.keep(batch.digests)
             reading.control_tokens += encoded.control_tokens
             # Between two parts of a document there is no place to continue at.
@@ -135,7 +134,7 @@ class DomainText:
                 if part.closes:
                     digests.append(document.digest)
                     num_bytes.append(document.num_bytes)
-                    texts += [document.text] * self.near
+                    texts += [document.text] * self.screened
                 if batch_bytes >= BATCH_BYTES:
                     yield batch()
                     parts, texts, digests, num_bytes, batch_bytes = [], [], [], [], 0
@@ -160,6 +159,18 @@ class DomainText:
             return disk_bytes, total
         share = max(min(position.num_bytes / cap, 1.0), disk_bytes / total)
         return int(share * cap), cap
+
+
+def _kept(work: WorkDir, reading: Reading, marks: Marks) -> npt.NDArray[np.bool_]:
+    """Return True for each document that is kept; `reading` counts the others."""
+    kept = []
+    for keys, benchmark in zip(*marks, strict=True):
+        near = not benchmark and bool(keys) and work.is_near(keys)
+        if benchmark:
+            reading.contaminated[benchmark] = reading.contaminated.get(benchmark, 0) + 1
+        reading.near_duplicates += near
+        kept.append(not benchmark and not near)
+    return np.array(kept, bool)
 
 
 class Spool(Spooled):

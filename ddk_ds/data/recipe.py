@@ -122,6 +122,11 @@ class Recipe(Section):
     near an earlier document that is kept, of any domain."""
     minhash: MinHashOptions = Field(default_factory=MinHashOptions)
     """Options of `dedup: minhash`."""
+    decontaminate: str | None = None
+    """Suite of benchmarks whose texts are kept out (ddk evaluate --suite): a document that has an n-gram of one is
+    dropped (contamination.py); null: none."""
+    benchmarks: str | None = None
+    """Directory with the benchmarks' files, relative to the recipe's file, as ddk evaluate --data wants them."""
     domains: Annotated[dict[FileName, Domain], Field(min_length=1)]
     """Domains by name; the name is a directory of the prepared data."""
 
@@ -151,9 +156,9 @@ class SourceFile:
 
 
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Read a recipe, apply `key.path=value` overrides and check it; the returned `root` is absolute.
+    """Read a recipe, apply `key.path=value` overrides and check it; the returned `root` and `benchmarks` are absolute.
 
-    A root among the overrides or in an environment variable is relative to the working directory, where the shell is.
+    A path among the overrides or in an environment variable is relative to the working directory, where the shell is.
 
     Raises:
         ConfigError: the file is missing, is not a YAML mapping, has an unknown key or a wrong value.
@@ -166,7 +171,8 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     try:
         written, given = OmegaConf.load(path), OmegaConf.from_dotlist(list(overrides))
         merged = OmegaConf.merge(written, given)
-        by_shell = named_by_shell(OmegaConf.to_container(written), OmegaConf.to_container(given), "root")
+        trees = OmegaConf.to_container(written), OmegaConf.to_container(given)
+        by_shell = {key: named_by_shell(*trees, key) for key in ("root", "benchmarks")}
         recipe = Recipe.model_validate(OmegaConf.to_container(merged, resolve=True))
     except ValidationError as error:
         raise ConfigError("; ".join(_explain(item, path, overrides) for item in error.errors())) from error
@@ -175,9 +181,12 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
         raise ConfigError(f"recipe {path}: {reason}; set the variable, or give the key as key=value") from error
     except (OmegaConfBaseException, YAMLError, OSError, ValueError, TypeError) as error:
         raise ConfigError(f"recipe {path}: cannot be read as YAML: {error}") from error
-    if is_address(recipe.root):
-        return recipe
-    return recipe.model_copy(update={"root": absolute_path(Path.cwd() if by_shell else path.parent, recipe.root)})
+    paths = {
+        key: absolute_path(Path.cwd() if by_shell[key] else path.parent, value)
+        for key, value in (("root", recipe.root), ("benchmarks", recipe.benchmarks))
+        if value is not None and not is_address(value)
+    }
+    return recipe.model_copy(update=paths)
 
 
 def _explain(item: Any, path: Path, overrides: Sequence[str]) -> str:

@@ -39,7 +39,8 @@ _CACHE_KIB = 1 << 15
 class Reading:
     """State of a domain's reading: `documents` and `tokens` are those in its spool; `done`: all is read.
 
-    `control_tokens` are those that the text so far spells, `near_duplicates` the documents that are not in the spool.
+    `control_tokens` are those that the text so far spells, `near_duplicates` and `contaminated` (by
+    benchmark) the documents that are not in the spool.
     """
 
     position: Position = field(default_factory=Position)
@@ -48,6 +49,7 @@ class Reading:
     tokens: int = 0
     control_tokens: int = 0
     near_duplicates: int = 0
+    contaminated: dict[str, int] = field(default_factory=dict)
     done: bool = False
 
 

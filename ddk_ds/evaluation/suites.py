@@ -192,14 +192,17 @@ def _split_files(directory: Path, split: str) -> list[Path]:
     return []
 
 
-def check_files(root: Path, wanted: Sequence[Chosen], subjects: Mapping[str, Sequence[str]]) -> None:
+def check_files(
+    root: Path, wanted: Sequence[Chosen], subjects: Mapping[str, Sequence[str]], option: str = "--data"
+) -> None:
     """Raise one DataError that lists every data set that is missing below `root` or lacks a column.
 
     `subjects` holds the list of subjects by benchmark name; a benchmark without subjects has the list [""].
+    `option` is the one that gave `root`.
     """
     faults = [fault for chosen in wanted for fault in _faults(root, chosen, subjects[chosen.benchmark.name])]
     if faults:
-        head = f"--data {root}: {len(faults)} data sets are missing or have other columns:"
+        head = f"{option} {root}: {len(faults)} data sets are missing or have other columns:"
         raise DataError("\n".join((head, *(f"  {fault}" for fault in faults))))
 
 
