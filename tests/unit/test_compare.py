@@ -41,7 +41,10 @@ CONFIG = {
     "train": {"global_batch_samples": 4},
     "stop": {"steps": 10},
 }
-CONTROLLERS = ("by_size", "equal", "ddk", "ddk_no_smoothing", "sheared_llama", "doremi_online")
+CONTROLLERS = (
+    *("by_size", "equal", "ddk", "ddk_no_smoothing", "ado", "odm", "kl_gap", "loss_softmax"),
+    *("sheared_llama", "doremi_online"),
+)
 """Controllers of the suite `mixtures` whose variant is one run."""
 COST = RunCost(tokens=100, wall_s=10.0, evaluation_time_share=0.1, flops=1e6, evaluation_flops=1e5)
 
