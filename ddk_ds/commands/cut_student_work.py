@@ -184,7 +184,9 @@ def _from_shards(options: argparse.Namespace, tokenizer: TokenizerInfo) -> torch
     manifest = load_manifest(store)
     if not prepared_with(manifest, tokenizer):
         raise DataError(f"--shards {options.shards} is not of the teacher's tokenizer; prepare it with that")
-    manifest.require_no_padding("--shards are read without the borders of documents", "give --text")
+    manifest.require_no_padding(
+        "--shards are read without the borders of documents", "give --text", list(manifest.domains)
+    )
     if options.sequence_length > (longest := manifest.sequence_length):
         raise DataError(f"--sequence-length is {options.sequence_length}, {options.shards} has {longest}: lower it")
     splits = [open_split(store, f"{name}/validation", manifest.vocab_size) for name in manifest.domains]

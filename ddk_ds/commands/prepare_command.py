@@ -54,6 +54,12 @@ RARE = {
     "control_tokens": "control tokens that the text spells were split into ordinary tokens or dropped",
     "unproven_cuts": "places in long documents where a token may differ from that of the complete document",
 }
+CONVERSATIONS = {
+    "refused": "template\nrefused it",
+    "no_target": "no turn of\nassistant",
+    "spelled_controls": "spells a\ncontrol token",
+    "too_long": "longer than\na sample",
+}
 LINE_SECONDS = 30.0
 
 
@@ -124,6 +130,8 @@ def run(options: argparse.Namespace, console: Console) -> Manifest:
     manifest = _prepare(options, recipe, plan, console)
     console.print(table(manifest))
     console.print(losses(manifest))
+    if any(domain.chat is not None for domain in manifest.domains.values()):
+        console.print(conversations(manifest))
     for reason, text in RARE.items():
         counts = {name: getattr(domain.dropped, reason) for name, domain in manifest.domains.items()}
         if found := ", ".join(f"{name} {count:,}" for name, count in counts.items() if count):
@@ -134,8 +142,13 @@ def run(options: argparse.Namespace, console: Console) -> Manifest:
             "more text (max_bytes of the recipe)",
             soft_wrap=True,
         )
-    if manifest.packing == "best_fit":
-        console.print(shares(manifest), soft_wrap=True)
+    for name, domain in manifest.domains.items():
+        if domain.chat is not None and domain.chat["first_refusal"]:
+            console.print(
+                f"{name}: the chat template first refused with: {domain.chat['first_refusal']}", soft_wrap=True
+            )
+    if padded := [name for name in manifest.domains if manifest.packing_of(name) == "best_fit"]:
+        console.print(shares(manifest, padded), soft_wrap=True)
     begin = f"each document begins with {list(manifest.bos)}" if manifest.bos else "no BOS"
     console.print(
         f"{options.out}: {len(manifest.domains)} domains, {manifest.sequence_length:,} tokens a sample, {begin}",
@@ -265,10 +278,11 @@ def table(manifest: Manifest) -> Table:
     return result
 
 
-def shares(manifest: Manifest) -> str:
-    """Return a line with the shares of padding and of cut documents in each domain."""
+def shares(manifest: Manifest, names: Sequence[str]) -> str:
+    """Return a line with the shares of padding and of cut documents in each of the domains `names`."""
     found = []
-    for name, domain in manifest.domains.items():
+    for name in names:
+        domain = manifest.domains[name]
         parts = (domain.train, domain.validation)
         padding, cut, documents = (
             sum(getattr(part, key) for part in parts) for key in ("padding_tokens", "cut_documents", "documents")
@@ -291,6 +305,21 @@ def losses(manifest: Manifest) -> Table:
         counts = [getattr(domain.dropped, reason) for reason in reasons]
         counts += [domain.contaminated.get(benchmark, 0) for benchmark in benchmarks]
         result.add_row(name, *(f"{count:,}" for count in counts))
+    return result
+
+
+def conversations(manifest: Manifest) -> Table:
+    """Return the table of the domains that hold conversations: targets among their tokens, and what was dropped."""
+    result = Table(title="Conversations", box=box.SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
+    result.add_column("domain")
+    for head in ("target\ntokens", "share", *(f"dropped:\n{text}" for text in CONVERSATIONS.values())):
+        result.add_column(head, justify="right", no_wrap=True)
+    for name, domain in manifest.domains.items():
+        if domain.chat is not None:
+            parts = (domain.train, domain.validation)
+            targets, tokens = (sum(getattr(part, key) for part in parts) for key in ("target_tokens", "tokens"))
+            counts = (f"{getattr(domain.dropped, reason):,}" for reason in CONVERSATIONS)
+            result.add_row(name, f"{targets:,}", f"{targets / tokens:.1%}", *counts)
     return result
 
 

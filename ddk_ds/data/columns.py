@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pyarrow
@@ -40,15 +40,23 @@ def parquet_values(path: Path, column: str, where: str) -> Iterator[Values]:
     rows = 0
     with parquet.ParquetFile(path) as table:
         check_text(table.schema_arrow, column, where)
-        batch_rows = max(1, min(BATCH_ROWS, _PARQUET_BYTES // _mean_row_bytes(table, column)))
-        for batch in table.iter_batches(batch_size=batch_rows, columns=[column]):
+        for batch in parquet_batches(table, [column]):
             rows += batch.num_rows
             yield rows / table.metadata.num_rows, values_of(batch.column(0))
 
 
-def _mean_row_bytes(table: parquet.ParquetFile, column: str) -> int:
-    """Return the mean bytes of a column's values in the row group where they are largest, at least 1."""
+def parquet_batches(table: parquet.ParquetFile, columns: Sequence[str]) -> Iterator[pyarrow.RecordBatch]:
+    """Yield columns that the file has, in batches of rows that are not large."""
+    batch_rows = max(1, min(BATCH_ROWS, _PARQUET_BYTES // _mean_row_bytes(table, columns)))
+    yield from table.iter_batches(batch_size=batch_rows, columns=list(columns))
+
+
+def _mean_row_bytes(table: parquet.ParquetFile, columns: Sequence[str]) -> int:
+    """Return the mean bytes of the columns' values in a row of the row group where they are largest, at least 1."""
     content = table.metadata
-    number = next(leaf for leaf in range(content.num_columns) if content.schema.column(leaf).path == column)
+    names = [content.schema.column(leaf).path for leaf in range(content.num_columns)]
+    # The values of a list of objects are several columns: messages.list.element.role.
+    leaves = [leaf for leaf, path in enumerate(names) if any(f"{path}.".startswith(f"{name}.") for name in columns)]
     groups = [content.row_group(group) for group in range(content.num_row_groups)]
-    return max(1, *(group.column(number).total_uncompressed_size // max(group.num_rows, 1) for group in groups), 1)
+    sizes = [(sum(group.column(leaf).total_uncompressed_size for leaf in leaves), group.num_rows) for group in groups]
+    return max(1, 1, *(size // max(rows, 1) for size, rows in sizes))

@@ -24,10 +24,12 @@ import pyarrow
 import zstandard
 
 from ddk_ds.data.columns import Values, parquet_values
+from ddk_ds.data.conversations import conversation_text, parquet_conversations
 from ddk_ds.data.hf_datasets import saved_values
-from ddk_ds.data.recipe import Domain, Format, SourceFile
+from ddk_ds.data.recipe import Chat, Domain, Format, SourceFile
 from ddk_ds.data.remote import downloaded
 from ddk_ds.data.tars import tar_samples
+from ddk_ds.data.zstd_frames import ZstdFrames
 from ddk_ds.errors import DataError
 
 _DAMAGE = (OSError, EOFError, zlib.error, zstandard.ZstdError, tarfile.TarError, pyarrow.ArrowException)
@@ -35,8 +37,6 @@ _BLOCK_END = re.compile(r"<\s*(?:/(?:p|li|ul|ol|dl|dd|dt|h\d|div|tr|table|note)|
 _TAG = re.compile(r"<[^<>]+>")
 _BLANK_LINES = re.compile(r"\s*\n\s*")
 _READ_BYTES = 1 << 17
-# Zstandard makes up to 32,000 bytes of one, and gives all of them at once.
-_ZSTD_BYTES = 1 << 12
 _HASHED_CHARS = 1 << 20
 MAX_DOCUMENT_BYTES = 1 << 30
 """Size of the largest document, or line of a jsonl file, that is read.
@@ -75,7 +75,9 @@ class Dropped:
     `missing` texts are null and `undecodable` ones are not UTF-8; documents `cut` at max_chars are kept. `bad_lines` of
     jsonl files hold no text and are skipped. `control_tokens` that a text spells are split into others or dropped.
     Long documents are encoded in parts: at `unproven_cuts` places between two parts a token may differ from that of the
-    complete document. `near_duplicates` are those that MinHash finds (near_duplicates.py).
+    complete document. `near_duplicates` are those that MinHash finds (near_duplicates.py). Conversations are left out
+    if the template `refused` them, `no_target` is in them, a message spells a control token (`spelled_controls`), or
+    they are `too_long`.
     """
 
     duplicates: int = 0
@@ -88,6 +90,10 @@ class Dropped:
     control_tokens: int = 0
     unproven_cuts: int = 0
     near_duplicates: int = 0
+    refused: int = 0
+    no_target: int = 0
+    spelled_controls: int = 0
+    too_long: int = 0
 
 
 @dataclass
@@ -194,7 +200,8 @@ def read_texts(
     `parquet` and `arrow` (files of datasets' save_to_disk) each row is a document with its text in the column
     `text_field`; in `webdataset` each sample of a tar is one, with its text in the member `text_field` or, for
     `json.FIELD`, in a field of the member `json`. All formats except parquet and arrow can be compressed (.gz, .zst).
-    A data set on a hub is read as its stream (hf_datasets.py).
+    A data set on a hub is read as its stream (hf_datasets.py). Of a file with
+    `chat` each text is a conversation as JSON (conversations.py).
 
     Args:
         meter: counts the bytes read.
@@ -226,7 +233,10 @@ def check_first_texts(files: Sequence[SourceFile]) -> None:
 
 
 def _read(path: Path, file: SourceFile, dropped: Dropped, meter: Meter) -> Iterator[str]:
-    reader = _READERS[file.source.format or _format_of(path)]
+    kind = file.source.format or _format_of(path)
+    if file.chat is not None and kind not in ("jsonl", "parquet"):
+        raise DataError(f"{file.where}: conversations are read from .jsonl and .parquet: convert it, or set its format")
+    reader = _READERS[kind]
     try:
         yield from _stripped(reader(path, file, dropped, meter), file)
     except _DAMAGE as error:
@@ -258,7 +268,7 @@ def _opened(path: Path, meter: Meter) -> Iterator[BinaryIO]:
             with gzip.GzipFile(fileobj=stream) as uncompressed:
                 yield cast(BinaryIO, uncompressed)
         elif path.suffix.lower() == ".zst":
-            yield io.BufferedReader(_ZstdFrames(stream), _READ_BYTES)
+            yield io.BufferedReader(ZstdFrames(stream), _READ_BYTES)
         else:
             yield stream
 
@@ -281,45 +291,6 @@ class _Metered(io.RawIOBase):
     def close(self) -> None:
         self._stream.close()
         super().close()
-
-
-class _ZstdFrames(io.RawIOBase):
-    """The uncompressed bytes of a .zst file with any number of frames and with long windows.
-
-    Parallel compressors and appending write several frames. A file that ends inside a frame raises EOFError, where
-    zstandard's own stream_reader raises nothing.
-    """
-
-    def __init__(self, stream: BinaryIO) -> None:
-        self._chunks = _decompress(stream)
-        self._ready = memoryview(b"")
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        while not self._ready:
-            chunk = next(self._chunks, None)
-            if chunk is None:
-                return 0
-            self._ready = memoryview(chunk)
-        count = min(len(buffer), len(self._ready))
-        buffer[:count] = self._ready[:count]
-        self._ready = self._ready[count:]
-        return count
-
-
-def _decompress(stream: BinaryIO) -> Iterator[bytes]:
-    decompressor = zstandard.ZstdDecompressor(max_window_size=2**31)
-    frame = None
-    while data := stream.read(_ZSTD_BYTES):
-        while data:
-            frame = frame or decompressor.decompressobj()
-            yield frame.decompress(data)
-            data = frame.unused_data if frame.eof else b""
-            frame = None if frame.eof else frame
-    if frame is not None:
-        raise EOFError("it ends inside a compressed frame")
 
 
 def _decode(data: bytes | bytearray, dropped: Dropped) -> str | None:
@@ -376,11 +347,13 @@ def _read_jsonl(path: Path, file: SourceFile, dropped: Dropped, meter: Meter) ->
             if not line or line.isspace():
                 continue
             try:
-                text = _field(_parse_json(line, where, "jsonl"), file.source.text_field, where)
+                record, chat = _parse_json(line, where, "jsonl"), file.chat
+                field = file.source.text_field
+                text = _field(record, field, where) if chat is None else conversation_text(record, chat, where)
             except DataError as error:
                 _skip_bad(error, file, dropped)
                 continue
-            line = ""  # memory need not hold a long one beside its text
+            line, record = "", None  # memory need not hold a long one beside its text
             if text is None:
                 dropped.missing += 1
             else:
@@ -394,6 +367,8 @@ def _read_json_strings(path: Path, file: SourceFile, dropped: Dropped, meter: Me
 
 
 def _read_parquet(path: Path, file: SourceFile, dropped: Dropped, meter: Meter) -> Iterator[str]:
+    if file.chat is not None:
+        return _read_parquet_chat(path, file.chat, file.where, dropped, meter)
     values = parquet_values(path, file.source.text_field, file.where)
     return _column(values, path.stat().st_size, file, dropped, meter)
 
@@ -444,6 +419,15 @@ def _read_webdataset(path: Path, file: SourceFile, dropped: Dropped, meter: Mete
                 dropped.missing += 1
             else:
                 yield text
+
+
+def _read_parquet_chat(path: Path, chat: Chat, where: str, dropped: Dropped, meter: Meter) -> Iterator[str]:
+    size, start = path.stat().st_size, meter.disk_bytes
+    for share, found in parquet_conversations(path, chat, where):
+        meter.disk_bytes = start + int(size * share)
+        dropped.missing += found.count(None)
+        yield from filter(None, found)
+    meter.disk_bytes = start + size
 
 
 _READERS: dict[Format, Callable[[Path, SourceFile, Dropped, Meter], Iterator[str]]] = {

@@ -1,6 +1,7 @@
 """Documents to token ids, in parallel: each begins with the BOS that the recipe asks for and ends with the EOS token.
 
-The order is the same for any number of processes.
+Conversations begin and end as their template has them (chat_encoding.py). The order is the same for any number of
+processes.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from typing import NamedTuple, Protocol, TypeVar
 import numpy as np
 import numpy.typing as npt
 
+from ddk_ds.data.chat_encoding import ChatEncoder, ChatStyle, Conversations
 from ddk_ds.data.long_documents import Part
 from ddk_ds.data.mds import Ids
 from ddk_ds.data.screening import Marks, Screening
@@ -34,12 +36,14 @@ _BATCHES_AHEAD = 3
 class Encoded(NamedTuple):
     """The ids of some parts of documents in a row (n,), the number of ids of each part, and the control tokens found.
 
-    `control_tokens` counts those that the text spells, which are split or dropped.
+    `control_tokens` counts those that the text spells, which are split or dropped. Of `conversations` ids and lengths
+    are those of the ones that are kept; None: the parts are text.
     """
 
     ids: Ids
     lengths: npt.NDArray[np.int64]
     control_tokens: int
+    conversations: Conversations | None = None
 
 
 class Batch(Protocol):
@@ -59,9 +63,14 @@ AnyBatch = TypeVar("AnyBatch", bound=Batch)
 
 
 class BatchEncoder(Protocol):
-    """A function from batches to (batch, its ids, its marks), in order; it reads only a few batches ahead."""
+    """A function from batches to (batch, its ids, its marks), in order; it reads only a few batches ahead.
 
-    def __call__(self, batches: Iterable[AnyBatch], /) -> Iterator[tuple[AnyBatch, Encoded, Marks]]: ...
+    The parts are conversations of a style; None: text.
+    """
+
+    def __call__(
+        self, batches: Iterable[AnyBatch], style: ChatStyle | None = None, /
+    ) -> Iterator[tuple[AnyBatch, Encoded, Marks]]: ...
 
 
 class TextEncoder:
@@ -91,10 +100,20 @@ class _Work:
     """The work on a batch: the ids of its parts, and the marks of its complete documents."""
 
     def __init__(self, directory: Path, dtype: str, bos: tuple[int, ...], screening: Screening) -> None:
-        self._encode, self._screening = TextEncoder(load_tokenizer(directory), dtype, bos), screening
+        self._info, self._screening = load_tokenizer(directory), screening
+        self._text = TextEncoder(self._info, dtype, bos)
+        self._chats: dict[ChatStyle, ChatEncoder] = {}
 
-    def __call__(self, parts: list[Part], texts: list[str]) -> tuple[Encoded, Marks]:
-        return self._encode(parts), self._screening(texts)
+    def __call__(self, parts: list[Part], texts: list[str], style: ChatStyle | None) -> tuple[Encoded, Marks]:
+        return self._encoded(parts, style), self._screening(texts)
+
+    def _encoded(self, parts: list[Part], style: ChatStyle | None) -> Encoded:
+        if style is None:
+            return self._text(parts)
+        if style not in self._chats:
+            self._chats[style] = ChatEncoder(self._info, style)
+        found = self._chats[style]([part.text for part in parts])
+        return Encoded(found.ids, found.lengths, 0, found)
 
 
 _work: _Work | None = None
@@ -116,9 +135,9 @@ def end_with_parent() -> None:
     os._exit(1)
 
 
-def _run(parts: list[Part], texts: list[str]) -> tuple[Encoded, Marks]:
+def _run(parts: list[Part], texts: list[str], style: ChatStyle | None) -> tuple[Encoded, Marks]:
     assert _work is not None, "_start_worker runs first in every worker"
-    return _work(parts, texts)
+    return _work(parts, texts, style)
 
 
 @contextmanager
@@ -130,7 +149,7 @@ def batch_encoder(
     Args:
         directory: directory of the tokenizer.
         dtype: dtype of the ids.
-        bos: ids at the beginning of each document.
+        bos: ids at the beginning of each document of text.
         workers: number of encoding processes; 1: this process encodes.
         screening: computes the marks.
 
@@ -154,17 +173,19 @@ def batch_encoder(
             pool.shutdown(cancel_futures=True)
 
 
-def _encode_here(work: _Work, batches: Iterable[AnyBatch]) -> Iterator[tuple[AnyBatch, Encoded, Marks]]:
+def _encode_here(
+    work: _Work, batches: Iterable[AnyBatch], style: ChatStyle | None = None
+) -> Iterator[tuple[AnyBatch, Encoded, Marks]]:
     for batch in batches:
-        yield batch, *work(batch.parts, batch.texts)
+        yield batch, *work(batch.parts, batch.texts, style)
 
 
 def _encode_in_pool(
-    pool: ProcessPoolExecutor, max_waiting: int, batches: Iterable[AnyBatch]
+    pool: ProcessPoolExecutor, max_waiting: int, batches: Iterable[AnyBatch], style: ChatStyle | None = None
 ) -> Iterator[tuple[AnyBatch, Encoded, Marks]]:
     waiting: deque[tuple[AnyBatch, Future[tuple[Encoded, Marks]]]] = deque()
     for batch in batches:
-        waiting.append((batch, pool.submit(_run, batch.parts, batch.texts)))
+        waiting.append((batch, pool.submit(_run, batch.parts, batch.texts, style)))
         if len(waiting) >= max_waiting:
             first, done = waiting.popleft()
             yield first, *done.result()

@@ -16,7 +16,7 @@ import torch
 from torch.utils.data import Dataset
 
 from ddk_ds.data.manifest import load_manifest
-from ddk_ds.data.mds import Lengths, Packed, open_split
+from ddk_ds.data.mds import Lengths, Packed, Split, Targets, open_split
 from ddk_ds.data.readers import Read, Readers
 from ddk_ds.data.store import LocalStore, Shard, Store
 from ddk_ds.data.teacher_samples import Record
@@ -126,14 +126,16 @@ class MixtureDataset(Dataset[Sample]):
 class MicroBatch(TypedDict):
     """A rank's part of one forward pass: `input_ids` (B, L), `domain` (B,) and `sample_id` (B,), all int64.
 
-    `positions` (B, L) int64 are those of the tokens in their documents, if documents are kept apart. `said` (B,) is
-    what a cache of the teacher has of the samples, if there is one (methods/cached_distillation.py).
+    `positions` (B, L) int64 are those of the tokens in their documents, if documents are kept apart. `targets` (B, L)
+    is True for the tokens that are targets; None: all are. `said` (B,) is what a cache of the teacher has of the
+    samples, if there is one (methods/cached_distillation.py).
     """
 
     input_ids: torch.Tensor
     domain: torch.Tensor
     sample_id: torch.Tensor
     positions: NotRequired[torch.Tensor | None]
+    targets: NotRequired[torch.Tensor | None]
     said: NotRequired[list[Record | None]]
 
 
@@ -175,6 +177,7 @@ def _micro_batch(read: Read) -> MicroBatch:
         "domain": torch.tensor(read.domains),
         "sample_id": torch.tensor(read.sample_ids),
         "positions": document_positions(read.lengths),
+        "targets": target_mask(read.targets, read.tokens.shape[1]),
     }
 
 
@@ -192,6 +195,14 @@ def document_positions(lengths: Sequence[Lengths | None]) -> torch.Tensor | None
     return torch.from_numpy(np.stack(rows))
 
 
+def target_mask(targets: Sequence[Targets | None], length: int) -> torch.Tensor | None:
+    """Return which tokens of B samples are targets, (B, L) bool, from each sample's; None if all of all samples are."""
+    if all(of_sample is None for of_sample in targets):
+        return None
+    everything = np.ones(length, np.bool_)
+    return torch.from_numpy(np.stack([everything if of_sample is None else of_sample for of_sample in targets]))
+
+
 class HeldOutBatch(NamedTuple):
     """A rank's part of one forward pass of an evaluation."""
 
@@ -201,6 +212,8 @@ class HeldOutBatch(NamedTuple):
     """(B,) bool: False for a row that only fills up the batch."""
     positions: torch.Tensor | None = None
     """(B, L) int64, of the tokens in their documents; None if documents are not kept apart."""
+    targets: torch.Tensor | None = None
+    """(B, L) bool, True for the tokens that are targets; None: all are."""
 
 
 def validation_batches(
@@ -224,7 +237,8 @@ def validation_batches(
         zero and its `real` is False.
 
     Raises:
-        DataError: a domain has fewer validation samples, or a shard is damaged or cannot be fetched.
+        DataError: a domain has fewer validation samples, or no target in them, or a shard is damaged or cannot be
+            fetched.
     """
     store = LocalStore(root) if isinstance(root, str | Path) else root
     manifest = load_manifest(store)
@@ -237,16 +251,33 @@ def validation_batches(
                 f"domain {name!r} of {store.location} has {len(split):,} validation samples, {num_samples:,} are asked "
                 "for; lower data.validation_samples or prepare the data again with more"
             )
+        if manifest.domains[name].chat is not None:
+            _require_targets(split, name, num_samples)
         share = []
         # Starts past num_samples (by less than a global batch) give the last ranks their all-padding batch.
         for first in range(rank * micro_batch, num_samples + rank * micro_batch, world * micro_batch):
             input_ids = torch.zeros(micro_batch, manifest.sequence_length, dtype=torch.int64)
             real = torch.arange(first, first + micro_batch) < num_samples
             lengths: list[Lengths | None] = [np.array([manifest.sequence_length]) if masked else None] * micro_batch
+            targets: list[Targets | None] = [None] * micro_batch
             for row in range(int(real.sum())):
                 packed = split.packed(first + row)
                 input_ids[row] = torch.from_numpy(packed.tokens.astype(np.int64))
-                lengths[row] = packed.lengths if masked else None
-            share.append(HeldOutBatch(input_ids, real, document_positions(lengths)))
+                lengths[row], targets[row] = packed.lengths if masked else None, packed.targets
+            share.append(
+                HeldOutBatch(
+                    input_ids, real, document_positions(lengths), target_mask(targets, manifest.sequence_length)
+                )
+            )
         shares.append(share)
     return shares
+
+
+def _require_targets(split: Split, name: str, num_samples: int) -> None:
+    """Raise DataError if none of the first `num_samples` has a target that a token is before."""
+    masks = (split.packed(number).targets for number in range(num_samples))
+    if not any(mask is None or mask[1:].any() for mask in masks):
+        raise DataError(
+            f"domain {name!r}: no token of its first {num_samples:,} held-out samples is a target, so there is no "
+            "perplexity: raise data.validation_samples, or prepare conversations that are shorter"
+        )

@@ -26,7 +26,8 @@ class SplitInfo:
 
     `largest_id` is the largest token id, and `cut_documents` the number of those that are not whole in one sample; both
     are -1 in data of earlier versions. `padding_tokens` fill samples up. Of adopted data `bytes` and `cut_documents`
-    are -1; `documents` counts their parts in samples, -1 if the borders are not known.
+    are -1; `documents` counts their parts in samples, -1 if the borders are not known. Of a domain of conversations,
+    `target_tokens` of `tokens` are targets; -1: all are.
     """
 
     documents: int
@@ -37,6 +38,7 @@ class SplitInfo:
     largest_id: int = -1
     cut_documents: int = -1
     padding_tokens: int = 0
+    target_tokens: int = -1
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,8 @@ class DomainInfo:
 
     `adopted` says which shards of another program a domain is, and how they were cut (adopt.py); {} if it was prepared.
     `contaminated` are the documents that have text of a benchmark, by its name.
+    `chat` says how conversations were made tokens: the recipe's section, with the hash of the template and what it said
+    of the first conversation that it refused; None for text.
     """
 
     train: SplitInfo
@@ -52,6 +56,7 @@ class DomainInfo:
     dropped: Dropped = field(default_factory=Dropped)
     adopted: dict[str, Any] = field(default_factory=dict)
     contaminated: Mapping[str, int] = field(default_factory=dict)
+    chat: dict[str, Any] | None = None
 
     @property
     def fingerprint(self) -> str:
@@ -94,10 +99,11 @@ class Manifest:
         """Return True if the documents of a sample are kept apart, as the option `key` asks by its value `documents`.
 
         Raises DataError if they are to be and the samples lack their borders, or if they are not to be and samples are
-        padded: the padding would be text.
+        padded: the padding would be text. That of conversations is no target, and nothing follows it in a sample.
         """
         if documents == "joined":
-            self.require_no_padding(f"{key} is joined", f"set {key} to auto")
+            text = [name for name, domain in self.domains.items() if domain.chat is None]
+            self.require_no_padding(f"{key} is joined", f"set {key} to auto", text)
         if documents == "masked" and not self.borders:
             raise DataError(
                 f"{key} is masked, and the shards of {self.root} have no borders of documents (an earlier version made "
@@ -105,12 +111,19 @@ class Manifest:
             )
         return self.borders and documents != "joined"
 
-    def require_no_padding(self, what: str, fix: str) -> None:
-        """Raise DataError if samples may be padded, where `what` would take padding for text; `fix` says what to do."""
-        if self.packing == "best_fit":
+    def packing_of(self, name: str) -> Packing:
+        """Return how a domain's documents became samples: conversations always by best fit."""
+        return self.packing if self.domains[name].chat is None else "best_fit"
+
+    def require_no_padding(self, what: str, fix: str, names: Sequence[str]) -> None:
+        """Raise DataError if samples of the domains `names` may be padded, where `what` would take padding for text.
+
+        `fix` says what to do.
+        """
+        if padded := [name for name in names if self.packing_of(name) == "best_fit"]:
             raise DataError(
-                f"{what}, and the samples of {self.root} are padded (ddk prepare --packing best_fit): {fix}, or "
-                "prepare the data with --packing cut"
+                f"{what}, and the samples of {', '.join(padded)} of {self.root} are padded (conversations, or ddk "
+                f"prepare --packing best_fit): {fix}, or prepare text with --packing cut"
             )
 
     def mostly_held_out(self, names: Sequence[str]) -> list[str]:
@@ -169,7 +182,7 @@ def load_manifest(root: str | Path | Store) -> Manifest:
     manifest = _parse(store, text)
     for name, domain in manifest.domains.items():
         for split in SPLITS:
-            _check_split(store, manifest, f"{name}/{split}", getattr(domain, split))
+            _check_split(store, manifest, f"{name}/{split}", getattr(domain, split), targets=domain.chat is not None)
     return manifest
 
 
@@ -212,10 +225,10 @@ def _packing(value: str) -> Packing:
 def _domain(entry: dict[str, Any]) -> DomainInfo:
     train, validation = (SplitInfo(**entry[split]) for split in SPLITS)
     more = {key: dict(entry.get(key, {})) for key in ("adopted", "contaminated")}
-    return DomainInfo(train, validation, Dropped(**entry.get("dropped", {})), **more)
+    return DomainInfo(train, validation, Dropped(**entry.get("dropped", {})), **more, chat=entry.get("chat"))
 
 
-def _check_split(store: Store, manifest: Manifest, directory: str, info: SplitInfo) -> None:
+def _check_split(store: Store, manifest: Manifest, directory: str, info: SplitInfo, *, targets: bool) -> None:
     if info.samples < 1:
         name, _, split = directory.partition("/")
         raise DataError(f"domain {name!r} of {store.location} is empty: no {split} sample; prepare it with more text")
@@ -227,4 +240,4 @@ def _check_split(store: Store, manifest: Manifest, directory: str, info: SplitIn
             f"{store.location}/{directory} is not what {store.location}/{FILE_NAME} describes "
             f"({index.num_samples:,} samples, expected {info.samples:,} of hash {info.sha[:12]}); {AGAIN}"
         )
-    index.check_format(manifest.dtype, manifest.sequence_length, borders=manifest.borders)
+    index.check_format(manifest.dtype, manifest.sequence_length, borders=manifest.borders, targets=targets)

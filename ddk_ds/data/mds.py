@@ -28,17 +28,23 @@ Ids = npt.NDArray[np.unsignedinteger[Any]]
 """Token ids in the shards' dtype, uint16 or uint32."""
 Lengths = npt.NDArray[np.integer[Any]]
 """The number of a sample's tokens that each of its documents has, (d,), with the sum L."""
+Targets = npt.NDArray[np.bool_]
+"""True for each of a sample's tokens (L,) that is a target: one that a model is to predict."""
 SHARD_BYTES = 1 << 26
-_COLUMN, _BORDERS = "tokens", "documents"
+_COLUMN, _BORDERS, _TARGETS = "tokens", "documents", "targets"
 BORDERS_ENCODING = "ndarray:uint32"
 _VERSION = 2
 
 
 class Packed(NamedTuple):
-    """A sample: its token ids (L,) in the shards' dtype, and its documents' lengths; None without borders."""
+    """A sample: its token ids (L,) in the shards' dtype, and its documents' lengths; None without borders.
+
+    `targets` is None where all tokens are targets, as those of text.
+    """
 
     tokens: Ids
     lengths: Lengths | None
+    targets: Targets | None = None
 
 
 def pack(documents: Iterable[Ids], sequence_length: int) -> Iterator[Ids]:
@@ -92,33 +98,48 @@ def write_split(
     dtype: str,
     shard_bytes: int = SHARD_BYTES,
     lengths: Iterable[Lengths] | None = None,
+    targets: Iterable[Targets] | None = None,
 ) -> dict[str, Any]:
     """Write samples, each (sequence_length,), to a new directory; with `lengths`, also the borders of their documents.
 
-    Returns {"samples": int, "sha": str, "largest_id": int}.
+    With `targets` beside `lengths`, also which tokens are targets, a bit each.
+
+    Returns {"samples": int, "sha": str, "largest_id": int}, with `targets` also "target_tokens", their number.
     """
-    largest_id = -1
-    borders = repeat(None) if lengths is None else lengths
-    with split_writer(directory, sequence_length, dtype, shard_bytes, borders=lengths is not None) as writer:
-        for sample, of_sample in zip(samples, borders, strict=lengths is not None):
+    largest_id, target_tokens = -1, 0
+    masks = repeat(None) if targets is None else targets
+    more = repeat((None, None)) if lengths is None else zip(lengths, masks, strict=targets is not None)
+    columns = {"borders": lengths is not None, "targets": targets is not None}
+    with split_writer(directory, sequence_length, dtype, shard_bytes, **columns) as writer:
+        for sample, (of_sample, mask) in zip(samples, more, strict=lengths is not None):
             largest_id = max(largest_id, int(sample.max()))
-            writer.write(sample_record(sample.astype(dtype, copy=False), of_sample))
+            target_tokens += 0 if mask is None else int(mask.sum())
+            writer.write(sample_record(sample.astype(dtype, copy=False), of_sample, mask))
     index = read_index(LocalStore(directory.parent), directory.name)
-    return {"samples": index.num_samples, "sha": index.sha, "largest_id": largest_id}
+    counted = {} if targets is None else {"target_tokens": target_tokens}
+    return {"samples": index.num_samples, "sha": index.sha, "largest_id": largest_id, **counted}
 
 
-def split_writer(directory: Path, sequence_length: int, dtype: str, shard_bytes: int, *, borders: bool) -> MDSWriter:
-    """Return the writer of a split's samples, with or without the borders of their documents."""
+def split_writer(
+    directory: Path, sequence_length: int, dtype: str, shard_bytes: int, *, borders: bool, targets: bool = False
+) -> MDSWriter:
+    """Return the writer of a split's samples, with or without the borders of their documents, and their targets."""
     # Importing streaming takes seconds (torchvision, transformers), which checking an index must not pay.
     from streaming import MDSWriter
 
     columns = {_COLUMN: f"ndarray:{dtype}:{sequence_length}"} | ({_BORDERS: BORDERS_ENCODING} if borders else {})
+    columns |= {_TARGETS: _targets_encoding(sequence_length)} if targets else {}
     return MDSWriter(out=str(directory), columns=columns, hashes=["xxh64"], size_limit=shard_bytes)
 
 
-def sample_record(tokens: Ids, lengths: Lengths | None) -> dict[str, Any]:
-    """Return the columns of a sample: ids (L,) in the shards' dtype, lengths of its documents (d,)."""
-    return {_COLUMN: tokens} | ({} if lengths is None else {_BORDERS: lengths.astype(np.uint32)})
+def sample_record(tokens: Ids, lengths: Lengths | None, targets: Targets | None = None) -> dict[str, Any]:
+    """Return the columns of a sample: ids (L,) in the shards' dtype, lengths of its documents (d,), targets (L,)."""
+    borders = {} if lengths is None else {_BORDERS: lengths.astype(np.uint32)}
+    return {_COLUMN: tokens, **borders, **({} if targets is None else {_TARGETS: np.packbits(targets)})}
+
+
+def _targets_encoding(sequence_length: int) -> str:
+    return f"ndarray:uint8:{-(-sequence_length // 8)}"
 
 
 @dataclass(frozen=True)
@@ -144,9 +165,13 @@ class SplitIndex:
         """Return the number of samples of all shards."""
         return int(self.shard_sizes.sum())
 
-    def check_format(self, dtype: str, sequence_length: int, *, borders: bool) -> None:
-        """Raise DataError if a shard's samples are not `sequence_length` ids of `dtype`, with or without `borders`."""
+    def check_format(self, dtype: str, sequence_length: int, *, borders: bool, targets: bool = False) -> None:
+        """Raise DataError if a shard's samples are not `sequence_length` ids of `dtype`, with or without columns.
+
+        These are `borders` of documents, and which tokens are `targets`.
+        """
         wanted = {f"ndarray:{dtype}:{sequence_length}"} | ({BORDERS_ENCODING} if borders else set())
+        wanted |= {_targets_encoding(sequence_length)} if targets else set()
         if self.encodings != wanted:
             held, data = (" and ".join(sorted(encodings)) for encodings in (self.encodings, wanted))
             raise DataError(f"{self.directory} holds samples of {held}, the data's are {data}; {AGAIN}")
@@ -270,7 +295,9 @@ class Split:
                 f"{where} holds id {int(tokens.max())}, the vocabulary has {self._vocab_size:,}; prepare the data with "
                 "the student's tokenizer"
             )
-        return Packed(tokens, record.get(_BORDERS))
+        mask = record.get(_TARGETS)
+        targets = None if mask is None else np.unpackbits(mask, count=len(tokens)).view(np.bool_)
+        return Packed(tokens, record.get(_BORDERS), targets)
 
 
 def open_split(store: Store, directory: str, vocab_size: int | None = None) -> Split:

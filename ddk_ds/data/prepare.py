@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from itertools import tee
 from pathlib import Path
@@ -19,13 +19,14 @@ import numpy as np
 import numpy.typing as npt
 
 from ddk_ds.data.best_fit import pack_best_fit
+from ddk_ds.data.chat_encoding import ChatStyle, as_recorded, chat_style
 from ddk_ds.data.contamination import Contamination
 from ddk_ds.data.documents import Dropped, check_first_texts
 from ddk_ds.data.encoding import BatchEncoder, batch_encoder
 from ddk_ds.data.held_out import HeldOut, choose_validation
 from ddk_ds.data.long_documents import DocumentCutter
 from ddk_ds.data.manifest import FILE_NAME, DomainInfo, Manifest, Packing, SplitInfo, load_manifest, write_manifest
-from ddk_ds.data.mds import Ids, Lengths, pack, pack_lengths, token_dtype, write_split
+from ddk_ds.data.mds import Ids, Lengths, Targets, pack, pack_lengths, token_dtype, write_split
 from ddk_ds.data.near_duplicates import NearKeys
 from ddk_ds.data.reading import DomainText, Progress, Spool
 from ddk_ds.data.recipe import Recipe, SourceFile, list_files
@@ -54,7 +55,9 @@ class Plan:
     workers: int = 1
     seed: int = 0
     packing: Packing = "cut"
-    """How documents become samples: joined and cut at each sample's end, or by best fit (best_fit.py)."""
+    """How documents become samples: joined and cut at each sample's end, or by best fit (best_fit.py).
+
+    Conversations are always packed by best fit."""
 
     def __post_init__(self) -> None:
         for name, value, least in (
@@ -92,19 +95,20 @@ def prepare(
         contamination: finds the benchmarks that the recipe keeps out (`decontaminate`).
 
     Raises:
-        DataError: `out` exists, the tokenizer has no EOS, text cannot be read, a domain has too little, the disk
-            is full, another process prepares the same directory, or the unfinished preparation has another
-            recipe, tokenizer or plan.
+        DataError: `out` exists, the tokenizer has no EOS, a chat template does not fit, text cannot be read, a domain
+            has too little, the disk is full, another process prepares the same directory, or the unfinished
+            preparation has another recipe, tokenizer, template or plan.
     """
     refuse_existing(out)
     info = tokenizer_with_eos(tokenizer)
     bos = bos_ids(recipe, info)
+    styles = _styles(recipe, info, bos, plan)
     screening = Screening(NearKeys(recipe.minhash) if recipe.dedup == "minhash" else None, contamination)
     if (recipe.decontaminate is None) != (contamination is None):
         raise ConfigError(f"decontaminate is {recipe.decontaminate!r}: give the texts of its benchmarks beside it")
     with open_work(out.parent / f".{out.name}.partial", start_anew=start_anew) as work:
         refuse_existing(out)  # another process may have finished it in between
-        work.claim(plan_settings(recipe, info, bos, plan, contamination))
+        work.claim(plan_settings(recipe, info, bos, plan, contamination, styles))
         files = files_to_read(recipe, work)
         work.check_domains(recipe.domains, files)
         for name in recipe.domains:
@@ -114,7 +118,9 @@ def prepare(
         cutter = DocumentCutter(info.text.tokenizer)
         with batch_encoder(tokenizer, token_dtype(info.vocab_size), bos, plan.workers, screening) as encode:
             for number, (name, domain) in enumerate(recipe.domains.items()):
-                text = DomainText(name, number, domain, files[name], plan.seed, cutter, bool(screening))
+                text = DomainText(
+                    name, number, domain, files[name], plan.seed, cutter, bool(screening), styles.get(name)
+                )
                 domains[name] = _prepare_domain(text, work, encode, info, plan, progress)
         write_manifest(make_manifest(work.data, info, bos, plan, domains, files))
         work.data.rename(out)
@@ -156,11 +162,31 @@ def bos_ids(recipe: Recipe, info: TokenizerInfo) -> tuple[int, ...]:
     return info.bos if add else ()
 
 
+def _styles(recipe: Recipe, info: TokenizerInfo, bos: tuple[int, ...], plan: Plan) -> dict[str, ChatStyle]:
+    """Return how the conversations of each domain that holds some become tokens. Raises DataError naming the domain."""
+    begin = bos if recipe.tokenizer.add_bos is True else ()
+    styles = {}
+    for name, domain in recipe.domains.items():
+        if domain.chat is not None:
+            try:
+                styles[name] = chat_style(domain.chat, info, plan.sequence_length, begin)
+            except DataError as error:
+                raise DataError(f"domain {name!r}: {error}") from None
+    return styles
+
+
 def plan_settings(
-    recipe: Recipe, info: TokenizerInfo, bos: tuple[int, ...], plan: Plan, contamination: Contamination | None = None
+    recipe: Recipe,
+    info: TokenizerInfo,
+    bos: tuple[int, ...],
+    plan: Plan,
+    contamination: Contamination | None = None,
+    styles: Mapping[str, ChatStyle] = {},
 ) -> dict[str, Any]:
     """Return the settings that all prepared data depend on. A preparation can continue only with the same settings."""
+    templates = {name: style.sha256 for name, style in styles.items()}
     return {
+        **({"templates": templates} if templates else {}),
         "tokenizer": hashlib.sha256(info.path.read_bytes()).hexdigest(),
         "bos": bos,
         "eos_token_id": info.eos_token_id,
@@ -208,7 +234,8 @@ def _prepare_domain(
     if finished is not None:
         progress(text.name, max(text.disk_bytes, 1), max(text.disk_bytes, 1))
         train, held_out = (SplitInfo(**finished[split]) for split in ("train", "validation"))
-        return DomainInfo(train, held_out, Dropped(**finished["dropped"]), contaminated=finished["contaminated"])
+        more = {key: finished[key] for key in ("contaminated", "chat")}
+        return DomainInfo(train, held_out, Dropped(**finished["dropped"]), **more)
     spool, reading = text.spool(work, token_dtype(info.vocab_size), encode, progress)
     try:
         domain = _pack_domain(text, spool, reading, work.data / text.name, plan, info)
@@ -223,13 +250,24 @@ def _pack_domain(
     text: DomainText, spool: Spool, reading: Reading, directory: Path, plan: Plan, info: TokenizerInfo
 ) -> DomainInfo:
     """Choose the held-out documents and write both splits."""
-    dropped = replace(reading.dropped, control_tokens=reading.control_tokens, near_duplicates=reading.near_duplicates)
-    held_out, totals = choose_held_out(text.name, spool, plan, len(text.files), dropped)
+    counts = {"control_tokens": reading.control_tokens, "near_duplicates": reading.near_duplicates}
+    dropped = replace(reading.dropped, **counts, **reading.conversations)
+    held_out, totals = choose_held_out(text.name, spool, plan, len(text.files), dropped, reading.refusal)
     shutil.rmtree(directory, ignore_errors=True)  # of a preparation that was killed here
+    packing = plan.packing if text.style is None else "best_fit"
     splits = []
     for validation, split in enumerate(("train", "validation")):
-        ids = spool.ids(held_out, validation=bool(validation))
-        samples, of_samples = _samples(ids, spool.lengths(held_out, validation=bool(validation)), plan, info)
+        ids, side = spool.ids(held_out, validation=bool(validation)), bool(validation)
+        samples, of_samples = _samples(ids, spool.lengths(held_out, validation=side), packing, plan, info)
+        masks: Iterator[Targets] | None = None
+        if text.style is not None:  # packed as the ids are, and padding is no target
+            packed = pack_best_fit(
+                spool.targets(held_out, validation=side),
+                spool.lengths(held_out, validation=side),
+                plan.sequence_length,
+                padding=0,
+            )
+            masks = (sample.tokens.view(np.bool_) for sample in packed)
         written = write_split(
             directory / split,
             samples,
@@ -237,19 +275,22 @@ def _pack_domain(
             dtype=spool.dtype,
             shard_bytes=SHARD_BYTES,
             lengths=of_samples,
+            targets=masks,
         )
-        split_info, tail_tokens = describe_split(spool, held_out, totals, written, plan, validation=bool(validation))
+        split_info, tail_tokens = describe_split(spool, held_out, totals, written, plan, packing, validation=side)
         dropped.tail_tokens += tail_tokens
         splits.append(split_info)
-    return DomainInfo(splits[0], splits[1], dropped, contaminated=reading.contaminated)
+    chat = text.domain.chat
+    recorded = None if chat is None or text.style is None else as_recorded(chat, text.style, reading.refusal)
+    return DomainInfo(splits[0], splits[1], dropped, contaminated=reading.contaminated, chat=recorded)
 
 
 def choose_held_out(
-    name: str, spooled: Spooled, plan: Plan, num_files: int, dropped: Dropped
+    name: str, spooled: Spooled, plan: Plan, num_files: int, dropped: Dropped, refusal: str = ""
 ) -> tuple[HeldOut, npt.NDArray[np.int64]]:
     """Choose the held-out documents of a domain; also return the counts (2, 3) of both splits, as `_totals` does.
 
-    Raises DataError if there is too little text for both splits.
+    Raises DataError if there is too little text for both splits; `refusal` is what a chat template said.
     """
     held_out = choose_validation(
         ((chunk["key"], chunk["tokens"]) for _, chunk in spooled.records()),
@@ -258,9 +299,10 @@ def choose_held_out(
     )
     totals = _totals(spooled, held_out)
     if not totals[:, 0].sum():
+        said = f"; the chat template said {refusal!r}" if refusal else ""
         raise DataError(
             f"domain {name!r} is empty: no document is left of {num_files} files "
-            f"({_counts(dropped)}); check its sources, text_field and min_chars in the recipe"
+            f"({_counts(dropped)}{said}); check its sources, text_field and min_chars, or its chat, in the recipe"
         )
     _check_enough(name, totals, plan)
     return held_out, totals
@@ -272,6 +314,7 @@ def describe_split(
     totals: npt.NDArray[np.int64],
     written: dict[str, Any],
     plan: Plan,
+    packing: Packing,
     *,
     validation: bool,
 ) -> tuple[SplitInfo, int]:
@@ -279,26 +322,26 @@ def describe_split(
     documents, num_bytes, tokens = totals[int(validation)].tolist()
     places = written["samples"] * plan.sequence_length
     tail, padding = max(tokens - places, 0), max(places - tokens, 0)
-    more = {"padding_tokens": padding, "cut_documents": _cut(spooled, held_out, plan, validation=validation)}
+    more = {"padding_tokens": padding, "cut_documents": _cut(spooled, held_out, plan, packing, validation=validation)}
     return SplitInfo(documents=documents, tokens=tokens - tail, bytes=num_bytes, **more, **written), tail
 
 
 def _samples(
-    ids: Iterator[Ids], lengths: Iterator[Lengths], plan: Plan, info: TokenizerInfo
+    ids: Iterator[Ids], lengths: Iterator[Lengths], packing: Packing, plan: Plan, info: TokenizerInfo
 ) -> tuple[Iterator[Ids], Iterator[Lengths]]:
     """Return the samples of a split, and the lengths of the documents in each, to be read in turn."""
-    if plan.packing == "cut":
+    if packing == "cut":
         return pack(ids, plan.sequence_length), pack_lengths(lengths, plan.sequence_length)
     assert info.eos_token_id is not None, "checked before"
     first, second = tee(pack_best_fit(ids, lengths, plan.sequence_length, info.eos_token_id))
     return (sample.tokens for sample in first), (sample.lengths for sample in second if sample.lengths is not None)
 
 
-def _cut(spooled: Spooled, held_out: HeldOut, plan: Plan, *, validation: bool) -> int:
+def _cut(spooled: Spooled, held_out: HeldOut, plan: Plan, packing: Packing, *, validation: bool) -> int:
     """Return the number of documents of a split that are in several samples, or partly in none."""
     cut, begin = 0, 0
     for lengths in spooled.lengths(held_out, validation=validation):
-        if plan.packing == "best_fit":
+        if packing == "best_fit":
             cut += int((lengths > plan.sequence_length).sum())
             continue
         ends = begin + np.cumsum(lengths)

@@ -72,16 +72,7 @@ def prepare_in_parts(
     Raises:
         ConfigError, DataError: as `prepare` raises, and if a part ended ATTEMPTS times without its results.
     """
-    if plan.packing != "cut":
-        raise DataError(
-            f"--packing {plan.packing} packs by documents of a window, in one process: leave out --engine, or give "
-            "--packing cut"
-        )
-    if recipe.dedup == "minhash" or recipe.decontaminate is not None:
-        raise DataError(
-            "dedup: minhash, which compares each document with all before it, and decontaminate work in one process: "
-            "leave out --engine, or give dedup=exact decontaminate=null"
-        )
+    _refuse_one_process(recipe, plan)
     tokenizer, out = tokenizer.absolute(), out.absolute()
     refuse_existing(out)
     info = tokenizer_with_eos(tokenizer)
@@ -104,6 +95,25 @@ def prepare_in_parts(
         work.data.rename(out)
     shutil.rmtree(work.path)
     return load_manifest(out)
+
+
+def _refuse_one_process(recipe: Recipe, plan: Plan) -> None:
+    """Raise DataError for what one process alone can do."""
+    if plan.packing != "cut":
+        raise DataError(
+            f"--packing {plan.packing} packs by documents of a window, in one process: leave out --engine, or give "
+            "--packing cut"
+        )
+    if recipe.dedup == "minhash" or recipe.decontaminate is not None:
+        raise DataError(
+            "dedup: minhash, which compares each document with all before it, and decontaminate work in one process: "
+            "leave out --engine, or give dedup=exact decontaminate=null"
+        )
+    if chats := [name for name, domain in recipe.domains.items() if domain.chat is not None]:
+        raise DataError(
+            f"the conversations of {', '.join(chats)} are packed by best fit, in one process: leave out --engine, or "
+            "prepare them apart from the text"
+        )
 
 
 class _Runner:
@@ -218,7 +228,7 @@ def _write_domains(run: _Runner, blocks: Sequence[Block], plan: Plan) -> dict[st
         for split in splits:
             written = join_groups(job, groups[split.directory])
             info, tail_tokens = describe_split(
-                split.spooled, split.held_out, totals, written, plan, validation=split.validation
+                split.spooled, split.held_out, totals, written, plan, plan.packing, validation=split.validation
             )
             dropped.tail_tokens += tail_tokens
             infos.append(info)

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from ddk_ds.data.mds import Ids, Lengths, Packed
+from ddk_ds.data.mds import Ids, Lengths, Packed, Targets
 from ddk_ds.data.patience import never
 from ddk_ds.errors import TemporaryError, UserError
 
@@ -49,6 +49,8 @@ class Read(NamedTuple):
     sample_ids: list[int]
     lengths: list[Lengths | None]
     """(B,) lengths of each sample's documents; None where they are not kept apart."""
+    targets: list[Targets | None]
+    """(B,) which tokens of each sample are targets; None where all are."""
 
 
 class Readers:
@@ -159,8 +161,8 @@ class Readers:
 def read_batch(samples: Samples, sample_ids: list[int]) -> Read:
     """Read the samples with these ids. Raises UserError, as `samples` does."""
     packed, domains = zip(*(samples.read(sample_id) for sample_id in sample_ids), strict=True)
-    tokens, lengths = zip(*packed, strict=True)
-    return Read(np.stack(tokens), list(domains), sample_ids, list(lengths))
+    tokens, lengths, targets = zip(*packed, strict=True)
+    return Read(np.stack(tokens), list(domains), sample_ids, list(lengths), list(targets))
 
 
 def _serve(pipe: Connection) -> None:

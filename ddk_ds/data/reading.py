@@ -1,13 +1,14 @@
 """A domain's documents are read, encoded and spooled to the disk part by part; then the held-out ones are chosen.
 
 A killed preparation continues after its last finished part: what the spool holds beyond that part is cut off. A spool
-is a pair of files (spooled.py).
+is a pair of files (spooled.py), and of conversations three.
 """
 
 from __future__ import annotations
 
 import os
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -16,10 +17,12 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from ddk_ds.data.chat_encoding import ChatStyle, Conversations
+from ddk_ds.data.conversations import plain_text
 from ddk_ds.data.documents import Dropped, Meter, Position, Seen, read_documents
 from ddk_ds.data.encoding import BatchEncoder, Encoded
 from ddk_ds.data.long_documents import DocumentCutter, Part
-from ddk_ds.data.mds import Ids
+from ddk_ds.data.mds import Ids, Targets
 from ddk_ds.data.recipe import Domain, SourceFile
 from ddk_ds.data.screening import Marks
 from ddk_ds.data.spooled import RECORD, Spooled
@@ -53,6 +56,7 @@ class DomainText:
     """The text of one domain of a recipe: `number` is its place in the recipe, `seed` keys the digests.
 
     With `screened`, documents that are near an earlier one, or have text of a benchmark, are dropped.
+    It is conversations of `style`; None: text.
     """
 
     name: str
@@ -62,6 +66,7 @@ class DomainText:
     seed: int
     cutter: DocumentCutter
     screened: bool = False
+    style: ChatStyle | None = None
 
     def spool(self, work: WorkDir, dtype: str, encode: BatchEncoder, progress: Progress) -> tuple[Spool, Reading]:
         """Read and encode the documents that the spool lacks; return the complete spool and the state of the reading.
@@ -73,7 +78,14 @@ class DomainText:
             OSError: the disk is full.
         """
         reading = work.reading(self.name)
-        spool = Spool(work.path, self.name, dtype, num_documents=reading.documents, num_tokens=reading.tokens)
+        spool = Spool(
+            work.path,
+            self.name,
+            dtype,
+            num_documents=reading.documents,
+            num_tokens=reading.tokens,
+            has_targets=self.style is not None,
+        )
         try:
             if not reading.done:
                 self._read_new(work, spool, reading, encode, progress)
@@ -89,7 +101,10 @@ class DomainText:
         meter = Meter(sum(file.num_bytes for file in self.files[: position.file]))
         progress(self.name, *self._progress(reading.position, meter.disk_bytes))
         last_commit = time.monotonic()
-        for batch, encoded, marks in encode(self.batches(work, work.scratch, position, dropped, meter)):
+        for batch, encoded, marks in encode(self.batches(work, work.scratch, position, dropped, meter), self.style):
+            if encoded.conversations is not None:
+                marks = _of_kept(marks, encoded.conversations.kept)
+                _count_dropped(reading, encoded.conversations)
             spool.append_batch(batch, encoded, _kept(work, reading, marks) if self.screened else None)
             work.keep(batch.digests)
             reading.control_tokens += encoded.control_tokens
@@ -128,13 +143,14 @@ class DomainText:
             scratch=scratch,
         )
         for document in documents:
-            for part in self.cutter.parts(document.text, dropped):
+            whole = self.style is not None
+            for part in [Part(document.text)] if whole else self.cutter.parts(document.text, dropped):
                 parts.append(part)
                 batch_bytes += document.num_bytes if part.opens and part.closes else len(part.text)
                 if part.closes:
                     digests.append(document.digest)
                     num_bytes.append(document.num_bytes)
-                    texts += [document.text] * self.screened
+                    texts += [plain_text(document.text) if whole else document.text] * self.screened
                 if batch_bytes >= BATCH_BYTES:
                     yield batch()
                     parts, texts, digests, num_bytes, batch_bytes = [], [], [], [], 0
@@ -173,6 +189,19 @@ def _kept(work: WorkDir, reading: Reading, marks: Marks) -> npt.NDArray[np.bool_
     return np.array(kept, bool)
 
 
+def _of_kept(marks: Marks, kept: npt.NDArray[np.bool_]) -> Marks:
+    """Return the marks of the conversations that are kept."""
+    places = np.flatnonzero(kept).tolist() if marks.keys else []
+    return Marks([marks.keys[place] for place in places], [marks.benchmarks[place] for place in places])
+
+
+def _count_dropped(reading: Reading, found: Conversations) -> None:
+    """Count the conversations that were dropped as they were encoded."""
+    counts = Counter(reading.conversations)
+    counts.update(found.dropped)
+    reading.conversations, reading.refusal = dict(counts), reading.refusal or found.refusal
+
+
 class Spool(Spooled):
     """The ids of one domain's documents on the disk, which grow.
 
@@ -180,21 +209,38 @@ class Spool(Spooled):
         num_documents, num_tokens: number of documents and of tokens in the spool.
     """
 
-    def __init__(self, directory: Path, name: str, dtype: str, *, num_documents: int = 0, num_tokens: int = 0) -> None:
-        """Open or create both files; truncate them to their first `num_documents` documents and `num_tokens` tokens."""
+    def __init__(
+        self,
+        directory: Path,
+        name: str,
+        dtype: str,
+        *,
+        num_documents: int = 0,
+        num_tokens: int = 0,
+        has_targets: bool = False,
+    ) -> None:
+        """Open or create the files; truncate them to their first `num_documents` documents and `num_tokens` tokens."""
         super().__init__([directory / name], dtype)
-        self._paths = directory / f"{name}.ids", directory / f"{name}.documents"
+        names = ("ids", "documents", "targets")[: 3 if has_targets else 2]
+        self._paths = [directory / f"{name}.{of_file}" for of_file in names]
         self.num_documents, self.num_tokens = num_documents, num_tokens
         self._open_tokens = 0
-        sizes = num_tokens * np.dtype(dtype).itemsize, num_documents * RECORD.itemsize
+        sizes = num_tokens * np.dtype(dtype).itemsize, num_documents * RECORD.itemsize, num_tokens
         self._streams = [path.open("ab") for path in self._paths]
-        for stream, size in zip(self._streams, sizes, strict=True):
+        for stream, size in zip(self._streams, sizes, strict=False):
             stream.truncate(size)
 
     def append_batch(self, batch: TextBatch, encoded: Encoded, kept: npt.NDArray[np.bool_] | None = None) -> None:
-        """Add the parts of a batch, but for documents that are not kept (None: all are)."""
-        closes = np.array([part.closes for part in batch.parts])
-        self.append(encoded.ids, encoded.lengths, closes, batch.digests, batch.num_bytes, kept)
+        """Add the parts of a batch, but for documents that are not kept (None: all are).
+
+        Of conversations `kept` is of those that the encoder has kept.
+        """
+        closes, found = np.array([part.closes for part in batch.parts]), encoded.conversations
+        if found is None:
+            self.append(encoded.ids, encoded.lengths, closes, batch.digests, batch.num_bytes, kept)
+            return
+        digests = [digest for digest, there in zip(batch.digests, found.kept, strict=True) if there]
+        self.append(found.ids, found.lengths, closes[found.kept], digests, found.num_bytes, kept, found.targets)
 
     def append(
         self,
@@ -204,11 +250,13 @@ class Spool(Spooled):
         digests: Sequence[bytes],
         num_bytes: Sequence[int],
         kept: npt.NDArray[np.bool_] | None = None,
+        targets: Targets | None = None,
     ) -> None:
         """Add parts of documents: their ids in a row, the number of ids of each, and True for those that end one.
 
         `digests`, `num_bytes` and `kept` are of the documents that end here; those that are not kept are left out
         (None: all are). The next call goes on with a document that does not end here.
+        `targets` are those of the ids, for a spool that has them.
         """
         ends = np.cumsum(lengths)[closes]
         records = np.empty(len(ends), RECORD)
@@ -223,10 +271,13 @@ class Spool(Spooled):
                 self.num_tokens -= begun
                 self._streams[0].truncate(self.num_tokens * np.dtype(self.dtype).itemsize)
             of_document: npt.NDArray[np.int64] = np.cumsum(closes) - closes
-            ids = ids[np.repeat(np.append(kept, True)[of_document], lengths)]
+            stays = np.repeat(np.append(kept, True)[of_document], lengths)
+            ids, targets = ids[stays], None if targets is None else targets[stays]
             records = records[kept]
         self._streams[0].write(ids.data)
         self._streams[1].write(records.data)
+        if targets is not None:
+            self._streams[2].write(targets.data)
         self.num_documents += len(records)
         self.num_tokens += len(ids)
 
@@ -237,7 +288,7 @@ class Spool(Spooled):
             os.fsync(stream.fileno())
 
     def close(self) -> None:
-        """Close both files. Documents added since the last `sync` can be lost; a full disk raises no error."""
+        """Close the files. Documents added since the last `sync` can be lost; a full disk raises no error."""
         for stream in self._streams:
             try:
                 stream.close()
@@ -245,7 +296,7 @@ class Spool(Spooled):
                 stream.raw.close()
 
     def remove(self) -> None:
-        """Close and delete both files."""
+        """Close and delete the files."""
         self.close()
         for path in self._paths:
             path.unlink(missing_ok=True)

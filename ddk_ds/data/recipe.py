@@ -21,6 +21,7 @@ import re
 import sysconfig
 from collections.abc import Iterator, MutableMapping, Sequence
 from dataclasses import dataclass, replace
+from datetime import date
 from fnmatch import fnmatchcase
 from importlib.metadata import distributions
 from importlib.util import find_spec
@@ -29,7 +30,7 @@ from typing import Annotated, Any, Literal
 
 from omegaconf import OmegaConf
 from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException
-from pydantic import BeforeValidator, Field, ValidationError
+from pydantic import BeforeValidator, Field, ValidationError, model_validator
 from yaml import YAMLError
 
 from ddk_ds.config import Positive, Section
@@ -47,6 +48,11 @@ Format = Literal["text", "jsonl", "json_strings", "parquet", "arrow", "webdatase
 def _path_to_source(value: Any) -> Any:
     """Return {"path": value} for a string, the short form of a source; return any other value unchanged."""
     return {"path": value} if isinstance(value, str) else value
+
+
+def _to_date(value: Any) -> Any:
+    """Return the date of a text like 2026-12-01; return what is no text unchanged. Raises ValueError for others."""
+    return date.fromisoformat(value) if isinstance(value, str) else value
 
 
 class Source(Section):
@@ -71,6 +77,33 @@ class Source(Section):
     """Remove HTML tags and resolve HTML entities."""
 
 
+class Chat(Section):
+    """Conversations in place of text: each line of a jsonl file, or row of a parquet file, is one.
+
+    It is rendered by a chat template, and is one document. A field `tools` (a list, or its JSON) goes to the template.
+    """
+
+    form: Literal["messages", "prompt_completion"] = "messages"
+    """messages: a list of {role, content, ...}. prompt_completion: the fields `prompt` and `completion`, two such
+    lists, or two texts, which are one message of the user and one of the assistant."""
+    messages_field: str = "messages"
+    """Field or column of the list of `form: messages`."""
+    targets: Literal["assistant", "all"] = "assistant"
+    """Tokens that the student is to predict. assistant: those of the assistant's turns, of the completion alone if
+    there is one; all: every token."""
+    template: str | None = None
+    """File with a chat template (Jinja), relative to the recipe's; null: the tokenizer's own."""
+    template_options: dict[str, Any] = Field(default_factory=dict)
+    """More variables for the template, for example {enable_thinking: false}."""
+    day: Annotated[date, BeforeValidator(_to_date)] | None = None
+    """The day of `strftime_now` in a template; null: it has none, since data must not depend on the day they are made.
+    """
+    split_tokens: bool = False
+    """Allow that the template writes <|names|> that the tokenizer cuts into pieces, as some models were trained."""
+    too_long: Literal["cut", "drop"] = "cut"
+    """Conversations longer than a sample: cut into several samples, or dropped; both are counted."""
+
+
 class Domain(Section):
     """One domain: its sources and limits."""
 
@@ -85,6 +118,22 @@ class Domain(Section):
     skip_bad_lines: Natural = 0
     """Number of lines of jsonl files that may hold no text (broken JSON, no such field): they are skipped and counted.
     One more is an error."""
+    chat: Chat | None = None
+    """The domain holds conversations; null: text. `chat: {}` takes the defaults."""
+
+    @model_validator(mode="after")
+    def _check_chat(self) -> Domain:
+        """Raise ValueError for an option that cuts or changes text, which would break conversations."""
+        of_text = {
+            "min_chars": self.min_chars != 1,
+            "max_chars": self.max_chars is not None,
+            "strip_html of a source": any(source.strip_html for source in self.sources),
+            "a hub's data set (name its parquet files)": any(is_hub_dataset(source.path) for source in self.sources),
+            "format of a source": any(source.format not in (None, "jsonl", "parquet") for source in self.sources),
+        }
+        if self.chat is not None and (given := ", ".join(name for name, there in of_text.items() if there)):
+            raise ValueError(f"a domain with `chat` reads jsonl or parquet, whole: leave out {given}")
+        return self
 
 
 class TokenizerOptions(Section):
@@ -92,7 +141,8 @@ class TokenizerOptions(Section):
 
     add_bos: Literal["auto"] | bool = "auto"
     """Begin each document with the BOS token. auto: with what the tokenizer itself puts before a text in transformers,
-    as the model was trained: Llama's and Gemma's put one, Qwen's and GPT-2's none."""
+    as the model was trained: Llama's and Gemma's put one, Qwen's and GPT-2's none. A conversation begins as its
+    template has it, and only `true` puts a BOS before one that has none."""
 
 
 class MinHashOptions(Section):
@@ -136,8 +186,8 @@ class SourceFile:
     """One file of a domain. `name` is relative to the source's base and so the same on every machine.
 
     `remote` is the address of a file that is not on this machine, or the name of a hub's `shard`; `path` is then not
-    used. `num_bytes` is the stored
-    size, 0 where the store does not report it; `stamp` changes with the content. `skip_bad_lines` is the domain's.
+    used. `num_bytes` is the stored size, 0 where the store does not report it; `stamp` changes with the content.
+    `skip_bad_lines` and `chat` are the domain's.
     """
 
     path: Path
@@ -148,6 +198,7 @@ class SourceFile:
     stamp: str = ""
     skip_bad_lines: int = 0
     shard: HubShard | None = None
+    chat: Chat | None = None
 
     @property
     def where(self) -> str:
@@ -156,7 +207,9 @@ class SourceFile:
 
 
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Read a recipe, apply `key.path=value` overrides and check it; the returned `root` and `benchmarks` are absolute.
+    """Read a recipe, apply `key.path=value` overrides and check it.
+
+    The returned `root`, `benchmarks` and templates are absolute.
 
     A path among the overrides or in an environment variable is relative to the working directory, where the shell is.
 
@@ -186,7 +239,16 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
         for key, value in (("root", recipe.root), ("benchmarks", recipe.benchmarks))
         if value is not None and not is_address(value)
     }
-    return recipe.model_copy(update=paths)
+    domains = {name: _placed(domain, path) for name, domain in recipe.domains.items()}
+    return recipe.model_copy(update={**paths, "domains": domains})
+
+
+def _placed(domain: Domain, recipe: Path) -> Domain:
+    """Return a domain whose template, if it names one, is an absolute path."""
+    if domain.chat is None or domain.chat.template is None:
+        return domain
+    template = absolute_path(recipe.parent.absolute(), domain.chat.template)
+    return domain.model_copy(update={"chat": domain.chat.model_copy(update={"template": template})})
 
 
 def _explain(item: Any, path: Path, overrides: Sequence[str]) -> str:
@@ -197,7 +259,7 @@ def _explain(item: Any, path: Path, overrides: Sequence[str]) -> str:
         return f"recipe {path}: domains: {item['input']!r}: {FILE_NAME_RULE}"
     if item["type"] != "extra_forbidden":
         return f"{where}: {item['msg']}, got {item['input']!r}"
-    sections = (Recipe, TokenizerOptions, MinHashOptions, Domain, Source)
+    sections = (Recipe, TokenizerOptions, MinHashOptions, Domain, Chat, Source)
     known = [name for section in sections for name in section.model_fields]
     near = difflib.get_close_matches(str(item["loc"][-1]), known, n=1, cutoff=0.4)
     return f"{where}: unknown key" + (f", did you mean {near[0]!r}?" if near else "")
@@ -227,7 +289,9 @@ def list_files(recipe: Recipe, commits: MutableMapping[str, str] | None = None) 
         for path in matched:
             if owner.setdefault(path, name) != name:
                 raise DataError(f"{path} is in two domains, {owner[path]!r} and {name!r}; exclude it from one of them")
-        files[name] = [replace(file, skip_bad_lines=domain.skip_bad_lines) for file in matched.values()]
+        files[name] = [
+            replace(file, skip_bad_lines=domain.skip_bad_lines, chat=domain.chat) for file in matched.values()
+        ]
         if domain.max_bytes is not None:
             files[name].sort(key=lambda file: (_name_hash(file.name), file.name))
     return files

@@ -1,14 +1,14 @@
 """Documents that are encoded and on the disk: all of them, those of a split, or a stretch of a split's tokens.
 
 They lie in pairs of files, in order: `<stem>.ids` holds the ids of some documents in a row, `<stem>.documents` a record
-of 24 bytes for each.
+of 24 bytes for each. Those of conversations are three: `<stem>.targets` has a byte for each id.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -74,14 +74,23 @@ class Spooled:
 
     def ids(self, held_out: HeldOut, *, validation: bool, stretch: Stretch | None = None) -> Iterator[Ids]:
         """Yield the ids of one split's documents, joined in order, in pieces of any size."""
+        yield from self._values("ids", np.dtype(self.dtype), held_out, validation, stretch)
+
+    def targets(self, held_out: HeldOut, *, validation: bool) -> Iterator[Ids]:
+        """Yield 1 for each of the same ids that is a target, 0 for the others, as uint8."""
+        yield from self._values("targets", np.dtype(np.uint8), held_out, validation, None)
+
+    def _values(
+        self, suffix: str, dtype: np.dtype[Any], held_out: HeldOut, validation: bool, stretch: Stretch | None
+    ) -> Iterator[Any]:
         for stem, begins, ends in self._chosen(held_out, validation, stretch):
-            with Path(f"{stem}.ids").open("rb") as stream:
+            with Path(f"{stem}.{suffix}").open("rb") as stream:
                 gaps = np.flatnonzero(begins[1:] != ends[:-1]) + 1
                 for first, last in zip([0, *gaps], [*gaps - 1, len(begins) - 1], strict=True):
                     start, end = int(begins[first]), int(ends[last])
-                    stream.seek(start * np.dtype(self.dtype).itemsize)
+                    stream.seek(start * dtype.itemsize)
                     while start < end:
-                        piece = np.fromfile(stream, self.dtype, min(_IDS, end - start))
+                        piece = np.fromfile(stream, dtype, min(_IDS, end - start))
                         start += len(piece)
                         yield piece
 

@@ -119,7 +119,9 @@ class TeacherCache:
     def mean_loss(self, domain: str) -> float:
         """Return the teacher's mean loss a token over the samples of `known`, in nats at temperature 1; nan: none."""
         known = self._known.get(domain)
-        return float("nan") if known is None else float(known.losses.sum() / known.tokens.sum())
+        return (
+            float("nan") if known is None or not known.tokens.any() else float(known.losses.sum() / known.tokens.sum())
+        )
 
     def read(self, domain: str, number: int) -> Record | None:
         """Return what is known of a sample, for `coding`; None: nothing. Raises DataError if its part is damaged."""

@@ -14,6 +14,7 @@ from typing import Any
 
 from tokenizers import AddedToken, Encoding, Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from ddk_ds.data.conversations import parse_conversation, strings_in
 from ddk_ds.data.documents import Dropped, read_documents
 from ddk_ds.data.ordinary_text import OrdinaryText, ordinary_text
 from ddk_ds.data.recipe import Recipe, list_files
@@ -225,7 +226,8 @@ def _sample(recipe: Recipe, domain_bytes: int) -> Iterator[str]:
         limit = min(domain_bytes, domain.max_bytes or domain_bytes)
         capped = domain.model_copy(update={"max_bytes": limit})
         for document in read_documents(capped, files, seed=0, seen=seen, dropped=Dropped()):
-            yield document.text
+            chat = domain.chat is not None
+            yield from strings_in(parse_conversation(document.text).messages) if chat else [document.text]
 
 
 def save_tokenizer(tokenizer: Tokenizer, directory: Path) -> None:

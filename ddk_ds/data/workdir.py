@@ -40,7 +40,8 @@ class Reading:
     """State of a domain's reading: `documents` and `tokens` are those in its spool; `done`: all is read.
 
     `control_tokens` are those that the text so far spells, `near_duplicates` and `contaminated` (by
-    benchmark) the documents that are not in the spool.
+    benchmark) the documents that are not in the spool. Conversations that were dropped as they were encoded are counted
+    by the names of `Dropped`; `refusal` is what the template said of the first one that it refused.
     """
 
     position: Position = field(default_factory=Position)
@@ -50,6 +51,8 @@ class Reading:
     control_tokens: int = 0
     near_duplicates: int = 0
     contaminated: dict[str, int] = field(default_factory=dict)
+    conversations: dict[str, int] = field(default_factory=dict)
+    refusal: str = ""
     done: bool = False
 
 
@@ -202,7 +205,7 @@ def _capped(domain: Domain, reading: Reading) -> bool:
 
 
 def _limits(domain: Domain) -> str:
-    return domain.model_dump_json(exclude={"sources"})
+    return domain.model_dump_json(exclude={"sources": True, "chat": {"template"}})
 
 
 def _identity(file: SourceFile) -> str:

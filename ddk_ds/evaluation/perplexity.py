@@ -14,7 +14,7 @@ import numpy.typing as npt
 import torch
 
 from ddk_ds.comm import SingleProcess
-from ddk_ds.data.loader import document_positions
+from ddk_ds.data.loader import document_positions, target_mask
 from ddk_ds.data.manifest import Manifest, load_manifest
 from ddk_ds.data.mds import Packed, open_split
 from ddk_ds.data.same_cuts import prepared_with
@@ -85,7 +85,8 @@ def score_domains(
     """Measure perplexity and bits per byte of a transformers causal LM on each domain, on the model's device.
 
     `limit` is the number of samples of each domain, or None for all. As in a run, the first token of a sample is not
-    predicted, nor that of a document if documents are kept apart. Raises ConfigError if the model lets one see another.
+    predicted, nor that of a document if documents are kept apart, nor one that is no target. Raises ConfigError if the
+    model lets one document see another, DataError if a domain has no target.
     """
     tokenizer = load_tokenizer(files.directory).tokenizer
     vocab_size = min(held_out.manifest.vocab_size, len(model.get_output_embeddings().weight))
@@ -98,6 +99,8 @@ def score_domains(
         firsts = range(0, len(samples), batch_size)
         parts = [_losses(model, files, samples[first : first + batch_size], vocab_size) for first in firsts]
         losses, predicted = (torch.cat(part).numpy() for part in zip(*parts, strict=True))
+        if not predicted.any():
+            raise DataError(f"domain {domain!r} of {held_out.root}: none of its {len(samples):,} samples has a target")
         texts = [
             tokenizer.decode(sample.tokens[1:][places[:-1]].tolist())
             for sample, places in zip(samples, predicted, strict=True)
@@ -124,7 +127,8 @@ def _losses(
     """
     ids = torch.from_numpy(np.stack([sample.tokens for sample in samples]).astype(np.int64))
     positions = document_positions([sample.lengths for sample in samples])
-    labels = next_token_labels(ids, positions)
+    targets = target_mask([sample.targets for sample in samples], ids.shape[1])
+    labels = next_token_labels(ids, positions, targets)
     device = next(model.parameters()).device
     nll = partial(token_losses, labels=labels.flatten().to(device), options=Options(vocab_size, gamma=0.0))
     losses = WholeModel(model, files.logit_form)(ids.to(device), nll, positions)

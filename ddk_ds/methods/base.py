@@ -35,7 +35,7 @@ class Batch:
     domain_tokens: torch.Tensor
     """(N,) float64: valid tokens of the optimizer step by domain, summed over ranks and micro-batches."""
     num_valid: torch.Tensor
-    """Scalar: the sum of `domain_tokens`."""
+    """Scalar: the sum of `domain_tokens`, or 1 in a step without any."""
     progress: float
     """Fraction of the run's steps that are done, 0..1."""
     sample_id: torch.Tensor | None = None
@@ -47,6 +47,8 @@ class Batch:
     """
     weights: torch.Tensor | None = None
     """(B,) float32 on the device, factors of the samples' losses (`mixture.loss_weights`); None: all are 1."""
+    targets: torch.Tensor | None = None
+    """(B, L) bool on the CPU, True for the tokens that are targets; None: all are."""
 
     @property
     def row_weights(self) -> torch.Tensor | None:
@@ -54,16 +56,21 @@ class Batch:
         return None if self.weights is None else self.weights.repeat_interleave(self.labels.shape[1])
 
 
-def next_token_labels(input_ids: torch.Tensor, positions: torch.Tensor | None = None) -> torch.Tensor:
+def next_token_labels(
+    input_ids: torch.Tensor, positions: torch.Tensor | None = None, targets: torch.Tensor | None = None
+) -> torch.Tensor:
     """Return the labels (B, L) of input_ids (B, L): each is the id of the next token, the last is IGNORE_INDEX.
 
-    With the `positions` (B, L) of the tokens in their documents, on the CPU, so is that of each document's last token.
+    With the `positions` (B, L) of the tokens in their documents, on the CPU, so is that of each document's last token,
+    and with `targets` (B, L) bool, on the CPU, that of each token before one that is no target.
     """
     labels = torch.full_like(input_ids, IGNORE_INDEX)
     labels[:, :-1] = input_ids[:, 1:]
     if positions is not None:
         first = to_device(positions, labels.device)[:, 1:] == 0
         labels[:, :-1].masked_fill_(first, IGNORE_INDEX)
+    if targets is not None:
+        labels[:, :-1].masked_fill_(~to_device(targets, labels.device)[:, 1:], IGNORE_INDEX)
     return labels
 
 
@@ -73,10 +80,13 @@ def tokens_of(batches: Sequence[Batch]) -> tuple[list[torch.Tensor], list[torch.
 
 
 def own_labels(
-    model: Student | Teacher, input_ids: torch.Tensor, positions: torch.Tensor | None = None
+    model: Student | Teacher,
+    input_ids: torch.Tensor,
+    positions: torch.Tensor | None = None,
+    targets: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Return the labels of input_ids (B, L) at the positions whose hidden states this rank has: all, or its part."""
-    labels = next_token_labels(input_ids, positions)
+    labels = next_token_labels(input_ids, positions, targets)
     return labels if model.sequence is None else model.sequence.part(labels)
 
 

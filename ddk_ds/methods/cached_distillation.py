@@ -20,7 +20,8 @@ import torch
 from ddk_ds.comm import Comm, call_together
 from ddk_ds.config import Loss
 from ddk_ds.config.sections import TeacherCache as CacheSection
-from ddk_ds.data.loader import MicroBatch, MixtureDataset, document_positions
+from ddk_ds.data.loader import MicroBatch, MixtureDataset, document_positions, target_mask
+from ddk_ds.data.mds import Targets
 from ddk_ds.data.teacher_cache import TeacherCache
 from ddk_ds.data.teacher_samples import NO_LABEL, Drawn, Likeliest, Record, Said, Top
 from ddk_ds.engine.head import OutputHead
@@ -46,10 +47,14 @@ Place = tuple[str, int]
 
 
 class Row(NamedTuple):
-    """A sample's token ids (L,), and positions (L,) on the CPU if documents are kept apart."""
+    """A sample's token ids (L,), and positions (L,) on the CPU if documents are kept apart.
+
+    `targets` is None if all tokens are targets.
+    """
 
     ids: torch.Tensor
     positions: torch.Tensor | None
+    targets: Targets | None
 
 
 class Known(NamedTuple):
@@ -126,7 +131,7 @@ class CachedTeacher:
             if place not in now:
                 packed, _ = self.dataset.read(sample_id)
                 ids, positions = torch.from_numpy(packed.tokens.astype(np.int64)), document_positions([packed.lengths])
-                found[place] = Row(ids, None if positions is None else positions[0])
+                found[place] = Row(ids, None if positions is None else positions[0], packed.targets)
         return found
 
     def add(self, place: Place, said: Said) -> Record:
@@ -238,19 +243,29 @@ class CachedDistillation(WithDivergence):
         ids = [torch.stack([to_device(row.ids, device) for row in each]) for each in rows]
         apart = ([row.positions for row in each if row.positions is not None] for each in rows)
         positions = [torch.stack(each) if each else None for each in apart]
+        targets = [target_mask([row.targets for row in each], len(each[0].ids)) for each in rows]
         hidden = teacher.hidden(ids, positions)
         self._cached.taught += self._cached.comm.world_size * sum(map(len, filled))  # the same on each rank
         with teacher.clock.stage("teacher"), teacher.head.gathered() as head:
             options = replace(self.options_at(batch), teacher_form=head.form)
-            labels = map(next_token_labels, ids, positions)
-            for states, of_one, places, needed in zip(hidden, labels, filled, at_once, strict=True):
+            labels = map(next_token_labels, ids, positions, targets)
+            for states, of_one, mask, places, needed in zip(hidden, labels, targets, filled, at_once, strict=True):
                 if needed:
-                    yield from zip(needed, self._answers(states, of_one, head, places, options), strict=False)
+                    yield from zip(needed, self._answers(states, of_one, mask, head, places, options), strict=False)
 
     def _answers(
-        self, states: torch.Tensor, labels: torch.Tensor, head: OutputHead, places: list[Place], options: Options
+        self,
+        states: torch.Tensor,
+        labels: torch.Tensor,
+        targets: torch.Tensor | None,
+        head: OutputHead,
+        places: list[Place],
+        options: Options,
     ) -> list[Said]:
-        """Return what the teacher says of each sample of a micro-batch, from its hidden states (B*L, Ht)."""
+        """Return what the teacher says of each sample of a micro-batch, from its hidden states (B*L, Ht).
+
+        Of tokens that are no `targets` (B, L) it says what takes no room.
+        """
         section = self._cached.section
         of_labels = LabelLogProbs(labels.flatten(), labels.new_empty(labels.numel(), dtype=torch.float32))
         rest: dict[str, Any] = {"options": options, "bias": head.bias, "of_labels": of_labels}
@@ -262,13 +277,31 @@ class CachedDistillation(WithDivergence):
             keys = torch.tensor([sample_key(*place) for place in places], device=states.device)
             answer = draws_of(states, head.weight, keys, section.draws, seed=section.seed, **rest)
         of_labels.log_probs.view_as(labels)[:, :-1].masked_fill_(labels[:, :-1] == IGNORE_INDEX, NO_LABEL)
+        if targets is not None:
+            _say_nothing(answer, to_device(targets, labels.device))
         columns = (part.unflatten(0, (len(places), -1)).cpu().numpy() for part in (*answer, of_labels.log_probs))
         kind = Likeliest if section.keep == "topk" else Drawn
         return [kind(*of_sample) for of_sample in zip(*columns, strict=True)]
 
 
 def _row(batch: Batch, row: int) -> Row:
-    return Row(batch.input_ids[row], None if batch.positions is None else batch.positions[row])
+    targets = None if batch.targets is None else batch.targets[row].numpy()
+    return Row(batch.input_ids[row], None if batch.positions is None else batch.positions[row], targets)
+
+
+def _say_nothing(answer: TeacherDraws | TeacherTopK, targets: torch.Tensor) -> None:
+    """Give the positions before tokens that are no `targets` (B, L) one answer for all, which compresses to nothing.
+
+    The loss ignores them. It is the token 0, drawn each time, or the first k tokens, with probabilities of about 0.
+    """
+    unused = ~targets.roll(-1, 1)
+    unused[:, -1] = False  # the last position has no next token
+    rows = unused.flatten()
+    if isinstance(answer, TeacherDraws):
+        answer.ids[rows], answer.entropy[rows] = 0, 0.0
+    else:
+        answer.ids[rows] = torch.arange(answer.ids.shape[1], device=rows.device)
+        answer.log_probs[rows], answer.log_tail[rows] = -100.0, 0.0
 
 
 def sample_key(domain: str, number: int) -> int:

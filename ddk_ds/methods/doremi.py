@@ -75,7 +75,9 @@ class DoremiProxy:
         length = batch.labels.shape[1]
         labels, device = batch.labels.flatten(), hidden.device
         weights = to_device(torch.from_numpy(self._weights.proportions), device) * (batch.domain_tokens > 0)
-        weights = (weights / weights.sum()).to(torch.promote_types(hidden.dtype, torch.float32))
+        weights = (weights / weights.sum().clamp(min=torch.finfo(weights.dtype).tiny)).to(
+            torch.promote_types(hidden.dtype, torch.float32)
+        )
         loss = hidden.new_zeros((), dtype=torch.float32)
         ce = torch.zeros((), dtype=torch.float64, device=device)
         excess = torch.zeros_like(self._excess, device=device)

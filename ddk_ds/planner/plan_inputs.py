@@ -64,6 +64,8 @@ class PlannedData:
     intervals: int
     source: str
     """Origin of these numbers, for the plan's list of assumptions."""
+    target_share: float = 1.0
+    """Share of the samples' tokens that are targets, less than 1 with conversations."""
 
     @property
     def measurements(self) -> int:
@@ -147,6 +149,9 @@ def _prepared_data(config: Config) -> PlannedData:
     sizes = {name: manifest.domains[name].train.samples for name in names}
     steps = total_steps(config, corpus_samples(config.mixture, sizes))
     token_bytes = np.dtype(manifest.dtype).itemsize
+    places = [manifest.sequence_length * domain.train.samples for domain in domains]
+    targets = [domain.train.target_tokens for domain in domains]
+    of_places = [count if one < 0 else one for count, one in zip(places, targets, strict=True)]
     return PlannedData(
         domains=len(names),
         vocab_size=manifest.vocab_size,
@@ -157,6 +162,7 @@ def _prepared_data(config: Config) -> PlannedData:
         steps=steps,
         intervals=_num_intervals(config, steps),
         source=f"{Path(config.data.path) / FILE_NAME}",
+        target_share=sum(of_places) / sum(places),
     )
 
 

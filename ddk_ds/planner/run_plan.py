@@ -115,7 +115,8 @@ def make_plan(config: Config, models: Models, data: PlannedData, cluster: Cluste
     mfu = speed.mfu
     if mfu is None:
         assert speed.tokens_per_s_per_gpu is not None, "neither of the two speeds is given"
-        mfu = speed.tokens_per_s_per_gpu * flops_per_token / peak
+        # A ledger counts targets; the others cost as much.
+        mfu = speed.tokens_per_s_per_gpu / data.target_share * flops_per_token / peak
     tokens_per_s = mfu * peak * cluster.ranks / flops_per_token
     memory = plan_memory(config, models, cluster)
     storage = speed.storage_bytes_per_s
@@ -196,6 +197,11 @@ def _assumptions(config: Config, cluster: Cluster, data: PlannedData, speed: Spe
         f"disks: {data.token_bytes} bytes a token; checkpoints written at {speed.storage_bytes_per_s / 1e9:g} GB/s in "
         f"all, {'in the background' if config.checkpoint.in_background else 'while training waits'}",
     ]
+    if data.target_share < 1:
+        lines.append(
+            f"targets: {data.target_share:.0%} of the samples' tokens (conversations); a plan's tokens/s are of all "
+            "tokens, a given speed is a ledger's, of targets"
+        )
     if config.train.precision == "fp32":
         lines.append("train.precision is fp32: the peak is bf16's, and an fp32 run reaches a fraction of it")
     kind = "none" if config.teacher is None else config.teacher.quantize

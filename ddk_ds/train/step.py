@@ -79,7 +79,9 @@ def train_step(
             step's.
     """
     clock = student.clock
-    labels = [own_labels(student, batch["input_ids"], batch.get("positions")) for batch in micro_batches]
+    labels = [
+        own_labels(student, micro["input_ids"], micro.get("positions"), micro.get("targets")) for micro in micro_batches
+    ]
     domain_tokens = torch.zeros(num_domains, dtype=torch.float64)
     for micro_batch, label in zip(micro_batches, labels, strict=True):
         domain_tokens.index_add_(0, micro_batch["domain"], (label != IGNORE_INDEX).sum(1).double())
@@ -103,8 +105,7 @@ def train_step(
     (loss, ce, kl, *of_router), of_method, agreed, tokens = _split(numbers, [*map(len, parts), num_domains])
     metrics = method.end_step(of_method)
     measured = clock.take_seconds(), clock.take_peaks(), clock.take_allocator()
-    counts = [int(count) for count in tokens]
-    return StepMetrics(loss, ce, kl, grad_norm, counts, metrics, *measured, agreed, *of_router)
+    return StepMetrics(loss, ce, kl, grad_norm, list(map(int, tokens)), metrics, *measured, agreed, *of_router)
 
 
 def _batches(
@@ -117,13 +118,25 @@ def _batches(
 ) -> list[Batch]:
     """Return the micro-batches on the device, with the counts of their step and the weights of their samples."""
     weights = None if domain_weights is None else torch.tensor(domain_weights, dtype=torch.float32)
-    num_valid = domain_tokens.sum()
+    num_valid = domain_tokens.sum().clamp(min=1)
     batches = []
     for micro, label in zip(micro_batches, labels, strict=True):
         ids, label = to_device(micro["input_ids"], device), to_device(label, device)
         known = micro["sample_id"], micro.get("said", ()), micro.get("positions")
         of_samples = None if weights is None else to_device(weights[micro["domain"]], device)
-        batches.append(Batch(ids, label, micro["domain"], domain_tokens, num_valid, progress, *known, of_samples))
+        batches.append(
+            Batch(
+                ids,
+                label,
+                micro["domain"],
+                domain_tokens,
+                num_valid,
+                progress,
+                *known,
+                of_samples,
+                micro.get("targets"),
+            )
+        )
     return batches
 
 

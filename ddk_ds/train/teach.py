@@ -115,10 +115,10 @@ def _missing(config: Config, dataset: MixtureDataset, cached: CachedTeacher, sam
 
 
 def _batch(micro: MicroBatch, device: torch.device) -> Batch:
-    ids, positions = to_device(micro["input_ids"], device), micro.get("positions")
+    ids, positions, targets = to_device(micro["input_ids"], device), micro.get("positions"), micro.get("targets")
     nothing = torch.zeros(0, dtype=torch.float64, device=device)
-    labels = next_token_labels(ids, positions)
-    return Batch(ids, labels, micro["domain"], nothing, nothing, 0.0, micro["sample_id"], positions=positions)
+    labels, known = next_token_labels(ids, positions, targets), (micro["sample_id"], (), positions, None, targets)
+    return Batch(ids, labels, micro["domain"], nothing, nothing, 0.0, *known)
 
 
 def _content(cached: CachedTeacher, dataset: MixtureDataset, inputs: Inputs, progress: RunProgress) -> str:

@@ -50,7 +50,7 @@ def perplexities(
         for domain, domain_batches in enumerate(batches):
             poll()
             for batch in domain_batches:
-                labels = own_labels(model, batch.input_ids, batch.positions)
+                labels = own_labels(model, batch.input_ids, batch.positions, batch.targets)
                 labels[~batch.real] = IGNORE_INDEX
                 flat = labels.flatten().to(device)
 

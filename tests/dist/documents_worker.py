@@ -35,6 +35,8 @@ from tests.dist.tiny import VOCAB, save_model, tiny_config
 LENGTH, GAMMA, TEMPERATURE = 24, 0.7, 1.5
 # Documents of eight samples: one of one token, some at both ends, one that fills its sample.
 LENGTHS = [[9, 1, 14], [24], [5, 5, 5, 5, 4], [23, 1], [1, 23], [11, 13], [1, 1, 1, 1, 20], [17, 7]]
+WITH_TARGETS = ("qwen3", "gpt2")
+"""Kinds that are compared on samples of which some tokens are targets, and in one micro-batch none."""
 _ROTARY = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 64}
 KINDS: dict[str, dict[str, Any]] = {
     "llama": {},
@@ -49,16 +51,20 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 
 
-def write_data(root: Path) -> None:
+def write_data(root: Path, *, targets: bool) -> None:
     """Write prepared data of one domain, whose samples have the documents of LENGTHS."""
     generator = np.random.default_rng(3)
     lengths = [np.array(of_sample) for of_sample in LENGTHS]
     splits = []
     for split in ("train", "validation"):
         samples = list(generator.integers(0, VOCAB, (len(LENGTHS), LENGTH)))
-        made = write_split(root / "text" / split, samples, sequence_length=LENGTH, dtype="uint16", lengths=lengths)
+        masks = list(generator.random((len(LENGTHS), LENGTH)) < 0.4) if targets else None
+        if masks is not None:
+            masks[2][:] = masks[3][:] = False
+        shape: dict[str, Any] = {"sequence_length": LENGTH, "dtype": "uint16", "lengths": lengths}
+        made = write_split(root / "text" / split, samples, targets=masks, **shape)
         splits.append(SplitInfo(documents=1, tokens=len(LENGTHS) * LENGTH, bytes=1, **made))
-    domains = {"text": DomainInfo(*splits)}
+    domains = {"text": DomainInfo(*splits, chat={} if targets else None)}
     write_manifest(Manifest(root, LENGTH, "uint16", "", VOCAB, 0, domains, borders=True))
 
 
@@ -86,7 +92,7 @@ def compare(runtime: Runtime, folder: str, kinds: Sequence[str] = tuple(KINDS)) 
     for kind in kinds:
         root, shape = Path(folder) / kind, KINDS[kind]
         if runtime.comm.rank == 0:
-            write_data(root / "data")
+            write_data(root / "data", targets=kind in WITH_TARGETS)
             shape = {**shape, "initializer_range": 0.1}
             save_model(root / "student", model_type=kind, vocab=VOCAB + 3, tied=True, seed=1, **shape)
             save_model(root / "teacher", model_type=kind, hidden=64, vocab=VOCAB, tied=False, seed=2, **shape)
@@ -136,7 +142,7 @@ def _errors(runtime: Runtime, root: Path) -> dict[str, float]:
         float(perplexities(model, held_out, options=options, device=runtime.device, comm=comm)[0])
         for model in (student, teacher)
     ]
-    assert metrics.domain_tokens == [sum(LENGTH - len(of_sample) for of_sample in LENGTHS)]
+    assert metrics.domain_tokens == [sum(int((labels >= 0).sum()) for _, labels in _alone(root, "train"))]
     if comm.rank != 0:
         return {}
     loss, right, right_ppl = _plain(root)
@@ -149,10 +155,16 @@ def _errors(runtime: Runtime, root: Path) -> dict[str, float]:
     }
 
 
-def _alone(root: Path, split: str) -> Iterator[torch.Tensor]:
+def _alone(root: Path, split: str, count: int = len(LENGTHS)) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Yield the ids (1, l) of each document and its labels (l - 1,), -100 where a token is no target."""
     samples = MixtureDataset(root / "data", ["text"], split)
-    for number, lengths in enumerate(LENGTHS):
-        yield from (part[None] for part in samples[number]["input_ids"].split(lengths))
+    for number, lengths in enumerate(LENGTHS[:count]):
+        packed, _ = samples.read(number)
+        ids = torch.from_numpy(packed.tokens.astype(np.int64))
+        labels = ids if packed.targets is None else ids.masked_fill(~torch.from_numpy(packed.targets), -100)
+        yield from (
+            (of_ids[None], of[1:]) for of_ids, of in zip(ids.split(lengths), labels.split(lengths), strict=True)
+        )
 
 
 def _plain(root: Path) -> tuple[float, dict[str, torch.Tensor], list[float]]:
@@ -169,28 +181,29 @@ def _plain(root: Path) -> tuple[float, dict[str, torch.Tensor], list[float]]:
         return model(document, use_cache=False).logits[0, :-1, :VOCAB]  # type: ignore[no-any-return]
 
     total, count = torch.zeros((), dtype=torch.float64), 0
-    for document in _alone(root, "train"):
+    for document, labels in _alone(root, "train"):
         if document.shape[1] == 1:
             continue
-        ours, labels = logits(models[0], document), document[0, 1:]
+        ours = logits(models[0], document)
         with torch.no_grad():
             theirs = (logits(models[1], document) / TEMPERATURE).log_softmax(-1)
-        kl = F.kl_div((ours / TEMPERATURE).log_softmax(-1), theirs, log_target=True, reduction="sum")
+        of_tokens = F.kl_div((ours / TEMPERATURE).log_softmax(-1), theirs, log_target=True, reduction="none").sum(1)
+        kl = of_tokens[labels >= 0].sum()
         total = total + F.cross_entropy(ours, labels, reduction="sum") + GAMMA * TEMPERATURE**2 * kl
-        count += len(labels)
+        count += int((labels >= 0).sum())
     loss = total / count
     loss.backward()  # type: ignore[no-untyped-call]
     gradients = {
         name: torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
         for name, parameter in models[0].named_parameters()
     }
-    held_out = list(_alone(root, "validation"))[: sum(map(len, LENGTHS[:7]))]
+    held_out = list(_alone(root, "validation", 7))
     ppl = []
     for model in models:
         with torch.no_grad():
             losses = [
-                F.cross_entropy(logits(model, one), one[0, 1:], reduction="none")
-                for one in held_out
+                F.cross_entropy(logits(model, one)[labels >= 0], labels[labels >= 0], reduction="none")
+                for one, labels in held_out
                 if one.shape[1] > 1
             ]
         ppl.append(math.exp(float(torch.cat(losses).mean())))

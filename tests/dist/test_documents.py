@@ -71,6 +71,37 @@ def adopted_from(shards: Path, workspace: Path, folder: Path) -> Path:
     return folder / "taken"
 
 
+def with_answers(folder: Path, workspace: Path) -> Path:
+    """Prepare the texts of domain a beside a domain of conversations, whose answers are targets."""
+    pairs = zip(*(make_texts(seed, 300, num_words=12) for seed in (1, 2)), strict=True)
+    lines = [json.dumps({"prompt": asked, "completion": answered}) for asked, answered in pairs]
+    (folder / "chat.jsonl").write_text("\n".join(lines))
+    turn = "{% for m in messages %}{{ m.role }}: {{ m.content }}.\n{% endfor %}"
+    (folder / "t.jinja").write_text(turn + "{% if add_generation_prompt %}assistant:{% endif %}")
+    chat = {"sources": ["chat.jsonl"], "chat": {"form": "prompt_completion", "template": "t.jinja"}}
+    recipe = write_recipe(folder / "chat.yaml", {"a": {"sources": ["a.jsonl"]}, "chat": chat})
+    prepare(load_recipe(recipe), workspace / "tokenizer", folder / "answers", Plan(64, validation_samples=12))
+    return folder / "answers"
+
+
+def teachers_perplexity(shards: Path, name: str, workspace: Path) -> float:
+    """Compute the teacher's perplexity of a domain's held-out targets by plain transformers, in float64."""
+    held_out = MixtureDataset(shards, [name], "validation", masked=True)
+    model = AutoModelForCausalLM.from_pretrained(workspace / "teacher", dtype=torch.float64)
+    losses: list[float] = []
+    for number in range(12):
+        packed, _ = held_out.read(number)
+        assert packed.lengths is not None and (packed.targets is None) == (name != "chat")
+        ids, lengths = torch.from_numpy(packed.tokens.astype(np.int64)), packed.lengths.tolist()
+        labels = ids if packed.targets is None else ids.masked_fill(~torch.from_numpy(packed.targets), -100)
+        for document, of_document in zip(ids.split(lengths), labels.split(lengths), strict=True):
+            with torch.no_grad():
+                logits, valid = model(document[None]).logits[0, :-1], of_document[1:] >= 0
+            of_tokens = torch.nn.functional.cross_entropy(logits[valid], document[1:][valid], reduction="none")
+            losses += of_tokens.tolist()
+    return math.exp(np.mean(losses))
+
+
 def test_a_run_on_masked_documents(workspace: Path, tmp_path: Path) -> None:
     for name in ("a", "b"):
         texts = make_texts(ord(name), 300, num_words=12)
@@ -84,8 +115,13 @@ def test_a_run_on_masked_documents(workspace: Path, tmp_path: Path) -> None:
     teacher = {"path": str(workspace / "teacher"), "cache": likeliest}
     cached = config_of(workspace, tmp_path / "cached", "masked", teacher, **data)
     adopted = config_of(workspace, tmp_path / "adopted", "auto", path=str(adopted_from(shards, workspace, tmp_path)))
+    answers = with_answers(tmp_path, workspace)
+    chat = config_of(workspace, tmp_path / "chat", "auto", path=str(answers))
+    of_chat = {**teacher, "cache": {**likeliest, "path": str(tmp_path / "cache_of_chat")}}
+    cached_chat = config_of(workspace, tmp_path / "cached_chat", "auto", of_chat, path=str(answers))
     starts = [(masked, "whole", None), (masked, "broken", 4), (cached, "cached", None), (adopted, "adopted", None)]
-    assert run_ranks("tests.dist.resume_worker:run_all", 2, timeout_s=400, starts=starts) == ["broken"]
+    starts += [(chat, "chat", None), (cached_chat, "cut", 4)]
+    assert run_ranks("tests.dist.resume_worker:run_all", 2, timeout_s=500, starts=starts) == ["broken", "cut"]
     whole, cache = (without_clock(run_dir(path, name)) for path, name in ((masked, "whole"), (cached, "cached")))
     assert without_clock(run_dir(masked, "broken")) == whole
     assert without_clock(run_dir(adopted, "adopted")) == whole, "token shards of the same ids, read where they are"
@@ -96,17 +132,14 @@ def test_a_run_on_masked_documents(workspace: Path, tmp_path: Path) -> None:
     first, names = whole[0], list(manifest.domains)
     tokens = [sum(line["domain_tokens"]) for line in steps]
     assert len(set(tokens)) > 1 and max(tokens) < 8 * 63
-    held_out = MixtureDataset(shards, names, "validation", masked=True)
-    model = AutoModelForCausalLM.from_pretrained(workspace / "teacher", dtype=torch.float64)
-    losses: list[float] = []
-    for number in range(12):
-        packed, _ = held_out.read(number)
-        assert packed.lengths is not None
-        for document in torch.from_numpy(packed.tokens.astype(np.int64)).split(packed.lengths.tolist()):
-            with torch.no_grad():
-                logits = model(document[None]).logits[0, :-1]
-            losses += torch.nn.functional.cross_entropy(logits, document[1:], reduction="none").tolist()
-    assert abs(first["teacher_ppl"][names[0]] / math.exp(np.mean(losses)) - 1) < 1e-5
+    assert abs(first["teacher_ppl"][names[0]] / teachers_perplexity(shards, names[0], workspace) - 1) < 1e-5
+    # Text and conversations together: the cache's run, which broke off, is as the other.
+    live, cut = (without_clock(run_dir(path, name)) for path, name in ((chat, "chat"), (cached_chat, "cut")))
+    steps, of_cache = ([line for line in lines if line["kind"] == "step"] for lines in (live, cut))
+    assert [line["domain_tokens"] for line in steps] == [line["domain_tokens"] for line in of_cache]
+    assert np.abs(np.subtract(*([line["kl"] for line in lines] for lines in (steps, of_cache)))).max() < 1e-4
+    for name, found in live[0]["teacher_ppl"].items():
+        assert abs(found / teachers_perplexity(answers, name, workspace) - 1) < 1e-5, name
 
 
 def test_shards_without_borders_are_joined(workspace: Path, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from ddk_ds.comm import SingleProcess
 from ddk_ds.config import Loss
 from ddk_ds.config.sections import TeacherCache as CacheSection
 from ddk_ds.data.mds import Packed
-from ddk_ds.data.teacher_samples import Drawn, DrawnTokens, LikeliestTokens, Record, Said
+from ddk_ds.data.teacher_samples import NO_LABEL, Drawn, DrawnTokens, LikeliestTokens, Record, Said
 from ddk_ds.kernels import Options, TeacherTopK, counted_draws
 from ddk_ds.methods import Batch
 from ddk_ds.methods.cached_distillation import CachedDistillation, CachedTeacher, Known, sample_key
@@ -123,6 +123,26 @@ def test_samples_that_are_missing_are_asked_for_and_added() -> None:
     same = Store(30)
     method_of(models, cached_of(same, draws=30, seed=5)).fill([batch])
     assert same.held["a", 3] == store.held["a", 3]
+
+
+@pytest.mark.parametrize("keep", ["draws", "topk"])
+def test_what_is_said_of_tokens_that_are_no_targets_takes_no_room(keep: str) -> None:
+    """Such positions have one answer for all; the others, and the last one of a sample, have that of text."""
+    targets, found = torch.arange(LENGTH).expand(SAMPLES, -1) < LENGTH // 2, []
+    for mask in (None, targets):
+        models, coding = Models(), DrawnTokens(30, VOCAB) if keep == "draws" else LikeliestTokens(5, VOCAB)
+        store, section = Store(coding=coding), {"draws": 30} if keep == "draws" else {"keep": "topk", "top_k": 5}
+        method_of(models, cached_of(store, **section)).fill([replace(batch_of(), targets=mask)])
+        found.append(store)
+    for place in PLACES:
+        text, chat = (store.said(place) for store in found)
+        used = [i for i in range(LENGTH) if i + 1 < LENGTH // 2 or i == LENGTH - 1]
+        unused = sorted({*range(LENGTH)} - {*used})
+        for of_text, of_chat in zip(text[:-1], chat[:-1], strict=True):
+            assert np.array_equal(of_text[used], of_chat[used])
+            assert all(np.array_equal(of_chat[unused[0]], of_chat[i]) for i in unused)
+        assert (chat[-1][unused] == NO_LABEL).all() and np.array_equal(text[-1][used], chat[-1][used])
+        assert len(found[1].held[place]) < len(found[0].held[place])
 
 
 def by_sample(models: Models, batch: Batch) -> None:

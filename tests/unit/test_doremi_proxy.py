@@ -109,3 +109,20 @@ def test_the_loss_is_divided_by_the_weights_in_the_step(domains: list[int]) -> N
     expected = sum(weights[i] * mean for i, mean in zip(present, means, strict=True)) / sum(weights[i] for i in present)
     torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)
     torch.testing.assert_close(found, torch.autograd.grad(expected, weight)[0], rtol=1e-9, atol=1e-12)
+
+
+def test_a_step_without_targets_changes_nothing() -> None:
+    weight = torch.ones(VOCAB, WIDTH, dtype=torch.float64, requires_grad=True)
+    labels, tokens = torch.full((2, LENGTH), -100), torch.zeros(3, dtype=torch.float64)
+    batch = Batch(torch.zeros(2, LENGTH, dtype=torch.long), labels, torch.tensor([0, 2]), tokens, torch.ones(()), 0.0)
+
+    def student(ids: Any, function: Any, positions: None) -> Any:
+        return function(torch.ones(2 * LENGTH, WIDTH, dtype=torch.float64), OutputHead(weight, None))
+
+    method = proxy(3)
+    before = method.state_dict()
+    result = method.loss(student, batch, torch.zeros(2 * LENGTH, dtype=torch.float64))  # type: ignore[arg-type]
+    assert float(result.loss.detach()) == float(result.ce) == 0
+    assert not torch.autograd.grad(result.loss, weight)[0].any()
+    method.end_step(method.step_sums().tolist())
+    assert method.state_dict() == before

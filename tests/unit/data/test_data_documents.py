@@ -16,7 +16,7 @@ import pytest
 import zstandard
 from pyarrow import parquet
 
-from ddk_ds.data import columns, documents
+from ddk_ds.data import columns, documents, zstd_frames
 from ddk_ds.data.documents import Document, Dropped, Meter, Position, read_documents, read_texts
 from ddk_ds.data.recipe import Domain, Source, SourceFile, list_files, load_recipe
 from ddk_ds.errors import DataError
@@ -206,14 +206,14 @@ def test_a_zst_file_that_grows_30_000_times_is_refused_early(tmp_path: Path, mon
     zeros = zstandard.compress(bytes(300_000_000))
     file = file_of(tmp_path / "a.txt.zst", 3 * zeros)
     sizes: list[int] = []
-    decompress = documents._decompress
+    decompress = zstd_frames._decompress
 
     def noted(stream: Any) -> Iterator[bytes]:
         for chunk in decompress(stream):
             sizes.append(len(chunk))
             yield chunk
 
-    monkeypatch.setattr(documents, "_decompress", noted)
+    monkeypatch.setattr(zstd_frames, "_decompress", noted)
     with pytest.raises(DataError, match=r"a\.txt\.zst has more than 1,000 bytes"):
         list(read_texts(file, Dropped()))
     assert len(sizes) == 1 and sizes[0] < 140_000_000

@@ -120,12 +120,12 @@ def test_validation_is_the_same_samples_for_any_world_size(prepared: Path, world
         shares = [rank[domain] for rank in ranks]
         assert {len(share) for share in shares} == {-(-7 // (world * micro_batch))}
         in_order = [batch for step in zip(*shares, strict=True) for batch in step]
-        assert all(ids.shape == (micro_batch, 32) and ids.dtype == torch.int64 for ids, _, _ in in_order)
-        assert all(real.shape == (micro_batch,) and real.dtype == torch.bool for _, real, _ in in_order)
-        read = torch.cat([ids[real] for ids, real, _ in in_order])
+        assert all(ids.shape == (micro_batch, 32) and ids.dtype == torch.int64 for ids, *_ in in_order)
+        assert all(real.shape == (micro_batch,) and real.dtype == torch.bool for _, real, *_ in in_order)
+        read = torch.cat([ids[real] for ids, real, *_ in in_order])
         split = open_split(LocalStore(prepared), f"{name}/validation")
         np.testing.assert_array_equal(read.numpy(), np.stack([split.tokens(i) for i in range(7)]))
-        assert all(not ids[~real].any() for ids, real, _ in in_order)
+        assert all(not ids[~real].any() for ids, real, *_ in in_order)
 
 
 def test_too_few_validation_samples_are_named(prepared: Path) -> None:

@@ -79,7 +79,7 @@ def test_the_borders_are_those_of_the_documents_also_where_the_end_of_text_stand
     split = open_split(LocalStore(tmp_path / "out"), "a/train")
     packed = [split.packed(i) for i in range(len(split))]
     found: list[list[int]] = []
-    for tokens, lengths in packed:
+    for tokens, lengths, _ in packed:
         assert lengths is not None and int(lengths.sum()) == len(tokens) == PLAN.sequence_length
         found += [part.tolist() for part in np.split(tokens, np.cumsum(lengths)[:-1])]
     documents: list[list[int]] = []

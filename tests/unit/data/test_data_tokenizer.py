@@ -45,7 +45,7 @@ def test_transformers_reads_the_same_tokenizer(tokenizer_dir: Path) -> None:
 
 def test_text_that_spells_eos_stays_text(tokenizer_dir: Path) -> None:
     info = load_tokenizer(tokenizer_dir)
-    tokens, lengths, _ = TextEncoder(info, "uint16", ())([Part(f"a{EOS_TOKEN}b"), Part("c")])
+    tokens, lengths, *_ = TextEncoder(info, "uint16", ())([Part(f"a{EOS_TOKEN}b"), Part("c")])
     assert (tokens == info.eos_token_id).sum() == 2
     assert lengths.tolist() == [len(tokens) - 2, 2]
     assert info.tokenizer.decode(tokens[: lengths[0] - 1].tolist()) == f"a{EOS_TOKEN}b"

@@ -14,6 +14,9 @@ import pytest
 import torch
 
 from ddk_ds.comm import SingleProcess
+from ddk_ds.data.manifest import DomainInfo, load_manifest, write_manifest
+from ddk_ds.data.mds import open_split, write_split
+from ddk_ds.data.store import LocalStore
 from ddk_ds.engine.model_files import ModelFiles, read_model
 from ddk_ds.engine.whole_models import WholeModel, load_model
 from ddk_ds.errors import ConfigError, DataError
@@ -56,6 +59,34 @@ def test_it_is_the_loss_over_whole_logits(tiny: Path, files: ModelFiles, documen
     first = score_domains(model, files, held_out, batch_size=1, limit=2)[0]
     losses = whole_logits_losses(model, list(held_out.samples("plain", 2)), held_out.manifest.vocab_size)
     assert first.perplexity == pytest.approx(math.exp(sum(losses) / first.tokens), rel=1e-5)
+
+
+def test_tokens_that_are_no_targets_are_not_measured(tiny: Path, files: ModelFiles, tmp_path: Path) -> None:
+    """Beside transformers' own loss, whose labels are -100 there."""
+    manifest, splits, rng = load_manifest(tiny / "shards"), {}, np.random.default_rng(4)
+    for split in ("train", "validation"):
+        stored = open_split(LocalStore(tiny / "shards"), f"plain/{split}")
+        samples = [stored.packed(number) for number in range(len(stored))]
+        columns: dict[str, Any] = {"lengths": [sample.lengths for sample in samples]}
+        columns["targets"] = list(rng.random((len(samples), 32)) < 0.3)
+        shape: dict[str, Any] = {"sequence_length": 32, "dtype": manifest.dtype}
+        made = write_split(tmp_path / "plain" / split, [sample.tokens for sample in samples], **shape, **columns)
+        splits[split] = replace(getattr(manifest.domains["plain"], split), **made)
+    write_manifest(replace(manifest, root=tmp_path, domains={"plain": DomainInfo(**splits, chat={})}))
+    model, held_out = load_model(files.directory), open_held_out(tmp_path)
+    [score] = score_domains(model, files, held_out, batch_size=4, limit=None)
+    total, tokens, width = 0.0, 0, held_out.manifest.vocab_size
+    for sample in held_out.samples("plain", None):
+        assert sample.targets is not None and sample.lengths is not None
+        ids = torch.from_numpy(sample.tokens.astype(np.int64))
+        labels, lengths = ids.masked_fill(~torch.from_numpy(sample.targets), -100), sample.lengths.tolist()
+        for document, of_document in zip(ids.split(lengths), labels.split(lengths), strict=True):
+            count = int((of_document[1:] >= 0).sum())
+            if count:
+                logits = model(input_ids=document[None]).logits[..., :width]
+                loss = model.loss_function(logits=logits, labels=of_document[None], vocab_size=width)
+                total, tokens = total + float(loss) * count, tokens + count
+    assert score.tokens == tokens and score.perplexity == pytest.approx(math.exp(total / tokens), rel=1e-5)
 
 
 def test_a_model_that_cannot_keep_documents_apart_is_refused(

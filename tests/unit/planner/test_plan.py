@@ -216,16 +216,20 @@ def test_prepared_data(small: Path, tmp_path: Path) -> None:
         splits = {}
         for split, samples in (("train", count), ("validation", 3)):
             ids = [np.zeros(length, np.uint16)] * samples
-            done = write_split(tmp_path / f"data/{name}/{split}", ids, sequence_length=length, dtype="uint16")
+            masks = [np.arange(length) < length // 4] * samples if name == "b" else None  # conversations
+            shape: dict[str, Any] = {"sequence_length": length, "dtype": "uint16", "targets": masks}
+            shape["lengths"] = [np.array([length])] * samples
+            done = write_split(tmp_path / f"data/{name}/{split}", ids, **shape)
             splits[split] = SplitInfo(documents=1, tokens=samples * length, bytes=1, **done)
-        domains[name] = DomainInfo(**splits)
-    write_manifest(Manifest(tmp_path / "data", length, "uint16", "-", 499, 0, domains))
+        domains[name] = DomainInfo(**splits, chat={} if name == "b" else None)
+    write_manifest(Manifest(tmp_path / "data", length, "uint16", "-", 499, 0, domains, borders=True))
     found = planned(
         tmp_path, "stop={data_once: true}", "mixture.interval_steps=1", "optimizer.warmup_steps=0", config=small
     )
     assert found["shard_bytes"] == 2 * length * (40 + 90 + 2 * 3)
     assert (found["steps"], found["measurements"]) == (3, 4)  # of 64 samples, 130 there are
     assert any("controller: 2 domains" in line for line in found["assumptions"])
+    assert any(f"targets: {(40 + 90 / 4) / 130:.0%} of the samples' tokens" in line for line in found["assumptions"])
     assert plan.main(["--config", str(small), "--gpu", "h100", "data.domains=[a,c]"]) == 2
 
 

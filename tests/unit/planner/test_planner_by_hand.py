@@ -346,6 +346,9 @@ def test_a_plan_by_a_measured_speed() -> None:
     plan = planned(config_of(), Speed(mfu=None, tokens_per_s_per_gpu=5000.0))
     assert plan.measured and plan.mfu == pytest.approx(5000 * 1.9e7 / 1e12)
     assert plan.tokens_per_s == pytest.approx(20_000)
+    # A ledger of conversations counts targets, here a quarter of the tokens.
+    of_targets = planned(config_of(), Speed(mfu=None, tokens_per_s_per_gpu=1250.0), replace(DATA, target_share=0.25))
+    assert (of_targets.tokens_per_s, of_targets.hours) == (pytest.approx(20_000), pytest.approx(plan.hours))
     assert any("5,000 tokens/s a GPU, as measured" in line for line in plan.assumptions)
     # 119 steps end before the sixth checkpoint.
     five = planned(config_of(), data=replace(DATA, steps=119))

@@ -138,6 +138,19 @@ def test_a_step_adds_up_its_micro_batches() -> None:
     assert all(float(batch.num_valid) == 18 for batch in weighted.batches)
 
 
+def test_tokens_that_are_no_targets_do_not_count_and_a_step_without_any_is_none() -> None:
+    """Of 2 x 4 tokens; the first of a sample is predicted by nothing."""
+    targets = torch.tensor([[True, False, True, True], [False] * 4])
+    micro: Any = {"input_ids": torch.full((2, 4), 7), "domain": torch.tensor([1, 0]), "sample_id": torch.zeros(2)}
+    arguments: Any = {"learning_rate": 0.1, "progress": 0.0, "num_domains": 2, "device": torch.device("cpu")}
+    for mask, labels in ((targets, [[-100, 7, 7, -100], [-100] * 4]), (targets & False, [[-100] * 4] * 2)):
+        both: Any = Recorder()
+        metrics = train_step(both, both, [{**micro, "targets": mask}], **arguments, comm=SingleProcess())
+        count = sum(label == 7 for row in labels for label in row)
+        assert [batch.labels.tolist() for batch in both.batches] == [labels]
+        assert metrics.domain_tokens == [0, count] and metrics.loss == (1.0 if count else 0.0)
+
+
 def test_the_ledgers_numbers_of_a_step() -> None:
     metrics = StepMetrics(math.inf, 2.0, math.nan, 0.25, [3, 4], {}, {"forward": 1.0}, {"forward": 2})
     numbers = {"loss": None, "ce": 2.0, "kl": None, "grad_norm": 0.25, "domain_tokens": [3, 4]}
