@@ -68,13 +68,15 @@ def _counts(facts: Sequence[DomainFacts], manifest: Manifest) -> str:
     rows = []
     for one in facts:
         domain = manifest.domains[one.name]
+        train = domain.train
         documents = [f"{value:,.0f}" for value in _quantiles(one)] or ["-"] * 3
         rows.append(
             [
                 one.name,
-                f"{domain.train.tokens:,}",
-                f"{domain.train.samples:,}",
+                f"{train.tokens:,}",
+                f"{train.samples:,}",
                 f"{domain.validation.samples:,}",
+                "-" if domain.adopted else f"{train.tokens / max(1, train.documents):,.0f}",
                 f"{len(one.numbers):,}",
                 f"{one.duplicates:,}",
                 *documents,
@@ -84,10 +86,11 @@ def _counts(facts: Sequence[DomainFacts], manifest: Manifest) -> str:
                 f"{one.replaced / max(1, one.characters):.3%}",
             ]
         )
-    headings = ["domain", "train tokens", "train samples", "held-out samples", "looked at", "equal to another"]
-    headings += ["documents: 5 %", "median", "95 %", "control tokens", "padding", "bytes per token", "no text"]
+    headings = ["domain", "train tokens", "train samples", "held-out samples", "tokens a document", "looked at"]
+    headings += ["equal to another", "in a sample: 5 %", "median", "95 %", "control tokens", "padding"]
+    headings += ["bytes per token", "no text"]
     caption = (
-        "Equal to another: samples with the same ids as one before. Documents: tokens that they have in one sample, so "
+        "Equal to another: samples with the same ids as one before. In a sample: tokens that a document has in one, so "
         "that one over a sample's end counts twice. Bytes per token: of ordinary tokens. No text: characters that "
         "stand for bytes which are no UTF-8, without those at a sample's ends"
     )
@@ -122,14 +125,14 @@ def _lengths(one: DomainFacts, longest: int, number: int) -> Chart | None:
 
 def _tokens(one: DomainFacts, info: TokenizerInfo) -> str:
     rows = [[repr(token_text(info, number)), f"{number}", f"{count / one.tokens:.2%}"] for number, count in one.top]
-    return table([one.name, "id", "share"], rows, f"of {one.tokens:,} tokens")
+    return table([one.name, "id", "share"], rows, f"of {one.tokens:,} tokens", "tokens")
 
 
 def _samples(one: DomainFacts, info: TokenizerInfo) -> str:
-    html = "".join(
-        f'<div class="sample"><dl><dt>sample {number:,}</dt><dd>{sample_html(packed, info)}</dd></dl></div>'
-        for number, packed in one.examples
-    )
+    html = ""
+    for number, packed in one.examples:
+        text = f'<dt>sample {number:,}</dt><dd tabindex="0">{sample_html(packed, info)}</dd>'
+        html += f'<div class="sample long"><dl>{text}</dl></div>'
     return f'<div class="samples">{html}</div>'
 
 

@@ -138,7 +138,7 @@ def test_the_page_has_what_a_week_depends_on(
     for name, domain in manifest.domains.items():
         assert f"{domain.train.tokens:,}" in text and f"Samples of {name}" in text
         assert page.count(f'id="samples_{name}"') == 1
-    assert page.count('<div class="sample">') == 3 * 10 and "<mark>&lt;|endoftext|&gt;</mark>" in page
+    assert page.count('<div class="sample long">') == 3 * 10 and "<mark>&lt;|endoftext|&gt;</mark>" in page
     assert page.count("<hr>") > 0 and page.count("data:image/svg+xml") == 3
     assert "<script" not in page and "default-src 'none'" in page, "it needs no network, and runs nothing"
 
