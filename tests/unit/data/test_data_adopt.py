@@ -211,7 +211,8 @@ def test_documents_of_bin_are_held_out_whole(tokenizer_dir: Path, tmp_path: Path
     assert held_out.packed(3).lengths.tolist() == [1, 7] if held_out.packed(3).lengths is not None else False
 
 
-def test_borders_by_the_bos(tokenizer_dir: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("copy", [False, True])
+def test_borders_by_the_bos(tokenizer_dir: Path, tmp_path: Path, copy: bool) -> None:
     """In GPT-2's way the BOS is the EOS: the user says on which side of it a document ends."""
     bos = load_tokenizer(tokenizer_dir).eos_token_id
     assert bos is not None
@@ -220,7 +221,7 @@ def test_borders_by_the_bos(tokenizer_dir: Path, tmp_path: Path) -> None:
     for side, wanted in (("bos", [[3, 4, 1], [6, 2]]), ("eos", [[1, 3, 4], [7, 1]])):
         out = tmp_path / side
         options = ("--tokenizer", tokenizer_dir, "--out", out, "--validation-samples", 1, "--borders", side)
-        assert adopt(tmp_path / "web", *options) == 0
+        assert adopt(tmp_path / "web", *options, *(["--copy"] if copy else [])) == 0
         found = [open_split(LocalStore(out), f"web/{split}").packed(0).lengths for split in SPLITS]
         assert [lengths.tolist() for lengths in found if lengths is not None] == wanted
 
