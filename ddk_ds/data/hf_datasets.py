@@ -137,6 +137,11 @@ def _explained(where: str) -> Iterator[None]:
         raise DataError(f"{where} cannot be read: {describe(error)}; {fix}") from error
 
 
+def is_saved(directory: Path) -> bool:
+    """Return True if `save_to_disk` wrote a data set, or a split, into the directory."""
+    return (directory / "state.json").is_file() and (directory / "dataset_info.json").is_file()
+
+
 def saved_files(directory: Path, split: str | None) -> list[Path]:
     """Return the Arrow files of a data set that `save_to_disk` wrote into a directory, in order; [] for any other one.
 
@@ -149,9 +154,9 @@ def saved_files(directory: Path, split: str | None) -> list[Path]:
         directory /= split or _FIRST_SPLIT
         if directory.name not in splits:
             raise DataError(f"{directory.parent} has no split {directory.name!r}; set split to one of {splits}")
-    elif split is not None and (directory / "state.json").is_file():
+    elif split is not None and is_saved(directory):
         raise DataError(f"{directory} is one data set without splits: leave split {split!r} out")
-    if not (directory / "state.json").is_file():
+    if not is_saved(directory):
         return []
     files = [directory / str(entry["filename"]) for entry in _content(directory / "state.json", "_data_files")]
     for file in files:

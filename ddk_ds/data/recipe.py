@@ -19,7 +19,7 @@ import difflib
 import hashlib
 import re
 import sysconfig
-from collections.abc import Iterator, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import date
 from fnmatch import fnmatchcase
@@ -37,7 +37,7 @@ from ddk_ds.config import Positive, Section
 from ddk_ds.config.paths import absolute_path, is_address, named_by_shell
 from ddk_ds.config.sections import FILE_NAME_RULE, FileName, Natural
 from ddk_ds.data.file_globs import find_files
-from ddk_ds.data.hf_datasets import HubShard, commit_of, hub_shards, is_hub_dataset, saved_files
+from ddk_ds.data.hf_datasets import HubShard, commit_of, hub_shards, is_hub_dataset, is_saved, saved_files
 from ddk_ds.data.remote import list_remote
 from ddk_ds.errors import ConfigError, DataError, UserError
 
@@ -325,14 +325,15 @@ def _source_files(domain: str, source: Source, root: str, commits: MutableMappin
 
 def _check_keys(domain: str, source: Source, files: Sequence[SourceFile]) -> None:
     """Raise ConfigError if a key would have no effect on one of a source's files."""
-    for file in files:
-        saved = (file.path.parent / "state.json").is_file()
-        for key, value, fits in (
-            ("subset", source.subset, file.shard is not None),
-            ("split", source.split, file.shard is not None or saved),
-            ("format", source.format, file.shard is None),
-        ):
-            if value is not None and not fits:
+    fits: dict[str, Callable[[SourceFile], bool]] = {
+        "subset": lambda file: file.shard is not None,
+        "split": lambda file: file.shard is not None or is_saved(file.path.parent),
+        "format": lambda file: file.shard is None,
+    }
+    given = {key: getattr(source, key) for key in fits if getattr(source, key) is not None}
+    for key, value in given.items():
+        for file in files:
+            if not fits[key](file):
                 raise ConfigError(
                     f"domain {domain!r}: source {source.path!r}: {key} {value!r} has no meaning for {file.where}: "
                     "leave it out (subset is for hf:// data sets, split for these and for those of save_to_disk)"

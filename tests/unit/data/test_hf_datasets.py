@@ -104,6 +104,15 @@ def test_what_a_hub_lacks_is_said_before_any_text_is_read(hub: Hub, tmp_path: Pa
         list_files(recipe_of(tmp_path, path="hf://datasets/me/texts", format="jsonl"))
 
 
+def test_a_shard_that_the_hub_gives_no_more_is_an_error(hub: Hub, tmp_path: Path) -> None:
+    publish(hub, FIRST, make_texts(1, 6))
+    files = list_files(recipe_of(tmp_path, path="hf://datasets/me/texts"))["a"]
+    (hub.root / "me/texts" / FIRST / "data/train-00001-of-00003.parquet").unlink()
+    assert list(read_texts(files[0], Dropped())) == make_texts(1, 6)[:2]
+    with pytest.raises(DataError, match=r"00001-of-00003 at commit 1+ cannot be read: .*the same command again"):
+        list(read_texts(files[1], Dropped()))
+
+
 def test_a_continued_preparation_reads_the_commit_that_it_began_with(
     hub: Hub, tokenizer_dir: Path, tmp_path: Path
 ) -> None:
