@@ -140,6 +140,19 @@ def best_kernel(config: dict[str, Any]) -> Kernel:
         return "sdpa"
 
 
+def attention_window(config: dict[str, Any]) -> int:
+    """Return the tokens that layers with a window, or with chunks, see; 0 without such layers, or if none can tell."""
+    try:
+        text = hf_config_of(config).get_text_config()
+    except Exception:  # a model with code of its own
+        return 0
+    kinds = getattr(text, "layer_types", None)
+    if kinds is not None and not {"sliding_attention", "chunked_attention"} & set(kinds):
+        return 0
+    sizes = [getattr(text, name, None) for name in ("sliding_window", "attention_chunk_size")]
+    return min((size for size in sizes if isinstance(size, int) and size > 0), default=0)
+
+
 @lru_cache
 def _unfit(config: str, own_code: Path | None) -> tuple[tuple[str, str], ...]:
     """Return (kernel, reason) for each kernel that may not be used for the model of this config.json.
@@ -180,7 +193,7 @@ def _unfit(config: str, own_code: Path | None) -> tuple[tuple[str, str], ...]:
                 "in config.json, or its family's default): choose another model"
             )
         calls = _calls(model)
-        masked = bool(calls) and not _runs_unmasked(model, calls[0].module)
+        masked = bool(calls) and not _runs_unmasked(model, calls[-1].module)
     name, found = type(model).__name__, {}
     for kernel, flag in (("sdpa", "_supports_sdpa"), ("flash_attention_2", "_supports_flash_attn")):
         lost = set() if calls is None else {item for call in calls for item in _lost(call, kernel)}
@@ -249,13 +262,15 @@ def _calls(model: Any) -> list[_Call]:
             f"{type(model).__name__} cannot be distilled: it computes something between its backbone and its output "
             "head: choose another model"
         )
-    alike = {(type(call.module), call.shapes, repr(sorted(_plain(call.options)))): call for call in _noted}
+    first: dict[Any, _Call] = {}  # `_runs_unmasked` runs a model only as far as the last of them
+    for call in _noted:
+        first.setdefault((type(call.module), call.shapes, repr(sorted(_plain(call.options)))), call)
     _noted.clear()
-    return list(alike.values())
+    return list(first.values())
 
 
 def _runs_unmasked(model: Any, attention: Any) -> bool:
-    """Return True if a model's first `attention` ends without a mask, which causal text has in eager alone."""
+    """Return True if a model runs without a mask until `attention` ends; causal text has none but in eager."""
 
     def end(*_: Any) -> None:
         raise _Ended  # the rest of the pass is not needed

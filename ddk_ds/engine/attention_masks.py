@@ -104,18 +104,19 @@ def _mask(kernel: str, *arguments: Any, **options: Any) -> Any:
     documents = documents_now()
     queries = options["q_length"] if "q_length" in options else len(options["cache_position"])
     window = options.get("local_size")
+    complete = options.get("attention_mask") is None and queries == options["kv_length"]
     causal = (
         kernel == "sdpa"
+        and complete
         and (documents is None or documents.one_by_one)
-        and options.get("attention_mask") is None
-        and queries == options["kv_length"]
         and (window is None or (options["kv_length"] if documents is None else _longest(documents)) < window)
         and not sees_later_tokens(options.get("config"))
     )
     if causal:
         return None
-    if documents is None:
-        return _transformers_masks[kernel](*arguments, **options)
-    inside = and_masks(options["mask_function"], packed_sequence_mask_function(documents.numbers))
+    if documents is not None:
+        inside = and_masks(options["mask_function"], packed_sequence_mask_function(documents.numbers))
+        options = {**options, "mask_function": inside}
     # In numbers also for sdpa: it would convert a mask of truth values in each layer, and keep it for the backward.
-    return _transformers_masks["eager"](*arguments, **{**options, "mask_function": inside})
+    in_numbers = documents is not None or complete
+    return _transformers_masks["eager" if in_numbers else kernel](*arguments, **options)

@@ -17,6 +17,8 @@ These are assumptions, not measurements:
   a time has all its activations. With `student.offload_activations` those inputs are on the host, in pinned memory, of
   which torch takes the next power of two. A teacher keeps nothing: the intermediate results of one layer exist at a
   time.
+- Masks of attention are numbers (B, L, L) in the compute dtype, one for all layers with a window that is shorter than a
+  sample, and one for all others with `eager` or where documents may be kept apart; none with flash_attention_2.
 - A mixture of experts copies each token for each expert that it is sent to, and keeps each expert's result. A layer is
   gathered with all of its experts.
 - DeepSpeed allocates a complete bucket of `reduce_bucket_size` gradients, and a second one in which the gradients of
@@ -305,17 +307,24 @@ def _passes(
         masks = max(masks, at_once * _mask_bytes(config, config.teacher, teacher, compute))
         # The teacher's activations are released before the student's begin.
         parts["activations"] = max(parts["activations"], layer)
-    return parts | ({"masks of documents": masks} if masks else {})
+    if masks:  # made from truth values, before the layers' activations are there
+        made_from = config.train.micro_batch_samples * config.data.sequence_length**2
+        parts["masks of attention"] = masks + max(0, made_from - parts["activations"])
+    return parts
 
 
 def _mask_bytes(config: Config, model: Model, shape: ModelShape, compute: int) -> int:
-    """Return the bytes of the mask that may keep the documents of a micro-batch apart; its layers share it.
+    """Return the bytes of the masks that a micro-batch may need; its layers share them.
 
-    `data.documents: auto` counts as masked. Sdpa needs it only for windows, and on a GPU for short documents.
+    They are of layers with a window that is shorter than a sample, and of the others: eager always has one, and to keep
+    documents apart sdpa, on a GPU if they are short. `data.documents: auto` counts as masked.
     """
-    if config.data.documents == "joined" or _kernel(model, shape) == "flash_attention_2":
+    kernel = _kernel(model, shape)
+    if kernel == "flash_attention_2":
         return 0
-    return config.train.micro_batch_samples * config.data.sequence_length**2 * compute
+    of_windows = 0 < shape.window < config.data.sequence_length
+    masks = of_windows + (kernel == "eager" or config.data.documents != "joined")
+    return masks * config.train.micro_batch_samples * config.data.sequence_length**2 * compute
 
 
 def _kernel(model: Model, shape: ModelShape) -> str:

@@ -26,7 +26,7 @@ from ddk_ds.comm import Comm, raise_together
 from ddk_ds.config import Model
 from ddk_ds.config.sections import Teacher
 from ddk_ds.data.patience import http_status, refused
-from ddk_ds.engine.attention import Kernel, best_kernel
+from ddk_ds.engine.attention import Kernel, attention_window, best_kernel
 from ddk_ds.engine.config_sizes import (
     LOGIT_KEYS,
     SIZE_KEYS,
@@ -358,6 +358,8 @@ class ModelShape:
     """True if queries and keys have norms of their own."""
     best_kernel: Kernel = "sdpa"
     """The kernel of its attention if `attn_implementation` is auto."""
+    window: int = 0
+    """Tokens that layers with a window see; 0 if all layers see all."""
 
     @property
     def kv_heads(self) -> int:
@@ -455,6 +457,7 @@ def model_shape(files: ModelFiles) -> ModelShape:
         ),
         normed_heads=any(name.endswith("q_norm.weight") for name in shapes),
         best_kernel=best_kernel(files.config),
+        window=attention_window(files.config),
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import deepspeed
 import torch
@@ -39,6 +41,11 @@ from ddk_ds.engine.unloaded_models import backbone_of, meta_model, no_init_weigh
 from ddk_ds.engine.weights import full_shape, load_weights, persistent_buffers
 from ddk_ds.engine.zero_shards import MODEL_FILE, ShardWriter, load_shard
 from ddk_ds.errors import CheckpointError, ConfigError
+
+# DeepSpeed compares each optimizer with Muon, whose kernels are compiled when it is imported, and that imports torch's
+# compiler: three seconds of each start. Nothing here uses them.
+with patch("deepspeed.runtime.compiler.compile", lambda: lambda kernel: kernel):
+    importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
 
 
 @dataclass

@@ -58,11 +58,12 @@ class LiveCharts:
 def live(charts: Sequence[AnyChart]) -> LiveCharts:
     """Return the charts for the page's script, which puts panel P of a chart into the element `live-<name>-<P>`."""
     document, places = Document(), {}
-    for chart in charts:
-        figures = [_dot_figure(chart)] if isinstance(chart, DotChart) else _panel_figures(chart)
-        for number, one in enumerate(figures):
-            document.add_root(one)
-            places[one.id] = f"live-{chart.name}-{number}"
+    with document.models.freeze():  # else each figure that is added makes it go through all again
+        for chart in charts:
+            figures = [_dot_figure(chart)] if isinstance(chart, DotChart) else _panel_figures(chart)
+            for number, one in enumerate(figures):
+                document.add_root(one)
+                places[one.id] = f"live-{chart.name}-{number}"
     items = [{"docid": "report", "roots": places, "root_ids": list(places)}]
     documents = {"report": document.to_json(deferred=False)}
     content = json.dumps({"documents": documents, "items": items}, separators=(",", ":"))

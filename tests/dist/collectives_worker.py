@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -44,7 +45,8 @@ def steps(runtime: Runtime, folder: str, cases: list[dict[str, Any]]) -> list[di
     """Make three steps of each case: layers and width of the student, and sections of the configuration.
 
     A bucket holds the elements of a layer, as a real model's does. Returns for each case the collectives of the last
-    step, and the names of the student's parameters that stay whole on every rank, and of the process groups used.
+    step, the names of the student's parameters that stay whole on every rank, and of the process groups used, and if
+    torch's compiler was imported.
     """
     ds_config.MIN_BUCKET_ELEMENTS = 1
     return [_case(runtime, Path(folder) / str(number), **case) for number, case in enumerate(cases)]
@@ -90,7 +92,8 @@ def _case(runtime: Runtime, root: Path, layers: int, hidden: int, **sections: An
                 comm=comm,
             )
     groups = sorted(loading.groups | collectives.groups)
-    return {"counted": dict(collectives.counted), "whole": _whole(student), "groups": groups}
+    result = {"counted": dict(collectives.counted), "whole": _whole(student), "groups": groups}
+    return {**result, "compiler": "torch._inductor.compile_fx" in sys.modules}
 
 
 def _whole(student: Student) -> list[str]:

@@ -33,5 +33,6 @@ def test_the_collectives_of_a_step(tmp_path: Path) -> None:
     for (layers, _), result in zip(sizes, results, strict=True):
         assert result["counted"] == collectives(layers)
         assert not result["whole"]
+        assert not result["compiler"], "seconds of each start, for DeepSpeed's Muon (engine/student.py)"
         assert 2 <= len(result["groups"]) <= COMMUNICATORS  # NCCL would have a communicator for each
     assert in_bf16["counted"] == collectives(2, "bfloat16")

@@ -70,6 +70,7 @@ def test_the_same_logits_with_a_mask_only_where_a_window_needs_it(
     use_own_masks()
     after = model(ids, use_cache=False).logits
     assert sum(mask is not None for mask in masks) == with_mask
+    assert all(mask is None or mask.is_floating_point() for mask in masks), "it would be converted in each layer"
     torch.testing.assert_close(after, before, rtol=1e-5, atol=1e-5)
 
 

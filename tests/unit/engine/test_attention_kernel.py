@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, Gemma2ForCausalLM
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from ddk_ds.config.sections import Student, Teacher
 from ddk_ds.engine.attention import best_kernel, check_apart, choose_attention
@@ -138,3 +139,19 @@ def test_memory_is_estimated_for_the_kernel_that_is_used(tmp_path: Path) -> None
         file.write_text(json.dumps(config_of(kind)))
         kernels[kind] = model_shape(configured_files(file)).best_kernel
     assert kernels == {"llama": "sdpa", "gemma2": "eager"}
+
+
+def test_the_trace_without_a_mask_ends_where_all_kinds_of_attention_have_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Here at the first layer. A model of 48 layers takes seconds for each trace."""
+    ran = []
+    forward = LlamaDecoderLayer.forward
+
+    def counted(self: LlamaDecoderLayer, *arguments: Any, **options: Any) -> Any:
+        ran.append(self)
+        return forward(self, *arguments, **options)
+
+    monkeypatch.setattr(LlamaDecoderLayer, "forward", counted)
+    shape = {"hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 40, "vocab_size": 50}
+    config = {"model_type": "llama", "num_hidden_layers": 7, **shape}
+    assert choose_attention(config, Path(), "teacher", Teacher(path="x")).kernel == "sdpa"
+    assert len(ran) == 7 + 1

@@ -68,6 +68,7 @@ def test_selective_checkpointing_multiplies_no_matrix_twice() -> None:
     assert counts["selective"] == counts[False] < counts[True]
 
 
+@pytest.mark.long("torch's compiler is imported and run, 15 s of CPU")
 def test_a_compiled_layer_computes_the_same() -> None:
     expected, model = gradients(make()), make()
     prepare_layers(model.base_model, 3, Student(path="s", compile_layers=True))
