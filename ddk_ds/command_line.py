@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 from functools import wraps
 from pathlib import Path
-from typing import NoReturn, Protocol
+from typing import Any, NoReturn, Protocol
 
 from ddk_ds.errors import UserError, disk_error
 from ddk_ds.exit_codes import EXIT_USER_ERROR, exit_code
@@ -53,18 +53,31 @@ def reports_user_errors(main: Callable[[Sequence[str] | None], int]) -> Main:
 
 class _Parser(argparse.ArgumentParser):
     hint: Callable[[str], str] | None = None
+    check: Callable[[argparse.Namespace], str] | None = None
+
+    def parse_intermixed_args(self, *arguments: Any) -> argparse.Namespace:  # type: ignore[override]
+        options = super().parse_intermixed_args(*arguments)
+        if self.check and (fault := self.check(options)):
+            self.error(fault)
+        return options
 
     def error(self, message: str) -> NoReturn:
         super().error(message + (self.hint(message) if self.hint else ""))
 
 
-def command_parser(doc: str | None, hint: Callable[[str], str] | None = None) -> argparse.ArgumentParser:
+def command_parser(
+    doc: str | None,
+    hint: Callable[[str], str] | None = None,
+    check: Callable[[argparse.Namespace], str] | None = None,
+) -> argparse.ArgumentParser:
     """Return a parser without arguments, whose --help shows a command's docstring as it is written.
 
-    `hint` takes the text of an error about the arguments, and returns what is added to it.
+    `hint` takes the text of an error about the arguments, and returns what is added to it. `check` takes the parsed
+    options, and returns what is wrong with several of them together, or nothing (""). The parser asks it, so that
+    tools/bench/docs_check.py finds such a fault in a page's command.
     """
     parser = _Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser.hint = hint
+    parser.hint, parser.check = hint, check
     return parser
 
 

@@ -48,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = command_parser(__doc__, dashes_hint)
+    parser = command_parser(__doc__, dashes_hint, _lacking)
     parser.add_argument("--config", type=Path, help="YAML file that all runs share")
     columns = parser.add_mutually_exclusive_group()
     columns.add_argument("--methods", type=lambda text: text.split(","), help=f"as a,b (default: {','.join(METHODS)})")
@@ -66,9 +66,11 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     options = parse(parser, arguments)
     if options.suite is not None:
         options.grid = SUITES[options.suite]
-    if options.config is None and not options.report_only:
-        parser.error("--config is needed, except with --report-only")
     return options
+
+
+def _lacking(options: argparse.Namespace) -> str:
+    return "" if options.config or options.report_only else "--config is needed, except with --report-only"
 
 
 def _comparison_plan(options: argparse.Namespace) -> ComparisonPlan:

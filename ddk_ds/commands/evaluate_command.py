@@ -60,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Return the options of the command line."""
-    parser = command_parser(__doc__)
+    parser = command_parser(__doc__, check=_lacking)
     parser.add_argument("models", nargs="+", metavar="MODEL", help="Hugging Face directory or hub name")
     parser.add_argument("--suite", choices=tuple(SUITES), help="benchmarks, with their numbers of examples")
     parser.add_argument("--tasks", type=lambda text: text.split(","), help="only these benchmarks of the suite, as a,b")
@@ -88,10 +88,11 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         help="run them without a sandbox, as in a container of your own; implies --allow-code-execution",
     )
     parser.add_argument("--out", type=Path, help="JSON file for every number")
-    options = parse(parser, arguments)
-    if options.tasks is not None and options.suite is None:
-        parser.error("--tasks names benchmarks of a --suite")
-    return options
+    return parse(parser, arguments)
+
+
+def _lacking(options: argparse.Namespace) -> str:
+    return "--tasks names benchmarks of a --suite" if options.tasks is not None and options.suite is None else ""
 
 
 def left_out_code(options: argparse.Namespace, wanted: Sequence[Chosen]) -> list[Chosen]:

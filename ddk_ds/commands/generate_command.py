@@ -41,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = command_parser(__doc__)
+    parser = command_parser(__doc__, check=_lacking)
     parser.add_argument("model", type=Path, metavar="RUN_OR_DIR", help="directory of a run, or of a Hugging Face model")
     parser.add_argument("--prompt", action="append", default=[], help="text to continue; can be given several times")
     parser.add_argument("--prompt-file", metavar="FILE", help="text file with a prompt on each line")
@@ -53,10 +53,11 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="seed of the draws (default: %(default)s)")
     parser.add_argument("--dtype", choices=("auto", "bf16", "fp32"), default="auto", help="auto: that of the files")
     parser.add_argument("--device", help="for example cpu or cuda:1 (default: the first GPU, else the CPU)")
-    options = parse(parser, arguments)
-    if options.prompt_file is None and not options.prompt:
-        parser.error("give a text by --prompt or --prompt-file")
-    return options
+    return parse(parser, arguments)
+
+
+def _lacking(options: argparse.Namespace) -> str:
+    return "" if options.prompt or options.prompt_file is not None else "give a text by --prompt or --prompt-file"
 
 
 def _above_0(text: str) -> float:

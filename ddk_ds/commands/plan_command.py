@@ -47,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = command_parser(__doc__, dashes_hint)
+    parser = command_parser(__doc__, dashes_hint, _lacking)
     parser.add_argument("--config", type=Path, help="YAML file of the run")
     parser.add_argument("--nodes", type=int, default=1, help="default: %(default)s")
     parser.add_argument("--gpus-per-node", type=int, default=8, help="default: %(default)s")
@@ -76,10 +76,12 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--known-points", action="store_true", help="print simulated and published throughputs")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="configuration values")
-    options = parse(parser, arguments)
-    if not options.known_points and (options.config is None or options.gpu is None):
-        parser.error("--config and --gpu are needed, except with --known-points")
-    return options
+    return parse(parser, arguments)
+
+
+def _lacking(options: argparse.Namespace) -> str:
+    complete = options.known_points or None not in (options.config, options.gpu)
+    return "" if complete else "--config and --gpu are needed, except with --known-points"
 
 
 def _plan(options: argparse.Namespace, console: Console) -> None:

@@ -54,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = command_parser(__doc__, dashes_hint)
+    parser = command_parser(__doc__, dashes_hint, _unplannable)
     parser.add_argument("--config", required=True, help="YAML file of the run, see configs/")
     parser.add_argument("--ranks", type=positive, help="without a launcher: number of ranks that the run will have")
     parser.add_argument("--nodes", type=positive, help="without a launcher: number of nodes that they are on")
@@ -68,26 +68,33 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="values that replace configuration values")
     options = parse(parser, arguments)
-    options.planned = _planned(options, parser)
+    options.planned = _planned(options)
     return options
 
 
-def _planned(options: argparse.Namespace, parser: argparse.ArgumentParser) -> tuple[int, int | None, bool] | None:
+def _planned(options: argparse.Namespace) -> tuple[int, int | None, bool] | None:
     ranks, nodes, each = options.ranks, options.nodes, options.gpus_per_node
-    if ranks is None and nodes is None and each is None:
-        return None
-    if "RANK" in os.environ:
-        parser.error("--ranks, --nodes and --gpus-per-node go without a launcher, which knows them itself")
-    if ranks is None and each is None:
-        parser.error(f"--nodes {nodes}: give --gpus-per-node or --ranks too")
     if each is not None:
         nodes = nodes or (1 if ranks is None else max(1, ranks // each))
-        if ranks not in (None, nodes * each):
-            parser.error(f"--ranks {ranks} is not {nodes} nodes x --gpus-per-node {each}")
         ranks = nodes * each
+    return None if ranks is None else (ranks, nodes, each is not None)
+
+
+def _unplannable(options: argparse.Namespace) -> str:
+    given, each = options.ranks, options.gpus_per_node
+    if given is options.nodes is each is None:
+        return ""
+    if "RANK" in os.environ:
+        return "--ranks, --nodes and --gpus-per-node go without a launcher, which knows them itself"
+    planned = _planned(options)
+    if planned is None:
+        return f"--nodes {options.nodes}: give --gpus-per-node or --ranks too"
+    ranks, nodes, _ = planned
+    if given not in (None, ranks):
+        return f"--ranks {given} is not {nodes} nodes x --gpus-per-node {each}"
     if nodes is not None and ranks % nodes:
-        parser.error(f"--ranks {ranks} is not a multiple of --nodes {nodes}")
-    return ranks, nodes, each is not None
+        return f"--ranks {ranks} is not a multiple of --nodes {nodes}"
+    return ""
 
 
 def _run(options: argparse.Namespace) -> int:

@@ -58,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = command_parser(__doc__)
+    parser = command_parser(__doc__, check=_not_together)
     parser.add_argument("run", type=Path, help="directory of a run, finished or not")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="options of section mixture to try instead")
     parser.add_argument("--picture", type=Path, help="write the mixture over time to this file (.png, .svg or .pdf)")
@@ -68,14 +68,15 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--cache", help="the teacher's cache for --what-if (default: the run's own)")
     parser.add_argument("--page", type=Path, help="write what --what-if shows to this HTML file")
-    options = parse(parser, arguments)
+    return parse(parser, arguments)
+
+
+def _not_together(options: argparse.Namespace) -> str:
     if (options.cache or options.page) and not options.what_if:
-        parser.error("--cache and --page go with --what-if")
+        return "--cache and --page go with --what-if"
     if options.what_if and (options.picture or any(item.startswith("controller=") for item in options.overrides)):
-        parser.error(
-            "--what-if asks every controller and has its pictures in --page: leave --picture and controller= out"
-        )
-    return options
+        return "--what-if asks every controller and has its pictures in --page: leave --picture and controller= out"
+    return ""
 
 
 def _controller(run_dir: Path, run: RecordedRun, overrides: Sequence[str]) -> Controller:

@@ -23,7 +23,7 @@ from ddk_ds.data.tokenizer import load_tokenizer, refuse_existing, save_tokenize
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Return the options of the command line."""
-    parser = command_parser(__doc__)
+    parser = command_parser(__doc__, check=_not_one_of_two)
     parser.add_argument("--recipe", type=Path, help="YAML file that names the domains' text")
     parser.add_argument("--vocab-size", type=int, help="number of tokens, including the two special tokens")
     parser.add_argument("--out", type=Path, help="directory for the tokenizer")
@@ -43,13 +43,16 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--trust-remote-code", action="store_true", help="with --convert: run the tokenizer's own Python code"
     )
-    options = parse(parser, arguments)
+    return parse(parser, arguments)
+
+
+def _not_one_of_two(options: argparse.Namespace) -> str:
     training = (options.recipe, options.vocab_size, options.out)
     if options.convert is None and None in training:
-        parser.error("give --recipe, --vocab-size and --out, or --convert")
+        return "give --recipe, --vocab-size and --out, or --convert"
     if options.convert is not None and training != (None, None, None):
-        parser.error("--convert stands alone: it writes into the model's directory")
-    return options
+        return "--convert stands alone: it writes into the model's directory"
+    return ""
 
 
 @reports_user_errors

@@ -169,7 +169,7 @@ class Config(MethodSections):
                 "teacher.by_domain: a run loads one teacher at most: set teacher.cache.path and teacher.cache.mode: "
                 "read_only, and fill that cache by `ddk teach`"
             )
-        if self.teacher is not None and self.teacher.quantize == "fp8" and self.train.precision != "bf16":
+        if self.teacher is not None and not self.teacher.multiplies_in(self.train.precision):
             raise ValueError(
                 f"teacher.quantize: fp8 has results in bf16, and train.precision is {self.train.precision}: set "
                 "train.precision to bf16, or teacher.quantize to int8"

@@ -179,6 +179,10 @@ class Teacher(Model):
         """
         return 1 if self.micro_batches_per_pass == "auto" else self.micro_batches_per_pass
 
+    def multiplies_in(self, precision: str) -> bool:
+        """Return True if the products of `quantize` have results in this `train.precision`: FP8's only in bf16."""
+        return self.quantize != "fp8" or precision == "bf16"
+
 
 class Loss(Section):
     """The training loss, Eq. 3: cross-entropy + gamma * T^2 * divergence between teacher and student."""

@@ -101,7 +101,8 @@ def synchronize(runtime: Runtime) -> None:
     runtime.comm.barrier()
 
 
-def max_peak_bytes(runtime: Runtime) -> int:
-    """Return the `peak_bytes` of the rank with the largest peak. Collective."""
+def memory_figures(runtime: Runtime) -> dict[str, int | None]:
+    """Return the largest `peak_bytes` of a rank, and the bytes that CUDA's allocator reserved here. Collective."""
     peak = torch.tensor(float(peak_bytes(runtime.device.type)), device=runtime.device)
-    return int(runtime.comm.all_reduce_max(peak))
+    reserved = torch.cuda.max_memory_reserved() if runtime.device.type == "cuda" else None
+    return {"peak_bytes": int(runtime.comm.all_reduce_max(peak)), "reserved_bytes": reserved}

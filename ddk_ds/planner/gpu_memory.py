@@ -42,6 +42,8 @@ class MemoryPlan:
     """Peak of one node's host, for all its devices."""
     usable_bytes: int
     """Bytes of a device that may be planned with: MEMORY_MARGIN of its memory."""
+    fits: bool
+    """True if a device can hold the configured micro-batch."""
     activations: dict[str, int]
     """Bytes of the configured micro-batch's activations, with and without gradient checkpointing."""
     max_micro_batch: int
@@ -49,25 +51,16 @@ class MemoryPlan:
     max_dividing: int
     """Samples of the largest micro-batch that fits and divides a rank's samples of a step; 0 if none does."""
 
-    @property
-    def fits(self) -> bool:
-        """Return True if a device can hold the configured micro-batch."""
-        return self.device_bytes <= self.usable_bytes
-
 
 def plan_memory(config: Config, models: Models, cluster: Cluster) -> MemoryPlan:
     """Estimate the memory of a run on that cluster."""
     total = estimate(config, models, cluster)
-    usable = usable_bytes(cluster)
-
-    def fits(samples: int) -> bool:
-        return estimate(with_micro_batch(config, samples), models, cluster).device_bytes <= usable
 
     def activations(checkpointing: bool | str) -> int:
         other = changed(config, student={"gradient_checkpointing": checkpointing})
         return estimate(other, models, cluster).passes["activations"]
 
-    largest = _largest(fits)
+    largest = _largest(lambda samples: fits(with_micro_batch(config, samples), models, cluster))
     per_rank, remainder = divmod(config.train.global_batch_samples * config.train.sequence_parallel, cluster.ranks)
     dividing = [n for n in range(1, min(largest, per_rank) + 1) if per_rank % n == 0 and not remainder]
     return MemoryPlan(
@@ -75,7 +68,8 @@ def plan_memory(config: Config, models: Models, cluster: Cluster) -> MemoryPlan:
         host_parts=_plan_parts(total.host),
         device_bytes=total.device_bytes,
         host_bytes=total.host_bytes * cluster.gpus_per_node,
-        usable_bytes=usable,
+        usable_bytes=_usable_bytes(cluster),
+        fits=fits(config, models, cluster),
         activations={
             "with checkpointing": activations(True),
             "with selective checkpointing": activations("selective"),
@@ -88,12 +82,15 @@ def plan_memory(config: Config, models: Models, cluster: Cluster) -> MemoryPlan:
 
 def placed(config: Config, models: Models, cluster: Cluster) -> Config:
     """Return the configuration with the place that a run on the cluster takes for `teacher.shard_within: auto`."""
-    usable = usable_bytes(cluster)
-    return settled_place(config, lambda tried: estimate(tried, models, cluster).device_bytes <= usable)
+    return settled_place(config, lambda tried: fits(tried, models, cluster))
 
 
-def usable_bytes(cluster: Cluster) -> int:
-    """Return the bytes of a device that may be planned with."""
+def fits(config: Config, models: Models, cluster: Cluster) -> bool:
+    """Return True if a device of the cluster can hold the run."""
+    return estimate(config, models, cluster).device_bytes <= _usable_bytes(cluster)
+
+
+def _usable_bytes(cluster: Cluster) -> int:
     return int(MEMORY_MARGIN * cluster.gpu.memory_bytes)
 
 

@@ -17,7 +17,7 @@ from ddk_ds.config.sections import Teacher
 from ddk_ds.engine.eight_bits import LEAST_SHARE
 from ddk_ds.engine.memory_estimate import fewest_passes
 from ddk_ds.errors import ConfigError
-from ddk_ds.planner.gpu_memory import changed, estimate, placed, plan_memory, usable_bytes
+from ddk_ds.planner.gpu_memory import changed, estimate, fits, placed
 from ddk_ds.planner.gpus import Cluster, Gpu
 from ddk_ds.planner.layer_time import ROUNDED_BYTES
 from ddk_ds.planner.plan_inputs import Models, find_inputs
@@ -69,9 +69,15 @@ def simulate_scaling(
     def point(at: Cluster, samples: int) -> ScalingPoint:
         scaled = placed(_with_batch(config, samples, at.ranks), models, at)
         step = simulate_step(scaled, models, at, domains=domains, storage_bytes_per_s=storage_bytes_per_s)
-        fits = plan_memory(scaled, models, at).fits
-        micro_batch = scaled.train.micro_batch_samples
-        return ScalingPoint(at.ranks, samples, micro_batch, step.seconds, step.tokens_per_s, step.mfu, fits)
+        return ScalingPoint(
+            at.ranks,
+            samples,
+            scaled.train.micro_batch_samples,
+            step.seconds,
+            step.tokens_per_s,
+            step.mfu,
+            fits(scaled, models, at),
+        )
 
     def strong(samples: int) -> Curve:
         points = [point(at, samples) for at in clusters(cluster) if samples % at.ranks == 0]
@@ -170,8 +176,8 @@ def simulate_layouts(
 def forms_of(config: Config, models: Models, gpu: Gpu) -> list[str]:
     """Return the values of `teacher.quantize`, "none" first, that a run on this GPU would accept.
 
-    Products in 8 bits need a GPU that has them, and FP8 `train.precision: bf16`. Half of the teacher's matrices must
-    fit into the format. The run has a teacher.
+    Products in 8 bits need a GPU and a precision that have them. Half of the teacher's matrices must fit into the
+    format. The run has a teacher.
     """
     teacher = config.teacher
     assert teacher is not None and models.teacher is not None, "the run has no teacher"
@@ -182,7 +188,7 @@ def forms_of(config: Config, models: Models, gpu: Gpu) -> list[str]:
         all_layers = teacher.model_copy(update={"quantize": form, "quantize_skip_layers": ()})
         fitting = shape.quantized(all_layers, precision)
         few = not fitting or sum(m.elements for m in fitting) < LEAST_SHARE * sum(m.elements for m in shape.matrices)
-        if form == "none" or not (missing or few or (form == "fp8" and precision != "bf16")):
+        if form == "none" or (all_layers.multiplies_in(precision) and not missing and not few):
             forms.append(form)
     return forms
 
@@ -195,15 +201,12 @@ def layouts_on(
     The configuration has a teacher.
     """
 
-    usable = usable_bytes(at)
-
     def point(form: str, within: str, several: bool) -> LayoutPoint:
         place = {"quantize": form, "shard_within": within, "micro_batches_per_pass": 1}
         one_each = changed(config, teacher=place)
         most = one_each.micro_batches(at.ranks) if several else 1
-        chosen = fewest_passes(one_each, most, lambda tried: estimate(tried, models, at).device_bytes <= usable)
+        chosen = fewest_passes(one_each, most, lambda tried: fits(tried, models, at))
         step = simulate_step(chosen, models, at, domains=domains, storage_bytes_per_s=storage_bytes_per_s)
-        device_bytes = estimate(chosen, models, at).device_bytes
         return LayoutPoint(
             link_bytes_per_s=at.gpu.network_bytes_per_s,
             gpus=at.ranks,
@@ -211,8 +214,8 @@ def layouts_on(
             shard_within=within,
             micro_batches_per_pass=chosen.teacher_pass_size,
             tokens_per_s_per_gpu=step.tokens_per_s / at.ranks,
-            device_bytes=device_bytes,
-            fits=device_bytes <= usable,
+            device_bytes=estimate(chosen, models, at).device_bytes,
+            fits=fits(chosen, models, at),
             several=several,
         )
 
@@ -277,6 +280,6 @@ def simulate_variants(
             for model in ("teacher", "student")
             if f"{model}: {NOT_HIDDEN}" in step.parts
         }
-        fits = plan_memory(config, models, cluster).fits
-        variants.append(Variant(combination, step.seconds, step.tokens_per_s, step.mfu, not_hidden, fits))
+        fitting = fits(config, models, cluster)
+        variants.append(Variant(combination, step.seconds, step.tokens_per_s, step.mfu, not_hidden, fitting))
     return variants

@@ -28,7 +28,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from ddk_ds.command_line import positive, reports_user_errors
+from ddk_ds.command_line import command_parser, parse, positive, reports_user_errors
 from ddk_ds.drawing import WIDTH, bar_style, tidy
 from ddk_ds.engine.flops import utilisation
 from ddk_ds.errors import ConfigError, UserError
@@ -76,9 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = command_parser(__doc__, check=_lacking)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: %(default)s")
     parser.add_argument("--impl", nargs="+", choices=(*OURS, *TRLS), help="cases to time (default: all that can run)")
     parser.add_argument(
@@ -117,14 +115,12 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="file for the numbers")
     parser.add_argument("--picture", type=Path, metavar="FILE", help="file for a picture; needs matplotlib")
-    options = parser.parse_args(arguments)
+    options = parse(parser, arguments)
     options.size = options.size or options.device
     options.precision = options.precision or ("bf16" if options.device == "cuda" else "fp32")
     options.vocab = options.vocab or (32000 if options.size == options.device else 1000)
     options.variant += EACH_OPTION if options.each_option else ()
     options.impl = options.impl or [*OURS, *(TRLS if options.trl_python else ())]
-    if options.trl_python is None and set(options.impl) & set(TRLS):
-        parser.error("TRL is timed in an environment of its own: name its interpreter by --trl-python")
     if options.vocab < 258:
         parser.error(f"--vocab {options.vocab}: the tokenizer has 256 bytes and 2 special tokens")
     for number in options.accumulation:
@@ -133,6 +129,11 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
                 f"--tokens {options.tokens} are no multiple of {number} micro-batches x --length {options.length}"
             )
     return options
+
+
+def _lacking(options: argparse.Namespace) -> str:
+    lacks = options.trl_python is None and set(options.impl or ()) & set(TRLS)
+    return "TRL is timed in an environment of its own: name its interpreter by --trl-python" if lacks else ""
 
 
 def _run(options: argparse.Namespace, console: Console) -> Row:

@@ -23,7 +23,7 @@ from ddk_ds.config import Config
 from ddk_ds.data.loader import document_positions
 from ddk_ds.engine.ds_config import student_ds_config, teacher_ds_config
 from ddk_ds.engine.model_files import DTYPES, read_model
-from ddk_ds.engine.runtime import Runtime, max_peak_bytes, start_runtime, synchronize
+from ddk_ds.engine.runtime import Runtime, memory_figures, start_runtime, synchronize
 from ddk_ds.engine.stage_clock import StageClock
 from ddk_ds.engine.student import load_student
 from ddk_ds.engine.teacher import load_teacher
@@ -59,8 +59,7 @@ def run_case(case: Case, runtime: Runtime) -> dict[str, Any]:
         if number >= case.warm_up:
             seconds.append(time.perf_counter() - started)
             parts.append(part_seconds)
-    reserved = torch.cuda.max_memory_reserved() if runtime.device.type == "cuda" else None
-    return {"steps_s": seconds, "parts_s": parts, "peak_bytes": max_peak_bytes(runtime), "reserved_bytes": reserved}
+    return {"steps_s": seconds, "parts_s": parts, **memory_figures(runtime)}
 
 
 def _make_step(case: Case, runtime: Runtime) -> Step:

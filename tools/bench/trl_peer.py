@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
-from ddk_ds.engine.runtime import Runtime, max_peak_bytes, start_runtime, synchronize
+from ddk_ds.engine.runtime import Runtime, memory_figures, start_runtime, synchronize
 
 # The same settings as this project's engines have (engine/ds_config.py); TRL derives the teacher's from the student's.
 ZERO = {"stage": 3, "contiguous_gradients": True, "overlap_comm": True}
@@ -153,10 +153,9 @@ def main() -> None:
     runtime = start_runtime()
     with tempfile.TemporaryDirectory() as output:
         seconds = train(case, runtime, output)
-    most = max_peak_bytes(runtime)
+    figures = memory_figures(runtime)
     if runtime.comm.rank == 0:
-        reserved = torch.cuda.max_memory_reserved() if runtime.device.type == "cuda" else None
-        result = {"steps_s": seconds[case["warm_up"] :], "parts_s": [], "peak_bytes": most, "reserved_bytes": reserved}
+        result = {"steps_s": seconds[case["warm_up"] :], "parts_s": [], **figures}
         Path(sys.argv[2]).write_text(json.dumps(result))
 
 

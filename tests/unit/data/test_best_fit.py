@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import time
 from argparse import Namespace
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,9 +15,13 @@ import pytest
 
 from ddk_ds.commands.cut_student_work import _from_shards
 from ddk_ds.commands.prepare_command import shares
+from ddk_ds.data import encoding
 from ddk_ds.data import prepare as prepare_module
+from ddk_ds.data import reading as reading_module
 from ddk_ds.data.best_fit import best_fit, pack_best_fit
+from ddk_ds.data.encoding import Encoded, TextEncoder
 from ddk_ds.data.loader import MixtureDataset, interval_loader, validation_batches
+from ddk_ds.data.long_documents import Part
 from ddk_ds.data.manifest import load_manifest
 from ddk_ds.data.prepare import prepare
 from ddk_ds.data.recipe import load_recipe
@@ -23,6 +29,7 @@ from ddk_ds.data.tokenizer import load_tokenizer
 from ddk_ds.errors import DataError
 from ddk_ds.methods import IGNORE_INDEX, next_token_labels
 from tests.unit.data.corpus import PLAN, make_texts, write_recipe
+from tests.unit.data.test_data_prepare import files_of
 
 BEST_FIT = replace(PLAN, packing="best_fit")
 
@@ -110,6 +117,30 @@ def test_all_documents_are_in_the_data_and_padding_has_no_labels(tokenizer_dir: 
     assert held_out[0].positions is not None and bool(held_out[0].real.all())
 
 
+def test_several_workers_write_the_same_bytes_as_one(
+    tokenizer_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Threads stand in for the processes, whose start takes seconds; batches end in another order than they begin."""
+    made = [tmp_path / name for name in ("one", "three")]
+    for folder in made:
+        folder.mkdir()
+    monkeypatch.setattr(reading_module, "BATCH_BYTES", 300)
+    one = prepared_by(BEST_FIT, made[0], tokenizer_dir)
+    encoders, ended = TextEncoder(load_tokenizer(tokenizer_dir), "uint16", ()), []
+
+    def encode(parts: list[Part]) -> Encoded:
+        time.sleep(0.0 if parts[0].text.startswith("5/1") else 0.01)
+        ended.append(parts[0].text)
+        return encoders(parts)
+
+    monkeypatch.setattr(encoding, "ProcessPoolExecutor", lambda workers, *_: ThreadPoolExecutor(workers))
+    monkeypatch.setattr(encoding, "_encode", encode)
+    three = prepared_by(replace(BEST_FIT, workers=3), made[1], tokenizer_dir)
+    texts = [json.loads(line)["text"] for line in (made[1] / "a.jsonl").read_text().splitlines()]
+    assert ended != sorted(ended, key=texts.index), "all batches ended in turn"
+    assert files_of(three) == files_of(one)
+
+
 def test_padded_samples_are_not_joined(tokenizer_dir: Path, tmp_path: Path) -> None:
     manifest = load_manifest(prepared_by(BEST_FIT, tmp_path, tokenizer_dir))
     assert manifest.masked("auto", "data.documents") and manifest.masked("masked", "data.documents")
@@ -141,5 +172,4 @@ def test_a_preparation_goes_on_with_the_packing_that_it_began_with(
     with pytest.raises(DataError, match=r'differs: packing was "best_fit", now "cut"'):
         prepared_by(PLAN, tmp_path, tokenizer_dir)
     out = prepared_by(BEST_FIT, tmp_path, tokenizer_dir)
-    files = [{p.relative_to(root): p.read_bytes() for p in root.rglob("*") if p.is_file()} for root in (whole, out)]
-    assert files[0] == files[1]
+    assert files_of(whole) == files_of(out)

@@ -124,7 +124,7 @@ def test_what_a_plan_warns_of(plan: Plan) -> None:
     measured = plan_page._answer(replace(plan, measured=True))
     assert "by the measured speed, an MFU of 25.0%" in measured and "in place of --mfu" not in measured
     assert "so the measured 26.0% is" in plan_page._answer(replace(plan, mfu=0.26, measured=True))
-    full = replace(plan.memory, device_bytes=91 * 10**9)
+    full = replace(plan.memory, device_bytes=91 * 10**9, fits=False)
     assert plan_page._answer(replace(plan, memory=full)).startswith("[bold red]does NOT fit[/]: 91.00 of 90.00 GB")
     assert "GPU-hours[/] if it did for" in plan_page._answer(replace(plan, memory=full))
     advice = [

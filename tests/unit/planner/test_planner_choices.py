@@ -50,12 +50,14 @@ def usable(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, float]]:
         states = 400 * (config.optimizer.offload == "none") + 200 * (config.teacher.offload_params == "none")
         per_rank = config.train.global_batch_samples // cluster.ranks
         fitting = [n for n in range(1, 99) if (n * a_sample + states) / cluster.nodes <= limit["bytes"]]
+        device_bytes = int((config.train.micro_batch_samples * a_sample + states) / cluster.nodes)
         return MemoryPlan(
             device_parts={},
             host_parts={},
-            device_bytes=int((config.train.micro_batch_samples * a_sample + states) / cluster.nodes),
+            device_bytes=device_bytes,
             host_bytes=7 * cluster.nodes,
             usable_bytes=int(limit["bytes"]),
+            fits=device_bytes <= limit["bytes"],
             activations={},
             max_micro_batch=max(fitting, default=0),
             max_dividing=max((n for n in fitting if per_rank % n == 0), default=0),
@@ -288,8 +290,9 @@ def test_layouts_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
         assert config.teacher is not None
         return MemoryEstimate({"a pass": config.teacher.pass_size}, {}, {}, {})
 
-    monkeypatch.setattr(simulations, "estimate", of_passes)
-    monkeypatch.setattr(simulations, "usable_bytes", lambda cluster: 3)
+    for module in (simulations, gpu_memory):
+        monkeypatch.setattr(module, "estimate", of_passes)
+    monkeypatch.setattr(gpu_memory, "_usable_bytes", lambda cluster: 3)
     points = simulate_layouts(config_of(32, 2), MODELS, CLUSTER, domains=2, storage_bytes_per_s=1e9)
     assert len(points) == 3 * 10 * 5  # networks, numbers of nodes from 1 to 512, layouts
     assert [one.link_bytes_per_s for one in points[::50]] == [3e9, 25e9, 100e9]
