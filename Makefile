@@ -97,8 +97,10 @@ clean-demo:
 	rm -rf $(DATA) $(foreach run,demo demo-teacher demo-student demo-equal demo-kd,runs/$(run) runs/$(run).log)
 
 # tests/sets.py says how the tests are shared among the workers. Of the long tests many wait: a third worker fits in.
-test: lint
-	$(BIN)/python -m pytest -n 2 --dist loadscope
+# Lint has one process: the tests run beside it.
+test: $(READY)
+	@$(MAKE) --no-print-directory lint & lint=$$!; $(BIN)/python -m pytest -n 2 --dist loadscope; tests=$$?; \
+	wait $$lint && exit $$tests
 
 test-long: $(READY)
 	$(BIN)/python -m pytest -n 3 --dist loadscope -m long --result=docs/results/test_full.md

@@ -83,7 +83,7 @@ def without_borders(root: Path, out: Path) -> Path:
     return out
 
 
-def compare(runtime: Runtime, folder: str, kinds: Sequence[str] = tuple(KINDS)) -> dict[str, dict[str, float]]:
+def compare(runtime: Runtime, folder: str, kinds: Sequence[str]) -> dict[str, dict[str, float]]:
     """Return by architecture the largest errors of a step's loss and gradients, and of perplexities, relative.
 
     The right values are those of plain transformers in float64, each document a pass of its own.

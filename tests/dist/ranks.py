@@ -31,7 +31,7 @@ from tools.bench.forked import rank_environment
 
 # The server's imports look for GPUs, after which a process that it forks cannot use them.
 SERVER = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "forkserver")
-SERVER.set_forkserver_preload(["ddk_ds.train.setup"])
+SERVER.set_forkserver_preload(["ddk_ds.train.setup", "tests.dist.imported"])
 
 
 def run_ranks(

@@ -22,7 +22,7 @@ from ddk_ds.data.recipe import load_recipe
 from ddk_ds.errors import DataError
 from ddk_ds.train.inputs import check_files
 from ddk_ds.train.run_dir import run_identity
-from tests.dist.documents_worker import without_borders
+from tests.dist.documents_worker import KINDS, without_borders
 from tests.dist.ranks import run_ranks
 from tests.dist.resume_worker import run_dir
 from tests.dist.tiny import MIXTURES
@@ -36,9 +36,20 @@ if _MAJOR >= 5:  # in transformers 4 it takes no positions, which is seen before
     _RECURRENT["mamba"] = {"num_hidden_layers": 2, "state_size": 4, "time_step_rank": 4}
 
 
-@pytest.mark.parametrize("world", [2, pytest.param(1, marks=pytest.mark.long("the same on one rank, 30 s"))])
-def test_packed_documents_give_the_losses_and_gradients_of_each_alone(tmp_path: Path, world: int) -> None:
-    errors = run_ranks("tests.dist.documents_worker:compare", world, timeout_s=600, folder=str(tmp_path))
+@pytest.mark.parametrize(
+    ("world", "kinds"),
+    [
+        (2, ["llama", "gemma3_text", "gpt_oss"]),
+        pytest.param(2, ["qwen3", "gpt2", "mixtral"], marks=pytest.mark.long("the same code for three more, 12 s")),
+        pytest.param(1, list(KINDS), marks=pytest.mark.long("the same on one rank, 30 s")),
+    ],
+    ids=["most different", "others", "one rank"],
+)
+def test_packed_documents_give_the_losses_and_gradients_of_each_alone(
+    tmp_path: Path, world: int, kinds: list[str]
+) -> None:
+    errors = run_ranks("tests.dist.documents_worker:compare", world, timeout_s=600, folder=str(tmp_path), kinds=kinds)
+    assert errors.keys() == set(kinds)
     for kind, of_kind in errors.items():
         # Of the largest gradient. The right values are float64's; float32, each document alone, is off by 3e-7 to 1e-6.
         assert of_kind["loss"] < 1e-6 and of_kind["gradient"] < 2e-6 and of_kind["perplexity"] < 1e-6, (kind, errors)

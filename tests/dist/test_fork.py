@@ -19,7 +19,7 @@ from ddk_ds.train.inputs import check_inputs
 from ddk_ds.train.run_dir import run_identity
 from tests.dist.ranks import run_ranks
 from tests.dist.test_left_out_tokens import perplexities
-from tools.bench.small_run import run_tool, without_clock, write_config
+from tools.bench.small_run import run_here, without_clock, write_config
 
 WORKER = "tests.dist.resume_worker:"
 
@@ -75,7 +75,7 @@ def short_shards(workspace: Path, tmp_path_factory: pytest.TempPathFactory) -> P
     shards = tmp_path_factory.mktemp("short")
     options = ["--sequence-length", "32", "--validation-samples", "12", "--workers", "1"]
     recipe, tokenizer = str(workspace / "recipe.yaml"), str(workspace / "tokenizer")
-    run_tool("tools/prepare_data.py", "--recipe", recipe, "--tokenizer", tokenizer, "--out", str(shards), *options)
+    run_here("prepare", "--recipe", recipe, "--tokenizer", tokenizer, "--out", str(shards), *options)
     return shards
 
 

@@ -11,7 +11,16 @@ from tests.dist.ranks import run_ranks
 from tools.bench.small_run import without_clock, write_config
 
 
-@pytest.mark.parametrize(("poisoned", "outcome"), [([3], "finished"), ([3, 4, 5], "not finite in 3 steps in a row")])
+@pytest.mark.parametrize(
+    ("poisoned", "outcome"),
+    [
+        ([3], "finished"),
+        pytest.param(
+            *([3, 4, 5], "not finite in 3 steps in a row"),
+            marks=pytest.mark.long("a second run; tests/unit/train/test_guard.py has the decision"),
+        ),
+    ],
+)
 def test_steps_without_a_finite_gradient(workspace: Path, tmp_path: Path, poisoned: list[int], outcome: str) -> None:
     options = {"stop": {"steps": 6}, "checkpoint": {"every_steps": 2}, "guard": {"max_skipped_steps": 2}}
     config = write_config(workspace, tmp_path, **options)

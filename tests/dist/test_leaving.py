@@ -130,6 +130,7 @@ def test_the_others_name_the_rank_that_failed(
         assert rank == culprit or "Traceback" not in text, texts
 
 
+@pytest.mark.long("it waits for the store's limit, 10 s")
 def test_a_rank_leaves_though_the_store_does_not_answer(tmp_path: Path) -> None:
     """The store is in rank 0's process, whose host may be down."""
     with ranks(("is stopped", "raises"), tmp_path) as started:

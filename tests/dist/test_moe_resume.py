@@ -10,7 +10,7 @@ import pytest
 
 from tests.dist.ranks import run_ranks
 from tests.dist.resume_worker import run_dir
-from tools.bench.small_run import run_tool, without_clock, write_config
+from tools.bench.small_run import run_here, without_clock, write_config
 
 EXPERTS = {"model_type": "qwen3_moe", "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
 EXPERTS |= {"hidden_size": 32, "head_dim": 8, "intermediate_size": 64, "moe_intermediate_size": 16}
@@ -21,12 +21,12 @@ EXPERTS |= {"router_aux_loss_coef": 0.01, "tie_word_embeddings": False}
 def written(workspace: Path, folder: Path) -> str:
     """Write a random mixture of 64 experts, 8 for each token; return its directory."""
     (folder / "experts.json").write_text(json.dumps(EXPERTS))
-    made = [*("tools/init_model.py", "--config", str(folder / "experts.json")), "--out", str(folder / "experts")]
-    run_tool(*made, "--tokenizer", str(workspace / "tokenizer"))
+    made = ["--config", str(folder / "experts.json"), "--out", str(folder / "experts")]
+    run_here("init", *made, "--tokenizer", str(workspace / "tokenizer"))
     return str(folder / "experts")
 
 
-@pytest.mark.long("five starts of four ranks, 80 s; resuming itself is in test_resume.py")
+@pytest.mark.long("five starts of two ranks, 30 s; resuming itself is in test_resume.py")
 def test_a_mixture_teaches_over_three_kills(workspace: Path, tmp_path: Path) -> None:
     sections: dict[str, Any] = {
         "mixture": {"interval_steps": 2},
@@ -35,11 +35,11 @@ def test_a_mixture_teaches_over_three_kills(workspace: Path, tmp_path: Path) -> 
     }
     sections |= {"train": {"micro_batch_samples": 1}, "teacher": {"path": written(workspace, tmp_path)}}
     config = str(write_config(workspace, tmp_path, **sections))
-    run_ranks("tests.dist.resume_worker:go_on", 4, config_path=config, name="whole")
+    run_ranks("tests.dist.resume_worker:go_on", 2, config_path=config, name="whole")
     for lines in (5, 8, 11):
         with pytest.raises(AssertionError, match="a rank failed; exit codes"):
-            run_ranks("tests.dist.moe_worker:train_until_killed", 4, config_path=config, name="killed", lines=lines)
-    run_ranks("tests.dist.resume_worker:go_on", 4, config_path=config, name="killed")
+            run_ranks("tests.dist.moe_worker:train_until_killed", 2, config_path=config, name="killed", lines=lines)
+    run_ranks("tests.dist.resume_worker:go_on", 2, config_path=config, name="killed")
     whole, killed = (without_clock(run_dir(config, name)) for name in ("whole", "killed"))
     assert len(whole) == 4 + 8 + 1
     assert killed == whole

@@ -48,7 +48,13 @@ def test_faults_of_one_rank(workspace: Path, tmp_path: Path) -> None:
     ("worker", "said"),
     [
         ("silent", "barrier of 65,536 bytes: fail: no answer within 3 s: rank 1 of 2 never came to it"),
-        ("slow_row", "versions, devices and clocks: fail: no answer within 3 s: every rank came to it; a disk is slow"),
+        pytest.param(
+            *(
+                "slow_row",
+                "versions, devices and clocks: fail: no answer within 3 s: every rank came to it; a disk is ",
+            ),
+            marks=pytest.mark.long("a second wait for the same limit"),
+        ),
     ],
 )
 def test_a_rank_that_does_not_answer(workspace: Path, tmp_path: Path, worker: str, said: str) -> None:

@@ -1,35 +1,45 @@
-"""Methods with two seeds each through the real launcher, on one cache of their teacher."""
+"""Methods with two seeds each, on one cache of their teacher, without a launcher: test_readme_commands.py has that."""
 
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tools.bench.small_run import ROOT, write_config
+from ddk_ds.commands import compare_command
+from ddk_ds.config import load_config, to_yaml
+from tools.bench.forked import ForkedJob
+from tools.bench.small_run import write_config
 
 METHODS = ("cpt", "kd", "ddk")
 
 
-def run_compare(config: Path, out: Path, *more: str) -> subprocess.CompletedProcess[str]:
-    """The command, on one rank."""
-    command = [sys.executable, "tools/compare.py", "--config", str(config), "--out", str(out), "--ranks", "1", *more]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=500)
+def forked(config: Path, overrides: Sequence[str], ranks: int, log: Path) -> int | None:
+    """In place of `launch`: forked ranks, which have imported all before."""
+    whole = load_config(config, overrides)
+    log.parent.mkdir(parents=True, exist_ok=True)
+    log.with_suffix(".yaml").write_text(to_yaml(whole))
+    job = ForkedJob(log.with_suffix(".yaml"), whole.run_dir, ranks)
+    code = job.run()
+    log.write_text(job.output())
+    return code
 
 
-@pytest.mark.long("nine starts; its parts have unit tests")
-def test_compare(workspace: Path, tmp_path: Path) -> None:
+@pytest.mark.long("six runs; its parts have unit tests")
+def test_compare(
+    workspace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ddk_ds.comparison.method_stages.launch", forked)
     teacher = {"path": str(workspace / "teacher"), "cache": {"path": str(tmp_path / "cache"), "draws": 16}}
     config = write_config(workspace, tmp_path, stop={"steps": 4}, teacher=teacher)
     out = tmp_path / "compared"
-    arguments = ("--methods", ",".join(METHODS), "--seeds", "2")
-    done = run_compare(config, out, *arguments)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count("finished in") == 6
+    arguments = ["--config", str(config), "--out", str(out), "--ranks", "1"]
+    arguments += ["--methods", ",".join(METHODS), "--seeds", "2"]
+    assert compare_command.main(arguments) == 0, capsys.readouterr()
+    assert capsys.readouterr().out.count("finished in") == 6
 
     comparison = json.loads((out / "comparison.json").read_text())
     for label in METHODS:
@@ -51,10 +61,10 @@ def test_compare(workspace: Path, tmp_path: Path) -> None:
     assert comparison["differences"]["ddk"]["score"]["seeds"] == 2
     assert (out / "comparison.png").is_file() and "± " in (out / "comparison.md").read_text()
 
-    again = run_compare(config, out, *arguments)
-    assert again.returncode == 0 and again.stdout.count("finished before, skipped") == 6
-    other = run_compare(config, out, *arguments, "loss.gamma=0.3")
-    assert other.returncode == 2 and "loss.gamma was 0.2, is 0.3" in other.stderr
+    assert compare_command.main(arguments) == 0
+    assert capsys.readouterr().out.count("finished before, skipped") == 6
+    assert compare_command.main([*arguments, "loss.gamma=0.3"]) == 2
+    assert "loss.gamma was 0.2, is 0.3" in capsys.readouterr().err
 
 
 def assert_nothing_is_taught_twice(comparison: dict[str, Any], out: Path) -> None:

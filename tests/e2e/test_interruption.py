@@ -12,7 +12,7 @@ import psutil
 import pytest
 
 from tests.e2e.conftest import WHOLE
-from tests.e2e.test_run import finish, start, wait_for_step
+from tests.e2e.test_run import forked, start, wait_for_step
 from tools.bench.small_run import without_clock, write_config
 
 
@@ -47,7 +47,7 @@ def interrupt(config: Path, ledger: Path, step: int, send: str) -> tuple[int, st
     return process.returncode, output
 
 
-@pytest.mark.long("four starts of the launcher; test_run.py kills one and resumes it")
+@pytest.mark.long("two starts of the launcher; test_run.py kills one and resumes it")
 def test_interrupted_twice_and_resumed(workspace: Path, tmp_path: Path, whole: Path) -> None:
     config = write_config(workspace, tmp_path, name="cut", **WHOLE)
     run_dir = tmp_path / "runs/cut"
@@ -56,7 +56,7 @@ def test_interrupted_twice_and_resumed(workspace: Path, tmp_path: Path, whole: P
     assert "interrupted by SIGUSR1 and saved at step" in output and "Traceback" not in output
     code, output = interrupt(config, run_dir / "ledger.jsonl", 6, "TERM to the launcher")
     assert code != 0 and "interrupted by SIGTERM and saved at step" in output and "Traceback" not in output
-    assert "resumed from" in finish(config)
+    assert "resumed from" in forked(config)
     assert without_clock(run_dir) == without_clock(whole)
     events = [json.loads(line) for line in (run_dir / "events.jsonl").read_text().splitlines()]
     assert [e["signal"] for e in events if e["event"] == "interrupted"] == ["SIGUSR1", "SIGTERM"]

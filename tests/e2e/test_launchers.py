@@ -92,7 +92,6 @@ LONG = pytest.mark.long("5 to 30 s a start; one of these kills and tests/unit/te
     [
         ("ddk distill", INNER, signal.SIGKILL, "training", 75),
         pytest.param("deepspeed", "", signal.SIGKILL, INNER, -9, marks=LONG),
-        pytest.param("deepspeed", "", signal.SIGKILL, "training", -9, marks=LONG),
         pytest.param("deepspeed", "", signal.SIGTERM, "training", -15, marks=LONG),
         pytest.param("deepspeed", "", signal.SIGTERM, RANK, -15, marks=LONG),
         pytest.param("deepspeed", INNER, signal.SIGKILL, RANK, 0, marks=LONG),  # DeepSpeed's own code

@@ -12,11 +12,11 @@ from torch.nn.functional import cross_entropy
 from ddk_ds.data.manifest import load_manifest
 from tests.dist.teacher_cache_worker import all_samples
 from tests.dist.test_teacher_cache_content import plain_logits, sharper
-from tests.e2e.test_run import finish
+from tests.e2e.test_run import forked
 from tools.bench.small_run import run_tool, without_clock, write_config
 
 
-@pytest.mark.long("three starts of the launcher; tests/dist/test_teacher_cache_content.py has the loss")
+@pytest.mark.long("a start of the launcher and a run; tests/dist/test_teacher_cache_content.py has the loss")
 def test_each_domains_perplexity_is_its_own_teachers(workspace: Path, tmp_path: Path) -> None:
     """By plain transformers: the samples in the cache by `ddk teach`, held-out ones by the ledger."""
     teachers = {name: workspace / "teacher" for name in load_manifest(workspace / "shards").domains}
@@ -30,7 +30,7 @@ def test_each_domains_perplexity_is_its_own_teachers(workspace: Path, tmp_path: 
     options = ("teach", "--ranks", "2", "--config", str(config), "--samples", "24")
     filled = run_tool("-c", "import sys; from ddk_ds.commands.console import main; sys.exit(main())", *options).stdout
     told = dict(item for line in filled.splitlines() if "at temperature 1: " in line for item in perplexities(line))
-    finish(config)
+    forked(config)
     intervals = [line for line in without_clock(tmp_path / "runs/reading") if line["kind"] == "interval"]
     cached = all_samples(tmp_path / "cache")
     assert len(cached) == 3 * 24

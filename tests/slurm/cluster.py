@@ -5,13 +5,15 @@ from __future__ import annotations
 import os
 import socket
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager, redirect_stdout
+from io import StringIO
 from pathlib import Path
+from unittest.mock import patch
 
+from ddk_ds.commands import submit_command
 from tests.nodes.hosts import Host, need
 from tools.bench.small_run import ROOT
 
@@ -60,8 +62,10 @@ class Cluster:
     def submit(self, config: Path, *options: str, ranks: int = 2, nodes: int = 1, limit: str = "30") -> list[str]:
         """Submit a run by the project's command; numbers of the jobs."""
         size = ["--nodes", str(nodes), "--gpus-per-node", "0", "--ranks-per-node", str(ranks), "--time", limit]
-        command = [sys.executable, "launch/slurm/submit.py", "--config", str(config), *size, *options]
-        last = self.run(*command).splitlines()[-1]
+        with patch.dict(os.environ, self.environment), redirect_stdout(StringIO()) as said:
+            code = submit_command.main(["--config", str(config), *size, *options])
+        assert code == 0, said.getvalue()
+        last = said.getvalue().splitlines()[-1]
         return last.removeprefix("submitted: ").split("; ")[0].split()
 
     def show(self, job: str) -> dict[str, str]:

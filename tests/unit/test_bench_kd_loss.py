@@ -69,6 +69,7 @@ def test_every_implementation_computes_the_same_loss(name: str, gamma: float, te
     assert grad_error < 2e-6
 
 
+@pytest.mark.long("every case of the benchmark, 10 s of CPU; the peers' numbers are compared above")
 def test_cases(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     absent = kd_peers.Implementation(lambda given: __import__("no_such_package"))
     monkeypatch.setitem(IMPLEMENTATIONS, "liger", absent)

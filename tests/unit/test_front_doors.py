@@ -51,6 +51,7 @@ def run(command: Sequence[str], folder: Path, **variables: str) -> Ended:
         return Ended(process.returncode, output.read(), usage.ru_utime + usage.ru_stime)
 
 
+@pytest.mark.long("forty starts, 14 s; what a command imports before its arguments is tested below in one process")
 def test_every_help(tmp_path: Path) -> None:
     doors = front_doors()
     assert len(doors) > 30, doors

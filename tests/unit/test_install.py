@@ -45,6 +45,7 @@ def index(tmp_path: Path) -> Iterator[str]:
     server.server_close()
 
 
+@pytest.mark.long("an environment and four installations, 20 s; make setup installs by the same code")
 def test_a_package_comes_from_pips_index_and_a_killed_installation_is_done_again(
     index: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

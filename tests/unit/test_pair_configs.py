@@ -44,7 +44,12 @@ def test_every_file_is_known() -> None:
     assert {path.stem for path in (CONFIGS / "pairs").glob("*.yaml")} == set(PAIRS)
 
 
-@pytest.mark.parametrize("name", PAIRS)
+ALIKE = pytest.mark.long("a dense pair as others, 6 s; the other three differ most")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=ALIKE if "32b" in name or "llama" in name else ()) for name in PAIRS]
+)
 def test_the_plan(name: str, tmp_path: Path) -> None:
     pair, file = PAIRS[name], CONFIGS / "pairs" / f"{name}.yaml"
     config = load_config(file)

@@ -19,7 +19,7 @@ from typing import Any
 from ddk_ds.command_line import positive
 from ddk_ds.comparison.method_stages import launch
 from ddk_ds.version import versions
-from tools.bench.small_run import make_workspace, run_tool, write_config
+from tools.bench.small_run import make_workspace, run_here, write_config
 
 RANKS = (1, 2, 4)
 SHAPES = {"teacher": (256, 6), "student": (192, 4)}
@@ -69,12 +69,12 @@ def prepare(folder: Path, length: int) -> Path:
         config = folder / f"long-{name}.json"
         config.write_text(json.dumps(shape | {"max_position_embeddings": length, "tie_word_embeddings": True}))
         new = ["--tokenizer", str(folder / "tokenizer"), "--out", str(folder / f"long-{name}")]
-        run_tool("tools/init_model.py", "--config", str(config), *new)
+        run_here("init", "--config", str(config), *new)
         (folder / name).rename(folder / f"short-{name}")
         (folder / f"long-{name}").rename(folder / name)
     cut = ["--sequence-length", str(length), "--validation-samples", "1", "--workers", "1"]
     recipe, tokenizer = str(folder / "recipe.yaml"), str(folder / "tokenizer")
-    run_tool("tools/prepare_data.py", "--recipe", recipe, "--tokenizer", tokenizer, "--out", str(folder / "long"), *cut)
+    run_here("prepare", "--recipe", recipe, "--tokenizer", tokenizer, "--out", str(folder / "long"), *cut)
     return folder
 
 

@@ -10,10 +10,13 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import importlib
 import json
 import subprocess
 import sys
 from collections.abc import Sequence
+from contextlib import redirect_stderr, redirect_stdout
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -40,27 +43,28 @@ def run_tool(*command: str, check: bool = True) -> subprocess.CompletedProcess[s
     return done
 
 
+def run_here(name: str, *arguments: str) -> None:
+    """Run a command of `ddk` in this process, which saves its imports. Raises AssertionError with what it printed."""
+    with redirect_stdout(StringIO()) as printed, redirect_stderr(printed):
+        code = importlib.import_module(f"ddk_ds.commands.{name}_command").main(arguments)
+    assert code == 0, f"ddk {name} {arguments}\n{printed.getvalue()}"
+
+
 def make_workspace(folder: Path) -> Path:
     """Write tokenizer/, shards/, teacher/ and student/ to `folder`, and return it."""
     folder.mkdir(parents=True, exist_ok=True)
     recipe = folder / "recipe.yaml"
     recipe.write_text(OmegaConf.to_yaml(OmegaConf.create(RECIPE)))
     tokenizer = str(folder / "tokenizer")
-    run_tool("tools/train_tokenizer.py", "--recipe", str(recipe), "--vocab-size", "600", "--out", tokenizer)
-    options = ["--sequence-length", "64", "--validation-samples", "12", "--workers", "1"]
-    run_tool(
-        *("tools/prepare_data.py", "--recipe", str(recipe), "--tokenizer", tokenizer),
-        *("--out", str(folder / "shards"), *options),
-    )
+    run_here("tokenizer", "--recipe", str(recipe), "--vocab-size", "600", "--out", tokenizer)
+    data = ["--recipe", str(recipe), "--tokenizer", tokenizer, "--out", str(folder / "shards")]
+    run_here("prepare", *data, "--sequence-length", "64", "--validation-samples", "12", "--workers", "1")
     for name, (hidden, layers) in MODELS.items():
         shape = {"model_type": "llama", "hidden_size": hidden, "num_hidden_layers": layers}
         shape |= {"num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 2 * hidden}
         config = folder / f"{name}.json"
         config.write_text(json.dumps(shape | {"tie_word_embeddings": name == "student"}))
-        run_tool(
-            *("tools/init_model.py", "--config", str(config), "--tokenizer", tokenizer),
-            *("--out", str(folder / name)),
-        )
+        run_here("init", "--config", str(config), "--tokenizer", tokenizer, "--out", str(folder / name))
     return folder
 
 

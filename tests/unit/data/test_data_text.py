@@ -24,7 +24,7 @@ from ddk_ds.errors import DataError
 from tests.unit.data.corpus import make_texts, write_recipe
 from tests.unit.data.tokenizer_kinds import KINDS, make_tokenizer
 
-TEXTS = [f"<s/>.,(x)! {text}" for text in make_texts(3, 60)]
+TEXTS = [f"<s/>.,(x)! {text}" for text in make_texts(3, 24)]
 
 
 @pytest.fixture(scope="module", params=KINDS)
@@ -127,7 +127,7 @@ def test_add_bos_of_the_recipe_overrides_the_tokenizer(tmp_path: Path) -> None:
     with_bos = make_tokenizer("unigram", TEXTS, tmp_path / "with")
     without = make_tokenizer("byte_level", TEXTS, tmp_path / "without", tokenizer_class="GPTNeoXTokenizer")
     for number, (directory, option, count) in enumerate(
-        ((with_bos, "false", 0), (with_bos, "true", 60), (without, "auto", 0), (without, "true", 60))
+        ((with_bos, "false", 0), (with_bos, "true", 24), (without, "auto", 0), (without, "true", 24))
     ):
         root = tmp_path / f"{number}"
         manifest, ids = prepared(root, directory, TEXTS, f"tokenizer.add_bos={option}")
@@ -160,7 +160,7 @@ def test_parts_of_a_long_document_give_the_ids_of_the_whole(kind_dir: Path, monk
         "漢字。",
         "</s>",
     ]
-    text = "".join(word + str(source.choice(joints)) for word in " ".join(TEXTS * 4).split(" "))
+    text = "".join(word + str(source.choice(joints)) for word in " ".join(TEXTS * 10).split(" "))
     cutter, dropped = DocumentCutter(load_tokenizer(kind_dir).text.tokenizer), Dropped()
     parts = list(cutter.parts(text, dropped))
     plain = AutoTokenizer.from_pretrained(kind_dir, split_special_tokens=True)
@@ -180,7 +180,7 @@ def test_cuts_that_may_change_a_token_are_counted(tmp_path: Path, monkeypatch: p
     directory = make_tokenizer("byte_level", TEXTS, tmp_path / "tokenizer")
     manifest, ids = prepared(tmp_path / "data", directory, [*TEXTS, "ab" * 2500])
     assert manifest.domains["d"].dropped.unproven_cuts == 4
-    assert (ids.count(1), ids.count(2)) == (61, 61)
+    assert (ids.count(1), ids.count(2)) == (25, 25)
 
 
 def test_a_long_document_is_prepared_as_a_short_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -198,7 +198,7 @@ def test_a_long_document_is_prepared_as_a_short_one(tmp_path: Path, monkeypatch:
     def interrupted(self: TextEncoder, parts: list[Part]) -> Encoded:
         nonlocal calls
         calls += 1
-        if calls == 8:
+        if calls == 4:
             assert not parts[0].opens and not parts[-1].closes, "in the middle of the long document"
             raise KeyboardInterrupt
         return encode(self, parts)

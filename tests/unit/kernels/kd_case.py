@@ -88,6 +88,11 @@ def make(
     )
 
 
+def rows_for(engine: Engine, rows: int) -> int:
+    """Return a number of rows: Triton's interpreter takes seconds for 100, and runs the same program for each."""
+    return min(rows, 9) if engine == "triton" else rows
+
+
 def near(num_tokens: int, step: float, dtype: torch.dtype) -> Case:
     """Make a student that differs from its teacher by a step in its hidden states; the gradient is the KL's alone."""
     case = make(num_tokens, 1024, (64, 64), std=3.0, dtype=dtype, gamma=1e4)

@@ -22,14 +22,6 @@ needs_products = pytest.mark.skipif(not supports(WEIGHT), reason="oneDNN has no 
 SIZES = [(1, 1, 2), (5, 17, 6), (33, 257, 50), (64, 256, 64), (67, 600, 258)]
 
 
-@pytest.fixture
-def two_threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
-
-
 def normal(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(HALF)
 

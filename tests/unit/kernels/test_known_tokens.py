@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ddk_ds.kernels import Divergence, LogitForm, Options, TeacherTopK, top_k_of
 from ddk_ds.kernels.options import Engine
-from tests.unit.kernels.kd_case import ENGINES, Case, assert_agrees, error, make
+from tests.unit.kernels.kd_case import ENGINES, Case, assert_agrees, error, make, rows_for
 from tests.unit.kernels.test_topk_tail import by_definition, with_deviations
 
 # Triton's interpreter warns of a very low logit in a softcap.
@@ -43,8 +43,9 @@ def by_draws(case: Case, draws: int) -> tuple[Case, Tensor]:
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("temperature", [1.0, 2.5])
 def test_top_k(engine: Engine, form: LogitForm, temperature: float) -> None:
-    case = make(37, 211, student_form=form, teacher_form=form, temperature=temperature, bias=True, padded=(5, 9))
-    assert_agrees(by_top_k(case, 9), 1e-6, 1e-6, engine=engine, chunk_tokens=16)
+    rows = rows_for(engine, 37)
+    case = make(rows, 211, student_form=form, teacher_form=form, temperature=temperature, bias=True, padded=(5, 9))
+    assert_agrees(by_top_k(case, 9), 1e-6, 1e-6, engine=engine, chunk_tokens=rows // 3 + 1)
 
 
 @pytest.mark.parametrize("engine", ENGINES)

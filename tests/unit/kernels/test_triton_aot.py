@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("triton")
+pytestmark = pytest.mark.long("forty variants are compiled, 20 s; test_divergences.py runs the kernel")
 
 _WORKER = Path(__file__).with_name("triton_aot_worker.py")
 LINEAR, BENT = 0, 2

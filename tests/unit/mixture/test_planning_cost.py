@@ -39,7 +39,10 @@ def plan(num_domains: int, samples: int, shard: int) -> IntervalState:
         (100, 100_000, 500, "b6b0f5847f35323c"),
         (1000, 2000, 500, "bec80961df64fa32"),
         (1000, 100_000, 500, "9e2573a7a7b5cd2f"),  # the largest cost: a block of each domain is shuffled
-        (1000, 1_000_000, 2000, "05e86d3500d5760b"),
+        pytest.param(
+            *(1000, 1_000_000, 2000, "05e86d3500d5760b"),
+            marks=pytest.mark.long("5 s; the case above is the costliest of a domain"),
+        ),
     ],
 )
 def test_an_interval_is_planned_fast_and_small(num_domains: int, samples: int, shard: int, sha: str) -> None:

@@ -267,6 +267,7 @@ def test_smoothing_is_a_running_mean() -> None:
     assert [smoothing_width(points) for points in (0, 39, 40, 20_000)] == [1, 1, 3, 1001]
 
 
+@pytest.mark.long("ten seconds; the bins of a mean are tested above")
 def test_a_ledger_of_100_000_steps(tmp_path: Path) -> None:
     domains = [f"domain-{number}" for number in range(10)]
     run_dir = make_run(tmp_path, steps=100_000, interval_steps=500, domains=domains)
