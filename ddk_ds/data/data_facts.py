@@ -92,7 +92,7 @@ def look(
     packed = [opened.packed(number) for number in numbers.tolist()]
     ids = np.stack([one.tokens for one in packed])
     counts = np.bincount(ids.ravel(), minlength=manifest.vocab_size)
-    lengths, padding = _lengths(manifest, packed)
+    lengths, padding = _lengths(packed, padded=manifest.packing_of(name) == "best_fit")
     control = int(counts[sorted(number for number in info.text.controls if number < len(counts))].sum())
     shown = sorted(source.choice(len(numbers), min(examples, len(numbers)), replace=False).tolist())
     text_bytes = characters = replaced = 0
@@ -133,13 +133,13 @@ def _chosen(opened: Split, most: int, source: np.random.Generator) -> tuple[npt.
     return numbers, len(shards)
 
 
-def _lengths(manifest: Manifest, packed: list[Packed]) -> tuple[npt.NDArray[np.int64] | None, int]:
+def _lengths(packed: list[Packed], *, padded: bool) -> tuple[npt.NDArray[np.int64] | None, int]:
     """Return the lengths of documents in samples, and the number of tokens of padding."""
     found = [one.lengths for one in packed if one.lengths is not None]
     if not found:
         return None, 0
     lengths = np.concatenate(found).astype(np.int64)
-    padding = (lengths == 1) if manifest.packing == "best_fit" else np.zeros(len(lengths), bool)
+    padding = (lengths == 1) if padded else np.zeros(len(lengths), bool)
     return lengths[~padding], int(padding.sum())
 
 
@@ -148,7 +148,7 @@ def pieces(packed: Packed, info: TokenizerInfo) -> Iterator[Piece]:
     ids = packed.tokens.tolist()
     lengths = [len(ids)] if packed.lengths is None else packed.lengths.tolist()
     documents = np.repeat(np.arange(len(lengths)), lengths).tolist()
-    targets = [True] * len(ids)
+    targets = [True] * len(ids) if packed.targets is None else packed.targets.tolist()
     names = {number: token for token, number in info.vocab.items() if number in info.text.controls}
 
     def kind(place: int) -> tuple[int, int | None, bool]:

@@ -18,13 +18,18 @@ from transformers import AutoTokenizer
 from ddk_ds.commands.prepare_command import conversations
 from ddk_ds.data import encoding as encoding_module
 from ddk_ds.data import reading as reading_module
-from ddk_ds.data.chat_encoding import ChatEncoder, chat_style
-from ddk_ds.data.conversations import conversation_text
-from ddk_ds.data.documents import Dropped, read_texts
+from ddk_ds.data.chat_encoding import ChatEncoder, Conversations, chat_style
+from ddk_ds.data.conversations import conversation_text, plain_text
+from ddk_ds.data.data_facts import pieces
+from ddk_ds.data.documents import Dropped, Position, read_texts
+from ddk_ds.data.encoding import Encoded
+from ddk_ds.data.held_out import HeldOut
 from ddk_ds.data.loader import MixtureDataset, validation_batches
+from ddk_ds.data.long_documents import Part
 from ddk_ds.data.mds import open_split
 from ddk_ds.data.prepare import Plan, prepare
 from ddk_ds.data.prepare_parts import prepare_in_parts
+from ddk_ds.data.reading import Spool, TextBatch
 from ddk_ds.data.recipe import Chat, Source, SourceFile, load_recipe
 from ddk_ds.data.store import LocalStore
 from ddk_ds.data.tokenizer import load_tokenizer
@@ -243,6 +248,12 @@ def test_conversations_stay_whole_and_what_is_dropped_is_counted(tokenizers: dic
             borders = np.cumsum(packed.lengths)[:-1]
             parts = zip(np.split(packed.tokens, borders), np.split(packed.targets, borders), strict=True)
             found += [(ids.tolist(), mask.tolist()) for ids, mask in parts]
+            chosen = [
+                info.tokenizer.decode(ids.tolist(), skip_special_tokens=False)
+                for ids in np.split(packed.tokens, np.flatnonzero(np.diff(packed.targets)) + 1)
+            ]
+            shown = "".join(piece.text if piece.target else "#" for piece in pieces(packed, info))
+            assert [part for part in shown.split("#") if part] == chosen[1 - packed.targets[0] :: 2]
     padding = ([info.eos_token_id], [False])
     assert sorted(one for one in found if one != padding) == right
     splits = (domain.train, domain.validation)
@@ -294,6 +305,26 @@ def test_a_killed_preparation_goes_on_and_other_templates_do_not(
         for root in (tmp_path / "whole", tmp_path / "again")
     )
     assert first == second and calls[0] == 4
+
+
+def test_conversations_that_are_screened_out_take_their_targets_along(tmp_path: Path) -> None:
+    """Of three conversations the encoder has dropped the second; the third has text of a benchmark."""
+    parts = [Part(text) for text in "abc"]
+    batch = TextBatch(parts, [], [bytes([n] * 16) for n in range(3)], [0] * 3, Position(), Dropped(), 0)
+    kept = np.array([True, False, True])
+    ids, targets = np.arange(7, dtype=np.uint16), np.array([0, 1, 1, 0, 1, 0, 1], bool)
+    found = Conversations(ids, np.array([3, 4]), targets, [10, 20], kept, {"refused": 1}, "no")
+    spool = Spool(tmp_path, "x", "uint16", has_targets=True)
+    spool.append_batch(batch, Encoded(ids, found.lengths, 0, found), np.array([True, False]))
+    spool.append_batch(batch, Encoded(ids, found.lengths, 0, found))
+    spool.close()
+    stored = [np.concatenate(list(read(HeldOut(0), validation=False))) for read in (spool.ids, spool.targets)]
+    assert stored[0].tolist() == [0, 1, 2, *range(7)] and stored[1].tolist() == [0, 1, 1, *targets]
+    [(_, records)] = spool.records()
+    assert records["bytes"].tolist() == [10, 10, 20] and records["tokens"].tolist() == [3, 3, 4]
+    assert (spool.num_documents, spool.num_tokens) == (3, 10)
+    talk = {"messages": [{"role": "user", "content": 'a "b"\nc'}]}
+    assert plain_text(conversation_text(talk, Chat(), "here") or "") == 'user\na "b"\nc'
 
 
 def test_what_holds_no_conversation_is_named(tokenizers: dict[str, Path], tmp_path: Path) -> None:
