@@ -69,14 +69,9 @@ def test_a_tar_that_is_damaged_anywhere_is_no_shorter_tar(tmp_path: Path) -> Non
     assert len(read(tmp_path, text_field="txt")) == 9
     member = 512 + 1024
     damaged = whole[: 4 * member] + b"\xff" * 512 + whole[4 * member + 512 :]
-    for data in (
-        whole[: 4 * member],
-        whole[: 4 * member + 100],
-        whole[: 4 * member + 600],
-        damaged,
-        whole + whole,
-        b"",
-    ):
+    faults = {whole[: 4 * member + more]: "before the mark of a tar's end" for more in (0, 100)}
+    faults |= {whole[: 4 * member + 600]: "unexpected end of data", b"": "before the mark of a tar's end"}
+    for data, fault in {**faults, damaged: "header is damaged", whole + whole: "goes on behind the mark"}.items():
         path.write_bytes(data)
-        with pytest.raises(DataError, match=r"a\.tar cannot be read"):
+        with pytest.raises(DataError, match=rf"a\.tar cannot be read: .*{fault}"):
             read(tmp_path, text_field="txt")
