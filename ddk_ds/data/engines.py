@@ -188,7 +188,7 @@ class _Ray:
         try:
             import ray  # noqa: F401
         except ImportError:
-            raise ConfigError("--engine ray needs Ray: pip install 'ray[default]'") from None
+            raise ConfigError("--engine ray needs Ray: uv pip install ray") from None
 
     def run(self, task: StageTask, logs: Path, parts: int) -> None:
         executor = RayPipelineExecutor(

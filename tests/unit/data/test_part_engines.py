@@ -22,7 +22,7 @@ from ddk_ds.errors import ConfigError
 from tests.unit.data.corpus import PLAN
 from tests.unit.data.test_data_prepare import files_of
 
-KILLS = int(os.environ.get("DDK_KILLS", "2"))
+KILLS = 2
 
 
 def kill_parts(root: Path, kills: list[int], ended: threading.Event) -> None:

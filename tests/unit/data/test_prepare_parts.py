@@ -100,23 +100,24 @@ def test_copies_limits_and_broken_lines_are_counted_as_by_one_process(
     assert files_of(tmp_path / "parts") == files_of(tmp_path / "one")
 
 
+@pytest.mark.parametrize(("after", "missing"), [([], 4), (["  "], 0)])
 def test_a_limit_that_ends_with_a_file_counts_what_one_process_meets_before_it_stops(
-    tokenizer_dir: Path, tmp_path: Path
+    tokenizer_dir: Path, tmp_path: Path, after: list[str], missing: int
 ) -> None:
-    """One process stops at the text after the one that reaches the limit: nulls before it are counted."""
+    """One process stops at the text after the one that reaches the limit, blank or not: it counts nulls before it."""
     texts = make_texts(1, 60)
     limit = sum(len(text.encode()) for text in texts)
     recipe = load_recipe(write_recipe(tmp_path / "r.yaml", {"a": {"sources": ["*.jsonl"], "max_bytes": limit}}))
     for name in ("x", "y", "z"):
         (tmp_path / f"{name}.jsonl").touch()
     first, second, third = (file.path for file in list_files(recipe)["a"])  # by a hash of their names
-    write_lines(first, texts)
+    write_lines(first, texts + after)
     second.write_text('{"text": null}\n' * 3)
     third.write_text('{"text": null}\n{"text": "more"}\n{"text": null}\n')
     plan = Plan(16, validation_samples=1)
     one = prepare(recipe, tokenizer_dir, tmp_path / "one", plan)
     parts = prepare_in_parts(recipe, tokenizer_dir, tmp_path / "parts", plan, Here(), 2, block_bytes=1)
-    assert parts.domains == one.domains and one.domains["a"].dropped.missing == 4
+    assert parts.domains == one.domains and one.domains["a"].dropped.missing == missing
 
 
 def test_failed_parts_run_again_and_finished_units_never(
@@ -162,14 +163,15 @@ def test_what_a_user_can_mend_is_said_by_the_task_that_met_it(tokenizer_dir: Pat
     assert messages[0] == messages[1]
 
 
-def test_text_that_changes_between_the_passes_is_refused(tokenizer_dir: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("later", [make_texts(2, 90), make_texts(1, 90)[:80]])
+def test_text_that_changes_between_the_passes_is_refused(tokenizer_dir: Path, tmp_path: Path, later: list[str]) -> None:
     write_lines(tmp_path / "a.jsonl", make_texts(1, 90))
     recipe = load_recipe(write_recipe(tmp_path / "r.yaml", {"a": {"sources": ["a.jsonl"]}}))
 
     class Changing(Here):
         def run(self, task: StageTask, logs: Path, parts: int) -> None:
             if logs.name == "tokens":
-                write_lines(tmp_path / "a.jsonl", make_texts(2, 90))
+                write_lines(tmp_path / "a.jsonl", later)
             super().run(task, logs, parts)
 
     with pytest.raises(DataError, match=r"domain 'a': a text of .*a\.jsonl .* changed while"):
