@@ -33,7 +33,8 @@ class DomainFacts:
     `numbers` (n,) are the samples that were looked at, of `samples` in `shards` shards. `lengths` (d,) are the tokens
     that each document has in a sample, without the `padding` of samples; None without borders. `duplicates` are those
     of the n samples that equal an earlier one. `top` are pairs (id, number of it). `text_bytes` and `characters` are
-    those of the ordinary tokens' text, `replaced` of the characters stand for bytes that are no text.
+    those of the ordinary tokens' text, `replaced` of the characters stand for bytes that are no text. `targets` of the
+    tokens are to be predicted.
     """
 
     name: str
@@ -42,6 +43,7 @@ class DomainFacts:
     shards_read: int
     numbers: npt.NDArray[np.int64]
     tokens: int
+    targets: int
     lengths: npt.NDArray[np.int64] | None
     padding: int
     duplicates: int
@@ -109,6 +111,7 @@ def look(
         shards_read=shards_read,
         numbers=numbers,
         tokens=ids.size,
+        targets=sum(len(one.tokens) if one.targets is None else int(one.targets.sum()) for one in packed),
         lengths=lengths,
         padding=padding,
         duplicates=len(ids) - len(np.unique(sample_hashes(ids))),

@@ -82,12 +82,13 @@ def _counts(facts: Sequence[DomainFacts], manifest: Manifest) -> str:
                 *documents,
                 f"{one.control / one.tokens:.2%}",
                 f"{one.padding / one.tokens:.2%}",
+                f"{one.targets / one.tokens:.2%}",
                 f"{one.bytes_per_token:.2f}",
                 f"{one.replaced / max(1, one.characters):.3%}",
             ]
         )
     headings = ["domain", "train tokens", "train samples", "held-out samples", "tokens a document", "looked at"]
-    headings += ["equal to another", "in a sample: 5 %", "median", "95 %", "control tokens", "padding"]
+    headings += ["equal to another", "in a sample: 5 %", "median", "95 %", "control tokens", "padding", "targets"]
     headings += ["bytes per token", "no text"]
     caption = (
         "Equal to another: samples with the same ids as one before. In a sample: tokens that a document has in one, so "

@@ -21,6 +21,7 @@ from ddk_ds.data.manifest import load_manifest
 from ddk_ds.data.mds import Packed, open_split
 from ddk_ds.data.store import LocalStore
 from ddk_ds.data.tokenizer import load_tokenizer
+from ddk_ds.report.data_page import sample_html
 from tests.terminal import Terminal
 from tests.unit.data.token_shards import write_mds
 
@@ -181,4 +182,17 @@ def test_pieces_join_to_the_sample(tokenizer_dir: Path) -> None:
         ("<|endoftext|>", 0, True),
         ("three", 1, False),
         ("<|endoftext|>", 1, True),
+    ]
+    assert all(one.target for one in found)
+    targets = np.arange(len(ids)) >= first  # those of the second document
+    sample = Packed(ids, None, targets)
+    assert [one.target for one in pieces(sample, info)] == [False, False, True, True]
+    pale = sample_html(sample, info)
+    assert pale.startswith("<small>one two</small><small><mark>") and pale.endswith(
+        "three<mark>&lt;|endoftext|&gt;</mark>"
+    )
+    styled = look_command.shown(sample, info)
+    assert [(styled.plain[span.start : span.end], span.style) for span in styled.spans if "dim" in str(span.style)] == [
+        ("one two", " dim"),
+        ("<|endoftext|>", "bold magenta dim"),
     ]
