@@ -132,7 +132,7 @@ def shown(packed: Packed, info: TokenizerInfo) -> Text:
             text.append(f"tokens {begin:,} to {begin + length - 1:,} ──\n", style="cyan")
             begin += length
         style = "bold magenta" if piece.control else ""
-        text.append(piece.text, style=style if piece.target else f"{style} dim")
+        text.append(piece.text, style=style if piece.target else f"{style} dim".strip())
     return text
 
 

@@ -342,6 +342,28 @@ def test_what_cannot_be_adopted_is_named(
     assert error.startswith("error: ") and error.count("\n") == 1 and not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("a=web", "a=web"), "domain 'a' is given twice"),
+        (("ü=web",), "domain 'ü': it names a directory"),
+        (("a=web", "b=web", "--validation", "web"), "--validation is given 1 times for 2 domains"),
+    ],
+)
+def test_domains_are_named_once(
+    samples: np.ndarray[Any, Any],
+    tokenizer_dir: Path,
+    tmp_path: Path,
+    arguments: tuple[str, ...],
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    write_mds(tmp_path / "web", samples)
+    given = [argument.replace("web", str(tmp_path / "web")) for argument in arguments]
+    assert adopt(*given, "--tokenizer", tokenizer_dir, "--out", tmp_path / "out") == 2
+    assert message in capsys.readouterr().err
+
+
 def test_pickled_columns_are_never_read(
     samples: np.ndarray[Any, Any], tokenizer_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

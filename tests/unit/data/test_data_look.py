@@ -193,6 +193,6 @@ def test_pieces_join_to_the_sample(tokenizer_dir: Path) -> None:
     )
     styled = look_command.shown(sample, info)
     assert [(styled.plain[span.start : span.end], span.style) for span in styled.spans if "dim" in str(span.style)] == [
-        ("one two", " dim"),
+        ("one two", "dim"),
         ("<|endoftext|>", "bold magenta dim"),
     ]
