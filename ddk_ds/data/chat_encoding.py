@@ -152,7 +152,12 @@ class ChatEncoder:
             kept[number] = True
             rendered.append(found)
         ids, masks, sizes = list[list[int]](), list[Targets](), list[int]()
-        encodings = self._tokenizer.encode_batch([text for text, _ in rendered], add_special_tokens=False)
+        try:
+            encodings = self._tokenizer.encode_batch([text for text, _ in rendered], add_special_tokens=False)
+        except Exception as error:  # tokenizers raises bare Exception
+            raise DataError(
+                f"the tokenizer cannot encode a conversation: {error}; repair its tokenizer.json"
+            ) from error
         places = np.flatnonzero(kept)
         for place, (text, spans), encoding in zip(places, rendered, encodings, strict=True):
             of_one, mask = self._begun(encoding.ids, _in_spans(encoding, spans))
