@@ -1,7 +1,4 @@
-"""Every command of README.md and docs/guide.md runs on small models and data, as the tables below say.
-
-Each is a process that has imported all before; what it starts itself, such as a launcher, has not.
-"""
+"""Every command of README.md and docs/guide.md runs on small models and data, as the tables below say."""
 
 from __future__ import annotations
 
@@ -9,9 +6,10 @@ import json
 import os
 import re
 import shlex
+import subprocess
+import sys
 import tomllib
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 
 import pyarrow as pa
@@ -20,12 +18,11 @@ import pytest
 import zstandard
 from omegaconf import OmegaConf
 
-from ddk_ds.commands import console
 from tests.unit.evaluation.benchmarks import ROWS, write_rows
 from tools.bench.docs_check import PROGRAMS, commands
-from tools.bench.forked import code_of, redirect, run_session
 from tools.bench.small_run import ROOT
 
+DDK = str(Path(sys.executable).with_name("ddk"))
 PAGES = ("README.md", "docs/guide.md")
 
 # What differs from the page when a command is run: (text of the page, text that takes its place).
@@ -201,14 +198,13 @@ def run(text: str, changes: Changes, folder: Path) -> None:
         text = text.replace(old, new, 1)
     program, *words = shlex.split(text)
     assert program == "ddk", text
-    output = folder / "output.txt"
-    code = run_session(_command, (words, folder, output, dict(os.environ)), 240.0)
-    assert code == 0, f"{text}\n{output.read_text()[-6000:]}"
-
-
-def _command(words: list[str], folder: Path, output: Path, environment: dict[str, str]) -> None:
-    os.chdir(folder)
-    redirect(output)
-    os.environ.update(environment)
-    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), environment.get("PYTHONPATH"))))
-    os._exit(code_of(partial(console.main, words)))
+    paths = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    done = subprocess.run(
+        [DDK, *words],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": paths},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, f"{text}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
