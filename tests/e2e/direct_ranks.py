@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import sys
 import time
@@ -20,19 +21,22 @@ from tools.bench.forked import code_of, rank_environment, redirect
 class Ranks:
     """Two ranks of a run, each with an output of its own, forked from a server that has imported what they need."""
 
-    def __init__(self, config: Path, folder: Path, second: Mapping[str, str] | None = None) -> None:
-        """Start them; `second` are further variables of rank 1.
+    def __init__(
+        self, config: Path, folder: Path, second: Mapping[str, str] | None = None, *, anew: bool = False
+    ) -> None:
+        """Start them; `second` are further variables of rank 1, `anew`: new interpreters, which import DeepSpeed now.
 
         SLOW_FILE delays it by SLOW_S when it opens a file whose path has that in it, as a slow disk does; only the
         first time with SLOW_ONCE.
         """
         self.outputs = [folder / f"rank-{rank}.out" for rank in range(2)]
         self.processes: list[BaseProcess] = []
+        context: Any = multiprocessing.get_context("spawn") if anew else SERVER
         port = free_port()
         for rank, path in enumerate(self.outputs):
             variables = rank_environment(rank, 2, port) | {"OMP_NUM_THREADS": "1"} | dict(second or {} if rank else {})
             path.touch()
-            self.processes.append(SERVER.Process(target=_rank, args=(config, os.environ | variables, path)))
+            self.processes.append(context.Process(target=_rank, args=(config, os.environ | variables, path)))
             self.processes[-1].start()
 
     def wait(self, timeout_s: float) -> list[int | None]:

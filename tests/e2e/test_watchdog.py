@@ -64,5 +64,6 @@ def test_a_disk_that_is_slow_on_one_rank_does_not_end_the_run(
     """The other rank waits in a collective for longer than DeepSpeed's timeout, which is set to a minute here."""
     monkeypatch.setenv("DEEPSPEED_TIMEOUT", "1")
     config = write_config(workspace, tmp_path, stop={"steps": 4})
-    ranks = Ranks(config, tmp_path, {"SLOW_FILE": "/validation/shard.", "SLOW_S": "70", "SLOW_ONCE": "1"})
+    slow = {"SLOW_FILE": "/validation/shard.", "SLOW_S": "70", "SLOW_ONCE": "1"}
+    ranks = Ranks(config, tmp_path, slow, anew=True)  # the timeout is read when DeepSpeed is imported
     assert ranks.wait(400) == [0, 0], ranks.text
