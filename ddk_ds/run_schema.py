@@ -38,7 +38,9 @@ class _Measurement(TypedDict):
     smoothed_ppl: _ByDomain | None
     proportions: _ByDomain | None
     log_proportions: NotRequired[dict[str, float | None] | None]
-    controller_memory: NotRequired[dict[str, Any] | None]
+    controller_memory: NotRequired[dict[str, Any]]
+    training_loss: NotRequired[dict[str, float | None]]
+    training_kl: NotRequired[dict[str, float | None]]
     owed: NotRequired[_ByDomain | None]
     loss_weights: NotRequired[_ByDomain]
     asked: dict[str, int] | None

@@ -39,7 +39,7 @@ class Preset:
     one_of_stages: bool = False
     """True if a result takes several runs, of which one has this method."""
     takes_loss_weights: bool = True
-    """False if `mixture.loss_weights` has no meaning in the method's loss."""
+    """False if `mixture.loss_weights` and `mixture.source: training` have no meaning in the method's loss."""
     by_definition: str | None = None
     """Key that makes the method what it is: with another value it would be another method, which is refused."""
 

@@ -48,6 +48,8 @@ _CONTROLLERS_WITH: dict[str, tuple[str, ...]] = {
     "policy_weight": ("ado",),
     "min_proportion": ("ado",),
     "reward_smoothing": ("odm",),
+    "measure": ("kl_gap",),
+    "source": ("sheared_llama", "doremi_online", "ado", "odm", "loss_softmax", "kl_gap"),
 }
 
 
@@ -104,6 +106,12 @@ class Mixture(Section):
     """c of doremi_online: weight of equal proportions in every update."""
     temperature: PositiveFloat = 1.0
     """T of loss_softmax and kl_gap in nats: what a domain's loss or gap is divided by before exp()."""
+    measure: Literal["excess_loss", "kl"] = "excess_loss"
+    """Gap of kl_gap, in nats a token. excess_loss: the student's loss less the teacher's; kl: the divergence of the
+    loss, which only `source: training` measures."""
+    source: Literal["held_out", "training"] = "held_out"
+    """Where a controller's measurements come from: the held-out samples at each border between intervals, or the
+    training samples since the last border. The held-out ones are measured in both cases."""
     warmup_intervals: Annotated[int, Field(ge=3)] = 3
     """First intervals of ado, drawn by `prior`; the first fit has as many measurements."""
     history_weight: Fraction = 0.1
@@ -139,9 +147,24 @@ class Mixture(Section):
             raise ValueError("controller: static needs mixture.proportions: set one for each domain, with the sum 1")
         if self.controller == "schedule" and self.schedule_file is None:
             raise ValueError("controller: schedule needs mixture.schedule_file: set it to a YAML file of proportions")
+        if self.source == "training":
+            self._check_training()
+        elif self.measure == "kl":
+            raise ValueError("measure: kl is known from training alone: set source: training, or measure: excess_loss")
         if self.initial == "equal" and self.initial_floor:
             raise ValueError(f"initial_floor is {self.initial_floor:g}, which initial: equal does not use: remove it")
         return self
+
+    def _check_training(self) -> None:
+        """Raise ValueError if the controller needs what training does not measure."""
+        if self.controller == "kl_gap" and self.measure != "kl":
+            raise ValueError("source: training has no losses of the teacher: set measure: kl, or source: held_out")
+        if self.controller in ("sheared_llama", "doremi_online") and self.reference_losses is None:
+            raise ValueError("source: training has no losses of the teacher: set reference_losses, or source: held_out")
+        if self.ppl_smoothing:
+            raise ValueError(
+                f"ppl_smoothing is {self.ppl_smoothing:g}, and source: training has means over an interval: remove it"
+            )
 
     @model_validator(mode="after")
     def _limit_goes_with_policies(self) -> Mixture:

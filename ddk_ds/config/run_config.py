@@ -117,6 +117,7 @@ class Config(MethodSections):
             raise ValueError(
                 f"mixture.loss_weights: the loss of method: {self.method} takes no weights of domains: remove it"
             )
+        self._check_source()
         if self.init_as == "phase" and self.init_from is None:
             raise ValueError("init_as is phase: set init_from to the checkpoint, or the run, that it begins from")
         if self.stop.steps is not None or self.stop.intervals is not None:
@@ -136,6 +137,23 @@ class Config(MethodSections):
         if self.data.domains is not None and len(set(self.data.domains)) != len(self.data.domains):
             raise ValueError(f"data.domains names a domain twice: {', '.join(self.data.domains)}")
         return self
+
+    def _check_source(self) -> None:
+        """Raise ValueError if the training loss does not measure what the mixture's controller uses."""
+        mixture, loss = self.mixture, self.loss
+        if mixture.source == "training" and not self.preset.takes_loss_weights:
+            raise ValueError(
+                f"mixture.source: training: method: {self.method} has no loss of the student's own by domain: set "
+                "mixture.source to held_out"
+            )
+        if mixture.measure != "kl":
+            return
+        gammas = (loss.gamma, loss.gamma if loss.gamma_end is None else loss.gamma_end)
+        if self.teacher is None or not all(gammas) or loss.divergence != "forward_kl":
+            raise ValueError(
+                "mixture.measure: kl is the divergence in the loss: it needs a teacher, loss.divergence: forward_kl, "
+                "and loss.gamma and loss.gamma_end above 0"
+            )
 
     def _check_patience(self) -> None:
         """Raise ValueError if a limit of time would end a rank that waits for a store while it may."""

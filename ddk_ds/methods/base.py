@@ -49,6 +49,8 @@ class Batch:
     """(B,) float32 on the device, factors of the samples' losses (`mixture.loss_weights`); None: all are 1."""
     targets: torch.Tensor | None = None
     """(B, L) bool on the CPU, True for the tokens that are targets; None: all are."""
+    by_token: bool = False
+    """True if the losses of single tokens are wanted with the step's (`mixture.source: training`)."""
 
     @property
     def row_weights(self) -> torch.Tensor | None:
@@ -166,6 +168,7 @@ def cross_entropy(hidden: torch.Tensor, head: OutputHead, batch: Batch, options:
         options=replace(options, gamma=0.0, student_form=head.form),
         student_bias=head.bias,
         row_weights=batch.row_weights,
+        per_token=batch.by_token,
     )
 
 

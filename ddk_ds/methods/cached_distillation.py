@@ -205,17 +205,22 @@ class CachedDistillation(WithDivergence):
             student_bias=head.bias,
             teacher_topk=teacher_output.tokens,
             row_weights=batch.row_weights,
+            per_token=batch.by_token,
         )
         if teacher_output.kl_offset is None:
             return found
         # Without a gradient: it makes the reported divergence one to the whole teacher, on average.
         offsets = teacher_output.kl_offset * (labels != IGNORE_INDEX)
+        token_kl = found.token_kl
+        if token_kl is not None:
+            token_kl = token_kl + (offsets.double() / batch.num_valid).to(token_kl.dtype)
         if batch.row_weights is not None:
             offsets = offsets * batch.row_weights
         offset = offsets.sum(dtype=torch.float64) / batch.num_valid
         return found._replace(
             loss=found.loss + (options.kd_weight * offset).to(found.loss.dtype),
             kl=found.kl + offset.to(found.kl.dtype),
+            token_kl=token_kl,
         )
 
     def _known(self, records: Sequence[Record | None], length: int, device: torch.device) -> Known:

@@ -113,6 +113,7 @@ class Distillation(WithDivergence):
                 student_bias=head.bias,
                 teacher_bias=teacher_head.bias,
                 row_weights=batch.row_weights,
+                per_token=batch.by_token,
             )
 
 

@@ -95,6 +95,8 @@ class ADO:
     """s."""
     min_proportion: float
     """delta_min, of rho."""
+    source: str
+    """Where the losses come from."""
     name: ClassVar[str] = "ado"
     uses_teacher: ClassVar[bool] = False
     ppl_smoothing: ClassVar[float] = 0.0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -70,6 +70,11 @@ class Bounded:
         return self.rule.uses_teacher
 
     @property
+    def source(self) -> str:
+        """Source of the measurements that `rule` uses."""
+        return self.rule.source
+
+    @property
     def ppl_smoothing(self) -> float:
         """Weight of the past in the student's perplexities that `rule` has."""
         return self.rule.ppl_smoothing
@@ -91,6 +96,7 @@ class Bounded:
         if np.isfinite(logs).sum() > np.isfinite(current).sum():
             current = softmax(current if np.isfinite(current).any() else np.zeros(len(current))).logs
         students, teachers = self._included(student_ppl), self._included(teacher_ppl)
+        known = replace(known, kl=self._included(known.kl))
         return self._bounded(self.rule.update(current, students, teachers, interval=interval, known=known))
 
     def state_dict(self) -> dict[str, Any]:

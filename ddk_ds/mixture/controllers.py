@@ -48,6 +48,14 @@ class MixtureOptions(Protocol):
         """Kind of the controller, for example "ddk"."""
 
     @property
+    def source(self) -> str:
+        """Source of the measurements: "held_out" or "training"."""
+
+    @property
+    def measure(self) -> str:
+        """Measure of `controller: kl_gap`: "excess_loss" or "kl"."""
+
+    @property
     def initial(self) -> str:
         """Rule of the first interval of `controller: ddk`: "eq1" (Eq. 1) or "equal" (proportions of 1/N)."""
 
@@ -74,7 +82,7 @@ def make_controller(options: MixtureOptions, sizes: Mapping[str, int], schedule:
     # An option that does not fit the number of domains raises now and not after the first evaluation.
     ones = np.ones(len(sizes))
     first = controller.start(ones, ones)
-    controller.update(first.logs, ones, ones, interval=1, known=Known(1, 1, first.memory))
+    controller.update(first.logs, ones, ones, interval=1, known=Known(1, 1, first.memory, ones))
     return controller
 
 
@@ -108,32 +116,46 @@ def _make_rule(options: MixtureOptions, names: tuple[str, ...], sizes: Mapping[s
             return Scheduled(names, parse_stages(schedule, list(sizes), options.exclude, source=source))
         case "sheared_llama":
             prior, reference = _prior(options, names, sizes), _reference_losses(options, sizes)
-            return ShearedLlama(names, prior, reference, options.ppl_smoothing)
+            return ShearedLlama(names, prior, reference, options.ppl_smoothing, options.source)
         case "doremi_online":
             return DoReMiOnline(
                 names,
                 prior=_prior(options, names, sizes),
                 reference=_reference_losses(options, sizes),
                 ppl_smoothing=options.ppl_smoothing,
+                source=options.source,
                 step_size=options.step_size,
                 smoothing=options.smoothing,
             )
-        case "ado":
-            return ADO(
-                names,
-                prior=_prior(options, names, sizes) or equal,
-                warmup_intervals=options.warmup_intervals,
-                history_weight=options.history_weight,
-                policy_weight=options.policy_weight,
-                history_exponent=options.history_exponent,
-                min_proportion=options.min_proportion,
-            )
-        case "odm":
-            return ODM(names, _prior(options, names, sizes) or equal, options.reward_smoothing)
-        case "loss_softmax" | "kl_gap":
-            prior = _prior(options, names, sizes) or equal
-            return Boltzmann(names, prior, options.temperature, options.ppl_smoothing, options.controller)
+        case "ado" | "odm" | "loss_softmax" | "kl_gap":
+            return _make_newer_rule(options, names, _prior(options, names, sizes) or equal)
     raise AssertionError(f"the section has controller {options.controller}, which nothing here makes")
+
+
+def _make_newer_rule(options: MixtureOptions, names: tuple[str, ...], prior: tuple[float, ...]) -> Controller:
+    """Return the rule of the newer kinds, which can also decide by what training measures."""
+    if options.controller == "ado":
+        return ADO(
+            names,
+            prior=prior,
+            warmup_intervals=options.warmup_intervals,
+            history_weight=options.history_weight,
+            policy_weight=options.policy_weight,
+            history_exponent=options.history_exponent,
+            min_proportion=options.min_proportion,
+            source=options.source,
+        )
+    if options.controller == "odm":
+        return ODM(names, prior, options.reward_smoothing, options.source)
+    return Boltzmann(
+        names,
+        prior,
+        temperature=options.temperature,
+        measure=options.measure if options.controller == "kl_gap" else "loss",
+        ppl_smoothing=options.ppl_smoothing,
+        source=options.source,
+        name=options.controller,
+    )
 
 
 def _prior(options: MixtureOptions, names: tuple[str, ...], sizes: Mapping[str, int]) -> tuple[float, ...] | None:

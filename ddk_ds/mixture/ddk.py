@@ -110,6 +110,7 @@ class DDK:
     ppl_smoothing: float
     name: ClassVar[str] = "ddk"
     uses_teacher: ClassVar[bool] = True
+    source: ClassVar[str] = "held_out"
 
     def spreading(self, interval: int) -> tuple[str, ...]:
         """Return the options of Eq. 1 for the first interval, and those of Eq. 2 for every later one."""
@@ -144,6 +145,7 @@ class DDKNoSmoothing:
     ppl_smoothing: float
     name: ClassVar[str] = "ddk_no_smoothing"
     uses_teacher: ClassVar[bool] = True
+    source: ClassVar[str] = "held_out"
 
     def spreading(self, interval: int) -> tuple[str, ...]:
         """Return the options of Eq. 1, which every interval uses."""

@@ -13,7 +13,8 @@ from typing import Any, Protocol
 import numpy as np
 
 from ddk_ds.errors import DataError
-from ddk_ds.mixture.domain_vectors import Factors, Memory, Values, Vector
+from ddk_ds.mixture.domain_vectors import Factors, Memory, Values, Vector, perplexity
+from ddk_ds.mixture.training_losses import Means, filled
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,8 @@ class Known:
     """Tokens trained on so far, of all domains."""
     memory: Memory = None
     """What the controller's last decision kept; None before the first."""
+    kl: Values = None
+    """(N,) mean divergences from the teacher in nats a token; None if they were not measured."""
 
 
 NOTHING_ELSE = Known()
@@ -51,6 +54,10 @@ class Controller(Protocol):
 
         `decide` passes the averaged perplexities to the controller; with 0 it passes the measured ones.
         """
+
+    @property
+    def source(self) -> str:
+        """Source of the student's perplexities and of the divergences: "held_out", or "training"."""
 
     def spreading(self, interval: int) -> tuple[str, ...]:
         """Return the options of section `mixture` that would spread the proportions of `interval` more evenly.
@@ -125,6 +132,7 @@ def decide(
     interval: int,
     step: int = 0,
     tokens: int = 0,
+    training: Means | None = None,
 ) -> Decision:
     """Return the decision on `interval` (from 0). It is a pure function.
 
@@ -132,12 +140,21 @@ def decide(
         last: the decision on the interval before; None for the first.
         student_ppl, teacher_ppl: (N,) perplexities, measured at the beginning of the interval.
         step, tokens: optimizer steps done before it, and tokens trained on, of all domains.
+        training: losses of the training samples since then; None if nobody asked for them.
 
     Raises:
         DataError: a perplexity that the controller needs is missing or not a positive finite number, or `last` does not
-            have what the controller remembers (`recalled`).
+            have what the controller remembers (`recalled`), or the losses of training are missing.
     """
-    used, smoothed = student_ppl, []
+    used, kl, smoothed = student_ppl, None, []
+    if controller.source == "training" and last is not None:
+        if training is None:
+            raise DataError(
+                f"mixture.source is training, and nothing was measured in training before interval {interval}: its "
+                "run had source: held_out"
+            )
+        losses, kl = filled(training, np.log(student_ppl))
+        used = perplexity(losses)
     if controller.ppl_smoothing:
         used = smoothed_perplexities([] if last is None else last.smoothed_ppl, student_ppl, controller.ppl_smoothing)
         smoothed = used.tolist()
@@ -145,7 +162,7 @@ def decide(
         factors = controller.start(used, teacher_ppl)
     else:
         logs = np.array([-np.inf if log is None else log for log in last.log_proportions])
-        known = Known(step, tokens, last.memory)
+        known = Known(step, tokens, last.memory, kl)
         factors = controller.update(logs, used, teacher_ppl, interval=interval, known=known)
     # JSON has no infinity.
     kept_logs = [None if log == -np.inf else log for log in factors.logs.tolist()]

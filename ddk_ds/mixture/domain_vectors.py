@@ -51,6 +51,20 @@ def check_perplexities(values: Values, *, model: str, names: Sequence[str] | Non
     return np.array(values, np.float64)
 
 
+def check_divergences(values: Values, *, names: Sequence[str]) -> Vector:
+    """Return the divergences from the teacher as a vector (N,) of float64, in nats.
+
+    Raises:
+        DataError: they are missing, or one is not finite.
+    """
+    if values is None or len(values) != len(names):
+        raise DataError("the divergences from the teacher are missing: they are measured in training alone")
+    for name, value in zip(names, values, strict=True):
+        if value is None or not math.isfinite(value):
+            raise DataError(f"the divergence from the teacher of domain '{name}' is {value}, not a finite number")
+    return np.array(values, np.float64)
+
+
 def domain_label(names: Sequence[str] | None, i: int) -> str:
     """Return the words for domain `i` in a message: its name in quotes, or its number where there are no names."""
     return f"domain {i}" if names is None else f"domain '{names[i]}'"

@@ -21,6 +21,8 @@ class _ExcessLoss:
     reference: tuple[float, ...] | None
     """(N,) reference losses in nats a token; None: the teacher's losses."""
     ppl_smoothing: float
+    source: str
+    """Where the student's losses come from."""
     name: ClassVar[str]
 
     @property

@@ -26,6 +26,7 @@ class Static:
     name: str
     """The kind: static, equal or by_size."""
     uses_teacher: ClassVar[bool] = False
+    source: ClassVar[str] = "held_out"
     ppl_smoothing: ClassVar[float] = 0.0
 
     def spreading(self, interval: int) -> tuple[str, ...]:
@@ -56,6 +57,7 @@ class Scheduled:
     """Stages in ascending order of their first intervals; the first stage begins with interval 0."""
     name: ClassVar[str] = "schedule"
     uses_teacher: ClassVar[bool] = False
+    source: ClassVar[str] = "held_out"
     ppl_smoothing: ClassVar[float] = 0.0
 
     def spreading(self, interval: int) -> tuple[str, ...]:

@@ -19,7 +19,7 @@ def exploration_rate(num_domains: int, step: int) -> float:
 
 @dataclass(frozen=True)
 class ODM:
-    """ODM's proportions; an interval of n steps counts as n of the paper's, all with the loss at the interval's end.
+    """ODM's proportions; an interval of n steps counts as n of the paper's, all with the loss that was measured.
 
     At each step R = a R + (1 - a) loss / pi, with pi by which the interval was drawn; then
     pi = (1 - N eps_t) softmax(eps R) + eps_t, where eps is that of the decision before. R_0 = 0, pi_0 = prior.
@@ -30,6 +30,8 @@ class ODM:
     """(N,) proportions of the first interval."""
     reward_smoothing: float
     """a, for a step."""
+    source: str
+    """Where the losses come from."""
     name: ClassVar[str] = "odm"
     uses_teacher: ClassVar[bool] = False
     ppl_smoothing: ClassVar[float] = 0.0

@@ -17,6 +17,7 @@ from ddk_ds.drawing import Array, tidy
 from ddk_ds.errors import CheckpointError, DataError
 from ddk_ds.mixture.decide import Controller, Decision, decide
 from ddk_ds.mixture.exhaustion import due_samples, largest_remainder
+from ddk_ds.mixture.training_losses import Means
 from ddk_ds.run_files import UNREADABLE, check_end, complete_files, is_finished, read_events, read_ledger, read_summary
 
 
@@ -37,6 +38,8 @@ class RecordedDecision:
     """Samples of each domain that are due after the interval."""
     tokens: tuple[int, ...] = ()
     """Tokens of each domain that the run had trained on before the interval."""
+    training: Means | None = None
+    """Losses of the training samples of the interval before; None if they were not measured."""
 
 
 @dataclass(frozen=True)
@@ -99,6 +102,7 @@ def _recorded_decision(record: dict[str, Any], domains: Sequence[str]) -> Record
         counts=tuple(vector("counts")),
         owed=tuple(vector("owed")),
         tokens=tuple(vector("domain_tokens")),
+        training=[vector("training_loss"), vector("training_kl")] if "training_loss" in record else None,
     )
 
 
@@ -162,8 +166,16 @@ def decide_otherwise(controller: Controller, recorded: Sequence[RecordedDecision
 
 def _decide(controller: Controller, last: Decision | None, entry: RecordedDecision) -> Decision:
     """Return the decision of a controller on the measurements of a recorded one."""
-    measured = entry.student_ppl, entry.teacher_ppl
-    return decide(controller, last, *measured, interval=entry.interval, step=entry.step, tokens=sum(entry.tokens))
+    return decide(
+        controller,
+        last,
+        entry.student_ppl,
+        entry.teacher_ppl,
+        interval=entry.interval,
+        step=entry.step,
+        tokens=sum(entry.tokens),
+        training=entry.training,
+    )
 
 
 def mixture_table(run: RecordedRun, other: Sequence[Decision], overrides: str) -> Table:

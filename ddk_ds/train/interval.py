@@ -69,6 +69,7 @@ class Mixer:
                 interval=state.data.interval + 1,
                 step=state.step,
                 tokens=sum(state.domain_tokens),
+                training=state.measured_in_training,
             )
         decided: Decision = self._comm.broadcast_object(decision)
         return decided
@@ -80,6 +81,7 @@ class Mixer:
         """
         state.proportions, state.log_proportions = decision.proportions, decision.log_proportions
         state.smoothed_ppl, state.controller_memory = decision.smoothed_ppl, decision.memory
+        state.training_losses, state.training_sums = state.measured_in_training or [], []
         state.data = state.data.begin(draws.counts, draws.owed)
         ids = self.ids(state)
         held = self._comm.gather_objects((state.data.counts, state.data.ids_sha))
@@ -165,6 +167,11 @@ def interval_record(
     def by_domain(values: Any) -> dict[str, Any] | None:
         return None if values is None else dict(zip(names, np.asarray(values).tolist(), strict=True))
 
+    used: dict[str, Any] = {}  # by some controllers alone
+    if means := state.training_losses if begun else state.measured_in_training:
+        used |= {"training_loss": by_domain(means[0]), "training_kl": by_domain(means[1])}
+    if begun and state.controller_memory is not None:
+        used["controller_memory"] = state.controller_memory
     return {
         "kind": kind,
         "interval": state.data.interval,
@@ -175,12 +182,12 @@ def interval_record(
         "smoothed_ppl": by_domain(state.smoothed_ppl or None) if begun else None,
         "proportions": by_domain(state.proportions) if begun else None,
         "log_proportions": by_domain(state.log_proportions) if begun else None,
-        "controller_memory": state.controller_memory if begun else None,
         "asked": by_domain(asked) if begun else None,
         "counts": by_domain(state.data.counts) if begun else None,
         "owed": by_domain(state.data.owed) if begun else None,
         "domain_tokens": by_domain(state.domain_tokens),
         "ids_sha": state.data.ids_sha if begun else None,
+        **used,
         "alarms": list(alarms),
         "clock": {key: round(seconds, 4) for key, seconds in clock.items()},
     }

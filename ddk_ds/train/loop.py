@@ -203,6 +203,7 @@ def _train_interval(run: Run, ids: Ids) -> None:
             teacher_pass_size=config.teacher_pass_size if run.cached is None else len(micro_batches),
             num_domains=len(run.inputs.names),
             domain_weights=run.domain_weights,
+            by_domain=config.mixture.source == "training",
             device=run.runtime.device,
             comm=comm,
             meanwhile=reader.read,
@@ -256,6 +257,7 @@ def _record_step(run: Run, metrics: StepMetrics, rate: float, data_s: float, ste
     state.data = state.data.consume(run.config.train.global_batch_samples)
     run.ahead.advance(state.data.consumed)
     state.domain_tokens = [a + b for a, b in zip(state.domain_tokens, metrics.domain_tokens, strict=True)]
+    state.add_losses(metrics.domain_tokens, metrics.domain_losses)
     state.train_s += step_s
     taught = run.take_taught()
     share = 1.0 if taught is None else taught / run.config.train.global_batch_samples

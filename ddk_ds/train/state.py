@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
+
+import numpy as np
 
 from ddk_ds.errors import CheckpointError
 from ddk_ds.mixture.decide import Decision
 from ddk_ds.mixture.domain_vectors import Memory
 from ddk_ds.mixture.interval_state import IntervalState
+from ddk_ds.mixture.training_losses import interval_means
 
 
 @dataclass
@@ -27,6 +32,11 @@ class RunState:
     """Smoothed perplexities (N,) of the student that decided the proportions; empty without mixture.ppl_smoothing."""
     controller_memory: Memory = None
     """What the controller keeps for its next decision; None if it keeps nothing."""
+    training_sums: list[list[float]] = field(default_factory=list)
+    """(3, N) tokens, cross-entropies and divergences in nats of this interval's steps, with `mixture.source: training`;
+    else empty."""
+    training_losses: list[list[float | None]] = field(default_factory=list)
+    """(2, N) `interval_means` of the intervals before, which decided this one's proportions; empty as above."""
     domain_tokens: list[int] = field(default_factory=list)
     """Valid tokens (N,) trained on so far."""
     student_before: list[float] = field(default_factory=list)
@@ -51,6 +61,18 @@ class RunState:
     """State of the method, in plain JSON."""
     train_s: float = 0.0
     """Seconds of training and measuring so far, restarts included."""
+
+    def add_losses(self, tokens: list[int], losses: list[float]) -> None:
+        """Add a step's tokens (N,) and losses (2N,) to `training_sums`, unless one is not finite."""
+        if losses and all(map(math.isfinite, losses)):
+            rows: list[Sequence[float]] = [tokens, losses[: len(tokens)], losses[len(tokens) :]]
+            before = self.training_sums or [[0.0] * len(tokens)] * 3
+            self.training_sums = np.add(before, rows).tolist()
+
+    @property
+    def measured_in_training(self) -> list[list[float | None]] | None:
+        """Return the means (2, N) of this interval's losses; None if there are none."""
+        return interval_means(self.training_sums, self.training_losses) if self.training_sums else None
 
     @property
     def position(self) -> int:
@@ -77,10 +99,10 @@ class RunState:
     def from_json(cls, values: dict[str, Any]) -> RunState:
         """Return the state that `to_json` wrote.
 
-        An older version's has no memory of a controller. Raises CheckpointError if another field is missing, or one is
-        unknown.
+        An older version's has no memory of a controller and no losses of training. Raises CheckpointError if another
+        field is missing, or one is unknown.
         """
-        values = {"controller_memory": None, **values}
+        values = {"controller_memory": None, "training_sums": [], "training_losses": [], **values}
         if odd := set(values) ^ set(cls.__dataclass_fields__):
             raise CheckpointError(f"the checkpoint's state has missing or unknown fields: {sorted(odd)}")
         return cls(**{**values, "data": IntervalState.from_json(values["data"])})

@@ -43,6 +43,9 @@ class StepMetrics:
     """Bytes that this rank's GPU has reserved, and the allocator's failures in the step; {} on a CPU."""
     agreed: list[float] = field(default_factory=list)
     """The sums over all ranks of what `meanwhile` returned."""
+    domain_losses: list[float] = field(default_factory=list)
+    """(2N,) cross-entropies and then divergences of the step's tokens in nats, summed by domain over all ranks; [] if
+    they were not asked for."""
     router_aux_loss: float | None = None
     """Mean over micro-batches of the routers' load-balancing loss, without its weight; None if it is not used."""
 
@@ -57,6 +60,7 @@ def train_step(
     teacher_pass_size: int = 1,
     num_domains: int,
     domain_weights: Sequence[float] | None = None,
+    by_domain: bool = False,
     device: torch.device,
     comm: Comm,
     meanwhile: Callable[[], list[float]] = list,
@@ -75,20 +79,17 @@ def train_step(
         teacher_pass_size: number of micro-batches that the teacher computes in one pass.
         domain_weights: (N,) factors of the losses of each domain's samples; None: all are 1. They do not enter the
             number of valid tokens that divides.
+        by_domain: sum up the losses by domain, without those factors.
         meanwhile: work for the host while the device computes; returns numbers that are summed over the ranks with the
             step's.
     """
     clock = student.clock
-    labels = [
-        own_labels(student, micro["input_ids"], micro.get("positions"), micro.get("targets")) for micro in micro_batches
-    ]
-    domain_tokens = torch.zeros(num_domains, dtype=torch.float64)
-    for micro_batch, label in zip(micro_batches, labels, strict=True):
-        domain_tokens.index_add_(0, micro_batch["domain"], (label != IGNORE_INDEX).sum(1).double())
+    labels, domain_tokens = _labels(student, micro_batches, num_domains)
     with clock.waiting("sync"):
         domain_tokens = comm.all_reduce_sum(to_device(domain_tokens, device))
     sums = torch.zeros(3 if student.router is None else 4, dtype=torch.float64, device=device)
-    batches = _batches(micro_batches, labels, domain_tokens, progress, domain_weights, device)
+    batches = _batches(micro_batches, labels, domain_tokens, progress, domain_weights, device, by_domain)
+    of_domains = torch.zeros(2 * num_domains if by_domain else 0, dtype=torch.float64, device=device)
     for first in range(0, len(batches), teacher_pass_size):
         group = batches[first : first + teacher_pass_size]
         with method.teacher_outputs(group) as teacher_outputs:
@@ -97,15 +98,42 @@ def train_step(
                 terms = _terms(student, result, len(batches) * comm.world_size)
                 student.backward(terms[0] * comm.world_size, last=number == len(batches))
                 sums += torch.stack([part.detach().double() for part in terms])
+                if by_domain:
+                    of_domains += _sums_by_domain(result, batch.domain, num_domains)
     more = torch.tensor(meanwhile(), dtype=torch.float64)
-    parts = [sums, to_device(method.step_sums(), device), to_device(more, device)]
+    parts = [sums, to_device(method.step_sums(), device), to_device(more, device), of_domains * domain_tokens.sum()]
     with clock.waiting("sync"):
         reduced = comm.all_reduce_sum(torch.cat(parts))
     grad_norm, numbers = student.update(learning_rate, torch.cat([reduced, domain_tokens]))
-    (loss, ce, kl, *of_router), of_method, agreed, tokens = _split(numbers, [*map(len, parts), num_domains])
+    (loss, ce, kl, *of_router), of_method, agreed, losses, tokens = _split(numbers, [*map(len, parts), num_domains])
     metrics = method.end_step(of_method)
     measured = clock.take_seconds(), clock.take_peaks(), clock.take_allocator()
-    return StepMetrics(loss, ce, kl, grad_norm, list(map(int, tokens)), metrics, *measured, agreed, *of_router)
+    counts = [int(count) for count in tokens]
+    return StepMetrics(loss, ce, kl, grad_norm, counts, metrics, *measured, agreed, losses, *of_router)
+
+
+def _labels(
+    student: Student, micro_batches: Sequence[MicroBatch], num_domains: int
+) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """Return the labels of each micro-batch, and this rank's number of valid tokens by domain, (N,) float64."""
+    labels = [
+        own_labels(student, micro["input_ids"], micro.get("positions"), micro.get("targets")) for micro in micro_batches
+    ]
+    domain_tokens = torch.zeros(num_domains, dtype=torch.float64)
+    for micro_batch, label in zip(micro_batches, labels, strict=True):
+        domain_tokens.index_add_(0, micro_batch["domain"], (label != IGNORE_INDEX).sum(1).double())
+    return labels, domain_tokens
+
+
+def _sums_by_domain(result: KDLoss, domain: torch.Tensor, num_domains: int) -> torch.Tensor:
+    """Return a micro-batch's cross-entropies and divergences by domain, (2N,) float64, divided as the step's loss is.
+
+    A product, and not scattered additions, whose order differs from run to run on a GPU.
+    """
+    assert result.token_ce is not None and result.token_kl is not None, "the batch asks for them"
+    of_samples = torch.stack([result.token_ce, result.token_kl]).double().unflatten(1, (len(domain), -1)).sum(2)
+    of_domain = torch.nn.functional.one_hot(domain, num_domains).double()
+    return (of_samples @ to_device(of_domain, of_samples.device)).flatten()
 
 
 def _batches(
@@ -115,6 +143,7 @@ def _batches(
     progress: float,
     domain_weights: Sequence[float] | None,
     device: torch.device,
+    by_token: bool,
 ) -> list[Batch]:
     """Return the micro-batches on the device, with the counts of their step and the weights of their samples."""
     weights = None if domain_weights is None else torch.tensor(domain_weights, dtype=torch.float32)
@@ -135,6 +164,7 @@ def _batches(
                 *known,
                 of_samples,
                 micro.get("targets"),
+                by_token,
             )
         )
     return batches
@@ -166,7 +196,7 @@ def step_numbers(metrics: StepMetrics) -> dict[str, Any]:
     """Return the computed numbers of a step, which a seed determines; None in place of those that are not finite."""
     numbers = asdict(metrics)
     unused = [name for name in ("method", "router_aux_loss") if numbers[name] in ({}, None)]
-    for name in ("seconds", "peaks", "allocator", "agreed", *unused):
+    for name in ("seconds", "peaks", "allocator", "agreed", "domain_losses", *unused):
         del numbers[name]
     return {name: _finite(value) for name, value in numbers.items()}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from ddk_ds.config import load_config
 from ddk_ds.engine.filters import filter_shape
 from ddk_ds.engine.model_files import read_model
 from ddk_ds.errors import ConfigError
+from ddk_ds.mixture.controllers import make_controller
+from ddk_ds.report.replayed_decisions import read_recorded_run, replay
 from tests.dist.ranks import run_ranks
 from tests.dist.resume_worker import run_dir
 from tools.bench.small_run import without_clock, write_config
@@ -23,6 +26,7 @@ pytestmark = pytest.mark.long("twelve runs, 50 s of CPU; test_resume.py interrup
 
 MIXTURE: dict[str, Any] = {"interval_steps": 2, "ratio_cap": None, "initial_floor": 0.0}
 FLOORS = dict.fromkeys(("python", "cpp", "mathematics"), 0.13)
+WEIGHTED = {"controller": "odm", "source": "training", "loss_weights": "by_size", "floors": FLOORS}
 SHORT: dict[str, Any] = {"mixture": MIXTURE, "stop": {"steps": 4}, "checkpoint": {"every_steps": 2}}
 
 
@@ -35,7 +39,7 @@ def configs(workspace: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[s
         "doremi_proxy": {"method": "doremi_proxy"},
         "ted_filters": {"method": "ted_filters"},
         "ted": {"method": "ted", "ted": {"filters": filters, "weight": 0.5}},
-        "weighted": {"method": "ddk", "mixture": {**MIXTURE, "loss_weights": "by_size", "floors": FLOORS}},
+        "weighted": {"method": "ddk", "mixture": {**MIXTURE, **WEIGHTED}},
     }
     once: dict[str, dict[str, Any]] = {
         "kd": {"method": "kd", "loss": {"gamma": 0.0}},
@@ -85,6 +89,26 @@ def test_weights_of_domains_in_the_loss(configs: dict[str, Path], workspace: Pat
                 for name, count in line["counts"].items()
             }
             assert max(line["loss_weights"].values()) > 1.1
+
+
+def test_losses_of_training_decide_and_are_the_steps(configs: dict[str, Path]) -> None:
+    """ODM's memory and its measurements survive an interruption between two borders, and its decisions are replayed.
+
+    A step's mean loss is that of its domains, weighted by tokens and by the weights of the loss.
+    """
+    ledger = ledger_of_both(configs["weighted"])
+    borders = [line for line in ledger if line["kind"] in ("interval", "end")]
+    for begin, end in pairwise(borders):
+        steps = [line for line in ledger if line["kind"] == "step" and begin["step"] < line["step"] <= end["step"]]
+        for of_step, of_border in (("ce", "training_loss"), ("kl", "training_kl")):
+            total = sum(line[of_step] * sum(line["domain_tokens"]) for line in steps)
+            by_domain = {name: end["domain_tokens"][name] - begin["domain_tokens"][name] for name in FLOORS}
+            parts = [by_domain[name] * begin["loss_weights"][name] * end[of_border][name] for name in FLOORS]
+            assert sum(parts) == pytest.approx(total, rel=1e-5)
+    assert "training_loss" not in borders[0] and borders[1]["controller_memory"]["step"] == 2
+    run = read_recorded_run(run_dir(str(configs["weighted"]), "broken"))
+    found = replay(make_controller(load_config(configs["weighted"]).mixture, run.train_tokens), run.decisions)
+    assert (found.num_replayed, found.unequal) == (2, [])
 
 
 def test_teds_first_stage(configs: dict[str, Path]) -> None:

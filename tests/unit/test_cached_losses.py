@@ -327,6 +327,10 @@ def test_weights_of_samples_are_in_the_loss_from_a_cache() -> None:
             for row in range(SAMPLES)
         ]
         found = method.loss(models.student, replace(batch, weights=torch.tensor(weights)), known)
+        by_token = method.loss(models.student, replace(batch, weights=torch.tensor(weights), by_token=True), known)
+    assert by_token.token_ce is not None and by_token.token_kl is not None
+    for one, of_tokens in zip(alone, by_token.token_kl.view(SAMPLES, -1).sum(1), strict=True):
+        assert float(of_tokens) == pytest.approx(float(one.kl), rel=1e-5)
     for part in range(3):
         expected = sum(weight * float(one[part]) for weight, one in zip(weights, alone, strict=True))  # type: ignore[arg-type]
         assert float(found[part]) == pytest.approx(expected, rel=1e-5)  # type: ignore[arg-type]

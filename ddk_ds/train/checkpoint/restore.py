@@ -46,10 +46,13 @@ _COMMON = {
         "content.domains.",
     ),
 }
+# What a fork also shares if its controller continues from more than proportions and smoothed perplexities.
+_WITH_MEMORY = ("ado", "odm")
 _KEEPS = {
     "phase": "A phase keeps tokenizer and precision, and the student's parameters; all else can change",
     "fork": "A fork keeps the start model, the tokenizer, domains and shards, seed, sequence length, global batch and "
-    "precision; all else can change, and with init_as: phase those of the data too",
+    "precision, and what its controller continues from (ado and odm, their mixture.exclude, mixture.source: training); "
+    "all else can change, and with init_as: phase those of the data and the controller too",
 }
 
 
@@ -153,7 +156,8 @@ def check_source(init_from: str, init_as: Literal["fork", "phase"], identity: di
     Raises CheckpointError, naming the first differences, if it cannot.
     """
     directory, manifest = source_checkpoint(init_from)
-    keys = [key for key in {**manifest.run, **identity} if key.startswith(_COMMON[init_as])]
+    common = _COMMON[init_as] + (_of_controller(identity) if init_as == "fork" else ())
+    keys = [key for key in {**manifest.run, **identity} if key.startswith(common)]
     differing = [key for key in sorted(keys) if manifest.run.get(key) != identity.get(key)]
     if differing:
         shown = "; ".join(f"{key} was {manifest.run.get(key)!r}, is {identity.get(key)!r}" for key in differing[:4])
@@ -167,6 +171,16 @@ def check_source(init_from: str, init_as: Literal["fork", "phase"], identity: di
             f"and with seed {identity['seed']} this phase would read them in the same order again: set another seed"
         )
     return size_and_xxh64(directory / MANIFEST)[1]
+
+
+def _of_controller(identity: dict[str, Any]) -> tuple[str, ...]:
+    """Return the keys that a fork's controller needs as they were: it continues from what it has kept or measured."""
+    keys: tuple[str, ...] = ()
+    if identity.get("mixture.controller") in _WITH_MEMORY:
+        keys += ("mixture.controller", "mixture.exclude")
+    if identity.get("mixture.source") == "training":
+        keys += ("mixture.source",)
+    return keys
 
 
 def restore(run: Run, start: Start) -> None:

@@ -15,7 +15,11 @@ from ddk_ds.errors import ConfigError, DataError
 from ddk_ds.mixture.ado import OBSERVATIONS, fit_law
 from ddk_ds.mixture.controllers import make_controller
 from ddk_ds.mixture.decide import Controller, Decision, decide
-from tests.unit.mixture.mixture_section import section
+from ddk_ds.mixture.interval_state import IntervalState
+from ddk_ds.mixture.training_losses import filled, interval_means
+from ddk_ds.train.checkpoint.restore import _of_controller
+from ddk_ds.train.state import RunState
+from tests.unit.mixture.mixture_section import config_with, section
 
 SIZES = {"code": 100, "maths": 300, "prose": 600}
 NEW = ("ado", "odm", "loss_softmax", "kl_gap")
@@ -179,6 +183,88 @@ def test_a_resumed_run_decides_as_an_uninterrupted_one_within_its_bounds(kind: s
     for one in made:
         assert sum(one.proportions) == pytest.approx(1) and min(one.proportions) >= 0
         assert not bounds or (one.proportions[1] == 0 and one.proportions[2] >= 0.45)
+
+
+def test_means_of_an_interval_by_hand() -> None:
+    """A domain without a token keeps its last values; one never drawn has its held-out loss and the others' mean KL."""
+    first = interval_means([[10, 0, 5], [20.0, 0.0, 15.0], [1.0, 0.0, 2.0]], [])
+    assert first == [[2.0, None, 3.0], [0.1, None, 0.4]]
+    second = interval_means([[0, 0, 2], [0.0, 0.0, 5.0], [0.0, 0.0, 1.0]], first)
+    assert second == [[2.0, None, 2.5], [0.1, None, 0.5]]
+    losses, divergences = filled(second, np.array([9.0, 8.0, 7.0]))
+    np.testing.assert_allclose([losses, divergences], [[2.0, 8.0, 2.5], [0.1, 0.3, 0.5]])
+
+
+def test_the_kl_of_training_tilts_the_prior_after_the_first_interval() -> None:
+    controller = build("kl_gap", measure="kl", source="training", prior="by_size", temperature=0.5)
+    held_out: Any = (np.array([9.0, 9.0, 9.0]), [1.0, 2.0, 3.0])
+    first = decide(controller, None, *held_out, interval=0)
+    np.testing.assert_allclose(first.proportions, [0.1, 0.3, 0.6])
+    training = [[2.0, 2.0, 2.0], [0.5, 1.0, 2.0]]
+    weights = np.array([0.1, 0.3, 0.6]) * np.exp([1.0, 2.0, 4.0])
+    second = decide(controller, first, *held_out, interval=1, training=training)
+    np.testing.assert_allclose(second.proportions, weights / weights.sum())
+    fewer = build("kl_gap", measure="kl", source="training", exclude=("maths",))
+    decided = decide(fewer, first, *held_out, interval=1, training=training)
+    np.testing.assert_allclose(decided.proportions, np.exp([0.5, -np.inf, 2.0]) / np.exp([0.5, 2.0]).sum())
+    with pytest.raises(DataError, match=r"mixture.source is training, and nothing was measured .* before interval 1"):
+        decide(controller, first, *held_out, interval=1)
+    with pytest.raises(DataError, match="divergence from the teacher of domain 'prose' is inf"):
+        decide(controller, first, *held_out, interval=1, training=[[2.0] * 3, [0.5, 1.0, math.inf]])
+
+
+def test_losses_of_training_take_the_held_out_ones_place() -> None:
+    first = decisions(build("odm", source="training"), [[1.0, 2.0, 3.0]])[0]
+    known: Any = {"interval": 1, "step": 30, "tokens": 100}
+    training = [[1.0, 5.0, None], [0.0, 0.0, None]]
+    by_training = decide(
+        build("odm", source="training"), first, np.exp([9.0, 9.0, 3.0]), None, **known, training=training
+    )
+    held_out = decide(build("odm"), first, np.exp([1.0, 5.0, 3.0]), None, **known)
+    np.testing.assert_allclose(by_training.proportions, held_out.proportions)
+
+
+@pytest.mark.parametrize(
+    ("mixture", "message"),
+    [
+        ({"controller": "ddk", "source": "training"}, "source is training, which controller: ddk does not use"),
+        ({"controller": "kl_gap", "measure": "kl"}, "measure: kl is known from training alone: set source: training"),
+        ({"controller": "kl_gap", "source": "training"}, "no losses of the teacher: set measure: kl"),
+        ({"controller": "sheared_llama", "source": "training"}, "no losses of the teacher: set reference_losses"),
+        ({"controller": "loss_softmax", "source": "training", "ppl_smoothing": 0.5}, "ppl_smoothing is 0.5, and"),
+    ],
+)
+def test_a_source_without_what_the_controller_needs_is_refused(mixture: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        config_with(mixture)
+
+
+def test_the_kl_of_training_needs_a_divergence_in_the_loss() -> None:
+    by_kl = {"controller": "kl_gap", "measure": "kl", "source": "training"}
+    assert config_with(by_kl).mixture.measure == "kl"
+    for loss in ({"gamma": 0.0}, {"gamma_end": 0.0}, {"divergence": "reverse_kl"}):
+        with pytest.raises(ConfigError, match=r"measure: kl is the divergence in the loss: it needs a teacher"):
+            config_with(by_kl, loss=loss)
+
+
+def test_a_state_adds_up_the_losses_of_an_interval_and_an_older_one_has_none() -> None:
+    entries: Any = [{"name": name, "num_samples": 9, "sha": "0"} for name in SIZES]
+    state = RunState(IntervalState.new(entries, seed=0))
+    older = {key: value for key, value in state.to_json().items() if "training" not in key and "memory" not in key}
+    assert RunState.from_json(json.loads(json.dumps(older))) == state and state.measured_in_training is None
+    state.add_losses([1, 0, 3], [2.0, 0.0, 6.0, 0.5, 0.0, 1.5])
+    state.add_losses([1, 0, 3], [2.0, 0.0, math.nan, 0.5, 0.0, 1.5])  # a skipped step
+    state.add_losses([1, 2, 0], [3.0, 8.0, 0.0, 0.5, 1.0, 0.0])
+    state.add_losses([5, 5, 5], [])  # nobody asked for them
+    assert state.training_sums == [[2, 2, 3], [5.0, 8.0, 6.0], [1.0, 1.0, 1.5]]
+    assert RunState.from_json(json.loads(json.dumps(state.to_json()))) == state
+    assert state.measured_in_training == [[2.5, 4.0, 2.0], [0.5, 0.5, 0.5]]
+
+
+def test_a_fork_keeps_a_controller_that_remembers() -> None:
+    assert _of_controller({"mixture.controller": "ddk"}) == ()
+    assert _of_controller({"mixture.controller": "ado"}) == ("mixture.controller", "mixture.exclude")
+    assert "mixture.source" in _of_controller({"mixture.controller": "odm", "mixture.source": "training"})
 
 
 @pytest.mark.parametrize("kind", ["ado", "odm"])

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from ddk_ds.config import Mixture
-from ddk_ds.errors import CheckpointError
+from ddk_ds.errors import CheckpointError, DataError
 from ddk_ds.mixture.controllers import make_controller
 from ddk_ds.mixture.decide import Controller, decide
 from ddk_ds.mixture.exhaustion import due_samples, largest_remainder
@@ -27,26 +28,48 @@ from tests.unit.report.made_run import make_run
 SIZES = {"python": 1000, "cpp": 2000, "mathematics": 500}
 
 
-def controller(**options: float) -> Controller:
+def controller(**options: Any) -> Controller:
     return make_controller(Mixture.model_validate(options), SIZES)
 
 
-def recorded(count: int = 4) -> list[RecordedDecision]:
+def recorded(count: int = 4, **options: Any) -> list[RecordedDecision]:
     """Decisions as a run's ledger holds them."""
     rng, last, entries, owed = np.random.default_rng(0), None, [], np.zeros(3)
     for number in range(count):
         student, teacher = rng.uniform(10, 30, 3), rng.uniform(5, 10, 3)
-        last = decide(controller(), last, student, teacher, interval=number)
+        training = [rng.uniform(2, 3, 3).tolist(), rng.uniform(0, 1, 3).tolist()]
+        tokens = (700 * number, 0, 900 * number)
+        known: Any = {"step": 10 * number, "tokens": sum(tokens), "training": training}
+        last = decide(controller(**options), last, student, teacher, interval=number, **known)
         asked = tuple(largest_remainder(last.proportions, 160, owed).tolist())
         owed = due_samples(last.proportions, 160, owed) - asked
         still = tuple(owed.tolist())
-        entries.append(RecordedDecision(number, 10 * number, student, teacher, last, asked, asked, still))
+        entries.append(
+            RecordedDecision(number, 10 * number, student, teacher, last, asked, asked, still, tokens, training)
+        )
     return entries
 
 
 def test_a_runs_own_decisions_come_out_equal() -> None:
     found = replay(controller(), recorded())
     assert (found.num_replayed, found.unequal) == (4, [])
+
+
+@pytest.mark.parametrize("source", ["held_out", "training"])
+@pytest.mark.parametrize("kind", ["ado", "odm", "kl_gap"])
+def test_decisions_with_a_memory_or_of_training_come_out_equal(kind: str, source: str) -> None:
+    options = {"controller": kind, "source": source}
+    options |= {"measure": "kl"} if (kind, source) == ("kl_gap", "training") else {}
+    entries = recorded(6, **options)
+    assert replay(controller(**options), entries).unequal == []
+    assert entries[5].decision != recorded(5, **options)[4].decision
+    if source == "training":
+        means: Any = [row[::-1] for row in entries[4].training or ()]
+        changed = [*entries[:4], replace(entries[4], training=means), entries[5]]
+        assert replay(controller(**options), changed).unequal == ([4, 5] if kind == "ado" else [4])[:1]
+    if kind != "kl_gap":
+        with pytest.raises(DataError, match="kept controller None"):
+            decide_otherwise(controller(**options), recorded(4)[1:])
 
 
 def test_a_changed_measurement_or_number_of_samples_does_not() -> None:

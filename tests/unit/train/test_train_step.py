@@ -80,7 +80,11 @@ class Recorder:
         assert teacher_output == int(batch.input_ids[0, 0]), "another batch's output of the teacher"
         self.batches.append(batch)
         count = torch.tensor(float((batch.labels >= 0).sum()))
-        return KDLoss(count / batch.num_valid, count * 10, count * 100)
+        losses = KDLoss(count / batch.num_valid, count * 10, count * 100)
+        if not batch.by_token:
+            return losses
+        valid = (batch.labels.flatten() >= 0).float() / batch.num_valid
+        return losses._replace(token_ce=valid * (1 + batch.input_ids.flatten()), token_kl=valid / 4)
 
     def backward(self, loss: torch.Tensor, *, last: bool) -> None:
         self.backwards.append((float(loss), last))
@@ -125,6 +129,7 @@ def test_a_step_adds_up_its_micro_batches() -> None:
     assert metrics.agreed == [6.0, 0.0], "called after the last of three backward passes, and summed over two ranks"
     assert [batch.labels.tolist() for batch in both.batches] == [[[k, k, k, -100]] * 2 for k in range(3)]
     assert all(batch.progress == 0.5 and float(batch.num_valid) == 36 for batch in both.batches)
+    assert metrics.domain_losses == [] and not any(batch.by_token for batch in both.batches)
     assert both.clock.waits == ["sync", "sync"]
     assert (metrics.seconds, metrics.peaks, metrics.allocator) == ({"forward": 2.0}, {"forward": 7}, {"reserved": 9})
     alone: Any = Recorder()
@@ -149,6 +154,20 @@ def test_tokens_that_are_no_targets_do_not_count_and_a_step_without_any_is_none(
         count = sum(label == 7 for row in labels for label in row)
         assert [batch.labels.tolist() for batch in both.batches] == [labels]
         assert metrics.domain_tokens == [0, count] and metrics.loss == (1.0 if count else 0.0)
+
+
+def test_a_steps_losses_are_added_up_by_domain() -> None:
+    """Of micro-batches 0 and 1 each token has a cross-entropy of 1 and 2 nats, and a divergence of 1/4; two ranks."""
+    micro_batches: Any = [
+        {"input_ids": torch.full((2, 4), number), "domain": torch.tensor(of), "sample_id": torch.zeros(2)}
+        for number, of in enumerate([[0, 2], [2, 2]])
+    ]
+    both: Any = Recorder()
+    arguments: Any = {"learning_rate": 0.1, "progress": 0.0, "num_domains": 3, "device": torch.device("cpu")}
+    metrics = train_step(both, both, micro_batches, **arguments, comm=Doubled(), by_domain=True)
+    of_two_ranks = [6.0, 0.0, 6.0 + 24.0, 6 / 4, 0.0, 18 / 4]
+    assert metrics.domain_losses == pytest.approx(of_two_ranks, rel=1e-6)
+    assert "domain_losses" not in step_numbers(metrics)
 
 
 def test_the_ledgers_numbers_of_a_step() -> None:
