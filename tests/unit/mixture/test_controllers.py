@@ -138,9 +138,11 @@ def test_the_defaults_are_the_papers() -> None:
     assert build("ddk") == DDK(
         NAMES, alpha=0.5, ratio_cap=None, initial_floor=0.0, initial="eq1", prior=None, ppl_smoothing=0.0
     )
-    assert build("sheared_llama") == ShearedLlama(NAMES, prior=None, reference=None, ppl_smoothing=0.0)
+    assert build("sheared_llama") == ShearedLlama(
+        NAMES, prior=None, reference=None, ppl_smoothing=0.0, source="held_out"
+    )
     assert build("doremi_online") == DoReMiOnline(
-        NAMES, prior=None, reference=None, ppl_smoothing=0.0, step_size=1.0, smoothing=1e-3
+        NAMES, prior=None, reference=None, ppl_smoothing=0.0, source="held_out", step_size=1.0, smoothing=1e-3
     )
 
 

@@ -104,6 +104,17 @@ def shares_of(entry: dict[str, Any]) -> Any:
     return np.array([[interval["proportions"][name] for name in NAMES] for interval in entry["intervals"]])
 
 
+def exp3(steps: list[int]) -> list[Any]:
+    """Return the proportions of arXiv 2312.02406, Algorithm 1, where each step of an interval has the same losses."""
+    rewards, shares, last = np.zeros(3), [np.full(3, 1 / 3)], 1 / 3
+    for row in range(1, len(steps)):
+        for _ in range(steps[row] - steps[row - 1]):
+            rewards = 0.9 * rewards + 0.1 * np.log(STUDENT[row]) / shares[-1]
+        now = min(1 / 3, float(np.sqrt(np.log(3) / (3 * steps[row]))))
+        shares, last = [*shares, (1 - 3 * now) * softmax(last * rewards) + now], now
+    return shares
+
+
 def test_every_controller_by_its_equation(workspace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run_dir = run_of(workspace, tmp_path)
     found = ask(run_dir)["controllers"]
@@ -119,6 +130,10 @@ def test_every_controller_by_its_equation(workspace: Path, tmp_path: Path, capsy
         "by_size": [sizes / sizes.sum()] * 3,
         "sheared_llama": excess(0.0),
         "doremi_online": excess(1e-3),
+        "ado": [np.full(3, 1 / 3)] * 3,  # three intervals of its prior
+        "odm": exp3([line["step"] for line in lines]),
+        "loss_softmax": [student / student.sum() for student in STUDENT],
+        "kl_gap": [student / TEACHER / (student / TEACHER).sum() for student in STUDENT],
     }
     assert found.keys() == expected.keys()
     for name, shares in expected.items():
