@@ -99,7 +99,7 @@ clean-demo:
 # tests/sets.py says how the tests are shared among the workers. Of the long tests many wait: a third worker fits in.
 # Lint has one process: the tests run beside it.
 test: $(READY)
-	@$(MAKE) --no-print-directory lint & lint=$$!; $(BIN)/python -m pytest -n 2 --dist loadscope; tests=$$?; \
+	@make --no-print-directory lint & lint=$$!; $(BIN)/python -m pytest -n 2 --dist loadscope; tests=$$?; \
 	wait $$lint && exit $$tests
 
 test-long: $(READY)
