@@ -71,7 +71,9 @@ class Manifest:
     `bos` are the ids at the beginning of each document. `probe_hash` says how the tokenizer cuts text (same_cuts.py);
     "" in data of earlier versions. `borders` is True if the samples have the borders of their documents, which data of
     earlier versions lack. Samples of `packing` "best_fit" can be padded, in documents of one token each. `commits` are
-    those at which data sets of a hub were read, by their addresses in the recipe.
+    those at which data sets of a hub were read, by their addresses in the recipe. `settings` are those that the data
+    depend on beside their text: seed, held-out share, duplicates and benchmarks that were left out, and so on; {} in
+    adopted data and in those of earlier versions.
     """
 
     root: Path | str
@@ -86,6 +88,7 @@ class Manifest:
     borders: bool = False
     packing: Packing = "cut"
     commits: Mapping[str, str] = field(default_factory=dict)
+    settings: Mapping[str, Any] = field(default_factory=dict)
     tokenizer_path: str = ""
     """Directory in which the tokenizer was, for a look at the data; what counts is the fingerprint."""
 
@@ -145,6 +148,7 @@ def write_manifest(manifest: Manifest) -> None:
         "borders": manifest.borders,
         "packing": manifest.packing,
         "commits": dict(manifest.commits),
+        "settings": dict(manifest.settings),
         "tokenizer": {
             "fingerprint": manifest.tokenizer_fingerprint,
             "vocab_size": manifest.vocab_size,
@@ -207,6 +211,7 @@ def _parse(store: Store, text: bytes) -> Manifest:
             borders=bool(content.get("borders", False)),
             packing=_packing(content.get("packing", "cut")),
             commits={str(address): str(commit) for address, commit in content.get("commits", {}).items()},
+            settings=dict(content.get("settings", {})),
             tokenizer_path=str(tokenizer.get("path", "")),
         )
     except DataError:

@@ -108,7 +108,8 @@ def prepare(
         raise ConfigError(f"decontaminate is {recipe.decontaminate!r}: give the texts of its benchmarks beside it")
     with open_work(out.parent / f".{out.name}.partial", start_anew=start_anew) as work:
         refuse_existing(out)  # another process may have finished it in between
-        work.claim(plan_settings(recipe, info, bos, plan, contamination, styles))
+        settings = plan_settings(recipe, info, bos, plan, contamination, styles)
+        work.claim(settings)
         files = files_to_read(recipe, work)
         work.check_domains(recipe.domains, files)
         for name in recipe.domains:
@@ -122,7 +123,7 @@ def prepare(
                     name, number, domain, files[name], plan.seed, cutter, bool(screening), styles.get(name)
                 )
                 domains[name] = _prepare_domain(text, work, encode, info, plan, progress)
-        write_manifest(make_manifest(work.data, info, bos, plan, domains, files))
+        write_manifest(make_manifest(work.data, info, bos, plan, domains, files, settings))
         work.data.rename(out)
     shutil.rmtree(work.path)
     return load_manifest(out)
@@ -207,8 +208,9 @@ def make_manifest(
     plan: Plan,
     domains: dict[str, DomainInfo],
     files: dict[str, list[SourceFile]],
+    settings: dict[str, Any],
 ) -> Manifest:
-    """Return the manifest of data at `root` that were prepared from `files`."""
+    """Return the manifest of data at `root` that were prepared from `files` with the settings of `plan_settings`."""
     assert info.eos_token_id is not None, "checked before"
     return Manifest(
         root=root,
@@ -224,6 +226,7 @@ def make_manifest(
         tokenizer_path=str(info.path.parent.absolute()),
         domains=domains,
         commits={file.shard.address: file.shard.commit for found in files.values() for file in found if file.shard},
+        settings=settings,
     )
 
 

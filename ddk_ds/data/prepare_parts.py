@@ -79,7 +79,8 @@ def prepare_in_parts(
     bos = bos_ids(recipe, info)
     with open_work(out.parent / f".{out.name}.partial", start_anew=start_anew) as work:
         refuse_existing(out)
-        work.claim({**plan_settings(recipe, info, bos, plan), "in_parts": True})
+        settings = plan_settings(recipe, info, bos, plan)
+        work.claim({**settings, "in_parts": True})
         files = files_to_read(recipe, work)
         work.claim_files(recipe.domains, files)
         for of_domain in files.values():
@@ -91,7 +92,7 @@ def prepare_in_parts(
         blocks, taken = _taken_blocks(run, plan_blocks(files, block_bytes))
         run.stage(TokensStage(job, blocks, taken))
         domains = _write_domains(run, blocks, plan)
-        write_manifest(make_manifest(work.data, info, bos, plan, domains, files))
+        write_manifest(make_manifest(work.data, info, bos, plan, domains, files, settings))
         work.data.rename(out)
     shutil.rmtree(work.path)
     return load_manifest(out)

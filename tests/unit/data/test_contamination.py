@@ -69,7 +69,10 @@ def test_documents_with_a_benchmarks_text_are_dropped_and_named(tokenizer_dir: P
         "a": {"rivers": 1},
         "b": {"rivers": 3},
     }
-    assert load_manifest(tmp_path / "out").domains == manifest.domains
+    loaded = load_manifest(tmp_path / "out")
+    assert loaded.domains == manifest.domains
+    assert loaded.settings["dedup"] == {"ngram_words": 5, "buckets": 14, "hashes": 8}
+    assert (loaded.settings["decontaminate"], loaded.settings["seed"]) == (finder.fingerprint, PLAN.seed)
     column = prepare_command.losses(manifest).columns[-1]
     assert (column.header, list(column.cells)) == ("text of\nrivers", ["1", "3"])
     for name, texts in (("a", clean), ("b", other)):
