@@ -114,7 +114,8 @@ def show_sample(
     else:
         raise DataError(f"--sample {options.sample}: {name} has samples 0 to {len(opened) - 1:,}; or give random")
     packed = opened.packed(number)
-    known = "no borders of documents" if packed.lengths is None else f"{len(packed.lengths):,} documents"
+    count = 0 if packed.lengths is None else len(packed.lengths)
+    known = f"{count:,} document{'s' * (count > 1)}" if count else "no borders of documents"
     console.print(f"{name}, {options.split}, sample {number:,}: {len(packed.tokens):,} tokens, {known}", style="bold")
     console.print(shown(packed, info), soft_wrap=True)
 
