@@ -67,8 +67,6 @@ _OWN = re.compile(
 )
 _NUMBERS = re.compile(r", but differ by up to .*| \(another last token [^)]*\)")
 _SERVER = multiprocessing.get_context("forkserver")
-# The others are what an engine's first step imports: half of a family's time.
-_SERVER.set_forkserver_preload(["tools.bench.model_families", "deepspeed.module_inject", "torch._inductor.compile_fx"])
 
 # A value for whichever of these keys a family's configuration has.
 SMALL: dict[str, Any] = {
@@ -131,6 +129,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--workers", type=int, default=2, help="families at a time (default: %(default)s)")
     options = parser.parse_args(arguments)
     families = options.only or all_families()
+    # Not at import: a process has one such server, and the tests' has what they need.
+    _SERVER.set_forkserver_preload(["tools.bench.model_families", "deepspeed.module_inject"])
     found: dict[str, str] = {}
     with ThreadPoolExecutor(options.workers) as pool:
         for family, result in zip(families, pool.map(try_family, families), strict=True):

@@ -25,6 +25,7 @@ from ddk_ds.data.long_documents import Part
 from ddk_ds.data.manifest import load_manifest
 from ddk_ds.data.prepare import prepare
 from ddk_ds.data.recipe import load_recipe
+from ddk_ds.data.screening import Marks
 from ddk_ds.data.tokenizer import load_tokenizer
 from ddk_ds.errors import DataError
 from ddk_ds.methods import IGNORE_INDEX, next_token_labels
@@ -126,15 +127,15 @@ def test_several_workers_write_the_same_bytes_as_one(
         folder.mkdir()
     monkeypatch.setattr(reading_module, "BATCH_BYTES", 300)
     one = prepared_by(BEST_FIT, made[0], tokenizer_dir)
-    encoders, ended = TextEncoder(load_tokenizer(tokenizer_dir), "uint16", ()), []
+    encoder, ended = TextEncoder(load_tokenizer(tokenizer_dir), "uint16", ()), []
 
-    def encode(parts: list[Part]) -> Encoded:
+    def encode(parts: list[Part], _texts: list[str], _style: None) -> tuple[Encoded, Marks]:
         time.sleep(0.0 if parts[0].text.startswith("5/1") else 0.01)
         ended.append(parts[0].text)
-        return encoders(parts)
+        return encoder(parts), Marks([], [])
 
     monkeypatch.setattr(encoding, "ProcessPoolExecutor", lambda workers, *_: ThreadPoolExecutor(workers))
-    monkeypatch.setattr(encoding, "_encode", encode)
+    monkeypatch.setattr(encoding, "_run", encode)
     three = prepared_by(replace(BEST_FIT, workers=3), made[1], tokenizer_dir)
     texts = [json.loads(line)["text"] for line in (made[1] / "a.jsonl").read_text().splitlines()]
     assert ended != sorted(ended, key=texts.index), "all batches ended in turn"

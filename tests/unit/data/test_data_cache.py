@@ -320,7 +320,7 @@ def test_the_local_store_names_a_missing_file(remote: Path) -> None:
     with pytest.raises(DataError, match=r"shard\.00000\.mds of domain 'large' is gone"):
         data[0]
     shard = Shard("large/train/shard.00001.mds", 1, None)
-    with pytest.raises(DataError, match="its index says 1;"):
+    with pytest.raises(DataError, match=r"its index says 1 \(domain 'large'\);"):
         LocalStore(remote).shard(replace(shard))
 
 

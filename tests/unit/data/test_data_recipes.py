@@ -53,11 +53,11 @@ def write_texts(path: Path, texts: list[str], field: str) -> None:
     path.write_bytes(zstandard.compress(data) if path.suffix == ".zst" else data)
 
 
-@pytest.fixture(params=["paper", "stack_v2", "ten_domains"])
+@pytest.fixture(params=["paper", "stack_v2", "ten_domains", "ten_domains_equal"])
 def corpus(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Path, Path, dict[str, list[str]]]:
     """Write small files for a shipped recipe; return (recipe, root, texts by domain)."""
-    layouts = {"paper": (PAPER, "text"), "stack_v2": (STACK, "content"), "ten_domains": (TEN, "text")}
-    layout, field = layouts[request.param]
+    layouts = {"paper": (PAPER, "text"), "stack_v2": (STACK, "content")}
+    layout, field = layouts.get(request.param, (TEN, "text"))
     texts = {}
     for seed, (name, path) in enumerate(layout.items()):
         texts[name] = make_texts(seed, COUNT)
@@ -97,4 +97,6 @@ def test_a_missing_root_is_named(
 
 
 def test_every_shipped_recipe_is_tested() -> None:
-    assert {path.stem for path in RECIPES.glob("*.yaml")} == {"demo", "paper", "stack_v2", "ten_domains"}
+    assert {path.stem for path in RECIPES.glob("*.yaml")} == {
+        *("demo", "paper", "stack_v2", "ten_domains", "ten_domains_equal")
+    }

@@ -66,7 +66,8 @@ def test_every_option_of_the_section_reaches_the_controller() -> None:
     )
     assert controller.state_dict() == {
         **{"name": "doremi_online", "names": NAMES, "prior": [0.5, 0.5], "reference": [1.0, 2.0]},
-        **{"step_size": 2.0, "smoothing": 0.5, "ppl_smoothing": 0.25, "exclude": [], "floors": [0.125, 0.0]},
+        **{"step_size": 2.0, "smoothing": 0.5, "ppl_smoothing": 0.25, "source": "held_out"},
+        **{"exclude": [], "floors": [0.125, 0.0]},
     }
     state = controller_of(initial="equal", ratio_cap=3.0, alpha=0.25, exclude=["code"]).state_dict()
     assert (state["initial"], state["ratio_cap"], state["alpha"], state["exclude"]) == ("equal", 3.0, 0.25, ["code"])

@@ -199,7 +199,7 @@ def test_options_reach_the_controllers_that_have_them(
 def test_a_run_without_a_teacher_takes_the_caches_perplexities(workspace: Path, tmp_path: Path) -> None:
     run_dir = run_of(workspace, tmp_path, teacher=False)
     found = ask(run_dir)
-    assert found["controllers"].keys() == {"by_size", "equal"}
+    assert found["controllers"].keys() == {"by_size", "equal", "ado", "odm", "loss_softmax"}
     assert "controller ddk compares with a teacher, and this run has none" in found["not_replayable"]["ddk"]
     cache = tmp_path / "cache"
     make_cache(LocalPlace(cache), CONDITIONS)
