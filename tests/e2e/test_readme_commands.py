@@ -146,6 +146,7 @@ def test_the_extra_of_the_guide_is_installed() -> None:
 
 
 @pytest.mark.long("every command of two pages, three minutes")
+@pytest.mark.timeout(1200)
 @pytest.mark.parametrize("page", PAGES)
 def test_the_commands_run(page: str, workspace: Path, tmp_path: Path) -> None:
     """A page's commands run in their order in one directory, each with exit code 0, and make what the page says."""

@@ -133,7 +133,7 @@ def test_time_limit(slurm: Cluster, whole: Path, workspace: Path, tmp_path: Path
     options = {**OPTIONS, "stop": {"steps": 4000}, "mixture": {"interval_steps": 1000}}
     [job] = slurm.submit(write_config(workspace, tmp_path, **options), "--signal-seconds", "60", limit="2")
     slurm.start_requeued(job)
-    slurm.wait_for("to resume", lambda: "resumed from" in log(run_dir, job))
+    slurm.wait_for("to resume", lambda: "resumed from" in log(run_dir, job), timeout_s=300)  # two starts
     assert "got USR1" in log(run_dir, job) and "interrupted by SIGUSR1 and saved" in log(run_dir, job)
     slurm.run("scancel", job)
     assert slurm.wait_for_end(job)[0] == "CANCELLED"
@@ -182,6 +182,8 @@ def test_what_time_may_mend_is_requeued_after_a_pause(
 
     def paused() -> bool:
         shown = slurm.show(job)
+        if shown["StartTime"] == "Unknown":  # it waits for the node
+            return False
         begin, now = (
             datetime.fromisoformat(text) for text in (shown["StartTime"], slurm.run("date", "+%FT%T").strip())
         )
