@@ -21,14 +21,8 @@ import numpy.typing as npt
 
 from ddk_ds.data.adopted_shards import BIN, Side, border_lengths
 from ddk_ds.data.manifest import SPLITS, DomainInfo, Manifest, SplitInfo, load_manifest, write_manifest
-from ddk_ds.data.mds import (
-    BORDERS_ENCODING,
-    Lengths,
-    content_hash,
-    token_dtype,
-    write_split,
-)
-from ddk_ds.data.prepare import SHARD_BYTES
+from ddk_ds.data.mds import BORDERS_ENCODING, Lengths, content_hash, token_dtype, write_split
+from ddk_ds.data.prepare import SHARD_BYTES, refuse_existing
 from ddk_ds.data.same_cuts import probe_hash
 from ddk_ds.data.shard_plan import shards_of
 from ddk_ds.data.token_sources import (
@@ -82,9 +76,13 @@ class Rules:
 
 @dataclass(frozen=True)
 class Opened:
-    """A domain that can be adopted, as far as its indexes say; entries have absolute paths."""
+    """A domain that can be adopted, as far as its indexes say; entries have absolute paths.
+
+    `places` are where its shards were found, and its held-out ones; None: they are cut off.
+    """
 
     source: Source
+    places: tuple[Path, Path | None]
     parts: TwoParts
     sequence_length: int
     is_bin: bool
@@ -128,7 +126,7 @@ def open_source(source: Source, rules: Rules) -> Opened:
         if validation:
             parts = TwoParts(parts.train, mds_entries(validation))
         length = _open_mds(parts, rules)
-    opened = Opened(source, parts, length, bool(pairs))
+    opened = Opened(source, (place, validation), parts, length, bool(pairs))
     _check_samples(opened, rules)
     return opened
 
@@ -206,8 +204,7 @@ def adopt(
     lengths = {one.source.name: one.sequence_length for one in opened}
     if len(set(lengths.values())) > 1:
         raise DataError(f"the domains' samples have several lengths, {lengths}: adopt those of one length together")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise DataError(f"{out} exists and is not an empty directory; choose another directory")
+    refuse_existing(out)
     domains, bos, shared = {}, True, {}
     with new_directory(out) as root:
         writer = _Writer(info, rules, root, out.resolve(), all(one.is_bin or rules.borders for one in opened))
@@ -328,7 +325,7 @@ class _Writer:
             counts = _joined([part.documents for part in found])
             documents = -1 if counts is None else int(counts.sum())
             splits.append(SplitInfo(documents, samples * one.sequence_length, samples, -1, sha, largest))
-        place, validation = _two_places(one.source)
+        place, validation = one.places
         adopted: dict[str, Any] = {"format": BIN if one.is_bin else "mds", "train": self._from_root(place.resolve())}
         adopted |= {"held_out": self._from_root(validation.resolve()) if validation else self.rules.held_out}
         return DomainInfo(splits[0], splits[1], adopted={**adopted, "copied": self.rules.copy})
