@@ -74,7 +74,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def sources_of(options: argparse.Namespace) -> list[Source]:
     """Return the domains that are named. Raises DataError for a name that is none, or is given twice."""
-    from ddk_ds.config.sections import FILE_NAME_RULE
+    from ddk_ds.config.sections import FILE_NAME, FILE_NAME_RULE
     from ddk_ds.data.adopt import Source
 
     validation = [Path(given) for given in options.validation or []]
@@ -87,7 +87,7 @@ def sources_of(options: argparse.Namespace) -> list[Source]:
         named, _, place = given.rpartition("=")
         path = Path(place)
         name = named or os.path.basename(os.path.abspath(place)).removesuffix(".bin").removesuffix(".idx")
-        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
+        if not re.fullmatch(FILE_NAME, name):
             raise DataError(f"domain {name!r}: {FILE_NAME_RULE}; give NAME={place}")
         if name in found:
             raise DataError(f"domain {name!r} is given twice ({found[name].place} and {path}); give NAME=DIR")

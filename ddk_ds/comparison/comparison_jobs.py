@@ -16,6 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 from ddk_ds.comparison.method_stages import Job
 from ddk_ds.config import Config
 from ddk_ds.config.paths import absolute_items
+from ddk_ds.config.sections import FILE_NAME
 from ddk_ds.errors import ConfigError
 
 METHODS = ("cpt", "kd", "ddk_equal", "ddk_no_smoothing", "ddk")
@@ -26,7 +27,6 @@ PRESET_KEYS = ("mixture.controller", "loss.divergence")
 """Configuration keys that a method sets, unless the configuration sets them."""
 SUITES = {path.stem: path for path in sorted((Path(__file__).parent / "suites").glob("*.yaml"))}
 """Grids that come with the project, by name."""
-_LABEL = r"[A-Za-z0-9][A-Za-z0-9._-]*"
 
 
 @dataclass(frozen=True)
@@ -133,7 +133,7 @@ def read_grid(path: Path) -> dict[str, list[str]]:
     if not isinstance(variants, dict) or not variants:
         raise ConfigError(f"--grid {path}: write variants: {{label: [key=value, ...]}}")
     for label, items in variants.items():
-        if not re.fullmatch(_LABEL, str(label)):
+        if not re.fullmatch(FILE_NAME, str(label)):
             raise ConfigError(f"--grid {path}: label {label!r}: use letters, digits and . _ -, as in a run's name")
         if not isinstance(items, list) or not all(isinstance(item, str) and "=" in item for item in items):
             raise ConfigError(f"--grid {path}: {label}: {items!r} is no list of key=value")

@@ -22,7 +22,8 @@ Divergence = Literal[
 ]
 
 
-FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+FILE_NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"
+FileName = Annotated[str, Field(pattern=f"^{FILE_NAME}$")]
 """The name of a run or of a domain, which is also a directory's, on any file system and store."""
 FILE_NAME_RULE = (
     "it names a directory: use letters a-z or A-Z, digits, . _ and -, beginning with a letter or digit; other letters "

@@ -38,8 +38,9 @@ class TokensStage:
 
     def run(self, units: Iterable[int]) -> None:
         """Encode blocks. Raises DataError if the text cannot be read or is another, OSError if the disk is full."""
-        cutter = DocumentCutter(load_tokenizer(self.job.tokenizer).text.tokenizer)
-        with batch_encoder(self.job.tokenizer, self.job.dtype, self.job.bos, 1, Screening()) as encode:
+        info = load_tokenizer(self.job.tokenizer)
+        cutter = DocumentCutter(info.text.tokenizer)
+        with batch_encoder(info, self.job.dtype, self.job.bos, 1, Screening()) as encode:
             for unit in units:
                 self._encode(self.blocks[unit], self.result(unit), cutter, encode)
 

@@ -59,6 +59,14 @@ class DomainFacts:
         """Return the bytes of text (UTF-8) of an ordinary token."""
         return self.text_bytes / max(1, self.tokens - self.control - self.padding)
 
+    @property
+    def quantiles(self) -> list[float]:
+        """Return the 5 %, 50 % and 95 % quantiles of `lengths`; [] if they are not known."""
+        if self.lengths is None or not len(self.lengths):
+            return []
+        found: list[float] = np.quantile(self.lengths, [0.05, 0.5, 0.95], method="nearest").tolist()
+        return found
+
 
 class Piece(NamedTuple):
     """Tokens in a row that are shown alike: a text, or the name of one control token.
@@ -152,14 +160,14 @@ def pieces(packed: Packed, info: TokenizerInfo) -> Iterator[Piece]:
     lengths = [len(ids)] if packed.lengths is None else packed.lengths.tolist()
     documents = np.repeat(np.arange(len(lengths)), lengths).tolist()
     targets = [True] * len(ids) if packed.targets is None else packed.targets.tolist()
-    names = {number: token for token, number in info.vocab.items() if number in info.text.controls}
+    controls = info.text.controls
 
     def kind(place: int) -> tuple[int, int | None, bool]:
-        return documents[place], place if ids[place] in names else None, targets[place]
+        return documents[place], place if ids[place] in controls else None, targets[place]
 
     for (document, control, target), places in groupby(range(len(ids)), kind):
         found = [ids[place] for place in places]
-        text = info.tokenizer.decode(found, skip_special_tokens=False) if control is None else names[ids[control]]
+        text = info.tokenizer.decode(found, skip_special_tokens=False) if control is None else token_text(info, *found)
         yield Piece(text, document, control is not None, target)
 
 

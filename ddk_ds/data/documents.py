@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol, cast
+from typing import Any, BinaryIO, Protocol, TypeVar, cast
 
 import pyarrow
 import zstandard
@@ -32,6 +32,7 @@ from ddk_ds.data.tars import tar_samples
 from ddk_ds.data.zstd_frames import ZstdFrames
 from ddk_ds.errors import DataError
 
+T = TypeVar("T")
 _DAMAGE = (OSError, EOFError, zlib.error, zstandard.ZstdError, tarfile.TarError, pyarrow.ArrowException)
 _BLOCK_END = re.compile(r"<\s*(?:/(?:p|li|ul|ol|dl|dd|dt|h\d|div|tr|table|note)|br\s*/?)\s*>", re.IGNORECASE)
 _TAG = re.compile(r"<[^<>]+>")
@@ -382,15 +383,21 @@ def _column(
     values: Iterator[Values], num_bytes: int, file: SourceFile, dropped: Dropped, meter: Meter
 ) -> Iterator[str]:
     """Yield the texts of a column; the meter counts a share of the file's `num_bytes`."""
-    start = meter.disk_bytes
-    for share, batch in values:
-        meter.disk_bytes = start + int(num_bytes * share)
+    for batch in _counted(values, num_bytes, meter):
         for data in batch:
             _refuse_longer(len(data or b""), f"{file.where}: a row of {file.source.text_field!r}")
             text = None if data is None else _decode(data, dropped)
             dropped.missing += data is None
             if text is not None:
                 yield text
+
+
+def _counted(batches: Iterator[tuple[float, T]], num_bytes: int, meter: Meter) -> Iterator[T]:
+    """Yield batches of rows; the meter counts, of a file's `num_bytes`, the share that is read with each."""
+    start = meter.disk_bytes
+    for share, batch in batches:
+        meter.disk_bytes = start + int(num_bytes * share)
+        yield batch
     meter.disk_bytes = start + num_bytes
 
 
@@ -422,12 +429,9 @@ def _read_webdataset(path: Path, file: SourceFile, dropped: Dropped, meter: Mete
 
 
 def _read_parquet_chat(path: Path, chat: Chat, where: str, dropped: Dropped, meter: Meter) -> Iterator[str]:
-    size, start = path.stat().st_size, meter.disk_bytes
-    for share, found in parquet_conversations(path, chat, where):
-        meter.disk_bytes = start + int(size * share)
+    for found in _counted(parquet_conversations(path, chat, where), path.stat().st_size, meter):
         dropped.missing += found.count(None)
         yield from filter(None, found)
-    meter.disk_bytes = start + size
 
 
 _READERS: dict[Format, Callable[[Path, SourceFile, Dropped, Meter], Iterator[str]]] = {

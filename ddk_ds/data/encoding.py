@@ -99,9 +99,9 @@ class TextEncoder:
 class _Work:
     """The work on a batch: the ids of its parts, and the marks of its complete documents."""
 
-    def __init__(self, directory: Path, dtype: str, bos: tuple[int, ...], screening: Screening) -> None:
-        self._info, self._screening = load_tokenizer(directory), screening
-        self._text = TextEncoder(self._info, dtype, bos)
+    def __init__(self, info: TokenizerInfo, dtype: str, bos: tuple[int, ...], screening: Screening) -> None:
+        self._info, self._screening = info, screening
+        self._text = TextEncoder(info, dtype, bos)
         self._chats: dict[ChatStyle, ChatEncoder] = {}
 
     def __call__(self, parts: list[Part], texts: list[str], style: ChatStyle | None) -> tuple[Encoded, Marks]:
@@ -124,7 +124,7 @@ def _start_worker(directory: Path, dtype: str, bos: tuple[int, ...], screening: 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends Ctrl-C to all: the parent ends its workers
     threading.Thread(target=end_with_parent, daemon=True).start()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
-    _work = _Work(directory, dtype, bos, screening)
+    _work = _Work(load_tokenizer(directory), dtype, bos, screening)
 
 
 def end_with_parent() -> None:
@@ -142,12 +142,12 @@ def _run(parts: list[Part], texts: list[str], style: ChatStyle | None) -> tuple[
 
 @contextmanager
 def batch_encoder(
-    directory: Path, dtype: str, bos: tuple[int, ...], workers: int, screening: Screening
+    info: TokenizerInfo, dtype: str, bos: tuple[int, ...], workers: int, screening: Screening
 ) -> Iterator[BatchEncoder]:
     """Yield a function from batches of parts to their ids, and to the documents' marks.
 
     Args:
-        directory: directory of the tokenizer.
+        info: the tokenizer, which each process loads for itself.
         dtype: dtype of the ids.
         bos: ids at the beginning of each document of text.
         workers: number of encoding processes; 1: this process encodes.
@@ -157,11 +157,12 @@ def batch_encoder(
         DataError: a worker died.
     """
     if workers == 1:
-        yield partial(_encode_here, _Work(directory, dtype, bos, screening))
+        yield partial(_encode_here, _Work(info, dtype, bos, screening))
         return
     # spawn: a fork would copy locks that the caller's threads hold (progress bar, tokenizers' own pool).
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, context, _start_worker, (directory, dtype, bos, screening)) as pool:
+    start = info.path.parent, dtype, bos, screening
+    with ProcessPoolExecutor(workers, context, _start_worker, start) as pool:
         try:
             yield partial(_encode_in_pool, pool, _BATCHES_AHEAD * workers)
         except BrokenProcessPool as error:

@@ -117,7 +117,7 @@ def prepare(
                 check_first_texts(files[name])
         domains = {}
         cutter = DocumentCutter(info.text.tokenizer)
-        with batch_encoder(tokenizer, token_dtype(info.vocab_size), bos, plan.workers, screening) as encode:
+        with batch_encoder(info, token_dtype(info.vocab_size), bos, plan.workers, screening) as encode:
             for number, (name, domain) in enumerate(recipe.domains.items()):
                 text = DomainText(
                     name, number, domain, files[name], plan.seed, cutter, bool(screening), styles.get(name)

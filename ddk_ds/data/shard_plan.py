@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
-from streaming import MDSWriter
 
 from ddk_ds.data.mds import Lengths, packed_lengths, sample_record, split_writer
+
+if TYPE_CHECKING:
+    from streaming import MDSWriter
 
 
 def shard_samples(lengths: Iterable[Lengths], *, sequence_length: int, dtype: str, shard_bytes: int) -> Iterator[int]:

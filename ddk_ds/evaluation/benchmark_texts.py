@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
+from ddk_ds.data.conversations import strings_in
 from ddk_ds.errors import ConfigError
 from ddk_ds.evaluation.suites import SUBJECT, SUITES, Chosen, check_files, choose_benchmarks, find_files, read_rows
 
@@ -44,15 +43,5 @@ def _texts(data: Path, chosen: Chosen, subjects: list[str]) -> list[str]:
         files = find_files(data, chosen, subject)
         assert files is not None, "check_files has found them"
         rows = read_rows(files[chosen.benchmark.data.split])
-        texts += [" ".join(_strings([row[field] for field in chosen.benchmark.data.fields])) for row in rows]
+        texts += [" ".join(strings_in([row[field] for field in chosen.benchmark.data.fields])) for row in rows]
     return texts
-
-
-def _strings(value: Any) -> Iterator[str]:
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, dict):
-        yield from _strings(list(value.values()))
-    elif isinstance(value, list):
-        for inner in value:
-            yield from _strings(inner)

@@ -12,7 +12,12 @@ from ddk_ds.mixture.boltzmann import Boltzmann
 from ddk_ds.mixture.bounds import Bounded, floors_in_order, included_domains
 from ddk_ds.mixture.ddk import DDK, DDKNoSmoothing
 from ddk_ds.mixture.decide import Controller, Known
-from ddk_ds.mixture.domain_vectors import proportions_by_size, proportions_in_order, values_in_order
+from ddk_ds.mixture.domain_vectors import (
+    proportions_asked,
+    proportions_by_size,
+    proportions_in_order,
+    values_in_order,
+)
 from ddk_ds.mixture.excess_loss import DoReMiOnline, ShearedLlama
 from ddk_ds.mixture.fixed import Scheduled, Static, parse_stages
 from ddk_ds.mixture.odm import ODM
@@ -162,9 +167,7 @@ def _prior(options: MixtureOptions, names: tuple[str, ...], sizes: Mapping[str, 
     """Return the prior proportions (M,) of `names`; None for equal ones, which the controllers compute as 1/M."""
     if options.prior == "equal":
         return None
-    if isinstance(options.prior, str):
-        return proportions_by_size(names, sizes)
-    return proportions_in_order(options.prior, list(sizes), options.exclude, label="mixture.prior")
+    return proportions_asked(options.prior, names, sizes, options.exclude, label="mixture.prior")
 
 
 def _reference_losses(options: MixtureOptions, sizes: Mapping[str, int]) -> tuple[float, ...] | None:

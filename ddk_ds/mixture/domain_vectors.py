@@ -153,6 +153,30 @@ def proportions_by_size(names: Sequence[str], sizes: Mapping[str, int]) -> tuple
     return tuple(int(sizes[name]) / total for name in names)
 
 
+def proportions_asked(
+    asked: str | Mapping[str, float],
+    names: Sequence[str],
+    sizes: Mapping[str, int],
+    exclude: Sequence[str],
+    *,
+    label: str,
+) -> tuple[float, ...]:
+    """Return the proportions (M,) of `names` that an option asks for: "equal", "by_size", or a value for each domain.
+
+    Args:
+        sizes: size of each domain, those in `exclude` too.
+        label: the option's key, for messages.
+
+    Raises:
+        ConfigError: as `proportions_by_size` or `proportions_in_order` raises.
+    """
+    if asked == "equal":
+        return (1 / len(names),) * len(names)
+    if isinstance(asked, str):
+        return proportions_by_size(names, sizes)
+    return proportions_in_order(asked, list(sizes), exclude, label=label)
+
+
 @dataclass(frozen=True, eq=False)
 class Factors:
     """Proportions and their logs: where a proportion underflows to 0, its log still says how small it is.

@@ -17,7 +17,7 @@ import numpy as np
 from ddk_ds.errors import ConfigError
 from ddk_ds.mixture.bounds import included_domains
 from ddk_ds.mixture.decide import Controller
-from ddk_ds.mixture.domain_vectors import proportions_by_size, proportions_in_order
+from ddk_ds.mixture.domain_vectors import proportions_asked
 
 _KNOWN_BEFORE = ("equal", "by_size", "static", "schedule")
 """Controllers whose proportions depend on nothing that a run measures."""
@@ -55,12 +55,7 @@ def make_loss_weights(
     if options.loss_weights is None:
         return None
     names = included_domains(list(sizes), options.exclude)
-    if options.loss_weights == "equal":
-        weights: Sequence[float] = [1 / len(names)] * len(names)
-    elif isinstance(options.loss_weights, str):
-        weights = proportions_by_size(names, sizes)
-    else:
-        weights = proportions_in_order(options.loss_weights, list(sizes), options.exclude, label="mixture.loss_weights")
+    weights = proportions_asked(options.loss_weights, names, sizes, options.exclude, label="mixture.loss_weights")
     by_name = dict(zip(names, weights, strict=True))
     if zero := [name for name, weight in by_name.items() if weight == 0]:
         raise ConfigError(f"mixture.loss_weights: '{zero[0]}' has 0: give it a weight, or name it in mixture.exclude")

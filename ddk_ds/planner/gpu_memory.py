@@ -69,7 +69,7 @@ def plan_memory(config: Config, models: Models, cluster: Cluster) -> MemoryPlan:
         device_bytes=total.device_bytes,
         host_bytes=total.host_bytes * cluster.gpus_per_node,
         usable_bytes=_usable_bytes(cluster),
-        fits=fits(config, models, cluster),
+        fits=holds(cluster, total.device_bytes),
         activations={
             "with checkpointing": activations(True),
             "with selective checkpointing": activations("selective"),
@@ -87,7 +87,12 @@ def placed(config: Config, models: Models, cluster: Cluster) -> Config:
 
 def fits(config: Config, models: Models, cluster: Cluster) -> bool:
     """Return True if a device of the cluster can hold the run."""
-    return estimate(config, models, cluster).device_bytes <= _usable_bytes(cluster)
+    return holds(cluster, estimate(config, models, cluster).device_bytes)
+
+
+def holds(cluster: Cluster, device_bytes: int) -> bool:
+    """Return True if a device of the cluster can hold so many bytes."""
+    return device_bytes <= _usable_bytes(cluster)
 
 
 def _usable_bytes(cluster: Cluster) -> int:

@@ -17,7 +17,7 @@ from ddk_ds.config.sections import Teacher
 from ddk_ds.engine.eight_bits import LEAST_SHARE
 from ddk_ds.engine.memory_estimate import fewest_passes
 from ddk_ds.errors import ConfigError
-from ddk_ds.planner.gpu_memory import changed, estimate, fits, placed
+from ddk_ds.planner.gpu_memory import changed, estimate, fits, holds, placed
 from ddk_ds.planner.gpus import Cluster, Gpu
 from ddk_ds.planner.layer_time import ROUNDED_BYTES
 from ddk_ds.planner.plan_inputs import Models, find_inputs
@@ -207,6 +207,7 @@ def layouts_on(
         most = one_each.micro_batches(at.ranks) if several else 1
         chosen = fewest_passes(one_each, most, lambda tried: fits(tried, models, at))
         step = simulate_step(chosen, models, at, domains=domains, storage_bytes_per_s=storage_bytes_per_s)
+        device_bytes = estimate(chosen, models, at).device_bytes
         return LayoutPoint(
             link_bytes_per_s=at.gpu.network_bytes_per_s,
             gpus=at.ranks,
@@ -214,8 +215,8 @@ def layouts_on(
             shard_within=within,
             micro_batches_per_pass=chosen.teacher_pass_size,
             tokens_per_s_per_gpu=step.tokens_per_s / at.ranks,
-            device_bytes=estimate(chosen, models, at).device_bytes,
-            fits=fits(chosen, models, at),
+            device_bytes=device_bytes,
+            fits=holds(at, device_bytes),
             several=several,
         )
 

@@ -12,12 +12,9 @@ from ddk_ds.data.data_facts import DomainFacts, pieces, token_text
 from ddk_ds.data.manifest import Manifest
 from ddk_ds.data.mds import Packed
 from ddk_ds.data.tokenizer import TokenizerInfo
-from ddk_ds.errors import ConfigError
-from ddk_ds.files import write_text
 from ddk_ds.report.charts import Chart, Curve, Panel
-from ddk_ds.report.page import Section, head, section_html, still_pictures
+from ddk_ds.report.page import Section, links_to, write_still_page
 from ddk_ds.report.result_tables import table
-from ddk_ds.version import VERSION
 
 _BINS = 40
 
@@ -35,19 +32,8 @@ def write_data_page(
     ]
     if all(one.lengths is None for one in facts):
         parts.pop(1)
-    stills = still_pictures(parts)
-    links = "".join(f'<li><a href="#{escape(part.anchor)}">{escape(part.title)}</a></li>' for part in parts)
-    title = f"{manifest.root}, {split}"
-    html = (
-        head(title, []) + f"<body><header><h1>{escape(title)}</h1>{_about(manifest, facts)}"
-        f'<nav aria-label="Contents"><ul>{links}</ul></nav></header>\n'
-        f"<main>{''.join(section_html(part, stills) for part in parts)}</main>"
-        f"<footer><p>ddk_ds {VERSION}</p></footer></body></html>\n"
-    )
-    try:
-        write_text(path, html)
-    except OSError as error:
-        raise ConfigError(f"--html {path}: cannot be written: {error.strerror}; name another file") from error
+    about = _about(manifest, facts) + links_to(parts)
+    write_still_page(path, "--html", f"{manifest.root}, {split}", about, parts)
 
 
 def _about(manifest: Manifest, facts: Sequence[DomainFacts]) -> str:
@@ -69,7 +55,7 @@ def _counts(facts: Sequence[DomainFacts], manifest: Manifest) -> str:
     for one in facts:
         domain = manifest.domains[one.name]
         train = domain.train
-        documents = [f"{value:,.0f}" for value in _quantiles(one)] or ["-"] * 3
+        documents = [f"{value:,.0f}" for value in one.quantiles] or ["-"] * 3
         rows.append(
             [
                 one.name,
@@ -96,12 +82,6 @@ def _counts(facts: Sequence[DomainFacts], manifest: Manifest) -> str:
         "stand for bytes which are no UTF-8, without those at a sample's ends"
     )
     return table(headings, rows, caption, "domains")
-
-
-def _quantiles(one: DomainFacts) -> list[float]:
-    if one.lengths is None or not len(one.lengths):
-        return []
-    return np.quantile(one.lengths, [0.05, 0.5, 0.95], method="nearest").tolist()
 
 
 def _lengths(one: DomainFacts, longest: int, number: int) -> Chart | None:

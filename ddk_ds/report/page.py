@@ -67,6 +67,29 @@ def write_page(run_dirs: Sequence[Path], out: Path) -> Path:
     return out / "report.html"
 
 
+def write_still_page(path: Path, option: str, title: str, about: str, parts: Sequence[Section]) -> None:
+    """Write a page without scripts to `path`: under its title the HTML `about`, then its parts.
+
+    Raises ConfigError, which names the `option` that gave the path, if it cannot be written.
+    """
+    stills = still_pictures(parts)
+    body = "".join(section_html(part, stills) for part in parts)
+    html = (
+        head(title, []) + f"<body><header><h1>{escape(title)}</h1>{about}</header>\n<main>{body}</main>"
+        f"<footer><p>ddk_ds {VERSION}</p></footer></body></html>\n"
+    )
+    try:
+        write_text(path, html)
+    except OSError as error:
+        raise ConfigError(f"{option} {path}: cannot be written: {error.strerror}; name another file") from error
+
+
+def links_to(parts: Sequence[Section]) -> str:
+    """Return the list of links to the parts of a page."""
+    links = "".join(f'<li><a href="#{escape(part.anchor)}">{escape(part.title)}</a></li>' for part in parts)
+    return f'<nav aria-label="Contents"><ul>{links}</ul></nav>'
+
+
 def still_pictures(parts: Sequence[Section]) -> dict[str, str]:
     """Return the SVG of every chart, by its name."""
     return {chart.name: still(chart) for part in parts for chart in part.charts}
@@ -113,7 +136,6 @@ def page(runs: Sequence[RunRecord], parts: Sequence[Section], stills: dict[str, 
     groups = group_runs(runs)
     shown = live([chart for part in parts for chart in part.charts])
     scripts = [shown.library, (_FOLDER / "page.js").read_text(encoding="utf-8"), script]
-    links = "".join(f'<li><a href="#{part.anchor}">{escape(part.title)}</a></li>' for part in parts)
     body = "".join(section_html(part, stills) for part in parts)
     others = f" compared with {_names(groups[1:])}" if len(groups) > 1 else ""
     state = groups[0].first.state
@@ -121,7 +143,7 @@ def page(runs: Sequence[RunRecord], parts: Sequence[Section], stills: dict[str, 
         head(f"{groups[0].label}: report", scripts)
         + f"<body><header><h1>{escape(groups[0].title)}{escape(others)}</h1>{headline(groups)}"
         f'<p class="state {state.kind.split()[0]}">{escape(state.text)}</p>{cost(groups[0])}'
-        f'<nav aria-label="Contents"><ul>{links}</ul></nav></header>\n<main>{body}</main>'
+        f"{links_to(parts)}</header>\n<main>{body}</main>"
         f"<footer><p>ddk_ds {VERSION}. Drag over a picture to zoom, double-click its arrow to go back; a click on a "
         "name in a legend switches it off on the whole page.</p></footer>"
         f'<script id="charts" type="application/json">{_in_json(shown.content)}</script>'

@@ -8,14 +8,11 @@ from pathlib import Path
 
 import numpy as np
 
-from ddk_ds.errors import ConfigError
-from ddk_ds.files import write_text
 from ddk_ds.report.charts import Chart, Curve, Panel
-from ddk_ds.report.page import Section, head, section_html, still_pictures
+from ddk_ds.report.page import Section, write_still_page
 from ddk_ds.report.replayed_decisions import RecordedRun
 from ddk_ds.report.result_tables import table
 from ddk_ds.report.what_if import CAVEAT, SUMMARY_HEADINGS, WouldBe, sample_cell, summary_cells
-from ddk_ds.version import VERSION
 
 
 def write_what_if_page(
@@ -30,19 +27,9 @@ def write_what_if_page(
         Section("samples", "What each would have drawn", _samples(found, run), []),
         Section("intervals", "Interval by interval", "", _proportions(found, run)),
     ]
-    stills = still_pictures(parts)
-    body = "".join(section_html(part, stills) for part in parts)
     items = "".join(f"<li>{escape(note)}</li>" for note in notes)
-    html = (
-        head(f"{title}: what other controllers would have decided", [])
-        + f"<body><header><h1>{escape(title)}: what other controllers would have decided</h1>"
-        f'<p class="warning">{escape(CAVEAT)}</p><ul class="remarks">{items}</ul></header>\n<main>{body}</main>'
-        f"<footer><p>ddk_ds {VERSION}</p></footer></body></html>\n"
-    )
-    try:
-        write_text(path, html)
-    except OSError as error:
-        raise ConfigError(f"--page {path}: cannot be written: {error.strerror}; name another file") from error
+    about = f'<p class="warning">{escape(CAVEAT)}</p><ul class="remarks">{items}</ul>'
+    write_still_page(path, "--page", f"{title}: what other controllers would have decided", about, parts)
 
 
 def _controllers(found: Sequence[WouldBe], run: RecordedRun) -> str:
