@@ -144,7 +144,7 @@ def table(facts: Sequence[DomainFacts], manifest: Manifest) -> Table:
     for number, head in enumerate(heads):
         result.add_column(head, justify="right" if number else "left")
     for one in facts:
-        median = "-" if one.lengths is None else f"{float(sorted(one.lengths.tolist())[len(one.lengths) // 2]):,.0f}"
+        median = f"{one.quantiles[1]:,.0f}" if one.quantiles else "-"
         row = (f"{one.samples:,}", f"{len(one.numbers):,}", f"{one.duplicates:,}", median, f"{one.bytes_per_token:.2f}")
         result.add_row(one.name, *row, f"{one.replaced / max(1, one.characters):.3%}")
     return result
