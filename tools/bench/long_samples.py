@@ -22,6 +22,7 @@ from ddk_ds.version import versions
 from tools.bench.small_run import make_workspace, run_here, write_config
 
 RANKS = (1, 2, 4)
+SOURCES = {"python": "stdlib:*.py", "cpp": "package:torch/include/ATen/*.h", "mathematics": "package:sympy/**/*.py"}
 SHAPES = {"teacher": (256, 6), "student": (192, 4)}
 
 
@@ -73,8 +74,11 @@ def prepare(folder: Path, length: int) -> Path:
         (folder / name).rename(folder / f"short-{name}")
         (folder / f"long-{name}").rename(folder / name)
     cut = ["--sequence-length", str(length), "--validation-samples", "1", "--workers", "1"]
-    recipe, tokenizer = str(folder / "recipe.yaml"), str(folder / "tokenizer")
-    run_here("prepare", "--recipe", recipe, "--tokenizer", tokenizer, "--out", str(folder / "long"), *cut)
+    recipe, tokenizer = folder / "long.yaml", str(folder / "tokenizer")
+    # Enough for some dozens of samples: a small run's own text is less than one of 16,384 tokens.
+    domains = {name: {"sources": [source], "max_bytes": 100 * length} for name, source in SOURCES.items()}
+    recipe.write_text(json.dumps({"domains": domains}))  # JSON is YAML too
+    run_here("prepare", "--recipe", str(recipe), "--tokenizer", tokenizer, "--out", str(folder / "long"), *cut)
     return folder
 
 

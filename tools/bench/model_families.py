@@ -7,7 +7,9 @@ the table of docs/models.md from the files of both versions of transformers.
 
 For each family a model of two small layers is made with random weights. It is loaded as a run loads it, in float32 and
 in bf16, and its logits are compared with those of plain transformers in float32; the student's export is loaded again
-by transformers, and the student makes a step. Each family has a process of its own.
+by transformers, and the student makes a step. Then documents are kept apart: loss and gradients of a micro-batch of
+samples that have several are compared with those of plain transformers in float64, each document in a pass of its own.
+Each family has a process of its own.
 """
 
 from __future__ import annotations
@@ -29,19 +31,22 @@ from typing import Any
 
 import torch
 import transformers
+from deepspeed.utils import safe_get_full_grad
 from huggingface_hub.errors import StrictDataclassClassValidationError
+from torch.nn import functional
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForImageTextToText
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
 )
 
-from ddk_ds.config import make_config
+from ddk_ds.config import Config, make_config
+from ddk_ds.engine.attention import check_apart
 from ddk_ds.engine.export import Companions, export_student
 from ddk_ds.engine.head import OutputHead
 from ddk_ds.engine.model_files import read_model
 from ddk_ds.engine.runtime import Runtime, start_runtime
-from ddk_ds.engine.split_check import check_split
+from ddk_ds.engine.split_check import check_documents, check_split
 from ddk_ds.engine.student import Student, load_student
 from ddk_ds.engine.teacher import Teacher, load_teacher
 from ddk_ds.engine.unloaded_models import without_memory
@@ -61,11 +66,16 @@ LIMIT_S = 180
 _LIMITS = {"fp32": 1e-4, "bf16": 0.1}
 # Positions that must be within it. In bf16 a router or an indexer of random weights chooses otherwise at some.
 _POSITIONS = {"fp32": 1.0, "bf16": 0.8}
+DOCUMENTS = [[9, 1, 14], [5, 5, 5, 5, 4]]
+"""Lengths of the documents of two samples."""
+# Largest error of the loss, relative, and of the gradients, over the largest one.
+_APART = 5e-5
 # What a summary leaves out of a message: where the model lies and its role, and by how much logits differ.
 _OWN = re.compile(
     r"((teacher|student)(\.path)?|path): |\S*/model(:| (?=cannot)|/(?=config)) ?|(?<=choose another) (teacher|student)"
 )
 _NUMBERS = re.compile(r", but differ by up to .*| \(another last token [^)]*\)")
+_NOT_APART = re.compile(r".* keep documents apart: (\w+ \(\w+\) )?(.*?)( by [\d.e+-]+ where the .*|: set data\..*)")
 _SERVER = multiprocessing.get_context("forkserver")
 
 # A value for whichever of these keys a family's configuration has.
@@ -93,7 +103,7 @@ SMALL: dict[str, Any] = {
     **{"vocab_size": VOCAB + 3, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "initializer_range": 0.2},
     **{"index_head_dim": 16, "index_n_heads": 2, "index_topk": 20},
     **{"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": VOCAB + 3, "laurel_rank": 8},
-    **{"attention_dropout": 0.0, "hidden_dropout": 0.0, "dropout": 0.0, "is_decoder": True},
+    "is_decoder": True,
 }
 # What a family needs beyond that: mostly lengths of lists by layer, and sizes that must divide others.
 FURTHER: dict[str, dict[str, Any]] = {
@@ -131,16 +141,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     families = options.only or all_families()
     # Not at import: a process has one such server, and the tests' has what they need.
     _SERVER.set_forkserver_preload(["tools.bench.model_families", "deepspeed.module_inject"])
-    found: dict[str, str] = {}
+    found: dict[str, dict[str, str]] = {"families": {}, "documents": {}}
     with ThreadPoolExecutor(options.workers) as pool:
         for family, result in zip(families, pool.map(try_family, families), strict=True):
-            found[family] = summary(result)
-            print(f"{family}: {found[family]}", flush=True)
+            apart = result.pop("documents", "")
+            found["families"][family] = summary(result)
+            line = f"{family}: {found['families'][family]}"
+            if apart:
+                found["documents"][family] = _NOT_APART.sub(r"refused: \2", apart)
+                line += f"; documents apart: {found['documents'][family]}"
+            print(line, flush=True)
     if options.json:
-        known = json.loads(options.json.read_text())["families"] if options.json.is_file() else {}
-        content = {"transformers": transformers.__version__, "families": dict(sorted({**known, **found}.items()))}
-        options.json.write_text(json.dumps(content, indent=1) + "\n")
-    return int(any(word in line for line in found.values() for word in ("wrong", "crash")))
+        known = json.loads(options.json.read_text()) if options.json.is_file() else {}
+        merged = {kind: dict(sorted({**known.get(kind, {}), **of_kind}.items())) for kind, of_kind in found.items()}
+        options.json.write_text(json.dumps({"transformers": transformers.__version__, **merged}, indent=1) + "\n")
+    lines = [line for of_kind in found.values() for line in of_kind.values()]
+    return int(any(word in line for line in lines for word in ("wrong", "crash")))
 
 
 def all_families() -> list[str]:
@@ -216,6 +232,8 @@ def _in_process(family: str, folder: str, environment: dict[str, str]) -> None:
             trial = partial(try_model, role, load, precision, Path(folder), expected, runtime)
             note(f"{role} {precision}", outcome_of(trial))
     note("export", outcome_of(partial(try_export, Path(folder), expected)))
+    if (Path(folder) / "export").is_dir():
+        note("documents", outcome_of(partial(try_documents, Path(folder), runtime)))
     os._exit(0)
 
 
@@ -257,6 +275,9 @@ def _small_values(config: Any) -> dict[str, Any]:
     """Return the values of a small configuration; a wrapper's parts have their own below their names."""
     names = set(config.to_dict())
     values: dict[str, Any] = {name: value for name, value in SMALL.items() if name in names}
+    chances = {name for name in names if "drop" in name or "jitter" in name}
+    chances = {name for name in chances if isinstance(getattr(config, name, None), float)}
+    values |= dict.fromkeys(chances, 0.0)  # a student's gradients are compared as it trains
     if "qk_rope_head_dim" in names:  # latent attention
         values |= {"head_dim": SMALL["qk_rope_head_dim"], "num_key_value_heads": SMALL["num_attention_heads"]}
     for name in _BY_LAYER:
@@ -290,7 +311,7 @@ def make_model(family: str, folder: Path) -> dict[str, torch.Tensor]:
         raise ValueError(f"it has {size:,} parameters")
     model = auto.from_config(config, attn_implementation="eager").eval()
     for buffer in persistent_buffers(model).values():  # such as a router's correction, which is zero at first
-        if buffer.dtype.is_floating_point:
+        if buffer.dtype.is_floating_point and buffer.dim() == 1:  # and not MiniMax's decays, whose zeros are its mask
             buffer.add_(torch.rand_like(buffer) * 0.1)
     model.save_pretrained(folder / "model")
     plain = _plain(folder / "model", auto)
@@ -333,19 +354,8 @@ def try_model(
     runtime: Runtime,
 ) -> str:
     """Load the model in a role and compare its logits; a student in float32 is exported, and then makes a step."""
-    section = {"path": str(folder / "model")}
-    values: dict[str, Any] = {
-        "name": "trial",
-        "output_dir": str(folder / "runs"),
-        "student": section,
-        "teacher": section,
-        "data": {"path": str(folder / "data"), "sequence_length": LENGTH, "validation_samples": 4},
-        "train": {"global_batch_samples": 1, "micro_batch_samples": 1, "precision": precision},
-        "optimizer": {"warmup_steps": 1},
-        "stop": {"steps": 2},
-    }
     files = read_model(folder / "model", f"{role}.path")
-    model = load(make_config(values, "trial"), files, VOCAB, runtime.comm)
+    model = load(_config(folder, "model", precision), files, VOCAB, runtime.comm)
     check_split(model, _ids(), VOCAB, role, runtime.comm)
 
     def logits(hidden: torch.Tensor, head: OutputHead) -> torch.Tensor:
@@ -363,6 +373,21 @@ def try_model(
             export_student(model, folder / "export", runtime.comm, partial(Companions, files, "", {}))
         _step(model)
     return "works"
+
+
+def _config(folder: Path, name: str, precision: str) -> Config:
+    section = {"path": str(folder / name)}
+    values: dict[str, Any] = {
+        "name": "trial",
+        "output_dir": str(folder / "runs"),
+        "student": section,
+        "teacher": section,
+        "data": {"path": str(folder / "data"), "sequence_length": LENGTH, "validation_samples": 4},
+        "train": {"global_batch_samples": 1, "micro_batch_samples": 1, "precision": precision},
+        "optimizer": {"warmup_steps": 1},
+        "stop": {"steps": 2},
+    }
+    return make_config(values, "trial")
 
 
 def _difference(found: torch.Tensor, expected: torch.Tensor, positions: float = 1.0) -> float:
@@ -383,6 +408,63 @@ def _step(student: Student) -> None:
         student.backward(value, last=True)
         norm, _ = student.update(1e-3, torch.zeros(0, dtype=torch.float64))
         assert torch.isfinite(value) and 0 < norm < float("inf"), f"loss {float(value):.3g}, gradient norm {norm:.3g}"
+
+
+def try_documents(folder: Path, runtime: Runtime) -> str:
+    """Compare loss and gradients of samples whose documents are kept apart with those of each document alone."""
+    config, files = _config(folder, "export", "fp32"), read_model(folder / "export", "student.path")
+    check_apart(files.config, files.directory, "student", config.student)
+    student = load_student(config, files, VOCAB, runtime.comm)
+    ids = torch.cat([_ids(), _ids().flip(1)])
+    check_documents(student, ids, VOCAB, "student", runtime.comm)
+    lengths = [length for of_sample in DOCUMENTS for length in of_sample]
+    positions = torch.cat([torch.arange(length) for length in lengths]).view_as(ids)
+    labels = torch.cat([functional.pad(one[1:], (0, 1), value=-100) for one in ids.flatten().split(lengths)])
+
+    def mean_loss(hidden: torch.Tensor, head: OutputHead) -> torch.Tensor:
+        logits = reference_logits(hidden, head.weight, head.bias, VOCAB, head.form)
+        return functional.cross_entropy(logits.float(), labels)
+
+    gradients: dict[str, torch.Tensor] = {}
+
+    def note() -> None:
+        for name, parameter in student.whole.named_parameters():
+            gradients[name] = safe_get_full_grad(parameter) if parameter.requires_grad else torch.zeros(())
+
+    student._check_gradients = note  # type: ignore[method-assign]
+    loss = student(ids, mean_loss, positions)
+    student.backward(loss, last=True)
+    student.update(0.0, torch.zeros(0, dtype=torch.float64))
+    try:
+        right, of_documents = _alone(folder / "export", ids, lengths, torch.float64)
+    except RuntimeError:  # XGLM's mask has no number of float64
+        right, of_documents = _alone(folder / "export", ids, lengths, torch.float32)
+    off = abs(float(loss.detach()) / right - 1)
+    largest = max(float(gradient.abs().max()) for gradient in of_documents.values())
+    by_name = {name: float((gradients[name] - right).abs().max()) for name, right in of_documents.items()}
+    worst = max(by_name, key=lambda name: by_name[name])
+    if not (off <= _APART and by_name[worst] <= _APART * largest):
+        return f"wrong: the loss is off by {off:.1g}, the gradient of {worst} by {by_name[worst] / largest:.1g}"
+    return "works"
+
+
+def _alone(
+    directory: Path, ids: torch.Tensor, lengths: Sequence[int], dtype: torch.dtype
+) -> tuple[float, dict[str, torch.Tensor]]:
+    """Return plain transformers' loss and gradients, each document of `ids` in a pass of its own."""
+    model = _plain(directory, AutoModelForCausalLM, dtype)
+    if hasattr(model, "set_experts_implementation"):  # torch's products of all experts at once have no float64
+        model.set_experts_implementation("eager")
+    total, count = torch.zeros((), dtype=dtype), sum(lengths) - len(lengths)
+    for document in ids.flatten().split(list(lengths)):
+        if len(document) > 1:
+            logits = model(document[None], use_cache=False).logits[0, :-1, :VOCAB]
+            total = total + functional.cross_entropy(logits, document[1:], reduction="sum") / count
+    total.backward()
+    return float(total.detach()), {
+        name: torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        for name, parameter in model.named_parameters()
+    }
 
 
 def try_export(folder: Path, expected: dict[str, torch.Tensor]) -> str:

@@ -34,11 +34,18 @@ def with_table(page: str, lines: str) -> str:
 
 
 def table(results: Sequence[dict[str, Any]]) -> str:
-    """Return the Markdown table of all families: a column for each result, a dash where one has not been tried."""
-    versions = [result["transformers"] for result in results]
-    lines = [f"| family | transformers {' | transformers '.join(versions)} |", "| --- |" + " --- |" * len(versions)]
+    """Return the Markdown table of all families; a dash where one has not been tried.
+
+    It has a column for each result: how the family works; and one for documents that are kept apart, if that was tried.
+    """
+    columns: dict[str, dict[str, str]] = {}
+    for result in results:
+        columns[f"transformers {result['transformers']}"] = result["families"]
+        if "documents" in result:
+            columns[f"documents apart, {result['transformers']}"] = result["documents"]
+    lines = [f"| family | {' | '.join(columns)} |", "| --- |" + " --- |" * len(columns)]
     for family in sorted({family for result in results for family in result["families"]}):
-        cells = [result["families"].get(family, "-").replace("|", "/") for result in results]
+        cells = [of_column.get(family, "-").replace("|", "/") for of_column in columns.values()]
         lines.append(f"| {family} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
