@@ -60,7 +60,7 @@ from tools.bench.forked import rank_environment
 VOCAB, LENGTH = 205, 24
 LARGEST = 20_000_000
 """Parameters of the largest model that is made."""
-TRIALS = ("teacher fp32", "teacher bf16", "student fp32", "student bf16", "export")
+TRIALS = ("teacher fp32", "teacher bf16", "student fp32", "student bf16", "export", "documents")
 LIMIT_S = 180
 # Largest difference of logits over the largest logit: rounding, and in bf16 that of two layers' activations too.
 _LIMITS = {"fp32": 1e-4, "bf16": 0.1}
@@ -153,7 +153,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(line, flush=True)
     if options.json:
         known = json.loads(options.json.read_text()) if options.json.is_file() else {}
-        merged = {kind: dict(sorted({**known.get(kind, {}), **of_kind}.items())) for kind, of_kind in found.items()}
+        merged = {}
+        for kind, of_kind in found.items():
+            others = {family: line for family, line in known.get(kind, {}).items() if family not in found["families"]}
+            merged[kind] = dict(sorted({**others, **of_kind}.items()))
         options.json.write_text(json.dumps({"transformers": transformers.__version__, **merged}, indent=1) + "\n")
     lines = [line for of_kind in found.values() for line in of_kind.values()]
     return int(any(word in line for line in lines for word in ("wrong", "crash")))
