@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, get_args
 
-from pydantic import BaseModel
+from pydantic import BaseModel, TypeAdapter
 from pydantic.fields import FieldInfo
 
 
@@ -46,3 +46,28 @@ def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, value in values.items():
         flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {f"{prefix}{key}": value}
     return flat
+
+
+def changed_keys(then: dict[str, Any], now: dict[str, Any], section: type[BaseModel]) -> list[str]:
+    """Return, sorted, the keys whose values differ between two flat mappings of a section's keys (`flatten`).
+
+    A key that only `now` has, with its default, is no change: `then` is of a version without this option, whose
+    default stands for what was done before there was the option.
+    """
+    return sorted(
+        key
+        for key in {**then, **now}
+        if then.get(key) != now.get(key) and not (key not in then and _is_default(section, key, now[key]))
+    )
+
+
+def _is_default(section: type[BaseModel] | None, key: str, value: Any) -> bool:
+    """Return True if a value, as JSON has it, is what a configuration has that leaves its dotted key out."""
+    name, _, inner = key.partition(".")
+    field = None if section is None else section.model_fields.get(name)
+    if field is None or field.is_required():
+        return False
+    default = field.get_default(call_default_factory=True)
+    if inner:  # without its section, a key has no default
+        return default is not None and _is_default(section_of(field), inner, value)
+    return bool(TypeAdapter(Any).dump_python(default, mode="json") == value)

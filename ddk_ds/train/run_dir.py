@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from ddk_ds.config import Config, to_yaml
-from ddk_ds.config.keys import flatten
+from ddk_ds.config.keys import changed_keys, flatten
 from ddk_ds.errors import CheckpointError
 from ddk_ds.files import is_leftover, nearest_existing, read_object, remove_leftovers, sync, write_text, written
 from ddk_ds.train.checkpoint.checkpoint_files import FORMAT, newest_checkpoint
@@ -108,9 +108,8 @@ def check_run_dir(config: Config, identity: dict[str, Any]) -> None:
             f"{run_dir} has format {stored.get('format')}, this version of ddk_ds reads and writes format {FORMAT}: "
             "continue it with the version that wrote it, or set another name"
         )
-    changed = [key for key in {**stored, **identity} if stored.get(key) != identity.get(key)]
-    if changed:
-        shown = "; ".join(f"{key} was {stored.get(key)!r}, is {identity.get(key)!r}" for key in sorted(changed)[:4])
+    if changed := changed_keys(stored, identity, Config):
+        shown = "; ".join(f"{key} was {stored.get(key)!r}, is {identity.get(key)!r}" for key in changed[:4])
         raise CheckpointError(f"{run_dir} holds another run: {shown}. Set another name, or the values it had")
     if config.checkpoint.resume == "never" and (run_dir / "ledger.jsonl").is_file():
         raise CheckpointError(f"{run_dir} holds this run already and checkpoint.resume is never: set another name")

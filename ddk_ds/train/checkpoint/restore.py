@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from ddk_ds.comm import Comm, call_together
 from ddk_ds.config import Config
+from ddk_ds.config.keys import changed_keys
 from ddk_ds.engine.student import Student
 from ddk_ds.errors import CheckpointError
 from ddk_ds.files import read_json, size_and_xxh64, write_text
@@ -157,8 +158,7 @@ def check_source(init_from: str, init_as: Literal["fork", "phase"], identity: di
     """
     directory, manifest = source_checkpoint(init_from)
     common = _COMMON[init_as] + (_of_controller(identity) if init_as == "fork" else ())
-    keys = [key for key in {**manifest.run, **identity} if key.startswith(common)]
-    differing = [key for key in sorted(keys) if manifest.run.get(key) != identity.get(key)]
+    differing = [key for key in changed_keys(manifest.run, identity, Config) if key.startswith(common)]
     if differing:
         shown = "; ".join(f"{key} was {manifest.run.get(key)!r}, is {identity.get(key)!r}" for key in differing[:4])
         raise CheckpointError(

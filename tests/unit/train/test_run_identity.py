@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import resource
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -115,3 +116,61 @@ def test_the_topology_is_free(tmp_path: Path) -> None:
 def test_policies_that_do_not_fit(tmp_path: Path, mixture: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         config_of(tmp_path, mixture=mixture)
+
+
+WITHOUT = {"mixture.history_exponent": 0.5, "loss.chunk_tokens": None, "optimizer.betas": [0.9, 0.95]}
+"""Options of each kind of value, with their defaults, as if a later version had brought them."""
+
+
+def before_options(config: Config, options: Iterable[str]) -> None:
+    """Begin a run as a version did that did not know these options."""
+    identity = run_identity(config, {})
+    claim_run_dir(config, {key: value for key, value in identity.items() if key not in options})
+
+
+def test_a_run_goes_on_with_a_version_that_has_more_options(tmp_path: Path) -> None:
+    config = config_of(tmp_path)
+    assert {key: run_identity(config, {})[key] for key in WITHOUT} == WITHOUT
+    before_options(config, WITHOUT)
+    check_run_dir(config, run_identity(config, {}))
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        ({"loss": {"chunk_tokens": 64}}, "loss.chunk_tokens was None, is 64"),
+        ({"optimizer": {"betas": [0.9, 0.99]}}, r"optimizer.betas was None, is \[0.9, 0.99\]"),
+    ],
+)
+def test_such_an_option_with_another_value_is_another_run(
+    tmp_path: Path, sections: dict[str, Any], message: str
+) -> None:
+    before_options(config_of(tmp_path), WITHOUT)
+    with pytest.raises(CheckpointError, match=message):
+        check_run_dir(config_of(tmp_path, **sections), run_identity(config_of(tmp_path, **sections), {}))
+
+
+def test_a_section_that_is_turned_on_is_another_run(tmp_path: Path) -> None:
+    """Its options have defaults; the section has none but its absence."""
+    config = config_of(tmp_path, teacher={"cache": {"path": "cache"}})
+    cached = [key for key in run_identity(config, {}) if key.startswith("teacher.cache.")]
+    assert cached
+    before_options(config, cached)
+    with pytest.raises(CheckpointError, match=r"teacher\.cache\.\w+ was None, is "):
+        check_run_dir(config, run_identity(config, {}))
+
+
+def test_an_option_that_is_gone_is_another_run(tmp_path: Path) -> None:
+    config = config_of(tmp_path)
+    identity = run_identity(config, {})
+    claim_run_dir(config, {**identity, "mixture.mirror": None, "mixture.mirrors": 2})
+    with pytest.raises(CheckpointError, match="mixture.mirrors was 2, is None"):
+        check_run_dir(config, identity)
+
+
+def test_a_file_that_was_not_there_is_another_run(tmp_path: Path) -> None:
+    """Fingerprints are no options: they have no defaults."""
+    config = config_of(tmp_path)
+    claim_run_dir(config, run_identity(config, {}))
+    with pytest.raises(CheckpointError, match=r"content.filters was None, is 'abc'"):
+        check_run_dir(config, run_identity(config, {"filters": "abc"}))
