@@ -210,15 +210,23 @@ def test_the_first_pages_stay_short() -> None:
     assert len(list((ROOT / "docs").glob("*.md"))) <= MAX_PAGES
 
 
+GRIDS = {
+    "small_teacher_cache": "small",
+    "mixtures_ablations": "mixtures_weak",
+    "mixtures_far": "mixtures_smollm2",
+}
+"""Grids in configs/experiments, and the configurations that they vary."""
+
+
 def test_shipped_run_configurations_load() -> None:
     configs = ROOT / "configs"
     others = {configs / name for name in ("ablations", "data", "packages", "suites")}  # which have tests of their own
     runs = [path for path in sorted(configs.rglob("*.yaml")) if path.parent not in others]
     assert runs, f"no run configuration under {configs}"
     for path in runs:
-        if path.name == "small_teacher_cache.yaml":
+        if path.stem in GRIDS:
             for overrides in read_grid(path).values():
-                load_config(path.with_name("small.yaml"), overrides)
+                load_config(path.with_name(f"{GRIDS[path.stem]}.yaml"), overrides)
         else:
             load_config(path)
 

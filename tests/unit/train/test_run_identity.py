@@ -164,7 +164,7 @@ def test_an_option_that_is_gone_is_another_run(tmp_path: Path) -> None:
     config = config_of(tmp_path)
     identity = run_identity(config, {})
     claim_run_dir(config, {**identity, "mixture.mirror": None, "mixture.mirrors": 2})
-    with pytest.raises(CheckpointError, match="mixture.mirrors was 2, is None"):
+    with pytest.raises(CheckpointError, match=r"mixture.mirrors was 2, is None"):
         check_run_dir(config, identity)
 
 
