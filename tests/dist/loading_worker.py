@@ -95,10 +95,10 @@ def _export_of_these_weights(student: Any, files: ModelFiles, directory: Path) -
 def split_of_another_form(runtime: Runtime, folder: str) -> list[str]:
     """Return what is said of a student and a teacher with a layer between backbone and head.
 
-    Others in bf16 must pass: sharded within a GPU, in 8 bits, GPT-J, whose class makes float32 of bf16 logits, and
-    Mamba, whose backbone gives float32."""
+    Others in bf16 must pass: sharded within a GPU, in 8 bits, GPT-J, whose class makes float32 of bf16 logits, Mamba,
+    whose backbone gives float32, and one whose layers make much of a product's rounding."""
     root = Path(folder)
-    ids = torch.randint(0, VOCAB, (2, 12), generator=torch.Generator().manual_seed(5))
+    ids = torch.randint(0, VOCAB, (2, 128), generator=torch.Generator().manual_seed(5))
     said = []
     for name, load in (("student", load_student), ("teacher", load_teacher)):
         with pytest.MonkeyPatch.context() as patch:
@@ -116,6 +116,7 @@ def split_of_another_form(runtime: Runtime, folder: str) -> list[str]:
         ("usual", int8),
         ("gptj", {}),
         ("mamba", {}),
+        ("wide", {}),
     ):
         config = tiny_config(root, train={"precision": "bf16"}, teacher={"path": str(root / name), **section})
         teacher = load_teacher(config, read_model(root / name, "teacher.path"), VOCAB, runtime.comm)
