@@ -37,6 +37,9 @@ MAX_TOKENS = 128
 # the model's own class may round again what it makes of them. A missing layer, factor or cap changes logits by a large
 # part of their size.
 _LIMITS = {torch.float32: 1e-3, torch.bfloat16: 2e-2}
+# The parts of a sample that ranks share have other shapes than the whole, so products are rounded otherwise: SmolLM2-135M
+# in bf16 makes 3 % of the largest logit of that. A state that does not cross from part to part changes far more.
+_OF_PARTS = 2.5
 # Positions before a changed token whose logits are compared. Of a mixture of experts a few may change by rounding.
 _LOOKED_AT = 8
 # What torch says of a product of two dtypes.
@@ -79,17 +82,15 @@ def check_split(model: Student | Teacher, input_ids: torch.Tensor, vocab_size: i
         ) from error
     before = slice(-1 - _LOOKED_AT, -1)
     moved = (with_other[before] - ours[before]).abs().amax(1).median()
-    by_token = (ours - theirs).abs().amax(1)
-    # The parts of a sample that is shared have other shapes than the whole.
-    apart = by_token.max() if sequence is None else by_token.quantile(0.75)
-    numbers = torch.stack([apart, theirs.abs().max(), moved])
+    numbers = torch.stack([(ours - theirs).abs().max(), theirs.abs().max(), moved])
     difference, largest, moved = comm.all_reduce_max(numbers.nan_to_num(torch.inf, torch.inf)).tolist()
     limit = _LIMITS[model.whole.get_output_embeddings().weight.dtype] * largest
-    if not difference <= limit:
+    of_split = limit if sequence is None else _OF_PARTS * limit
+    if not difference <= of_split:
         raise ConfigError(
             f"{key}.path: {type(model.whole).__name__} cannot be distilled: its logits are not those of its backbone "
             f"and output head, but differ by up to {difference:.3g} where the largest is {largest:.3g} (a difference "
-            f"of {limit:.2g} would be rounding)"
+            f"of {of_split:.2g} would be rounding)"
         )
     if not moved <= limit:
         raise ConfigError(
