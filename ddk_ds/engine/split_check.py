@@ -37,8 +37,8 @@ MAX_TOKENS = 128
 # the model's own class may round again what it makes of them. A missing layer, factor or cap changes logits by a large
 # part of their size.
 _LIMITS = {torch.float32: 1e-3, torch.bfloat16: 2e-2}
-# The parts of a sample that ranks share have other shapes than the whole, so products are rounded otherwise: SmolLM2-135M
-# in bf16 makes 3 % of the largest logit of that. A state that does not cross from part to part changes far more.
+# The parts of a sample that ranks share have other shapes than the whole, so products are rounded otherwise: in bf16
+# SmolLM2-135M makes 3 % of the largest logit of that. A state that does not cross from part to part changes far more.
 _OF_PARTS = 2.5
 # Positions before a changed token whose logits are compared. Of a mixture of experts a few may change by rounding.
 _LOOKED_AT = 8
