@@ -301,7 +301,7 @@ def _tool_faults(path: Path, words: Sequence[str]) -> list[str]:
 
 def _override_faults(path: Path, config: Path | str | None, overrides: Sequence[str]) -> list[str]:
     section = OVERRIDDEN.get(path.stem, Config)
-    if section is Config and str(config).startswith("configs/") and "$" not in str(config):
+    if section is Config and re.fullmatch(r"configs/[^$]+\.yaml", str(config)):
         try:
             load_config(ROOT / str(config), overrides)
         except UserError as error:
