@@ -7,8 +7,10 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import deepspeed
 import torch
 
+import ddk_ds
 from ddk_ds.engine.runtime import Runtime
 from ddk_ds.train.loop import train
 from tests.dist.resume_worker import prepare
@@ -16,7 +18,9 @@ from tests.dist.slow_device import SlowDevice
 
 # On a GPU these end all queued work first. What transfers.py reads has come to the host before.
 _READS = ("item", "tolist", "cpu", "numpy", "__bool__", "__float__", "__int__", "__index__")
-_COUNTED, _READ_ON_THE_HOST = ("/ddk_ds/", "/deepspeed/"), "/ddk_ds/engine/transfers.py"
+# By the packages' own directories: a clone is called ddk_ds too, and its .venv lies in it.
+_OURS, _DEEPSPEED = (f"{Path(package.__path__[0])}/" for package in (ddk_ds, deepspeed))
+_READ_ON_THE_HOST = f"{_OURS}engine/transfers.py"
 
 
 class Waits:
@@ -32,7 +36,7 @@ class Waits:
         def copied(tensor: torch.Tensor, *arguments: Any, **options: Any) -> torch.Tensor:
             file = sys._getframe(1).f_code.co_filename
             # DeepSpeed names the device for tensors that are there.
-            if "/deepspeed/" not in file and any(isinstance(argument, torch.device) for argument in arguments):
+            if not file.startswith(_DEEPSPEED) and any(isinstance(argument, torch.device) for argument in arguments):
                 self._note("to", file)
             return to(tensor, *arguments, **options)
 
@@ -53,7 +57,7 @@ class Waits:
         return counted
 
     def _note(self, name: str, file: str) -> None:
-        if any(part in file for part in _COUNTED) and not file.endswith(_READ_ON_THE_HOST):
+        if file.startswith((_OURS, _DEEPSPEED)) and file != _READ_ON_THE_HOST:
             self._reads[f"{name} in {'/'.join(Path(file).parts[-3:])}"] += 1
 
 
